@@ -1,0 +1,1 @@
+"""What people write in files: profiles, catalogues of preferences, training recipes. No torch in here."""

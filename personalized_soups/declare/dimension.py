@@ -1,0 +1,155 @@
+"""The preference catalogue: dimensions, their sides, the instruction that states each side, and what scores it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from personalized_soups.declare.declared import Declared, refusal
+from personalized_soups.errors import DeclarationError, choose_from
+
+# Side names become folder names and stand in `--weights name=0.6,...`; file systems and shells agree on these letters.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+Phrases = tuple[Annotated[str, Field(min_length=1)], ...]
+
+
+class MarkersScorer(Declared):
+    """Counts words and phrases: value = high / (high + low), 0.5 where none occurs."""
+
+    kind: Literal["markers"]
+    high: Phrases = Field(min_length=1, description="Words or phrases of the high end.")
+    low: Phrases = Field(description="Words or phrases of the low end; may be empty for a side's own scorer.")
+
+    @model_validator(mode="after")
+    def _check_disjoint(self) -> Self:
+        shared = {phrase.lower() for phrase in self.high} & {phrase.lower() for phrase in self.low}
+        if shared:
+            raise refusal(f"{min(shared)!r} marks both ends", mend="keep it under `high` or under `low`")
+        return self
+
+
+class LengthScorer(Declared):
+    """Counts words: 0 at `low` words or fewer, 1 at `high` or more, linear between."""
+
+    kind: Literal["length"]
+    low: int = Field(ge=0, description="Words at which the value is 0.")
+    high: int = Field(ge=1, description="Words at which the value is 1.")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        _check_order(self.low, self.high)
+        return self
+
+
+class ReadabilityScorer(Declared):
+    """Flesch-Kincaid grade (syllables as vowel groups): 0 at grade `low` or below, 1 at `high` or above."""
+
+    kind: Literal["readability"]
+    low: float = Field(description="Grade at which the value is 0.")
+    high: float = Field(description="Grade at which the value is 1.")
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        _check_order(self.low, self.high)
+        return self
+
+
+class PythonScorer(Declared):
+    """A function `(prompt: str, answer: str) -> Scored` of any module on Python's path."""
+
+    kind: Literal["python"]
+    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="As `package.module:function`.")
+
+
+ScorerSpec = Annotated[
+    MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer,
+    Field(discriminator="kind", description="What scores an answer, in [0, 1]."),
+]
+
+
+class Side(Declared):
+    """One pole of a dimension; its expert bears its name."""
+
+    label: str = Field(min_length=1, description="The paper's label, such as P1A, or any label of your own.")
+    instruction: str = Field(min_length=1, description="The instruction that states the preference in a prompt.")
+    end: Literal["low", "high"] = Field(default="high", description="The end of the scorer's scale that is wanted.")
+    scorer: ScorerSpec | None = Field(default=None, description="Wins over the dimension's scorer.")
+
+
+class Dimension(Declared):
+    """An axis on which users differ, with two or more sides."""
+
+    about: str = Field(min_length=1, description="What this dimension is, in one sentence.")
+    scorer: ScorerSpec | None = Field(default=None, description="Scores every side that has none of its own.")
+    sides: dict[Name, Side] = Field(min_length=1)
+
+
+class Catalogue(Declared):
+    """All dimensions that experts are trained for; the names of sides are unique over all of them."""
+
+    dimensions: dict[Name, Dimension] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _check_unique(self) -> Self:
+        for what, names in (
+            ("side", [name for dimension in self.dimensions.values() for name in dimension.sides]),
+            ("label", [side.label for dimension in self.dimensions.values() for side in dimension.sides.values()]),
+        ):
+            repeated = [name for name, count in Counter(names).items() if count > 1]
+            if repeated:
+                mend = f"give every side of the catalogue its own {'name' if what == 'side' else 'label'}"
+                raise refusal(f"the {what} {repeated[0]!r} occurs more than once in the catalogue", mend=mend)
+        return self
+
+    @property
+    def sides(self) -> dict[str, Side]:
+        """Every side by name, in the order of the file."""
+        return {name: side for dimension in self.dimensions.values() for name, side in dimension.sides.items()}
+
+    def side(self, name: str) -> tuple[str, Side]:
+        """Return the dimension's name and the side called `name`.
+
+        Raises:
+            DeclarationError: if there is none, with the nearest name.
+        """
+        for dimension, declared in self.dimensions.items():
+            if name in declared.sides:
+                return dimension, declared.sides[name]
+        raise DeclarationError(
+            f"unknown side {name!r}", where=self.place("dimensions"), mend=choose_from(name, self.sides)
+        )
+
+    def dimension_of(self, expert: str) -> str | None:
+        """Return the dimension of the side that an expert is named after, or None where it is named otherwise."""
+        return next((name for name, dimension in self.dimensions.items() if expert in dimension.sides), None)
+
+    def side_by_label(self, label: str) -> tuple[str, Side]:
+        """Return the name of the side with a label such as P1A, and the side."""
+        for name, side in self.sides.items():
+            if side.label == label:
+                return name, side
+        labels = [side.label for side in self.sides.values()]
+        raise DeclarationError(
+            f"unknown label {label!r}", where=self.place("dimensions"), mend=choose_from(label, labels)
+        )
+
+    def scorer_of(self, name: str) -> MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer:
+        """Return what scores the side called `name`: its own scorer, else its dimension's."""
+        dimension, side = self.side(name)
+        scorer = side.scorer or self.dimensions[dimension].scorer
+        if scorer is None:
+            raise DeclarationError(
+                f"nothing scores the side {name!r}",
+                where=self.place("dimensions", dimension, "sides", name),
+                mend=f"add a `scorer:` to the side or to the dimension {dimension!r}",
+            )
+        return scorer
+
+
+def _check_order(low: float, high: float) -> None:
+    if low >= high:
+        raise refusal(
+            f"low ({low:g}) is not below high ({high:g})", mend="exchange them; `end: low` turns a side around"
+        )

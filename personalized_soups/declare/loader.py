@@ -1,0 +1,202 @@
+"""YAML 1.2 and JSON files into declared models; every fault is told as `file:line: key`, with its mend.
+
+ruamel.yaml gives the line of every key, pydantic the check; the two meet here. The document is built from the node
+tree by hand: `no` stays a string and `1e-3` is a number (YAML 1.2), repeated keys, aliases and tags are refused, and
+no date or Python object can come out of a file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+from personalized_soups.declare.declared import Declared, KeyPath, Places, dotted
+from personalized_soups.declare.faults import declaration_error
+from personalized_soups.errors import DeclarationError
+
+T = TypeVar("T", bound=Declared)
+
+# YAML 1.2 core schema, section 10.3.2; ruamel's resolver also knows dates, merge keys and 1.1's underscores.
+_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_WORDS: Mapping[str, object] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL")),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys((".inf", ".Inf", ".INF", "+.inf", "+.Inf", "+.INF"), math.inf),
+    **dict.fromkeys(("-.inf", "-.Inf", "-.INF"), -math.inf),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+}
+_TAGS = frozenset(
+    f"tag:yaml.org,2002:{kind}" for kind in "map seq str int float bool null timestamp merge value".split()
+)
+_MAX_DEPTH = 64
+
+
+def load(path: Path, model: type[T]) -> T:
+    """Read one YAML or JSON file and return it as a checked `model`.
+
+    Raises:
+        DeclarationError: with file, line, key and mend, for anything that is wrong with the file or in it.
+    """
+    return load_text(read_text(path), model, str(path))
+
+
+def load_text(text: str, model: type[T], source: str) -> T:
+    """Check `text` (YAML 1.2, of which JSON is a part) against `model`; `source` names it in errors."""
+    lines: dict[KeyPath, int] = {}
+    document = _document(text, source, lines)
+    return _checked(document, model, Places(source, lines))
+
+
+def load_data(data: Mapping[str, Any], model: type[T], source: str) -> T:
+    """Check a mapping that came from elsewhere, such as the command line; `source` names it in errors."""
+    return _checked(dict(data), model, Places(source, {}))
+
+
+def dump(declared: Declared) -> str:
+    """Return `declared` as YAML 1.2 text that `load_text` reads back as an equal object."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # ruamel annotates it as None
+    stream = io.StringIO()
+    yaml.dump(declared.model_dump(mode="json", exclude_unset=True), stream)
+    return stream.getvalue()
+
+
+def read_text(path: Path) -> str:
+    """Return a file's text; faults name the file and, for a wrong encoding, the line.
+
+    Raises:
+        DeclarationError: if the file is missing, a folder, unreadable, or not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DeclarationError(
+            "there is no such file", where=str(path), mend="check the path; it is taken from the current folder"
+        ) from None
+    except OSError as error:
+        raise DeclarationError(
+            f"the file cannot be read: {error.strerror}", where=str(path), mend="give a readable YAML or JSON file"
+        ) from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise DeclarationError(
+            f"the file is not UTF-8: byte 0x{data[error.start]:02x}",
+            where=f"{path}:{line}",
+            mend="save the file as UTF-8",
+        ) from None
+
+
+def _checked(document: object, model: type[T], places: Places) -> T:
+    if not isinstance(document, dict):
+        kind = "nothing" if document is None else f"a {type(document).__name__}, not `key: value` lines"
+        raise DeclarationError(
+            f"the file holds {kind}", where=places.source, mend=f"write the keys of a {_keys_of(model)}"
+        )
+    try:
+        # JSON mode: strict still takes a list for a tuple and a string for a Path
+        return model.model_validate_json(json.dumps(document)).with_places(places)
+    except ValidationError as error:
+        raise declaration_error(error, model, places) from None
+
+
+def _keys_of(model: type[Declared]) -> str:
+    return f"{model.__name__.lower()}: {', '.join(model.model_fields)}"
+
+
+def _document(text: str, source: str, lines: dict[KeyPath, int]) -> object:
+    # JSON may be indented by tabs, YAML may not; a raw tab can't stand in a JSON string, so nothing is changed
+    if text.lstrip().startswith("{"):
+        text = text.replace("\t", " ")
+    try:
+        node = YAML(typ="safe", pure=True).compose(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = source if mark is None else f"{source}:{mark.line + 1}"
+        raise DeclarationError(
+            f"this is not YAML: {error.problem or error.context}", where=where, mend=_syntax_mend(error.problem or "")
+        ) from None
+    except YAMLError as error:
+        mend = "take the control character out"
+        raise DeclarationError(f"this is not YAML: {str(error).splitlines()[0]}", where=source, mend=mend) from None
+    return None if node is None else _Builder(source, lines).build(node, ())
+
+
+def _syntax_mend(problem: str) -> str:
+    if "\\t" in problem:
+        return "indent with spaces, not tabs"
+    if "another document" in problem:
+        return "keep one document in a file: no `---` line after the first"
+    return "check the indentation, the brackets and the quotes on this line and the one before"
+
+
+class _Builder:
+    """Turns one node tree into dicts, lists and scalars, and notes the line of every key."""
+
+    def __init__(self, source: str, lines: dict[KeyPath, int]) -> None:
+        self._source = source
+        self._lines = lines
+        self._seen: set[int] = set()
+
+    def build(self, node: Node, path: KeyPath) -> object:
+        if id(node) in self._seen:
+            raise self._refused(node, path, "an alias (`*name`) is not supported", "write the value out once more")
+        self._seen.add(id(node))
+        if len(path) > _MAX_DEPTH:
+            raise self._refused(node, path[:1], f"is nested more than {_MAX_DEPTH} deep", "flatten it")
+        if str(node.tag) not in _TAGS:
+            raise self._refused(node, path, f"the tag {str(node.tag)!r} is not supported", "take the tag away")
+        self._lines.setdefault(path, node.start_mark.line + 1)
+        makers: Mapping[type[Node], Callable[[Any, KeyPath], object]] = {
+            MappingNode: self._mapping,
+            SequenceNode: self._sequence,
+            ScalarNode: self._scalar,
+        }
+        return makers[type(node)](node, path)
+
+    def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, object]:
+        built: dict[str, object] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, ScalarNode):
+                raise self._refused(key_node, path, "a key is not plain text", "write `key: value`")
+            key = str(key_node.value)
+            here = (*path, key)
+            line = key_node.start_mark.line + 1
+            if key in built:
+                first = self._lines[here]
+                mend = f"keep one of the two: line {first} or line {line}"
+                raise self._refused(key_node, here, f"the key {key!r} is repeated", mend)
+            self._lines[here] = line
+            built[key] = self.build(value_node, here)
+        return built
+
+    def _sequence(self, node: SequenceNode, path: KeyPath) -> list[object]:
+        return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+
+    def _scalar(self, node: ScalarNode, _path: KeyPath) -> object:
+        text = str(node.value)
+        if node.style in {"'", '"', "|", ">"}:
+            return text
+        if text in _WORDS:
+            return _WORDS[text]
+        if _INT.fullmatch(text):
+            return int(text, 10 if text.lstrip("+-").isdigit() else 0)
+        return float(text) if _FLOAT.fullmatch(text) else text
+
+    def _refused(self, node: Node, path: KeyPath, what: str, mend: str) -> DeclarationError:
+        where = f"{self._source}:{node.start_mark.line + 1}"
+        return DeclarationError(what, where=f"{where}: {dotted(path)}" if path else where, mend=mend)

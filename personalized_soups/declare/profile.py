@@ -1,0 +1,126 @@
+"""A profile: one user's mixing weights over experts, from a file or from the command line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from personalized_soups.declare.declared import Declared, refusal
+from personalized_soups.declare.loader import load, load_data
+from personalized_soups.errors import DeclarationError, UsageError
+
+MethodName = Literal["linear", "factor_average", "factor_linear"]
+
+# Below this share of their absolute sum, weights cancel: dividing by their sum would blow up rounding errors.
+_CANCELLED = 1e-6
+
+
+class Profile(Declared):
+    """Mixing weights of one user over experts, and how they are to be merged."""
+
+    user: str = Field(default="anonymous", min_length=1, description="Who it is; recorded in soup.json.")
+    method: MethodName = Field(default="linear", description="The merge method.")
+    normalize: Literal["none", "sum"] = Field(
+        default="none", description="`sum` divides the weights by their sum; `none` takes them as they are."
+    )
+    weights: dict[str, float] = Field(
+        min_length=1, description="Mixing weight of each expert, by the expert's name; may be negative."
+    )
+    allow_opposed: bool = Field(default=False, description="Take weights on two sides of one dimension.")
+    rank: Annotated[int, Field(gt=0)] | None = Field(
+        default=None, description="Truncate the merged adapter to this rank; exact where it is left out."
+    )
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        if not all(name.strip() for name in weights):
+            raise refusal("an expert's name is empty", mend="name the expert: `friendly: 0.6`")
+        if not any(weights.values()):
+            raise refusal("all weights are zero: nothing would be merged", mend="give one expert a weight other than 0")
+        return weights
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> Self:
+        self.resolved_weights()
+        return self
+
+    @staticmethod
+    def parse_weights(text: str) -> dict[str, float]:
+        """Return the weights that `text` gives as `name=number,name=number`.
+
+        Raises:
+            UsageError: naming the part that is at fault.
+        """
+        weights: dict[str, float] = {}
+        for part in text.split(","):
+            name, equals, number = (piece.strip() for piece in part.partition("="))
+            if not (name and equals and number):
+                raise _bad_weights(f"{part.strip()!r} is not `name=number`")
+            if name in weights:
+                raise _bad_weights(f"the expert {name!r} is repeated")
+            try:
+                weights[name] = float(number)
+            except ValueError:
+                raise _bad_weights(f"the weight of {name!r} is not a number: {number!r}") from None
+            if not math.isfinite(weights[name]):
+                raise _bad_weights(f"the weight of {name!r} is not finite: {number!r}")
+        return weights
+
+    @classmethod
+    def from_option(cls, text: str, **fields: Any) -> Self:
+        """Return the profile that the option `--weights` and further fields give; errors name the option."""
+        return load_data({**fields, "weights": cls.parse_weights(text)}, cls, "--weights")
+
+    def resolved_weights(self) -> dict[str, float]:
+        """Return the weights as they enter the merge: divided by their sum where the profile says so."""
+        if self.normalize == "none":
+            return dict(self.weights)
+        total = math.fsum(self.weights.values())
+        if abs(total) <= _CANCELLED * math.fsum(abs(weight) for weight in self.weights.values()):
+            raise refusal(
+                f"the weights sum to {total:g} and `normalize: sum` would divide by it",
+                mend="write `normalize: none`, or weights that do not cancel",
+                key=("normalize",),
+            )
+        return {name: weight / total for name, weight in self.weights.items()}
+
+
+def load_profile(path: Path | str) -> Profile:
+    """Read a profile file (YAML or JSON).
+
+    Raises:
+        DeclarationError: with file, line, key and mend.
+    """
+    return load(Path(path), Profile)
+
+
+def check_sides(profile: Profile, dimension_of: Mapping[str, str]) -> None:
+    """Raise if the profile weighs two sides of one dimension without `allow_opposed: true`.
+
+    Args:
+        profile: what is asked for.
+        dimension_of: the dimension of each expert that has one; experts without a dimension oppose nobody.
+    """
+    if profile.allow_opposed:
+        return
+    first: dict[str, str] = {}
+    for name, weight in profile.weights.items():
+        dimension = dimension_of.get(name)
+        if weight == 0 or dimension is None:
+            continue
+        if dimension in first:
+            raise DeclarationError(
+                f"{first[dimension]!r} and {name!r} are two sides of one dimension, {dimension!r}",
+                where=profile.place("weights", name),
+                mend="take one of them out, or write `allow_opposed: true` (option --allow-opposed)",
+            )
+        first[dimension] = name
+
+
+def _bad_weights(what: str) -> UsageError:
+    return UsageError(what, where="--weights", mend="write --weights elementary=0.6,concise=0.6")

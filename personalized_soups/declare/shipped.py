@@ -1,0 +1,29 @@
+"""Where the recipes are that come with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from personalized_soups.errors import UsageError, choose_from
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def recipes_folder() -> Path:
+    """Return the folder of shipped recipes: inside the package in a wheel, at the repository's top in a checkout."""
+    inside = _PACKAGE / "recipes"
+    return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def shipped_recipe(name: str) -> Path:
+    """Return the path of a shipped recipe such as `train/tiny.yaml`.
+
+    Raises:
+        UsageError: if there is none of that name, with the nearest.
+    """
+    folder = recipes_folder()
+    path = folder / name
+    if not path.is_file():
+        known = [str(recipe.relative_to(folder)) for recipe in folder.rglob("*.yaml")]
+        raise UsageError(f"no recipe {name!r} is shipped", where=str(folder), mend=choose_from(name, known))
+    return path

@@ -1,0 +1,97 @@
+"""A training recipe: every hyper-parameter that makes an expert."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from personalized_soups.declare.declared import Declared, refusal
+
+Positive = Annotated[float, Field(gt=0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+
+
+class LoraRecipe(Declared):
+    """The shape of the adapter."""
+
+    rank: PositiveInt
+    alpha: Positive = Field(description="LoRA's numerator: scaling = alpha / rank, or alpha / sqrt(rank) with rslora.")
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    rslora: bool = False
+
+
+class DpoRecipe(Declared):
+    """The loss: DPO's sigmoid plus the chosen answer's mean negative log-probability times `sft_weight`."""
+
+    beta: Positive
+    sft_weight: NotNegative = 1.0
+    max_length: PositiveInt = Field(description="Tokens of prompt and answer together; longer pairs are truncated.")
+
+
+class OptimizerRecipe(Declared):
+    """AdamW, its schedule and its steps: either `epochs` or `max_steps`."""
+
+    learning_rate: Positive
+    weight_decay: NotNegative = 0.0
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup_steps: int = Field(default=0, ge=0)
+    max_grad_norm: Positive = 1.0
+    epochs: Positive | None = None
+    max_steps: PositiveInt | None = None
+    batch_size: PositiveInt = Field(description="Pairs in one forward pass of one process.")
+    gradient_accumulation: PositiveInt = 1
+
+    @model_validator(mode="after")
+    def _check_one_end(self) -> Self:
+        if (self.epochs is None) == (self.max_steps is None):
+            found = "neither is given" if self.epochs is None else "both are given"
+            raise refusal(f"`epochs` or `max_steps` ends the training; {found}", mend="write exactly one of the two")
+        return self
+
+
+class SideOverrides(Declared):
+    """What one side does otherwise; what is left out stays as the recipe has it."""
+
+    learning_rate: Positive | None = None
+    epochs: Positive | None = None
+    max_steps: PositiveInt | None = None
+    beta: Positive | None = None
+    sft_weight: NotNegative | None = None
+
+    @model_validator(mode="after")
+    def _check_one_end(self) -> Self:
+        if self.epochs is not None and self.max_steps is not None:
+            raise refusal("both `epochs` and `max_steps` are given", mend="write one of the two")
+        return self
+
+
+class TrainingRecipe(Declared):
+    """Every hyper-parameter of the training of an expert."""
+
+    lora: LoraRecipe
+    basis: Literal["free", "shared"] = Field(
+        default="free", description="`shared` trains only B on a common frozen A drawn from basis_seed."
+    )
+    basis_seed: int = Field(default=0, ge=0)
+    dpo: DpoRecipe
+    optimizer: OptimizerRecipe
+    save_steps: PositiveInt = Field(default=100, description="Optimizer steps between checkpoints.")
+    dtype: Literal["float32", "bfloat16", "auto"] = Field(
+        default="float32", description="In which the base is held; `auto` takes the base's own."
+    )
+    gradient_checkpointing: bool = False
+    sides: dict[str, SideOverrides] = Field(default_factory=dict, description="Per side, what differs from the rest.")
+
+    def for_side(self, name: str) -> TrainingRecipe:
+        """Return the recipe with the overrides of the side `name` put in, and no overrides left."""
+        overrides = self.sides.get(name, SideOverrides()).model_dump(exclude_none=True)
+        optimizer: dict[str, Any] = {key: overrides[key] for key in OptimizerRecipe.model_fields if key in overrides}
+        if "epochs" in optimizer:
+            optimizer["max_steps"] = None
+        elif "max_steps" in optimizer:
+            optimizer["epochs"] = None
+        dpo = {key: overrides[key] for key in DpoRecipe.model_fields if key in overrides}
+        return self.replaced(optimizer=self.optimizer.replaced(**optimizer), dpo=self.dpo.replaced(**dpo), sides={})
