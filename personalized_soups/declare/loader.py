@@ -38,7 +38,8 @@ _WORDS: Mapping[str, object] = {
     **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
 }
 _TAGS = frozenset(
-    f"tag:yaml.org,2002:{kind}" for kind in "map seq str int float bool null timestamp merge value".split()
+    f"tag:yaml.org,2002:{kind}"
+    for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
 )
 _MAX_DEPTH = 64
 

@@ -1,0 +1,93 @@
+"""The command `psoups`: its groups of commands, and what becomes of errors.
+
+Every command module has a function `register(app)` and imports heavy libraries (torch, transformers, peft, numpy,
+pydantic) inside its command functions only, so that `psoups --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from personalized_soups import __version__
+from personalized_soups.cli import render
+from personalized_soups.errors import RunError, SoupError
+
+# The order of `psoups --help`: the whole way first, then its stages as one walks them, then the maintainers' tools.
+COMMAND_MODULES = ("quickstart", "pairs", "train", "merge", "generate", "inspect", "tiny", "quality", "reference")
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class SoupGroup(TyperGroup):
+    """The group of all commands; turns errors into messages and exit codes, and keeps a bug's traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command; exit 2 for usage or input, 1 for a failed run, 130 for Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except SoupError as error:
+            render.show_error(error)
+            raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt as interrupt:
+            render.say("interrupted")
+            raise typer.Exit(_INTERRUPTED) from interrupt
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            full = disk_full(error)
+            render.show_error(full)
+            raise typer.Exit(full.exit_code) from error
+
+
+def disk_full(error: OSError) -> RunError:
+    """Return the error that tells of a full disk (or a used-up quota)."""
+    return RunError(
+        f"the disk is full: {error.strerror}",
+        where=str(error.filename or "the output folder's file system"),
+        mend="free some space, or give an --out on another disk; nothing half-written is left",
+    )
+
+
+def build_app() -> typer.Typer:
+    """Return the application with every command registered."""
+    app = typer.Typer(
+        name="psoups",
+        cls=SoupGroup,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        # plain help: quick to print, the same at any version of rich, and fit for docs/cli.md
+        rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
+    )
+    app.callback()(_root)
+    for name in COMMAND_MODULES:
+        module = f"personalized_soups.cli.{name}"
+        if find_spec(module) is not None:
+            import_module(module).register(app)
+    return app
+
+
+def main() -> None:
+    """Run `psoups` with the arguments of the process."""
+    build_app()(prog_name="psoups")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        render.show_text(f"psoups {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train one LoRA expert per preference, then merge a personal model for any mixture of preferences."""

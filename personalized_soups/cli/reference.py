@@ -1,0 +1,71 @@
+"""Hidden commands that write the reference pages: docs/cli.md and docs/schemas/. The suite holds them to the code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from personalized_soups.cli import render
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_HEAD = """# The command line
+
+Every command and option of `psoups`, as `--help` prints it. Written by `make reference`; do not edit.
+"""
+_WIDTH = 100
+
+
+def register(app: typer.Typer) -> None:
+    """Add the hidden command `reference`."""
+    app.command("reference", hidden=True)(reference)
+
+
+def reference(
+    docs: Annotated[Path, typer.Argument(help="The docs folder.", exists=True, file_okay=False)] = Path("docs"),
+) -> None:
+    """Write docs/cli.md and docs/schemas/*.json anew."""
+    pages = {"cli.md": cli_page(), **{f"schemas/{name}": text for name, text in schema_pages().items()}}
+    for name, text in pages.items():
+        path = docs / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+        render.say(str(path))
+
+
+def cli_page() -> str:
+    """Return docs/cli.md: the help of every command that is not hidden."""
+    from personalized_soups.cli.app import build_app
+
+    command = typer.main.get_command(build_app())
+    return "\n".join([_HEAD, *_helps(command, "psoups", None)])
+
+
+def schema_pages() -> dict[str, str]:
+    """Return the JSON schema of each kind of file that people write, by file name."""
+    from personalized_soups.declare.declared import Declared
+    from personalized_soups.declare.dimension import Catalogue
+    from personalized_soups.declare.profile import Profile
+    from personalized_soups.declare.training import TrainingRecipe
+
+    models: dict[str, type[Declared]] = {"profile": Profile, "dimensions": Catalogue, "train": TrainingRecipe}
+    return {
+        f"{name}.schema.json": json.dumps(
+            {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}, indent=2
+        )
+        + "\n"
+        for name, model in models.items()
+    }
+
+
+def _helps(command: object, name: str, parent: object) -> Iterator[str]:
+    context = command.make_context(name, [], parent=parent, resilient_parsing=True, terminal_width=_WIDTH)  # type: ignore[attr-defined]
+    title = context.command_path
+    yield f"## {title}\n\n```text\n{command.get_help(context).strip()}\n```\n"  # type: ignore[attr-defined]
+    for child_name, child in getattr(command, "commands", {}).items():
+        if not child.hidden:
+            yield from _helps(child, child_name, context)
