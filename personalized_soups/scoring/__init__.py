@@ -1,0 +1,1 @@
+"""What decides which of two answers suits a side better."""
