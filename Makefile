@@ -1,0 +1,75 @@
+# Everything that is done to this repository, each from a fresh clone: the environment is made where there is none.
+#
+#   make quickstart    train six experts on the embedded base, merge eight personal models, score them
+#   make test          formatting, lint, types, layers, the whole test suite
+#
+# TORCH_INDEX: another package index for torch, e.g. to keep a multi-gigabyte CUDA build off a machine without a GPU:
+#   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# PYTHON: the interpreter that .venv is made with (3.11 or newer).
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: quickstart test lint types layers format tiny quality reference wheel clean
+
+quickstart: $(VENV)/.run
+	$(BIN)/psoups quickstart
+
+test: lint types layers
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+layers: $(VENV)/.dev
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Build the embedded base anew from the corpus that the repository writes (about an hour on two cores).
+tiny: $(VENV)/.run
+	$(BIN)/psoups tiny build
+
+# The quickstart for three seeds, with free and with shared basis; writes the table into docs/.
+quality: $(VENV)/.run
+	$(BIN)/psoups quality
+
+# docs/cli.md and docs/schemas/, which the suite holds to the code.
+reference: $(VENV)/.dev
+	$(BIN)/psoups reference docs
+
+wheel: $(VENV)/.dev
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+# .run holds what running needs and .dev adds what testing needs: the one is installed in a minute less.
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,train$(comma)plot)
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,dev)
+	touch $(VENV)/.run $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than 3.11; mend: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+comma := ,
+# torch first and alone where another index is asked for: the other packages stay with the usual one
+define install
+$(if $(TORCH_INDEX),$(PIP) install -c constraints.txt --index-url $(TORCH_INDEX) torch)
+$(PIP) install -c constraints.txt -e '.[$(1)]'
+endef
