@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ def test_the_small_base_answers_a_chat(small_base: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(small_base)
-    model = AutoModelForCausalLM.from_pretrained(small_base)
+    model: Any = AutoModelForCausalLM.from_pretrained(small_base)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Wash the kettle: ü?"}], tokenize=False, add_generation_prompt=True
     )

@@ -12,9 +12,14 @@ KeyPath = tuple[str | int, ...]
 
 
 class Places:
-    """Where each key of a declaration stands, as `file:line`; two declarations are equal wherever they stand."""
+    """Where each key of a declaration stands; two declarations are equal wherever they stand.
 
-    def __init__(self, source: str, lines: Mapping[KeyPath, int]) -> None:
+    Args:
+        source: the file, or the option of the command line.
+        lines: every key's line, counted from 1; None where the source has no lines.
+    """
+
+    def __init__(self, source: str, lines: Mapping[KeyPath, int | None]) -> None:
         self.source = source
         self.lines = dict(lines)
 
@@ -27,8 +32,8 @@ class Places:
     def of(self, path: KeyPath) -> str:
         """Return `file:line: key`; the nearest enclosing key's line where `path` itself is not in the file."""
         for end in range(len(path), 0, -1):
-            if path[:end] in self.lines:
-                return f"{self.source}:{self.lines[path[:end]]}: {dotted(path)}"
+            if line := self.lines.get(path[:end]):
+                return f"{self.source}:{line}: {dotted(path)}"
         return f"{self.source}: {dotted(path)}" if path else self.source
 
 
@@ -37,11 +42,11 @@ class Declared(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
-    _places: Places | None = PrivateAttr(default=None)
+    _places: Places = PrivateAttr(default_factory=lambda: Places("", {}))
 
     def place(self, *path: str | int) -> str:
         """Return where a key was declared, as `file:line: key`, for the `where` of an error found later on."""
-        if self._places is not None:
+        if self._places.source:
             return self._places.of(path)
         return f"{type(self).__name__} {dotted(path)}".rstrip()
 
@@ -53,8 +58,7 @@ class Declared(BaseModel):
     def replaced(self, **changes: Any) -> Self:
         """Return a checked copy with some fields changed (pydantic's own `model_copy` does not check)."""
         fields = {name: getattr(self, name) for name in self.model_fields_set}
-        copy = type(self).model_validate({**fields, **changes})
-        return copy if self._places is None else copy.with_places(self._places)
+        return type(self).model_validate({**fields, **changes}).with_places(self._places)
 
 
 def dotted(path: KeyPath) -> str:

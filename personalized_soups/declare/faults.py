@@ -80,7 +80,7 @@ def _path_in_file(details: ErrorDetails, places: Places) -> KeyPath:
     for index, part in enumerate(loc):
         in_file = (*path, part) in places.lines
         is_absent_key = details["type"] == "missing" and index == len(loc) - 1
-        if in_file or is_absent_key or (not places.lines and part != "[key]"):
+        if in_file or is_absent_key:
             path = (*path, part)
     return path
 
@@ -98,9 +98,10 @@ def _keys(schema: Mapping[str, Any], root: Mapping[str, Any], loc: tuple[int | s
     if not loc:
         yield from schema.get("properties", {})
         return
-    inner = schema.get("properties", {}).get(loc[0]) or schema.get("additionalProperties") or schema.get("items")
-    if isinstance(inner, Mapping):
-        yield from _keys(inner, root, loc[1:])
+    by_pattern = schema.get("patternProperties", {}).values()
+    for inner in (schema.get("properties", {}).get(loc[0]), schema.get("additionalProperties"), *by_pattern):
+        if isinstance(inner, Mapping):
+            yield from _keys(inner, root, loc[1:])
 
 
 def _tag(variant: Mapping[str, Any], root: Mapping[str, Any]) -> object:

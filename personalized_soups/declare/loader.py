@@ -11,7 +11,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,14 +55,14 @@ def load(path: Path, model: type[T]) -> T:
 
 def load_text(text: str, model: type[T], source: str) -> T:
     """Check `text` (YAML 1.2, of which JSON is a part) against `model`; `source` names it in errors."""
-    lines: dict[KeyPath, int] = {}
+    lines: dict[KeyPath, int | None] = {}
     document = _document(text, source, lines)
     return _checked(document, model, Places(source, lines))
 
 
 def load_data(data: Mapping[str, Any], model: type[T], source: str) -> T:
     """Check a mapping that came from elsewhere, such as the command line; `source` names it in errors."""
-    return _checked(dict(data), model, Places(source, {}))
+    return _checked(dict(data), model, Places(source, dict.fromkeys(_paths(data, ()))))
 
 
 def dump(declared: Declared) -> str:
@@ -115,11 +115,19 @@ def _checked(document: object, model: type[T], places: Places) -> T:
         raise declaration_error(error, model, places) from None
 
 
+def _paths(value: object, path: KeyPath) -> Iterator[KeyPath]:
+    """Yield the path of every key and item within `value`."""
+    yield path
+    inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    for key, item in inner:
+        yield from _paths(item, (*path, key))
+
+
 def _keys_of(model: type[Declared]) -> str:
     return f"{model.__name__.lower()}: {', '.join(model.model_fields)}"
 
 
-def _document(text: str, source: str, lines: dict[KeyPath, int]) -> object:
+def _document(text: str, source: str, lines: dict[KeyPath, int | None]) -> object:
     # JSON may be indented by tabs, YAML may not; a raw tab can't stand in a JSON string, so nothing is changed
     if text.lstrip().startswith("{"):
         text = text.replace("\t", " ")
@@ -148,7 +156,7 @@ def _syntax_mend(problem: str) -> str:
 class _Builder:
     """Turns one node tree into dicts, lists and scalars, and notes the line of every key."""
 
-    def __init__(self, source: str, lines: dict[KeyPath, int]) -> None:
+    def __init__(self, source: str, lines: dict[KeyPath, int | None]) -> None:
         self._source = source
         self._lines = lines
         self._seen: set[int] = set()

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from personalized_soups.declare.loader import load_text
+from personalized_soups.declare.profile import Profile, check_sides, load_profile
+from personalized_soups.declare.shipped import shipped_recipe
+from personalized_soups.errors import DeclarationError, UsageError
+
+DIMENSION_OF = {"elementary": "expertise", "expert": "expertise", "friendly": "style"}
+
+
+def refused(text: str) -> DeclarationError:
+    with pytest.raises(DeclarationError) as caught:
+        load_text(text, Profile, "u.yaml")
+    return caught.value
+
+
+def test_the_shipped_profile() -> None:
+    profile = load_profile(shipped_recipe("profiles/example.yaml"))
+    assert profile == Profile(user="u1042", weights={"elementary": 0.6, "concise": 0.6, "friendly": 0.6})
+    assert profile.resolved_weights() == {"elementary": 0.6, "concise": 0.6, "friendly": 0.6}
+
+
+def test_json_is_a_profile_too(tmp_path: Path) -> None:
+    path = tmp_path / "u.json"
+    path.write_text('{"weights": {"a": 1, "b": -0.5}, "rank": 8}', encoding="utf-8")
+    assert load_profile(str(path)) == Profile(weights={"a": 1.0, "b": -0.5}, rank=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "what", "mend"),
+    [
+        ("weights: {a: 1}\nusr: x", "u.yaml:2: usr", "unknown key 'usr'", "did you mean 'user'?"),
+        ("weights:\n  a: 1\n  b: .nan", "u.yaml:3: weights.b", "finite", "write a finite number"),
+        ("user: x\nweights: {}", "u.yaml:2: weights", "at least 1", "give at least one"),
+        ("weights: {a: 0, b: 0.0}", "u.yaml:1: weights", "all weights are zero", "a weight other than 0"),
+        ("weights: {'': 1}", "u.yaml:1: weights", "name is empty", "name the expert"),
+        ("user: x", "u.yaml: weights", "'weights' is missing", "weights: ..."),
+        ("method: linaer\nweights: {a: 1}", "u.yaml:1: method", "'linaer' is no known method", "did you mean 'linear'"),
+        ("weights: {a: 1}\nnormalize: mean", "u.yaml:2: normalize", "'mean'", "choose from: none, sum"),
+        ("normalize: sum\nweights: {a: 1, b: -1}", "u.yaml:1: normalize", "sum to 0", "do not cancel"),
+        ("weights: {a: 1}\nrank: 0", "u.yaml:2: rank", "greater than 0", "larger"),
+        ("weights: {a: 1}\nrank: 8.0", "u.yaml:2: rank", "found 8.0", "whole number"),
+        ("weights: {a: 1}\nallow_opposed: 1", "u.yaml:2: allow_opposed", "found 1", "true or false"),
+    ],
+)
+def test_faults_have_file_line_key_and_mend(text: str, where: str, what: str, mend: str) -> None:
+    error = refused(text)
+    assert error.where == where
+    assert what in error.what
+    assert mend in error.mend
+
+
+def test_normalize_sum_divides_by_the_sum() -> None:
+    profile = Profile(normalize="sum", weights={"a": 3.0, "b": 2.0, "c": -1.0})
+    assert profile.resolved_weights() == {"a": 0.75, "b": 0.5, "c": -0.25}
+
+
+def test_weights_that_cancel_to_rounding_are_refused() -> None:
+    with pytest.raises(ValidationError, match="would divide by it"):
+        Profile(normalize="sum", weights={"a": 0.1, "b": 0.2, "c": -0.3})
+    assert Profile(normalize="none", weights={"a": 1.0, "b": -1.0}).resolved_weights() == {"a": 1.0, "b": -1.0}
+
+
+def test_weights_from_the_command_line() -> None:
+    assert Profile.parse_weights("a=0.6, b = -1e-1,c=1") == {"a": 0.6, "b": -0.1, "c": 1.0}
+    profile = Profile.from_option("a=1", method="factor_average", rank=4)
+    assert profile == Profile(weights={"a": 1.0}, method="factor_average", rank=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "'' is not `name=number`"),
+        ("a", "'a' is not `name=number`"),
+        ("a=", "'a=' is not `name=number`"),
+        ("=1", "'=1' is not `name=number`"),
+        ("a=1,", "'' is not `name=number`"),
+        ("a=1,a=2", "the expert 'a' is repeated"),
+        ("a=x", "the weight of 'a' is not a number: 'x'"),
+        ("a=nan", "the weight of 'a' is not finite: 'nan'"),
+        ("a=1,b=-inf", "the weight of 'b' is not finite: '-inf'"),
+    ],
+)
+def test_bad_weights_on_the_command_line_are_usage_errors(text: str, what: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Profile.parse_weights(text)
+    assert (caught.value.what, caught.value.where) == (what, "--weights")
+    assert caught.value.exit_code == 2
+
+
+def test_an_all_zero_option_names_the_option() -> None:
+    with pytest.raises(DeclarationError) as caught:
+        Profile.from_option("a=0")
+    assert caught.value.where == "--weights: weights"
+
+
+def test_two_sides_of_one_dimension_are_refused_with_the_line() -> None:
+    profile = load_text("weights:\n  elementary: 1\n  friendly: 1\n  expert: 0.5\n", Profile, "u.yaml")
+    with pytest.raises(DeclarationError) as caught:
+        check_sides(profile, DIMENSION_OF)
+    assert caught.value.what == "'elementary' and 'expert' are two sides of one dimension, 'expertise'"
+    assert caught.value.where == "u.yaml:4: weights.expert"
+    assert "allow_opposed: true" in caught.value.mend
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        Profile(weights={"elementary": 1.0, "expert": 1.0}, allow_opposed=True),
+        Profile(weights={"elementary": 1.0, "expert": 0.0}),
+        Profile(weights={"elementary": 1.0, "friendly": 1.0}),
+        Profile(weights={"someone": 1.0, "else": 1.0}),
+    ],
+)
+def test_sides_that_do_not_oppose_each_other_pass(profile: Profile) -> None:
+    check_sides(profile, DIMENSION_OF)
