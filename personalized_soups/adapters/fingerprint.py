@@ -1,0 +1,74 @@
+"""Recognising a base model by what its tensors hold, whatever its folder is called and however it is sharded."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from blake3 import blake3
+
+from personalized_soups.errors import InputError
+from personalized_soups.files.shards import Checkpoint
+
+# Below this size every byte counts; above it, three samples of each tensor: 8B parameters take under a second.
+WHOLE_BELOW_BYTES = 1 << 30
+_SAMPLE_BYTES = 16 << 10
+
+
+def base_fingerprint(base: Path | str) -> str:
+    """Return the fingerprint of a base model: a folder, or a hub id that stands in the local cache.
+
+    BLAKE3 over the sorted list of every tensor's name, dtype, shape and digest. A tensor's digest covers all of its
+    bytes where the model has less than 1 GiB, else its first, middle and last 16 KiB. So it is the same for a
+    re-sharded or renamed copy and for another version of its config, and another for other dtypes or other values.
+
+    Raises:
+        InputError: if there is no such model.
+        FileFormatError: if its weights are not sound safetensors files.
+    """
+    checkpoint = Checkpoint.open(base_folder(base))
+    whole = checkpoint.num_bytes < WHOLE_BELOW_BYTES
+
+    def digest(name: str) -> bytes:
+        data = checkpoint.raw(name)
+        hasher = blake3()
+        if whole or len(data) <= 3 * _SAMPLE_BYTES:
+            hasher.update(data)
+        else:
+            middle = (len(data) - _SAMPLE_BYTES) // 2
+            for start in (0, middle, len(data) - _SAMPLE_BYTES):
+                hasher.update(data[start : start + _SAMPLE_BYTES])
+        return bytes(hasher.digest())
+
+    names = sorted(checkpoint)
+    total = blake3(b"personalized_soups base 1\n" if whole else b"personalized_soups base 1 sampled\n")
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        for name, content in zip(names, pool.map(digest, names), strict=True):
+            entry = checkpoint.entry(name)
+            total.update(f"{name}\0{entry.dtype}\0{','.join(map(str, entry.shape))}\0".encode())
+            total.update(content)
+    return str(total.hexdigest())
+
+
+def base_folder(base: Path | str) -> Path:
+    """Return the folder of a base model: the path itself, or a hub id's snapshot in the local cache.
+
+    Nothing is downloaded here.
+
+    Raises:
+        InputError: if neither is there.
+    """
+    if Path(base).is_dir():
+        return Path(base)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    try:
+        return Path(snapshot_download(str(base), local_files_only=True, allow_patterns=patterns))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, FileNotFoundError) as error:
+        raise InputError(
+            f"the base model {str(base)!r} is neither a folder nor a hub id in the local cache",
+            where=str(base),
+            mend=f"check the path, or run: hf download {base}",
+        ) from error

@@ -1,0 +1,126 @@
+"""A checkpoint: one safetensors file, or several with an index that maps tensor names to files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+from torch import Tensor
+
+from personalized_soups.errors import FileFormatError, choose_from
+from personalized_soups.files.reader import PICKLES, SafetensorsFile, TensorEntry, check_no_pickle, parse_json
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_MAX_INDEX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Checkpoint:
+    """The weight files of one model folder, opened and checked; `shards` stand in the order of their names."""
+
+    folder: Path
+    shards: Mapping[str, SafetensorsFile]
+    has_index: bool
+    _shard_of: Mapping[str, str]
+
+    @classmethod
+    def open(cls, folder: Path | str) -> Self:
+        """Open every weight file of `folder` and check that the index and the files agree.
+
+        Raises:
+            FileFormatError: if there is no safetensors file, a shard is missing or damaged, or the index lies.
+        """
+        folder = Path(folder)
+        index = folder / INDEX
+        if index.is_file():
+            names = _indexed(index)
+        elif (folder / WHOLE).is_file():
+            names = None
+        else:
+            raise _no_weights(folder)
+        files = {WHOLE} if names is None else set(names.values())
+        shards = {file: SafetensorsFile.open(folder / file) for file in sorted(files)}
+        shard_of: dict[str, str] = {}
+        for file, shard in shards.items():
+            for name in shard.entries:
+                if name in shard_of:
+                    raise _fault(index, f"{name}: stands in {shard_of[name]} and in {file}")
+                shard_of[name] = file
+        if names is not None and names != shard_of:
+            name = next(iter(dict(names.items() ^ shard_of.items())))
+            raise _fault(index, f"{name}: the index says {names.get(name)}, it stands in {shard_of.get(name)}")
+        return cls(folder, MappingProxyType(shards), names is not None, MappingProxyType(shard_of))
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names of all tensors."""
+        return iter(self._shard_of)
+
+    def __len__(self) -> int:
+        return len(self._shard_of)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard_of
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return where one tensor stands in its shard."""
+        return self._shard(name).entry(name)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, as SafetensorsFile.tensor does."""
+        return self._shard(name).tensor(name)
+
+    def raw(self, name: str) -> memoryview:
+        """Return one tensor's bytes, without a copy."""
+        return self._shard(name).raw(name)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all weight files together."""
+        return sum(shard.num_bytes for shard in self.shards.values())
+
+    def _shard(self, name: str) -> SafetensorsFile:
+        try:
+            return self.shards[self._shard_of[name]]
+        except KeyError:
+            raise FileFormatError(
+                f"the checkpoint has no tensor {name!r}", where=str(self.folder), mend=choose_from(name, self)
+            ) from None
+
+
+def _indexed(index: Path) -> dict[str, str]:
+    if index.stat().st_size > _MAX_INDEX_BYTES:
+        raise _fault(index, f"the index is larger than {_MAX_INDEX_BYTES} bytes")
+    parsed = parse_json(index.read_bytes(), index)
+    names = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(names, dict) or not names:
+        raise _fault(index, "the index has no weight_map")
+    for name, file in names.items():
+        # a name with a folder in it could point anywhere on the disk
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file:
+            raise _fault(index, f"{name}: the index names {str(file)[:80]!r}, not a file beside it")
+        check_no_pickle(index.with_name(file))
+        if not index.with_name(file).is_file():
+            raise _fault(index, f"the shard {file} is missing; {name} stands in it")
+    return names
+
+
+def _no_weights(folder: Path) -> FileFormatError:
+    if not folder.is_dir():
+        return FileFormatError("there is no such folder", where=str(folder), mend="check the path of the model")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in PICKLES and path.name.startswith(("pytorch_model", "model")):
+            check_no_pickle(path)
+    return FileFormatError(
+        f"the folder has neither {WHOLE} nor {INDEX}",
+        where=str(folder),
+        mend="give a model folder that save_pretrained wrote with safetensors",
+    )
+
+
+def _fault(path: Path, what: str) -> FileFormatError:
+    return FileFormatError(what, where=str(path), mend="the checkpoint is damaged or incomplete: download it again")

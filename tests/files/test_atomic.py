@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from personalized_soups.errors import OutputExistsError, RunError, UsageError
+from personalized_soups.files.atomic import new_folder
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_folder_appears_only_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "out"
+    with new_folder(target) as scratch:
+        (scratch / "x.txt").write_text("x")
+        assert not target.exists()
+    assert left_in(tmp_path / "a") == ["out"]
+    assert (target / "x.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt, SystemExit])
+def test_nothing_is_left_when_the_block_raises(tmp_path: Path, fault: type[BaseException]) -> None:
+    with pytest.raises(fault), new_folder(tmp_path / "made" / "out") as scratch:
+        (scratch / "x.txt").write_text("x")
+        raise fault
+    assert left_in(tmp_path) == []
+
+
+def test_a_full_disk_is_a_failed_run_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no space is left") as caught, new_folder(tmp_path / "out") as scratch:
+        (scratch / "x.txt").write_text("x")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.exit_code == 1
+    assert caught.value.where == str(tmp_path / "out")
+    assert left_in(tmp_path) == []
+
+
+def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputExistsError, match="there already") as caught, new_folder(tmp_path / "out"):
+        pytest.fail("the block must not be entered")
+    assert "--overwrite" in caught.value.mend
+
+
+def test_overwrite_replaces_what_this_tool_wrote(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old.safetensors").write_text("old")
+    (target / "soup.json").write_text(json.dumps({"files": ["old.safetensors", "soup.json"]}))
+    with new_folder(target, overwrite=True) as scratch:
+        (scratch / "soup.json").write_text("{}")
+    assert left_in(tmp_path) == ["out"]
+    assert left_in(target) == ["soup.json"]
+
+
+def test_overwrite_keeps_files_that_this_tool_did_not_write(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (target / "notes").mkdir(parents=True)
+    (target / "notes" / "mine.txt").write_text("mine")
+    (target / "soup.json").write_text(json.dumps({"files": ["soup.json"]}))
+    with new_folder(target, overwrite=True) as scratch:
+        (scratch / "soup.json").write_text("{}")
+    assert left_in(tmp_path) == ["out", "out.replaced-1"]
+    assert (tmp_path / "out.replaced-1" / "notes" / "mine.txt").read_text() == "mine"
+
+
+def test_overwrite_refuses_a_folder_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    with pytest.raises(OutputExistsError, match="did not write"), new_folder(tmp_path / "thesis", overwrite=True):
+        pytest.fail("the block must not be entered")
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+
+def test_a_failed_overwrite_leaves_the_old_folder_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "soup.json").write_text('{"old": 1}')
+    with pytest.raises(ValueError, match="half way"), new_folder(target, overwrite=True) as scratch:
+        (scratch / "soup.json").write_text("{}")
+        raise ValueError("half way")
+    assert left_in(tmp_path) == ["out"]
+    assert (target / "soup.json").read_text() == '{"old": 1}'
+
+
+def test_a_target_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    with pytest.raises(OutputExistsError), new_folder(target):
+        target.mkdir()
+        (target / "theirs.txt").write_text("theirs")
+    assert left_in(tmp_path) == ["out"]
+    assert left_in(target) == ["theirs.txt"]
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_files_and_links_are_refused_even_with_overwrite(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    if kind == "file":
+        target.write_text("x")
+    else:
+        (tmp_path / "real").mkdir()
+        target.symlink_to(tmp_path / "real")
+    with pytest.raises(OutputExistsError, match=f"a {kind}"), new_folder(target, overwrite=True):
+        pytest.fail("the block must not be entered")
+
+
+def test_the_root_folder_is_no_output() -> None:
+    with pytest.raises(UsageError), new_folder("/", overwrite=True):
+        pytest.fail("the block must not be entered")
+
+
+def test_modes_follow_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with new_folder(tmp_path / "out"):
+            pass
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
