@@ -1,0 +1,144 @@
+"""A base model, alone or with an adapter, that answers prompts: many at once, or one streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import torch
+
+from personalized_soups.generation.decoding import Sampling, decode, pad_left, uniforms
+from personalized_soups.generation.loading import Dtype, choose_device, load_adapter, load_base, load_tokenizer
+from personalized_soups.generation.prompts import Prompt, encode_prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Generator:
+    """Answers prompts with one model.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+        tokenizer: the base's tokenizer; its chat template is used where it has one.
+    """
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.stop_ids = _stop_ids(model, tokenizer)
+
+    @classmethod
+    def open(
+        cls,
+        base: str | Path,
+        adapter: str | Path | None = None,
+        *,
+        device: str = "auto",
+        dtype: Dtype = "float32",
+        fold: bool = True,
+    ) -> Self:
+        """Load a base (folder or hub id) and an adapter folder.
+
+        Args:
+            base: a folder or a hub id.
+            adapter: a PEFT adapter folder, or None for the base alone.
+            device: `auto`, `cpu`, `cuda`, ...
+            dtype: in which the model is held and computes.
+            fold: fold the adapter into the weights (faster) instead of computing it beside them.
+
+        Raises:
+            SoupError: if base, adapter or device are not there or not usable.
+        """
+        chosen = choose_device(device)
+        tokenizer = load_tokenizer(base)
+        model: Any = load_base(base, device=chosen, dtype=dtype)
+        if adapter is not None:
+            model = load_adapter(model, adapter, fold=fold)
+        return cls(model, tokenizer)
+
+    def answers(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        num_samples: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        batch_size: int = 64,
+        seed: int = 0,
+        greedy: bool = False,
+    ) -> list[list[str]]:
+        """Return `num_samples` answers for each prompt, without end token and outer white space.
+
+        The same seed gives the same answers on one machine. Answer s of prompt p has its own random numbers, which
+        depend on seed, p and s alone: two models that are asked with one seed answer from common random numbers.
+        """
+        sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
+        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        rows = [index for index in range(len(prompts)) for _ in range(num_samples)]
+        # Prompts of like length share a batch, so that little of it is padding.
+        order = sorted(range(len(rows)), key=lambda row: len(encoded[rows[row]]))
+        texts = [""] * len(rows)
+        for start in range(0, len(order), batch_size):
+            group = order[start : start + batch_size]
+            said = self._decoded([encoded[rows[row]] for row in group], group, sampling, seed)
+            for row, text in zip(group, said, strict=True):
+                texts[row] = text
+        return [texts[first : first + num_samples] for first in range(0, len(texts), num_samples)]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        greedy: bool = False,
+    ) -> Iterator[str]:
+        """Yield the answer piece by piece; the pieces together are what `answers` gives for this prompt and seed."""
+        sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
+        tokens: list[int] = []
+        said = ""
+        for _, (token,) in self._steps([encode_prompt(self.tokenizer, prompt)], [0], sampling, seed):
+            tokens.append(token)
+            # White space at the end waits for what follows (the answer is stripped), and so does half a character.
+            text = self._text(tokens)
+            if text.startswith(said) and not text.endswith("\ufffd") and len(text) > len(said):
+                yield text[len(said) :]
+                said = text
+        yield self._text(tokens)[len(said) :]
+
+    def _decoded(self, prompts: list[list[int]], rows: list[int], sampling: Sampling, seed: int) -> list[str]:
+        tokens: list[list[int]] = [[] for _ in prompts]
+        for going, chosen in self._steps(prompts, rows, sampling, seed):
+            for place, token in zip(going, chosen, strict=True):
+                tokens[place].append(token)
+        return [self._text(row) for row in tokens]
+
+    def _steps(
+        self, prompts: list[list[int]], rows: list[int], sampling: Sampling, seed: int
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        device = self.model.device
+        ids_BT, mask_BT = pad_left(prompts, int(self.tokenizer.pad_token_id), device)
+        draws = np.stack([uniforms(seed, row, sampling.max_new_tokens) for row in rows])
+        return decode(
+            self.model,
+            ids_BT,
+            mask_BT,
+            draws_BN=torch.from_numpy(draws).to(device),
+            sampling=sampling,
+            stop_ids=self.stop_ids,
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text).strip()
+
+
+def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the ids that end an answer: the tokenizer's end token and those of the model's generation config."""
+    declared = getattr(model.generation_config, "eos_token_id", None)
+    listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    return frozenset({int(tokenizer.eos_token_id), *map(int, listed)})

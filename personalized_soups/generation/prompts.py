@@ -1,0 +1,86 @@
+"""Prompts: what stands before the answer, through the tokenizer's chat template where it has one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from personalized_soups.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message: TypeAlias = dict[str, str]
+Prompt: TypeAlias = str | Sequence[Message]
+
+
+def messages_of(prompt: Prompt) -> list[Message]:
+    """Return the prompt as chat messages: a string is one message of the user."""
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [dict(message) for message in prompt]
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """Return the prompt as one string, for scorers: the last message of a chat."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """Return the token ids after which the answer begins.
+
+    Raises:
+        InputError: if the prompt is a chat and the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is not None:
+        rendered = tokenizer.apply_chat_template(messages_of(prompt), tokenize=False, add_generation_prompt=True)
+        # The template writes the special tokens itself; adding them again would double the first one.
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+    if not isinstance(prompt, str):
+        raise InputError(
+            "a conversation is given, and the tokenizer has no chat template",
+            where=str(tokenizer.name_or_path),
+            mend="give the prompt as plain text, or use a base model with a chat template",
+        )
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the prompts of a file: one a line, or JSON lines with a string `prompt` in each (`.jsonl`).
+
+    Raises:
+        InputError: naming file and line, if the file is missing, empty, not UTF-8, or a line holds no prompt.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as fault:
+        raise InputError(
+            f"the prompts can't be read: {fault.strerror}", where=str(path), mend="check the path"
+        ) from fault
+    prompts = [_prompt_of(line, path=path, number=number) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not prompts:
+        raise InputError("the file holds no prompt", where=str(path), mend="write one prompt a line")
+    return prompts
+
+
+def _prompt_of(line: bytes, *, path: Path, number: int) -> str:
+    where = f"{path}:{number}"
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError as fault:
+        raise InputError(
+            f"byte {line[fault.start]:#04x} is not UTF-8", where=where, mend="save the file as UTF-8"
+        ) from fault
+    if path.suffix != ".jsonl":
+        return text
+    try:
+        prompt = json.loads(text)["prompt"]
+    except (ValueError, KeyError, TypeError):
+        prompt = None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise InputError(
+            'expected a JSON object with a string "prompt"', where=where, mend='write {"prompt": "..."} in every line'
+        )
+    return prompt

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from personalized_soups.errors import FileFormatError, InputError, SoupError, UsageError
+from personalized_soups.generation.decoding import Sampling, choose_tokens, uniforms
+from personalized_soups.generation.generator import Generator
+from personalized_soups.generation.loading import choose_device
+from personalized_soups.generation.quiet import quiet_transformers
+
+PROMPTS = ["wash the kettle", "rub", "how do I clean the old kettle with warm water?", "dry the towel so that"]
+
+
+@pytest.fixture(scope="module")
+def generator(small_base: Path) -> Generator:
+    return Generator.open(small_base, device="cpu")
+
+
+def test_greedy_answers_are_those_of_transformers(generator: Generator) -> None:
+    tokenizer, model = generator.tokenizer, generator.model
+    ours = generator.answers(PROMPTS, max_new_tokens=12, greedy=True, batch_size=3)
+    for prompt, (answer,) in zip(PROMPTS, ours, strict=True):
+        rendered = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
+        inputs = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)
+        out = model.generate(**inputs, do_sample=False, max_new_tokens=12)
+        theirs = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer == theirs.strip()
+
+
+def test_answers_depend_on_the_seed_and_not_on_the_batch(generator: Generator) -> None:
+    wide = generator.answers(PROMPTS, num_samples=3, max_new_tokens=10, batch_size=64, seed=5)
+    assert generator.answers(PROMPTS, num_samples=3, max_new_tokens=10, batch_size=2, seed=5) == wide
+    assert generator.answers(PROMPTS, num_samples=3, max_new_tokens=10, batch_size=64, seed=6) != wide
+    assert [len(answers) for answers in wide] == [3] * len(PROMPTS)
+    assert len({answer for answers in wide for answer in answers}) > len(PROMPTS)  # samples of one prompt differ
+
+
+def test_sampling_leaves_torchs_own_generator_alone(generator: Generator) -> None:
+    before = torch.random.get_rng_state()
+    generator.answers(PROMPTS[:1], max_new_tokens=4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_the_stream_is_the_answer_in_pieces(generator: Generator, greedy: bool) -> None:
+    ((answer,),) = generator.answers(PROMPTS[2:3], max_new_tokens=20, seed=3, greedy=greedy)
+    pieces = list(generator.stream(PROMPTS[2], max_new_tokens=20, seed=3, greedy=greedy))
+    assert "".join(pieces) == answer
+    assert len(pieces) > 3
+
+
+def test_a_row_stops_at_a_stop_token_while_others_go_on(generator: Generator) -> None:
+    full = generator.answers(PROMPTS, max_new_tokens=30, seed=1)
+    shorter = Generator(generator.model, generator.tokenizer)
+    shorter.stop_ids = frozenset(range(6, 100))  # about a third of the vocabulary: rows end at different steps
+    cut = shorter.answers(PROMPTS, max_new_tokens=30, seed=1)
+    assert len({len(part) for (part,) in cut}) > 1
+    for (whole,), (part,) in zip(full, cut, strict=True):
+        assert len(part) < len(whole)
+        assert whole.startswith(part.rstrip("\ufffd"))  # a character may have been cut in two
+
+
+def test_a_chat_is_rendered_as_its_messages(generator: Generator) -> None:
+    chat = [{"role": "user", "content": PROMPTS[0]}]
+    assert generator.answers([chat], max_new_tokens=6) == generator.answers(PROMPTS[:1], max_new_tokens=6)
+
+
+def test_tokens_follow_the_softmax_and_never_have_probability_zero() -> None:
+    logits_BV = torch.tensor([[0.0, float("-inf"), 1.0, 2.0]]).repeat(20000, 1)
+    draw_B = torch.from_numpy(uniforms(7, 0, 20000))
+    counts = torch.bincount(choose_tokens(logits_BV, draw_B, 1.0), minlength=4) / 20000
+    want = torch.softmax(logits_BV[0], -1)
+    assert counts[1] == 0
+    # four standard errors of a share over 20000 draws
+    torch.testing.assert_close(counts, want, atol=4 * (0.25 / 20000) ** 0.5, rtol=0)
+    edges = choose_tokens(logits_BV[:2], torch.tensor([0.0, 1 - 2.0**-24]), 1.0)
+    assert edges.tolist() == [0, 3]
+
+
+def test_a_folded_adapter_answers_as_one_beside_the_weights(small_base: Path, tmp_path: Path) -> None:
+    _write_random_adapter(small_base, tmp_path / "adapter")
+    folded, beside = (
+        Generator.open(small_base, tmp_path / "adapter", device="cpu", fold=fold) for fold in (True, False)
+    )
+    assert not hasattr(folded.model, "peft_config") or not list(folded.model.peft_config)
+    base = Generator.open(small_base, device="cpu").answers(PROMPTS, max_new_tokens=8, greedy=True)
+    answers = folded.answers(PROMPTS, max_new_tokens=8, greedy=True)
+    assert beside.answers(PROMPTS, max_new_tokens=8, greedy=True) == answers
+    assert answers != base
+
+
+def test_an_adapter_in_a_pickle_is_refused_unread(small_base: Path, tmp_path: Path) -> None:
+    _write_random_adapter(small_base, tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    with pytest.raises(FileFormatError, match="missing"):
+        Generator.open(small_base, tmp_path, device="cpu")
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(FileFormatError, match="pickle"):
+        Generator.open(small_base, tmp_path, device="cpu")
+
+
+def test_a_base_that_is_not_there_is_said_with_a_mend(small_base: Path, tmp_path: Path) -> None:
+    faults: list[SoupError] = []
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled/config.json").write_bytes((small_base / "config.json").read_bytes())
+    (tmp_path / "pickled/pytorch_model.bin").write_bytes(b"\x80\x04")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "pickled" / name).write_bytes((small_base / name).read_bytes())
+    for base in (tmp_path / "nothing", tmp_path, tmp_path / "pickled", "nobody/nothing"):
+        with pytest.raises(InputError) as caught:
+            Generator.open(base, device="cpu")
+        faults.append(caught.value)
+    assert [fault.where for fault in faults] == [
+        str(tmp_path / "nothing"),
+        str(tmp_path),
+        str(tmp_path / "pickled"),
+        "nobody/nothing",
+    ]
+    assert "config.json is missing" in faults[1].what
+
+
+def test_devices_that_are_not_there_are_refused() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    with pytest.raises(UsageError):
+        choose_device("toaster")
+    with pytest.raises(UsageError):
+        choose_device("cuda:63")
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])
+def test_impossible_sampling_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        Sampling(**wrong)  # type: ignore[arg-type]
+
+
+def _write_random_adapter(base: Path, folder: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    with quiet_transformers():
+        get_peft_model(model, config).save_pretrained(folder)
