@@ -1,7 +1,7 @@
 """One token after another, for a batch: the loop under batched and streamed generation.
 
-Every row has its own random numbers: the draw of a row at a step depends on the seed and the row's place alone, so that an
-answer does not depend on what else is in its batch (up to the rounding of batched arithmetic).
+Every row has its own random numbers: the draw of a row at a step depends on the seed and the row's place alone, so
+that an answer does not depend on what else is in its batch (up to the rounding of batched arithmetic).
 
 B rows in a batch, T tokens of a prompt, V vocabulary, N new tokens
 """

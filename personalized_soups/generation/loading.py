@@ -76,10 +76,10 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
     wanted: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
         with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(str(base), dtype=wanted, use_safetensors=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=wanted, use_safetensors=True)
     except (OSError, ValueError) as fault:
         raise _no_base(base, "model", fault) from fault
-    moved: Any = model.to(device)
+    moved: PreTrainedModel = model.to(device)
     return moved
 
 

@@ -29,7 +29,7 @@ def test_greedy_answers_are_those_of_transformers(generator: Generator) -> None:
         inputs = tokenizer(rendered, return_tensors="pt", add_special_tokens=False)
         out = model.generate(**inputs, do_sample=False, max_new_tokens=12)
         theirs = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert answer == theirs.strip()
+        assert answer == str(theirs).strip()
 
 
 def test_answers_depend_on_the_seed_and_not_on_the_batch(generator: Generator) -> None:
@@ -146,4 +146,4 @@ def _write_random_adapter(base: Path, folder: Path) -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     with quiet_transformers():
-        get_peft_model(model, config).save_pretrained(folder)
+        get_peft_model(model, config).save_pretrained(str(folder))

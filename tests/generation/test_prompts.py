@@ -48,7 +48,7 @@ def test_a_missing_prompt_file(tmp_path: Path) -> None:
 
 def test_the_chat_template_stands_around_a_prompt_once(small_base: Path) -> None:
     tokenizer = load_tokenizer(small_base)
-    text = tokenizer.decode(encode_prompt(tokenizer, "wash"))
+    text = str(tokenizer.decode(encode_prompt(tokenizer, "wash")))
     assert text.count("<|user|>") == 1
     assert text.endswith("<|assistant|>")
 

@@ -89,12 +89,10 @@ def test_an_answer_without_a_word_is_invalid(answer: str) -> None:
 
 
 def test_a_side_is_scored_by_its_own_scorer_first() -> None:
-    own = {"kind": "markers", "high": ["oh sure"], "low": []}
     catalogue = Catalogue.model_validate_json(
         """{"dimensions": {"style": {"about": "tone", "scorer": {"kind": "length", "low": 0, "high": 4}, "sides": {
             "friendly": {"label": "P3A", "instruction": "Be kind."},
-            "sarcastic": {"label": "P3D", "instruction": "Mock.", "scorer": %s}}}}}"""
-        % str(own).replace("'", '"')
+            "sarcastic": {"label": "P3D", "instruction": "Mock.", "scorer": {"kind": "markers", "high": ["oh sure"], "low": []}}}}}}"""
     )
     assert scorer_of(catalogue, "friendly")("", "one two").value == 0.5
     assert scorer_of(catalogue, "sarcastic")("", "oh sure").value == 1.0
