@@ -16,6 +16,12 @@ def left_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def write_and_raise(target: Path, fault: BaseException, *, overwrite: bool = False) -> None:
+    with new_folder(target, overwrite) as scratch:
+        (scratch / "soup.json").write_text("{}")
+        raise fault
+
+
 def test_the_folder_appears_only_at_the_end(tmp_path: Path) -> None:
     target = tmp_path / "a" / "out"
     with new_folder(target) as scratch:
@@ -27,16 +33,14 @@ def test_the_folder_appears_only_at_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt, SystemExit])
 def test_nothing_is_left_when_the_block_raises(tmp_path: Path, fault: type[BaseException]) -> None:
-    with pytest.raises(fault), new_folder(tmp_path / "made" / "out") as scratch:
-        (scratch / "x.txt").write_text("x")
-        raise fault
+    with pytest.raises(fault):
+        write_and_raise(tmp_path / "made" / "out", fault())
     assert left_in(tmp_path) == []
 
 
 def test_a_full_disk_is_a_failed_run_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no space is left") as caught, new_folder(tmp_path / "out") as scratch:
-        (scratch / "x.txt").write_text("x")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(RunError, match="no space is left") as caught:
+        write_and_raise(tmp_path / "out", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
     assert caught.value.exit_code == 1
     assert caught.value.where == str(tmp_path / "out")
     assert left_in(tmp_path) == []
@@ -83,18 +87,20 @@ def test_a_failed_overwrite_leaves_the_old_folder_whole(tmp_path: Path) -> None:
     target = tmp_path / "out"
     target.mkdir()
     (target / "soup.json").write_text('{"old": 1}')
-    with pytest.raises(ValueError, match="half way"), new_folder(target, overwrite=True) as scratch:
-        (scratch / "soup.json").write_text("{}")
-        raise ValueError("half way")
+    with pytest.raises(ValueError, match="half way"):
+        write_and_raise(target, ValueError("half way"), overwrite=True)
     assert left_in(tmp_path) == ["out"]
     assert (target / "soup.json").read_text() == '{"old": 1}'
 
 
 def test_a_target_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(OutputExistsError), new_folder(target):
-        target.mkdir()
-        (target / "theirs.txt").write_text("theirs")
+    block = new_folder(target)
+    block.__enter__()
+    target.mkdir()
+    (target / "theirs.txt").write_text("theirs")
+    with pytest.raises(OutputExistsError, match="while this was running"):
+        block.__exit__(None, None, None)
     assert left_in(tmp_path) == ["out"]
     assert left_in(target) == ["theirs.txt"]
 

@@ -1,0 +1,87 @@
+"""Whether experts fit together: one base model, one shape a module. Every disagreement is told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+from personalized_soups.adapters.library import Expert
+from personalized_soups.adapters.provenance import BaseRecord
+from personalized_soups.errors import IncompatibleExpertsError
+
+# A hundred lines of the same disagreement tell no more than these.
+_MAX_SHOWN = 8
+
+
+def disagreements(experts: Sequence[Expert], *, same_base: bool = False) -> list[IncompatibleExpertsError]:
+    """Return everything in which experts disagree, from their headers and records alone; empty if they fit."""
+    found = [] if same_base else _of_bases(experts)
+    return found + _of_shapes(experts)
+
+
+def is_same_base(
+    one: BaseRecord, other: BaseRecord, *, revisions: tuple[str | None, str | None] = (None, None)
+) -> bool:
+    """Return whether two records name one base model: by fingerprint where both have one, else by name."""
+    if one.fingerprint is not None and other.fingerprint is not None:
+        return one.fingerprint == other.fingerprint
+    if one.name is None or other.name is None:
+        return one.name == other.name
+    first, second = (revision or "main" for revision in revisions)
+    return first == second and _place(one.name) == _place(other.name)
+
+
+def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
+    different = [
+        (one, other)
+        for one, other in combinations(experts, 2)
+        if not is_same_base(
+            one.base, other.base, revisions=(one.adapter.config.revision, other.adapter.config.revision)
+        )
+    ]
+    if not different:
+        return []
+    named = {expert.name: _described(expert) for pair in different for expert in pair}
+    return [
+        IncompatibleExpertsError(
+            "the experts were trained on different bases: "
+            + "; ".join(f"{name}: {base}" for name, base in list(named.items())[:_MAX_SHOWN]),
+            where=", ".join(list(named)[:_MAX_SHOWN]),
+            mend="merge experts of one base; if these are one base under several names, pass --same-base",
+        )
+    ]
+
+
+def _of_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
+    first: dict[str, tuple[Expert, tuple[int, int]]] = {}
+    found = []
+    for expert in experts:
+        for name, module in expert.adapter.modules.items():
+            shape = (module.out_features, module.in_features)
+            other, expected = first.setdefault(name, (expert, shape))
+            if shape != expected:
+                found.append(f"{name}: {other.name} has {list(expected)}, {expert.name} has {list(shape)}")
+    if not found:
+        return []
+    more = f" (and {len(found) - _MAX_SHOWN} more)" if len(found) > _MAX_SHOWN else ""
+    return [
+        IncompatibleExpertsError(
+            "the experts were trained for layers of different shapes: " + "; ".join(found[:_MAX_SHOWN]) + more,
+            where=", ".join(expert.name for expert in experts),
+            mend="merge experts that were trained on one and the same base model",
+        )
+    ]
+
+
+def _described(expert: Expert) -> str:
+    base = expert.base
+    revision = f" at {expert.adapter.config.revision}" if expert.adapter.config.revision else ""
+    mark = f" (fingerprint {base.fingerprint[:12]})" if base.fingerprint else ""
+    return f"{base.name or 'not named'}{revision}{mark}"
+
+
+def _place(name: str) -> str:
+    """Return a base's name such that two spellings of one local folder are equal."""
+    path = Path(name)
+    return str(path.resolve()) if path.is_dir() else name.rstrip("/")

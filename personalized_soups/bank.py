@@ -1,0 +1,113 @@
+"""The bank: the factors of the chosen experts, stacked per module; every way of using a soup starts from it.
+
+E experts, R rank of one expert, K sum of ranks, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.library import Expert
+from personalized_soups.methods.factors import Factors
+
+# Experts that were trained freely differ in their first bytes already.
+_PROBE_BYTES = 4096
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StackedModule:
+    """One module's factors of all experts that adapt it, without weights and scalings.
+
+    `a_KI` and `b_OK` are the experts' factors below and beside one another. `experts` are their positions in the bank;
+    `ranks`, `scalings` and `basis` go with them. Experts with one number in `basis` have the same A, byte for byte.
+    """
+
+    name: str
+    experts: tuple[int, ...]
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    basis: tuple[int, ...]
+    a_KI: Tensor  # noqa: N815
+    b_OK: Tensor  # noqa: N815
+
+    def factors(self) -> list[Factors]:
+        """Return each expert's own factors, as views into the stack."""
+        a_parts = self.a_KI.split(self.ranks, dim=0)
+        b_parts = self.b_OK.split(self.ranks, dim=1)
+        return [Factors(a, b, scaling) for a, b, scaling in zip(a_parts, b_parts, self.scalings, strict=True)]
+
+
+class ExpertBank:
+    """The chosen experts, read one module at a time. They are taken to be compatible.
+
+    Args:
+        experts: in the order in which weights will be given.
+        device: where the factors shall be.
+    """
+
+    def __init__(self, experts: Sequence[Expert], *, device: torch.device | str = "cpu") -> None:
+        self.experts = tuple(experts)
+        self.device = torch.device(device)
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that at least one expert adapts, sorted."""
+        return tuple(sorted({name for expert in self.experts for name in expert.adapter.modules}))
+
+    @cached_property
+    def shares_basis(self) -> bool:
+        """Whether all experts adapt the same modules and have the same A in each, byte for byte."""
+        return all(len(self.members(name)) == len(self.experts) and not any(self.basis(name)) for name in self.modules)
+
+    def members(self, module: str) -> tuple[int, ...]:
+        """Return the positions of the experts that adapt a module."""
+        return tuple(index for index, expert in enumerate(self.experts) if module in expert.adapter.modules)
+
+    def basis(self, module: str) -> tuple[int, ...]:
+        """Return one number for each of `members(module)`: equal where their A's are equal, byte for byte.
+
+        Numbers count from 0 in the order of first appearance. Nothing but A's first bytes is read where they differ.
+        """
+        found: list[tuple[object, memoryview]] = []
+        numbers = []
+        for index in self.members(module):
+            entry, data = self.experts[index].adapter.a_bytes(module)
+            kind = (entry.dtype, entry.shape)
+            for number, (other_kind, other) in enumerate(found):
+                if kind == other_kind and _equal(data, other):
+                    numbers.append(number)
+                    break
+            else:
+                numbers.append(len(found))
+                found.append((kind, data))
+        return tuple(numbers)
+
+    def read(self, module: str, dtype: torch.dtype = torch.float32) -> StackedModule:
+        """Return a module's stack in `dtype` on the bank's device.
+
+        Raises:
+            InputError: naming file and tensor where a value is NaN or infinite.
+        """
+        members = self.members(module)
+        parts = [self.experts[index].adapter.factors(module, dtype) for index in members]
+        return StackedModule(
+            name=module,
+            experts=members,
+            ranks=tuple(part.rank for part in parts),
+            scalings=tuple(part.scaling for part in parts),
+            basis=self.basis(module),
+            a_KI=torch.cat([part.a_RI for part in parts], dim=0).to(self.device),
+            b_OK=torch.cat([part.b_OR for part in parts], dim=1).to(self.device),
+        )
+
+
+def _equal(one: memoryview, other: memoryview) -> bool:
+    if one[:_PROBE_BYTES] != other[:_PROBE_BYTES]:
+        return False
+    return bool(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)))

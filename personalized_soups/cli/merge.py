@@ -1,0 +1,154 @@
+"""`psoups merge`: the experts of a library, merged for one user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from personalized_soups.cli import render
+from personalized_soups.errors import UsageError
+
+if TYPE_CHECKING:
+    from personalized_soups.adapters.provenance import SoupRecord
+    from personalized_soups.declare.profile import Profile
+    from personalized_soups.merging.plan import MergePlan
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(name="merge")(merge)
+
+
+def merge(
+    profile: Annotated[Path | None, typer.Argument(help="Profile file, YAML or JSON.")] = None,
+    *,
+    experts: Annotated[
+        list[Path] | None, typer.Option(help="Folder of experts, or one expert; may be repeated.", show_default=False)
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder to write.", show_default=False)] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Mixing weights in place of a profile: a=0.6,b=0.6.", show_default=False)
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="Merge method; overrides the profile's. See psoups inspect --methods.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Truncate to at most this rank; the error is reported.")] = None,
+    device: Annotated[str, typer.Option(help="auto (the CPU), cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; the experts' own if left out.")
+    ] = None,
+    into_base: Annotated[
+        str | None, typer.Option(help="Fold the soup into this base model and write a full model.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that psoups wrote.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
+    same_base: Annotated[
+        bool, typer.Option("--same-base", help="Take different base names or fingerprints for one base.")
+    ] = False,
+    allow_opposed: Annotated[
+        bool, typer.Option("--allow-opposed", help="Take weights on two sides of one dimension.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Merge experts for one user into a LoRA adapter, or into a full model with --into-base."""
+    if not experts:
+        raise UsageError("no experts are given", where="--experts", mend="give --experts FOLDER")
+    if out is None and not dry_run:
+        raise UsageError("no output is given", where="--out", mend="give --out FOLDER, or --dry-run")
+    declared = _profile(profile, weights, allow_opposed=allow_opposed)
+
+    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.merging.plan import plan_merge
+
+    library = ExpertLibrary.open(*experts)
+    options: dict[str, Any] = {"method": method, "same_base": same_base}
+    if dry_run or out is None:
+        plan = plan_merge(library, declared, **options, rank=rank, dtype=dtype, into_base=into_base is not None)
+        _show_plan(plan, as_json=as_json)
+        return
+    if into_base is None:
+        from personalized_soups.files.atomic import check_replaceable
+        from personalized_soups.merging.adapter import merge as merge_adapter
+
+        check_replaceable(out.absolute(), overwrite=overwrite)  # before the work, not after it
+        merged = merge_adapter(library, declared, **options, rank=rank, dtype=dtype, device=device)
+        merged.write(out, overwrite=overwrite)
+        _show_soup(out, merged.record, as_json=as_json)
+        return
+    # plan_merge refuses --rank and --dtype here, with the reason
+    plan_merge(library, declared, **options, rank=rank, dtype=dtype, into_base=True)
+    from personalized_soups.adapters.provenance import read_soup_record
+    from personalized_soups.merging.into_base import merge_into_base
+
+    with render.progress("folding", quiet=as_json) as bar:
+        merge_into_base(
+            library,
+            declared,
+            into_base,
+            out,
+            **options,
+            device=device,
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(done >> 20, total=max(total >> 20, 1)),
+        )
+    record = read_soup_record(out)
+    assert record is not None
+    _show_soup(out, record, as_json=as_json)
+
+
+def _profile(path: Path | None, weights: str | None, *, allow_opposed: bool) -> Profile:
+    if (path is None) == (weights is None):
+        found = "neither is given" if path is None else "both are given"
+        raise UsageError(
+            f"give a profile file or --weights, exactly one: {found}",
+            where="PROFILE, --weights",
+            mend="write psoups merge me.yaml ..., or psoups merge --weights elementary=0.6,concise=0.6 ...",
+        )
+    from personalized_soups.declare.profile import Profile, load_profile
+
+    if path is not None:
+        declared = load_profile(path)
+        return declared.replaced(allow_opposed=True) if allow_opposed else declared
+    assert weights is not None
+    return Profile.from_option(weights, allow_opposed=allow_opposed)
+
+
+def _show_plan(plan: MergePlan, *, as_json: bool) -> None:
+    if not as_json:
+        render.show_text("\n".join(plan.lines()))
+        return
+    render.show_json(
+        {
+            "experts": {expert.name: expert.weight for expert in plan.experts},
+            "method": plan.method.name,
+            "encoding": plan.encoding,
+            "rank": None if plan.encoding == "folded" else plan.rank,
+            "dtype": None if plan.encoding == "folded" else plan.dtype,
+            "num_modules": len(plan.modules),
+            "num_bytes": None if plan.encoding == "folded" else plan.num_bytes,
+            "shares_basis": plan.shares_basis,
+            "base": plan.base.model_dump(mode="json"),
+            "vllm_max_lora_rank": None if plan.encoding == "folded" else plan.vllm_max_lora_rank,
+        }
+    )
+
+
+def _show_soup(out: Path, record: SoupRecord, *, as_json: bool) -> None:
+    if as_json:
+        render.show_json({"folder": str(out), **record.model_dump(mode="json")})
+        return
+    shown: dict[str, Any] = {
+        "folder": str(out),
+        "soup": " + ".join(f"{expert.weight:g} {expert.name}" for expert in record.experts),
+        "method": record.method,
+        "encoding": record.encoding,
+        "dtype": record.dtype,
+    }
+    if record.kind == "adapter":
+        shown["rank"] = record.rank
+        shown["vLLM"] = f"--max-lora-rank {record.vllm_max_lora_rank}" if record.vllm_max_lora_rank else "rank too high"
+    if record.truncation is not None:
+        shown["truncation error"] = f"{record.truncation.total:.3g} of the delta's norm"
+    render.show_record(shown)

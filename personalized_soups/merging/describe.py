@@ -1,0 +1,133 @@
+"""What a folder is, in facts that people and programs read: an expert, a soup, a base model, a library."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.adapters.library import Expert, ExpertLibrary, is_adapter
+from personalized_soups.adapters.provenance import SoupRecord, read_soup_record
+from personalized_soups.errors import InputError, SoupError
+from personalized_soups.files.reader import parse_json
+from personalized_soups.files.shards import INDEX, WHOLE, Checkpoint
+
+Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """`kind` is expert, merged adapter, merged model, model or library; `members` are a library's experts."""
+
+    kind: str
+    facts: Facts
+    members: Sequence[Facts] = field(default=())
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything as one JSON object."""
+        described = {"kind": self.kind, **self.facts}
+        return {**described, "experts": list(self.members)} if self.kind == "library" else described
+
+
+def describe(folder: Path | str) -> Description:
+    """Return what a folder is; headers and records are read, tensors are not.
+
+    Raises:
+        InputError: if there is no such folder, or it is none of the kinds.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError("there is no such folder", where=str(folder), mend="check the path")
+    soup = read_soup_record(folder)
+    if is_adapter(folder):
+        expert = Expert(folder.resolve().name, folder)
+        kind = "expert" if soup is None else "merged adapter"
+        return Description(kind, {"folder": str(folder), **_of_adapter(expert), **_of_expert(expert), **_of_soup(soup)})
+    if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
+        kind = "model" if soup is None else "merged model"
+        return Description(kind, {"folder": str(folder), **_of_model(folder), **_of_soup(soup)})
+    try:
+        library = ExpertLibrary.open(folder)
+    except InputError:
+        raise InputError(
+            "the folder is no adapter, no model and no library of experts",
+            where=str(folder),
+            mend="give a folder with adapter_config.json, model.safetensors, or folders of adapters in it",
+        ) from None
+    return Description(
+        "library",
+        {"folder": str(folder), "num_experts": len(library)},
+        [_member(expert) for expert in library.values()],
+    )
+
+
+def _of_adapter(expert: Expert) -> Facts:
+    modules = expert.adapter.modules.values()
+    return {
+        "base": expert.base.name,
+        "base_fingerprint": expert.base.fingerprint,
+        "rank": _range([module.rank for module in modules]),
+        "scaling": _range([module.scaling for module in modules]),
+        "num_modules": len(modules),
+        "layers": sorted({module.name.rpartition(".")[2] for module in modules}),
+        "dtype": ", ".join(sorted(expert.adapter.dtypes)),
+        "num_parameters": sum(module.rank * (module.in_features + module.out_features) for module in modules),
+        "num_bytes": expert.adapter.num_bytes,
+    }
+
+
+def _of_expert(expert: Expert) -> Facts:
+    if expert.record is None:
+        return {}
+    return expert.record.model_dump(mode="json", include={"side", "dimension", "basis", "data", "seed", "metrics"})
+
+
+def _of_soup(soup: SoupRecord | None) -> Facts:
+    if soup is None:
+        return {}
+    return {
+        "user": soup.profile.get("user"),
+        "method": soup.method,
+        "encoding": soup.encoding,
+        "weights": {expert.name: expert.weight for expert in soup.experts},
+        "truncation_error": None if soup.truncation is None else soup.truncation.total,
+        "vllm_max_lora_rank": soup.vllm_max_lora_rank,
+        "versions": soup.versions,
+    }
+
+
+def _of_model(folder: Path) -> Facts:
+    checkpoint = Checkpoint.open(folder)
+    entries = [checkpoint.entry(name) for name in checkpoint]
+    path = folder / "config.json"
+    config = parse_json(path.read_bytes(), path) if path.is_file() else {}
+    return {
+        "architecture": ", ".join(config.get("architectures") or []) if isinstance(config, dict) else None,
+        "num_tensors": len(entries),
+        "num_parameters": sum(math.prod(entry.shape) for entry in entries),
+        "dtype": ", ".join(sorted({entry.dtype for entry in entries})),
+        "num_shards": len(checkpoint.shards),
+        "num_bytes": checkpoint.num_bytes,
+    }
+
+
+def _member(expert: Expert) -> Facts:
+    try:
+        adapter, record = expert.adapter, expert.record
+    except SoupError as fault:
+        return {"name": expert.name, "side": None, "dimension": None, "rank": None, "base": None, "fault": fault.what}
+    return {
+        "name": expert.name,
+        "side": None if record is None else record.side,
+        "dimension": None if record is None else record.dimension,
+        "rank": _range([module.rank for module in adapter.modules.values()]),
+        "base": expert.base.name,
+        "fault": None,
+    }
+
+
+def _range(values: Sequence[float]) -> float | str:
+    low, high = min(values), max(values)
+    return low if low == high else f"{low:g} to {high:g}"

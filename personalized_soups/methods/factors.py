@@ -1,0 +1,109 @@
+"""LoRA factors, and the methods that sum A's and B's apart (they are not the sum of the deltas: see each docstring).
+
+R rank, I in features, O out features, K sum of ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Below this share of their absolute sum, weights cancel and factor_average would divide by next to nothing.
+CANCELLED = 1e-6
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Factors:
+    """One module's low-rank delta: `delta_OI = scaling * b_OR @ a_RI`."""
+
+    a_RI: Tensor  # noqa: N815
+    b_OR: Tensor  # noqa: N815
+    scaling: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.a_RI.dim() != 2 or self.b_OR.dim() != 2 or self.a_RI.shape[0] != self.b_OR.shape[1]:
+            raise ValueError(f"factors {tuple(self.b_OR.shape)} and {tuple(self.a_RI.shape)} do not multiply")
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return int(self.a_RI.shape[0])
+
+    def delta(self) -> Tensor:
+        """Return the dense delta_OI, a new tensor in the factors' dtype and on their device."""
+        return (self.b_OR @ self.a_RI).mul_(self.scaling)
+
+
+def factor_average(factors: Sequence[Factors], weights: Sequence[float], total: float | None = None) -> Factors:
+    """Return `dW = (s / t) (sum w_e B_e) (sum w_e A_e)` with `t = sum w_e`, as factors with scaling 1.
+
+    The rule of Personalized Soups (arXiv 2310.11564; its code has equal weights, t = 1). An expert's own delta counts
+    `w_e^2 / t` and cross terms `B_i A_j` stay; equal to `linear` where all experts share A.
+
+    Args:
+        factors: of the experts that have this module, of one rank.
+        weights: theirs.
+        total: t, where experts without this module belong to the soup too; the sum of `weights` where left out.
+
+    dtype and device: those of the factors. No argument is changed.
+
+    Raises:
+        ValueError: if the ranks or the scalings differ, or the weights cancel (t is about 0).
+    """
+    _check_same_rank(factors, "factor_average")
+    scalings = sorted({each.scaling for each in factors})
+    if len(scalings) > 1:
+        raise ValueError(f"factor_average needs equal scalings, these are {', '.join(f'{s:g}' for s in scalings)}")
+    if total is None:
+        total = math.fsum(weights)
+        if cancels(weights):
+            raise ValueError(f"factor_average divides by the sum of the weights, which is {total:g}")
+    a_RI = _weighted_sum([each.a_RI for each in factors], [weight / total for weight in weights])
+    b_OR = _weighted_sum([each.b_OR for each in factors], [weight * scalings[0] for weight in weights])
+    return Factors(a_RI, b_OR)
+
+
+def factor_linear(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
+    """Return PEFT's `linear`: `A = sum sign(w_e) sqrt(|w_e s_e|) A_e`, `B = sum sqrt(|w_e s_e|) B_e`.
+
+    Own terms are right and cross terms `B_i A_j` stay: the delta is inflated up to n times where n experts share A.
+    Kept for comparison with PEFT's add_weighted_adapter(combination_type="linear").
+
+    dtype and device: those of the factors. No argument is changed.
+
+    Raises:
+        ValueError: if the ranks differ.
+    """
+    _check_same_rank(factors, "factor_linear")
+    # PEFT takes the sign of w * s; a scaling of LoRA is never negative unless lora_alpha is
+    products = [weight * each.scaling for weight, each in zip(weights, factors, strict=True)]
+    a_RI = _weighted_sum(
+        [each.a_RI for each in factors], [math.copysign(math.sqrt(abs(product)), product) for product in products]
+    )
+    b_OR = _weighted_sum([each.b_OR for each in factors], [math.sqrt(abs(product)) for product in products])
+    return Factors(a_RI, b_OR)
+
+
+def cancels(weights: Sequence[float]) -> bool:
+    """Return whether the sum of the weights is about 0, measured against the sum of their magnitudes."""
+    return abs(math.fsum(weights)) <= CANCELLED * math.fsum(abs(weight) for weight in weights)
+
+
+def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
+    """Return the sum in the tensors' dtype, rounded once: it is taken in float64."""
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor, coefficient in zip(tensors, coefficients, strict=True):
+        total.add_(tensor, alpha=coefficient)
+    return total.to(tensors[0].dtype)
+
+
+def _check_same_rank(factors: Sequence[Factors], method: str) -> None:
+    ranks = [each.rank for each in factors]
+    if not ranks:
+        raise ValueError(f"{method} of no factors")
+    if len(set(ranks)) > 1:
+        raise ValueError(f"{method} needs equal ranks, these are {', '.join(map(str, ranks))}")
