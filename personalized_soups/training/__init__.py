@@ -1,0 +1,1 @@
+"""From pairs of answers to an expert: preference data, DPO through TRL, resumable to the byte."""
