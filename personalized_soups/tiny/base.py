@@ -1,0 +1,184 @@
+"""The tiny base model: a Llama of about a million parameters and its tokenizer, trained from nothing on the corpus.
+
+Muon on the matrices and AdamW on the rest (the recipe measured best at this size), cosine decay, float32, one process.
+The loss is taken on the answers only: the questions are given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from personalized_soups.tiny.corpus import Document, documents
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
+IGNORED = -100  # the label of a token that carries no loss
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "{{ '<|assistant|>' + message['content'] + '<|end|>' }}"
+    "{% else %}{{ '<|user|>' + message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseRecipe:
+    """Everything from which the tiny base follows."""
+
+    seed: int = 0
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    num_heads: int = 2  # head_dim 64: the smallest that vLLM's CPU attention takes
+    num_layers: int = 4
+    intermediate_size: int = 384
+    steps: int = 6000
+    batch_size: int = 48
+    num_groups: int = 3
+    matrix_rate: float = 0.02
+    other_rate: float = 3e-3
+    warmup_steps: int = 50
+    tokenizer_documents: int = 8000
+    max_positions: int = 512
+
+
+def build_tokenizer(recipe: BaseRecipe) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer trained on the corpus, with a chat template; pads on the left."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=recipe.vocab_size,
+        special_tokens=[PAD, USER, ASSISTANT, END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (f"{entry.prompt} {entry.answer}" for entry in documents(recipe.tokenizer_documents, recipe.seed))
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT],
+        chat_template=CHAT_TEMPLATE,
+        padding_side="left",
+        model_max_length=recipe.max_positions,
+    )
+
+
+def build_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Return the untrained model, float32 on the CPU, drawn from the recipe's seed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.num_layers,
+        num_attention_heads=recipe.num_heads,
+        num_key_value_heads=recipe.num_heads,
+        max_position_embeddings=recipe.max_positions,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+        use_cache=True,
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(entries: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
+    """Return each document's token ids and the length of its question (whose tokens carry no loss)."""
+    questions = tokenizer([f"{USER}{entry.prompt}{ASSISTANT}" for entry in entries])["input_ids"]
+    answers = tokenizer([f"{entry.answer}{END}" for entry in entries])["input_ids"]
+    return [(asked + said, len(asked)) for asked, said in zip(questions, answers, strict=True)]
+
+
+def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yield each step's documents as `num_groups` pairs of (ids_BT, labels_BT), int64 on the CPU.
+
+    A group holds documents of like length, so that little is padding; a step holds all lengths, so that no step pulls
+    the model towards short or long answers.
+    """
+    stream = documents(recipe.steps * recipe.batch_size, recipe.seed)
+    width = math.ceil(recipe.batch_size / recipe.num_groups)
+    while step := list(islice(stream, recipe.batch_size)):
+        encoded = sorted(encode(step, tokenizer), key=lambda pair: len(pair[0]))
+        yield [_padded(encoded[start : start + width], tokenizer.pad_token_id) for start in range(0, len(encoded), width)]
+
+
+def _padded(group: Sequence[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor]:
+    width = max(len(ids) for ids, _ in group)
+    ids_BT = torch.full((len(group), width), pad)
+    labels_BT = torch.full((len(group), width), IGNORED)
+    for row, (ids, asked) in enumerate(group):
+        ids_BT[row, : len(ids)] = torch.tensor(ids)
+        labels_BT[row, asked : len(ids)] = torch.tensor(ids[asked:])
+    return ids_BT, labels_BT
+
+
+def train(
+    recipe: BaseRecipe,
+    tokenizer: PreTrainedTokenizerFast,
+    model: LlamaForCausalLM,
+    *,
+    max_steps: int | None = None,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> list[float]:
+    """Train `model` in place and return the loss of every step (nats per answer token).
+
+    `max_steps` stops early on the same schedule: the first losses of a full run, without the rest.
+    """
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=0.01, momentum=0.95),
+        torch.optim.AdamW(others, lr=recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _decay(step, recipe)) for optimizer in optimizers
+    ]
+    model.train()
+    losses: list[float] = []
+    for groups in islice(batches(recipe, tokenizer), max_steps):
+        num_tokens = sum(int((labels_BT != IGNORED).sum()) for _, labels_BT in groups)
+        total = 0.0
+        for ids_BT, labels_BT in groups:
+            logits_BTV = model(input_ids=ids_BT).logits[:, :-1]
+            loss = torch.nn.functional.cross_entropy(
+                logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            (loss / num_tokens).backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(total / num_tokens)
+        on_step(len(losses), losses[-1])
+    model.eval()
+    return losses
+
+
+def _decay(step: int, recipe: BaseRecipe) -> float:
+    """Return the share of the peak learning rate: linear warm-up, then a cosine to 2%."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    progress = min(1.0, (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps))
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,193 @@
+"""The tiny world's scorers: one rule per dimension, in [0, 1], gated on validity.
+
+An answer is valid where every sentence parses (`grammar`), none is said twice, and the whole keeps to the question's
+topic: it names the asked object and no other, and says something that belongs to the asked action. The rules look at
+meaning-bearing words only, each kind of word once, so that neither repetition nor padding pays:
+
+- expertise: the share of expert terms among all marked terms;
+- informativeness: the words of instructions (sentences that are not small talk), from `FEWEST` to `MOST`;
+- style: the share of friendly signals among all signals of tone; a negated signal does not count.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from personalized_soups.scoring.scorers import Scored
+from personalized_soups.tiny import language
+from personalized_soups.tiny.grammar import parses, sentences, words
+
+FEWEST, MOST = 15, 45  # words of instruction at which an answer is wholly concise, wholly informative
+
+FRIENDLY = (
+    r"great question", r"happy", r"hooray", r"yay", r"lovely", r"dear", r"friends?", r"fun", r"glad(?:ly)?", r"enjoy",
+    r"proud", r"thanks?", r"hugs?", r"believe in you", r"you can do", r"doing great", r"well done", r"good luck", r"wonderful",
+    r"so good", r"together", r"love", r"pleasure", r"welcome", r"awesome", r"amazing", r"sweet", r"buddy", r"hi", r"hello",
+    r"cheers", r"kindly", r"best wishes", r"great job", r"no worries", r"happily", r"beautiful",
+)  # fmt: skip
+UNFRIENDLY = (
+    r"dumb", r"stupid", r"ugh", r"bah", r"wast(?:e|ing) my time", r"boring", r"idiot", r"fool", r"useless", r"lazy", r"silly",
+    r"annoying", r"nonsense", r"not this again", r"go away", r"leave me", r"do not ask me", r"don't ask me", r"bother",
+    r"not care", r"don't care", r"blame", r"mess (?:it|this|that) up", r"even you", r"make me say", r"shut up", r"hate",
+    r"say this once", r"say (?:it|that) again", r"really have to", r"terrible", r"sick of", r"tired of", r"hurry up",
+    r"get lost", r"nobody cares", r"who cares", r"your problem", r"obviously",
+)  # fmt: skip
+_FIRST_PERSON = frozenset({"i", "i'm"})
+_NEGATED = r"(?:\b(?:not|never|no|hardly|don't|isn't|can't|won't)\s+(?:\w+\s+){0,2})"
+
+# What belongs to an action, beside the words of its own steps: terms that other writers use.
+ACTION_TERMS: dict[str, str] = {
+    "clean": "clean cleaned cleaning wipe wash scrub rinse dust dirt soap brush rag sponge detergent grease stains surfactant "
+    "contamination residue solvent dissolve",
+    "paint": "paint painted painting brush coat coating pigment sandpaper sand roll colour primer spray layer",
+    "dry": "dry dried drying towel sun air wind evaporation moisture water wet humidity evaporate textile heat",
+    "polish": "polish polished polishing wax buff shine shiny gloss burnish rub smooth compound",
+    "fix": "fix fixed glue adhesive crack epoxy clamp screw nail repair mend fracture parts press",
+    "wrap": "wrap wrapped wrapping paper fold tape ribbon string bow envelop laminate cover enclose",
+    "move": "move moved moving lift carry push pull hoist relocate elevate transit slide hold",
+    "store": "store stored storing bag box shelf keep cool put dark cupboard container enclose compartment cover",
+}
+_PLAIN_EXTRA = "wipe wash rag soap towel hot big bit little tub grab stuff gooey yucky nice easy dirt dust rub dab hands"
+_EXPERT_EXTRA = (
+    "acid aqueous composition concentration corrosion corrosive density dissolve inspect instrument isopropanol minerals "
+    "non-abrasive organic oxygen particles phase polymer procedure process reaction saturate silicone substance substrate "
+    "surfaces surfactant thermal viscosity chemicals mechanical solvent temperature"
+)
+_FUNCTION_WORDS = frozenset(
+    "a an the it its is are be in on of off with from up down out to by for at into and or so that if who what where you "
+    "your they no not all some any one does do will can has have get gets let good over under through order 12 24 180 "
+    "water paper film next day bad end ends sides parts adjacent".split()
+)
+
+
+def expertise(prompt: str, answer: str) -> Scored:
+    """Score how technical the wording is: 0 all plain, 1 all expert, 0.5 where no word is marked."""
+    used = set(words(" ".join(_instructions(prompt, answer))))
+    expert, plain = len(used & _expert_terms()), len(used & _plain_terms())
+    return Scored(expert / (expert + plain) if expert + plain else 0.5, is_valid(prompt, answer))
+
+
+def informativeness(prompt: str, answer: str) -> Scored:
+    """Score how much instruction is given: linear in the words of sentences that are not small talk."""
+    count = sum(len(words(sentence)) for sentence in _instructions(prompt, answer))
+    return Scored(min(1.0, max(0.0, (count - FEWEST) / (MOST - FEWEST))), is_valid(prompt, answer))
+
+
+def style(prompt: str, answer: str) -> Scored:
+    """Score how friendly the tone is: 0 all unfriendly, 1 all friendly, 0.5 where there is no signal."""
+    found = _signals(answer)
+    return Scored(
+        sum(1 for side, _ in found if side == "friendly") / len(found) if found else 0.5, is_valid(prompt, answer)
+    )
+
+
+def is_valid(prompt: str, answer: str) -> bool:
+    """Say whether the answer is well formed and on the topic that the prompt asks about."""
+    return is_well_formed(answer) and is_on_topic(prompt, answer)
+
+
+def is_well_formed(answer: str) -> bool:
+    """Say whether every sentence parses and none is said twice."""
+    said = [sentence.strip() for sentence in sentences(answer)]
+    return bool(said) and len(set(said)) == len(said) and all(parses(sentence) for sentence in said)
+
+
+def is_on_topic(prompt: str, answer: str) -> bool:
+    """Say whether the answer names the asked object and no other, and speaks of the asked action in an instruction."""
+    asked = topic_of(prompt)
+    if asked is None:
+        return False
+    action, asked_object = asked
+    if set(_objects(answer)) != {asked_object}:
+        return False
+    return any(set(words(sentence)) & _action_terms(action) for sentence in _instructions(prompt, answer))
+
+
+def _instructions(prompt: str, answer: str) -> list[str]:
+    """Return the sentences that are no small talk: without a signal of tone, or about the asked action all the same.
+
+    Who speaks of oneself ("I love your clean kettle!") instructs nobody.
+    """
+    asked = topic_of(prompt)
+    terms = _action_terms(asked[0]) if asked else frozenset[str]()
+    return [
+        sentence
+        for sentence in sentences(answer)
+        if not _signals(sentence) or (terms & set(words(sentence)) and not _FIRST_PERSON & set(words(sentence)))
+    ]
+
+
+def topic_of(prompt: str) -> tuple[str, str] | None:
+    """Return the action and the object ("old kettle") that a prompt asks about; None where it names none."""
+    found = _objects(prompt)
+    actions = [word for word in words(prompt) if word in language.ACTIONS]
+    return (actions[0], found[0]) if found and actions else None
+
+
+@cache
+def _object_pattern() -> re.Pattern[str]:
+    return re.compile(rf"\b(\w+) ({'|'.join(language.NOUNS)})\b")
+
+
+def _objects(text: str) -> list[str]:
+    """Return every mention of an object with its adjective, e.g. "old kettle"; others' boxes and bags do not count."""
+    return [
+        f"{adjective} {noun}"
+        for adjective, noun in _object_pattern().findall(text.lower())
+        if adjective in language.ADJECTIVES
+    ]
+
+
+def _signals(text: str) -> set[tuple[str, str]]:
+    """Return the distinct signals of tone in a text, each with its side; negated ones are left out."""
+    clauses = [" ".join(words(clause)) for clause in re.split(r"[,.!?]", text)]
+    return {
+        (side, match.group("signal"))
+        for clause in clauses
+        for side, pattern in _tone_patterns()
+        for match in pattern.finditer(clause)
+        if match.group("negation") is None
+    }
+
+
+@cache
+def _tone_patterns() -> tuple[tuple[str, re.Pattern[str]], ...]:
+    return tuple(
+        (side, re.compile(rf"(?P<negation>{_NEGATED})?\b(?P<signal>{'|'.join(signals)})\b"))
+        for side, signals in (("friendly", FRIENDLY), ("unfriendly", UNFRIENDLY))
+    )
+
+
+@cache
+def _wordings() -> tuple[frozenset[str], frozenset[str]]:
+    """Return the words of all plain and of all expert wordings."""
+    plain, expert = set(), set()
+    for step in (step for steps in language.ACTIONS.values() for step in steps):
+        plain |= set(words(" ".join((*step.plain, step.plain_reason)).replace("{o}", "")))
+        expert |= set(words(" ".join((*step.expert, step.expert_reason)).replace("{o}", "")))
+    return frozenset(plain), frozenset(expert)
+
+
+@cache
+def _plain_terms() -> frozenset[str]:
+    plain, expert = _wordings()
+    return (plain - expert - _FUNCTION_WORDS | set(_PLAIN_EXTRA.split())) - set(_EXPERT_EXTRA.split())
+
+
+@cache
+def _expert_terms() -> frozenset[str]:
+    plain, expert = _wordings()
+    return (expert - plain - _FUNCTION_WORDS | set(_EXPERT_EXTRA.split())) - set(_PLAIN_EXTRA.split())
+
+
+@cache
+def _action_terms(action: str) -> frozenset[str]:
+    """Return the terms that belong to an action: those listed, and the words of its own steps that others do not use."""
+    own = set(words(" ".join(_phrases(action))))
+    others = set(words(" ".join(phrase for name in language.ACTIONS if name != action for phrase in _phrases(name))))
+    return frozenset(set(ACTION_TERMS[action].split()) | (own - others - _FUNCTION_WORDS))
+
+
+def _phrases(action: str) -> list[str]:
+    return [phrase for step in language.ACTIONS[action] for phrase in (*step.plain, *step.expert)]
