@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -69,11 +69,13 @@ class Generator:
         batch_size: int = 64,
         seed: int = 0,
         greedy: bool = False,
+        on_done: Callable[[int], None] | None = None,
     ) -> list[list[str]]:
         """Return `num_samples` answers for each prompt, without end token and outer white space.
 
         The same seed gives the same answers on one machine. Answer s of prompt p has its own random numbers, which
         depend on seed, p and s alone: two models that are asked with one seed answer from common random numbers.
+        `on_done` hears after each batch how many answers there are so far.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
@@ -86,6 +88,8 @@ class Generator:
             said = self._decoded([encoded[rows[row]] for row in group], group, sampling, seed)
             for row, text in zip(group, said, strict=True):
                 texts[row] = text
+            if on_done is not None:
+                on_done(start + len(group))
         return [texts[first : first + num_samples] for first in range(0, len(texts), num_samples)]
 
     def stream(

@@ -7,7 +7,6 @@ being trained, so that a training never goes on from another one's steps.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def remove(partial: Path) -> None:
     """Remove the folder: the expert is written. First out of sight by one rename, so that no half of it is left."""
     gone = partial.with_name(f"{partial.name}.done")
     shutil.rmtree(gone, ignore_errors=True)
-    os.replace(partial, gone)
+    partial.replace(gone)
     shutil.rmtree(gone, ignore_errors=True)
 
 

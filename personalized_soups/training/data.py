@@ -7,7 +7,8 @@ Standard: `{"prompt": "...", "chosen": "...", "rejected": "..."}`. Conversationa
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -72,8 +73,18 @@ def read_preferences(path: Path) -> Preferences:
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write pairs as JSON lines, UTF-8."""
-    path.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
+    """Write pairs as JSON lines, all or nothing."""
+    write_lines(path, pairs)
+
+
+def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write JSON lines, UTF-8: beside the file, then one rename, so that it is never half there."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -164,7 +165,8 @@ def _build(order: _Order, *, partial: Path, device: str, progress: TrainingProgr
     trainer = ExpertTrainer(
         order.recipe, model=model, tokenizer=tokenizer, preferences=order.preferences, config=config
     )
-    too_long = len(order.preferences.pairs) - len(trainer.train_dataset)
+    rows: Any = trainer.train_dataset
+    too_long = len(order.preferences.pairs) - len(rows)
     if too_long and config.process_index == 0:
         limit = order.recipe.dpo.max_length
         progress.note(order.side, f"{too_long} pairs are left out: their prompt alone fills dpo.max_length ({limit})")
@@ -226,7 +228,7 @@ def _clear_faults(order: _Order) -> Iterator[None]:
                 where=str(order.out.parent),
                 mend="free some space and pass --resume to go on from the last whole checkpoint",
             ) from fault
-        if isinstance(fault, ValueError) and "arget modules" in str(fault) or "`lm_head`" in str(fault):
+        if isinstance(fault, ValueError) and ("arget modules" in str(fault) or "`lm_head`" in str(fault)):
             raise DeclarationError(
                 f"these modules can't be adapted: {fault}",
                 where=order.recipe.place("lora", "target_modules"),
@@ -238,5 +240,10 @@ def _clear_faults(order: _Order) -> Iterator[None]:
 def _is_full_disk(fault: BaseException) -> bool:
     """Return whether a library's error tells of a full disk; safetensors and torch hide the number in the text."""
     told = str(fault)
-    signs = ("No space left on device", "os error 28", os.strerror(122), "PytorchStreamWriter failed writing file")
+    signs = (
+        "No space left on device",
+        "os error 28",
+        os.strerror(errno.EDQUOT),
+        "PytorchStreamWriter failed writing file",
+    )
     return any(sign in told for sign in signs)

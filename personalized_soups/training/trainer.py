@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, TaskType
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from personalized_soups.declare.training import TrainingRecipe
@@ -34,7 +35,7 @@ _CHECKPOINTS_KEPT = 2  # the last one may be cut short by a kill
 _REFERENCE_BATCHES = 4  # the reference pass keeps no activations: larger batches fit
 
 
-class ExpertTrainer(DPOTrainer):  # type: ignore[misc] # trl comes without types
+class ExpertTrainer(DPOTrainer):
     """DPOTrainer with our order of the pairs and without what it does beside the training.
 
     Args:
@@ -89,7 +90,7 @@ class ExpertTrainer(DPOTrainer):  # type: ignore[misc] # trl comes without types
         """Send nothing to anybody."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengthOrder:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         answers = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
         longest = [max(len(chosen), len(rejected)) for chosen, rejected in answers]
         lengths = [len(prompt) + answer for prompt, answer in zip(rows["prompt_ids"], longest, strict=True)]
@@ -211,7 +212,7 @@ def lora_config(recipe: TrainingRecipe) -> LoraConfig:
     lora = recipe.lora
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type] # floats are taken
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         use_rslora=lora.rslora,
