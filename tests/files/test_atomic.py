@@ -99,7 +99,7 @@ def test_a_target_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
     block.__enter__()
     target.mkdir()
     (target / "theirs.txt").write_text("theirs")
-    with pytest.raises(OutputExistsError, match="while this was running"):
+    with pytest.raises(OutputExistsError, match="there already"):
         block.__exit__(None, None, None)
     assert left_in(tmp_path) == ["out"]
     assert left_in(target) == ["theirs.txt"]
