@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.errors import RunError
+from personalized_soups.errors import InputError, RunError
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.training import checkpoints
 from personalized_soups.training.data import Preferences
@@ -56,6 +56,7 @@ class ExpertTrainer(DPOTrainer):
         config: DPOConfig,
     ) -> None:
         self._recipe = recipe
+        self._data = preferences.path
         self._order: LikeLengthOrder | None = None
         # TRL turns off all dropout or none; the base's own stays off and LoRA's, added later, is the recipe's.
         disable_dropout_in_model(model)
@@ -85,6 +86,16 @@ class ExpertTrainer(DPOTrainer):
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Write no model card: expert.json says what there is to say."""
+
+    def _prepare_dataset(self, *args: Any, **options: Any) -> Any:
+        rows = super()._prepare_dataset(*args, **options)
+        if len(rows) == 0:  # TRL leaves out pairs whose prompt fills the length, and trains on nothing without a word
+            raise InputError(
+                f"every prompt alone fills dpo.max_length ({self._recipe.dpo.max_length} tokens)",
+                where=str(self._data),
+                mend="raise dpo.max_length in the recipe",
+            )
+        return rows
 
     def _send_telemetry(self) -> None:
         """Send nothing to anybody."""
