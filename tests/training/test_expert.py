@@ -96,10 +96,12 @@ def test_training_makes_chosen_answers_likelier_against_rejected_ones(
     trained = Generator.open(small_base, expert, device="cpu").model
     tokenizer = load_tokenizer(small_base)
 
+    nothing: list[dict[str, str]] = []
+
     def log_prob(model: Any, pair: dict[str, Any], field: str) -> float:
         texts = [
             tokenizer.apply_chat_template(pair["prompt"] + rest, tokenize=False, add_generation_prompt=not rest)
-            for rest in ([], pair[field])
+            for rest in (nothing, pair[field])
         ]
         before, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
         with torch.no_grad():
@@ -207,7 +209,8 @@ def test_experts_of_one_basis_seed_share_a_and_train_b(
     assert len(factors) == 14  # seven linear layers in each of two blocks
     for name in factors:
         module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        assert torch.equal(first[name], basis_factor(module, *first[name].shape, seed=5))
+        rank, in_features = first[name].shape
+        assert torch.equal(first[name], basis_factor(module, rank, in_features, seed=5))
         assert torch.equal(first[name], second[name])
         b_name = name.replace("lora_A", "lora_B")
         assert first[b_name].abs().max() > 0
@@ -322,6 +325,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
     recipe: TrainingRecipe,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    *,
     message: str,
 ) -> None:
     def full(*_: object, **__: object) -> None:
