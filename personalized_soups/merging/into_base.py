@@ -86,7 +86,7 @@ def merge_into_base(
         device: where the arithmetic is done: auto (the CPU), cpu, cuda.
         same_base: take it that this is the experts' base, whatever the fingerprints say.
         overwrite: replace `out` where this tool wrote it.
-        progress: called with bytes done and bytes in all.
+        progress: called with the bytes of tensors done and in all.
 
     Raises:
         SoupError: everything that plan_merge raises; IncompatibleExpertsError where an adapted module is not in the
@@ -204,7 +204,8 @@ def _check_fingerprints(experts: list[Expert], base: Path | str, fingerprint: st
 
 def _write_shards(plan: MergePlan, bank: ExpertBank, target: _Target, scratch: Path, progress: Progress | None) -> None:
     planned = {module.name: module for module in plan.modules}
-    total = target.checkpoint.num_bytes
+    entries = [target.checkpoint.entry(name) for name in target.checkpoint]
+    total = sum(entry.end - entry.start for entry in entries)
     done = 0
 
     def stream(shard_file: str) -> Iterator[tuple[str, Tensor | memoryview]]:

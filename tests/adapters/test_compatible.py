@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from personalized_soups.adapters.compatible import disagreements
+from personalized_soups.adapters.library import Expert
+from tests.experts import SHAPES, write_expert, write_record
+
+
+def expert(folder: Path, *, fingerprint: str | None = None, **options: Any) -> Expert:
+    write_expert(folder, **options)
+    if fingerprint is not None:
+        write_record(folder, base={"name": options.get("base"), "fingerprint": fingerprint})
+    return Expert(folder.name, folder)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "agree"),
+    [
+        ({"base": "x"}, {"base": "x"}, True),
+        ({"base": "x"}, {"base": "x/"}, True),
+        ({"base": "x"}, {"base": "y"}, False),
+        ({"base": "x"}, {"base": None}, False),
+        ({"base": None}, {"base": None}, True),
+        ({"base": "x", "fingerprint": "1"}, {"base": "y", "fingerprint": "1"}, True),
+        ({"base": "x", "fingerprint": "1"}, {"base": "x", "fingerprint": "2"}, False),
+        ({"base": "x", "fingerprint": "1"}, {"base": "x"}, True),
+        ({"base": "x", "revision": "v1"}, {"base": "x", "revision": "v2"}, False),
+        ({"base": "x", "revision": "main"}, {"base": "x", "revision": None}, True),
+    ],
+)
+def test_bases_are_told_apart_by_fingerprint_then_by_name(
+    tmp_path: Path, one: dict[str, Any], other: dict[str, Any], agree: bool
+) -> None:
+    experts = [expert(tmp_path / "one", **one), expert(tmp_path / "other", **other)]
+    assert (not disagreements(experts)) == agree
+    assert not disagreements(experts, same_base=True)
+
+
+def test_two_spellings_of_one_folder_are_one_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    names = [str(tmp_path / "base"), str(tmp_path / "x" / ".." / "base")]
+    (tmp_path / "x").mkdir()
+    assert not disagreements([expert(tmp_path / str(index), base=name) for index, name in enumerate(names)])
+
+
+def test_every_disagreement_is_told_at_once(tmp_path: Path) -> None:
+    wide = {**SHAPES, "model.layers.0.mlp.up_proj": (96, 32), "model.layers.1.self_attn.q_proj": (8, 64)}
+    experts = [
+        expert(tmp_path / "a", base="x"),
+        expert(tmp_path / "b", base="y", shapes=wide),
+        expert(tmp_path / "c", base="x"),
+    ]
+    bases, shapes = disagreements(experts)
+    assert "a: x" in bases.what
+    assert "b: y" in bases.what
+    assert "--same-base" in bases.mend
+    assert "model.layers.0.mlp.up_proj: a has [96, 64], b has [96, 32]" in shapes.what
+    assert "model.layers.1.self_attn.q_proj: a has [64, 64], b has [8, 64]" in shapes.what

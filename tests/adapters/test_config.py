@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from personalized_soups.adapters.config import AdapterConfig
+from personalized_soups.errors import FileFormatError, InputError, UnsupportedAdapterError
+from tests.experts import write_config
+
+
+def opened(folder: Path, **config: Any) -> AdapterConfig:
+    write_config(folder, **config)
+    return AdapterConfig.open(folder)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_initialisations_that_leave_the_base_alone_are_taken(tmp_path: Path, init: Any) -> None:
+    assert opened(tmp_path, init_lora_weights=init).rank == 4
+
+
+@pytest.mark.parametrize(
+    ("init", "mend"),
+    [
+        ("pissa", "convert it to plain LoRA"),
+        ("pissa_niter_16", "convert it to plain LoRA"),
+        ("olora", "convert it to plain LoRA"),
+        ("corda", "convert it to plain LoRA"),
+        ("lora_ga", "convert it to plain LoRA"),
+        ("loftq", "train the expert with"),
+        ("mica", "train the expert with"),
+        ("tomorrow", "train the expert with"),
+        (None, "train the expert with"),
+        (1, "train the expert with"),
+    ],
+)
+def test_every_other_initialisation_is_refused_by_name(tmp_path: Path, init: Any, mend: str) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=f"init_lora_weights is {init!r}") as caught:
+        opened(tmp_path, init_lora_weights=init)
+    assert caught.value.mend.startswith(mend)
+    assert caught.value.where == str(tmp_path / "adapter_config.json")
+
+
+REFUSED = {
+    "use_dora": True,
+    "lora_bias": True,
+    "modules_to_save": ["lm_head"],
+    "bias": "all",
+    "trainable_token_indices": [1, 2],
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "layer_replication": [[0, 4], [2, 5]],
+    "alora_invocation_tokens": [5],
+    "megatron_config": {"a": 1},
+    "use_qalora": True,
+    "loftq_config": {"loftq_bits": 4},
+    "corda_config": {"corda_method": "ipm"},
+    "kasa_config": {"beta": 1e-4},
+    "arrow_config": {"top_k": 3},
+    "use_bdlora": {"nblocks": 2},
+    "ensure_weight_tying": True,
+    "fan_in_fan_out": True,
+    "velora_config": {"num_groups": 2},
+    "use_something_of_next_year": True,
+    "something_of_next_year": "on",
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_every_variant_is_refused_by_name(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=key):
+        opened(tmp_path, **{key: REFUSED[key]})
+
+
+@pytest.mark.parametrize("value", [None, False, {}, []])
+def test_an_unknown_key_that_is_switched_off_is_no_fault(tmp_path: Path, value: Any) -> None:
+    assert opened(tmp_path, something_of_next_year=value).rank == 4
+
+
+@pytest.mark.parametrize("kind", ["ADALORA", "LOHA", None, 3])
+def test_adapters_of_other_types_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
+    with pytest.raises(UnsupportedAdapterError, match=f"peft_type is {kind!r}"):
+        opened(tmp_path, peft_type=kind)
+
+
+def test_what_pefts_own_defaults_say_is_taken(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    peft.LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    config = AdapterConfig.open(tmp_path)
+    assert (config.rank, config.lora_alpha, config.target_modules) == (8, 16, ("q_proj",))
+    assert config.scaling_of("model.layers.0.self_attn.q_proj") == 2
+
+
+def test_patterns_match_as_in_peft(tmp_path: Path) -> None:
+    from peft.utils.other import get_pattern_key
+
+    rank_pattern = {"layers.1.q_proj": 2, "^model.k_proj": 3, "v_proj$": 5, "q_proj": 7}
+    config = opened(tmp_path, rank_pattern=rank_pattern, alpha_pattern={"up_proj": 3.0}, alpha=8)
+    for module in ("model.layers.1.q_proj", "model.layers.2.q_proj", "model.k_proj", "x.model.k_proj", "a.v_proj",
+                   "xq_proj", "model.layersX1.q_proj", "up_proj"):  # fmt: skip
+        assert config.rank_of(module) == rank_pattern.get(get_pattern_key(list(rank_pattern), module), 4)
+    assert config.scaling_of("m.up_proj") == 3.0 / 4
+    assert config.scaling_of("m.q_proj") == 8 / 7
+
+
+def test_rs_lora_divides_by_the_square_root(tmp_path: Path) -> None:
+    assert opened(tmp_path, rank=16, alpha=8, use_rslora=True).scaling_of("q_proj") == 2
+
+
+def test_a_strangers_regular_expression_is_not_run(tmp_path: Path) -> None:
+    start = time.monotonic()
+    with pytest.raises(UnsupportedAdapterError, match="regular expression"):
+        opened(tmp_path, rank_pattern={"(a+)+$": 2})
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"r": 4, "r": 8}', '{"peft_type": "LORA", "r": NaN}', "[" * 100_000, "\xff"],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError) as caught:
+        AdapterConfig.open(tmp_path)
+    assert "adapter_config.json" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 0},
+        {"r": -4},
+        {"r": "4"},
+        {"r": True},
+        {"r": 4.0},
+        {"lora_alpha": "8"},
+        {"lora_alpha": None},
+        {"lora_alpha": 10**40},
+        {"use_rslora": "yes"},
+        {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"q_proj": 0}},
+        {"alpha_pattern": {"q_proj": "8"}},
+        {"base_model_name_or_path": 3},
+    ],
+)
+def test_values_out_of_place_are_refused_by_key(tmp_path: Path, config: dict[str, Any]) -> None:
+    write_config(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(FileFormatError, match=next(iter(config))):
+        AdapterConfig.open(tmp_path)
+
+
+def test_a_folder_without_configuration_is_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no adapter_config\.json: it is no LoRA adapter") as caught:
+        AdapterConfig.open(tmp_path)
+    assert caught.value.where == str(tmp_path)
