@@ -1,0 +1,207 @@
+"""Trainings in processes of their own: killed and gone on with, several at once, one in two processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from personalized_soups.declare.loader import dump
+from personalized_soups.declare.training import TrainingRecipe
+from personalized_soups.errors import InputError
+from personalized_soups.training import checkpoints
+from personalized_soups.training.progress import Silent, StepReport
+from personalized_soups.training.several import ExpertJob, train_experts
+
+# Kills itself, as the system would, where the last argument says: while step N is reported, or when checkpoint N is
+# written and not marked yet.
+_KILLED = """
+import os, signal, sys
+from personalized_soups.cli import train
+from personalized_soups.training import checkpoints
+
+place, _, steps = sys.argv.pop().partition(":")
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+advance, mark = train.BarProgress.advance, checkpoints.mark_complete
+if place == "step":
+    train.BarProgress.advance = lambda self, side, report: die() if report.step == int(steps) else None
+if place == "unmarked":
+    checkpoints.mark_complete = lambda folder: die() if folder.name == f"checkpoint-{steps}" else mark(folder)
+from personalized_soups.cli.app import main
+main()
+"""
+
+
+@pytest.fixture(scope="session")
+def recipe_file(recipe: TrainingRecipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(dump(recipe))
+    return path
+
+
+def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=240
+    )
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, recipe_file: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options: list[str | Path] = [
+        "train",
+        "concise",
+        "--base",
+        small_base,
+        "--data",
+        pairs_file,
+        "--recipe",
+        recipe_file,
+    ]
+    options += ["--device", "cpu", "--out"]
+    done = _run("-m", "personalized_soups", *options, whole)
+    assert done.returncode == 0, done.stderr
+    partial = checkpoints.partial_folder(parts)
+
+    assert _run("-c", _KILLED, *options, parts, "unmarked:6").returncode == -9
+    assert checkpoints.last_complete(partial) == partial / "checkpoint-3"
+    assert (partial / "checkpoint-6").exists()
+    assert not parts.exists()
+
+    again = _run("-m", "personalized_soups", *options, parts)
+    assert again.returncode == 2
+    assert "--resume" in again.stderr
+
+    assert _run("-c", _KILLED, *options, parts, "--resume", "step:8").returncode == -9
+    assert checkpoints.last_complete(partial) == partial / "checkpoint-6"
+    resumed = _run("-m", "personalized_soups", *options, parts, "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["metrics"]["num_steps"] == 10
+    assert _bytes(parts) == _bytes(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_train_one_expert(
+    small_base: Path, pairs_file: Path, recipe_file: Path, tmp_path: Path, launcher: str
+) -> None:
+    # accelerate starts several processes without MPI only as --multi_gpu; --device cpu keeps them off any GPU
+    launch = {
+        "torchrun": "torch.distributed.run --standalone --nproc_per_node 2",
+        "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+        "--mixed_precision no --dynamo_backend no --main_process_port 0",
+    }[launcher].split()
+    out = tmp_path / "concise"
+    options: list[str | Path] = [
+        "-m",
+        "personalized_soups",
+        "train",
+        "concise",
+        "--base",
+        small_base,
+        "--data",
+        pairs_file,
+    ]
+    options += ["--recipe", recipe_file, "--device", "cpu", "--out", out, "--json"]
+    done = _run("-m", *launch, *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)  # one object: the second process prints nothing
+    assert record["metrics"]["num_steps"] == 6  # 19 pairs, 2 processes of 4, 2 epochs
+    assert sorted(_bytes(out)) == ["adapter_config.json", "adapter_model.safetensors", "expert.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["concise"]
+    if launcher == "torchrun":
+        again = _run("-m", *launch, *options)
+        assert again.returncode != 0
+        assert again.stderr.count("the output folder is there already") == 1
+
+
+class _Heard(Silent):
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = {}
+        self.ended: list[str] = []
+
+    def advance(self, side: str, report: StepReport) -> None:
+        self.steps[side] = report.step
+
+    def end(self, side: str) -> None:
+        self.ended.append(side)
+
+
+@pytest.mark.slow
+def test_several_experts_in_two_processes_are_those_of_one(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    jobs = [ExpertJob(side, pairs_file, tmp_path / "two" / side) for side in ("concise", "informative", "expert")]
+    heard = _Heard()
+    folders = train_experts(jobs, base=small_base, recipe=recipe, device="cpu", workers=2, progress=heard)
+    assert folders == [job.out for job in jobs]
+    assert heard.steps == {"concise": 10, "informative": 10, "expert": 10}
+    assert sorted(heard.ended) == ["concise", "expert", "informative"]
+    alone = [ExpertJob(job.side, job.data, tmp_path / "one" / job.side) for job in jobs[:2]]
+    train_experts(alone, base=small_base, recipe=recipe, device="cpu")
+    for first, second in zip(alone, jobs, strict=False):
+        assert _bytes(first.out) == _bytes(second.out)
+
+
+@pytest.mark.slow
+def test_the_fault_of_one_expert_stops_the_others_and_is_told(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    jobs = [ExpertJob(side, pairs_file, tmp_path / side) for side in ("concise", "informative")]
+    jobs[0] = ExpertJob("concise", tmp_path / "none.jsonl", tmp_path / "concise")
+    with pytest.raises(InputError, match="can't be read") as caught:
+        train_experts(jobs, base=small_base, recipe=recipe, device="cpu", workers=2)
+    assert caught.value.where == str(tmp_path / "none.jsonl")
+    assert not (tmp_path / "concise").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(small_base: Path, pairs_file: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "long.yaml"
+    recipe.write_text(
+        "lora: {rank: 4, alpha: 8}\ndpo: {beta: 0.3, max_length: 64}\nsave_steps: 2\n"
+        "optimizer: {learning_rate: 1.0e-3, max_steps: 100000, batch_size: 4}\n"
+    )
+    out = tmp_path / "concise"
+    arguments = [
+        sys.executable,
+        "-m",
+        "personalized_soups",
+        "train",
+        "concise",
+        "--base",
+        small_base,
+        "--data",
+        pairs_file,
+    ]
+    arguments += ["--recipe", recipe, "--device", "cpu", "--out", out]
+    process = subprocess.Popen([str(part) for part in arguments], stderr=subprocess.PIPE, text=True)
+    partial = checkpoints.partial_folder(out)
+    try:
+        while checkpoints.last_complete(partial) is None:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(2)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "--resume" in err
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    assert not out.exists()
