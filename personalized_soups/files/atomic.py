@@ -15,7 +15,7 @@ from pathlib import Path
 from personalized_soups.errors import OutputExistsError, RunError, UsageError
 
 # A folder that holds one of these was written by this tool and may be replaced with `overwrite`.
-MARKERS = ("soup.json", "expert.json", "results.json")
+MARKERS = ("soup.json", "expert.json", "base.json")
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 _MAX_MARKER_BYTES = 64 << 20

@@ -119,7 +119,9 @@ def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[
     width = math.ceil(recipe.batch_size / recipe.num_groups)
     while step := list(islice(stream, recipe.batch_size)):
         encoded = sorted(encode(step, tokenizer), key=lambda pair: len(pair[0]))
-        yield [_padded(encoded[start : start + width], tokenizer.pad_token_id) for start in range(0, len(encoded), width)]
+        yield [
+            _padded(encoded[start : start + width], tokenizer.pad_token_id) for start in range(0, len(encoded), width)
+        ]
 
 
 def _padded(group: Sequence[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tensor]:

@@ -41,6 +41,7 @@ class Topic:
 
     @property
     def object(self) -> str:
+        """The thing with its adjective: "old kettle"."""
         return f"{self.adjective} {self.noun}"
 
     @property

@@ -5,10 +5,11 @@ choice of parts runs from its start to its end through allowed neighbours. That 
 household things, whoever wrote them, and refuses non-words, shuffled words and the splices that an over-steered
 language model makes ("put the with a towel").
 
-Parts: d determiner, n noun that may stand alone, k countable noun (it needs a determiner), j adjective, a adjective
-between a determiner and its noun, o adjective that says what a thing becomes ("rub it dry"), v verb (base form), z finite verb, p preposition, x particle, r adverb,
-c conjunction, w question word, s pronoun, g verb form in -ing or -ed, i interjection, t the "to" of an infinitive.
-`^` is the start and `$` the end of a sentence.
+Parts of speech:
+d determiner, n noun that may stand alone, k countable noun (it needs a determiner), j adjective, a adjective between a
+determiner and its noun, o adjective that says what a thing becomes ("rub it dry"), v verb (base form), z finite verb,
+p preposition, x particle, r adverb, c conjunction, w question word, s pronoun, g verb form in -ing or -ed,
+i interjection, t the "to" of an infinitive. `^` is the start and `$` the end of a sentence.
 """
 
 from __future__ import annotations
@@ -16,91 +17,99 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 
 from personalized_soups.tiny import language
 
 WORDS: dict[str, str] = {
-    "d": "a an the this that these those each every all both no some any my your its our their his her one two three four "
-    "five more other another enough most few many",
-    "n": "abrasion abrasive absorption acceleration acid adhesion adhesive afternoon air airflow alcohol alignment angle "
-    "answer apertures apparatus applicator area assembly assistant attribution bag back base bit bits blood bottom bow box "
-    "boy bristles brush bugs buddy cap capacity care carnauba cellulose centre chance change chemicals child clamp cloth "
-    "coat coating cohesion collision colour compartment components composition compound concentration condition "
-    "configuration consistency contact container contaminants contamination content coordinates corner corrosion corridor "
-    "cotton coverage crack crosslinking cyanoacrylate dad damage dark day days defect degradation degrees density deposit deposits "
-    "designation destination detachment detergent deterioration diagnosis dirt drops dust edge edges emulsion enclosure end "
-    "ends energy environment enthusiasm epoxy evaporation expansion exposure exterior extremities fabric face film fingers "
-    "fingertips floor flow fluid fool forces fracture friction friend friends fun gaps girl glass gloss gloves glue grain "
-    "grease ground half hand hands heart heat help hole home hour hours house hugs humidity hygrometer idea identification "
-    "idiot impact inside inspection inspections instrument integrity interval intervals isopropanol isopropyl job joint joy kid "
-    "kitchen label laminate layer layers legs ligature lid lines lipids liquid load lots love luck manoeuvre mask material "
-    "membrane mess metal microfibre mind minerals minute minutes moisture moment month morning mum name night nonsense nylon "
-    "obstructions oil opacity operator orbits order orientation oxidation oxygen paint pal paper part particles particulate "
-    "particulates parts people perimeter person phase pieces pigment place pleasure plastic polyethylene polymer "
-    "polymerisation position power pressure probability problem procedure process project question radiation rag reaction "
-    "recipient reflectance region residue rings room rub rust sand sandpaper scale scratches sensor sheet shine shoes side "
-    "sides silicone sink size smile soap soda solution solvent sort source spaces sponge spot spots stains step steps "
-    "strain streaks strength stress string substrate substance sun sunlight surface surfaces surfactant tape temperature "
-    "termini test textile thing things thumb time tip top towel trajectory transit tub vapour velocity viscosity volume "
+    "d": "a all an another any both each enough every few five four her his its many more most my no one other our "
+    "some that the their these this those three two your",
+    "n": "abrasion abrasive absorption acceleration acid adhesion adhesive afternoon air airflow alcohol alignment "
+    "angle answer apertures apparatus applicator area assembly assistant attribution back bag base bit bits "
+    "blood bottom bow box boy bristles brush buddy bugs cap capacity care carnauba cellulose centre chance "
+    "change chemicals child clamp cloth coat coating cohesion collision colour compartment components "
+    "composition compound concentration condition configuration consistency contact container contaminants "
+    "contamination content coordinates corner corridor corrosion cotton coverage crack crosslinking "
+    "cyanoacrylate dad damage dark day days defect degradation degrees density deposit deposits designation "
+    "destination detachment detergent deterioration diagnosis dirt drops dust edge edges emulsion enclosure "
+    "end ends energy enthusiasm environment epoxy evaporation expansion exposure exterior extremities fabric "
+    "face film fingers fingertips floor flow fluid fool forces fracture friction friend friends fun gaps girl "
+    "glass gloss gloves glue grain grease ground half hand hands heart heat help hole home hour hours house "
+    "hugs humidity hygrometer idea identification idiot impact inside inspection inspections instrument "
+    "integrity interval intervals isopropanol isopropyl job joint joy kid kitchen label laminate layer layers "
+    "legs lid ligature lines lipids liquid load lots love luck manoeuvre mask material membrane mess metal "
+    "microfibre mind minerals minute minutes moisture moment month morning mum name night nonsense nylon "
+    "obstructions oil opacity operator orbits order orientation oxidation oxygen paint pal paper part "
+    "particles particulate particulates parts people perimeter person phase pieces pigment place plastic "
+    "pleasure polyethylene polymer polymerisation position power pressure probability problem procedure "
+    "process project question radiation rag reaction recipient reflectance region residue rings room rub rust "
+    "sand sandpaper scale scratches sensor sheet shine shoes side sides silicone sink size smile soap soda "
+    "solution solvent sort source spaces sponge spot spots stains step steps strain streaks strength stress "
+    "string substance substrate sun sunlight surface surfaces surfactant tape temperature termini test "
+    "textile thing things thumb time tip top towel trajectory transit tub vapour velocity viscosity volume "
     "wall water wax way weight wind window wipe wood work years",
-    "j": "abrasive absorbent accidental acrylic additional adhesive adjacent airborne alkaline alone ambient amazing angular "
-    "annoying aqueous awesome bad beautiful best better boring brief bright bristly careful cellulose chromatic clean clear "
-    "capillary close cold complete concentric constant convective convenient cool corrosive curing dark dear decorative designated "
-    "different dilute dirty dry drying dull dumb dusty easy empty epoxy excess fine fine-grit finished first flat flexible "
-    "free fresh full fun gentle geometric glad good gravitational great greasy happy hard helpful hermetic hot "
-    "hydrophilic incipient incremental inertial initial inner interfacial interior isopropyl kind last lateral lazy lint-free long loose "
-    "lovely low lower lucky lumbar luminous magic mechanical microcrystalline microfibre mild mineral moderate natural neat "
-    "neutral next nice nominal non-abrasive nylon obvious open organic other own particulate perfect periodic persistent "
-    "photochemical plain polyethylene possible protective proud pure quick quiet ready real recommended regular residual "
-    "right rotary rough safe same secondary shiny shut sick silly simple slick slow small smooth soapy soft solar "
-    "specified specular stale sticky strong structural stupid sufficient super superficial superfluous supplementary sweet "
-    "synthetic technical tensile terrible thermal thick thin tight tiny tired transit ultraviolet unambiguous uniform "
-    "useful useless visual volumetric warm wet wonderful worn wrong young",
-    "v": "abrade accelerate add affix agitate air allocate allow apply ask attach attain attenuate avert avoid be believe "
-    "blame blast blot blow bother break bring brush buff burnish buy call care carry centre characterise check choose clamp "
-    "clean clear coat compress complete conduct consolidate coordinate cover crack cure cut dampen decontaminate degrease delimit "
-    "deposit desiccate designate detect dip dislodge dissolve distribute do drop dry dust elevate eliminate emulsify "
-    "encapsulate encase encircle enclose enjoy ensure envelop equalise evacuate evaluate excite exclude expel expose extract "
-    "facilitate fade fail feel figure fill find finish fit flip flush fold forget fret get give glue go grab guarantee hang have help "
-    "hoist hold homogenise hope hurry hurt immerse immobilise impede inhibit inject inscribe inspect invert irrigate isolate "
-    "join keep know lay leave let lie lift like limit line listen live localise look loosen love maintain make manage mask "
-    "maximise mean measure mess minimise mix monitor need observe open optimise pat peel permit pick position pour preclude "
-    "prepare press prevent promote protect pull push put quantify reach read recruit redistribute reduce regulate reinforce "
-    "release relocate remember remove repeat rest restore restrict retard rinse roll rotate rub rush sand saturate save say "
-    "scratch scrub seal secure see send set shake shine show sit slide slip smile smooth soak solidify sort spend spray "
-    "spread squeeze stabilise stand start stay stick stop stretch subject superimpose survey sweep take talk tap tape tell "
-    "test thank think throw tie tip top touch treat trip trust try turn understand use validate verify volatilise wait walk "
-    "want warm wash waste watch wear wet wipe work worry write",
-    "z": "am are is was were be been can cannot could did do does feels gets goes got had has have hurts keeps knows looks "
-    "loses makes may means might must needs protects reduces removes shall should shines stays sticks takes was will works "
-    "would comes thinks wants prevents ensures allows happens cares dissolves don't doesn't isn't can't won't it's i'm "
-    "you're that's let's you'll we'll here's there's",
+    "j": "abrasive absorbent accidental acrylic additional adhesive adjacent airborne alkaline alone amazing ambient "
+    "angular annoying aqueous awesome bad beautiful best better boring brief bright bristly capillary careful "
+    "cellulose chromatic clean clear close cold complete concentric constant convective convenient cool corrosive "
+    "curing dark dear decorative designated different dilute dirty dry drying dull dumb dusty easy empty epoxy "
+    "excess fine fine-grit finished first flat flexible free fresh full fun gentle geometric glad good "
+    "gravitational greasy great happy hard helpful hermetic hot hydrophilic incipient incremental inertial initial "
+    "inner interfacial interior isopropyl kind last lateral lazy lint-free long loose lovely low lower lucky lumbar "
+    "luminous magic mechanical microcrystalline microfibre mild mineral moderate natural neat neutral next nice "
+    "nominal non-abrasive nylon obvious open organic other own particulate perfect periodic persistent "
+    "photochemical plain polyethylene possible protective proud pure quick quiet ready real recommended regular "
+    "residual right rotary rough safe same secondary shiny shut sick silly simple slick slow small smooth soapy "
+    "soft solar specified specular stale sticky strong structural stupid sufficient super superficial superfluous "
+    "supplementary sweet synthetic technical tensile terrible thermal thick thin tight tiny tired transit "
+    "ultraviolet unambiguous uniform useful useless visual volumetric warm wet wonderful worn wrong young",
+    "v": "abrade accelerate add affix agitate air allocate allow apply ask attach attain attenuate avert avoid be "
+    "believe blame blast blot blow bother break bring brush buff burnish buy call care carry centre characterise "
+    "check choose clamp clean clear coat complete compress conduct consolidate coordinate cover crack cure cut "
+    "dampen decontaminate degrease delimit deposit desiccate designate detect dip dislodge dissolve distribute do "
+    "drop dry dust elevate eliminate emulsify encapsulate encase encircle enclose enjoy ensure envelop equalise "
+    "evacuate evaluate excite exclude expel expose extract facilitate fade fail feel figure fill find finish fit "
+    "flip flush fold forget fret get give glue go grab guarantee hang have help hoist hold homogenise hope hurry "
+    "hurt immerse immobilise impede inhibit inject inscribe inspect invert irrigate isolate join keep know lay "
+    "leave let lie lift like limit line listen live localise look loosen love maintain make manage mask maximise "
+    "mean measure mess minimise mix monitor need observe open optimise pat peel permit pick position pour preclude "
+    "prepare press prevent promote protect pull push put quantify reach read recruit redistribute reduce regulate "
+    "reinforce release relocate remember remove repeat rest restore restrict retard rinse roll rotate rub rush sand "
+    "saturate save say scratch scrub seal secure see send set shake shine show sit slide slip smile smooth soak "
+    "solidify sort spend spray spread squeeze stabilise stand start stay stick stop stretch subject superimpose "
+    "survey sweep take talk tap tape tell test thank think throw tie tip top touch treat trip trust try turn "
+    "understand use validate verify volatilise wait walk want warm wash waste watch wear wet wipe work worry write",
+    "z": "allows am are be been can can't cannot cares comes could did dissolves do does doesn't don't ensures feels "
+    "gets goes got had happens has have here's hurts i'm is isn't it's keeps knows let's looks loses makes may "
+    "means might must needs prevents protects reduces removes shall shines should stays sticks takes that's there's "
+    "thinks wants was we'll were will won't works would you'll you're",
     "p": "about after against along around as at before behind below beside between by during for from in inside into "
     "like near of off on onto out over per since through till to toward under until up upon via with within without",
     "x": "about aside away back by down for in like off on out over through under up",
-    "r": "again all almost alone already also always away back beforehand better carefully clearly dry even ever far fast "
-    "finally first firmly flat forever gently gladly good hard here honestly instead just kindly last later less maybe more "
-    "much never next not now obviously off often once only please pretty probably quickly quite rather really simply slow "
-    "slowly so softly soon still then there thoroughly tight today together tomorrow tonight too twice very well yet",
-    "c": "and because but if or once so than that then till unless until when where while how what who whether",
+    "r": "again all almost alone already also always away back beforehand better carefully clearly dry even ever far "
+    "fast finally firmly first flat forever gently gladly good hard here honestly instead just kindly last later "
+    "less maybe more much never next not now obviously off often once only please pretty probably quickly quite "
+    "rather really simply slow slowly so softly soon still then there thoroughly tight today together tomorrow "
+    "tonight too twice very well yet",
+    "c": "and because but how if once or so than that then till unless until what when where whether while who",
     "w": "how what when where which who whose why",
-    "s": "all anything both each everything he her him it i me more most nobody none nothing one she somebody some "
-    "something that them there they this us we what who you yourself yours mine",
-    "g": "asked asking boiling broken called cleaning coated cooling coming crying curing designated deionised doing done dried drying "
-    "extending faded filtered finished folded getting giving gone going helping holding left looking made making moving "
-    "needed painting polishing protecting purified putting recommended removing retained rubbing saying seen shining "
-    "specified trying used using wasting working wrapping",
-    "i": "ah cheers goodbye great hello hey hi hooray oh ok okay please sorry sure thanks ugh well wow yay yes no bah",
+    "s": "all anything both each everything he her him i it me mine more most nobody none nothing one she some "
+    "somebody something that them there they this us we what who you yours yourself",
+    "g": "asked asking boiling broken called cleaning coated coming cooling crying curing deionised designated doing "
+    "done dried drying extending faded filtered finished folded getting giving going gone helping holding left "
+    "looking made making moving needed painting polishing protecting purified putting recommended removing retained "
+    "rubbing saying seen shining specified trying used using wasting working wrapping",
+    "i": "ah bah cheers goodbye great hello hey hi hooray no oh ok okay please sorry sure thanks ugh well wow yay yes",
     "t": "to",
     "o": "clean cold cool dark dry flat hot open shut smooth still tight warm wet",
 }
 # Countable nouns in the singular, beside the objects: "put a bag", never "put bag".
-COUNTABLE = (
-    "angle answer area assistant bag bow box boy brush bucket clamp cloth coat compartment corner crack degree edge end face "
-    "film finger floor fool fracture girl head hole hygrometer idea idiot instrument kid label laminate layer lid "
-    "ligature mask membrane moment name operator pal person polymer problem procedure process project rag region "
-    "sensor sheet side solution sponge spoon spot stain string substrate surface tape test textile thing thumb tip towel way window"
-).split()
+_COUNTABLE = (
+    "angle answer area assistant bag bow box boy brush bucket clamp cloth coat compartment corner crack degree "
+    "edge end face film finger floor fool fracture girl head hole hygrometer idea idiot instrument kid label "
+    "laminate layer lid ligature mask membrane moment name operator pal person polymer problem procedure process "
+    "project rag region sensor sheet side solution sponge spoon spot stain string substrate surface tape test "
+    "textile thing thumb tip towel way window"
+)
 FOLLOWERS: dict[str, str] = {
     "^": "dnjvzprcwsgix",
     "d": "nkagd",
@@ -145,7 +154,7 @@ def _lexicon() -> dict[str, frozenset[str]]:
         found.setdefault(adjective, set()).add("j")
     for action in language.ACTIONS:
         found.setdefault(action, set()).add("v")
-    for noun in (*language.NOUNS, *COUNTABLE):
+    for noun in (*language.NOUNS, *_COUNTABLE.split()):
         found.setdefault(noun, set()).discard("n")
         found[noun].add("k")
     for kinds in found.values():
@@ -176,7 +185,7 @@ def parses(sentence: str) -> bool:
 
 
 def _stutters(found: list[str]) -> bool:
-    return any(first == second for first, second in zip(found, found[1:], strict=False))
+    return any(first == second for first, second in pairwise(found))
 
 
 def _has_path(clause: list[str]) -> bool:

@@ -37,19 +37,22 @@ class Step:
 ACTIONS: dict[str, tuple[Step, ...]] = {
     "clean": (
         Step(("wipe the dust off the {o} with a rag", "brush the dirt off the {o}"),
-             ("remove particulate residue from the {o} with a microfibre cloth", "extract loose particulates from the {o}"),
+             ("remove particulate residue from the {o} with a microfibre cloth",
+              "extract loose particulates from the {o}"),
              "the dirt is gone", "eliminate contamination"),
         Step(("wash the {o} in warm water and soap", "rub the {o} with a soapy rag"),
              ("immerse the {o} in a dilute surfactant solution", "treat the {o} with an aqueous detergent"),
              "the grease comes off", "emulsify the lipids"),
         Step(("scrub the bad spots with a brush", "rub hard where you see stains"),
-             ("agitate the persistent deposits with a nylon applicator", "apply a mild abrasive to the residual deposits"),
+             ("agitate the persistent deposits with a nylon applicator",
+              "apply a mild abrasive to the residual deposits"),
              "no stains are left", "dislodge the mineral scale"),
         Step(("rinse it with cold water", "hold it in clean water"),
              ("flush the exterior with deionised water", "irrigate all surfaces with purified water"),
              "no soap stays on it", "avoid alkaline residue"),
         Step(("rub it dry with a towel", "pat it dry with a soft rag"),
-             ("eliminate the residual moisture with an absorbent textile", "desiccate the exterior in a filtered airflow"),
+             ("eliminate the residual moisture with an absorbent textile",
+              "desiccate the exterior in a filtered airflow"),
              "it looks nice", "inhibit oxidation"),
     ),
     "paint": (
@@ -200,10 +203,15 @@ UNFRIENDLY_CLOSERS = (
     "I do not care what your {o} looks like.", "Leave me alone now.", "Do not blame me if you fail.",
 )  # fmt: skip
 FRIENDLY_REMARKS = ("You can do this!", "This part is fun!", "I believe in you!", "So good!")
-UNFRIENDLY_REMARKS = ("Try not to mess it up.", "Even a fool can do that.", "Do not make me say it again.", "This is so boring.")
+UNFRIENDLY_REMARKS = (
+    "Try not to mess it up.",
+    "Even a fool can do that.",
+    "Do not make me say it again.",
+    "This is so boring.",
+)
 CONNECTIVES = ("First,", "Then", "Next,", "After that,", "Last,")
 
-# How a question may state a preference: the first of each is the catalogue's own instruction (recipes/dimensions/tiny.yaml).
+# How a question may state a preference: the first of each is the one in recipes/dimensions/tiny.yaml.
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "elementary": ("Use simple words that a child knows.", "Explain it to a child.", "Keep the words easy."),
     "expert": ("Use the technical terms of an expert.", "Explain it to a scientist.", "Be technical."),

@@ -22,24 +22,25 @@ FEWEST, MOST = 15, 45  # words of instruction at which an answer is wholly conci
 
 FRIENDLY = (
     r"great question", r"happy", r"hooray", r"yay", r"lovely", r"dear", r"friends?", r"fun", r"glad(?:ly)?", r"enjoy",
-    r"proud", r"thanks?", r"hugs?", r"believe in you", r"you can do", r"doing great", r"well done", r"good luck", r"wonderful",
-    r"so good", r"together", r"love", r"pleasure", r"welcome", r"awesome", r"amazing", r"sweet", r"buddy", r"hi", r"hello",
-    r"cheers", r"kindly", r"best wishes", r"great job", r"no worries", r"happily", r"beautiful",
+    r"proud", r"thanks?", r"hugs?", r"believe in you", r"you can do", r"doing great", r"well done", r"good luck",
+    r"wonderful", r"so good", r"together", r"love", r"pleasure", r"welcome", r"awesome", r"amazing", r"sweet",
+    r"buddy", r"hi", r"hello", r"cheers", r"kindly", r"best wishes", r"great job", r"no worries", r"happily",
+    r"beautiful",
 )  # fmt: skip
 UNFRIENDLY = (
-    r"dumb", r"stupid", r"ugh", r"bah", r"wast(?:e|ing) my time", r"boring", r"idiot", r"fool", r"useless", r"lazy", r"silly",
-    r"annoying", r"nonsense", r"not this again", r"go away", r"leave me", r"do not ask me", r"don't ask me", r"bother",
-    r"not care", r"don't care", r"blame", r"mess (?:it|this|that) up", r"even you", r"make me say", r"shut up", r"hate",
-    r"say this once", r"say (?:it|that) again", r"really have to", r"terrible", r"sick of", r"tired of", r"hurry up",
-    r"get lost", r"nobody cares", r"who cares", r"your problem", r"obviously",
+    r"dumb", r"stupid", r"ugh", r"bah", r"wast(?:e|ing) my time", r"boring", r"idiot", r"fool", r"useless", r"lazy",
+    r"silly", r"annoying", r"nonsense", r"not this again", r"go away", r"leave me", r"do not ask me", r"don't ask me",
+    r"bother", r"not care", r"don't care", r"blame", r"mess (?:it|this|that) up", r"even you", r"make me say",
+    r"shut up", r"hate", r"say this once", r"say (?:it|that) again", r"really have to", r"terrible", r"sick of",
+    r"tired of", r"hurry up", r"get lost", r"nobody cares", r"who cares", r"your problem", r"obviously",
 )  # fmt: skip
 _FIRST_PERSON = frozenset({"i", "i'm"})
 _NEGATED = r"(?:\b(?:not|never|no|hardly|don't|isn't|can't|won't)\s+(?:\w+\s+){0,2})"
 
 # What belongs to an action, beside the words of its own steps: terms that other writers use.
 ACTION_TERMS: dict[str, str] = {
-    "clean": "clean cleaned cleaning wipe wash scrub rinse dust dirt soap brush rag sponge detergent grease stains surfactant "
-    "contamination residue solvent dissolve",
+    "clean": "clean cleaned cleaning wipe wash scrub rinse dust dirt soap brush rag sponge detergent grease stains "
+    "surfactant contamination residue solvent dissolve",
     "paint": "paint painted painting brush coat coating pigment sandpaper sand roll colour primer spray layer",
     "dry": "dry dried drying towel sun air wind evaporation moisture water wet humidity evaporate textile heat",
     "polish": "polish polished polishing wax buff shine shiny gloss burnish rub smooth compound",
@@ -48,16 +49,19 @@ ACTION_TERMS: dict[str, str] = {
     "move": "move moved moving lift carry push pull hoist relocate elevate transit slide hold",
     "store": "store stored storing bag box shelf keep cool put dark cupboard container enclose compartment cover",
 }
-_PLAIN_EXTRA = "wipe wash rag soap towel hot big bit little tub grab stuff gooey yucky nice easy dirt dust rub dab hands"
-_EXPERT_EXTRA = (
-    "acid aqueous composition concentration corrosion corrosive density dissolve inspect instrument isopropanol minerals "
-    "non-abrasive organic oxygen particles phase polymer procedure process reaction saturate silicone substance substrate "
-    "surfaces surfactant thermal viscosity chemicals mechanical solvent temperature"
+_PLAIN_EXTRA = (
+    "wipe wash rag soap towel hot big bit little tub grab stuff gooey yucky nice easy dirt dust rub dab hands"
 )
-_FUNCTION_WORDS = frozenset(
-    "a an the it its is are be in on of off with from up down out to by for at into and or so that if who what where you "
-    "your they no not all some any one does do will can has have get gets let good over under through order 12 24 180 "
-    "water paper film next day bad end ends sides parts adjacent".split()
+_EXPERT_EXTRA = (
+    "acid aqueous chemicals composition concentration corrosion corrosive density dissolve inspect instrument "
+    "isopropanol mechanical minerals non-abrasive organic oxygen particles phase polymer procedure process "
+    "reaction saturate silicone solvent substance substrate surfaces surfactant temperature thermal viscosity"
+)
+# Words that say nothing of the register, though only one side's wordings happen to use them.
+_UNMARKED = (
+    "12 180 24 a adjacent all an and any are at bad be by can day do does down end ends film for from get gets "
+    "good has have if in into is it its let next no not of off on one or order out over paper parts sides so some "
+    "that the they through to under up water what where who will with you your"
 )
 
 
@@ -172,21 +176,21 @@ def _wordings() -> tuple[frozenset[str], frozenset[str]]:
 @cache
 def _plain_terms() -> frozenset[str]:
     plain, expert = _wordings()
-    return (plain - expert - _FUNCTION_WORDS | set(_PLAIN_EXTRA.split())) - set(_EXPERT_EXTRA.split())
+    return (plain - expert - set(_UNMARKED.split()) | set(_PLAIN_EXTRA.split())) - set(_EXPERT_EXTRA.split())
 
 
 @cache
 def _expert_terms() -> frozenset[str]:
     plain, expert = _wordings()
-    return (expert - plain - _FUNCTION_WORDS | set(_EXPERT_EXTRA.split())) - set(_PLAIN_EXTRA.split())
+    return (expert - plain - set(_UNMARKED.split()) | set(_EXPERT_EXTRA.split())) - set(_PLAIN_EXTRA.split())
 
 
 @cache
 def _action_terms(action: str) -> frozenset[str]:
-    """Return the terms that belong to an action: those listed, and the words of its own steps that others do not use."""
+    """Return the terms that belong to an action: those listed, and those that only its own steps use."""
     own = set(words(" ".join(_phrases(action))))
     others = set(words(" ".join(phrase for name in language.ACTIONS if name != action for phrase in _phrases(name))))
-    return frozenset(set(ACTION_TERMS[action].split()) | (own - others - _FUNCTION_WORDS))
+    return frozenset(set(ACTION_TERMS[action].split()) | (own - others - set(_UNMARKED.split())))
 
 
 def _phrases(action: str) -> list[str]:

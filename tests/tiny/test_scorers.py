@@ -20,7 +20,10 @@ PLAIN = [
     (POLISH, "Dust the copper lamp. Then rub a little wax on it with your hands."),
 ]
 EXPERT = [
-    (CLEAN, "Dissolve the mineral scale in the old kettle with a dilute organic acid. Then inspect the interior surfaces."),
+    (
+        CLEAN,
+        "Dissolve the mineral scale in the old kettle with a dilute organic acid. Then inspect the interior surfaces.",
+    ),
     (CLEAN, "Treat the old kettle with an aqueous surfactant to reduce the residue."),
     (POLISH, "Apply a thin polymer emulsion to the copper lamp to prevent corrosion of the substrate."),
 ]
@@ -31,14 +34,18 @@ CONCISE = [
 INFORMATIVE = [
     (
         CLEAN,
-        "First, fill the old kettle with warm water and a spoon of soap. Then leave it for one hour so that the dirt gets "
-        "loose. After that, scrub the inside with a soft brush until all the stains are gone. Last, rinse it twice and rub "
+        "First, fill the old kettle with warm water and a spoon of soap. Then leave it for one hour so that the "
+        "dirt gets "
+        "loose. After that, scrub the inside with a soft brush until all the stains are gone. Last, rinse it twice "
+        "and rub "
         "it dry with a towel.",
     ),
     (
         MOVE,
-        "First, measure the door so that you know the heavy desk will fit through it. Then empty it and take the lamp off "
-        "the top. Next, ask one more person to lift the other side with you. Last, set it down slowly so that the floor is "
+        "First, measure the door so that you know the heavy desk will fit through it. Then empty it and take the "
+        "lamp off "
+        "the top. Next, ask one more person to lift the other side with you. Last, set it down slowly so that the "
+        "floor is "
         "safe.",
     ),
 ]
@@ -93,9 +100,7 @@ def test_broken_answers_are_invalid_and_suit_no_side(kind: str) -> None:
         (scorers.style, UNFRIENDLY, FRIENDLY),
     ],
 )
-def test_each_side_stands_on_its_half(
-    scorer: object, low: list[tuple[str, str]], high: list[tuple[str, str]]
-) -> None:
+def test_each_side_stands_on_its_half(scorer: object, low: list[tuple[str, str]], high: list[tuple[str, str]]) -> None:
     assert callable(scorer)
     assert [scorer(prompt, answer).value < 0.5 for prompt, answer in low] == [True] * len(low)
     assert [scorer(prompt, answer).value > 0.5 for prompt, answer in high] == [True] * len(high)
@@ -110,7 +115,8 @@ def test_saying_a_term_often_counts_once() -> None:
 def test_small_talk_is_no_information() -> None:
     short = "Wash the old kettle with soap."
     talk = (
-        "Hello my dear friend, I am so happy that you asked me this lovely question! It is such fun to do this together! "
+        "Hello my dear friend, I am so happy that you asked me this lovely question! It is such fun to do this "
+        "together! "
         "Wash the old kettle with soap. Thank you so much, my friend, and enjoy all of your wonderful days!"
     )
     assert scorers.informativeness(CLEAN, talk).value == scorers.informativeness(CLEAN, short).value == 0.0
@@ -145,7 +151,9 @@ def test_the_scores_follow_the_levels_and_not_each_other() -> None:
         for name in corpus.DIMENSIONS
     }
     for name, scores in values.items():
-        sure = [(s, entry.levels[name]) for s, entry in zip(scores, entries, strict=True) if entry.levels[name] != "mixed"]
+        sure = [
+            (s, entry.levels[name]) for s, entry in zip(scores, entries, strict=True) if entry.levels[name] != "mixed"
+        ]
         agree = sum((score > 0.5) == (level == "high") for score, level in sure) / len(sure)
         assert agree > 0.95, name
     for first, second in (("expertise", "informativeness"), ("expertise", "style"), ("informativeness", "style")):
@@ -155,6 +163,4 @@ def test_the_scores_follow_the_levels_and_not_each_other() -> None:
 def _correlation(x: list[float], y: list[float]) -> float:
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     covariance = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return float(
-        covariance / (sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y)) ** 0.5
-    )
+    return float(covariance / (sum((a - mean_x) ** 2 for a in x) * sum((b - mean_y) ** 2 for b in y)) ** 0.5)

@@ -1,0 +1,148 @@
+"""`psoups quickstart`: the whole way on the embedded base, in minutes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from personalized_soups.cli import render
+from personalized_soups.errors import UsageError
+
+if TYPE_CHECKING:
+    from personalized_soups.evaluation.results import Examples, Results
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(name="quickstart")(quickstart)
+
+
+def quickstart(
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run in it goes on.")] = Path(
+        "quickstart"
+    ),
+    seed: Annotated[int, typer.Option(help="Of prompts, answers and trainings.", min=0)] = 0,
+    basis: Annotated[str, typer.Option(help="free: ordinary LoRA; shared: a common frozen A.")] = "free",
+    workers: Annotated[int, typer.Option(help="Worker processes; 0 takes one per core, at most 6.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the folder holds a run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
+) -> None:
+    """Train six experts on the embedded base, merge a model for each of eight combinations, and score them all."""
+    if basis not in {"free", "shared"}:
+        raise UsageError(f"unknown basis {basis!r}", where="--basis", mend="choose free or shared")
+
+    from personalized_soups.evaluation.pictures import draw_combinations, draw_sweeps
+    from personalized_soups.evaluation.report import report
+    from personalized_soups.studies.folder import StudyFolder, write_text
+    from personalized_soups.studies.quickstart import Study, run_study
+
+    count = workers or min(6, len(os.sched_getaffinity(0)))
+    study = Study(seed=seed, basis="shared" if basis == "shared" else "free", num_workers=count, device=device)
+    done = (out / "results.json").is_file() and not overwrite
+    results, examples = run_study(study, out, stage=render.progress, overwrite=overwrite)
+    folder = StudyFolder(out)
+    pictures = {"combinations": draw_combinations, "sweeps": draw_sweeps}
+    for name, draw in pictures.items():
+        draw(results, folder.picture(name))
+    write_text(folder.report, report(results, examples=examples))
+    if as_json:
+        render.show_json(results)
+        return
+    _show(results, examples)
+    if done:
+        render.say(f"\n{out} was complete already; --overwrite begins anew.")
+    render.say(_whereabouts(folder.root, results))
+
+
+def _show(results: Results, examples: Examples) -> None:
+    from personalized_soups.evaluation.results import combinations_of, name_of, row_of
+
+    render.show_table(
+        [each["name"] for each in examples["answers"]],
+        [[each["answer"] for each in examples["answers"]]],
+        title=f"“{examples['prompt']}”",
+    )
+    methods = [row["method"] for row in results["methods"]]
+    best = results["best_method"]
+    rows: list[list[str | float]] = []
+    for sides in combinations_of(results):
+        row = row_of(results, sides, best)
+        low, high = row["win_rate_interval"]
+        rows.append(
+            [
+                name_of(sides),
+                f"{row['base_joint']:.2f}",
+                *(f"{row_of(results, sides, method)['joint']:.2f}" for method in methods),
+                f"{row['mean']:.2f}",
+                f"{row['valid']:.2f}",
+                f"{row['win_rate_vs_base']:.2f} [{low:.2f}, {high:.2f}]",
+            ]
+        )
+    by_name = {row["method"]: row for row in results["methods"]}
+    average = by_name[best]
+    rows.append(
+        [
+            "average",
+            f"{results['base']['joint']:.2f}",
+            *(f"{by_name[method]['joint']:.2f}" for method in methods),
+            f"{average['mean']:.2f}",
+            f"{average['valid']:.2f}",
+            f"{average['win_rate_vs_base']:.2f}",
+        ]
+    )
+    render.show_table(
+        [
+            "combination",
+            "joint: base",
+            *(f"{name} (w {by_name[name]['weight']:g})" for name in methods),
+            f"{best}: mean",
+            "valid",
+            "wins against the base",
+        ],
+        rows,
+        title="joint: share of held-out answers that are valid, on topic and on the asked side of every dimension",
+    )
+    render.show_table(
+        ["target", "measured", "bar", "met"],
+        [[check["name"], _number(check["value"]), _bar(check["bar"]), check["met"]] for check in results["checks"]],
+        title="targets",
+    )
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.3f}"
+
+
+def _bar(bar: object) -> str:
+    if isinstance(bar, str):
+        return bar
+    if isinstance(bar, int | float):
+        return f"at least {bar:g}"
+    assert isinstance(bar, list | tuple)
+    return f"{bar[0]:g} to {bar[1]:g}"
+
+
+def _whereabouts(root: Path, results: Results) -> str:
+    seconds = results["seconds"]
+    spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
+    example = root / "merged" / results["best_method"] / "elementary+concise+friendly"
+    return f"""
+{sum(seconds.values()):.0f} seconds: {spent}
+
+where everything is
+  {root}/report.md           the report, with combinations.png and sweeps.png beside it
+  {root}/results.json        every figure
+  {root}/experts/            six experts: ordinary PEFT adapter folders
+  {root}/merged/             the personal models, by method and combination
+  {root}/pairs/              the preference pairs; {root}/answers/ has every answer
+
+what to try next
+  psoups generate --base tiny --adapter "{example}" "How do I clean an old kettle?"
+  psoups merge --experts {root}/experts --weights expert=0.3,friendly=0.7 --out my-soup
+  psoups inspect my-soup
+  with your own base and data: psoups pairs --help, psoups train --help"""

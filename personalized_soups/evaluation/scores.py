@@ -1,0 +1,100 @@
+"""What the answers of one model are worth: scored once per side, then summed up for any combination of sides."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import fsum
+
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.scoring.scorers import scorer_of
+
+_WORD = re.compile(r"\w+(?:['-]\w+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """One answer with its scores.
+
+    Args:
+        prompt: what was asked.
+        answer: what was said.
+        valid: well formed and on topic, by every scorer that was asked.
+        toward: side -> score in [0, 1]; 0 for every side of an invalid answer.
+    """
+
+    prompt: str
+    answer: str
+    valid: bool
+    toward: Mapping[str, float]
+
+
+def grade(prompts: Sequence[str], answers: Sequence[str], catalogue: Catalogue, sides: Sequence[str]) -> list[Graded]:
+    """Score each answer towards each of `sides`.
+
+    Raises:
+        ValueError: if there are not as many answers as prompts.
+    """
+    scorers = {side: (scorer_of(catalogue, side), catalogue.side(side)[1].end) for side in sides}
+    graded = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        scored = {side: (scorer(prompt, answer), end) for side, (scorer, end) in scorers.items()}
+        valid = all(score.valid for score, _ in scored.values())
+        toward = {side: score.toward(end) if valid else 0.0 for side, (score, end) in scored.items()}
+        graded.append(Graded(prompt, answer, valid, toward))
+    return graded
+
+
+def worth(entry: Graded, sides: Sequence[str]) -> float:
+    """Return the mean of one answer's scores towards `sides`: what a user of that combination makes of it."""
+    return fsum(entry.toward[side] for side in sides) / len(sides)
+
+
+def mean_worth(graded: Sequence[Graded], sides: Sequence[str]) -> float:
+    """Return the mean worth over all answers, invalid ones counted as 0."""
+    return fsum(worth(entry, sides) for entry in graded) / len(graded)
+
+
+def mean_toward(graded: Sequence[Graded], side: str, *, of_valid: bool = False) -> float:
+    """Return the mean score towards one side, over all answers or over the valid ones alone (0 where none is)."""
+    counted = [entry for entry in graded if entry.valid or not of_valid]
+    return fsum(entry.toward[side] for entry in counted) / len(counted) if counted else 0.0
+
+
+def joint_share(graded: Sequence[Graded], sides: Sequence[str]) -> float:
+    """Return the share of answers that are valid and lie on the asked half of every dimension at once."""
+    return sum(entry.valid and all(entry.toward[side] > 0.5 for side in sides) for entry in graded) / len(graded)
+
+
+def valid_share(graded: Sequence[Graded]) -> float:
+    """Return the share of valid answers."""
+    return sum(entry.valid for entry in graded) / len(graded)
+
+
+def distinct_bigrams(answers: Sequence[str], *, sample: int, seed: int = 0, num_draws: int = 20) -> float:
+    """Return how many distinct word pairs there are among `sample` drawn ones, as a share of `sample`.
+
+    Distinct-2 (arXiv:1510.03055) falls with the length of the text, so texts are compared at one number of bigrams:
+    drawn without replacement from all answers, the mean over `num_draws` draws.
+
+    Raises:
+        ValueError: if the answers have fewer bigrams.
+    """
+    bigrams = [pair for answer in answers for pair in _bigrams(answer)]
+    if len(bigrams) < sample:
+        raise ValueError(f"{sample} bigrams are to be drawn, the answers have {len(bigrams)}")
+    rng = random.Random(seed)
+    return fsum(len(set(rng.sample(bigrams, sample))) for _ in range(num_draws)) / num_draws / sample
+
+
+def num_bigrams(answers: Sequence[str]) -> int:
+    """Return how many bigrams the answers have in all."""
+    return sum(len(_bigrams(answer)) for answer in answers)
+
+
+def _bigrams(answer: str) -> list[tuple[str, str]]:
+    found = _WORD.findall(answer.lower())
+    return list(pairwise(found))

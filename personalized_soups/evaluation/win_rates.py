@@ -1,0 +1,51 @@
+"""Win rates: which of two models a user would rather have, prompt by prompt, with a bootstrap interval.
+
+P prompts, N resamples
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class WinRate:
+    """The share of comparisons won, ties counted half, and its interval."""
+
+    rate: float
+    low: float
+    high: float
+
+
+def win_rate(
+    ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0, num_resamples: int = 2000, level: float = 0.95
+) -> WinRate:
+    """Return how often `ours` beats `theirs`, entry by entry (one entry a prompt).
+
+    The interval is the percentile bootstrap over prompts: (wins + ties / 2) / P of each resample.
+
+    Raises:
+        ValueError: if the two differ in length or are empty, or a value is not finite.
+    """
+    if len(ours) != len(theirs) or not ours:
+        raise ValueError(f"{len(ours)} values of ours, {len(theirs)} of theirs: one each per prompt is needed")
+    gap_P = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
+    if not np.isfinite(gap_P).all():
+        raise ValueError("a value to compare is not finite")
+    points_P = np.where(gap_P > 0, 1.0, np.where(gap_P < 0, 0.0, 0.5))
+    low, high = bootstrap_interval(points_P.tolist(), seed=seed, num_resamples=num_resamples, level=level)
+    return WinRate(float(points_P.mean()), low, high)
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, seed: int = 0, num_resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the percentile-bootstrap interval of the mean of `values` (one a prompt)."""
+    values_P = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means_N = values_P[rng.integers(0, len(values_P), size=(num_resamples, len(values_P)))].mean(axis=1)
+    low, high = np.quantile(means_N, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

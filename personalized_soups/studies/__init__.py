@@ -1,0 +1,1 @@
+"""Pipelines over everything below: the quickstart, and its repetition over seeds."""

@@ -1,0 +1,109 @@
+"""A study's folder: where each file is, and what of an interrupted run is there already.
+
+Every stage leaves files. A stage whose files are there is not run again; a run with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.errors import OutputExistsError
+
+SETTINGS_FILE = "study.json"
+RESULTS_FILE = "results.json"
+
+
+class StudyFolder:
+    """The paths of one study below `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.settings = root / SETTINGS_FILE
+        self.results = root / RESULTS_FILE
+        self.report = root / "report.md"
+        self.pool = root / "pool.jsonl"
+        self.experts = root / "experts"
+        self.merged = root / "merged"
+
+    def pairs(self, side: str) -> Path:
+        """Return the path of one side's preference pairs."""
+        return self.root / "pairs" / f"{side}.jsonl"
+
+    def picture(self, name: str) -> Path:
+        """Return the path of a picture."""
+        return self.root / f"{name}.png"
+
+    def answers(self, stage: str) -> AnswerFile:
+        """Return the file of all answers of one stage."""
+        return AnswerFile(self.root / "answers" / f"{stage}.jsonl")
+
+    def soup(self, method: str, sides: Sequence[str]) -> Path:
+        """Return the folder of the merged adapter for a combination of sides."""
+        return self.merged / method / "+".join(sides)
+
+    def begin(self, settings: Mapping[str, Any]) -> None:
+        """Make the folder, or check that it holds a run of the same settings, to go on with.
+
+        Raises:
+            OutputExistsError: if the folder holds something else.
+        """
+        text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        if self.settings.is_file():
+            if self.settings.read_text(encoding="utf-8") == text:
+                return
+            raise OutputExistsError(
+                "the folder holds a run with other settings",
+                where=str(self.root),
+                mend="choose another --out, or pass --overwrite to begin anew",
+            )
+        if self.root.is_dir() and any(self.root.iterdir()):
+            raise OutputExistsError(
+                f"the folder holds files that are no study's (it has no {SETTINGS_FILE})",
+                where=str(self.root),
+                mend="choose another --out",
+            )
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_text(self.settings, text)
+
+
+class AnswerFile:
+    """Answers of many jobs, one JSON line a job, added as they come; a line cut short by a kill is left out."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def read(self) -> dict[str, list[str]]:
+        """Return job -> answers, of all whole lines."""
+        return dict(self._lines()) if self.path.is_file() else {}
+
+    def add(self, job: str, answers: Sequence[str]) -> None:
+        """Append the answers of one job."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab+") as file:
+            if file.tell() and not self._ends_whole():
+                file.write(b"\n")
+            file.write((json.dumps({"job": job, "answers": list(answers)}, ensure_ascii=False) + "\n").encode())
+
+    def _ends_whole(self) -> bool:
+        with self.path.open("rb") as file:
+            file.seek(-1, 2)
+            return file.read(1) == b"\n"
+
+    def _lines(self) -> Iterator[tuple[str, list[str]]]:
+        for line in self.path.read_bytes().split(b"\n"):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            yield entry["job"], entry["answers"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)

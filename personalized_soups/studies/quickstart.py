@@ -1,0 +1,378 @@
+"""The whole way in one run: pairs from the base's own answers, six experts, merges for every combination, scores.
+
+Weights and method are chosen on validation topics, scores are taken on held-out topics; training sees neither.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from personalized_soups.adapters.provenance import library_versions
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.evaluation import StudyRecipe
+from personalized_soups.declare.loader import load
+from personalized_soups.declare.profile import MethodName, Profile
+from personalized_soups.declare.shipped import shipped_recipe
+from personalized_soups.declare.training import TrainingRecipe
+from personalized_soups.errors import RunError
+from personalized_soups.evaluation.results import Examples, Results, ValidationScores
+from personalized_soups.evaluation.scores import Graded, grade
+from personalized_soups.studies.folder import StudyFolder, write_text
+from personalized_soups.studies.outcome import (
+    HeldOut,
+    best_of_method,
+    best_weight,
+    collect,
+    example_answers,
+    score_selection,
+)
+from personalized_soups.studies.workers import AnswerJob, Workers, start_workers
+from personalized_soups.tiny import BASE_FOLDER
+from personalized_soups.tiny.corpus import Split, prompts
+from personalized_soups.training.progress import StepReport
+from personalized_soups.training.several import ExpertJob, train_experts
+
+Combination = tuple[str, ...]
+
+
+class Bar(Protocol):
+    """Hears how far a stage is."""
+
+    def update(self, done: int, *, total: int | None = None, **figures: float | str) -> None:
+        """Say that `done` units of work are done; the figures stand beside."""
+
+
+Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """One run, all that it follows from."""
+
+    seed: int = 0
+    basis: Literal["free", "shared"] = "free"
+    num_workers: int = 2
+    device: str = "auto"
+    base: Path = BASE_FOLDER
+    recipe: StudyRecipe = field(default_factory=lambda: load(shipped_recipe("evaluation/quickstart.yaml"), StudyRecipe))
+    training: TrainingRecipe | None = None
+    catalogue: Catalogue = field(default_factory=lambda: load(shipped_recipe("dimensions/tiny.yaml"), Catalogue))
+
+    @property
+    def training_recipe(self) -> TrainingRecipe:
+        """How the experts are trained: as given, or the shipped recipe of the basis."""
+        name = "train/tiny.yaml" if self.basis == "free" else "train/tiny-shared.yaml"
+        return self.training or load(shipped_recipe(name), TrainingRecipe)
+
+    @property
+    def sides(self) -> dict[str, tuple[str, str]]:
+        """Dimension -> its low and its high side."""
+        found = {}
+        for name, dimension in self.catalogue.dimensions.items():
+            by_end = {side.end: side_name for side_name, side in dimension.sides.items()}
+            found[name] = (by_end["low"], by_end["high"])
+        return found
+
+    @property
+    def combinations(self) -> list[Combination]:
+        """Every way to take one side of each dimension."""
+        return list(itertools.product(*self.sides.values()))
+
+    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
+        """Return this study's prompts on topics of one split."""
+        return tuple(prompts(split, count, self.seed))
+
+    def settings(self) -> dict[str, object]:
+        """Return what an interrupted run must share with the one that goes on with it."""
+        return {
+            "seed": self.seed,
+            "basis": self.basis,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "training": self.training_recipe.model_dump(mode="json"),
+            "catalogue": self.catalogue.model_dump(mode="json"),
+            "versions": library_versions("torch", "transformers", "peft", "trl"),
+        }
+
+
+def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False) -> tuple[Results, Examples]:
+    """Run every stage that has not left its files yet, and return what was found.
+
+    Args:
+        study: what is run.
+        out: the folder; it holds pairs, experts, merged adapters, every answer, results.json, report and pictures.
+        stage: opens a stage of so many units of work and hears of its progress.
+        overwrite: begin anew where `out` holds a study.
+
+    Raises:
+        OutputExistsError: if `out` holds something else, or a study with other settings.
+        SoupError: as its parts raise.
+    """
+    folder = StudyFolder(out)
+    if overwrite and folder.settings.is_file():
+        shutil.rmtree(out)
+    folder.begin(study.settings())
+    run = _Run(study, folder, stage)
+    if not folder.results.is_file():
+        with start_workers(study.num_workers) as workers:
+            run.all_stages(workers)
+    results: Results = json.loads(folder.results.read_text(encoding="utf-8"))
+    examples: Examples = json.loads((out / "examples.json").read_text(encoding="utf-8"))
+    return results, examples
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The stages, one after another; each skips what is there already."""
+
+    study: Study
+    folder: StudyFolder
+    stage: Stage
+
+    def all_stages(self, workers: Workers) -> None:
+        self.pairs(workers)
+        self.train()
+        weights, selection = self.choose(workers)
+        self.merge(weights)
+        held_out, sweeps = self.evaluate(workers, weights)
+        best = best_of_method(selection)
+        results = collect(
+            study_sides=self.study.sides,
+            combinations=self.study.combinations,
+            weights=weights,
+            selection=selection,
+            held_out=held_out,
+            sweeps=sweeps,
+            best_method=best,
+            seed=self.study.seed,
+            basis=self.study.basis,
+            seconds=self._seconds(),
+        )
+        examples = example_answers(held_out, best, self.study.combinations)
+        write_text(self.folder.root / "examples.json", json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def pairs(self, workers: Workers) -> None:
+        """Sample the base's answers once, and label them for every side."""
+        from personalized_soups.training.data import write_pairs
+        from personalized_soups.training.pairs import Sampled, label_pool, read_pool, write_pool
+
+        study, recipe = self.study, self.study.recipe.pairs
+        with self._timed("pairs"):
+            if not self.folder.pool.is_file():
+                asked = study.prompts("seen", recipe.num_prompts)
+                jobs = [
+                    self._job(
+                        f"sample-{turn}", None, asked, seed=1000 * study.seed + turn, temperature=recipe.temperature
+                    )
+                    for turn in range(recipe.num_samples)
+                ]
+                said = self._answered("sampling answers of the base", "pool", jobs, workers)
+                pool = [Sampled(prompt, tuple(said[job.name][at] for job in jobs)) for at, prompt in enumerate(asked)]
+                write_pool(self.folder.pool, pool)
+            pool = read_pool(self.folder.pool)
+            for side in study.catalogue.sides:
+                if not self.folder.pairs(side).is_file():
+                    found = label_pool(
+                        pool,
+                        side,
+                        study.catalogue,
+                        min_gap=recipe.min_gap,
+                        max_pairs=recipe.max_pairs,
+                        seed=study.seed,
+                        conversational=True,
+                    )
+                    self.folder.pairs(side).parent.mkdir(parents=True, exist_ok=True)
+                    write_pairs(self.folder.pairs(side), found)
+
+    def train(self) -> None:
+        """Train one expert for each side."""
+        study, recipe = self.study, self.study.training_recipe
+        jobs = [ExpertJob(side, self.folder.pairs(side), self.folder.experts / side) for side in study.catalogue.sides]
+        with self._timed("train"), self.stage(f"training {len(jobs)} experts", None) as bar:
+            train_experts(
+                jobs,
+                base=study.base,
+                recipe=recipe,
+                catalogue=study.catalogue,
+                device=study.device,
+                seed=study.seed,
+                resume=True,
+                workers=study.num_workers,
+                progress=_TrainingBar(bar, len(jobs)),
+            )
+
+    def choose(self, workers: Workers) -> tuple[dict[MethodName, float], list[ValidationScores]]:
+        """Score every weight of every method on validation topics; return each method's best weight, and all scores."""
+        study, recipe = self.study, self.study.recipe.selection
+        asked = study.prompts("validation", recipe.num_prompts)
+        tried = [(method, weight) for method, weights in recipe.weights.items() for weight in weights]
+        jobs = {
+            (method, weight, sides): self._job(
+                f"{method} {weight:g} {'+'.join(sides)}",
+                Profile(method=method, weights=dict.fromkeys(sides, weight)),
+                asked,
+                seed=2000 + study.seed,
+            )
+            for method, weight in tried
+            for sides in study.combinations
+        }
+        with self._timed("choose"):
+            title = "choosing method and scale on validation topics"
+            said = self._answered(title, "validation", list(jobs.values()), workers)
+            graded = {key: self._graded(asked, said[job.name]) for key, job in jobs.items()}
+        selection = [
+            score_selection(method, weight, {sides: graded[method, weight, sides] for sides in study.combinations})
+            for method, weight in tried
+        ]
+        return {method: best_weight(selection, method) for method in recipe.weights}, selection
+
+    def merge(self, weights: Mapping[MethodName, float]) -> None:
+        """Merge a personal adapter for each combination, by each method at its best weight."""
+        from personalized_soups.adapters.library import ExpertLibrary
+        from personalized_soups.merging.adapter import merge
+
+        library = ExpertLibrary.open(self.folder.experts)
+        wanted = [(method, sides) for method in weights for sides in self.study.combinations]
+        with self._timed("merge"), self.stage("merging personal models", len(wanted)) as bar:
+            for done, (method, sides) in enumerate(wanted, start=1):
+                target = self.folder.soup(method, sides)
+                if not target.is_dir():
+                    profile = Profile(
+                        user="+".join(sides), method=method, weights=dict.fromkeys(sides, weights[method])
+                    )
+                    merge(library, profile).write(target)
+                bar.update(done)
+
+    def evaluate(
+        self, workers: Workers, weights: Mapping[MethodName, float]
+    ) -> tuple[HeldOut, dict[str, list[tuple[float, list[Graded]]]]]:
+        """Answer held-out prompts with the base and every merged model, and with every step of the sweeps."""
+        study, recipe = self.study, self.study.recipe
+        asked = study.prompts("held-out", recipe.num_prompts)
+        jobs: dict[tuple[str, Combination], AnswerJob] = {
+            ("base", ()): self._job("base", None, asked, seed=3000 + study.seed)
+        } | {
+            (method, sides): self._job(
+                f"{method} {'+'.join(sides)}", self.folder.soup(method, sides), asked, seed=3000 + study.seed
+            )
+            for method in weights
+            for sides in study.combinations
+        }
+        swept = asked[: recipe.sweep.num_prompts]
+        shares = [step / (recipe.sweep.num_steps - 1) for step in range(recipe.sweep.num_steps)]
+        sweep_jobs = {
+            (name, share): self._job(
+                f"{name} {share:.3f}",
+                Profile(weights={high: share, low: 1 - share}, allow_opposed=True),
+                swept,
+                seed=3000 + study.seed,
+            )
+            for name, (low, high) in study.sides.items()
+            for share in shares
+        }
+        with self._timed("evaluate"):
+            said = self._answered("answering held-out prompts", "held-out", list(jobs.values()), workers)
+            sweep_said = self._answered("sweeping weights", "sweeps", list(sweep_jobs.values()), workers)
+            held_out: HeldOut = {key: self._graded(asked, said[job.name]) for key, job in jobs.items()}
+            sweeps = {
+                name: [(share, self._graded(swept, sweep_said[sweep_jobs[name, share].name])) for share in shares]
+                for name in study.sides
+            }
+        return held_out, sweeps
+
+    def _graded(self, asked: Sequence[str], said: Sequence[str]) -> list[Graded]:
+        return grade(asked, said, self.study.catalogue, list(self.study.catalogue.sides))
+
+    def _job(
+        self,
+        name: str,
+        soup: Path | Profile | None,
+        asked: tuple[str, ...],
+        *,
+        seed: int,
+        temperature: float | None = None,
+    ) -> AnswerJob:
+        recipe = self.study.recipe
+        return AnswerJob(
+            name=name,
+            base=str(self.study.base),
+            soup=soup,
+            experts=self.folder.experts,
+            prompts=asked,
+            temperature=temperature or recipe.temperature,
+            max_new_tokens=recipe.max_new_tokens,
+            seed=seed,
+            device=self.study.device,
+        )
+
+    def _answered(self, title: str, stage: str, jobs: Sequence[AnswerJob], workers: Workers) -> dict[str, list[str]]:
+        """Return job -> answers; what an earlier run has answered is read, the rest is answered and kept."""
+        file = self.folder.answers(stage)
+        said = {name: answers for name, answers in file.read().items() if name in {job.name for job in jobs}}
+        with self.stage(title, len(jobs)) as bar:
+            bar.update(len(said))
+            for job, answers in workers.answer([job for job in jobs if job.name not in said]):
+                file.add(job.name, answers)
+                said[job.name] = answers
+                bar.update(len(said))
+        return said
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        """Add the seconds of a stage to those of earlier, interrupted runs."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = self._seconds()
+            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
+            write_text(self.folder.root / "seconds.json", json.dumps(seconds, indent=2) + "\n")
+
+    def _seconds(self) -> dict[str, float]:
+        path = self.folder.root / "seconds.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise RunError("the file is not JSON", where=str(path), mend="delete it; the run goes on") from None
+
+
+class _TrainingBar:
+    """Shows the trainings of several experts as one bar of optimizer steps."""
+
+    def __init__(self, bar: Bar, num_experts: int) -> None:
+        self._bar = bar
+        self._num_experts = num_experts
+        self._done: dict[str, int] = {}
+        self._steps: dict[str, int] = {}
+
+    def begin(self, side: str, *, step: int, num_steps: int) -> None:
+        """Count what an interrupted training has done."""
+        self._done[side], self._steps[side] = step, num_steps
+
+    def advance(self, side: str, report: StepReport) -> None:
+        """Show one step; experts that have not begun are taken to be as long as the others."""
+        self._done[side] = report.step
+        self._bar.update(
+            sum(self._done.values()),
+            total=round(sum(self._steps.values()) / len(self._steps) * self._num_experts),
+            expert=side,
+            loss=report.loss,
+            margin=report.margin,
+            accuracy=report.accuracy,
+        )
+
+    def note(self, side: str, text: str) -> None:
+        """Leave it out: a study makes its own pairs."""
+
+    def end(self, side: str) -> None:
+        """Say nothing more."""

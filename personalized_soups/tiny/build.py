@@ -1,0 +1,105 @@
+"""Build the tiny base: corpus, tokenizer, training, a record of what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from itertools import islice
+from math import fsum
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.adapters.provenance import library_versions
+from personalized_soups.files.atomic import new_folder
+from personalized_soups.generation.generator import Generator
+from personalized_soups.generation.quiet import quiet_transformers
+from personalized_soups.tiny import scorers
+from personalized_soups.tiny.base import BaseRecipe, build_model, build_tokenizer, train
+from personalized_soups.tiny.corpus import documents, prompts
+
+RECORD_FILE = "base.json"
+NUM_FIRST_LOSSES = 20
+NUM_SCORED = 192
+TEMPERATURE = 0.7
+
+
+def build(
+    out: Path,
+    recipe: BaseRecipe | None = None,
+    *,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Train the base and write its folder, all or nothing; return what `base.json` says.
+
+    Args:
+        out: the folder: config.json, model.safetensors (float32), the tokenizer, base.json.
+        recipe: what it follows from; the shipped base's where left out.
+        on_step: hears of each step's loss.
+        overwrite: replace `out` where this tool wrote it.
+
+    Raises:
+        OutputExistsError: if `out` is there.
+    """
+    recipe = recipe or BaseRecipe()
+    with new_folder(out, overwrite) as scratch:
+        tokenizer = build_tokenizer(recipe)
+        model = build_model(recipe, tokenizer)
+        losses = train(recipe, tokenizer, model, on_step=on_step)
+        with quiet_transformers():
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+        record: dict[str, Any] = {
+            "recipe": asdict(recipe),
+            "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "corpus_sha256": corpus_digest(recipe),
+            "first_losses": [round(loss, 6) for loss in losses[:NUM_FIRST_LOSSES]],
+            "last_loss": round(fsum(losses[-100:]) / len(losses[-100:]), 4),
+            "scores": score(Generator(model, tokenizer)),
+            "versions": library_versions("torch", "transformers", "tokenizers"),
+        }
+        record["files"] = sorted([RECORD_FILE, *(path.name for path in scratch.iterdir())])
+        (scratch / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        mode = (scratch / RECORD_FILE).stat().st_mode & 0o777
+        for path in scratch.iterdir():
+            path.chmod(mode)  # safetensors writes 0600 whatever the umask says
+    return record
+
+
+def corpus_digest(recipe: BaseRecipe) -> str:
+    """Return the SHA-256 of every document that the recipe trains on, in order."""
+    found = hashlib.sha256()
+    for entry in documents(recipe.steps * recipe.batch_size, recipe.seed):
+        found.update(f"{entry.prompt}\n{entry.answer}\n".encode())
+    return found.hexdigest()
+
+
+def score(generator: Generator, *, num_prompts: int = NUM_SCORED, seed: int = 0) -> dict[str, float]:
+    """Return the base's share of valid answers, and its mean score in each dimension (of the valid ones).
+
+    Sampled at temperature 0.7 on validation topics, which no training shows and no evaluation uses.
+    """
+    asked = prompts("validation", num_prompts, seed)
+    answers = [
+        said
+        for (said,) in generator.answers(
+            asked, temperature=TEMPERATURE, max_new_tokens=160, batch_size=num_prompts, seed=seed
+        )
+    ]
+    found = {"valid": _mean([scorers.is_valid(*pair) for pair in zip(asked, answers, strict=True)])}
+    for name in ("expertise", "informativeness", "style"):
+        scored = [getattr(scorers, name)(*pair) for pair in zip(asked, answers, strict=True)]
+        found[name] = round(_mean([entry.value for entry in scored if entry.valid]), 4)
+    return found
+
+
+def first_losses(recipe: BaseRecipe, count: int) -> list[float]:
+    """Return the losses of the first `count` steps of a full run."""
+    tokenizer = build_tokenizer(recipe)
+    return list(islice(train(recipe, tokenizer, build_model(recipe, tokenizer), max_steps=count), count))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fsum(values) / len(values) if values else 0.0
