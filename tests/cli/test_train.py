@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Run = Callable[..., tuple[int, str, str]]
+DIMENSIONS = """
+dimensions:
+  informativeness:
+    about: How much is said.
+    scorer: {kind: length, low: 2, high: 20}
+    sides:
+      concise: {label: P2A, instruction: Be brief., end: low}
+      informative: {label: P2B, instruction: Tell all.}
+"""
+RECIPE = """
+lora: {rank: 4, alpha: 8}
+dpo: {beta: 0.3, max_length: 96}
+optimizer: {learning_rate: 1.0e-3, max_steps: 2, batch_size: 2}
+"""
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "dimensions.yaml").write_text(DIMENSIONS)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "prompts.txt").write_text("wash the kettle\nrub the towel\ndry the old soap\n")
+    return tmp_path
+
+
+def _pairs(files: Path, base: Path, *more: object) -> list[object]:
+    options = ["pairs", "concise", "--base", base, "--dimensions", files / "dimensions.yaml", "--device", "cpu"]
+    options += ["--max-new-tokens", 24, "--min-gap", 0.05, "--num-samples", 6]
+    return [*options, "--out", files / "pairs.jsonl", *more]
+
+
+def _train(files: Path, base: Path, *more: object) -> list[object]:
+    options = ["train", "concise", "--base", base, "--dimensions", files / "dimensions.yaml", "--device", "cpu"]
+    return [*options, "--recipe", files / "recipe.yaml", "--data", files / "pairs.jsonl", "--out", files / "e", *more]
+
+
+def test_the_way_from_a_base_to_an_expert(psoups: Run, small_base: Path, files: Path) -> None:
+    code, out, err = psoups(*_pairs(files, small_base, "--prompts", files / "prompts.txt", "--json"))
+    assert (code, err) == (0, "")
+    made = json.loads(out)
+    assert made["pairs"] == len((files / "pairs.jsonl").read_text().splitlines()) > 0
+    code, out, err = psoups(*_train(files, small_base))
+    assert code == 0
+    assert "informativeness" in out  # the record, as a table
+    assert "training concise: 2/2" in err  # the last line of the bar, where there is no terminal
+    assert "loss" in err
+    assert (files / "e/adapter_model.safetensors").is_file()
+    code, out, _ = psoups(*_train(files, small_base, "--resume", "--json"))
+    assert code == 0
+    assert json.loads(out)["metrics"]["num_steps"] == 2
+    code, _, err = psoups(*_train(files, small_base))
+    assert code == 2
+    assert "there already" in err
+
+
+def test_a_pool_serves_both_sides(psoups: Run, small_base: Path, files: Path) -> None:
+    pool = ("--pool", files / "pool.jsonl")
+    assert psoups(*_pairs(files, small_base, "--prompts", files / "prompts.txt", *pool))[0] == 0
+    first = (files / "pairs.jsonl").read_text()
+    code, _, err = psoups(*_pairs(files, small_base, *pool))
+    assert code == 2
+    assert "--overwrite" in err
+    assert psoups(*_pairs(files, small_base, *pool, "--overwrite"))[0] == 0
+    assert (files / "pairs.jsonl").read_text() == first
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--min-gap", "0"], "--min-gap"),
+        (["--dtype", "int8"], "--dtype"),
+        (["--prompts", "none.txt"], "none.txt"),
+        ([], "--prompts"),
+    ],
+)
+def test_bad_options_of_pairs(psoups: Run, small_base: Path, files: Path, options: list[str], told: str) -> None:
+    given = options if not options or "--prompts" in options else [*options, "--prompts", str(files / "prompts.txt")]
+    code, out, err = psoups(*_pairs(files, small_base, *given))
+    assert (code, out) == (2, "")
+    assert told in err
+    assert "mend: " in err
+    assert not (files / "pairs.jsonl").exists()
+
+
+def test_bad_input_of_train(psoups: Run, small_base: Path, files: Path) -> None:
+    (files / "pairs.jsonl").write_bytes('{"prompt": "How?", "chosen": "Caf\u00e9"'.encode("latin1"))
+    code, out, err = psoups(*_train(files, small_base))
+    assert (code, out) == (2, "")
+    assert f"at: {files / 'pairs.jsonl'}:1" in err
+    assert "not UTF-8" in err
+    unknown = _train(files, small_base)
+    unknown[1] = "concice"
+    code, _, err = psoups(*unknown)
+    assert code == 2
+    assert "did you mean 'concise'?" in err
+    (files / "recipe.yaml").write_text(RECIPE.replace("rank", "ranc"))
+    code, _, err = psoups(*_train(files, small_base))
+    assert code == 2
+    assert "did you mean 'rank'?" in err
+    assert not (files / "e").exists()
+
+
+def test_the_second_process_of_a_training_leaves_the_talking_to_the_first(
+    psoups: Run, small_base: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = psoups(*_train(files, small_base))  # there are no pairs
+    assert (code, out, err) == (2, "", "")
