@@ -41,7 +41,7 @@ tiny: $(VENV)/.run
 
 # The quickstart for three seeds, with free and with shared basis; writes the table into docs/.
 quality: $(VENV)/.run
-	$(BIN)/psoups quality
+	$(BIN)/psoups quality --page docs/quality.md
 
 # docs/cli.md and docs/schemas/, which the suite holds to the code.
 reference: $(VENV)/.dev

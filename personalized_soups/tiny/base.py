@@ -42,7 +42,7 @@ class BaseRecipe:
     num_heads: int = 2  # head_dim 64: the smallest that vLLM's CPU attention takes
     num_layers: int = 4
     intermediate_size: int = 384
-    steps: int = 6000
+    steps: int = 2000
     batch_size: int = 48
     num_groups: int = 3
     matrix_rate: float = 0.02
