@@ -142,6 +142,19 @@ def test_truncation_is_the_best_at_its_rank_and_says_what_it_lost(tmp_path: Path
         assert merged.record.encoding == "stacked"
 
 
+def test_the_total_error_counts_modules_that_were_not_truncated(tmp_path: Path) -> None:
+    some = {name: shape for name, shape in SHAPES.items() if "layers.0" in name}
+    library, folders = library_of(tmp_path / "experts", shapes=(SHAPES, some, some))
+    merged = merge(library, profile_of(WEIGHTS), rank=6)
+    got, want = written_deltas(merged, tmp_path / "out"), oracles.soup(folders, WEIGHTS)
+    lost = sum(float(np.linalg.norm(got[module] - delta)) ** 2 for module, delta in want.items())
+    energy = sum(float(np.linalg.norm(delta)) ** 2 for delta in want.values())
+    truncation = merged.record.truncation
+    assert truncation is not None
+    assert truncation.total == pytest.approx((lost / energy) ** 0.5, rel=1e-6)
+    assert {name for name, error in truncation.modules.items() if error > 0} == some.keys()
+
+
 def test_a_delta_of_zero_is_truncated_to_zero_without_error(tmp_path: Path) -> None:
     library, _ = library_of(tmp_path / "experts", a_seed=7)
     for name in NAMES[:2]:

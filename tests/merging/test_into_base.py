@@ -297,6 +297,10 @@ def test_bytes_are_equal_at_any_thread_count() -> None:
     assert torch.equal(results[0], results[2])
 
 
+def test_the_factors_scaling_is_part_of_what_is_folded() -> None:
+    assert folded(torch.tensor([[1.0]]), Factors(torch.tensor([[2.0]]), torch.tensor([[3.0]]), 0.5)).item() == 4
+
+
 def test_a_double_precision_weight_is_accumulated_in_double() -> None:
     w = torch.tensor([[1.0]], dtype=torch.float64)
     tiny = Factors(torch.tensor([[2.0**-20]]), torch.tensor([[2.0**-20]]))
