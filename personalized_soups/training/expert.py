@@ -34,7 +34,7 @@ from personalized_soups.generation.loading import (
 )
 from personalized_soups.training import checkpoints
 from personalized_soups.training.data import Preferences, read_preferences
-from personalized_soups.training.processes import on_first_process, wait_for_all
+from personalized_soups.training.processes import is_first_process, on_first_process, wait_for_all
 from personalized_soups.training.progress import Silent, TrainingProgress
 
 if TYPE_CHECKING:
@@ -105,7 +105,11 @@ def train_expert(
     )
     order = _Order(side, base, out, recipe, preferences, record)
     if resume and _is_same(read_expert_record(out), record):
-        progress.note(side, f"{out} is this expert already")
+        partial = checkpoints.partial_folder(out)
+        # a kill between the expert's last rename and the end leaves checkpoints that nobody needs
+        on_first_process(lambda: checkpoints.remove(partial) if partial.exists() else None)
+        if is_first_process():
+            progress.note(side, f"{out} is this expert already")
         return out
     on_first_process(lambda: check_replaceable(out, overwrite=False))
     with _clear_faults(order):

@@ -92,7 +92,8 @@ def test_a_side_is_scored_by_its_own_scorer_first() -> None:
     catalogue = Catalogue.model_validate_json(
         """{"dimensions": {"style": {"about": "tone", "scorer": {"kind": "length", "low": 0, "high": 4}, "sides": {
             "friendly": {"label": "P3A", "instruction": "Be kind."},
-            "sarcastic": {"label": "P3D", "instruction": "Mock.", "scorer": {"kind": "markers", "high": ["oh sure"], "low": []}}}}}}"""
+            "sarcastic": {"label": "P3D", "instruction": "Mock.",
+                          "scorer": {"kind": "markers", "high": ["oh sure"], "low": []}}}}}}"""
     )
     assert scorer_of(catalogue, "friendly")("", "one two").value == 0.5
     assert scorer_of(catalogue, "sarcastic")("", "oh sure").value == 1.0

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import read_expert_record
 from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.loader import load
+from personalized_soups.declare.shipped import recipes_folder
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, UsageError
 from personalized_soups.generation.generator import Generator
@@ -171,8 +173,10 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     assert resumed.begun == [6]
     assert [report.step for report in resumed.reports] == [7, 8, 9, 10]
     assert _bytes(parts) == _bytes(whole)
+    checkpoints.partial_folder(parts).mkdir()  # as a kill right after the last rename leaves it
     again = Heard()
     train(parts, again, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
     assert again.begun == []
     assert "already" in again.notes[0]
 
@@ -232,6 +236,19 @@ def test_every_step_is_reported(
     out, err = capfd.readouterr()
     assert out == ""
     assert err == ""
+
+
+def test_every_shipped_recipe_trains(small_base: Path, pairs_file: Path, tmp_path: Path) -> None:
+    files = sorted((recipes_folder() / "train").glob("*.yaml"))
+    assert len(files) >= 2
+    for path in files:
+        recipe = load(path, TrainingRecipe)
+        optimizer = recipe.optimizer.replaced(epochs=None, max_steps=2, batch_size=2, gradient_accumulation=2)
+        small = recipe.replaced(optimizer=optimizer, dpo=recipe.dpo.replaced(max_length=64), sides={})
+        out = train_expert("x", base=small_base, data=pairs_file, out=tmp_path / path.stem, recipe=small, device="cpu")
+        tensors = load_file(out / "adapter_model.safetensors")
+        assert all(tensor.dtype == torch.float32 for tensor in tensors.values()), path
+        assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name), path
 
 
 def test_modes_follow_the_umask(
