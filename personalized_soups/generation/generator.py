@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 import torch
 
+from personalized_soups.generation.decoding import Sampling, decode, pad_left, uniforms
 from personalized_soups.generation.loading import Dtype, choose_device, load_adapter, load_base, load_tokenizer
 from personalized_soups.generation.prompts import Prompt, encode_prompt
-from personalized_soups.generation.sampling import DrawnTokens, Sampling, pad_left, uniforms
-from personalized_soups.generation.streaming import TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
