@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.bases import resolve_base
 from personalized_soups.errors import UsageError, choose_from
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def register(app: typer.Typer) -> None:
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The prompt; standard input if left out or -.")] = None,
     *,
-    base: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")],
+    base: Annotated[str, typer.Option(help="Base model: a folder, a hub id, or tiny: the embedded one.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder: an expert or a merged adapter.")] = None,
     experts: Annotated[
         list[Path] | None, typer.Option(help="Folder of experts to merge for this answer; may be repeated.")
@@ -52,7 +53,7 @@ def generate(
     with _adapter_of(adapter, experts, profile, weights, same_base=same_base) as folder:
         from personalized_soups.generation.generator import Generator
 
-        generator = Generator.open(base, folder, device=device, dtype=held)
+        generator = Generator.open(resolve_base(base), folder, device=device, dtype=held)
     pieces = generator.stream(asked, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, greedy=greedy)
     if as_json:
         render.show_json({"prompt": asked, "answer": "".join(pieces), "seed": seed})

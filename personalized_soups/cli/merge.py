@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.bases import resolve_base
 from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def merge(
         merge_into_base(
             library,
             declared,
-            into_base,
+            resolve_base(into_base),
             out,
             **options,
             device=device,

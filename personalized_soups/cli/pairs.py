@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.bases import catalogue_of, resolve_base
 from personalized_soups.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def register(app: typer.Typer) -> None:
 def pairs(
     side: Annotated[str, typer.Argument(help="The side that the pairs shall favour, e.g. concise.")],
     *,
-    base: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")],
+    base: Annotated[str, typer.Option(help="Base model: a folder, a hub id, or tiny: the embedded one.")],
     prompts: Annotated[
         Path | None,
         typer.Option(help='Prompts: one a line, or .jsonl with a "prompt" in each line. Not needed with a pool.'),
@@ -59,10 +60,9 @@ def pairs(
     from personalized_soups.cli.generate import check_dtype
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
-    from personalized_soups.declare.shipped import shipped_recipe
 
     held = check_dtype(dtype)
-    catalogue = load(dimensions or shipped_recipe("dimensions/psoups.yaml"), Catalogue)
+    catalogue = load(catalogue_of(base, dimensions), Catalogue)
     catalogue.scorer_of(side)  # before torch is imported
 
     from personalized_soups.generation.loading import load_tokenizer
@@ -74,7 +74,7 @@ def pairs(
     else:
         assert prompts is not None
         sampled = _sample(
-            base,
+            resolve_base(base),
             prompts,
             num_samples=num_samples,
             temperature=temperature,
@@ -94,7 +94,7 @@ def pairs(
         min_gap=min_gap,
         max_pairs=max_pairs,
         seed=seed,
-        conversational=load_tokenizer(base).chat_template is not None,
+        conversational=load_tokenizer(resolve_base(base)).chat_template is not None,
     )
     write_pairs(out, labelled)
     gaps = [pair["chosen_score"] - pair["rejected_score"] for pair in labelled]

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.bases import catalogue_of, recipe_of, resolve_base
 from personalized_soups.errors import SoupError
 
 if TYPE_CHECKING:
     from personalized_soups.training.progress import StepReport
-
-# A base of fewer bytes than this is trained by the recipe for the tiny base where none is named.
-_TINY_BYTES = 256 << 20
 
 
 def register(app: typer.Typer) -> None:
@@ -58,7 +56,7 @@ class BarProgress:
 def train(
     side: Annotated[str, typer.Argument(help="The side that the pairs favour, e.g. concise.")],
     *,
-    base: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")],
+    base: Annotated[str, typer.Option(help="Base model: a folder, a hub id, or tiny: the embedded one.")],
     data: Annotated[Path, typer.Option(help="Preference pairs in TRL's format, JSON lines.")],
     out: Annotated[Path, typer.Option(help="New folder to write the expert to.")],
     recipe: Annotated[
@@ -79,21 +77,20 @@ def train(
     """
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
-    from personalized_soups.declare.shipped import shipped_recipe
     from personalized_soups.declare.training import TrainingRecipe
 
     first = _is_first_process()
     progress = BarProgress(quiet=as_json or not first)
     try:
-        catalogue = load(dimensions or shipped_recipe("dimensions/psoups.yaml"), Catalogue)
-        declared = load(recipe or shipped_recipe(_recipe_for(base)), TrainingRecipe)
+        catalogue = load(catalogue_of(base, dimensions), Catalogue)
+        declared = load(recipe_of(base, recipe), TrainingRecipe)
         catalogue.side(side)  # before torch is imported
 
         from personalized_soups.training.expert import train_expert
 
         train_expert(
             side,
-            base=base,
+            base=resolve_base(base),
             data=data,
             out=out,
             recipe=declared,
@@ -139,13 +136,6 @@ def _show(out: Path, *, as_json: bool) -> None:
             "accuracy": record.metrics["accuracy"],
         }
     )
-
-
-def _recipe_for(base: str) -> str:
-    """Return the shipped recipe that suits the base's size; a hub id is taken for a large one."""
-    folder = Path(base)
-    num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else _TINY_BYTES
-    return "train/tiny.yaml" if num_bytes < _TINY_BYTES else "train/llama-7b.yaml"
 
 
 def _is_first_process() -> bool:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from personalized_soups.generation.decoding import Sampling, decode, pad_left, uniforms
 from personalized_soups.generation.loading import Dtype, choose_device, load_adapter, load_base, load_tokenizer
 from personalized_soups.generation.prompts import Prompt, encode_prompt
+from personalized_soups.generation.quiet import quiet_transformers
+from personalized_soups.generation.sampling import DrawnTokens, Sampling, pad_left, uniforms
+from personalized_soups.generation.streaming import TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +24,9 @@ class Generator:
     """Answers prompts with one model.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one.
+        model: a causal language model of transformers, or a PEFT model around one. It is put into evaluation mode, and
+            of its own generation config only the end tokens are kept: it may sample, penalise or cut, and here only
+            what the caller asks for counts.
         tokenizer: the base's tokenizer; its chat template is used where it has one.
     """
 
@@ -29,6 +34,7 @@ class Generator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = _stop_ids(model, tokenizer)
+        _forget_own_generation(model)
 
     @classmethod
     def open(
@@ -85,9 +91,9 @@ class Generator:
         texts = [""] * len(rows)
         for start in range(0, len(order), batch_size):
             group = order[start : start + batch_size]
-            said = self._decoded([encoded[rows[row]] for row in group], group, sampling, seed)
-            for row, text in zip(group, said, strict=True):
-                texts[row] = text
+            said = self._generate([encoded[rows[row]] for row in group], group, sampling, seed)
+            for row, tokens in zip(group, said, strict=True):
+                texts[row] = self._text(tokens)
             if on_done is not None:
                 on_done(start + len(group))
         return [texts[first : first + num_samples] for first in range(0, len(texts), num_samples)]
@@ -103,9 +109,10 @@ class Generator:
     ) -> Iterator[str]:
         """Yield the answer piece by piece; the pieces together are what `answers` gives for this prompt and seed."""
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
+        encoded = encode_prompt(self.tokenizer, prompt)
         tokens: list[int] = []
         said = ""
-        for _, (token,) in self._steps([encode_prompt(self.tokenizer, prompt)], [0], sampling, seed):
+        for token in TokenStream(lambda stream: self._generate([encoded], [0], sampling, seed, stream)):
             tokens.append(token)
             # White space at the end waits for what follows (the answer is stripped), and so does half a character.
             text = self._text(tokens)
@@ -114,30 +121,46 @@ class Generator:
                 said = text
         yield self._text(tokens)[len(said) :]
 
-    def _decoded(self, prompts: list[list[int]], rows: list[int], sampling: Sampling, seed: int) -> list[str]:
-        tokens: list[list[int]] = [[] for _ in prompts]
-        for going, chosen in self._steps(prompts, rows, sampling, seed):
-            for place, token in zip(going, chosen, strict=True):
-                tokens[place].append(token)
-        return [self._text(row) for row in tokens]
+    def _generate(
+        self,
+        prompts: list[list[int]],
+        rows: list[int],
+        sampling: Sampling,
+        seed: int,
+        stream: TokenStream | None = None,
+    ) -> list[list[int]]:
+        """Return the new tokens of each prompt; `rows` are the places that their random numbers depend on."""
+        from transformers import GenerationConfig
 
-    def _steps(
-        self, prompts: list[list[int]], rows: list[int], sampling: Sampling, seed: int
-    ) -> Iterator[tuple[list[int], list[int]]]:
         device = self.model.device
         ids_BT, mask_BT = pad_left(prompts, int(self.tokenizer.pad_token_id), device)
         draws = np.stack([uniforms(seed, row, sampling.max_new_tokens) for row in rows])
-        return decode(
-            self.model,
-            ids_BT,
-            mask_BT,
-            draws_BN=torch.from_numpy(draws).to(device),
-            sampling=sampling,
-            stop_ids=self.stop_ids,
+        drawn = DrawnTokens(
+            torch.from_numpy(draws).to(device), temperature=sampling.temperature, prompt_width=ids_BT.shape[1]
         )
+        config = GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=sorted(self.stop_ids),
+            pad_token_id=int(self.tokenizer.pad_token_id),
+        )
+        with quiet_transformers(), torch.no_grad():
+            out_BT = self.model.generate(
+                input_ids=ids_BT,
+                attention_mask=mask_BT,
+                generation_config=config,
+                logits_processor=[drawn],
+                streamer=stream,
+                stopping_criteria=[stream] if stream is not None else None,
+            )
+        new_BN: Tensor = out_BT[:, ids_BT.shape[1] :]
+        return [list(map(int, row)) for row in new_BN.tolist()]
 
     def _text(self, tokens: list[int]) -> str:
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """Return what the tokens before the first stop token say."""
+        end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
+        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
 
@@ -146,3 +169,16 @@ def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     declared = getattr(model.generation_config, "eos_token_id", None)
     listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
     return frozenset({int(tokenizer.eos_token_id), *map(int, listed)})
+
+
+def _forget_own_generation(model: Any) -> None:
+    """Give the model (and what a PEFT model wraps) a generation config that changes nothing."""
+    from transformers import GenerationConfig
+
+    for each in {id(part): part for part in (model, getattr(model, "base_model", model), _wrapped(model))}.values():
+        if getattr(each, "generation_config", None) is not None:
+            each.generation_config = GenerationConfig()
+
+
+def _wrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -6,6 +6,7 @@ Every stage leaves files. A stage whose files are there is not run again; a run 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from personalized_soups.errors import OutputExistsError
 
 SETTINGS_FILE = "study.json"
 RESULTS_FILE = "results.json"
+PICTURES = ("combinations", "sweeps")
 
 
 class StudyFolder:
@@ -24,6 +26,8 @@ class StudyFolder:
         self.settings = root / SETTINGS_FILE
         self.results = root / RESULTS_FILE
         self.report = root / "report.md"
+        self.examples = root / "examples.json"
+        self.seconds = root / "seconds.json"
         self.pool = root / "pool.jsonl"
         self.experts = root / "experts"
         self.merged = root / "merged"
@@ -43,6 +47,15 @@ class StudyFolder:
     def soup(self, method: str, sides: Sequence[str]) -> Path:
         """Return the folder of the merged adapter for a combination of sides."""
         return self.merged / method / "+".join(sides)
+
+    def clear(self) -> None:
+        """Remove what studies write; whatever else is in the folder stays."""
+        for path in (self.root / "pairs", self.experts, self.merged, self.root / "answers"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (self.settings, self.results, self.report, self.pool, self.examples, self.seconds):
+            path.unlink(missing_ok=True)
+        for name in PICTURES:
+            self.picture(name).unlink(missing_ok=True)
 
     def begin(self, settings: Mapping[str, Any]) -> None:
         """Make the folder, or check that it holds a run of the same settings, to go on with.

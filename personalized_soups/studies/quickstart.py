@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -117,14 +116,14 @@ def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False)
     """
     folder = StudyFolder(out)
     if overwrite and folder.settings.is_file():
-        shutil.rmtree(out)
+        folder.clear()
     folder.begin(study.settings())
     run = _Run(study, folder, stage)
     if not folder.results.is_file():
         with start_workers(study.num_workers) as workers:
             run.all_stages(workers)
     results: Results = json.loads(folder.results.read_text(encoding="utf-8"))
-    examples: Examples = json.loads((out / "examples.json").read_text(encoding="utf-8"))
+    examples: Examples = json.loads(folder.examples.read_text(encoding="utf-8"))
     return results, examples
 
 
@@ -156,7 +155,7 @@ class _Run:
             seconds=self._seconds(),
         )
         examples = example_answers(held_out, best, self.study.combinations)
-        write_text(self.folder.root / "examples.json", json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
+        write_text(self.folder.examples, json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
         write_text(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def pairs(self, workers: Workers) -> None:
@@ -334,10 +333,10 @@ class _Run:
         finally:
             seconds = self._seconds()
             seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
-            write_text(self.folder.root / "seconds.json", json.dumps(seconds, indent=2) + "\n")
+            write_text(self.folder.seconds, json.dumps(seconds, indent=2) + "\n")
 
     def _seconds(self) -> dict[str, float]:
-        path = self.folder.root / "seconds.json"
+        path = self.folder.seconds
         try:
             return dict(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:

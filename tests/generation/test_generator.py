@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from personalized_soups.errors import FileFormatError, InputError, SoupError, UsageError
-from personalized_soups.generation.decoding import Sampling, choose_tokens, uniforms
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.loading import choose_device
 from personalized_soups.generation.quiet import quiet_transformers
+from personalized_soups.generation.sampling import Sampling, choose_tokens, uniforms
 
 PROMPTS = ["wash the kettle", "rub", "how do I clean the old kettle with warm water?", "dry the towel so that"]
 
@@ -52,6 +55,35 @@ def test_the_stream_is_the_answer_in_pieces(generator: Generator, greedy: bool) 
     pieces = list(generator.stream(PROMPTS[2], max_new_tokens=20, seed=3, greedy=greedy))
     assert "".join(pieces) == answer
     assert len(pieces) > 3
+
+
+def test_a_reader_who_stops_early_is_not_waited_for(generator: Generator) -> None:
+    pieces = generator.stream(PROMPTS[2], max_new_tokens=200, seed=3)
+    assert next(pieces)
+    pieces.close()  # type: ignore[attr-defined] # a generator
+    assert not [thread for thread in threading.enumerate() if thread.daemon and "_run" in thread.name]
+
+
+def test_a_fault_while_streaming_reaches_the_reader(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**options: object) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(generator.model, "generate", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(generator.stream(PROMPTS[0]))
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_bases_own_generation_config_does_not_count(small_base: Path, tmp_path: Path, adapted: bool) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    adapter = tmp_path / "adapter" if adapted else None
+    if adapter is not None:
+        _write_random_adapter(small_base, adapter)
+    plain = Generator.open(base, adapter, device="cpu", fold=False).answers(PROMPTS, max_new_tokens=10, seed=2)
+    GenerationConfig(do_sample=True, temperature=5.0, top_k=2, repetition_penalty=9.0).save_pretrained(base)
+    odd = Generator.open(base, adapter, device="cpu", fold=False)
+    assert odd.answers(PROMPTS, max_new_tokens=10, seed=2) == plain
 
 
 def test_a_row_stops_at_a_stop_token_while_others_go_on(generator: Generator) -> None:
