@@ -60,7 +60,7 @@ def quickstart(
 
 
 def _show(results: Results, examples: Examples) -> None:
-    from personalized_soups.evaluation.results import combinations_of, name_of, row_of
+    from personalized_soups.evaluation.results import combinations_of, row_of
 
     render.show_table(
         [each["name"] for each in examples["answers"]],
@@ -68,45 +68,24 @@ def _show(results: Results, examples: Examples) -> None:
         title=f"“{examples['prompt']}”",
     )
     methods = [row["method"] for row in results["methods"]]
-    best = results["best_method"]
-    rows: list[list[str | float]] = []
-    for sides in combinations_of(results):
-        row = row_of(results, sides, best)
-        low, high = row["win_rate_interval"]
-        rows.append(
-            [
-                name_of(sides),
-                f"{row['base_joint']:.2f}",
-                *(f"{row_of(results, sides, method)['joint']:.2f}" for method in methods),
-                f"{row['mean']:.2f}",
-                f"{row['valid']:.2f}",
-                f"{row['win_rate_vs_base']:.2f} [{low:.2f}, {high:.2f}]",
-            ]
-        )
     by_name = {row["method"]: row for row in results["methods"]}
-    average = by_name[best]
-    rows.append(
-        [
-            "average",
-            f"{results['base']['joint']:.2f}",
-            *(f"{by_name[method]['joint']:.2f}" for method in methods),
-            f"{average['mean']:.2f}",
-            f"{average['valid']:.2f}",
-            f"{average['win_rate_vs_base']:.2f}",
-        ]
-    )
+    best = by_name[results["best_method"]]
+    rows: list[list[str]] = []
+    for sides in combinations_of(results):
+        row = row_of(results, sides, best["method"])
+        joints = [row_of(results, sides, method)["joint"] for method in methods]
+        figures = [row["base_joint"], *joints, row["valid"], row["win_rate_vs_base"]]
+        rows.append([" ".join(sides), *(f"{figure:.2f}" for figure in figures)])
+    joints = [by_name[method]["joint"] for method in methods]
+    figures = [results["base"]["joint"], *joints, best["valid"], best["win_rate_vs_base"]]
+    rows.append(["average", *(f"{figure:.2f}" for figure in figures)])
+    rows.append(["(weight of each expert)", "", *(f"{by_name[method]['weight']:g}" for method in methods), "", ""])
     render.show_table(
-        [
-            "combination",
-            "joint: base",
-            *(f"{name} (w {by_name[name]['weight']:g})" for name in methods),
-            f"{best}: mean",
-            "valid",
-            "wins against the base",
-        ],
+        ["combination", "base", *(method.replace("_", "\n") for method in methods), "valid", "wins"],
         rows,
-        title="joint: share of held-out answers that are valid, on topic and on the asked side of every dimension",
+        title="The share of held-out answers that are valid, on topic and on the asked side of every dimension",
     )
+    render.say(f"valid and wins (against the base, ties half): {best['method']}, chosen on validation topics.")
     render.show_table(
         ["target", "measured", "bar", "met"],
         [[check["name"], _number(check["value"]), _bar(check["bar"]), check["met"]] for check in results["checks"]],

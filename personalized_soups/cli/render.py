@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | bool | None
 
+# A column of no longer cells is not broken into lines; its neighbours give way.
+_SHORT = 34
 # Between two lines of progress where stderr is no terminal (a log file, CI).
 _LOG_SECONDS = 10.0
 
@@ -54,12 +56,14 @@ def show_table(
     if as_json:
         show_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        short = max((len(_cell(row[index])) for row in rows), default=0) <= _SHORT
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=short)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     _print_rich(table)
@@ -70,9 +74,10 @@ def show_record(record: Mapping[str, Any], *, title: str | None = None, as_json:
     if as_json:
         show_json(record)
         return
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(overflow="fold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in record.items():
