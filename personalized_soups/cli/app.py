@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import typer
@@ -68,9 +67,7 @@ def build_app() -> typer.Typer:
     )
     app.callback()(_root)
     for name in COMMAND_MODULES:
-        module = f"personalized_soups.cli.{name}"
-        if find_spec(module) is not None:
-            import_module(module).register(app)
+        import_module(f"personalized_soups.cli.{name}").register(app)
     return app
 
 

@@ -49,10 +49,16 @@ def schema_pages() -> dict[str, str]:
     """Return the JSON schema of each kind of file that people write, by file name."""
     from personalized_soups.declare.declared import Declared
     from personalized_soups.declare.dimension import Catalogue
+    from personalized_soups.declare.evaluation import StudyRecipe
     from personalized_soups.declare.profile import Profile
     from personalized_soups.declare.training import TrainingRecipe
 
-    models: dict[str, type[Declared]] = {"profile": Profile, "dimensions": Catalogue, "train": TrainingRecipe}
+    models: dict[str, type[Declared]] = {
+        "profile": Profile,
+        "dimensions": Catalogue,
+        "train": TrainingRecipe,
+        "evaluation": StudyRecipe,
+    }
     return {
         f"{name}.schema.json": json.dumps(
             {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}, indent=2

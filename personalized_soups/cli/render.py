@@ -77,7 +77,7 @@ def show_record(record: Mapping[str, Any], *, title: str | None = None, as_json:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column(overflow="fold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in record.items():

@@ -30,15 +30,15 @@ def run_quality(
 
 
 def quality_page(found: dict[Basis, list[Results]]) -> str:
-    """Return the Markdown page: every figure that has a target, for each run and on average, and the methods compared."""
+    """Return the Markdown page: every figure that has a target, run by run and on average; the methods compared."""
     runs = [results for basis in found for results in found[basis]]
     count = max(len(found[basis]) for basis in found)
     first = runs[0]
     parts = [
         "# Quality of the merged models",
-        f"Written by `make quality`: `psoups quickstart` for {count} seeds, with free and with shared basis. Scores "
-        f"are taken on {first['num_prompts']} held-out prompts for each of eight combinations; method and weight are "
-        "chosen on validation topics. What the figures mean: [evaluation](evaluation.md).",
+        f"Written by `make quality`: `psoups quickstart` for {count} seeds, with free and with shared basis.\n"
+        f"Scores are taken on {first['num_prompts']} held-out prompts for each of eight combinations; method and\n"
+        "weight are chosen on validation topics. What the figures mean: [evaluation](evaluation.md).",
         "## The best method of each run",
         _best_table(found),
         "## Methods, each at its own best weight",

@@ -26,7 +26,7 @@ DIMENSIONS: dict[str, tuple[str, str]] = {
 MIXED_SHARE = 0.1
 # Sampling at a temperature below 1 favours the likelier wording, so even shares would not give even answers: these make
 # the base's answers balanced at temperature 0.7 (measured on validation topics).
-HIGH_SHARE = {"expertise": 0.54, "informativeness": 0.42, "style": 0.47}
+HIGH_SHARE = {"expertise": 0.51, "informativeness": 0.41, "style": 0.47}
 INSTRUCTED_SHARE = 0.4
 OBEYED_SHARE = 0.9
 
