@@ -1,0 +1,59 @@
+"""Every example runs; a new one must be named here. The README's commands are those that exist."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.loader import load
+from personalized_soups.scoring.scorers import scorer_of
+from tests.experts import write_expert
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def test_no_example_is_forgotten() -> None:
+    assert sorted(path.name for path in EXAMPLES.rglob("*") if path.is_file() and path.suffix != ".pyc") == [
+        "formality.yaml",
+        "three_users.py",
+    ]
+
+
+def test_a_dimension_of_ones_own_needs_no_code() -> None:
+    catalogue = load(EXAMPLES / "formality.yaml", Catalogue)
+    score = scorer_of(catalogue, "formal")
+    assert score("", "It is advisable to rinse it. Furthermore, kindly dry it.").toward("high") == 1.0
+    assert score("", "Hey, just rinse it, yeah?").toward("high") == 0.0
+
+
+def test_three_users_get_three_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = {f"model.layers.{layer}.mlp.up_proj": (384, 128) for layer in range(4)}
+    for seed, side in enumerate(("elementary", "expert", "concise", "informative", "friendly", "unfriendly")):
+        write_expert(tmp_path / side, seed=seed, rank=2, alpha=4, shapes=shapes)
+    monkeypatch.setattr(sys, "argv", ["three_users.py", str(tmp_path)])
+    runpy.run_path(str(EXAMPLES / "three_users.py"), run_name="__main__")
+    told = capsys.readouterr().out
+    assert "How do I clean an old kettle?" in told
+    answers = [line.partition(": ")[2] for line in told.splitlines() if ": " in line]
+    assert len(answers) == 4
+    assert all(answers)
+
+
+def test_every_command_and_file_that_the_readme_names_is_there() -> None:
+    from personalized_soups.cli.app import COMMAND_MODULES
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = set(re.findall(r"psoups ([a-z]+)", readme))
+    assert {"pairs", "train", "merge", "generate", "inspect"} <= commands <= set(COMMAND_MODULES)
+    linked = [target for target in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in target]
+    assert [target for target in linked if not (ROOT / target).exists()] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [name for name in re.findall(r"`make ([a-z]+)`", readme) if f"\n{name}:" not in makefile] == []
