@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 from typing import ClassVar
 
 
@@ -76,6 +77,17 @@ class RunError(SoupError):
 
 def _rebuild(kind: type[SoupError], what: str, where: str, mend: str) -> SoupError:
     return kind(what, where=where, mend=mend)
+
+
+def check_extra(extra: str, *modules: str) -> None:
+    """Raise UsageError, with the command that installs them, if packages of an optional extra are missing."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"this needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            where=f"the extra {extra!r} of personalized-soups",
+            mend=f"pip install 'personalized-soups[{extra}]', or in a checkout: pip install '.[{extra}]'",
+        )
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

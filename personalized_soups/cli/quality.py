@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.errors import check_extra
 
 
 def register(app: typer.Typer) -> None:
@@ -26,6 +27,8 @@ def quality(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where the folder holds runs.")] = False,
 ) -> None:
     """Repeat the quickstart for several seeds, with free and with shared basis, and write the table of all."""
+    check_extra("train", "trl", "datasets", "accelerate")
+
     from personalized_soups.studies.folder import write_text
     from personalized_soups.studies.quality import quality_page, run_quality
 

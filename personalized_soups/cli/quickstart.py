@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.errors import UsageError
+from personalized_soups.errors import UsageError, check_extra
 
 if TYPE_CHECKING:
     from personalized_soups.evaluation.results import Examples, Results
@@ -35,6 +35,8 @@ def quickstart(
     """Train six experts on the embedded base, merge a model for each of eight combinations, and score them all."""
     if basis not in {"free", "shared"}:
         raise UsageError(f"unknown basis {basis!r}", where="--basis", mend="choose free or shared")
+    check_extra("train", "trl", "datasets", "accelerate")
+    check_extra("plot", "matplotlib")
 
     from personalized_soups.evaluation.pictures import draw_combinations, draw_sweeps
     from personalized_soups.evaluation.report import report
@@ -44,7 +46,11 @@ def quickstart(
     count = workers or min(6, len(os.sched_getaffinity(0)))
     study = Study(seed=seed, basis="shared" if basis == "shared" else "free", num_workers=count, device=device)
     done = (out / "results.json").is_file() and not overwrite
-    results, examples = run_study(study, out, stage=render.progress, overwrite=overwrite)
+    try:
+        results, examples = run_study(study, out, stage=render.progress, overwrite=overwrite)
+    except KeyboardInterrupt:
+        render.say(f"what is done is kept: psoups quickstart --out {out} goes on from there")
+        raise
     folder = StudyFolder(out)
     pictures = {"combinations": draw_combinations, "sweeps": draw_sweeps}
     for name, draw in pictures.items():

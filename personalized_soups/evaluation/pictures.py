@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from personalized_soups.errors import UsageError
+from personalized_soups.errors import check_extra
 from personalized_soups.evaluation.results import Results, combinations_of, row_of
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def draw_combinations(results: Results, path: Path) -> Path:
         UsageError: if matplotlib is missing.
         ValueError: if the results lack a row of a combination under a method.
     """
-    with _own_settings(path):
+    with _own_settings():
         return _write(combinations_figure(results), path)
 
 
@@ -47,21 +47,16 @@ def draw_sweeps(results: Results, path: Path) -> Path:
         UsageError: if matplotlib is missing.
         ValueError: if there are no sweeps.
     """
-    with _own_settings(path):
+    with _own_settings():
         return _write(sweeps_figure(results), path)
 
 
 @contextmanager
-def _own_settings(path: Path) -> Iterator[None]:
+def _own_settings() -> Iterator[None]:
     """Draw with matplotlib's own defaults, whatever the user's matplotlibrc says; they are put back afterwards."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError(
-            "pictures are drawn with matplotlib, which is not installed",
-            where=str(path),
-            mend="pip install 'personalized-soups[plot]'",
-        ) from None
+    check_extra("plot", "matplotlib")
+    import matplotlib
+
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update({"font.family": "DejaVu Sans", "font.size": 10, "text.color": INK})

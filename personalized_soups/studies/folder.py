@@ -6,6 +6,7 @@ Every stage leaves files. A stage whose files are there is not run again; a run 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -71,6 +72,10 @@ class StudyFolder:
                 "the folder holds a run with other settings",
                 where=str(self.root),
                 mend="choose another --out, or pass --overwrite to begin anew",
+            )
+        if os.path.lexists(self.root) and not self.root.is_dir():
+            raise OutputExistsError(
+                "the output is a file, not a folder", where=str(self.root), mend="choose another --out"
             )
         if self.root.is_dir() and any(self.root.iterdir()):
             raise OutputExistsError(

@@ -23,7 +23,7 @@ from personalized_soups.adapters.provenance import (
 )
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.errors import DeclarationError, InputError, RunError
+from personalized_soups.errors import DeclarationError, InputError, RunError, check_extra
 from personalized_soups.files.atomic import check_replaceable, new_folder
 from personalized_soups.generation.loading import (
     ADAPTER_CONFIG,
@@ -118,6 +118,7 @@ def train_expert(
 
 
 def _train(order: _Order, *, device: str, resume: bool, progress: TrainingProgress) -> None:
+    check_extra("train", "trl", "datasets", "accelerate")
     from personalized_soups.training.trainer import Marking, Reporting, quiet_training
 
     partial = checkpoints.partial_folder(order.out)

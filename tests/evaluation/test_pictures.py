@@ -122,9 +122,8 @@ def test_the_users_settings_are_neither_used_nor_changed(
 
 
 def test_a_missing_matplotlib_has_a_mend(results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("personalized_soups.errors.find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:
         draw_combinations(results, tmp_path / "combinations.png")
     assert "matplotlib" in caught.value.what
-    assert caught.value.where.endswith("combinations.png")
     assert "personalized-soups[plot]" in caught.value.mend

@@ -1,0 +1,61 @@
+"""`psoups quickstart` as a process: bad input, and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "personalized_soups", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+
+
+def test_an_unknown_basis_and_a_file_in_the_way_are_usage_errors(tmp_path: Path) -> None:
+    wrong = run("quickstart", "--basis", "fixed", "--out", tmp_path / "run")
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[0] == "error: unknown basis 'fixed'"
+    assert not (tmp_path / "run").exists()
+
+    (tmp_path / "file").write_text("mine")
+    blocked = run("quickstart", "--out", tmp_path / "file")
+    assert blocked.returncode == 2
+    assert "not a folder" in blocked.stderr
+    assert "Traceback" not in blocked.stderr
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "personalized_soups", "quickstart", "--out", str(out), "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (out / "study.json").is_file() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(4)  # into the first stage: its workers are starting or answering
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert "goes on from there" in told
+    assert told.rstrip().endswith("interrupted")
+    deadline = time.monotonic() + 20
+    while is_alive(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(process.pid)
+
+
+def is_alive(group: int) -> bool:
+    """Say whether any process of the group is left."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
