@@ -1,11 +1,13 @@
 """Preference pairs in TRL's format, read from JSON lines; every fault names its file and line.
 
 Standard: `{"prompt": "...", "chosen": "...", "rejected": "..."}`. Conversational: the same fields as lists of messages,
-`[{"role": "user", "content": "..."}]`. Other fields are left aside, except those by which TRL would change the text.
+`[{"role": "user", "content": "..."}]`. Other fields, of a pair or of a message, are left aside, except those by which
+TRL would change the text.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +56,10 @@ def read_preferences(path: Path) -> Preferences:
         raise InputError(
             f"the preference data can't be read: {fault.strerror}", where=str(path), mend="check the path"
         ) from fault
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise InputError(
+            "the file is UTF-16, not UTF-8", where=f"{path}:1", mend="save it as UTF-8: iconv -f utf-16 -t utf-8"
+        )
     pairs: list[Pair] = []
     formats: set[bool] = set()
     for number, line in _lines(content):
@@ -108,10 +114,11 @@ def _pair(line: bytes, where: str) -> Pair:
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object, found {_kind(row)}", where=where, mend=_MEND)
     _check_fields(row, where)
-    pair = {field: row[field] for field in FIELDS}
     check = _check_conversation if isinstance(row["prompt"], list) else _check_text
     for field in FIELDS:
-        check(pair[field], field, where)
+        check(row[field], field, where)
+    pair = {field: _bare(row[field]) for field in FIELDS}
+    _check_encodable(pair, where)
     if pair["chosen"] == pair["rejected"]:
         raise InputError(
             "`chosen` and `rejected` are equal: the pair says nothing", where=where, mend="take the line out"
@@ -133,10 +140,30 @@ def _check_fields(row: dict[str, Any], where: str) -> None:
             )
 
 
+def _bare(value: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
+    """Return a field without what is left aside: of each message its role and its text."""
+    if isinstance(value, str):
+        return value
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _check_encodable(pair: Pair, where: str) -> None:
+    """Raise InputError where a `\\ud800` in the JSON stands alone: it is no character, and no file can hold it."""
+    try:
+        json.dumps(pair, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as fault:
+        raise InputError(
+            f"{fault.object[fault.start]!r} is half of a surrogate pair, not a character",
+            where=where,
+            mend="write the character itself, or take it out",
+        ) from fault
+
+
 def _check_text(value: object, field: str, where: str) -> None:
     if not isinstance(value, str):
         raise InputError(
-            f"`{field}` is {_kind(value)}, `prompt` is text",
+            f"`{field}` is {_kind(value)}, "
+            + ("expected text or a list of messages" if field == "prompt" else "`prompt` is text"),
             where=where,
             mend="write all three as strings, or all three as lists of messages",
         )
@@ -161,6 +188,12 @@ def _check_conversation(value: object, field: str, where: str) -> None:
                 where=where,
                 mend='write each message as {"role": "user", "content": "..."}',
             )
+    if field != "prompt" and value[0]["role"] != "assistant":
+        raise InputError(
+            f"`{field}` begins with a message of the role {value[0]['role']!r}: an answer is the assistant's",
+            where=where,
+            mend='write {"role": "assistant", "content": "..."}, and what was said before it under `prompt`',
+        )
 
 
 def _kind(value: object) -> str:

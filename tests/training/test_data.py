@@ -32,6 +32,14 @@ def test_both_formats_are_read_and_other_fields_left_aside(tmp_path: Path) -> No
     assert chat.conversational
 
 
+def test_of_a_message_only_role_and_text_count(tmp_path: Path) -> None:
+    """Fields of several kinds under one name would break the table that TRL makes of the pairs."""
+    path = tmp_path / "pairs.jsonl"
+    odd = [{**CHAT, "chosen": [{**CHAT["chosen"][0], "name": name}]} for name in (1, "x")]
+    write_pairs(path, odd)
+    assert read_preferences(path).pairs == (CHAT, CHAT)
+
+
 def test_text_beyond_ascii_survives_and_line_separators_of_unicode_do_not_split(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     pair = {"prompt": "Caf\u00e9?", "chosen": "a\u2028b", "rejected": "\u4f60\u597d"}
@@ -57,6 +65,11 @@ def test_text_beyond_ascii_survives_and_line_separators_of_unicode_do_not_split(
         ({**CHAT, "rejected": [{"role": "assistant", "content": " "}]}, "without text"),
         ({**CHAT, "rejected": ["No."]}, "without a role"),
         ({**CHAT, "rejected": CHAT["chosen"]}, "equal"),
+        ({**CHAT, "rejected": [{**CHAT["chosen"][0], "name": "x"}]}, "equal"),
+        ({**CHAT, "chosen": [{"role": "user", "content": "So."}]}, "role 'user'"),
+        ({**GOOD, "chosen": "so \ud800"}, "surrogate"),
+        ({**CHAT, "rejected": [{"role": "assistant", "content": "\udc00 so"}]}, "surrogate"),
+        ({**GOOD, "prompt": None}, "`prompt` is null, expected text or a list"),
         ({**GOOD, "images": ["x.png"]}, "'images' is not taken"),
         ({**GOOD, "tools": [{}]}, "'tools' is not taken"),
         (["How?"], "found a list"),
@@ -79,7 +92,7 @@ def test_a_faulty_pair_is_named_with_its_line(tmp_path: Path, line: object, what
     ("content", "what", "where"),
     [
         (json.dumps(GOOD).encode() + b"\n" + '{"prompt": "caf\u00e9"}'.encode("latin1"), "not UTF-8", ":2"),
-        (json.dumps(GOOD).encode("utf-16"), "not UTF-8", ":1"),
+        (json.dumps(GOOD).encode("utf-16"), "UTF-16, not UTF-8", ":1"),
         (json.dumps(GOOD).encode() + b"\n{'prompt'}\n", "not a JSON object", ":2"),
         (b'{"prompt": "x", "chosen"', "not a JSON object", ":1"),
         (b"[" * 100_000, "not a JSON object", ":1"),
