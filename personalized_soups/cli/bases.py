@@ -1,10 +1,13 @@
-"""What `--base` means on the command line, and the shipped files that go with a base."""
+"""What `--base` and `--seed` mean on the command line, and the shipped files that go with a base."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 EMBEDDED = "tiny"
+
+# NumPy's and so transformers' seeds have 32 bits.
+MAX_SEED = 2**32 - 1
 
 # A base of fewer bytes than this is trained by the recipe for the tiny base where none is named.
 _TINY_BYTES = 64 << 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, get_args
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import resolve_base
-from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.cli.bases import MAX_SEED, resolve_base
+from personalized_soups.errors import InputError, UsageError, choose_from
 
 if TYPE_CHECKING:
     from personalized_soups.generation.loading import Dtype
@@ -37,7 +38,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The answer is cut there.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling; 0 is --greedy.")] = 0.7,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token at each step.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampling.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's own.")] = "auto",
     same_base: Annotated[
@@ -47,13 +48,15 @@ def generate(
 ) -> None:
     """Answer a prompt with a base, with an adapter, or with a soup merged for the occasion."""
     _check_sources(adapter, experts, profile, weights)
+    if math.isinf(temperature):
+        raise UsageError("the temperature is infinite", where="--temperature", mend="give a number such as 0.7")
     held = check_dtype(dtype)
     asked = _prompt(prompt)
 
     with _adapter_of(adapter, experts, profile, weights, same_base=same_base) as folder:
         from personalized_soups.generation.generator import Generator
 
-        generator = Generator.open(resolve_base(base), folder, device=device, dtype=held)
+        generator = Generator.open(resolve_base(base), folder, device=device, dtype=held, same_base=same_base)
     pieces = generator.stream(asked, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed, greedy=greedy)
     if as_json:
         render.show_json({"prompt": asked, "answer": "".join(pieces), "seed": seed})
@@ -93,14 +96,24 @@ def _check_sources(adapter: Path | None, experts: list[Path] | None, profile: Pa
 
 
 def _prompt(prompt: str | None) -> str:
+    from personalized_soups.generation.prompts import check_text
+
+    where = "PROMPT"
     if prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
             raise UsageError(
                 "no prompt is given", where="PROMPT", mend='write it in quotes: psoups generate ... "How?"'
             )
-        prompt = sys.stdin.read()
-    if not prompt.strip():
-        raise UsageError("the prompt is empty", where="PROMPT", mend="write what is to be answered")
+        where = "standard input"
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as fault:
+            raise InputError(
+                f"the prompt is not UTF-8: byte {fault.object[fault.start]:#04x}",
+                where=where,
+                mend="send UTF-8 text, e.g. through: iconv -f latin1 -t utf-8",
+            ) from fault
+    check_text(prompt, where=where)
     return prompt.strip()
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import catalogue_of, resolve_base
+from personalized_soups.cli.bases import MAX_SEED, catalogue_of, resolve_base
 from personalized_soups.errors import OutputExistsError, UsageError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def pairs(
     batch_size: Annotated[int, typer.Option(min=1, help="Answers sampled at once.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the base's own.")] = "float32",
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling and of the choice of pairs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of the sampling and of the choice of pairs.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

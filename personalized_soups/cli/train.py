@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import catalogue_of, recipe_of, resolve_base
+from personalized_soups.cli.bases import MAX_SEED, catalogue_of, recipe_of, resolve_base
 from personalized_soups.errors import SoupError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def train(
         Path | None, typer.Option(help="Your own preference catalogue; the shipped one if left out.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    seed: Annotated[int, typer.Option(min=0, help="Of LoRA's start and of the order of the pairs.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Of LoRA's start and of the order of the pairs.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -10,7 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from personalized_soups.generation.loading import Dtype, choose_device, load_adapter, load_base, load_tokenizer
+from personalized_soups.generation.loading import (
+    Dtype,
+    check_adapter_folder,
+    check_same_base,
+    choose_device,
+    load_adapter,
+    load_base,
+    load_tokenizer,
+)
 from personalized_soups.generation.prompts import Prompt, encode_prompt
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import DrawnTokens, Sampling, pad_left, uniforms
@@ -45,6 +53,7 @@ class Generator:
         device: str = "auto",
         dtype: Dtype = "float32",
         fold: bool = True,
+        same_base: bool = False,
     ) -> Self:
         """Load a base (folder or hub id) and an adapter folder.
 
@@ -54,14 +63,19 @@ class Generator:
             device: `auto`, `cpu`, `cuda`, ...
             dtype: in which the model is held and computes.
             fold: fold the adapter into the weights (faster) instead of computing it beside them.
+            same_base: take it that this is the adapter's base, whatever the fingerprints say.
 
         Raises:
-            SoupError: if base, adapter or device are not there or not usable.
+            SoupError: if base, adapter or device are not there or not usable, or the adapter is another base's.
         """
+        if adapter is not None:
+            check_adapter_folder(Path(adapter))
         chosen = choose_device(device)
         tokenizer = load_tokenizer(base)
         model: Any = load_base(base, device=chosen, dtype=dtype)
         if adapter is not None:
+            if not same_base:
+                check_same_base(base, Path(adapter))
             model = load_adapter(model, adapter, fold=fold)
         return cls(model, tokenizer)
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from personalized_soups.errors import FileFormatError, InputError, UsageError
+from personalized_soups.adapters.compatible import is_same_base
+from personalized_soups.adapters.fingerprint import base_fingerprint
+from personalized_soups.adapters.provenance import BaseRecord, read_expert_record, read_soup_record
+from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, UsageError
+from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.generation.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -17,12 +24,15 @@ Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
 
+# What transformers raises for files that are not what they should be: whatever its reading happens to stumble over.
+_LOADING_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+
 
 def choose_device(device: str) -> torch.device:
     """Return the device that `device` names; `auto` is the first CUDA device where there is one, else the CPU.
 
     Raises:
-        UsageError: if the name means nothing, or a CUDA device that is not there.
+        UsageError: if the name means nothing, or a device that is not there.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,6 +46,14 @@ def choose_device(device: str) -> torch.device:
             where="device",
             mend="use --device cpu, or install a torch that knows this machine's GPU",
         )
+    try:
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as fault:
+        raise UsageError(
+            f"the device {device!r} can't compute: {_first_line(fault)}",
+            where="device",
+            mend="choose auto, cpu or cuda",
+        ) from fault
     return chosen
 
 
@@ -51,7 +69,7 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     try:
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base))
-    except (OSError, ValueError) as fault:
+    except _LOADING_FAULTS as fault:
         raise _no_base(base, "tokenizer", fault) from fault
     if tokenizer.eos_token is None:
         raise InputError(
@@ -68,17 +86,30 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
     """Return the causal language model of a folder or a hub id, on `device`, from safetensors files only.
 
     Raises:
-        InputError: if there is no such model, or it holds its tensors in pickle files only.
+        InputError: if there is no such model, it holds its tensors in pickle files only, or not all of them.
+        FileFormatError: if a safetensors file of its folder is truncated or lies.
     """
     from transformers import AutoModelForCausalLM
 
     check_base(base)
+    for file in sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []:
+        SafetensorsFile.open(file)
     wanted: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
         with quiet_transformers():
-            model: Any = AutoModelForCausalLM.from_pretrained(str(base), dtype=wanted, use_safetensors=True)
-    except (OSError, ValueError) as fault:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(base), dtype=wanted, use_safetensors=True, output_loading_info=True
+            )
+            model, told = loaded
+    except _LOADING_FAULTS as fault:
         raise _no_base(base, "model", fault) from fault
+    if told["missing_keys"]:  # transformers fills them with random numbers, and says so where we keep it quiet
+        missing = sorted(told["missing_keys"])
+        raise InputError(
+            f"the model's files lack {len(missing)} tensors, the first is {missing[0]}",
+            where=str(base),
+            mend="copy or download the model again",
+        )
     moved: PreTrainedModel = model.to(device)
     return moved
 
@@ -87,15 +118,67 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, fold: bool) -> A
     """Return `model` with the adapter of `folder`: wrapped by PEFT, or folded into its weights (which changes `model`).
 
     Raises:
-        FileFormatError: if the folder is no adapter folder, or holds its tensors in a pickle file only.
+        FileFormatError: if the folder is no adapter folder, a file of it is damaged, or it holds its tensors in a
+            pickle file only.
+        IncompatibleExpertsError: if the adapter is another model's: other modules or other shapes.
+        InputError: if a value of it is NaN or infinite.
     """
     from peft import PeftModel
 
     folder = Path(folder)
     check_adapter_folder(folder)
+    file = SafetensorsFile.open(folder / ADAPTER_TENSORS)
+    try:
+        with quiet_transformers():
+            # of tensors that are missing PEFT only warns; they are counted below
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
+    except (ValueError, KeyError, TypeError, RuntimeError) as fault:
+        raise IncompatibleExpertsError(
+            f"the adapter can't be put on this base: {_first_line(fault)}",
+            where=str(folder),
+            mend="give the base that it was trained on",
+        ) from fault
+    _check_adapter(adapted, file)
     with quiet_transformers():
-        adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
         return adapted.merge_and_unload() if fold else adapted
+
+
+def check_same_base(base: str | Path, adapter: Path) -> None:
+    """Raise IncompatibleExpertsError where expert.json or soup.json in `adapter` records another base than `base`."""
+    record = read_expert_record(adapter) or read_soup_record(adapter)
+    if record is None or record.base.fingerprint is None:
+        return
+    found = BaseRecord(fingerprint=base_fingerprint(base))
+    if not is_same_base(record.base, found):
+        raise IncompatibleExpertsError(
+            f"the adapter was trained on {record.base.name or 'another base'} ({record.base.fingerprint[:12]}), "
+            f"this base is another one ({str(found.fingerprint)[:12]})",
+            where=str(adapter),
+            mend="give the base that it was trained on; if the two are one base in other numbers, pass --same-base",
+        )
+
+
+def _check_adapter(adapted: Any, file: SafetensorsFile) -> None:
+    from peft import get_peft_model_state_dict
+
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    missing = sorted(wanted.keys() - file.entries.keys())
+    strange = sorted(name for name in file.entries.keys() - wanted.keys() if "lora_" in name)
+    if missing or strange:
+        told = f"lacks {missing[0]}" if missing else f"has {strange[0]}, for which the base has no place"
+        raise IncompatibleExpertsError(
+            f"the adapter's file {told}",
+            where=str(file.path),
+            mend="give the base that it was trained on, and the whole adapter folder",
+        )
+    for name, tensor in wanted.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{name} holds a value that is NaN or infinite",
+                where=str(file.path),
+                mend="this adapter's training diverged or its file is damaged: train it again",
+            )
 
 
 def check_adapter_folder(folder: Path) -> None:
@@ -117,6 +200,16 @@ def check_adapter_folder(folder: Path) -> None:
             if pickled
             else "copy the whole adapter folder",
         )
+    try:
+        sound = isinstance(json.loads((folder / ADAPTER_CONFIG).read_bytes()), dict)
+    except (ValueError, RecursionError):
+        sound = False
+    if not sound:
+        raise FileFormatError(
+            "the adapter's configuration is not a JSON object",
+            where=str(folder / ADAPTER_CONFIG),
+            mend="copy the adapter folder again",
+        )
 
 
 def check_base(base: str | Path) -> None:
@@ -136,9 +229,15 @@ def check_base(base: str | Path) -> None:
 
 
 def _no_base(base: str | Path, part: str, fault: Exception) -> InputError:
-    reason = str(fault).strip().splitlines()[0]
+    if isinstance(fault, OSError) and fault.errno in {errno.ENOSPC, errno.EDQUOT}:
+        raise fault  # while downloading; nothing is wrong with the base
     return InputError(
-        f"the {part} can't be loaded: {reason}",
+        f"the {part} can't be loaded: {_first_line(fault)}",
         where=str(base),
         mend="give a model folder (config.json, safetensors, tokenizer) or a hub id that this machine can reach",
     )
+
+
+def _first_line(fault: Exception) -> str:
+    lines = str(fault).strip().splitlines()
+    return " ".join(line.strip() for line in lines[:2])[:200] if lines else type(fault).__name__

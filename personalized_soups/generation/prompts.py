@@ -47,6 +47,20 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     return list(tokenizer(prompt)["input_ids"])
 
 
+def check_text(prompt: str, *, where: str) -> None:
+    """Raise InputError if `prompt` is empty, or holds what is no character (a byte of no encoding, half a pair)."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty", where=where, mend="write what is to be answered")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as fault:
+        raise InputError(
+            f"the prompt is not UTF-8: {fault.object[fault.start]!r} at character {fault.start + 1}",
+            where=where,
+            mend="write it as UTF-8 text",
+        ) from fault
+
+
 def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a file: one a line, or JSON lines with a string `prompt` in each (`.jsonl`).
 
@@ -74,13 +88,15 @@ def _prompt_of(line: bytes, *, path: Path, number: int) -> str:
             f"byte {line[fault.start]:#04x} is not UTF-8", where=where, mend="save the file as UTF-8"
         ) from fault
     if path.suffix != ".jsonl":
+        check_text(text, where=where)
         return text
     try:
         prompt = json.loads(text)["prompt"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         prompt = None
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(
             'expected a JSON object with a string "prompt"', where=where, mend='write {"prompt": "..."} in every line'
         )
+    check_text(prompt, where=where)
     return prompt

@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.generation.generator import Generator
@@ -96,6 +98,40 @@ def test_options_that_contradict_are_usage_errors(
     assert f"at: {where}" in err
     assert "mend: " in err
     assert "Traceback" not in err
+
+
+def test_a_prompt_in_a_wrong_encoding_is_refused(
+    psoups: Run, small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    code, out, err = psoups("generate", "--base", small_base)
+    assert (code, out) == (2, "")
+    assert "0xe9" in err
+    assert "at: standard input" in err
+    code, out, err = psoups("generate", "--base", small_base, "caf\udce9")  # as Python hands on such an argument
+    assert (code, out) == (2, "")
+    assert "at: PROMPT" in err
+
+
+def test_numbers_out_of_range_are_usage_errors(psoups: Run, small_base: Path) -> None:
+    for option in (["--temperature", "inf"], ["--temperature", "nan"], ["--seed", str(2**32)]):
+        code, out, err = psoups("generate", "--base", small_base, *option, PROMPT)
+        assert (code, out) == (2, "")
+        assert option[0] in err
+
+
+def test_an_adapter_of_another_base_needs_same_base(
+    psoups: Run, small_base: Path, experts: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(small_base, other)
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, other / "model.safetensors", {"format": "pt"})
+    for source in (["--adapter", experts / "concise"], ["--experts", experts, "--weights", "concise=1"]):
+        code, _, err = psoups(*_ask(*source, PROMPT, base=other))
+        assert code == 2
+        assert "--same-base" in err
+        assert psoups(*_ask(*source, "--same-base", PROMPT, base=other))[0] == 0
 
 
 def test_an_empty_prompt_and_a_missing_base(psoups: Run, small_base: Path, tmp_path: Path) -> None:

@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig
 
-from personalized_soups.errors import FileFormatError, InputError, SoupError, UsageError
+from personalized_soups.adapters.fingerprint import base_fingerprint
+from personalized_soups.adapters.provenance import BaseRecord, ExpertRecord, write_record
+from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, SoupError, UsageError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.loading import choose_device
 from personalized_soups.generation.quiet import quiet_transformers
@@ -136,6 +140,79 @@ def test_an_adapter_in_a_pickle_is_refused_unread(small_base: Path, tmp_path: Pa
         Generator.open(small_base, tmp_path, device="cpu")
 
 
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("truncated", "the header claims"),
+        ("config", "not a JSON object"),
+        ("unknown kind", "can't be put on this base"),
+        ("nan", "NaN"),
+        ("shapes", "size mismatch"),
+        ("other modules", "not found in the base"),
+        ("incomplete", "lacks"),
+        ("other names", "lacks"),
+    ],
+)
+def test_a_damaged_or_strange_adapter_is_refused(small_base: Path, tmp_path: Path, fault: str, what: str) -> None:
+    _write_random_adapter(small_base, tmp_path)
+    tensors_file, config_file = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    tensors, config = load_file(tensors_file), json.loads(config_file.read_text())
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    match fault:
+        case "nan":
+            tensors[name][0, 0] = float("nan")
+        case "shapes":
+            tensors[name] = tensors[name][:, :7].contiguous()
+        case "incomplete":
+            del tensors[name]
+        case "other names":
+            tensors[name.replace("q_proj", "qq_proj")] = tensors.pop(name)
+        case "other modules":
+            config["target_modules"] = ["w1"]
+        case "unknown kind":
+            config["peft_type"] = "WIZARD"
+    save_file(tensors, tensors_file)
+    config_file.write_text("{" if fault == "config" else json.dumps(config))
+    if fault == "truncated":
+        tensors_file.write_bytes(tensors_file.read_bytes()[:500])
+    with pytest.raises(InputError, match=what) as caught:
+        Generator.open(small_base, tmp_path, device="cpu")
+    assert str(tmp_path) in caught.value.where
+
+
+def test_an_adapter_of_another_base_is_refused(small_base: Path, tmp_path: Path) -> None:
+    _write_random_adapter(small_base, tmp_path)
+    mine = BaseRecord(name="mine", fingerprint=base_fingerprint(small_base))
+    write_record(tmp_path, ExpertRecord(side="x", base=mine))
+    Generator.open(small_base, tmp_path, device="cpu")
+    write_record(tmp_path, ExpertRecord(side="x", base=mine.model_copy(update={"fingerprint": "0" * 64})))
+    with pytest.raises(IncompatibleExpertsError, match="trained on mine"):
+        Generator.open(small_base, tmp_path, device="cpu")
+    Generator.open(small_base, tmp_path, device="cpu", same_base=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"), [("truncated", "truncated"), ("incomplete", "lack 1 tensors"), ("tokenizer", "tokenizer")]
+)
+def test_a_damaged_base_is_refused(small_base: Path, tmp_path: Path, fault: str, what: str) -> None:
+    """transformers fills what is missing with random numbers."""
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    path = base / "model.safetensors"
+    match fault:
+        case "truncated":
+            path.write_bytes(path.read_bytes()[:5000])
+        case "incomplete":
+            tensors = load_file(path)
+            del tensors["model.norm.weight"]
+            save_file(tensors, path, metadata={"format": "pt"})
+        case _:
+            (base / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=what) as caught:
+        Generator.open(base, device="cpu")
+    assert str(base) in caught.value.where
+
+
 def test_a_base_that_is_not_there_is_said_with_a_mend(small_base: Path, tmp_path: Path) -> None:
     faults: list[SoupError] = []
     (tmp_path / "pickled").mkdir()
@@ -162,6 +239,8 @@ def test_devices_that_are_not_there_are_refused() -> None:
         choose_device("toaster")
     with pytest.raises(UsageError):
         choose_device("cuda:63")
+    with pytest.raises(UsageError, match="can't compute"):
+        choose_device("meta")
 
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])

@@ -30,6 +30,9 @@ def test_json_lines_with_a_prompt_each(tmp_path: Path) -> None:
         ("a.jsonl", b'["prompt"]\n', ":1"),
         ("a.jsonl", b"{\n", ":1"),
         ("a.txt", b"\n \n", ""),
+        ("a.txt", b"\xef\xbb\xbf\nfine\n", ":1"),
+        ("a.jsonl", b'{"prompt": "so \\ud800"}\n', ":1"),
+        ("a.jsonl", b"[" * 100_000, ":1"),
     ],
 )
 def test_a_bad_prompt_file_is_named_with_its_line(tmp_path: Path, name: str, content: bytes, where: str) -> None:
