@@ -42,6 +42,7 @@ _TAGS = frozenset(
     for kind in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value")
 )
 _MAX_DEPTH = 64
+_MAX_DIGITS = 1000
 
 
 def load(path: Path, model: type[T]) -> T:
@@ -133,6 +134,8 @@ def _document(text: str, source: str, lines: dict[KeyPath, int | None]) -> objec
         text = text.replace("\t", " ")
     try:
         node = YAML(typ="safe", pure=True).compose(text)
+    except RecursionError:
+        raise DeclarationError("this is nested too deep", where=source, mend="check the brackets") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = source if mark is None else f"{source}:{mark.line + 1}"
@@ -196,13 +199,15 @@ class _Builder:
     def _sequence(self, node: SequenceNode, path: KeyPath) -> list[object]:
         return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
 
-    def _scalar(self, node: ScalarNode, _path: KeyPath) -> object:
+    def _scalar(self, node: ScalarNode, path: KeyPath) -> object:
         text = str(node.value)
         if node.style in {"'", '"', "|", ">"}:
             return text
         if text in _WORDS:
             return _WORDS[text]
         if _INT.fullmatch(text):
+            if len(text) > _MAX_DIGITS:  # Python itself refuses to convert so many
+                raise self._refused(node, path, f"a number has {len(text)} digits", "write a shorter number")
             return int(text, 10 if text.lstrip("+-").isdigit() else 0)
         return float(text) if _FLOAT.fullmatch(text) else text
 

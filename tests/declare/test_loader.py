@@ -205,3 +205,16 @@ def test_data_from_elsewhere_is_named_by_its_source() -> None:
     with pytest.raises(DeclarationError) as caught:
         load_data({"inner": {"sise": 1}}, Outer, "--option")
     assert (caught.value.where, caught.value.mend) == ("--option: inner.sise", "did you mean 'size'?")
+
+
+@pytest.mark.parametrize("text", ["[" * 10_000, "number: " + "{a: " * 500])
+def test_nesting_beyond_reason_is_refused(text: str) -> None:
+    with pytest.raises(DeclarationError, match="nested too deep") as caught:
+        load_text(text, Outer, "deep.yaml")
+    assert caught.value.where == "deep.yaml"
+
+
+def test_a_number_beyond_reason_is_refused_with_its_line() -> None:
+    with pytest.raises(DeclarationError, match="5000 digits") as caught:
+        load_text("\nnumber: " + "9" * 5000, Outer, "long.yaml")
+    assert caught.value.where == "long.yaml:2: number"
