@@ -18,6 +18,7 @@ from personalized_soups.errors import OutputExistsError, RunError, UsageError
 MARKERS = ("soup.json", "expert.json", "base.json")
 
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = _FULL_DISK | {errno.EFBIG}
 _MAX_MARKER_BYTES = 64 << 20
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ def new_folder(target: Path | str, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         OutputExistsError: if `target` is there and `overwrite` is false, or is not a folder of this tool's.
+        UsageError: if no folder can be made there.
         RunError: if the disk is full.
     """
     target = Path(os.path.abspath(target))  # noqa: PTH100 # resolve() would follow the link that is refused below
@@ -40,16 +42,17 @@ def new_folder(target: Path | str, overwrite: bool = False) -> Iterator[Path]:
     made = _make_parents(target.parent)
     scratch = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     try:
-        scratch.mkdir()
+        _make_scratch(scratch, target)
         yield scratch
         _publish(scratch, target, overwrite=overwrite)
     except BaseException as error:
         shutil.rmtree(scratch, ignore_errors=True)
         for folder in made:
             _remove_if_empty(folder)
-        if isinstance(error, OSError) and error.errno in _FULL_DISK:
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            what = "no space is left on the device" if error.errno in _FULL_DISK else "a limit on file sizes is reached"
             raise RunError(
-                f"no space is left on the device: {error.strerror}",
+                f"{what}: {error.strerror}",
                 where=str(target),
                 mend="free some space or write to another disk; nothing half-written was left",
             ) from error
@@ -150,6 +153,19 @@ def _free_name(target: Path) -> Path:
     while os.path.lexists(candidate := target.with_name(f"{target.name}.replaced-{number}")):
         number += 1
     return candidate
+
+
+def _make_scratch(scratch: Path, target: Path) -> None:
+    try:
+        scratch.mkdir()
+    except OSError as error:
+        if error.errno in _REFUSED:
+            raise
+        raise UsageError(
+            f"the output folder cannot be made: {error.strerror}",
+            where=str(target),
+            mend="choose a shorter name, or an output below a folder that you may write to",
+        ) from error
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -130,3 +130,29 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o750
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS, errno.ENOENT])
+def test_a_parent_that_takes_no_folder_is_a_usage_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(error, os.strerror(error), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", lambda self, *a, **k: refuse(self) if self.suffix == ".partial" else None)
+    with pytest.raises(UsageError, match="cannot be made") as caught, new_folder(tmp_path / "out"):
+        pytest.fail("the block must not be entered")
+    assert caught.value.where == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_too_long_for_the_file_system_is_a_usage_error(tmp_path: Path, length: int) -> None:
+    with pytest.raises(UsageError, match="cannot be made: File name too long"), new_folder(tmp_path / ("x" * length)):
+        pytest.fail("the block must not be entered")
+    assert left_in(tmp_path) == []
+
+
+def test_a_file_size_limit_is_a_failed_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="File too large"):
+        write_and_raise(tmp_path / "out", OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
+    assert left_in(tmp_path) == []
