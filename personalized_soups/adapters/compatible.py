@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -83,5 +84,5 @@ def _described(expert: Expert) -> str:
 
 def _place(name: str) -> str:
     """Return a base's name such that two spellings of one local folder are equal."""
-    path = Path(name)
-    return str(path.resolve()) if path.is_dir() else name.rstrip("/")
+    # os.path says no where Path.is_dir() raises: an adapter may name anything, even what is too long for a path
+    return str(Path(name).resolve()) if os.path.isdir(name) else name.rstrip("/")  # noqa: PTH112

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,7 +129,10 @@ class AdapterConfig:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+            raise InputError("this is not a regular file", where=str(path), mend="save the adapter anew")
+        if status.st_size > _MAX_CONFIG_BYTES:
             raise FileFormatError(
                 f"the file is larger than {_MAX_CONFIG_BYTES >> 20} MiB", where=str(path), mend="save the adapter anew"
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def base_folder(base: Path | str) -> Path:
     Raises:
         InputError: if neither is there.
     """
-    if Path(base).is_dir():
+    if os.path.isdir(base):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
         return Path(base)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -112,16 +113,17 @@ class ExpertLibrary(Mapping[str, Expert]):
 
 def is_adapter(folder: Path) -> bool:
     """Return whether a folder looks like a LoRA adapter, sound or not."""
-    return (folder / CONFIG_FILE).is_file() or (folder / WEIGHTS_FILE).is_file()
+    # os.path says no where Path.is_file() raises: a folder that may not be entered, such as lost+found
+    return any(os.path.isfile(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE))  # noqa: PTH113
 
 
 def _experts_in(root: Path) -> list[Path]:
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
         raise InputError("there is no such folder", where=str(root), mend="give a folder of experts")
     if is_adapter(root):
         return [root.resolve()]
     # names that begin with a dot are scratch folders of a run that is going on
-    children = [child for child in sorted(root.iterdir()) if not child.name.startswith(".") and child.is_dir()]
+    children = [child for child in _children(root) if not child.name.startswith(".") and child.is_dir()]
     experts = [child for child in children if is_adapter(child)]
     if not experts:
         raise InputError(
@@ -130,3 +132,12 @@ def _experts_in(root: Path) -> list[Path]:
             mend="give a folder whose children are LoRA adapter folders, or train one: psoups train --help",
         )
     return experts
+
+
+def _children(root: Path) -> list[Path]:
+    try:
+        return sorted(root.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"the folder cannot be read: {error.strerror}", where=str(root), mend="check its permissions"
+        ) from error

@@ -189,11 +189,16 @@ def parse_json(data: bytes, path: Path) -> Any:
         FileFormatError: naming the fault.
     """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_refuse_constant)
+        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_refuse_constant)
+        if b"\\u" in data:  # the only way in for half a surrogate pair, which no file could be written with
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise _fault(path, f"not UTF-8: byte 0x{data[error.start]:02x} at {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise _fault(path, f"not Unicode: {error.reason}") from None
     except (ValueError, RecursionError) as error:
         raise _fault(path, f"not JSON: {str(error)[:200]}") from None
+    return parsed
 
 
 def _map(descriptor: int) -> mmap.mmap:

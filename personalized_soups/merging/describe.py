@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ def describe(folder: Path | str) -> Description:
         InputError: if there is no such folder, or it is none of the kinds.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
         raise InputError("there is no such folder", where=str(folder), mend="check the path")
     soup = read_soup_record(folder)
     if is_adapter(folder):

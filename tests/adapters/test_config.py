@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -157,3 +158,10 @@ def test_a_folder_without_configuration_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no adapter_config\.json: it is no LoRA adapter") as caught:
         AdapterConfig.open(tmp_path)
     assert caught.value.where == str(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_is_no_configuration(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "adapter_config.json")
+    with pytest.raises(InputError, match="not a regular file"):
+        AdapterConfig.open(tmp_path)

@@ -64,3 +64,8 @@ def test_a_base_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="neither a folder nor a hub id") as caught:
         base_folder(tmp_path / "nowhere")
     assert "nowhere" in caught.value.where
+
+
+def test_a_name_too_long_for_the_file_system_is_no_base() -> None:
+    with pytest.raises(InputError, match="neither a folder nor a hub id"):
+        base_folder("x" * 5000)

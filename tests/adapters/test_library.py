@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,3 +64,25 @@ def test_unknown_experts_are_all_named(tmp_path: Path) -> None:
         library.check(Profile(weights={"friendly": 1.0, "run_17": 1.0, "concise": 0.0}))
     assert caught.value.mend == "the expert for that side is called 'run_17'"
     library.check(Profile(weights={"run_17": 1.0}))
+
+
+def test_a_folder_that_may_not_be_entered_does_not_close_the_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_expert(tmp_path / "a")
+    (tmp_path / "lost+found").mkdir()
+    stat = os.stat
+
+    def refusing(path: Any, *args: Any, **options: Any) -> os.stat_result:
+        if "lost+found" + os.sep in str(path):
+            raise PermissionError(errno.EACCES, "denied", str(path))
+        return stat(path, *args, **options)
+
+    # a mode would do for everybody but root, who runs the suite in containers
+    monkeypatch.setattr(os, "stat", refusing)
+    assert list(ExpertLibrary.open(tmp_path)) == ["a"]
+
+
+def test_a_name_too_long_for_the_file_system_is_no_folder() -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        ExpertLibrary.open("x" * 5000)

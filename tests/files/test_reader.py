@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from personalized_soups.errors import FileFormatError, InputError, SoupError
-from personalized_soups.files.reader import SafetensorsFile
+from personalized_soups.files.reader import SafetensorsFile, parse_json
 from tests import oracles
 
 
@@ -191,3 +191,9 @@ def test_a_missing_file_and_a_missing_tensor_are_named(tmp_path: Path, sound: Pa
     with pytest.raises(FileFormatError, match="no tensor 'doubel'") as caught:
         SafetensorsFile.open(sound).tensor("doubel")
     assert caught.value.mend == "did you mean 'double'?"
+
+
+def test_text_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="surrogate"):
+        parse_json(b'{"a\\ud800": 1}', tmp_path / "x.json")
+    assert parse_json(b'{"a": "\\ud83d\\ude00"}', tmp_path / "x.json") == {"a": "\U0001f600"}

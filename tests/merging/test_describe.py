@@ -62,3 +62,8 @@ def test_a_folder_of_no_kind_is_an_input_error(tmp_path: Path, name: str) -> Non
     with pytest.raises(InputError) as caught:
         describe(tmp_path / name)
     assert caught.value.where == str(tmp_path / name)
+
+
+def test_a_name_too_long_for_the_file_system_is_no_folder() -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        describe("x" * 5000)
