@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -17,6 +18,9 @@ MethodName = Literal["linear", "factor_average", "factor_linear"]
 
 # Below this share of their absolute sum, weights cancel: dividing by their sum would blow up rounding errors.
 _CANCELLED = 1e-6
+
+# Beyond this a weight is a slip of the keyboard; below it no product of weight, scaling and factor leaves float64.
+_MAX_WEIGHT = 1e30
 
 
 class Profile(Declared):
@@ -42,6 +46,13 @@ class Profile(Declared):
             raise refusal("an expert's name is empty", mend="name the expert: `friendly: 0.6`")
         if not any(weights.values()):
             raise refusal("all weights are zero: nothing would be merged", mend="give one expert a weight other than 0")
+        for name, weight in weights.items():
+            if abs(weight) > _MAX_WEIGHT:
+                raise refusal(
+                    f"the weight of {name!r} is {weight:g}, beyond {_MAX_WEIGHT:g}",
+                    mend="write a weight such as 0.6",
+                    key=(name,),
+                )
         return weights
 
     @model_validator(mode="after")
@@ -99,12 +110,15 @@ def load_profile(path: Path | str) -> Profile:
     return load(Path(path), Profile)
 
 
-def check_sides(profile: Profile, dimension_of: Mapping[str, str]) -> None:
+def check_sides(
+    profile: Profile, dimension_of: Mapping[str, str], side_of: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Raise if the profile weighs two sides of one dimension without `allow_opposed: true`.
 
     Args:
         profile: what is asked for.
         dimension_of: the dimension of each expert that has one; experts without a dimension oppose nobody.
+        side_of: the side of each expert that is not named after its side; two experts of one side are not opposed.
     """
     if profile.allow_opposed:
         return
@@ -113,13 +127,13 @@ def check_sides(profile: Profile, dimension_of: Mapping[str, str]) -> None:
         dimension = dimension_of.get(name)
         if weight == 0 or dimension is None:
             continue
-        if dimension in first:
+        opposed = first.setdefault(dimension, name)
+        if side_of.get(opposed, opposed) != side_of.get(name, name):
             raise DeclarationError(
-                f"{first[dimension]!r} and {name!r} are two sides of one dimension, {dimension!r}",
+                f"{opposed!r} and {name!r} are two sides of one dimension, {dimension!r}",
                 where=profile.place("weights", name),
                 mend="take one of them out, or write `allow_opposed: true` (option --allow-opposed)",
             )
-        first[dimension] = name
 
 
 def _bad_weights(what: str) -> UsageError:

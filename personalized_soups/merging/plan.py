@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
@@ -13,7 +14,10 @@ from personalized_soups.adapters.compatible import disagreements
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.adapters.provenance import BaseRecord
 from personalized_soups.bank import ExpertBank
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile, check_sides
+from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import IncompatibleExpertsError, InputError, SoupError, UsageError, choose_from
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.table import Method, method_named
@@ -88,14 +92,17 @@ class MergePlan:
         experts = " + ".join(f"{expert.weight:g} {expert.name}" for expert in self.experts)
         basis = ", one shared basis" if self.shares_basis else ""
         held = f"rank {self.rank}, {self.num_bytes} bytes of {self.dtype}"
-        return [
+        lines = [
             f"soup:     {experts}",
             f"method:   {self.method.name}: {self.method.formula}",
             f"encoding: {self.encoding}{basis}" + ("" if self.encoding == "folded" else f", {held}"),
             f"base:     {self.base.name or 'not named'}",
             f"modules:  {len(self.modules)}",
-            f"vLLM:     --max-lora-rank {self.vllm_max_lora_rank or f'(none: rank {self.rank} is above 512)'}",
         ]
+        if self.encoding != "folded":
+            most = self.vllm_max_lora_rank or f"(none: rank {self.rank} is above {VLLM_RANKS[-1]})"
+            lines.append(f"vLLM:     --max-lora-rank {most}")
+        return lines
 
 
 def plan_merge(
@@ -126,7 +133,7 @@ def plan_merge(
         UsageError: if an option is out of place. All faults of one kind of step are told at once.
     """
     row = method_named(method or profile.method) if not isinstance(method, Method) else method
-    asked_rank = _checked_rank(profile.rank if rank is None else rank, into_base=into_base)
+    asked_rank = _checked_rank(profile, rank, into_base=into_base)
     _check_dtype(dtype, into_base=into_base)
     library.check(profile)
     chosen = [(library[name], weight) for name, weight in profile.resolved_weights().items() if weight != 0]
@@ -134,7 +141,9 @@ def plan_merge(
     # nothing can be compared before each expert is sound by itself
     _raise_all([fault for expert in experts for fault in _faults_of(expert)])
     bank = ExpertBank(experts)
-    check_sides(profile, {expert.name: expert.dimension for expert in experts if expert.dimension is not None})
+    check_sides(
+        profile, _dimensions(experts), {expert.name: expert.side for expert in experts if expert.side is not None}
+    )
     _raise_all([*disagreements(experts, same_base=same_base), *_unmet_needs(row, bank, [w for _, w in chosen])])
     modules = tuple(_planned(bank, name, row, asked_rank) for name in bank.modules)
     truncated = any(module.rank < module.full_rank for module in modules)
@@ -175,23 +184,25 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise UsageError(f"unknown device {device!r}", where="--device", mend="choose from: auto, cpu, cuda, cuda:N")
-    resolved = torch.device(device)
-    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
+    kind, _, index = device.partition(":")
+    # compared as a number of any length: torch keeps an index in eight bits
+    if kind == "cuda" and int(index[:9] or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"there is no device {device!r} on this machine", where="--device", mend="leave --device out, or take cpu"
         )
-    return resolved
+    return torch.device(device)
 
 
-def _checked_rank(rank: int | None, *, into_base: bool) -> int | None:
+def _checked_rank(profile: Profile, option: int | None, *, into_base: bool) -> int | None:
+    rank, where = (profile.rank, profile.place("rank")) if option is None else (option, "--rank")
     if rank is None:
         return None
     if rank < 1:
-        raise UsageError(f"the rank is {rank}, it must be at least 1", where="--rank", mend="give --rank 16")
+        raise UsageError(f"the rank is {rank}, it must be at least 1", where=where, mend="give --rank 16")
     if into_base:
         raise UsageError(
             "a soup folded into a base is exact and has no rank",
-            where="--rank",
+            where=where,
             mend="leave the rank out, or write an adapter instead",
         )
     return rank
@@ -283,6 +294,22 @@ def _planned(bank: ExpertBank, name: str, method: Method, rank: int | None) -> P
         full_rank=full,
         rank=full if rank is None else min(rank, full),
     )
+
+
+def _dimensions(experts: Sequence[Expert]) -> dict[str, str]:
+    """Return the dimension of each expert that has one: by expert.json, else by a name of the shipped catalogue."""
+    found = {}
+    for expert in experts:
+        if expert.dimension is not None:
+            found[expert.name] = expert.dimension
+        elif len(experts) > 1 and (dimension := _catalogue().dimension_of(expert.side or expert.name)) is not None:
+            found[expert.name] = dimension
+    return found
+
+
+@cache
+def _catalogue() -> Catalogue:
+    return load(shipped_recipe("dimensions/psoups.yaml"), Catalogue)
 
 
 def _resolved_dtype(dtype: str | None, experts: Sequence[Expert]) -> DtypeName:

@@ -119,3 +119,20 @@ def test_two_sides_of_one_dimension_are_refused_with_the_line() -> None:
 )
 def test_sides_that_do_not_oppose_each_other_pass(profile: Profile) -> None:
     check_sides(profile, DIMENSION_OF)
+
+
+@pytest.mark.parametrize("weight", [1e308, -1e31])
+@pytest.mark.parametrize("normalize", ["none", "sum"])
+def test_a_weight_beyond_reason_is_refused_with_its_line(weight: float, normalize: str) -> None:
+    text = f"normalize: {normalize}\nweights:\n  concise: 1\n  friendly: {weight}\n  expert: {weight}\n"
+    with pytest.raises(DeclarationError, match="the weight of 'friendly' is") as caught:
+        load_text(text, Profile, "u.yaml")
+    assert caught.value.where == "u.yaml:4: weights.friendly"
+
+
+def test_two_experts_of_one_side_do_not_oppose_each_other() -> None:
+    profile = Profile(weights={"friendly-1": 0.5, "friendly-2": 0.5})
+    dimension_of = dict.fromkeys(profile.weights, "style")
+    check_sides(profile, dimension_of, side_of=dict.fromkeys(profile.weights, "friendly"))
+    with pytest.raises(DeclarationError, match="two sides"):
+        check_sides(profile, dimension_of, side_of={"friendly-1": "friendly", "friendly-2": "unfriendly"})

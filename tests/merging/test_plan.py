@@ -149,3 +149,32 @@ def test_targets_are_names_where_a_list_would_match_too_much(tmp_path: Path) -> 
     assert plan_of(tmp_path).target_modules == ("model.layers.1.mlp.up_proj",)
     write_expert(tmp_path / "b", shapes=some, target_modules=r".*1\.mlp\.up_proj")
     assert plan_of(tmp_path, {"b": 1.0}).target_modules == ("model.layers.1.mlp.up_proj",)
+
+
+def test_two_experts_of_one_side_are_no_opposed_sides(tmp_path: Path) -> None:
+    for index, name in enumerate(("friendly-1", "friendly-2")):
+        write_expert(tmp_path / name, seed=index)
+        write_record(tmp_path / name, side="friendly", dimension="style")
+    assert len(plan_of(tmp_path).experts) == 2
+
+
+def test_folders_without_record_that_bear_sides_names_are_those_sides(tmp_path: Path) -> None:
+    for index, name in enumerate(("elementary", "expert", "concise", "mine")):
+        write_expert(tmp_path / name, seed=index)
+    with pytest.raises(DeclarationError, match="'elementary' and 'expert' are two sides of one dimension, 'expertise'"):
+        plan_of(tmp_path)
+    write_record(tmp_path / "expert", side="pedantry", dimension="pedantry")
+    assert len(plan_of(tmp_path).experts) == 4
+
+
+def test_a_profiles_rank_is_refused_at_its_line_where_a_model_is_asked_for(tmp_path: Path) -> None:
+    write_expert(tmp_path / "a")
+    profile = load_text("weights: {a: 1}\nrank: 2\n", Profile, "u.yaml")
+    with pytest.raises(UsageError, match="has no rank") as caught:
+        plan_merge(ExpertLibrary.open(tmp_path), profile, into_base=True)
+    assert caught.value.where == "u.yaml:2: rank"
+
+
+def test_a_plan_for_a_model_has_no_rank_for_vllm(tmp_path: Path) -> None:
+    write_expert(tmp_path / "a")
+    assert "max-lora-rank" not in "\n".join(plan_of(tmp_path, into_base=True).lines())
