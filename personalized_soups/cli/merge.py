@@ -67,6 +67,7 @@ def merge(
     options: dict[str, Any] = {"method": method, "same_base": same_base}
     if dry_run or out is None:
         plan = plan_merge(library, declared, **options, rank=rank, dtype=dtype, into_base=into_base is not None)
+        _check_rest(plan, out, device, into_base, overwrite=overwrite)
         _show_plan(plan, as_json=as_json)
         return
     if into_base is None:
@@ -114,6 +115,22 @@ def _profile(path: Path | None, weights: str | None, *, allow_opposed: bool) -> 
         return declared.replaced(allow_opposed=True) if allow_opposed else declared
     assert weights is not None
     return Profile.from_option(weights, allow_opposed=allow_opposed)
+
+
+def _check_rest(plan: MergePlan, out: Path | None, device: str, into_base: str | None, *, overwrite: bool) -> None:
+    """Raise what a run would, where headers tell it: a dry run that passes would be worth little else."""
+    from personalized_soups.files.atomic import check_replaceable
+    from personalized_soups.merging.adapter import check_output_apart
+    from personalized_soups.merging.plan import resolve_device
+
+    resolve_device(device)
+    if out is not None:
+        check_replaceable(out.absolute(), overwrite=overwrite)
+        check_output_apart(out, [expert.folder for expert in plan.experts])
+    if into_base is not None:
+        from personalized_soups.merging.into_base import check_fits
+
+        check_fits(plan, resolve_base(into_base))
 
 
 def _show_plan(plan: MergePlan, *, as_json: bool) -> None:

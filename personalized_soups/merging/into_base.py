@@ -27,7 +27,7 @@ from personalized_soups.errors import (
     UnsupportedAdapterError,
     choose_from,
 )
-from personalized_soups.files.atomic import check_replaceable, files_below, new_folder
+from personalized_soups.files.atomic import MARKERS, check_replaceable, files_below, new_folder
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.files.reader import PICKLES, parse_json
 from personalized_soups.files.shards import INDEX, Checkpoint
@@ -126,6 +126,17 @@ def merge_into_base(
             ),
         )
     return out
+
+
+def check_fits(plan: MergePlan, base: Path | str) -> None:
+    """Raise if a soup cannot be folded into `base`, from headers alone: what a dry run can know.
+
+    Fingerprints are not compared: that reads the base's weights.
+
+    Raises:
+        SoupError: as merge_into_base does for a base that is not there, damaged, quantised, tied or of other shapes.
+    """
+    _target(plan, base)
 
 
 def folded(w_OI: Tensor, factors: Factors) -> Tensor:
@@ -240,13 +251,16 @@ def _checked_finite(name: str, merged: Tensor, before: Tensor) -> Tensor:
 
 
 def _copy_others(base: Path, scratch: Path) -> None:
-    """Copy every file that holds no weights; hidden files and folders (`.git`, `.cache`) stay behind."""
+    """Copy every file that holds no weights.
+
+    Hidden files and folders (`.git`, `.cache`) stay behind, and so does the base's own record: it tells of the base.
+    """
     for name in sorted(files_below(base)):
         relative = Path(name)
         is_weights = relative.suffix.lower() in _OTHER_WEIGHTS or (
             relative.name.endswith(".index.json") and name != INDEX
         )
-        if is_weights or name == SOUP_FILE or any(part.startswith(".") for part in relative.parts):
+        if is_weights or name in MARKERS or any(part.startswith(".") for part in relative.parts):
             continue
         if (base / relative).is_file():  # not a link to a folder or to nothing
             (scratch / relative).parent.mkdir(parents=True, exist_ok=True)

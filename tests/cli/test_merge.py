@@ -191,3 +191,31 @@ def test_the_whole_command_imports_neither_transformers_nor_peft(tmp_path: Path,
     args = ["merge", "--weights", "concise=1", "--experts", str(experts), "--out", str(tmp_path / "soup"), "--json"]
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.splitlines()[-1] == ""
+
+
+DRY_FAULTS = {
+    "no such base": (["--into-base", "/nowhere"], "neither a folder nor a hub id"),
+    "no such device": (["--device", "tpu"], "unknown device"),
+    "an index beyond reason": (["--device", "cuda:" + "9" * 30], "there is no device"),
+    "an output that exists": (["--out", "."], "there already"),
+}
+
+
+@pytest.mark.parametrize("fault", DRY_FAULTS)
+def test_a_dry_run_finds_what_the_run_would(experts: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+    arguments, message = DRY_FAULTS[fault]
+    code, out, err = psoups(capsys, "merge", "--weights", "concise=1", "--experts", experts, "--dry-run", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_dry_run_into_a_base_that_does_not_fit_says_so(
+    tmp_path: Path, small_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_expert(tmp_path / "lib" / "a", shapes={"model.layers.0.self_attn.q_proj": (8, 8)})
+    write_expert(tmp_path / "fits" / "a")
+    common = ("merge", "--weights", "a=1", "--dry-run", "--into-base", small_base, "--experts")
+    assert psoups(capsys, *common, tmp_path / "fits")[0] == 0
+    code, _, err = psoups(capsys, *common, tmp_path / "lib")
+    assert code == 2
+    assert "do not fit the base" in err

@@ -315,3 +315,13 @@ def test_cpu_and_gpu_agree(tmp_path: Path, library: ExpertLibrary) -> None:
     one, two = (oracles.read_tensors(folder / "model.safetensors") for folder in (on_cpu, on_gpu))
     for name, tensor in one.items():
         assert oracles.relative_error(two[name], tensor) < 1e-6
+
+
+def test_the_bases_own_record_is_not_the_soups(tmp_path: Path, library: ExpertLibrary) -> None:
+    base = write_base(tmp_path / "base")
+    for name in ("base.json", "expert.json"):
+        (base / name).write_text('{"scores": "of the base"}')
+    out = merge_into_base(library, PROFILE, base, tmp_path / "out")
+    assert sorted(
+        path.name for path in out.glob("*.json") if path.name in {"base.json", "expert.json", "soup.json"}
+    ) == ["soup.json"]
