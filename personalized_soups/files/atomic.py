@@ -102,11 +102,14 @@ def _publish(scratch: Path, target: Path, *, overwrite: bool) -> None:
         return
     check_replaceable(target, overwrite=overwrite)
     aside = scratch.with_name(scratch.name.removesuffix(".partial") + ".old")
-    target.rename(aside)
     try:
+        target.rename(aside)
         scratch.rename(target)
-    except BaseException:
-        aside.rename(target)
+    except BaseException:  # Ctrl-C may come before, between or after the two: the disk says which
+        if os.path.lexists(aside):
+            if os.path.lexists(target):
+                target.rename(scratch)
+            aside.rename(target)
         raise
     if foreign := files_below(aside) - files_below(target) - _written_by_us(aside):
         kept = _free_name(target)

@@ -156,3 +156,27 @@ def test_a_file_size_limit_is_a_failed_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="File too large"):
         write_and_raise(tmp_path / "out", OSError(errno.EFBIG, os.strerror(errno.EFBIG)))
     assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("after", ["out", ".partial"])
+def test_ctrl_c_between_the_two_renames_of_a_swap_leaves_the_old_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "soup.json").write_text('{"old": 1}')
+    rename = Path.rename
+    interrupted: list[Path] = []
+
+    def renaming(self: Path, to: Path) -> Path:
+        done = rename(self, to)
+        if self.name.endswith(after) and not interrupted:
+            interrupted.append(self)
+            raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Path, "rename", renaming)
+    with pytest.raises(KeyboardInterrupt), new_folder(target, overwrite=True) as scratch:
+        (scratch / "soup.json").write_text('{"new": 1}')
+    assert left_in(tmp_path) == ["out"]
+    assert (target / "soup.json").read_text() == '{"old": 1}'
