@@ -68,7 +68,7 @@ class ExpertLibrary(Mapping[str, Expert]):
         found: dict[str, Path] = {}
         for root in map(Path, folders):
             for folder in _experts_in(root):
-                if folder.name in found:
+                if folder.name in found and found[folder.name].resolve() != folder.resolve():
                     raise UsageError(
                         f"two experts are called {folder.name!r}",
                         where=f"{found[folder.name]} and {folder}",

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 
 from personalized_soups.declare.declared import Declared
 from personalized_soups.errors import FileFormatError, InputError
+from personalized_soups.files.reader import parse_json
 
 EXPERT_FILE = "expert.json"
 SOUP_FILE = "soup.json"
@@ -151,7 +152,7 @@ def _read(path: Path, model: type[Record]) -> Record | None:
             f"the file cannot be read: {error.strerror}", where=str(path), mend="check its permissions"
         ) from error
     try:
-        return model.model_validate_json(text)
+        record = model.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -162,3 +163,5 @@ def _read(path: Path, model: type[Record]) -> Record | None:
             if path.name == EXPERT_FILE
             else f"restore {path.name}, or merge again",
         ) from None
+    parse_json(text, path)  # pydantic lets NaN and repeated keys pass where a field takes anything
+    return record

@@ -277,6 +277,10 @@ def _model_config(folder: Path) -> dict[str, Any]:
             where=str(folder),
             mend="give a folder that save_pretrained wrote",
         ) from None
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be read: {error.strerror}", where=str(path), mend="check its permissions"
+        ) from error
     return config if isinstance(config, dict) else {}
 
 

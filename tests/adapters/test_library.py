@@ -86,3 +86,8 @@ def test_a_folder_that_may_not_be_entered_does_not_close_the_library(
 def test_a_name_too_long_for_the_file_system_is_no_folder() -> None:
     with pytest.raises(InputError, match="no such folder"):
         ExpertLibrary.open("x" * 5000)
+
+
+def test_one_folder_given_twice_is_one_expert(tmp_path: Path) -> None:
+    write_expert(tmp_path / "a")
+    assert list(ExpertLibrary.open(tmp_path, tmp_path / "a", tmp_path)) == ["a"]

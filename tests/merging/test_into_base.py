@@ -325,3 +325,11 @@ def test_the_bases_own_record_is_not_the_soups(tmp_path: Path, library: ExpertLi
     assert sorted(
         path.name for path in out.glob("*.json") if path.name in {"base.json", "expert.json", "soup.json"}
     ) == ["soup.json"]
+
+
+def test_a_config_that_cannot_be_read_is_an_input_error(tmp_path: Path, library: ExpertLibrary) -> None:
+    base = write_base(tmp_path / "base")
+    (base / "config.json").unlink()
+    (base / "config.json").mkdir()
+    with pytest.raises(InputError, match="cannot be read"):
+        merge_into_base(library, PROFILE, base, tmp_path / "out")
