@@ -23,6 +23,7 @@ RECORD_FILE = "base.json"
 NUM_FIRST_LOSSES = 20
 NUM_SCORED = 192
 TEMPERATURE = 0.7
+MAX_NEW_TOKENS = 200
 
 
 def build(
@@ -85,7 +86,7 @@ def score(generator: Generator, *, num_prompts: int = NUM_SCORED, seed: int = 0)
     answers = [
         said
         for (said,) in generator.answers(
-            asked, temperature=TEMPERATURE, max_new_tokens=160, batch_size=num_prompts, seed=seed
+            asked, temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS, batch_size=num_prompts, seed=seed
         )
     ]
     found = {"valid": _mean([scorers.is_valid(*pair) for pair in zip(asked, answers, strict=True)])}
