@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,7 +51,12 @@ def pairs(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out where it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Sample answers from a base and pair those that differ for one side, as data for psoups train."""
+    """Sample answers from a base and pair those that differ for one side, as data for psoups train.
+
+    Answers are kept as they come: the same command goes on with a sampling that was cut short.
+    """
+    if math.isinf(temperature):
+        raise UsageError("the temperature is infinite", where="--temperature", mend="give a number such as 1.0")
     if not 0 < min_gap <= 1:
         raise UsageError(f"the least gap is {min_gap:g}", where="--min-gap", mend="give a number in (0, 1]")
     if prompts is None and (pool is None or not pool.exists()):
@@ -57,6 +64,8 @@ def pairs(
             "no prompts are given", where="--prompts", mend="give --prompts FILE, or a --pool that is there"
         )
     _check_out(out, overwrite=overwrite)
+    if pool is not None and not pool.exists():
+        _check_out(pool, overwrite=False)
     from personalized_soups.cli.generate import check_dtype
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
@@ -69,13 +78,16 @@ def pairs(
     from personalized_soups.training.data import write_pairs
     from personalized_soups.training.pairs import label_pool, read_pool, write_pool
 
+    kept = _kept_beside(pool or out)
     if pool is not None and pool.exists():
         sampled = read_pool(pool)
+        _check_prompts(prompts, sampled, pool)
     else:
         assert prompts is not None
         sampled = _sample(
             resolve_base(base),
             prompts,
+            kept,
             num_samples=num_samples,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
@@ -87,6 +99,7 @@ def pairs(
         )
         if pool is not None:
             write_pool(pool, sampled)
+            kept.unlink()
     labelled = label_pool(
         sampled,
         side,
@@ -97,6 +110,7 @@ def pairs(
         conversational=load_tokenizer(resolve_base(base)).chat_template is not None,
     )
     write_pairs(out, labelled)
+    kept.unlink(missing_ok=True)
     gaps = [pair["chosen_score"] - pair["rejected_score"] for pair in labelled]
     render.show_record(
         {
@@ -113,6 +127,7 @@ def pairs(
 def _sample(
     base: str,
     prompts: Path,
+    kept: Path,
     *,
     num_samples: int,
     temperature: float,
@@ -123,22 +138,51 @@ def _sample(
     seed: int,
     quiet: bool,
 ) -> list[Sampled]:
+    from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.generation.generator import Generator
     from personalized_soups.generation.prompts import read_prompts
-    from personalized_soups.training.pairs import sample_pool
+    from personalized_soups.training.kept import sample_kept
 
     asked = read_prompts(prompts)
     generator = Generator.open(base, device=device, dtype=dtype)
-    with render.progress("sampling answers", len(asked) * num_samples, quiet=quiet) as bar:
-        return sample_pool(
+    with ExitStack() as shown:
+        bars: list[render.Bar] = []
+
+        def begin(done: int) -> None:
+            total = len(asked) * num_samples
+            bars.append(shown.enter_context(render.progress("sampling answers", total, done=done, quiet=quiet)))
+
+        def advance(done: int) -> None:
+            bars[0].update(done)
+
+        return sample_kept(
             generator,
             asked,
+            kept=kept,
+            base=base_fingerprint(base),
             num_samples=num_samples,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             seed=seed,
-            on_done=bar.update,
+            on_begin=begin,
+            on_done=advance,
+        )
+
+
+def _kept_beside(file: Path) -> Path:
+    """Return where answers are kept until `file` is written: hidden, beside it."""
+    return file.with_name(f".{file.name}.sampling")
+
+
+def _check_prompts(prompts: Path | None, sampled: list[Sampled], pool: Path) -> None:
+    from personalized_soups.generation.prompts import read_prompts
+
+    if prompts is not None and read_prompts(prompts) != [each.prompt for each in sampled]:
+        raise UsageError(
+            f"the pool holds answers to other prompts than {prompts}",
+            where=str(pool),
+            mend="leave --prompts out to use the pool as it is, or name a new pool",
         )
 
 

@@ -86,19 +86,20 @@ def show_record(record: Mapping[str, Any], *, title: str | None = None, as_json:
 
 
 @contextmanager
-def progress(title: str, total: int | None = None, *, quiet: bool = False) -> Iterator[Bar]:
+def progress(title: str, total: int | None = None, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
     """Show a progress bar with the time left on stderr; a line now and then where stderr is no terminal.
 
     Args:
         title: what is going on.
         total: units of work in all, where known.
+        done: units that were done before: they say nothing of the time that the others take.
         quiet: show nothing (other processes than the first of a distributed run).
     """
     if quiet:
         yield _NoBar()
         return
     if not sys.stderr.isatty():
-        log = _LogBar(title, total)
+        log = _LogBar(title, total, done)
         yield log
         log.finish()
         return
@@ -114,7 +115,7 @@ def progress(title: str, total: int | None = None, *, quiet: bool = False) -> It
         console=Console(stderr=True),
     )
     with bar:
-        yield _RichBar(bar, bar.add_task(title, total=total, figures=""))
+        yield _RichBar(bar, bar.add_task(title, total=total, completed=done, figures=""))
 
 
 class _NoBar:
@@ -123,8 +124,8 @@ class _NoBar:
 
 
 class _LogBar:
-    def __init__(self, title: str, total: int | None) -> None:
-        self._title, self._total, self._line = title, total, ""
+    def __init__(self, title: str, total: int | None, before: int = 0) -> None:
+        self._title, self._total, self._before, self._line = title, total, before, ""
         self._start = self._told = time.monotonic()
 
     def update(self, done: int, *, total: int | None = None, **figures: float | str) -> None:
@@ -132,8 +133,8 @@ class _LogBar:
         now = time.monotonic()
         of = f"/{self._total}" if self._total else ""
         left = ""
-        if self._total and 0 < done < self._total:
-            left = f", {(now - self._start) / done * (self._total - done):.0f} s left"
+        if self._total and self._before < done < self._total:
+            left = f", {(now - self._start) / (done - self._before) * (self._total - done):.0f} s left"
         self._line = f"{self._title}: {done}{of}{left}  {_figures(figures)}".rstrip()
         if now - self._told >= _LOG_SECONDS:
             self._told = now

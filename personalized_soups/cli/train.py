@@ -31,8 +31,8 @@ class BarProgress:
 
     def begin(self, side: str, *, step: int, num_steps: int) -> None:
         """Show the bar."""
-        self._bar = self._stack.enter_context(render.progress(f"training {side}", num_steps, quiet=self._quiet))
-        self._bar.update(step)
+        bar = render.progress(f"training {side}", num_steps, done=step, quiet=self._quiet)
+        self._bar = self._stack.enter_context(bar)
 
     def advance(self, side: str, report: StepReport) -> None:
         """Move the bar on and show the step's figures."""
@@ -107,12 +107,20 @@ def train(
     except KeyboardInterrupt:
         if first:
             progress.close()
-            render.say("the whole checkpoints so far are kept: --resume goes on from the last one")
+            _say_how_to_go_on(out)
         raise
     finally:
         progress.close()
     if first:
         _show(out, as_json=as_json)
+
+
+def _say_how_to_go_on(out: Path) -> None:
+    from personalized_soups.training.checkpoints import last_complete, partial_folder
+
+    last = last_complete(partial_folder(out))
+    if last is not None:
+        render.say(f"{last.name} is kept: --resume goes on from it")
 
 
 def _show(out: Path, *, as_json: bool) -> None:

@@ -89,12 +89,14 @@ class Generator:
         batch_size: int = 64,
         seed: int = 0,
         greedy: bool = False,
+        first_row: int = 0,
         on_done: Callable[[int], None] | None = None,
     ) -> list[list[str]]:
         """Return `num_samples` answers for each prompt, without end token and outer white space.
 
         The same seed gives the same answers on one machine. Answer s of prompt p has its own random numbers, which
         depend on seed, p and s alone: two models that are asked with one seed answer from common random numbers.
+        Where these prompts are a part of more, `first_row` is how many answers come before theirs.
         `on_done` hears after each batch how many answers there are so far.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
@@ -105,7 +107,8 @@ class Generator:
         texts = [""] * len(rows)
         for start in range(0, len(order), batch_size):
             group = order[start : start + batch_size]
-            said = self._generate([encoded[rows[row]] for row in group], group, sampling, seed)
+            places = [first_row + row for row in group]
+            said = self._generate([encoded[rows[row]] for row in group], places, sampling, seed)
             for row, tokens in zip(group, said, strict=True):
                 texts[row] = self._text(tokens)
             if on_done is not None:

@@ -94,17 +94,15 @@ def label_pool(
         raise ValueError(f"min_gap must be in (0, 1], got {min_gap}")
     score, end = scorer_of(catalogue, side), catalogue.side(side)[1].end
     candidates: list[_Candidate] = []
+    spans: list[tuple[float, float]] = []  # of each prompt's valid answers, worst and best
     for sampled in pool:
         scored = [(score(sampled.prompt, answer), answer) for answer in sampled.answers]
         valid = sorted((found.toward(end), answer) for found, answer in scored if found.valid)
         invalid = sorted(answer for found, answer in scored if not found.valid)
         candidates += _paired(sampled.prompt, valid, invalid, min_gap)
+        spans += [(valid[0][0], valid[-1][0])] if valid else []
     if not candidates:
-        raise InputError(
-            f"no two answers differ by {min_gap:g} for the side {side!r} ({len(pool)} prompts)",
-            where=f"pairs for {side}",
-            mend="sample more answers to each prompt, raise the temperature, lower the least gap, or mend the scorer",
-        )
+        raise _no_pairs(side, pool, spans, min_gap)
     random.Random(f"pairs/{side}/{seed}").shuffle(candidates)
     candidates.sort(key=lambda pair: not pair.both_valid)
     kept = candidates[:max_pairs]
@@ -154,7 +152,7 @@ def read_pool(path: Path) -> list[Sampled]:
     """
     pool = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as fault:
         raise InputError(f"the pool can't be read: {fault}", where=str(path), mend="sample it anew") from fault
     for number, line in enumerate(lines, start=1):
@@ -163,8 +161,9 @@ def read_pool(path: Path) -> list[Sampled]:
         try:
             row = json.loads(line)
             prompt, answers = row["prompt"], row["answers"]
-            sound = isinstance(prompt, str) and all(isinstance(answer, str) for answer in answers)
-        except (ValueError, KeyError, TypeError):
+            sound = isinstance(prompt, str) and isinstance(answers, list)
+            sound = sound and all(isinstance(answer, str) for answer in answers)
+        except (ValueError, KeyError, TypeError, RecursionError):
             sound = False
         if not sound:
             raise InputError(
@@ -189,6 +188,23 @@ def _paired(prompt: str, valid: list[tuple[float, str]], invalid: list[str], min
         return pairs
     high, best = valid[-1]
     return [_Candidate(prompt, best, invalid[0], high, 0.0, both_valid=False)] if high >= min_gap else []
+
+
+def _no_pairs(side: str, pool: Sequence[Sampled], spans: Sequence[tuple[float, float]], min_gap: float) -> InputError:
+    """Return the error that says why there is no pair: no valid answer, all scored alike, or too near each other."""
+    low, high = min((low for low, _ in spans), default=0.0), max((high for _, high in spans), default=0.0)
+    widest = max((best - worst for worst, best in spans), default=0.0)
+    what = f"no two answers differ by {min_gap:g} for the side {side!r} ({len(pool)} prompts)"
+    if not spans:
+        what += ": no answer is valid"
+        mend = "look at the answers (--pool FILE keeps them): the scorer takes none of them for an answer"
+    elif low == high:
+        what += f": every valid answer scores {low:g}"
+        mend = "mend the scorer: name markers, or bounds, that the base's own answers do meet (--pool FILE keeps them)"
+    else:
+        what += f": the scores lie from {low:g} to {high:g}, those of one prompt {widest:g} apart at most"
+        mend = "sample more answers to each prompt, raise the temperature, lower the least gap, or mend the scorer"
+    return InputError(what, where=f"pairs for {side}", mend=mend)
 
 
 def _as_pair(candidate: _Candidate, *, conversational: bool) -> Pair:

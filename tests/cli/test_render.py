@@ -77,3 +77,14 @@ def test_a_bar_on_a_terminal_shows_figures(capsys: pytest.CaptureFixture[str], m
     assert printed.out == ""
     assert "training [x]" in printed.err
     assert "loss 0.25" in printed.err
+
+
+def test_what_was_done_before_says_nothing_of_the_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "_LOG_SECONDS", 0.0)
+    clock = iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with render.progress("training", 100, done=90) as bar:
+        bar.update(95)  # five in ten seconds, five to go
+    assert "95/100, 10 s left" in capsys.readouterr().err

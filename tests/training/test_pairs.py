@@ -85,13 +85,31 @@ def test_a_pool_is_sampled_once_and_read_again(small_base: Path, tmp_path: Path)
     assert read_pool(tmp_path / "pool.jsonl") == pool
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "x"}', '{"prompt": "x", "answers": [1]}', '{"answers": []}'])
+_ODD_ANSWERS = ('{"prompt": "x", "answers": [1]}', '{"answers": []}', '{"prompt": "x", "answers": "yes"}')
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "[" * 99_999, '{"prompt": "x"}', *_ODD_ANSWERS])
 def test_a_faulty_pool_is_named_with_its_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "pool.jsonl"
     path.write_text('{"prompt": "x", "answers": ["y"]}\n' + line)
     with pytest.raises(InputError) as caught:
         read_pool(path)
     assert caught.value.where == f"{path}:2"
+
+
+@pytest.mark.parametrize(
+    ("answers", "why", "mend"),
+    [
+        (("", " "), "no answer is valid", "--pool"),
+        (("one two three",) * 2, "every valid answer scores", "mend the scorer"),
+        (("one two three", "one two three four"), "the scores lie from", "lower the least gap"),
+    ],
+)
+def test_it_is_said_why_there_is_no_pair(answers: tuple[str, ...], why: str, mend: str) -> None:
+    with pytest.raises(InputError, match="no two answers differ") as caught:
+        label_pool([Sampled("x", answers)], "concise", CATALOGUE, min_gap=0.9)
+    assert why in caught.value.what
+    assert mend in caught.value.mend
 
 
 def test_an_unknown_side_and_an_impossible_gap() -> None:
