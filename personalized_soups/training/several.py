@@ -9,7 +9,9 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -73,8 +75,9 @@ def train_experts(
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they import torch
     try:
-        for process in processes:
-            process.start()
+        with _ctrl_c_ignored():
+            for process in processes:
+                process.start()
     finally:
         _restore("OMP_NUM_THREADS", threads)
     try:
@@ -105,7 +108,7 @@ class _Telling:
 
 def _work(waiting: Any, told: Any, options: dict[str, Any]) -> None:
     """Train what is waiting until nothing is; runs in a process of its own."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the listening process, which stops this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as inherited, unless a thread started this process
     signal.signal(signal.SIGTERM, _leave)
     while (job := waiting.get()) is not None:
         try:
@@ -163,6 +166,22 @@ def _stop(processes: Sequence[SpawnProcess]) -> None:
         process.join(timeout=_SECONDS_TO_STOP)
         if process.exitcode is None:
             process.kill()
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """Ignore Ctrl-C within the block, and in the processes that are started there: they inherit it.
+
+    Ctrl-C reaches the listening process, which stops the others; a worker would meet it while it imports torch.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers are the main thread's
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _restore(name: str, value: str | None) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -168,6 +170,48 @@ def test_the_fault_of_one_expert_stops_the_others_and_is_told(
         train_experts(jobs, base=small_base, recipe=recipe, device="cpu", workers=2)
     assert caught.value.where == str(tmp_path / "none.jsonl")
     assert not (tmp_path / "concise").exists()
+
+
+_SEVERAL = """
+import sys
+from pathlib import Path
+from personalized_soups.declare.loader import load
+from personalized_soups.declare.training import TrainingRecipe
+from personalized_soups.training.several import ExpertJob, train_experts
+
+if __name__ == "__main__":
+    base, data, recipe, out = map(Path, sys.argv[1:])
+    jobs = [ExpertJob(side, data, out / side) for side in ("concise", "informative")]
+    try:
+        train_experts(jobs, base=base, recipe=load(recipe, TrainingRecipe), device="cpu", workers=2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds the processes in /proc")
+def test_ctrl_c_while_the_workers_still_start_is_met_by_nobody_else(
+    small_base: Path, pairs_file: Path, recipe_file: Path, tmp_path: Path
+) -> None:
+    script = tmp_path / "several.py"
+    script.write_text(_SEVERAL)
+    arguments = [sys.executable, script, small_base, pairs_file, recipe_file, tmp_path / "experts"]
+    process = subprocess.Popen(
+        [str(part) for part in arguments], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        while len(children.read_text().split()) < 3:  # two workers, and the tracker of shared resources
+            assert process.poll() is None
+            time.sleep(0.02)
+        time.sleep(0.3)  # they import by now
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (130, "")
+    assert not (tmp_path / "experts").exists()
 
 
 @pytest.mark.slow
