@@ -23,7 +23,7 @@ from personalized_soups.adapters.provenance import (
 )
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.errors import DeclarationError, InputError, RunError, check_extra
+from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, check_extra
 from personalized_soups.files.atomic import check_replaceable, new_folder
 from personalized_soups.generation.loading import (
     ADAPTER_CONFIG,
@@ -104,14 +104,14 @@ def train_expert(
         files=(ADAPTER_CONFIG, ADAPTER_TENSORS),
     )
     order = _Order(side, base, out, recipe, preferences, record)
-    if resume and _is_same(read_expert_record(out), record):
+    if resume and on_first_process(lambda: _is_same(read_expert_record(out), record)):
         partial = checkpoints.partial_folder(out)
         # a kill between the expert's last rename and the end leaves checkpoints that nobody needs
         on_first_process(lambda: checkpoints.remove(partial) if partial.exists() else None)
         if is_first_process():
             progress.note(side, f"{out} is this expert already")
         return out
-    on_first_process(lambda: check_replaceable(out, overwrite=False))
+    on_first_process(lambda: _check_free(out, resume=resume))
     with _clear_faults(order):
         _train(order, device=device, resume=resume, progress=progress)
     return out
@@ -209,8 +209,20 @@ def _is_same(found: ExpertRecord | None, wanted: ExpertRecord) -> bool:
     if found is None:
         return False
     aside = {"base", "metrics"}
-    same_base = found.base.name == wanted.base.name
-    return same_base and found.model_dump(exclude=aside) == wanted.model_dump(exclude=aside)
+    if found.base.name != wanted.base.name or found.model_dump(exclude=aside) != wanted.model_dump(exclude=aside):
+        return False
+    return found.base.fingerprint == base_fingerprint(found.base.name or "")
+
+
+def _check_free(out: Path, *, resume: bool) -> None:
+    """Raise OutputExistsError if `out` is there: a training replaces nothing."""
+    try:
+        check_replaceable(out, overwrite=False)
+    except OutputExistsError as error:
+        another = "; it is not this expert: side, base, data, recipe, seed or versions differ" if resume else ""
+        raise OutputExistsError(
+            f"{error.what}{another}", where=error.where, mend="choose another output folder, or delete this one"
+        ) from error
 
 
 @contextmanager

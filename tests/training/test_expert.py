@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import read_expert_record
@@ -290,13 +290,32 @@ def test_a_folder_in_the_way_is_left_alone(
     expert: Path, small_base: Path, pairs_file: Path, recipe: TrainingRecipe
 ) -> None:
     before = _bytes(expert)
-    with pytest.raises(OutputExistsError):
+    with pytest.raises(OutputExistsError) as caught:
         train_expert("concise", base=small_base, data=pairs_file, out=expert, recipe=recipe, device="cpu")
-    with pytest.raises(OutputExistsError):  # another seed is another expert, --resume or not
+    assert "--overwrite" not in caught.value.mend  # psoups train has no such option
+    with pytest.raises(OutputExistsError, match="not this expert"):  # another seed is, --resume or not
         train_expert(
             "concise", base=small_base, data=pairs_file, out=expert, recipe=recipe, device="cpu", seed=1, resume=True
         )
     assert _bytes(expert) == before
+
+
+def test_an_expert_of_a_base_that_has_changed_since_is_not_this_one(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    base, out = tmp_path / "base", tmp_path / "x"
+    shutil.copytree(small_base, base)
+    one_step = recipe.replaced(optimizer=recipe.optimizer.replaced(epochs=None, max_steps=1))
+    heard = Heard()
+    for _ in range(2):
+        train_expert(
+            "x", base=base, data=pairs_file, out=out, recipe=one_step, device="cpu", resume=True, progress=heard
+        )
+    assert heard.begun == [0]
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(OutputExistsError, match="not this expert"):
+        train_expert("x", base=base, data=pairs_file, out=out, recipe=one_step, device="cpu", resume=True)
 
 
 def test_conversations_need_a_chat_template(
