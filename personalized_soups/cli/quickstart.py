@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from personalized_soups.evaluation.results import Examples, Results
 
 
+# The study's stages add their own thousands to it, and NumPy's seeds have 32 bits.
+_MAX_SEED = 4_000_000
+
+
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
     app.command(name="quickstart")(quickstart)
@@ -25,7 +29,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run in it goes on.")] = Path(
         "quickstart"
     ),
-    seed: Annotated[int, typer.Option(help="Of prompts, answers and trainings.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of prompts, answers and trainings.", min=0, max=_MAX_SEED)] = 0,
     basis: Annotated[str, typer.Option(help="free: ordinary LoRA; shared: a common frozen A.")] = "free",
     workers: Annotated[int, typer.Option(help="Worker processes; 0 takes one per core, at most 6.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -41,7 +45,8 @@ def quickstart(
     from personalized_soups.evaluation.pictures import draw_combinations, draw_sweeps
     from personalized_soups.evaluation.report import report
     from personalized_soups.studies.folder import StudyFolder, write_text
-    from personalized_soups.studies.quickstart import Study, run_study
+    from personalized_soups.studies.quickstart import run_study
+    from personalized_soups.studies.study import Study
 
     count = workers or min(6, len(os.sched_getaffinity(0)))
     study = Study(seed=seed, basis="shared" if basis == "shared" else "free", num_workers=count, device=device)

@@ -10,7 +10,8 @@ from typing import Literal, get_args
 
 from personalized_soups.evaluation.markdown import table
 from personalized_soups.evaluation.results import Results, method_of
-from personalized_soups.studies.quickstart import Stage, Study, run_study
+from personalized_soups.studies.quickstart import run_study
+from personalized_soups.studies.study import Stage, Study
 
 Basis = Literal["free", "shared"]
 BASES: tuple[Basis, ...] = get_args(Basis)

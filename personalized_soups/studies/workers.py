@@ -19,6 +19,7 @@ from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
 from personalized_soups.generation.generator import Generator
 from personalized_soups.merging.adapter import merge
+from personalized_soups.training.interrupts import ctrl_c_ignored
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,8 @@ class Workers:
 
     def answer(self, jobs: Sequence[AnswerJob]) -> Iterator[tuple[AnswerJob, list[str]]]:
         """Yield each job with its answers, as they are done; the first fault ends it."""
-        futures = {self._executor.submit(_answer, job): job for job in jobs}
+        with ctrl_c_ignored():  # a process may start with any job
+            futures = {self._executor.submit(_answer, job): job for job in jobs}
         pending = set(futures)
         try:
             while pending:
@@ -82,11 +84,8 @@ def start_workers(count: int) -> Iterator[Workers]:
 
 
 def _begin(count: int) -> None:
-    import signal
-
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the study's to handle; it ends its workers
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
 
 

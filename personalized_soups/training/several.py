@@ -9,9 +9,7 @@ import multiprocessing
 import os
 import queue
 import signal
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -21,6 +19,7 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import RunError, SoupError
 from personalized_soups.training.expert import train_expert
+from personalized_soups.training.interrupts import ctrl_c_ignored
 from personalized_soups.training.progress import Silent, StepReport, TrainingProgress
 
 _SECONDS_TO_STOP = 10.0
@@ -75,7 +74,7 @@ def train_experts(
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the workers when they import torch
     try:
-        with _ctrl_c_ignored():
+        with ctrl_c_ignored():
             for process in processes:
                 process.start()
     finally:
@@ -166,22 +165,6 @@ def _stop(processes: Sequence[SpawnProcess]) -> None:
         process.join(timeout=_SECONDS_TO_STOP)
         if process.exitcode is None:
             process.kill()
-
-
-@contextmanager
-def _ctrl_c_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C within the block, and in the processes that are started there: they inherit it.
-
-    Ctrl-C reaches the listening process, which stops the others; a worker would meet it while it imports torch.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # handlers are the main thread's
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _restore(name: str, value: str | None) -> None:

@@ -16,7 +16,8 @@ from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import OutputExistsError
 from personalized_soups.evaluation.results import Examples, Results
-from personalized_soups.studies.quickstart import Study, run_study
+from personalized_soups.studies.quickstart import run_study
+from personalized_soups.studies.study import Study
 from personalized_soups.tiny import corpus
 from personalized_soups.tiny.scorers import topic_of
 
