@@ -9,7 +9,8 @@ from statistics import stdev
 from typing import Literal, get_args
 
 from personalized_soups.evaluation.markdown import table
-from personalized_soups.evaluation.results import Results, method_of
+from personalized_soups.evaluation.monotone import judge_sweep
+from personalized_soups.evaluation.results import Check, Results, method_of
 from personalized_soups.studies.quickstart import run_study
 from personalized_soups.studies.study import Stage, Study
 
@@ -46,6 +47,7 @@ def quality_page(found: dict[Basis, list[Results]]) -> str:
         "The joint score on held-out prompts; in brackets the weight of each expert.",
         _method_table(found),
         "## Targets",
+        "A figure that does not reach its bar is bold.",
         _target_table(found),
         "## The base alone",
         _base_table(found),
@@ -108,17 +110,31 @@ def _method_table(found: dict[Basis, list[Results]]) -> str:
 
 def _target_table(found: dict[Basis, list[Results]]) -> str:
     runs = [results for basis in found for results in found[basis]]
-    names = [check["name"] for check in runs[0]["checks"]]
-    head = ["target", *(f"{basis} {results['seed']}" for basis in found for results in found[basis])]
+    head = ["target", "bar", *(f"{basis} {results['seed']}" for basis in found for results in found[basis])]
     rows = []
-    for place, name in enumerate(names):
-        cells = []
-        for results in runs:
-            check = results["checks"][place]
-            shown = check["value"] if isinstance(check["value"], str) else f"{check['value']:.3f}"
-            cells.append(shown if check["met"] else f"**not met**: {shown}")
-        rows.append([name, *cells])
-    return table(head, rows, words=1)
+    for place, first in enumerate(runs[0]["checks"]):
+        checks = [results["checks"][place] for results in runs]
+        values = [_value(check, results) for check, results in zip(checks, runs, strict=True)]
+        cells = [value if check["met"] else f"**{value}**" for check, value in zip(checks, values, strict=True)]
+        rows.append([first["name"], _bar(first), *cells])
+    return table(head, rows, words=2)
+
+
+def _value(check: Check, results: Results) -> str:
+    """Return a check's figure; of a sweep the largest dip."""
+    if not isinstance(check["value"], str):
+        return f"{check['value']:.3f}"
+    name = check["name"].removeprefix("sweep of ")
+    return f"{judge_sweep(results['sweeps'][name]).largest_dip:.3f}"
+
+
+def _bar(check: Check) -> str:
+    bar = check["bar"]
+    if isinstance(check["value"], str):
+        return "largest dip within noise"
+    if isinstance(bar, str):
+        return bar
+    return f"at least {bar:g}" if isinstance(bar, int | float) else f"{bar[0]:g} to {bar[1]:g}"
 
 
 def _base_table(found: dict[Basis, list[Results]]) -> str:
