@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # The tensors here are tiny: a second thread costs more in hand-over than it brings, and CI's cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell's background job is started with Ctrl-C ignored, and hands that down: the tests that send one need it heard.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"

@@ -58,14 +58,10 @@ class Workers:
         with ctrl_c_ignored():  # a process may start with any job
             futures = {self._executor.submit(_answer, job): job for job in jobs}
         pending = set(futures)
-        try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    yield futures[future], future.result()
-        finally:
-            for future in pending:
-                future.cancel()
+        while pending:
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield futures[future], future.result()
 
 
 @contextmanager
@@ -76,11 +72,12 @@ def start_workers(count: int) -> Iterator[Workers]:
     try:
         yield Workers(executor)
     except BaseException:
+        # Without their processes the executor marks all jobs as broken and ends; cancelled ones it would trip over.
         for process in list(getattr(executor, "_processes", {}).values()):
             process.terminate()
-        executor.shutdown(wait=False, cancel_futures=True)
         raise
-    executor.shutdown()
+    finally:
+        executor.shutdown()
 
 
 def _begin(count: int) -> None:

@@ -36,20 +36,30 @@ def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path: Path) -> None
     out = tmp_path / "run"
     command = [sys.executable, "-m", "personalized_soups", "quickstart", "--out", str(out), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        told = interrupted(process, out)
+    finally:
+        if is_alive(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert "goes on from there" in told
+    assert told.rstrip().endswith("interrupted")
+
+
+def interrupted(process: subprocess.Popen[str], out: Path) -> str:
+    """Press Ctrl-C in the first stage, wait until no process of the group is left, and return what was told."""
     deadline = time.monotonic() + 120
     while not (out / "study.json").is_file() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(4)  # into the first stage: its workers are starting or answering
     os.killpg(process.pid, signal.SIGINT)
     _, told = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in told
-    assert "goes on from there" in told
-    assert told.rstrip().endswith("interrupted")
     deadline = time.monotonic() + 20
     while is_alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not is_alive(process.pid)
+    return told
 
 
 def is_alive(group: int) -> bool:
