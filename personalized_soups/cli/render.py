@@ -105,13 +105,15 @@ def progress(title: str, total: int | None = None, *, done: int = 0, quiet: bool
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     bar = Progress(
         TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[figures]}", markup=False),
         TimeRemainingColumn(),
+        # the only column that may break into lines: on a narrow terminal the others stay whole
+        TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=False)),
         console=Console(stderr=True),
     )
     with bar:
@@ -155,7 +157,9 @@ class _RichBar:
 
 
 def _figures(figures: Mapping[str, float | str]) -> str:
-    return "  ".join(f"{name} {_cell(value)}" for name, value in figures.items())
+    return "  ".join(
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in figures.items()
+    )
 
 
 def _cell(value: object) -> str:
