@@ -33,8 +33,8 @@ def build(
     from dataclasses import replace
 
     from personalized_soups.files.atomic import check_replaceable
-    from personalized_soups.tiny.base import BaseRecipe
     from personalized_soups.tiny.build import build as build_base
+    from personalized_soups.tiny.pretraining import BaseRecipe
 
     check_replaceable(out.absolute(), overwrite=overwrite)  # before the work, not after it
     recipe = replace(BaseRecipe(), seed=seed)

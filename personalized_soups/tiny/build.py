@@ -16,8 +16,8 @@ from personalized_soups.files.atomic import new_folder
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.tiny import scorers
-from personalized_soups.tiny.base import BaseRecipe, build_model, build_tokenizer, train
 from personalized_soups.tiny.corpus import documents, prompts
+from personalized_soups.tiny.pretraining import BaseRecipe, build_model, build_tokenizer, train
 
 RECORD_FILE = "base.json"
 NUM_FIRST_LOSSES = 20

@@ -14,8 +14,8 @@ from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import OutputExistsError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.tiny import BASE_FOLDER, language
-from personalized_soups.tiny.base import BaseRecipe
 from personalized_soups.tiny.build import NUM_SCORED, build, corpus_digest, first_losses, score
+from personalized_soups.tiny.pretraining import BaseRecipe
 
 
 @pytest.fixture(scope="module")
