@@ -86,7 +86,7 @@ def collect(
         for method, weight in weights.items()
         for sides in combinations
     ]
-    # One number of bigrams for all: as many as the least talkative model has.
+    # One number of bigrams for all, half of what the least talkative has: the draws of each are then draws indeed.
     said = {method: [e.answer for sides in combinations for e in held_out[method, sides]] for method in weights}
     base_said = [entry.answer for entry in alone]
     sample = min(num_bigrams(answers) for answers in [base_said, *said.values()]) // 2

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import islice
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,7 @@ def score(generator: Generator, *, num_prompts: int = NUM_SCORED, seed: int = 0)
 def first_losses(recipe: BaseRecipe, count: int) -> list[float]:
     """Return the losses of the first `count` steps of a full run."""
     tokenizer = build_tokenizer(recipe)
-    return list(islice(train(recipe, tokenizer, build_model(recipe, tokenizer), max_steps=count), count))
+    return train(recipe, tokenizer, build_model(recipe, tokenizer), max_steps=count)
 
 
 def _mean(values: Sequence[float]) -> float:

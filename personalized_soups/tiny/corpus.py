@@ -8,10 +8,9 @@ evaluation never meets an object that training (of the base or of an expert) has
 from __future__ import annotations
 
 import hashlib
-import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 from personalized_soups.tiny import language
@@ -106,11 +105,6 @@ def documents(count: int, seed: int) -> Iterator[Document]:
     pool = topics("seen")
     for _ in range(count):
         yield document(rng.choice(pool), rng)
-
-
-def digest(entries: Sequence[Document]) -> str:
-    """Return the SHA-256 of the documents in order, as hexadecimal digits."""
-    return hashlib.sha256("\n".join(json.dumps(asdict(entry)) for entry in entries).encode()).hexdigest()
 
 
 def _level(dimension: str, rng: random.Random) -> Level:

@@ -15,7 +15,6 @@ i interjection, t the "to" of an infinitive. `^` is the start and `$` the end of
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 
@@ -195,8 +194,3 @@ def _has_path(clause: list[str]) -> bool:
         if not reachable:
             return False
     return any("$" in FOLLOWERS[before] for before in reachable)
-
-
-def unknown_words(text: str) -> Iterator[str]:
-    """Yield the words of a text that the lexicon does not know."""
-    return (word for word in words(text) if not parts(word))

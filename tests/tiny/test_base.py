@@ -46,10 +46,12 @@ def test_the_corpus_is_the_one_that_it_was_trained_on(record: dict[str, Any], re
 def test_the_first_losses_are_those_of_the_record(record: dict[str, Any], recipe: BaseRecipe) -> None:
     losses = first_losses(recipe, len(record["first_losses"]))
     assert len(losses) == 20
-    # float32 sums in another order (threads, vector width) move a loss by some 1e-6 at first; Muon's orthogonalisation
-    # runs in bfloat16 (half an ulp: 2e-3) and by step 20 that noise is in every weight.
-    assert losses[0] == pytest.approx(record["first_losses"][0], rel=1e-5)
-    assert losses == pytest.approx(record["first_losses"], rel=4e-3)
+    # Float32 sums in another order (threads, vector width) move a loss by some 1e-6 of itself. Muon's orthogonalisation
+    # runs in bfloat16: an update is sound to one ulp, 2^-7, and what it has done to the loss so far likewise. (Two
+    # threads instead of one: 1e-7.)
+    recorded = record["first_losses"]
+    for loss, before in zip(losses, recorded, strict=True):
+        assert abs(loss - before) <= 1e-5 * before + 2**-7 * abs(recorded[0] - before)
 
 
 @pytest.mark.slow
