@@ -8,13 +8,21 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.declare.loader import load, load_data
-from personalized_soups.errors import DeclarationError, UsageError
+from personalized_soups.errors import DeclarationError, UsageError, choose_from
+from personalized_soups.methods.table import METHODS
 
-MethodName = Literal["linear", "factor_average", "factor_linear"]
+
+def _check_method(name: str) -> str:
+    if name not in METHODS:
+        raise refusal(f"{name!r} is no known method", mend=choose_from(name, METHODS))
+    return name
+
+
+MethodName = Annotated[str, AfterValidator(_check_method), Field(json_schema_extra={"enum": list(METHODS)})]
 
 # Below this share of their absolute sum, weights cancel: dividing by their sum would blow up rounding errors.
 _CANCELLED = 1e-6
@@ -28,6 +36,10 @@ class Profile(Declared):
 
     user: str = Field(default="anonymous", min_length=1, description="Who it is; recorded in soup.json.")
     method: MethodName = Field(default="linear", description="The merge method.")
+    options: dict[str, float] = Field(
+        default={},
+        description="Numbers that the method takes, such as `density: 0.3`; `psoups inspect --methods` lists them.",
+    )
     normalize: Literal["none", "sum"] = Field(
         default="none", description="`sum` divides the weights by their sum; `none` takes them as they are."
     )
@@ -54,6 +66,14 @@ class Profile(Declared):
                     key=(name,),
                 )
         return weights
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        try:
+            METHODS[self.method].resolved(self.options)
+        except UsageError as error:
+            raise refusal(error.what, mend=error.mend, key=("options", error.where)) from None
+        return self
 
     @model_validator(mode="after")
     def _check_sum(self) -> Self:
