@@ -11,7 +11,8 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from personalized_soups.errors import FileFormatError, InputError, choose_from
+from personalized_soups.files.regular import opened, unreadable
 
 # The reference implementation refuses longer headers, too.
 MAX_HEADER_BYTES = 100_000_000
@@ -72,12 +74,17 @@ class TensorEntry:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SafetensorsFile:
-    """A mapped file with a checked header. `entries` stand in the order in which their bytes stand in the file."""
+    """A mapped file with a checked header. `entries` stand in the order in which their bytes stand in the file.
+
+    `data` is the block of all tensors' bytes. A file that somebody cuts while it is mapped kills the process that reads
+    the missing pages (SIGBUS), as everywhere: files are replaced by a rename, as this package does, never in place.
+    """
 
     path: Path
     entries: Mapping[str, TensorEntry]
     metadata: Mapping[str, str]
-    _data: memoryview
+    data: memoryview
+    _inode: tuple[int, int]
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -89,30 +96,40 @@ class SafetensorsFile:
         """
         path = Path(path)
         check_no_pickle(path)
-        try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 8:
-                    raise _fault(path, f"the file is truncated: {size} bytes, a header needs at least 8")
-                view = memoryview(_map(file.fileno()))
-        except OSError as error:
-            raise InputError(
-                f"the file cannot be read: {error.strerror or error}",
-                where=str(path),
-                mend="check the path and its permissions",
-            ) from error
+        with opened(path) as descriptor:
+            status = os.fstat(descriptor)
+            size = status.st_size
+            if size < 8:
+                raise _fault(path, f"the file is truncated: {size} bytes, a header needs at least 8")
+            try:
+                view = memoryview(_map(descriptor, size))
+            except (OSError, ValueError) as error:  # ValueError: the file was cut between the two calls
+                raise unreadable(path, error) from error
         length = int.from_bytes(view[:8], "little")
         if length > MAX_HEADER_BYTES:
             raise _fault(path, f"the header claims {length} bytes, more than the format allows ({MAX_HEADER_BYTES})")
         if length > size - 8:
             raise _fault(path, f"the header claims {length} bytes, the file has {size - 8} after its length")
         entries, metadata = _parse(bytes(view[8 : 8 + length]), size - 8 - length, path)
-        return cls(path, MappingProxyType(entries), MappingProxyType(metadata), view[8 + length :])
+        inode = (status.st_dev, status.st_ino)
+        return cls(path, MappingProxyType(entries), MappingProxyType(metadata), view[8 + length :], inode)
+
+    @contextmanager
+    def reopened(self) -> Iterator[int | None]:
+        """Yield a descriptor of the file that is mapped, or None where its path leads to it no more."""
+        with ExitStack() as stack:
+            try:
+                descriptor = stack.enter_context(opened(self.path))
+            except InputError:
+                yield None
+                return
+            status = os.fstat(descriptor)
+            yield descriptor if (status.st_dev, status.st_ino) == self._inode else None
 
     def raw(self, name: str) -> memoryview:
         """Return the bytes of one tensor as they stand in the file, without a copy."""
         entry = self.entry(name)
-        return self._data[entry.start : entry.end]
+        return self.data[entry.start : entry.end]
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor on the CPU, in the file's own shape and dtype.
@@ -155,12 +172,12 @@ class SafetensorsFile:
     @property
     def header_bytes(self) -> int:
         """Bytes before the first tensor: the length and the header."""
-        return self.num_bytes - len(self._data)
+        return self.num_bytes - len(self.data)
 
     @property
     def num_bytes(self) -> int:
         """The file's size."""
-        mapped = self._data.obj
+        mapped = self.data.obj
         assert isinstance(mapped, mmap.mmap)
         return len(mapped)
 
@@ -201,10 +218,10 @@ def parse_json(data: bytes, path: Path) -> Any:
     return parsed
 
 
-def _map(descriptor: int) -> mmap.mmap:
+def _map(descriptor: int, size: int) -> mmap.mmap:
     if sys.platform == "win32":
-        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
-    return mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+    return mmap.mmap(descriptor, size, flags=mmap.MAP_PRIVATE | _NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def _parse(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:

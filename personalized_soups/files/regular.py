@@ -1,0 +1,42 @@
+"""Opening a file for reading where it is one: a FIFO, a device or a folder is refused, and waited for by nobody."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from personalized_soups.errors import FileFormatError, InputError
+
+# Opening a FIFO would wait for somebody to write to it.
+_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """Yield a descriptor of a regular file, open for reading; links are followed.
+
+    Raises:
+        FileFormatError: if it is something else than a regular file.
+        InputError: if it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, _FLAGS)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise unreadable(path, error) from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise FileFormatError(
+                "this is not a regular file", where=str(path), mend="give a file on a disk, no folder, pipe or device"
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def unreadable(path: Path, error: OSError | ValueError) -> InputError:
+    """Return the error that says of a file that it cannot be read, and why."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return InputError(f"the file cannot be read: {reason}", where=str(path), mend="check the path and its permissions")
