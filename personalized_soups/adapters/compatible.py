@@ -1,4 +1,4 @@
-"""Whether experts fit together: one base model, one shape a module. Every disagreement is told at once."""
+"""Whether experts fit together: one base model, one kind and shape a module. Every disagreement is told at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from itertools import combinations
 from pathlib import Path
 
 from personalized_soups.adapters.library import Expert
+from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.provenance import BaseRecord
+from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.errors import IncompatibleExpertsError
 
 # A hundred lines of the same disagreement tell no more than these.
@@ -55,24 +57,42 @@ def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
 
 
 def _of_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
-    first: dict[str, tuple[Expert, tuple[int, int]]] = {}
+    first: dict[str, tuple[Expert, str]] = {}
     found = []
     for expert in experts:
-        for name, module in expert.adapter.modules.items():
-            shape = (module.out_features, module.in_features)
-            other, expected = first.setdefault(name, (expert, shape))
-            if shape != expected:
-                found.append(f"{name}: {other.name} has {list(expected)}, {expert.name} has {list(shape)}")
+        adapter = expert.adapter
+        changes = {module.base_name: _change(module) for module in adapter.modules.values()}
+        wholes = {f"{each.target} ({each.kind})": _whole(each) for each in adapter.trained.values()}
+        for name, change in (*changes.items(), *wholes.items()):
+            other, expected = first.setdefault(name, (expert, change))
+            if change != expected:
+                place = name.removesuffix(".weight")
+                found.append(f"{place}: {other.name} has {expected}, {expert.name} has {change}")
     if not found:
         return []
     more = f" (and {len(found) - _MAX_SHOWN} more)" if len(found) > _MAX_SHOWN else ""
     return [
         IncompatibleExpertsError(
-            "the experts were trained for layers of different shapes: " + "; ".join(found[:_MAX_SHOWN]) + more,
+            "the experts were trained for layers of different kinds or shapes: " + "; ".join(found[:_MAX_SHOWN]) + more,
             where=", ".join(expert.name for expert in experts),
             mend="merge experts that were trained on one and the same base model",
         )
     ]
+
+
+def _change(module: LoraModule) -> str:
+    """Return what a low-rank change is for; a Conv1D is told from a linear layer by the base alone (placement.place)."""
+    shape = [module.out_features, module.in_features]
+    if module.kind in {"linear", "transposed"}:
+        return f"{shape}"
+    of = f" of {module.blocks} experts" if module.blocks > 1 else ""
+    kernel = f" with kernel {list(module.kernel)}" if module.kernel else ""
+    return f"{module.kind} {shape}{of}{kernel}"
+
+
+def _whole(trained: TrainedTensor) -> str:
+    # experts may train different tokens of one embedding
+    return f"rows of {trained.shape[1]}" if trained.kind == "rows" else f"{list(trained.shape)}"
 
 
 def _described(expert: Expert) -> str:

@@ -1,18 +1,19 @@
 """adapter_config.json: what kind of LoRA it is.
 
-An allow-list stands behind it: what is not known to be plain LoRA is refused by name.
+An allow-list stands behind it (variants.py): what is not known to be merged rightly is refused by name.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
+from personalized_soups.adapters.patterns import Patterns
+from personalized_soups.adapters.variants import HARMLESS, MOVING_INITS, OTHER_INIT, PLAIN_INITS, READ, REFUSED
 from personalized_soups.errors import FileFormatError, InputError, UnsupportedAdapterError
 from personalized_soups.files.reader import parse_json
 
@@ -20,56 +21,12 @@ CONFIG_FILE = "adapter_config.json"
 
 _MAX_CONFIG_BYTES = 16 << 20
 
-# Initialisations that leave the base weights as they are, so that the delta is s B A.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-
-_CONVERSION = (
-    "convert it to plain LoRA with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=INITIAL_ADAPTER)"
-)
-_CONVERTIBLE = ("pissa", "olora", "corda", "lora_ga")
-
-# Keys that do not change what the saved factors mean: names, training-time settings, and which modules were chosen
-# (the tensors themselves say which modules there are).
-_HARMLESS = frozenset({
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "layers_pattern",
-    "layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
-    "revision", "target_modules", "task_type", "eva_config", "runtime_config",
-})  # fmt: skip
-
-# Keys that this file understands.
-_READ = frozenset({"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights"})
-
-# Keys of known variants that change the forward pass or the base; each is plain when it says this.
-_PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "target_parameters": (None, []),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "megatron_config": (None, {}),
-    "use_qalora": (False, None),
-    "loftq_config": (None, {}),
-    "corda_config": (None, {}),
-    "lora_ga_config": (None, {}),
-    "kasa_config": (None, {}),
-    "arrow_config": (None, {}),
-    "monteclora_config": (None, {}),
-    "velora_config": (None, {}),
-    "use_bdlora": (None, False, {}),
-    "ensure_weight_tying": (False, None),
-}
-
-# A pattern is a regular expression to PEFT. Only module names are taken: a stranger's expression could run for years.
-_PATTERN = re.compile(r"\^?[\w.\-]+\$?")
+Biases = Literal["none", "all", "lora_only"]
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The parts of a LoRA configuration that give the saved factors their meaning."""
+    """The parts of a LoRA configuration that give the saved tensors their meaning."""
 
     path: Path
     rank: int
@@ -82,6 +39,16 @@ class AdapterConfig:
     task_type: str | None
     target_modules: tuple[str, ...] | None
     peft_version: str | None
+    fan_in_fan_out: bool
+    bias: Biases
+    lora_bias: bool
+    use_dora: bool
+    modules_to_save: tuple[str, ...]
+    trainable_tokens: tuple[int, ...] | Mapping[str, tuple[int, ...]]
+    target_parameters: tuple[str, ...]
+    ensure_weight_tying: bool
+    _rank_keys: Patterns = field(repr=False, compare=False)
+    _alpha_keys: Patterns = field(repr=False, compare=False)
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
@@ -98,33 +65,59 @@ class AdapterConfig:
             raise _refused(path, f"peft_type is {kind!r}", "give an adapter of type LORA")
         _check_init(path, table.get("init_lora_weights", True))
         _check_variants(path, table)
-        targets = table.get("target_modules")
-        # With these keys a list of targets does not say by itself which modules are adapted.
-        narrowed = any(table.get(key) not in (None, []) for key in ("exclude_modules", "layers_to_transform"))
-        listed = targets if isinstance(targets, list) and all(isinstance(name, str) for name in targets) else None
+        rank_pattern, rank_keys = _pattern(path, table, "rank_pattern")
+        alpha_pattern, alpha_keys = _pattern(path, table, "alpha_pattern")
         return cls(
             path=path,
             rank=_whole_number(path, table, "r"),
             lora_alpha=_number(path, "lora_alpha", table.get("lora_alpha", 8)),
             use_rslora=_flag(path, table, "use_rslora"),
-            rank_pattern={key: _positive(path, "rank_pattern", n) for key, n in _pattern(path, table, "rank_pattern")},
-            alpha_pattern={key: _number(path, "alpha_pattern", n) for key, n in _pattern(path, table, "alpha_pattern")},
+            rank_pattern={key: _positive(path, "rank_pattern", value) for key, value in rank_pattern.items()},
+            alpha_pattern={key: _number(path, "alpha_pattern", value) for key, value in alpha_pattern.items()},
             base_model=_text(path, table, "base_model_name_or_path"),
             revision=_text(path, table, "revision"),
             task_type=_text(path, table, "task_type"),
-            target_modules=None if listed is None or narrowed else tuple(sorted(listed)),
+            target_modules=_targets(table),
             peft_version=_text(path, table, "peft_version"),
+            fan_in_fan_out=_flag(path, table, "fan_in_fan_out"),
+            bias=_biases(path, table),
+            lora_bias=_flag(path, table, "lora_bias"),
+            use_dora=_flag(path, table, "use_dora"),
+            modules_to_save=_names(path, table, "modules_to_save"),
+            trainable_tokens=_tokens(path, table.get("trainable_token_indices")),
+            target_parameters=_names(path, table, "target_parameters"),
+            ensure_weight_tying=_flag(path, table, "ensure_weight_tying"),
+            _rank_keys=rank_keys,
+            _alpha_keys=alpha_keys,
         )
 
     def rank_of(self, module: str) -> int:
-        """Return the rank that the configuration gives a module."""
-        return self.rank_pattern.get(_matching(self.rank_pattern, module), self.rank)
+        """Return the rank that the configuration gives a module (or a parameter, by its full name).
+
+        Raises:
+            UnsupportedAdapterError: if rank_pattern takes too long to resolve.
+        """
+        key = self._first(self._rank_keys, module)
+        return self.rank if key is None else self.rank_pattern[key]
 
     def scaling_of(self, module: str) -> float:
-        """Return alpha / rank of a module, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732)."""
-        alpha = self.alpha_pattern.get(_matching(self.alpha_pattern, module), self.lora_alpha)
+        """Return alpha / rank of a module, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732).
+
+        Raises:
+            UnsupportedAdapterError: if a pattern takes too long to resolve.
+        """
+        key = self._first(self._alpha_keys, module)
+        alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank_of(module)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def _first(self, keys: Patterns, module: str) -> str | None:
+        try:
+            return keys.first(module)
+        except ValueError as error:
+            raise _refused(
+                self.path, str(error), "write the modules' names in rank_pattern and alpha_pattern"
+            ) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -154,23 +147,23 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_init(path: Path, init: Any) -> None:
-    if isinstance(init, (bool, str)) and init in _PLAIN_INITS:
+    if isinstance(init, (bool, str)) and init in PLAIN_INITS:
         return
-    convertible = isinstance(init, str) and init.lower().startswith(_CONVERTIBLE)
+    mends = [mend for name, mend in MOVING_INITS.items() if isinstance(init, str) and init.lower().startswith(name)]
     raise _refused(
         path,
         f"init_lora_weights is {init!r}, which is not known to leave the base weights as they are",
-        _CONVERSION if convertible else "train the expert with init_lora_weights true, gaussian, eva or orthogonal",
+        mends[0] if mends else OTHER_INIT,
     )
 
 
 def _check_variants(path: Path, table: Mapping[str, Any]) -> None:
     for key, value in table.items():
-        if key in _HARMLESS or key in _READ:
+        if key in HARMLESS or key in READ:
             continue
-        if key in _PLAIN:
-            if not any(type(value) is type(plain) and value == plain for plain in _PLAIN[key]):
-                raise _refused(path, f"{key} is {str(value)[:80]}", f"train the expert without {key}")
+        if refusal := REFUSED.get(key):
+            if not any(type(value) is type(off) and value == off for off in refusal.off):
+                raise _refused(path, f"{key} is {str(value)[:80]} ({refusal.name}: {refusal.why})", refusal.mend)
         # a key that this version has never heard of may stand there as long as it is switched off
         elif value is not None and value is not False and value not in ({}, []):
             raise _refused(
@@ -178,24 +171,53 @@ def _check_variants(path: Path, table: Mapping[str, Any]) -> None:
             )
 
 
-def _pattern(path: Path, table: Mapping[str, Any], key: str) -> list[tuple[str, Any]]:
+def _targets(table: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Return the names in target_modules where they say by themselves which modules are adapted, else None."""
+    targets = table.get("target_modules")
+    narrowed = any(table.get(key) not in (None, []) for key in ("exclude_modules", "layers_to_transform"))
+    if narrowed or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        return None
+    return tuple(sorted(targets))
+
+
+def _pattern(path: Path, table: Mapping[str, Any], key: str) -> tuple[dict[str, Any], Patterns]:
     pattern = table.get(key) or {}
     if not isinstance(pattern, dict):
         raise _out_of_place(path, f"{key} is not a table: {str(pattern)[:80]}")
-    for name in pattern:
-        if not _PATTERN.fullmatch(name):
-            raise _refused(
-                path, f"{key} has the regular expression {name[:80]!r}", f"write the modules' names in {key}"
-            )
-    return list(pattern.items())
+    try:
+        return pattern, Patterns(pattern)
+    except ValueError as error:
+        raise _refused(path, f"{key}: {error}", f"write the modules' names in {key}") from None
 
 
-def _matching(pattern: Mapping[str, Any], module: str) -> str:
-    """Return the first key of a pattern that PEFT would apply to the module (peft.utils.other.get_pattern_key)."""
-    for key in pattern:
-        if re.match(rf"(.*\.)?({key})$", module):
-            return key
-    return module
+def _biases(path: Path, table: Mapping[str, Any]) -> Biases:
+    value = table.get("bias") or "none"
+    for known in get_args(Biases):
+        if value == known:
+            return known  # type: ignore[no-any-return]
+    raise _refused(path, f"bias is {str(value)[:80]!r}", "train the expert with bias none, all or lora_only")
+
+
+def _names(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = table.get(key) or []
+    if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
+        raise _out_of_place(path, f"{key} is not a list of names: {str(value)[:80]}")
+    return tuple(value)
+
+
+def _tokens(path: Path, value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
+    if isinstance(value, dict):
+        return {module: _indices(path, indices) for module, indices in value.items()}
+    return _indices(path, value or [])
+
+
+def _indices(path: Path, value: Any) -> tuple[int, ...]:
+    key = "trainable_token_indices"
+    if not isinstance(value, list) or not all(type(index) is int and 0 <= index < 1 << 31 for index in value):
+        raise _out_of_place(path, f"{key} is not a list of tokens: {str(value)[:80]}")
+    if len(set(value)) != len(value):
+        raise _out_of_place(path, f"{key} names a token twice: {str(value)[:80]}")
+    return tuple(value)
 
 
 def _whole_number(path: Path, table: Mapping[str, Any], key: str) -> int:

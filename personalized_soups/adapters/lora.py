@@ -1,4 +1,4 @@
-"""One LoRA adapter folder: its configuration and its factors, read straight from the safetensors file.
+"""One LoRA adapter folder: its configuration and its tensors, read straight from the safetensors files.
 
 R rank, I in features, O out features.
 """
@@ -15,155 +15,133 @@ import torch
 from torch import Tensor
 
 from personalized_soups.adapters.config import CONFIG_FILE, AdapterConfig
-from personalized_soups.adapters.names import a_name, b_name, split_name
-from personalized_soups.errors import FileFormatError, InputError, UnsupportedAdapterError, choose_from
-from personalized_soups.files.reader import SafetensorsFile, TensorEntry, check_no_pickle
+from personalized_soups.adapters.modules import Header, LoraModule, modules_of
+from personalized_soups.adapters.names import parse_name
+from personalized_soups.adapters.trained import TrainedTensor, trained_of
+from personalized_soups.errors import InputError, choose_from
+from personalized_soups.files.reader import TensorEntry, check_no_pickle
+from personalized_soups.files.shards import Checkpoint
 from personalized_soups.methods.factors import Factors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-
-_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-
-
-@dataclass(frozen=True, slots=True)
-class LoraModule:
-    """One linear layer that an adapter changes, as headers and configuration describe it."""
-
-    name: str
-    rank: int
-    in_features: int
-    out_features: int
-    scaling: float
+_STEM = "adapter_model"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoraAdapter:
-    """A folder with `adapter_config.json` and `adapter_model.safetensors`; opened, not read."""
+    """A folder with `adapter_config.json` and `adapter_model.safetensors` (or its shards and index); opened, not read.
+
+    `modules` are the low-rank changes by name, `trained` what is trained whole by its name in the file.
+    """
 
     folder: Path
     config: AdapterConfig
     modules: Mapping[str, LoraModule]
-    _file: SafetensorsFile
+    trained: Mapping[str, TrainedTensor]
+    _weights: Checkpoint
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
-        """Read the configuration and the header; check that they agree and that every A has its B.
+        """Read the configuration and the headers; check that they agree and that every tensor is understood.
 
         Raises:
             FileFormatError: if a file is damaged, or the factors are incomplete or of other shapes than configured.
-            UnsupportedAdapterError: if the adapter is no plain LoRA on linear layers.
+            UnsupportedAdapterError: naming the variant of LoRA, or the tensor, that this version does not merge.
             InputError: if the folder or a file is missing.
         """
         folder = Path(folder)
         config = AdapterConfig.open(folder)
-        file = SafetensorsFile.open(_weights_of(folder))
-        modules = _modules(file, config)
-        return cls(folder, config, MappingProxyType(modules), file)
+        weights, where = _weights_of(folder)
+        entries = {name: weights.entry(name) for name in weights}
+        header = Header(where, entries, {name: parse_name(name, where=where) for name in entries}, config)
+        if not entries:
+            raise header.fault("the file holds no tensors")
+        modules = modules_of(header)
+        trained = trained_of(header, modules)
+        return cls(folder, config, MappingProxyType(modules), MappingProxyType(trained), weights)
 
     def factors(self, module: str, dtype: torch.dtype = torch.float32) -> Factors:
         """Return a module's factors on the CPU, converted to `dtype`; they may share the file's pages.
 
+        A convolution's kernel is flattened into A's columns. A module with blocks has them laid into one another, as
+        PEFT saves them: placement.blocks_of takes them apart.
+
         Raises:
             InputError: naming file and tensor where a value is NaN or infinite (in `dtype`), or the module is unknown.
         """
-        try:
-            scaling = self.modules[module].scaling
-        except KeyError:
+        found = self._module(module)
+        a_RI = self._finite(found.a_name, dtype).flatten(1)
+        b_OR = self._finite(found.b_name, dtype).flatten(1)
+        return Factors(a_RI, b_OR, found.scaling)
+
+    def trained_tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a tensor that is trained whole, by its name in the file, on the CPU and in `dtype`.
+
+        Its shape is that of `trained[name]`; it may share the file's pages.
+
+        Raises:
+            InputError: naming file and tensor where a value is NaN or infinite (in `dtype`), or the name is unknown.
+        """
+        if name not in self.trained:
             raise InputError(
-                f"the adapter has no module {module!r}",
+                f"the adapter has no trained tensor {name!r}",
                 where=str(self.folder),
-                mend=choose_from(module, self.modules),
-            ) from None
-        return Factors(self._finite(a_name(module), dtype), self._finite(b_name(module), dtype), scaling)
+                mend=choose_from(name, self.trained),
+            )
+        return self._finite(name, dtype).reshape(self.trained[name].shape)
 
     def a_bytes(self, module: str) -> tuple[TensorEntry, memoryview]:
         """Return a module's A as it stands in the file: its entry and its bytes, without a copy."""
-        name = a_name(module)
-        return self._file.entry(name), self._file.raw(name)
+        name = self._module(module).a_name
+        return self._weights.entry(name), self._weights.raw(name)
 
     @property
     def dtypes(self) -> frozenset[str]:
-        """The dtypes of the factors, in the format's own names."""
-        return frozenset(entry.dtype for entry in self._file.entries.values())
+        """The dtypes of the tensors, in the format's own names."""
+        names = [name for module in self.modules.values() for name in (module.a_name, module.b_name)]
+        return frozenset(self._weights.entry(name).dtype for name in [*names, *self.trained])
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The files that a merge reads."""
-        return (self.config.path, self._file.path)
+        return (self.config.path, *(shard.path for shard in self._weights.shards.values()))
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weight file."""
-        return self._file.num_bytes
+        """Size of the weight files."""
+        return self._weights.num_bytes
+
+    def _module(self, name: str) -> LoraModule:
+        try:
+            return self.modules[name]
+        except KeyError:
+            raise InputError(
+                f"the adapter has no module {name!r}", where=str(self.folder), mend=choose_from(name, self.modules)
+            ) from None
 
     def _finite(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = self._file.tensor(name).to(dtype)
+        tensor = self._weights.tensor(name).to(dtype)
         if not bool(torch.isfinite(tensor).all()):
             index = [int(i) for i in (~torch.isfinite(tensor)).nonzero()[0]]
             raise InputError(
                 f"{name}: the value at {index} is {tensor[tuple(index)].item()}",
-                where=str(self._file.path),
+                where=str(self._weights.shard_of(name).path),
                 mend="this expert's training diverged or its file is damaged: train it again, or leave it out",
             )
         return tensor
 
 
-def _weights_of(folder: Path) -> Path:
-    path = folder / WEIGHTS_FILE
-    if path.is_file():
-        return path
-    check = folder / "adapter_model.bin"
+def _weights_of(folder: Path) -> tuple[Checkpoint, str]:
+    """Return an adapter's weight files, and the one that errors name."""
+    index = folder / f"{WEIGHTS_FILE}.index.json"
+    for path in (index, folder / WEIGHTS_FILE):
+        if path.is_file():
+            return Checkpoint.open(folder, stem=_STEM), str(path)
+    check = folder / f"{_STEM}.bin"
     if check.is_file():
         check_no_pickle(check)
-    if (folder / f"{WEIGHTS_FILE}.index.json").is_file():
-        raise UnsupportedAdapterError(
-            "the adapter is sharded, which this version does not merge",
-            where=str(folder),
-            mend="save it in one file: save_pretrained(..., max_shard_size='100GB')",
-        )
     raise InputError(
         f"the folder has {CONFIG_FILE} but no {WEIGHTS_FILE}",
         where=str(folder),
         mend="the adapter is incomplete: save or download it again",
     )
-
-
-def _modules(file: SafetensorsFile, config: AdapterConfig) -> dict[str, LoraModule]:
-    pairs: dict[str, dict[str, TensorEntry]] = {}
-    for entry in file.entries.values():
-        module, factor = split_name(entry.name, where=str(file.path))
-        pairs.setdefault(module, {})[factor] = entry
-    if not pairs:
-        raise _fault(file, "the file holds no tensors")
-    return {module: _module(file, config, module, pairs[module]) for module in sorted(pairs)}
-
-
-def _module(file: SafetensorsFile, config: AdapterConfig, module: str, pair: Mapping[str, TensorEntry]) -> LoraModule:
-    for factor, name in (("A", a_name(module)), ("B", b_name(module))):
-        if factor not in pair:
-            raise _fault(file, f"{module}: {name} is missing")
-        entry = pair[factor]
-        if entry.dtype not in _FLOATS:
-            raise UnsupportedAdapterError(
-                f"{name}: its dtype is {entry.dtype}, this version reads {', '.join(sorted(_FLOATS))}",
-                where=str(file.path),
-                mend="save the adapter in float32, float16 or bfloat16",
-            )
-        if len(entry.shape) != 2:
-            raise UnsupportedAdapterError(
-                f"{name}: its shape is {list(entry.shape)}: a LoRA on a layer that is not linear",
-                where=str(file.path),
-                mend="train the expert on linear layers alone",
-            )
-    rank, in_features = pair["A"].shape
-    out_features, rank_of_b = pair["B"].shape
-    expected = config.rank_of(module)
-    if rank != rank_of_b or rank != expected:
-        raise _fault(file, f"{module}: A has rank {rank}, B has rank {rank_of_b}, {CONFIG_FILE} says {expected}")
-    if in_features == 0 or out_features == 0:
-        raise _fault(file, f"{module}: its factors are empty, {list(pair['B'].shape)} and {list(pair['A'].shape)}")
-    return LoraModule(module, rank, in_features, out_features, config.scaling_of(module))
-
-
-def _fault(file: SafetensorsFile, what: str) -> FileFormatError:
-    return FileFormatError(what, where=str(file.path), mend="save the adapter again with PEFT's save_pretrained")

@@ -29,21 +29,26 @@ class Checkpoint:
     _shard_of: Mapping[str, str]
 
     @classmethod
-    def open(cls, folder: Path | str) -> Self:
+    def open(cls, folder: Path | str, *, stem: str = "model") -> Self:
         """Open every weight file of `folder` and check that the index and the files agree.
+
+        Args:
+            folder: where the files are.
+            stem: their names' beginning, `adapter_model` for an adapter.
 
         Raises:
             FileFormatError: if there is no safetensors file, a shard is missing or damaged, or the index lies.
         """
         folder = Path(folder)
-        index = folder / INDEX
+        whole = f"{stem}.safetensors"
+        index = folder / f"{whole}.index.json"
         if index.is_file():
             names = _indexed(index)
-        elif (folder / WHOLE).is_file():
+        elif (folder / whole).is_file():
             names = None
         else:
             raise _no_weights(folder)
-        files = {WHOLE} if names is None else set(names.values())
+        files = {whole} if names is None else set(names.values())
         shards = {file: SafetensorsFile.open(folder / file) for file in sorted(files)}
         shard_of: dict[str, str] = {}
         for file, shard in shards.items():
@@ -68,22 +73,27 @@ class Checkpoint:
 
     def entry(self, name: str) -> TensorEntry:
         """Return where one tensor stands in its shard."""
-        return self._shard(name).entry(name)
+        return self.shard_of(name).entry(name)
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, as SafetensorsFile.tensor does."""
-        return self._shard(name).tensor(name)
+        return self.shard_of(name).tensor(name)
 
     def raw(self, name: str) -> memoryview:
         """Return one tensor's bytes, without a copy."""
-        return self._shard(name).raw(name)
+        return self.shard_of(name).raw(name)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all weight files together."""
         return sum(shard.num_bytes for shard in self.shards.values())
 
-    def _shard(self, name: str) -> SafetensorsFile:
+    def shard_of(self, name: str) -> SafetensorsFile:
+        """Return the file that one tensor stands in.
+
+        Raises:
+            FileFormatError: if there is no such tensor.
+        """
         try:
             return self.shards[self._shard_of[name]]
         except KeyError:

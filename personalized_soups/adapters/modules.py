@@ -1,0 +1,192 @@
+"""The low-rank changes that an adapter holds, by its tensors' headers and its configuration alone.
+
+R rank, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+
+from personalized_soups.adapters.config import CONFIG_FILE, AdapterConfig
+from personalized_soups.adapters.names import (
+    Kind,
+    TensorName,
+    base_weight_name,
+    parameters_of,
+    unknown_name,
+    wrapping_order,
+)
+from personalized_soups.errors import FileFormatError, UnsupportedAdapterError
+from personalized_soups.files.reader import TensorEntry
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_PAIRS = (("A", "B"), ("embedding A", "embedding B"))
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """One low-rank change, as headers and configuration describe it.
+
+    `base_name` is the tensor of the base that it changes; placement.py says where in it. `rank` is the configured one:
+    a 3-D parameter of a mixture of experts has one change of that rank for each of its `blocks`, and its A has
+    `rank * blocks` rows. A convolution's `in_features` count its `kernel`, too.
+    """
+
+    name: str
+    rank: int
+    in_features: int
+    out_features: int
+    scaling: float
+    base_name: str
+    a_name: str
+    b_name: str
+    kind: Kind = "linear"
+    blocks: int = 1
+    kernel: tuple[int, ...] = ()
+
+    @property
+    def base_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes that the base tensor may have: as the delta stands, and (where there are two) transposed."""
+        shape = (self.out_features, self.in_features)
+        if self.kind == "embedding":
+            return (shape[::-1],)
+        if self.kind == "conv":
+            return ((self.out_features, self.in_features // math.prod(self.kernel), *self.kernel),)
+        if self.kind == "parameter":
+            # PEFT transposes neither a 2-D parameter nor a mixture of one
+            return ((self.blocks, *shape), (self.blocks, *shape[::-1])) if self.blocks > 1 else (shape, (1, *shape))
+        return (shape, shape[::-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What is known of an adapter before a tensor is read: entries and parsed names by name, and the configuration."""
+
+    where: str
+    entries: Mapping[str, TensorEntry]
+    names: Mapping[str, TensorName]
+    config: AdapterConfig
+
+    def entry(self, name: str) -> TensorEntry:
+        """Return a tensor's entry.
+
+        Raises:
+            UnsupportedAdapterError: if it does not hold floating-point numbers.
+        """
+        entry = self.entries[name]
+        if entry.dtype not in _FLOATS:
+            raise UnsupportedAdapterError(
+                f"{name}: its dtype is {entry.dtype}, this version reads {', '.join(sorted(_FLOATS))}",
+                where=self.where,
+                mend="save the adapter in float32, float16 or bfloat16; what counts in whole numbers cannot be mixed",
+            )
+        return entry
+
+    def fault(self, what: str) -> FileFormatError:
+        """Return the error for a file that does not hold what its configuration says."""
+        return FileFormatError(what, where=self.where, mend="save the adapter again with PEFT's save_pretrained")
+
+    def refused(self, what: str, mend: str) -> UnsupportedAdapterError:
+        """Return the error for an adapter that is not merged."""
+        return UnsupportedAdapterError(
+            f"{what}: this version does not merge such an adapter", where=self.where, mend=mend
+        )
+
+
+def modules_of(header: Header) -> dict[str, LoraModule]:
+    """Return the low-rank changes by name, sorted.
+
+    Raises:
+        FileFormatError: if factors are incomplete, or of other shapes than configured.
+        UnsupportedAdapterError: if it is not known what they change.
+    """
+    groups: dict[TensorName, dict[str, str]] = {}
+    for name, parts in header.names.items():
+        if any(parts.role in pair for pair in _PAIRS):
+            groups.setdefault(replace(parts, role="whole"), {})[parts.role] = name
+    modules = [_module(header, place, pair, groups) for place, pair in groups.items()]
+    found = {module.name: module for module in sorted(modules, key=lambda module: module.name)}
+    if len(found) != len(modules):
+        raise header.fault("two pairs of factors are for one module")
+    return found
+
+
+def _module(header: Header, place: TensorName, pair: Mapping[str, str], places: Collection[TensorName]) -> LoraModule:
+    parameter = _parameter(header, place, places)
+    if place.around is not None and not parameters_of(place.around, header.config.target_parameters):
+        raise header.refused(
+            f"{place.path} is adapted inside of {place.around}, as in torch's MultiheadAttention, whose output "
+            "projection PEFT counts twice",
+            f"train the expert without {place.around}",
+        )
+    if parameter is None and place.depth:
+        raise unknown_name(next(iter(pair.values())), where=header.where)
+    name = place.path if parameter is None else f"{place.path}.{parameter}"
+    roles = _roles(header, name, pair)
+    a, b = (header.entry(pair[role]) for role in roles)
+    rank = header.config.rank_of(name)
+    blocks = a.shape[0] // rank if parameter is not None and a.shape else 1
+    _check_factors(header, name, a, b, rank * blocks)
+    return LoraModule(
+        name=name,
+        rank=rank,
+        in_features=math.prod(a.shape[1:]),
+        out_features=b.shape[0],
+        scaling=header.config.scaling_of(name),
+        base_name=base_weight_name(name) if parameter is None else name,
+        a_name=a.name,
+        b_name=b.name,
+        kind="parameter" if parameter is not None else _kind(header, roles, a),
+        blocks=blocks,
+        kernel=a.shape[2:],
+    )
+
+
+def _parameter(header: Header, place: TensorName, places: Collection[TensorName]) -> str | None:
+    """Return which of a module's parameters a pair of factors is for, or None where it is for the module itself."""
+    parameters = parameters_of(place.path, header.config.target_parameters)
+    if not parameters:
+        return None
+    num_pairs = sum(other.path == place.path for other in places)
+    order = wrapping_order(parameters)
+    if len(order) != num_pairs or place.depth >= num_pairs:
+        raise header.refused(
+            f"{place.path}: target_parameters does not say which of the {num_pairs} pairs of factors is for which of "
+            f"its parameters {', '.join(parameters)}",
+            "name in target_parameters what is adapted, whole (mlp.experts.down_proj); train one parameter a module",
+        )
+    return order[place.depth]
+
+
+def _roles(header: Header, name: str, pair: Mapping[str, str]) -> tuple[str, str]:
+    for roles in _PAIRS:
+        if set(roles) == set(pair):
+            return roles
+    missing = " and ".join(role for roles in _PAIRS if set(roles) & set(pair) for role in roles if role not in pair)
+    raise header.fault(f"{name}: {missing or 'one of two pairs'} is missing beside {', '.join(pair.values())}")
+
+
+def _check_factors(header: Header, name: str, a: TensorEntry, b: TensorEntry, rank: int) -> None:
+    """Raise if A and B are not [rank, I, kernel...] and [O, rank, 1...]."""
+    if len(a.shape) < 2 or len(a.shape) != len(b.shape) or any(size != 1 for size in b.shape[2:]):
+        raise header.fault(f"{name}: factors of shapes {list(b.shape)} and {list(a.shape)} do not multiply")
+    if math.prod(a.shape) == 0 or math.prod(b.shape) == 0:
+        raise header.fault(f"{name}: its factors are empty, {list(b.shape)} and {list(a.shape)}")
+    if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank and rank % b.shape[1] == 0:
+        groups = rank // b.shape[1]
+        raise header.refused(
+            f"{name}: a convolution with {groups} groups, into which its delta does not fit",
+            "train the expert without this layer",
+        )
+    if a.shape[0] != b.shape[1] or a.shape[0] != rank:
+        raise header.fault(f"{name}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, {CONFIG_FILE} says {rank}")
+
+
+def _kind(header: Header, roles: tuple[str, str], a: TensorEntry) -> Kind:
+    if roles == _PAIRS[1]:
+        return "embedding"
+    if len(a.shape) > 2:
+        return "conv"
+    return "transposed" if header.config.fan_in_fan_out else "linear"

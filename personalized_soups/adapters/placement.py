@@ -1,0 +1,221 @@
+"""Where low-rank changes stand in the base's tensors: `scaling * B @ A`, cut and turned as PEFT merges it.
+
+Every base tensor is seen as a matrix of its leading rows, so that each part of a change is a range of whole rows:
+
+| kind | base tensor | as a matrix | parts |
+|---|---|---|---|
+| linear | [O, I] | [O, I] | B A |
+| transposed (GPT-2's Conv1D) | [I, O] | [I, O] | A^T B^T |
+| embedding | [V, D] | [V, D] | A^T B^T, A [R, V] |
+| conv | [O, I, k, ...] | [O, I k ...] | B A |
+| parameter (of E experts) | [E, O, I] or [E, I, O] | [E O, I] or [E I, O] | for each e: B_e A_e, or its transpose |
+
+Source: get_delta_weight of the classes in peft.tuners.lora.layer (0.21.2). R rank, I in features, O out features,
+M rows and N columns of the base's matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.modules import LoraModule
+from personalized_soups.methods.factors import Factors
+
+# The layers that are a Conv1D wherever transformers has one (GPT, GPT-2, ImageGPT, DecisionTransformer, CLVP).
+_CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The M rows from `start` of a base's matrix change by `scaling * left_MR @ right_RN`; views of the factors."""
+
+    start: int
+    left_MR: Tensor  # noqa: N815
+    right_RN: Tensor  # noqa: N815
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How a module's change stands in one base tensor, seen as a matrix; reshaping it to that copies nothing."""
+
+    base_name: str
+    matrix_shape: tuple[int, int]
+    is_transposed: bool
+    blocks: int = 1
+
+    @property
+    def output_axis(self) -> int:
+        """The axis of the matrix along which a module's outputs count (of a module that is no parameter)."""
+        return 1 if self.is_transposed else 0
+
+    def parts(self, factors: Factors) -> tuple[Part, ...]:
+        """Return the change as ranges of rows of the matrix, in ascending order; views of the factors, no copies.
+
+        Raises:
+            ValueError: if factors of these shapes do not make a change of this tensor.
+        """
+        height = self.matrix_shape[0] // self.blocks
+        found = []
+        for block, each in enumerate(blocks_of(factors, self.blocks)):
+            left, right = (each.a_RI.T, each.b_OR.T) if self.is_transposed else (each.b_OR, each.a_RI)
+            if (left.shape[0], right.shape[1]) != (height, self.matrix_shape[1]):
+                raise ValueError(
+                    f"factors {list(factors.b_OR.shape)} and {list(factors.a_RI.shape)} do not fit {self.matrix_shape}"
+                )
+            found.append(Part(block * height, left, right))
+        return tuple(found)
+
+
+def place(modules: Iterable[LoraModule], shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Placement], list[str]]:
+    """Return where the modules of one adapter stand in a base, by module, and what stands nowhere or is in doubt.
+
+    An adapter does not say for certain which of its layers are Conv1D ([I, O] instead of [O, I]): PEFT saves one
+    fan_in_fan_out, that of the layer it wrapped last. Nor does it say how a mixture's parameter is laid out. The base's
+    shapes say it, but for square ones: these follow what is certain of the layers of their own name, then of the
+    others, then fan_in_fan_out; where these are at odds, the module is in doubt and has no placement.
+
+    Args:
+        modules: of one adapter, all of them: they bear witness for one another.
+        shapes: of the base's tensors by name.
+    """
+    faults: list[str] = []
+    fitting: dict[str, tuple[LoraModule, bool | None]] = {}
+    certain: dict[tuple[str, str], set[bool]] = {}
+    for module in modules:
+        if module.base_name not in shapes:
+            faults.append(f"{module.base_name} is not in the base")
+            continue
+        try:
+            turned = _orientation(module, tuple(shapes[module.base_name]))
+        except ValueError as error:
+            faults.append(str(error))
+            continue
+        fitting[module.name] = (module, turned)
+        if turned is not None and _may_turn(module):
+            certain.setdefault((_family(module), _leaf(module)), set()).add(turned)
+    found = {}
+    for name, (module, turned) in fitting.items():
+        settled = _settled(module, certain) if turned is None else turned
+        if settled is None:
+            faults.append(
+                f"{module.base_name}: it is square, and nothing says for certain whether it is stored as [out, in] or "
+                "as [in, out]"
+            )
+        else:
+            matrix_shape = _matrix_shape(module, shapes[module.base_name])
+            found[name] = Placement(module.base_name, matrix_shape, settled, module.blocks)
+    return found, faults
+
+
+def blocks_of(factors: Factors, blocks: int) -> tuple[Factors, ...]:
+    """Return each block's own factors, views of PEFT's layout: A's rows are block by block, B's columns take turns.
+
+    Raises:
+        ValueError: if the rank is no multiple of `blocks`.
+    """
+    if blocks == 1:
+        return (factors,)
+    rank, rest = divmod(factors.rank, blocks)
+    if rest:
+        raise ValueError(f"rank {factors.rank} is not divisible among {blocks} blocks")
+    a_parts = factors.a_RI.split(rank)
+    return tuple(Factors(a_RI, factors.b_OR[:, block::blocks], factors.scaling) for block, a_RI in enumerate(a_parts))
+
+
+def of_blocks(blocks: Sequence[Factors]) -> Factors:
+    """Return the factors of a module from those of its blocks, in PEFT's layout: new tensors, but for a single block.
+
+    Raises:
+        ValueError: if the blocks have different ranks or scalings.
+    """
+    if len(blocks) == 1:
+        return blocks[0]
+    if len({(each.rank, each.scaling) for each in blocks}) > 1:
+        raise ValueError("blocks of different ranks or scalings make no factors")
+    a_RI = torch.cat([each.a_RI for each in blocks])
+    b_OR = torch.stack([each.b_OR for each in blocks], dim=2).flatten(1)
+    return Factors(a_RI, b_OR, blocks[0].scaling)
+
+
+def add_parts(rows_MN: Tensor, parts: Iterable[Part], scaling: float = 1.0, start: int = 0) -> None:
+    """Add `scaling * left @ right` of every part to a range of rows of a base's matrix, in place.
+
+    Args:
+        rows_MN: the rows from `start` on, in the dtype in which the sum is to be taken; it is changed.
+        parts: of one module, in `rows_MN`'s dtype and on its device; those outside the range are passed over.
+        scaling: what the products are multiplied by.
+        start: the first row's place in the whole matrix.
+    """
+    stop = start + rows_MN.shape[0]
+    for part in parts:
+        first, last = max(part.start, start), min(part.start + part.left_MR.shape[0], stop)
+        if first < last:
+            left_MR = part.left_MR[first - part.start : last - part.start]
+            rows_MN[first - start : last - start].addmm_(left_MR, part.right_RN, alpha=scaling)
+
+
+def squared_norms(rows_MN: Tensor, output_axis: int) -> Tensor:
+    """Return the squared L2 norm of each output in rows of a base's matrix, in float64.
+
+    Of whole rows (output_axis 0) the norms of these outputs; along axis 1 what these rows add to the norms of all.
+    """
+    norms: Tensor = torch.linalg.vector_norm(rows_MN, dim=1 - output_axis, dtype=torch.float64)
+    return norms.square_()
+
+
+def scale_outputs(rows_MN: Tensor, scale_O: Tensor, output_axis: int) -> None:
+    """Multiply each output in rows of a base's matrix by its own number, in place: DoRA's magnitude over its norm.
+
+    Source: arXiv 2402.09353; peft.tuners.lora.variants: DoraLinearVariant, DoraEmbeddingVariant, _DoraConvNdVariant are
+    one formula, with the norm taken over all inputs (and the kernel) of an output.
+    """
+    rows_MN.mul_(scale_O.to(rows_MN.dtype).unsqueeze(1 - output_axis))
+
+
+def _orientation(module: LoraModule, shape: tuple[int, ...]) -> bool | None:
+    """Return whether a module stands transposed in a tensor of this shape, or None where both would fit.
+
+    Raises:
+        ValueError: if it fits neither way.
+    """
+    fitting = [index for index, each in enumerate(module.base_shapes) if each == shape]
+    if not fitting:
+        expected = " or ".join(str(list(each)) for each in dict.fromkeys(module.base_shapes))
+        raise ValueError(f"{module.base_name}: the base has {list(shape)}, the adapter is for {expected}")
+    if not _may_turn(module):
+        return module.kind == "embedding"
+    return None if len(fitting) == 2 else fitting == [1]
+
+
+def _settled(module: LoraModule, certain: Mapping[tuple[str, str], set[bool]]) -> bool | None:
+    """Return whether a square module stands transposed in the base, or None where it is not certain."""
+    family, leaf = _family(module), _leaf(module)
+    own = certain.get((family, leaf), set())
+    all_seen = set().union(*(seen for (kin, _), seen in certain.items() if kin == family))
+    if own or family == "parameter":
+        seen = own or all_seen
+        return next(iter(seen)) if len(seen) == 1 else None
+    said = module.kind == "transposed"
+    return None if all_seen - {said} or (leaf in _CONV1D_NAMES and not said) else said
+
+
+def _may_turn(module: LoraModule) -> bool:
+    return module.kind in {"linear", "transposed"} or module.blocks > 1
+
+
+def _matrix_shape(module: LoraModule, shape: Sequence[int]) -> tuple[int, int]:
+    rows = math.prod(shape[:-1]) if module.kind == "parameter" else shape[0]
+    return rows, math.prod(shape) // rows
+
+
+def _family(module: LoraModule) -> str:
+    return "parameter" if module.kind == "parameter" else "linear"
+
+
+def _leaf(module: LoraModule) -> str:
+    return module.name.rpartition(".")[2]
