@@ -6,14 +6,20 @@ R rank, I in features, O out features, K sum of ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from personalized_soups.methods.dense import dare_linear, dare_ties_peft, magnitude_prune, ties_peft
+from personalized_soups.methods.streams import Stream
+
 # Below this share of their absolute sum, weights cancel and factor_average would divide by next to nothing.
 CANCELLED = 1e-6
+
+# merges the tensors of one side, "A" or "B", by their weights
+_Merge = Callable[[Sequence[Tensor], Sequence[float], str], Tensor]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -78,19 +84,84 @@ def factor_linear(factors: Sequence[Factors], weights: Sequence[float]) -> Facto
     Raises:
         ValueError: if the ranks differ.
     """
-    _check_same_rank(factors, "factor_linear")
-    # PEFT takes the sign of w * s; a scaling of LoRA is never negative unless lora_alpha is
-    products = [weight * each.scaling for weight, each in zip(weights, factors, strict=True)]
-    a_RI = _weighted_sum(
-        [each.a_RI for each in factors], [math.copysign(math.sqrt(abs(product)), product) for product in products]
+    return _apart(factors, weights, "factor_linear", lambda tensors, roots, _part: _weighted_sum(tensors, roots))
+
+
+def factor_magnitude_prune(factors: Sequence[Factors], weights: Sequence[float], *, density: float) -> Factors:
+    """Return PEFT's `magnitude_prune`: `factor_linear` of the largest entries of each A and each B.
+
+    dtype, device and errors: as `factor_linear`.
+    """
+    return _apart(
+        factors,
+        weights,
+        "factor_magnitude_prune",
+        lambda tensors, roots, _part: magnitude_prune(tensors, roots, density=density),
     )
-    b_OR = _weighted_sum([each.b_OR for each in factors], [math.sqrt(abs(product)) for product in products])
-    return Factors(a_RI, b_OR)
+
+
+def factor_dare_linear(
+    factors: Sequence[Factors], weights: Sequence[float], *, density: float, streams: Sequence[Stream]
+) -> Factors:
+    """Return PEFT's `dare_linear`: `factor_linear` of each A and each B after DARE's drop and rescale.
+
+    A's are drawn from the streams' children "A", B's from their children "B". dtype, device and errors: as
+    `factor_linear`.
+    """
+    return _apart(
+        factors,
+        weights,
+        "factor_dare_linear",
+        lambda tensors, roots, part: dare_linear(tensors, roots, density=density, streams=_children(streams, part)),
+    )
+
+
+def factor_ties(factors: Sequence[Factors], weights: Sequence[float], *, density: float) -> Factors:
+    """Return PEFT's `ties`: `ties_peft` of the A's, weights `sign(w_e) sqrt(|w_e s_e|)`, and of the B's, without sign.
+
+    The A's and the B's elect their signs apart, so an entry's sign in A says nothing about its delta's.
+
+    dtype, device and errors: as `factor_linear`.
+    """
+    return _apart(
+        factors, weights, "factor_ties", lambda tensors, roots, _part: ties_peft(tensors, roots, density=density)
+    )
+
+
+def factor_dare_ties(
+    factors: Sequence[Factors], weights: Sequence[float], *, density: float, streams: Sequence[Stream]
+) -> Factors:
+    """Return PEFT's `dare_ties`: `factor_ties` with DARE's drop and rescale in place of trimming.
+
+    Streams as in `factor_dare_linear`; dtype, device and errors as `factor_linear`.
+    """
+    return _apart(
+        factors,
+        weights,
+        "factor_dare_ties",
+        lambda tensors, roots, part: dare_ties_peft(tensors, roots, density=density, streams=_children(streams, part)),
+    )
 
 
 def cancels(weights: Sequence[float]) -> bool:
     """Return whether the sum of the weights is about 0, measured against the sum of their magnitudes."""
     return abs(math.fsum(weights)) <= CANCELLED * math.fsum(abs(weight) for weight in weights)
+
+
+def _apart(factors: Sequence[Factors], weights: Sequence[float], method: str, merge: _Merge) -> Factors:
+    """Return what `merge` makes of the A's and of the B's, each with the roots of the weights: PEFT's frame."""
+    _check_same_rank(factors, method)
+    # PEFT takes the sign of w * s; a scaling of LoRA is never negative unless lora_alpha is
+    products = [weight * each.scaling for weight, each in zip(weights, factors, strict=True)]
+    roots = [math.sqrt(abs(product)) for product in products]
+    signed = [math.copysign(root, product) for root, product in zip(roots, products, strict=True)]
+    return Factors(
+        merge([each.a_RI for each in factors], signed, "A"), merge([each.b_OR for each in factors], roots, "B")
+    )
+
+
+def _children(streams: Sequence[Stream], part: str) -> list[Stream]:
+    return [stream.child(part) for stream in streams]
 
 
 def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

@@ -127,10 +127,7 @@ class Method:
         return function
 
     def _not_taken(self, name: str) -> UsageError:
-        if not self.options:
-            mend = f"leave it out: {self.name} takes no options"
-        else:
-            mend = choose_from(name, self.options)
+        mend = choose_from(name, self.options) if self.options else f"leave it out: {self.name} takes no options"
         return UsageError(f"{self.name} takes no option {name!r}", where=name, mend=mend)
 
     @staticmethod
