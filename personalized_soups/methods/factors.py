@@ -43,6 +43,15 @@ class Factors:
         """Return the dense delta_OI, a new tensor in the factors' dtype and on their device."""
         return (self.b_OR @ self.a_RI).mul_(self.scaling)
 
+    def padded(self, rank: int) -> Factors:
+        """Return factors of a higher rank with the same delta: rows and columns of zeros are added."""
+        missing = rank - self.rank
+        if missing <= 0:
+            return self
+        a_RI = torch.cat([self.a_RI, self.a_RI.new_zeros(missing, self.a_RI.shape[1])], dim=0)
+        b_OR = torch.cat([self.b_OR, self.b_OR.new_zeros(self.b_OR.shape[0], missing)], dim=1)
+        return Factors(a_RI, b_OR, self.scaling)
+
 
 def factor_average(factors: Sequence[Factors], weights: Sequence[float], total: float | None = None) -> Factors:
     """Return `dW = (s / t) (sum w_e B_e) (sum w_e A_e)` with `t = sum w_e`, as factors with scaling 1.
