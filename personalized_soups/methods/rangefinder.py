@@ -19,8 +19,9 @@ from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.lowrank import Truncated, check_cut, column_signs, least_rank
 from personalized_soups.methods.streams import Stream
 
-# Each iteration takes two more passes over the delta. Measured on what ties and dare give out of three experts at rank
-# 16 to 64: the error is 22% to 44% above the best one without any, up to 2.3% after one, 0.7% after two.
+# Each iteration takes two more passes over the delta. Measured on what ties and dare make of three experts (density 0.2
+# to 0.5, 2048 x 1024, kept 16 to 64): the error is up to 28% above the best one without any, 0.8% after one, 0.4% after
+# two; on a Gaussian matrix 3.3%, 1.6%, 0.9%.
 POWER_ITERATIONS = 2
 # The rank that an energy share is first looked for within.
 FIRST_RANK = 32
@@ -40,8 +41,8 @@ def approximate(delta_OI: Tensor, *, rank: int | None = None, energy: float | No
     than half the delta, and where an energy share needs that, the singular value decomposition is taken instead.
 
     Args:
-        delta_OI: on any device; float64 is computed in float64. Of lower precision, the space is searched in float32,
-            and all else in float64. Not changed.
+        delta_OI: on any device; float64 is computed in float64; of lower precision, the power iterations are done in
+            float32, and all else in float64. Not changed.
         rank: the rank to keep; or
         energy: the share of the squared singular values to keep, in (0, 1].
         stream: the test matrix is drawn from it; the same stream gives the same result.
@@ -88,7 +89,9 @@ def _sketched(delta_OI: Tensor, width: int, stream: Stream) -> tuple[Tensor, Ten
     for _ in range(POWER_ITERATIONS):
         # made orthonormal after each product, else all columns turn to the greatest singular vector
         right_IL = _orthonormal(delta_OI.T @ _orthonormal(delta_OI @ right_IL))
-    range_OL = _orthonormal((delta_OI @ right_IL).double())
+    # in float64, as the space is not better than this product: a delta of low rank comes out to its own rounding
+    right_IL = right_IL.double()
+    range_OL = _orthonormal(torch.cat([block @ right_IL for _, block in _blocks(delta_OI)]))
     within_LI = range_OL.new_zeros(width, delta_OI.shape[1])
     for rows, block in _blocks(delta_OI):
         within_LI.addmm_(range_OL[rows].T, block)
