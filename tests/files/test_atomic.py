@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import stat
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from personalized_soups.errors import OutputExistsError, RunError, UsageError
+from personalized_soups.files import swap
 from personalized_soups.files.atomic import new_folder
 
 
@@ -20,6 +22,16 @@ def write_and_raise(target: Path, fault: BaseException, *, overwrite: bool = Fal
     with new_folder(target, overwrite) as scratch:
         (scratch / "soup.json").write_text("{}")
         raise fault
+
+
+def written(target: Path, what: str, *, overwrite: bool = False) -> Path:
+    with new_folder(target, overwrite) as scratch:
+        (scratch / "soup.json").write_text(json.dumps({"is": what}))
+    return target
+
+
+def what_is(target: Path) -> str:
+    return str(json.loads((target / "soup.json").read_text())["is"])
 
 
 def test_the_folder_appears_only_at_the_end(tmp_path: Path) -> None:
@@ -158,25 +170,144 @@ def test_a_file_size_limit_is_a_failed_run(tmp_path: Path) -> None:
     assert left_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("after", ["out", ".partial"])
-def test_ctrl_c_between_the_two_renames_of_a_swap_leaves_the_old_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: str
+STEPS = {True: 1, False: 4}  # renames of a swap where the system can exchange two folders, and where it cannot
+
+
+@pytest.mark.parametrize(("can_exchange", "step"), [(can, step) for can, last in STEPS.items() for step in range(last)])
+def test_ctrl_c_after_any_step_of_a_swap_leaves_the_old_folder_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool, step: int
 ) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "soup.json").write_text('{"old": 1}')
+    target = written(tmp_path / "out", "old")
     rename = Path.rename
-    interrupted: list[Path] = []
+    seen: list[str] = []
 
     def renaming(self: Path, to: Path) -> Path:
         done = rename(self, to)
-        if self.name.endswith(after) and not interrupted:
-            interrupted.append(self)
+        seen.append(self.name)
+        if len(seen) == step + 1:
             raise KeyboardInterrupt
         return done
 
+    if not can_exchange:
+        monkeypatch.setattr(swap, "exchange", lambda *_: False)
     monkeypatch.setattr(Path, "rename", renaming)
     with pytest.raises(KeyboardInterrupt), new_folder(target, overwrite=True) as scratch:
-        (scratch / "soup.json").write_text('{"new": 1}')
+        (scratch / "soup.json").write_text('{"is": "new"}')
     assert left_in(tmp_path) == ["out"]
-    assert (target / "soup.json").read_text() == '{"old": 1}'
+    assert what_is(target) == ("new" if step == 3 else "old")
+
+
+def note_renames(monkeypatch: pytest.MonkeyPatch, notes: list[str], form: str) -> None:
+    rename = Path.rename
+
+    def renaming(self: Path, to: Path) -> Path:
+        notes.append(form.format(self.name))
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", renaming)
+
+
+@pytest.mark.parametrize("can_exchange", STEPS)
+def test_a_swap_takes_as_many_steps_as_are_interrupted_above(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    renamed: list[str] = []
+    note_renames(monkeypatch, renamed, "{}")
+    if not can_exchange:
+        monkeypatch.setattr(swap, "exchange", lambda *_: False)
+    written(tmp_path / "out", "old")
+    written(tmp_path / "out", "new", overwrite=True)
+    assert what_is(tmp_path / "out") == "new"
+    assert len(renamed) - 1 == STEPS[can_exchange]  # one put the first folder in place
+
+
+def test_a_run_killed_between_the_two_renames_is_mended_by_the_next(tmp_path: Path) -> None:
+    """As it stands where folders cannot be exchanged: the old one is away, the new one not in place."""
+    target = written(tmp_path / "out", "old")
+    place = tmp_path / ".out.partial"
+    place.mkdir()
+    target.rename(place / "old")
+    (place / "new").mkdir()
+    (place / "new" / "soup.json").write_text('{"is": "new"}')
+    with pytest.raises(OutputExistsError, match="there already"), new_folder(target):
+        pytest.fail("the block must not be entered")
+    assert what_is(target) == "old"
+    written(target, "newer", overwrite=True)
+    assert what_is(target) == "newer"
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_files_of_others_outlive_a_run_that_was_killed_just_after_the_exchange(tmp_path: Path) -> None:
+    target = written(tmp_path / "out", "new")
+    old = tmp_path / ".out.partial" / "old"
+    old.mkdir(parents=True)
+    (old / "soup.json").write_text('{"files": ["soup.json"]}')
+    (old / "mine.txt").write_text("mine")
+    written(target, "newer", overwrite=True)
+    assert left_in(tmp_path) == ["out", "out.replaced-1"]
+    assert (tmp_path / "out.replaced-1" / "mine.txt").read_text() == "mine"
+
+
+def test_the_second_of_two_runs_is_refused_before_any_work(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "out") as scratch:
+        (scratch / "x").write_text("first")
+        with pytest.raises(OutputExistsError, match="another run is writing it") as caught:
+            new_folder(tmp_path / "out").__enter__()
+    assert caught.value.where == str(tmp_path / "out")
+    assert (tmp_path / "out" / "x").read_text() == "first"
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_what_a_killed_run_left_is_taken_away(tmp_path: Path) -> None:
+    stale = tmp_path / ".out.partial" / "new" / "deep"
+    stale.mkdir(parents=True)
+    (stale / "half.safetensors").write_bytes(b"half")
+    (tmp_path / ".out.partial" / "journal").write_text("x")
+    with new_folder(tmp_path / "out") as scratch:
+        assert left_in(scratch) == []
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_a_link_or_file_where_the_scratch_shall_be_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "x").write_text("x")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "theirs")
+    (tmp_path / ".two.partial").write_text("a file")
+    for name in ("out", "two"):
+        with pytest.raises(UsageError, match="cannot be made"), new_folder(tmp_path / name):
+            pytest.fail("the block must not be entered")
+    assert left_in(tmp_path / "theirs") == ["x"]
+
+
+def test_without_locks_every_run_has_a_scratch_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    one = new_folder(tmp_path / "out")
+    one.__enter__()
+    written(tmp_path / "out", "two")
+    with pytest.raises(OutputExistsError, match="there already"):
+        one.__exit__(None, None, None)
+    assert what_is(tmp_path / "out") == "two"
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_a_durable_folder_is_on_the_disk_before_it_is_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def syncing(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    note_renames(monkeypatch, synced, "rename {}")
+    with new_folder(tmp_path / "out", durable=True) as scratch:
+        (scratch / "a").mkdir()
+        (scratch / "a" / "x").write_text("x")
+        (scratch / "y").write_text("y")
+    assert synced == ["y", "new", "x", "a", "rename new", tmp_path.name]
+    synced.clear()
+    written(tmp_path / "two", "two")
+    assert synced == ["rename new"]
