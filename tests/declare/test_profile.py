@@ -9,6 +9,7 @@ from personalized_soups.declare.loader import load_text
 from personalized_soups.declare.profile import Profile, check_sides, load_profile
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import DeclarationError, UsageError
+from personalized_soups.methods.table import METHODS, OPTIONS
 
 DIMENSION_OF = {"elementary": "expertise", "expert": "expertise", "friendly": "style"}
 
@@ -41,6 +42,49 @@ def test_json_is_a_profile_too(tmp_path: Path) -> None:
         ("weights: {'': 1}", "u.yaml:1: weights", "name is empty", "name the expert"),
         ("user: x", "u.yaml: weights", "'weights' is missing", "weights: ..."),
         ("method: linaer\nweights: {a: 1}", "u.yaml:1: method", "'linaer' is no known method", "did you mean 'linear'"),
+        ("method: [ties]\nweights: {a: 1}", "u.yaml:1: method", "valid string; found ['ties']", "write text"),
+        (
+            "weights: {a: 1}\nmethod: ties\noptions:\n  lambda: 1\n  densty: 0.3",
+            "u.yaml:5: options.densty",
+            "ties takes no option 'densty'",
+            "did you mean 'density'?",
+        ),
+        (
+            "weights: {a: 1}\noptions: {density: 0.3}",
+            "u.yaml:2: options.density",
+            "linear takes no option 'density'",
+            "leave it out: linear takes no options",
+        ),
+        (
+            "weights: {a: 1}\nmethod: ties\noptions:\n  density: 1.5",
+            "u.yaml:4: options.density",
+            "density is 1.5, it must be above 0 and at most 1",
+            "give 0.5",
+        ),
+        (
+            "weights: {a: 1}\nmethod: della\noptions:\n  density: 0.1",
+            "u.yaml:4: options.density",
+            "the keep-probabilities 0.1 -+ 0.1 leave the range",
+            "give an epsilon below 0.1",
+        ),
+        (
+            "weights: {a: 1}\nmethod: dare_ties\noptions: {seed: 0.5}",
+            "u.yaml:3: options.seed",
+            "seed is 0.5, it must be a whole number",
+            "give 0",
+        ),
+        (
+            "weights: {a: 1}\nmethod: ties\noptions: {density: .nan}",
+            "u.yaml:3: options.density",
+            "finite",
+            "finite number",
+        ),
+        (
+            "weights: {a: 1}\nmethod: ties\noptions: {density: true}",
+            "u.yaml:3: options.density",
+            "found True",
+            "a number",
+        ),
         ("weights: {a: 1}\nnormalize: mean", "u.yaml:2: normalize", "'mean'", "choose from: none, sum"),
         ("normalize: sum\nweights: {a: 1, b: -1}", "u.yaml:1: normalize", "sum to 0", "do not cancel"),
         ("weights: {a: 1}\nrank: 0", "u.yaml:2: rank", "greater than 0", "larger"),
@@ -53,6 +97,23 @@ def test_faults_have_file_line_key_and_mend(text: str, where: str, what: str, me
     assert error.where == where
     assert what in error.what
     assert mend in error.mend
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_of_the_table_with_its_options(method: str) -> None:
+    options = {name: OPTIONS[name].default for name in METHODS[method].options}
+    lines = "".join(f"  {name}: {value:g}\n" for name, value in options.items())
+    profile = load_text(
+        f"weights: {{a: 1}}\nmethod: {method}\noptions:{lines and chr(10)}{lines or ' {}'}", Profile, "u.yaml"
+    )
+    assert profile == Profile(method=method, options=options, weights={"a": 1.0})
+    assert Profile(method=method, weights={"a": 1.0}).options == {}
+
+
+def test_the_schema_lists_the_methods() -> None:
+    properties = Profile.model_json_schema()["properties"]
+    assert properties["method"]["enum"] == list(METHODS)
+    assert properties["method"]["type"] == "string"
 
 
 def test_normalize_sum_divides_by_the_sum() -> None:

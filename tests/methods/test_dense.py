@@ -33,7 +33,8 @@ def dyadic(seed: int, shape: tuple[int, int] = (13, 11)) -> Tensor:
 
 
 def f64(tensor: Tensor) -> Matrix:
-    return tensor.double().numpy()
+    matrix: Matrix = tensor.double().numpy()
+    return matrix
 
 
 def trimmed(delta: Matrix, density: float, at_least: int = 0) -> Matrix:

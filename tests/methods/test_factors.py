@@ -1,12 +1,27 @@
 from __future__ import annotations
 
 import math
+import warnings
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora.model import LoraModel
 
-from personalized_soups.methods.factors import Factors, cancels, factor_average, factor_linear
+from personalized_soups.methods.factors import (
+    Factors,
+    cancels,
+    factor_average,
+    factor_dare_linear,
+    factor_dare_ties,
+    factor_linear,
+    factor_magnitude_prune,
+    factor_ties,
+)
 from personalized_soups.methods.linear import linear
+from personalized_soups.methods.sparsify import drop
+from personalized_soups.methods.streams import Stream
 
 
 def random_factors(seed: int, *, rank: int = 3, scaling: float = 2.0) -> Factors:
@@ -80,3 +95,67 @@ def test_factor_linear_has_the_sign_on_a_alone() -> None:
 def test_weights_that_cancel_are_seen_at_any_scale(weights: list[float], want: bool) -> None:
     for scale in (1e-20, 1.0, 1e20):
         assert cancels([weight * scale for weight in weights]) is want
+
+
+def merged_by_peft(
+    parts: list[Factors], weights: list[float], rule: str, density: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B of PEFT's own add_weighted_adapter, without a model around its layer."""
+    layers = {str(number): part for number, part in enumerate(parts)}
+    target = SimpleNamespace(
+        lora_A={name: SimpleNamespace(weight=torch.nn.Parameter(part.a_RI)) for name, part in layers.items()},
+        lora_B={name: SimpleNamespace(weight=torch.nn.Parameter(part.b_OR)) for name, part in layers.items()},
+        lora_embedding_A={},
+        scaling={name: part.scaling for name, part in layers.items()},
+    )
+    merge: Any = LoraModel._generalized_task_arithmetic_weighted_adapter
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The density 1.0 is greater than or equal to 1")
+        a, b = merge(None, rule, list(layers), weights, target, density, "total")
+    return a, b
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [0.7, 0.2, 0.1], [0.5, -1.0, 0.3]])
+@pytest.mark.parametrize("density", [0.3, 1.0])
+@pytest.mark.parametrize("rule", ["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"])
+def test_the_factor_methods_are_pefts(
+    monkeypatch: pytest.MonkeyPatch, rule: str, density: float, weights: list[float]
+) -> None:
+    parts = [random_factors(seed, rank=4, scaling=2.0 / (seed + 1)) for seed in range(3)]
+    streams = [Stream.of(0, str(number)) for number in range(3)]
+    masks = iter([
+        drop(density, stream.child(side))(torch.ones(shape), 0)
+        for side, shape in (("A", (4, 7)), ("B", (5, 4)))
+        for stream in streams
+    ])  # fmt: skip
+    monkeypatch.setattr(torch, "bernoulli", lambda *_args, **_kwargs: next(masks))
+    a, b = merged_by_peft(parts, weights, rule, density)
+    got = {
+        "linear": lambda: factor_linear(parts, weights),
+        "magnitude_prune": lambda: factor_magnitude_prune(parts, weights, density=density),
+        "ties": lambda: factor_ties(parts, weights, density=density),
+        "dare_linear": lambda: factor_dare_linear(parts, weights, density=density, streams=streams),
+        "dare_ties": lambda: factor_dare_ties(parts, weights, density=density, streams=streams),
+    }[rule]()
+    # PEFT rounds the roots, each product, each sum and the quotient in float32, and so do we but for the roots:
+    # 6 roundings each of terms whose magnitudes add up to less than 3 * 4 / density
+    torch.testing.assert_close(got.a_RI, a, rtol=12 * 2.0**-24, atol=12 * 2.0**-24 * 12 / density)
+    torch.testing.assert_close(got.b_OR, b, rtol=12 * 2.0**-24, atol=12 * 2.0**-24 * 12 / density)
+    assert got.scaling == 1.0
+
+
+def test_a_and_b_are_dropped_apart() -> None:
+    part = Factors(torch.ones(6, 6), torch.ones(6, 6))
+    soup = factor_dare_linear([part], [1.0], density=0.5, streams=[Stream.of(0, "e")])
+    assert not torch.equal(soup.a_RI, soup.b_OR)
+    assert set(soup.a_RI.unique().tolist()) == {0.0, 2.0}
+
+
+def test_the_sparse_factor_methods_need_equal_ranks_too() -> None:
+    unequal, streams = [random_factors(0, rank=2), random_factors(1, rank=3)], [Stream(0), Stream(1)]
+    for method in (factor_magnitude_prune, factor_ties):
+        with pytest.raises(ValueError, match=f"{method.__name__} needs equal ranks, these are 2, 3"):
+            method(unequal, [1.0, 1.0], density=0.5)
+    for drawn in (factor_dare_linear, factor_dare_ties):
+        with pytest.raises(ValueError, match=f"{drawn.__name__} needs equal ranks, these are 2, 3"):
+            drawn(unequal, [1.0, 1.0], density=0.5, streams=streams)

@@ -116,7 +116,7 @@ def della_oracle(delta: Tensor, density: float, epsilon: float, stream: Stream) 
     words = (stream.words(delta.numel()).numpy().astype(np.int64) + 2**31).reshape(rows, width)
     mask, probability = np.zeros((rows, width), bool), np.zeros((rows, width))
     for row in range(rows):
-        order = sorted(range(width), key=lambda column, row=row: (abs(float(delta[row, column])), column))
+        order = np.argsort(delta[row].abs().numpy(), kind="stable")
         for rank, column in enumerate(order):
             share = rank / (width - 1) if width > 1 else 0.5
             probability[row, column] = density - epsilon + 2 * epsilon * share
