@@ -37,7 +37,6 @@ def write_expert(
     **config: Any,
 ) -> Path:
     """Write a random LoRA folder and return it; experts of one `a_seed` have the same A's, byte for byte."""
-    folder.mkdir(parents=True)
     a_random = np.random.default_rng(1000 + seed if a_seed is None else a_seed)
     b_random = np.random.default_rng(seed)
     tensors: dict[str, tuple[str, Any]] = {}
@@ -45,8 +44,14 @@ def write_expert(
         name = f"base_model.model.{module}"
         tensors[f"{name}.lora_A.weight"] = (dtype, a_random.normal(size=(rank, in_features)) / 8)
         tensors[f"{name}.lora_B.weight"] = (dtype, b_random.normal(size=(out_features, rank)) / 8)
+    return write_adapter(folder, tensors, rank=rank, alpha=alpha, shapes=shapes, base=base, **config)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, tuple[str, Any]], **config: Any) -> Path:
+    """Write a LoRA folder of any tensors, `name in the file -> (dtype, values)`, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
     oracles.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
-    write_config(folder, rank=rank, alpha=alpha, shapes=shapes, base=base, **config)
+    write_config(folder, **config)
     return folder
 
 

@@ -81,7 +81,7 @@ def _of_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
 
 
 def _change(module: LoraModule) -> str:
-    """Return what a low-rank change is for; a Conv1D is told from a linear layer by the base alone (placement.place)."""
+    """Return what a low-rank change is for. Only the base tells a Conv1D from a linear layer (placement.place)."""
     shape = [module.out_features, module.in_features]
     if module.kind in {"linear", "transposed"}:
         return f"{shape}"

@@ -22,6 +22,7 @@ from personalized_soups.errors import InputError, choose_from
 from personalized_soups.files.reader import TensorEntry, check_no_pickle
 from personalized_soups.files.shards import Checkpoint
 from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.finite import all_finite
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _STEM = "adapter_model"
@@ -74,8 +75,8 @@ class LoraAdapter:
         b_OR = self._finite(found.b_name, dtype).flatten(1)
         return Factors(a_RI, b_OR, found.scaling)
 
-    def trained_tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a tensor that is trained whole, by its name in the file, on the CPU and in `dtype`.
+    def trained_tensor(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
+        """Return a tensor that is trained whole, by its name in the file, on the CPU in `dtype` (None: the file's own).
 
         Its shape is that of `trained[name]`; it may share the file's pages.
 
@@ -119,9 +120,10 @@ class LoraAdapter:
                 f"the adapter has no module {name!r}", where=str(self.folder), mend=choose_from(name, self.modules)
             ) from None
 
-    def _finite(self, name: str, dtype: torch.dtype) -> Tensor:
-        tensor = self._weights.tensor(name).to(dtype)
-        if not bool(torch.isfinite(tensor).all()):
+    def _finite(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        stored = self._weights.tensor(name)
+        tensor = stored if dtype is None else stored.to(dtype)
+        if not all_finite(tensor):
             index = [int(i) for i in (~torch.isfinite(tensor)).nonzero()[0]]
             raise InputError(
                 f"{name}: the value at {index} is {tensor[tuple(index)].item()}",

@@ -14,7 +14,8 @@ from personalized_soups.adapters.names import PREFIX, TensorName, unknown_name
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
 # bias="all" saves whatever ends in `.bias`, so also the copies that a module of modules_to_save keeps of its own.
-_COPIES = (".original_module.bias", ".modules_to_save.bias")
+_WRAPPERS = ("original_module", "modules_to_save")
+_COPIES = tuple(f".{wrapper}.bias" for wrapper in _WRAPPERS)
 
 Origin = Literal["bias", "lora_bias", "modules_to_save", "trainable_token_indices", "use_dora", "saved embedding"]
 
@@ -113,9 +114,12 @@ def _origin(header: Header, parts: TensorName, modules: Mapping[str, LoraModule]
     owners = [".".join(steps[: end + 1]) for end in range(len(steps))]
     if any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save):
         return "modules_to_save"
+    if any(step in _WRAPPERS for step in steps):
+        return None
     if attribute == "bias" and (config.bias == "all" or (config.bias == "lora_only" and parts.depth)):
         return "bias"
-    if attribute in {"weight", "bias"} and ((parts.depth and module in modules) or steps[-1] in _EMBEDDINGS):
+    is_embedding = steps[-1] in _EMBEDDINGS or (module in modules and modules[module].kind == "embedding")
+    if attribute in {"weight", "bias"} and is_embedding:
         return "saved embedding"
     return None
 

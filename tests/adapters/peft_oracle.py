@@ -36,8 +36,7 @@ def saved(folder: Path, model: nn.Module, *, seed: int = 0, **config: Any) -> Sa
         wrapped = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 6, **config}))
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
-                # a magnitude is a norm; the rest may have any sign
-                parameter.data = parameter.data + 0.2 * torch.randn_like(parameter)
+                parameter.data.add_(0.2 * torch.randn_like(parameter))  # in place: tied ones stay tied
         wrapped.save_pretrained(str(folder))
         merged = wrapped.merge_and_unload().state_dict()
     return Saved(folder, base, {name: tensor.clone() for name, tensor in merged.items()})

@@ -3,11 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from personalized_soups.adapters.compatible import disagreements
 from personalized_soups.adapters.library import Expert
-from tests.experts import SHAPES, write_expert, write_record
+from tests.experts import SHAPES, write_adapter, write_expert, write_record
 
 
 def expert(folder: Path, *, fingerprint: str | None = None, **options: Any) -> Expert:
@@ -60,3 +61,39 @@ def test_every_disagreement_is_told_at_once(tmp_path: Path) -> None:
     assert "--same-base" in bases.mend
     assert "model.layers.0.mlp.up_proj: a has [96, 64], b has [96, 32]" in shapes.what
     assert "model.layers.1.self_attn.q_proj: a has [64, 64], b has [8, 64]" in shapes.what
+
+
+def trained_expert(folder: Path, tensors: dict[str, tuple[int, ...]], **config: Any) -> Expert:
+    values = {f"base_model.model.{name}": ("F32", np.ones(shape)) for name, shape in tensors.items()}
+    return Expert(folder.name, write_adapter(folder, values, **config))
+
+
+def test_other_kinds_and_other_shapes_of_what_is_trained_are_disagreements(tmp_path: Path) -> None:
+    plain = {"m.lora_A.weight": (4, 6), "m.lora_B.weight": (5, 4)}
+    as_parameter = {"w.lora_A.weight": (4, 6), "w.lora_B.weight": (5, 4)}
+    embedding = {"e.lora_embedding_A": (4, 6), "e.lora_embedding_B": (5, 4)}
+    linear = {"e.lora_A.weight": (4, 6), "e.lora_B.weight": (5, 4)}
+    head = {"score.weight": (2, 6)}
+    tokens = {"e.token_adapter.trainable_tokens_delta": (1, 5)}
+    one = trained_expert(
+        tmp_path / "one",
+        {**plain, **as_parameter, **embedding, **head, **tokens},
+        target_parameters=["w.weight"],
+        modules_to_save=["score"],
+        trainable_token_indices=[3],
+        fan_in_fan_out=True,  # the layer that was wrapped last was a Conv1D: no disagreement by itself
+    )
+    other = trained_expert(
+        tmp_path / "other",
+        {**plain, "w.lora_A.weight": (4, 6), "w.lora_B.weight": (5, 4), **linear, "score.weight": (3, 6),
+         "e.token_adapter.trainable_tokens_delta": (2, 5)},
+        modules_to_save=["score"],
+        trainable_token_indices=[1, 3],
+    )  # fmt: skip
+    (found,) = disagreements([one, other])
+    said = found.what.split(": ", 1)[1].split("; ")
+    assert sorted(said) == [
+        "e: one has embedding [5, 6], other has [5, 6]",
+        "score.weight (replaced): one has [2, 6], other has [3, 6]",
+        "w: one has parameter [5, 6], other has [5, 6]",
+    ]

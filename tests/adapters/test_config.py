@@ -18,7 +18,7 @@ def opened(folder: Path, **config: Any) -> AdapterConfig:
     return AdapterConfig.open(folder)
 
 
-@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal", "mica"])
 def test_initialisations_that_leave_the_base_alone_are_taken(tmp_path: Path, init: Any) -> None:
     assert opened(tmp_path, init_lora_weights=init).rank == 4
 
@@ -32,7 +32,6 @@ def test_initialisations_that_leave_the_base_alone_are_taken(tmp_path: Path, ini
         ("corda", "convert it to plain LoRA"),
         ("lora_ga", "convert it to plain LoRA"),
         ("loftq", "train the expert with"),
-        ("mica", "train the expert with"),
         ("tomorrow", "train the expert with"),
         (None, "train the expert with"),
         (1, "train the expert with"),
@@ -46,23 +45,16 @@ def test_every_other_initialisation_is_refused_by_name(tmp_path: Path, init: Any
 
 
 REFUSED = {
-    "use_dora": True,
-    "lora_bias": True,
-    "modules_to_save": ["lm_head"],
-    "bias": "all",
-    "trainable_token_indices": [1, 2],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "bias": "some",
     "layer_replication": [[0, 4], [2, 5]],
     "alora_invocation_tokens": [5],
     "megatron_config": {"a": 1},
     "use_qalora": True,
     "loftq_config": {"loftq_bits": 4},
-    "corda_config": {"corda_method": "ipm"},
     "kasa_config": {"beta": 1e-4},
     "arrow_config": {"top_k": 3},
     "use_bdlora": {"nblocks": 2},
-    "ensure_weight_tying": True,
-    "fan_in_fan_out": True,
+    "monteclora_config": {"num_samples": 8},
     "velora_config": {"num_groups": 2},
     "use_something_of_next_year": True,
     "something_of_next_year": "on",
@@ -110,11 +102,33 @@ def test_rs_lora_divides_by_the_square_root(tmp_path: Path) -> None:
     assert opened(tmp_path, rank=16, alpha=8, use_rslora=True).scaling_of("q_proj") == 2
 
 
-def test_a_strangers_regular_expression_is_not_run(tmp_path: Path) -> None:
+def test_a_strangers_regular_expression_runs_in_no_time_or_not_at_all(tmp_path: Path) -> None:
     start = time.monotonic()
-    with pytest.raises(UnsupportedAdapterError, match="regular expression"):
-        opened(tmp_path, rank_pattern={"(a+)+$": 2})
+    assert opened(tmp_path, rank_pattern={"(a+)+b": 2}).rank_of("a" * 2000) == 4
     assert time.monotonic() - start < 5
+    with pytest.raises(UnsupportedAdapterError, match=r"alpha_pattern: the regular expression .* has groupref"):
+        opened(tmp_path, alpha_pattern={r"(a)\1": 2})
+
+
+def test_what_is_trained_whole_is_read(tmp_path: Path) -> None:
+    config = opened(
+        tmp_path,
+        use_dora=True,
+        lora_bias=True,
+        bias="lora_only",
+        fan_in_fan_out=True,
+        ensure_weight_tying=True,
+        modules_to_save=["score"],
+        target_parameters=["mlp.experts.down_proj"],
+        trainable_token_indices={"wte": [3, 1]},
+    )
+    assert (config.use_dora, config.lora_bias, config.fan_in_fan_out, config.ensure_weight_tying) == (True,) * 4
+    assert (config.bias, config.modules_to_save) == ("lora_only", ("score",))
+    assert (config.target_parameters, config.trainable_tokens) == (("mlp.experts.down_proj",), {"wte": (3, 1)})
+
+
+def test_settings_of_an_initialisation_that_was_converted_are_no_fault(tmp_path: Path) -> None:
+    assert opened(tmp_path, corda_config={"corda_method": "ipm"}, lora_ga_config={"direction": "ArBr"}).rank == 4
 
 
 @pytest.mark.parametrize(
@@ -141,6 +155,13 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -
         {"lora_alpha": 10**40},
         {"use_rslora": "yes"},
         {"rank_pattern": ["q_proj"]},
+        {"modules_to_save": "score"},
+        {"target_parameters": [3]},
+        {"use_dora": "yes"},
+        {"trainable_token_indices": 3},
+        {"trainable_token_indices": [3, -1]},
+        {"trainable_token_indices": [3, 3]},
+        {"trainable_token_indices": {"wte": [1.0]}},
         {"rank_pattern": {"q_proj": 0}},
         {"alpha_pattern": {"q_proj": "8"}},
         {"base_model_name_or_path": 3},
