@@ -15,13 +15,24 @@ if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile, load_profile
     from personalized_soups.merging.adapter import merge
     from personalized_soups.merging.into_base import merge_into_base
+    from personalized_soups.merging.live import LiveAdapter
 
 __version__ = "0.1.0"
 
-__all__ = ["ExpertLibrary", "Profile", "SoupError", "__version__", "load_profile", "merge", "merge_into_base"]
+__all__ = [
+    "ExpertLibrary",
+    "LiveAdapter",
+    "Profile",
+    "SoupError",
+    "__version__",
+    "load_profile",
+    "merge",
+    "merge_into_base",
+]
 
 _HOME = {
     "ExpertLibrary": "personalized_soups.adapters.library",
+    "LiveAdapter": "personalized_soups.merging.live",
     "Profile": "personalized_soups.declare.profile",
     "load_profile": "personalized_soups.declare.profile",
     "merge": "personalized_soups.merging.adapter",

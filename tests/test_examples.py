@@ -21,6 +21,7 @@ EXAMPLES = ROOT / "examples"
 def test_no_example_is_forgotten() -> None:
     assert sorted(path.name for path in EXAMPLES.rglob("*") if path.is_file() and path.suffix != ".pyc") == [
         "formality.yaml",
+        "live.py",
         "three_users.py",
     ]
 
@@ -45,6 +46,14 @@ def test_three_users_get_three_answers(
     answers = [line.partition(": ")[2] for line in told.splitlines() if ": " in line]
     assert len(answers) == 4
     assert all(answers)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks by the old name
+def test_one_live_model_gives_every_user_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "live.py"), run_name="__main__")
+    answers = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if line)
+    assert list(answers) == ["the base", "Ada", "Ben"]
+    assert len(set(answers.values())) == 3
 
 
 def test_every_command_and_file_that_the_readme_names_is_there() -> None:

@@ -1,0 +1,542 @@
+"""Live soups against float64 NumPy, against merged adapters in PEFT, and against what `set` must not do."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from personalized_soups import ExpertLibrary, LiveAdapter, Profile, merge
+from personalized_soups.errors import (
+    DeclarationError,
+    IncompatibleExpertsError,
+    InputError,
+    SoupError,
+    UnsupportedAdapterError,
+    UsageError,
+)
+from tests import oracles
+from tests.experts import SHAPES, write_expert
+from tests.oracles import Matrix
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+# PEFT still asks transformers by the old name; nothing of ours to change
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+NAMES = ("one", "three", "two")
+WEIGHTS = [(0.6, 0.6, 0.6), (0.7, -0.4, 1.3), (0.0, 2.0, 0.0), (-1.0, 0.0, 0.25)]
+MODULE = "model.layers.0.mlp.up_proj"
+F32 = 2.0**-24
+
+# What each kind of live soup is made of: options of the experts, and of the LiveAdapter.
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "free": ({"rank": (2, 5, 3), "alpha": (8, 3, 16), "use_rslora": (False, True, False)}, {}),
+    "shared": ({"a_seed": 7, "alpha": (8, 3, 16)}, {}),
+    "average": ({}, {"method": "factor_average"}),
+    "peft": ({"alpha": (8, 3, 16)}, {"method": "factor_linear"}),
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def write_experts(root: Path, *, shapes: Any = SHAPES, **options: Any) -> ExpertLibrary:
+    """Write three experts; a tuple gives each its own option."""
+    for index, name in enumerate(NAMES):
+        chosen = {key: value[index] if isinstance(value, tuple) else value for key, value in options.items()}
+        write_expert(root / name, seed=index, shapes=shapes, **chosen)
+    return ExpertLibrary.open(root)
+
+
+def live_of(kind: str, root: Path, device: str, **options: Any) -> tuple[ExpertLibrary, LiveAdapter]:
+    experts, settings = KINDS[kind]
+    library = write_experts(root, **experts)
+    return library, LiveAdapter(library, device=device, **settings, **options)
+
+
+def profile_of(weights: Sequence[float], **options: Any) -> Profile:
+    return Profile(weights=dict(zip(NAMES, weights, strict=True)), **options)
+
+
+def base_model(folder: Path, device: str = "cpu") -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.tensor([[7, 11, 13, 17, 19, 23]], device=model.device)).logits
+    return found
+
+
+def layers(model: Any, adapter: str = "soup") -> dict[str, Any]:
+    """Return the layers that have the adapter, by the names that they have in the base."""
+    named = model.get_base_model().named_modules()
+    return {name: layer for name, layer in named if adapter in getattr(layer, "lora_A", {})}
+
+
+def factors(model: Any, adapter: str = "soup") -> dict[str, tuple[Matrix, Matrix]]:
+    return {
+        name: tuple(part[adapter].weight.detach().double().cpu().numpy() for part in (layer.lora_A, layer.lora_B))
+        for name, layer in layers(model, adapter).items()
+    }
+
+
+def state(model: Any) -> dict[str, bytes]:
+    return {name: value.cpu().numpy().tobytes() for name, value in model.state_dict().items() if "lora_" in name}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("kind", ["free", "shared"])
+def test_a_live_soup_is_the_weighted_sum_of_the_deltas(
+    tmp_path: Path, small_base: Path, device: str, kind: str, weights: Sequence[float]
+) -> None:
+    library, live = live_of(kind, tmp_path / "experts", device)
+    model = live.attach(base_model(small_base, device))
+    live.set(profile_of(weights))
+    folders = [library[name].folder for name in NAMES]
+    want, sizes = oracles.soup(folders, weights), oracles.magnitudes(folders, weights)
+    got = factors(model)
+    assert got.keys() == want.keys()
+    for module, (a, b) in got.items():
+        # s B, w and their product are rounded, and each of the two sums of three B's: A is as it was
+        assert (np.abs(b @ a - want[module]) <= 5.01 * F32 * sizes[module]).all(), module
+        delta = layers(model)[module].get_delta_weight("soup").double().cpu().numpy()
+        assert oracles.relative_error(delta, want[module]) < 1e-6, module
+        assert layers(model)[module].scaling["soup"] == 1.0
+
+
+def test_an_expert_that_lacks_modules_adds_nothing_there(tmp_path: Path, small_base: Path, device: str) -> None:
+    some = {name: SHAPES[name] for name in list(SHAPES)[::2]}
+    write_expert(tmp_path / "all", rank=3, seed=1, alpha_pattern={"q_proj": 5}, rank_pattern=None)
+    write_expert(tmp_path / "some", rank=6, seed=2, shapes=some)
+    library = ExpertLibrary.open(tmp_path)
+    live = LiveAdapter(library, device=device)
+    model = live.attach(base_model(small_base, device))
+    assert live.rank == 9
+    live.set(Profile(weights={"all": 0.3, "some": -0.9}))
+    want = oracles.soup([tmp_path / "all", tmp_path / "some"], [0.3, -0.9])
+    for module, (a, b) in factors(model).items():
+        assert oracles.relative_error(b @ a, want[module]) < 1e-6, module
+        if module not in some:
+            assert not a[3:].any()
+            assert not b[:, 3:].any()
+
+
+def average_rule(a: list[Matrix], b: list[Matrix], s: list[float], w: Sequence[float]) -> list[tuple[Matrix, ...]]:
+    """Return A and its magnitude, then B's: (sum w A) / (sum w) and s sum w B."""
+    total = math.fsum(w)
+    pairs = [([x / total for x in w], a), ([x * s[0] for x in w], b)]
+    return [_summed(coefficients, parts) for coefficients, parts in pairs]
+
+
+def peft_rule(a: list[Matrix], b: list[Matrix], s: list[float], w: Sequence[float]) -> list[tuple[Matrix, ...]]:
+    """Return the same of PEFT's `linear`: sum sign(w s) sqrt|w s| A and sum sqrt|w s| B."""
+    roots = [math.sqrt(abs(x * y)) for x, y in zip(w, s, strict=True)]
+    signed = [math.copysign(root, x * y) for root, x, y in zip(roots, w, s, strict=True)]
+    return [_summed(signed, a), _summed(roots, b)]
+
+
+def _summed(coefficients: Sequence[float], parts: Sequence[Matrix]) -> tuple[Matrix, Matrix]:
+    products = [c * part for c, part in zip(coefficients, parts, strict=True)]
+    return np.sum(products, axis=0), np.sum(np.abs(products), axis=0)
+
+
+@pytest.mark.parametrize("weights", [(0.7, -0.4, 1.3), (1.0, 0.0, 0.0), (-0.2, 0.5, -0.9)])
+@pytest.mark.parametrize("kind", ["average", "peft"])
+def test_factor_methods_sum_as_and_bs_apart(
+    tmp_path: Path, small_base: Path, device: str, kind: str, weights: Sequence[float]
+) -> None:
+    rule = {"average": average_rule, "peft": peft_rule}[kind]
+    library, live = live_of(kind, tmp_path / "experts", device)
+    model = live.attach(base_model(small_base, device))
+    live.set(profile_of(weights))
+    saved = [
+        oracles.factors(oracles.read_tensors(library[name].folder / "adapter_model.safetensors")) for name in NAMES
+    ]
+    scalings = [alpha / 4 for alpha in KINDS[kind][0].get("alpha", (8, 8, 8))]
+    assert live.rank == 4
+    for module, found in factors(model).items():
+        experts = [each[module] for each in saved]
+        wanted = rule([a for a, _ in experts], [b for _, b in experts], scalings, weights)
+        for got, (want, size) in zip(found, wanted, strict=True):
+            # the fixed part, the coefficient and their product are rounded, and each of the two sums
+            assert (np.abs(got - want) <= 5.01 * F32 * size).all(), module
+
+
+@every_kind
+def test_a_live_soup_answers_as_the_merged_adapter_does(
+    tmp_path: Path, small_base: Path, device: str, kind: str
+) -> None:
+    library, live = live_of(kind, tmp_path / "experts", device)
+    model = live.attach(base_model(small_base, device))
+    plain = logits(base_model(small_base, device))
+    for number, weights in enumerate([(0.7, -0.4, 1.3), (0.1, 0.2, 0.3)]):
+        live.set(profile_of(weights))
+        folder = merge(library, profile_of(weights), method=live.method).write(tmp_path / f"out{number}")
+        merged = peft.PeftModel.from_pretrained(base_model(small_base, device), folder).eval()
+        want = logits(merged)
+        assert (want - plain).abs().max() > 0.05
+        torch.testing.assert_close(logits(model), want, rtol=0, atol=2e-6 * float(want.abs().max()) + 2e-6)
+
+
+@every_kind
+def test_the_same_profile_gives_the_same_bytes_at_the_same_addresses(
+    tmp_path: Path, small_base: Path, device: str, kind: str
+) -> None:
+    _, live = live_of(kind, tmp_path / "experts", device)
+    model = live.attach(base_model(small_base, device))
+    addresses = [parameter.data_ptr() for name, parameter in model.named_parameters() if "lora_" in name]
+    live.set(profile_of((0.7, -0.4, 1.3)))
+    first = state(model)
+    live.set(profile_of((0.1, 9.0, -3.0)))
+    assert state(model) != first
+    live.zero()
+    live.set(profile_of((0.7, -0.4, 1.3)))
+    assert state(model) == first
+    assert [parameter.data_ptr() for name, parameter in model.named_parameters() if "lora_" in name] == addresses
+    storages = {layer.lora_B["soup"].weight.untyped_storage().data_ptr() for layer in layers(model).values()}
+    assert len(storages) == 1
+
+
+@every_kind
+def test_a_zero_soup_is_the_base(tmp_path: Path, small_base: Path, device: str, kind: str) -> None:
+    _, live = live_of(kind, tmp_path / "experts", device)
+    model = live.attach(base_model(small_base, device))
+    plain = logits(base_model(small_base, device))
+    seen = [live.profile]
+    assert torch.equal(logits(model), plain)
+    profile = profile_of((0.7, -0.4, 1.3))
+    live.set(profile)
+    seen.append(live.profile)
+    assert not torch.equal(logits(model), plain)
+    live.zero()
+    seen.append(live.profile)
+    assert torch.equal(logits(model), plain)
+    assert seen == [None, profile, None]
+
+
+class Operations(TorchDispatchMode):
+    """Take down every operation that reaches a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "operations"),
+    [
+        ("free", "float32", ["aten.mul.out"]),
+        ("free", "bfloat16", ["aten.mul.out", "aten.copy_.default"]),
+        ("shared", "float32", ["aten.mv.out"]),
+        ("shared", "bfloat16", ["aten.mv.out", "aten.copy_.default"]),
+        ("average", "float32", ["aten.mv.out", "aten.mv.out"]),
+        ("peft", "float32", ["aten.mv.out", "aten.mv.out"]),
+    ],
+)
+def test_the_operations_of_set_do_not_grow_with_the_modules(
+    tmp_path: Path, kind: str, dtype: str, operations: list[str]
+) -> None:
+    experts, settings = KINDS[kind]
+    for number in (1, len(SHAPES)):
+        shapes = dict(list(SHAPES.items())[:number])
+        live = LiveAdapter(write_experts(tmp_path / str(number), shapes=shapes, **experts), **settings, dtype=dtype)
+        with Operations() as seen:
+            live.set(profile_of((0.7, -0.4, 1.3)))
+        assert seen.names == operations
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_set_allocates_nothing(tmp_path: Path, device: str, kind: str, dtype: str) -> None:
+    _, live = live_of(kind, tmp_path, device, dtype=dtype)
+    wanted = profile_of((0.7, -0.4, 1.3))
+    live.set(wanted)  # cuBLAS takes its workspace once
+
+    def allocated(call: Callable[[], object]) -> int:
+        if device == "cuda":
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            call()
+            return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            call()
+        return sum(max(event.self_cpu_memory_usage, 0) for event in seen.events() or ())
+
+    assert allocated(lambda: torch.zeros(1000, device=device)) > 0
+    assert allocated(lambda: live.set(wanted)) == 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("kind", ["free", "shared"])
+def test_a_16_bit_soup_is_rounded_once(tmp_path: Path, small_base: Path, device: str, kind: str, dtype: str) -> None:
+    library, live = live_of(kind, tmp_path / "experts", device, dtype=dtype)
+    model = live.attach(base_model(small_base, device))
+    weights = (0.7, -0.4, 1.3)
+    live.set(profile_of(weights))
+    exact = LiveAdapter(library, device=device, **KINDS[kind][1])
+    wanted = exact.attach(base_model(small_base, device))
+    exact.set(profile_of(weights))
+    for layer, other in zip(layers(model).values(), layers(wanted).values(), strict=True):
+        for part, full in ((layer.lora_A, other.lora_A), (layer.lora_B, other.lora_B)):
+            assert part["soup"].weight.dtype == getattr(torch, dtype)
+            assert torch.equal(part["soup"].weight, full["soup"].weight.to(getattr(torch, dtype)))
+
+
+@pytest.fixture
+def rough_products() -> Iterator[None]:
+    """Let torch multiply in bfloat16 or TF32, as training scripts do: that errs by 2e-3 or 4e-4."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("rough_products")
+def test_leave_to_multiply_roughly_is_not_taken(tmp_path: Path, small_base: Path, device: str) -> None:
+    library, live = live_of("shared", tmp_path / "experts", device)
+    model = live.attach(base_model(small_base, device))
+    live.set(profile_of((0.7, -0.4, 1.3)))
+    want = oracles.soup([library[name].folder for name in NAMES], (0.7, -0.4, 1.3))
+    for module, (a, b) in factors(model).items():
+        assert oracles.relative_error(b @ a, want[module]) < 1e-6, module
+
+
+@pytest.mark.gpu
+@every_kind
+def test_no_set_overtakes_the_one_before(tmp_path: Path, small_base: Path, kind: str) -> None:
+    """The numbers of a profile wait in pinned memory until the device, which is busy, has read them."""
+    _, live = live_of(kind, tmp_path / "experts", "cuda")
+    model = live.attach(base_model(small_base, "cuda"))
+    parameter = layers(model)[MODULE].lora_B["soup"].weight
+    profiles = [profile_of((1.0, 0.1 * number, -0.2 * number)) for number in range(20)]
+    wanted = []
+    for each in profiles:
+        live.set(each)
+        torch.cuda.synchronize()
+        wanted.append(parameter.detach().clone())
+    found = []
+    for each in profiles:
+        torch.cuda._sleep(10_000_000)
+        live.set(each)
+        found.append(parameter.detach().clone())
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_the_adapter_is_frozen_and_set_works_while_training(tmp_path: Path, small_base: Path, device: str) -> None:
+    library, live = live_of("free", tmp_path / "experts", device)
+    model = live.attach(base_model(small_base, device).train())
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == []
+    live.set(profile_of((0.7, -0.4, 1.3)))
+    first = logits(model)
+    model.eval()
+    assert torch.equal(logits(model), first)  # no dropout
+    model.set_adapter("soup")  # PEFT makes what it activates trainable
+    live.set(profile_of((1.0, 0.0, 0.0)))
+    alone = peft.PeftModel.from_pretrained(base_model(small_base, device), library["one"].folder)
+    torch.testing.assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
+
+
+def test_a_soup_that_was_made_in_inference_mode_can_be_set_outside(tmp_path: Path, small_base: Path) -> None:
+    with torch.inference_mode():
+        _, live = live_of("free", tmp_path / "experts", "cpu")
+        model = live.attach(base_model(small_base))
+        live.set(profile_of((1.0, 0.0, 0.0)))
+    first = state(model)
+    live.set(profile_of((2.0, 0.0, 0.0)))
+    assert state(model) != first
+
+
+@every_kind
+def test_what_peft_saves_is_the_soup_that_is_set(tmp_path: Path, small_base: Path, device: str, kind: str) -> None:
+    _, live = live_of(kind, tmp_path / "experts", device)
+    model = live.attach(base_model(small_base, device), adapter="mine")
+    for number, weights in enumerate([(0.7, -0.4, 1.3), (0.1, 0.2, 0.3)]):
+        live.set(profile_of(weights))
+        model.save_pretrained(tmp_path / str(number))
+        saved = oracles.deltas(tmp_path / str(number) / "mine")
+        want = {module: b @ a for module, (a, b) in factors(model, "mine").items()}
+        assert saved.keys() == want.keys() == SHAPES.keys()
+        for module, delta in saved.items():
+            np.testing.assert_array_equal(delta, want[module])
+
+
+def test_a_model_that_has_adapters_gets_one_more(tmp_path: Path, small_base: Path, device: str) -> None:
+    library, live = live_of("free", tmp_path / "experts", device)
+    model = peft.PeftModel.from_pretrained(base_model(small_base, device), library["one"].folder, adapter_name="own")
+    own = logits(model)
+    assert live.attach(model) is model
+    live.set(profile_of((0.0, 1.0, 0.0)))
+    second = live.attach(base_model(small_base, device))
+    assert torch.equal(logits(model), logits(second))  # one soup in two models
+    assert not torch.equal(logits(model), own)
+    model.set_adapter("own")
+    assert torch.equal(logits(model), own)
+    assert [name for name, parameter in model.named_parameters() if "soup" in name and parameter.requires_grad] == []
+    with pytest.raises(UsageError, match="has an adapter 'soup' already"):
+        live.attach(model)
+
+
+def test_num_bytes_counts_what_the_buffers_hold(tmp_path: Path) -> None:
+    library = write_experts(tmp_path / "free", rank=(2, 5, 3))
+    width, height = (sum(shape[side] for shape in SHAPES.values()) for side in (1, 0))
+    assert LiveAdapter(library).num_bytes == 4 * 10 * (width + 2 * height)
+    assert LiveAdapter(library, dtype="bfloat16").num_bytes == 2 * 10 * (width + height) + 2 * 4 * 10 * height
+    shared = write_experts(tmp_path / "shared", a_seed=1)
+    assert LiveAdapter(shared).num_bytes == 4 * 4 * (width + (3 + 1) * height)
+    assert LiveAdapter(shared, method="factor_average").num_bytes == 4 * 4 * (3 + 1) * (width + height)
+
+
+@pytest.mark.parametrize(
+    ("profile", "kind", "told"),
+    [
+        (Profile(weights={"fuor": 1, "one": 1}), "free", "no expert is called 'fuor'.*choose from: one, three"),
+        (profile_of((1, 1, 1), method="factor_linear"), "free", "asks for factor_linear.*method='factor_linear'"),
+        (profile_of((1, 1, 1), rank=9), "free", "rank 9, a live soup is exact and has rank 10.*leave `rank` out"),
+        (profile_of((1, 1, -2)), "average", "divides by the sum of the weights, which is 0.*take the method"),
+        (profile_of((1e30, 1e10, 0)), "free", "beyond float32.*smaller weights"),
+        (profile_of((-1e30, 1e10, 0)), "shared", "beyond float32.*smaller weights"),
+    ],
+)
+def test_a_refused_profile_changes_nothing(
+    tmp_path: Path, small_base: Path, profile: Profile, kind: str, told: str
+) -> None:
+    experts, settings = KINDS[kind]
+    live = LiveAdapter(write_experts(tmp_path, **{**experts, "alpha": 1e12}), **settings)
+    model = live.attach(base_model(small_base))
+    live.set(profile_of((0.5, 0.25, 1.0)))
+    before, now = state(model), live.profile
+    with pytest.raises(SoupError, match=f"(?s){told}"):
+        live.set(profile)
+    assert state(model) == before
+    assert live.profile is now
+
+
+def test_a_16_bit_soup_refuses_what_float16_cannot_hold(tmp_path: Path) -> None:
+    live = LiveAdapter(write_experts(tmp_path / "experts"), dtype="float16")
+    with pytest.raises(UsageError, match="beyond float16"):
+        live.set(profile_of((1e6, 1, 1)))
+    live.set(profile_of((1e3, 1, 1)))
+    with pytest.raises(UsageError, match="unknown dtype 'int8'"):
+        LiveAdapter(write_experts(tmp_path / "again"), dtype="int8")
+
+
+def test_opposed_sides_are_refused_unless_allowed(tmp_path: Path) -> None:
+    for index, name in enumerate(("friendly", "unfriendly")):
+        write_expert(tmp_path / name, seed=index)
+    live = LiveAdapter(ExpertLibrary.open(tmp_path))
+    with pytest.raises(DeclarationError, match="two sides of one dimension"):
+        live.set(Profile(weights={"friendly": 1, "unfriendly": 1}))
+    live.set(Profile(weights={"friendly": 1, "unfriendly": 1}, allow_opposed=True))
+    live.set(Profile(weights={"friendly": 1, "unfriendly": 0}))
+
+
+def test_some_of_a_library(tmp_path: Path, small_base: Path) -> None:
+    library = write_experts(tmp_path)
+    live = LiveAdapter(library, experts=["two", "one"])
+    assert live.rank == 8
+    model = live.attach(base_model(small_base))
+    live.set(Profile(weights={"two": 3, "one": 1, "three": 0}, normalize="sum"))
+    want = oracles.soup([library["two"].folder, library["one"].folder], [0.75, 0.25])
+    for module, (a, b) in factors(model).items():
+        assert oracles.relative_error(b @ a, want[module]) < 1e-6
+    with pytest.raises(DeclarationError, match="the live soup holds no expert called 'three'"):
+        live.set(profile_of((1, 1, 1)))
+    with pytest.raises(UsageError, match="a live soup of no experts"):
+        LiveAdapter(library, experts=[])
+    with pytest.raises(DeclarationError, match="no expert is called 'four'"):
+        LiveAdapter(library, experts=["four"])
+
+
+def test_a_model_that_was_moved_or_cast_is_told(tmp_path: Path, small_base: Path) -> None:
+    _, live = live_of("free", tmp_path / "experts", "cpu")
+    model = live.attach(base_model(small_base))
+    model.to("cpu").float()  # nothing changes
+    live.set(profile_of((1, 1, 1)))
+    model.double()
+    with pytest.raises(UsageError, match="moved or cast since"):
+        live.set(profile_of((1, 1, 1)))
+    with pytest.raises(UsageError, match="moved or cast since"):
+        live.zero()
+    model.delete_adapter("soup")
+    live.set(profile_of((1, 1, 1)))
+
+
+def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, small_base: Path) -> None:
+    for name, shapes in {
+        "missing": {"model.layers.7.mlp.up_proj": (96, 64)},
+        "shape": {MODULE: (96, 32)},
+        "kind": {"model.embed_tokens": (64, 320)},
+    }.items():
+        write_expert(tmp_path / name, shapes=shapes)
+    library = ExpertLibrary.open(tmp_path)
+    for name, what in {
+        "missing": "model.layers.7.mlp.up_proj is missing",
+        "shape": rf"{MODULE} is \[96, 64\], the experts adapt \[96, 32\]",
+        "kind": "model.embed_tokens is a Embedding",
+    }.items():
+        with pytest.raises(IncompatibleExpertsError, match=what):
+            LiveAdapter(library, experts=[name]).attach(base_model(small_base))
+    write_expert(tmp_path / "fits")
+    live = LiveAdapter(ExpertLibrary.open(tmp_path / "fits"))
+    with pytest.raises(UsageError, match="is on meta, the live soup on cpu"):
+        live.attach(base_model(small_base).to("meta"))
+
+
+def test_what_no_product_gives_is_refused(tmp_path: Path) -> None:
+    library = write_experts(tmp_path / "experts", rank=(2, 5, 3))
+    with pytest.raises(UsageError, match="no merge method 'lineer'"):
+        LiveAdapter(library, method="lineer")
+    with pytest.raises(UsageError, match="a live soup cannot be made by ties") as refused:
+        LiveAdapter(library, method="ties")
+    assert "factor_average" in refused.value.mend
+    with pytest.raises(IncompatibleExpertsError, match="needs one rank for all experts"):
+        LiveAdapter(library, method="factor_linear")
+    with pytest.raises(UsageError, match="no device 'cuda:99'"):
+        LiveAdapter(library, device="cuda:99")
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "trained whole (modules_to_save)"),
+        ({"use_dora": True}, "trained whole (use_dora)"),
+        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is of the kind embedding"),
+    ],
+)
+def test_more_than_linear_layers_is_refused_by_name(
+    tmp_path: Path, small_base: Path, options: dict[str, Any], what: str
+) -> None:
+    config = peft.LoraConfig(**{"target_modules": ["up_proj"], "task_type": "CAUSAL_LM", **options})
+    model = peft.get_peft_model(base_model(small_base), config)
+    model.save_pretrained(tmp_path / "odd", save_embedding_layers=False)
+    with pytest.raises(UnsupportedAdapterError, match=re.escape(what)) as refused:
+        LiveAdapter(ExpertLibrary.open(tmp_path))
+    assert "expert 'odd'" in refused.value.what
+
+
+def test_a_diverged_expert_is_refused(tmp_path: Path) -> None:
+    library = write_experts(tmp_path)
+    path = tmp_path / "two" / "adapter_model.safetensors"
+    tensors = {name: ("F32", values) for name, values in oracles.read_tensors(path).items()}
+    tensors[f"base_model.model.{MODULE}.lora_B.weight"][1][3, 1] = np.nan
+    oracles.write_tensors(path, tensors)
+    with pytest.raises(InputError, match=rf"{MODULE}.*nan"):
+        LiveAdapter(library)
