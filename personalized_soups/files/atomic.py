@@ -12,8 +12,8 @@ from pathlib import Path, PurePosixPath
 
 from personalized_soups.errors import RunError
 from personalized_soups.files.journal import Journal
-from personalized_soups.files.swap import MARKERS, check_replaceable, files_below, publish, settle, sync
-from personalized_soups.files.workplace import FULL_DISK, NO_ROOM, Workplace, claimed, remove
+from personalized_soups.files.swap import MARKERS, check_replaceable, files_below, publish, settle, sync, sync_folder
+from personalized_soups.files.workplace import FULL_DISK, NO_ROOM, Workplace, claimed, remove, workplace_of
 
 __all__ = ["MARKERS", "Resumable", "check_replaceable", "files_below", "new_folder", "resumable_folder"]
 
@@ -68,6 +68,8 @@ class Resumable:
             raise ValueError(f"{name!r}: no file or folder in {self.folder}")
         if self._durable:
             sync(self.folder / path)
+            for parent in path.parents:
+                sync_folder(self.folder / parent)
         self._journal.add(path.as_posix())
 
 
@@ -113,10 +115,11 @@ def resumable_folder(
 @contextmanager
 def _ready(target: Path, *, overwrite: bool) -> Iterator[Workplace]:
     """Yield the workplace of a target that can be written, where a swap that was cut short is settled."""
-    check_replaceable(target, overwrite=overwrite)
+    if not os.path.lexists(workplace_of(target)):  # else it may hold a swap to settle first
+        check_replaceable(target, overwrite=overwrite)
     with claimed(target) as place:
         settle(place, target)
-        check_replaceable(target, overwrite=overwrite)  # another run may have ended between the two
+        check_replaceable(target, overwrite=overwrite)
         yield place
 
 
@@ -128,6 +131,9 @@ def _journal(place: Workplace, identity: str, *, durable: bool) -> Iterator[Jour
         journal.names[:] = [name for name in journal.names if os.path.lexists(place.new / name)]
         above = {parent.as_posix() for name in journal.names for parent in PurePosixPath(name).parents}
         _keep_only(str(place.new), "", set(journal.names), above)
+        if durable:
+            sync_folder(place.folder)
+            sync_folder(place.folder.parent)
         yield journal
 
 

@@ -77,12 +77,14 @@ def publish(place: Workplace, target: Path, *, overwrite: bool, durable: bool) -
     else:
         _rename_new(place.new, target)
     if durable:
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     settle(place, target)
 
 
 def settle(place: Workplace, target: Path) -> None:
     """Bring a swap to its end, begun just now or by a run that was killed in it: the old folder back, or away."""
+    if not os.path.lexists(place.new):
+        place.journal.unlink(missing_ok=True)  # of a folder that is in its place
     if not os.path.lexists(place.old):
         return
     if not os.path.lexists(target):
@@ -111,16 +113,36 @@ def sync(path: Path) -> None:
         for root, _, names in os.walk(path):
             for name in names:
                 _sync_file(Path(root) / name)
-            _sync_folder(Path(root))
+            sync_folder(Path(root))
     else:
         _sync_file(path)
 
 
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk.
+
+    Raises:
+        OSError: if they cannot be written there.
+    """
+    if sys.platform == "win32":
+        return  # folders cannot be opened there
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _swap(place: Workplace, target: Path) -> None:
     place.new.rename(place.old)  # what stands there is looked through before it is taken away
-    if exchange(place.old, target):
+    is_swapped = False
+    try:
+        is_swapped = exchange(place.old, target)
+    finally:
+        if not is_swapped:
+            place.old.rename(place.new)
+    if is_swapped:
         return
-    place.old.rename(place.new)
     target.rename(place.old)
     place.new.rename(target)
 
@@ -163,16 +185,6 @@ def _sync_file(path: Path) -> None:
     if path.is_symlink():
         return  # it is part of its folder
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return  # folders cannot be opened there
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     finally:

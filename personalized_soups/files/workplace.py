@@ -55,6 +55,11 @@ class Workplace:
         self.new.mkdir()
 
 
+def workplace_of(target: Path) -> Path:
+    """Return where the workplace of a target is, there or not."""
+    return target.parent / f".{target.name}.partial"
+
+
 @contextmanager
 def claimed(target: Path) -> Iterator[Workplace]:
     """Yield the workplace of `target`, which no other run has while the block runs; it may hold what a killed run left.
@@ -67,7 +72,7 @@ def claimed(target: Path) -> Iterator[Workplace]:
     """
     made = _make_parents(target.parent)
     try:
-        folder = target.with_name(f".{target.name}.partial")
+        folder = workplace_of(target)
         descriptor = _lock(folder, target)
         try:
             if descriptor is None:
