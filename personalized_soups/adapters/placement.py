@@ -88,7 +88,7 @@ def place(modules: Iterable[LoraModule], shapes: Mapping[str, Sequence[int]]) ->
     certain: dict[tuple[str, str], set[bool]] = {}
     for module in modules:
         if module.base_name not in shapes:
-            faults.append(f"{module.base_name} is not in the base")
+            faults.append(f"{module.base_name} is not in the base{_kept_apart(module, shapes)}")
             continue
         try:
             turned = _orientation(module, tuple(shapes[module.base_name]))
@@ -175,6 +175,14 @@ def scale_outputs(rows_MN: Tensor, scale_O: Tensor, output_axis: int) -> None:
     one formula, with the norm taken over all inputs (and the kernel) of an output.
     """
     rows_MN.mul_(scale_O.to(rows_MN.dtype).unsqueeze(1 - output_axis))
+
+
+def _kept_apart(module: LoraModule, shapes: Mapping[str, Sequence[int]]) -> str:
+    """Return the reason why a mixture's parameter is not in the base, where this is it."""
+    first = f"{module.base_name.rpartition('.')[0]}.0."
+    if module.blocks > 1 and any(name.startswith(first) for name in shapes):
+        return f" (it keeps the matrices of each expert of the mixture apart, as {first}*, which this version does not)"
+    return ""
 
 
 def _orientation(module: LoraModule, shape: tuple[int, ...]) -> bool | None:

@@ -191,6 +191,7 @@ def test_trained_tensors_are_what_the_file_holds(tmp_path: Path) -> None:
     assert (tokens.kind, tokens.target, tokens.rows, tokens.shape) == ("rows", "embed.weight", (7, 3), (2, 5))
     assert (adapter.trained[magnitude].target, adapter.trained[magnitude].module) == ("m.q_proj.weight", "m.q_proj")
     np.testing.assert_array_equal(adapter.trained_tensor(name, torch.float64).numpy(), values)
+    assert adapter.trained_tensor(name, None).dtype == torch.bfloat16
     np.testing.assert_array_equal(adapter.trained_tensor(magnitude).numpy(), [0, 1, 2])
     assert adapter.dtypes == {"BF16", "F32"}
     with pytest.raises(InputError, match="no trained tensor") as caught:

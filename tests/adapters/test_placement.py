@@ -126,14 +126,22 @@ def test_a_square_parameter_follows_the_others() -> None:
 
 
 def test_every_fault_is_told() -> None:
-    modules = [module("gone", 5, 6), module("other", 5, 6), module("expert", 5, 6, "parameter", 2), module("q", 5, 6)]
-    shapes = {"other.weight": (5, 7), "expert": (3, 5, 6), "q.weight": (5, 6)}
+    modules = [
+        module("gone", 5, 6),
+        module("other", 5, 6),
+        module("expert", 5, 6, "parameter", 2),
+        module("experts.up", 5, 6, "parameter", 2),
+        module("q", 5, 6),
+    ]
+    shapes = {"other.weight": (5, 7), "expert": (3, 5, 6), "q.weight": (5, 6), "experts.0.up.weight": (5, 6)}
     placements, faults = place(modules, shapes)
     assert placements.keys() == {"q"}
     assert faults == [
         "gone.weight is not in the base",
         "other.weight: the base has [5, 7], the adapter is for [5, 6] or [6, 5]",
         "expert: the base has [3, 5, 6], the adapter is for [2, 5, 6] or [2, 6, 5]",
+        "experts.up is not in the base (it keeps the matrices of each expert of the mixture apart, as experts.0.*, "
+        "which this version does not)",
     ]
 
 
