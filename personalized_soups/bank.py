@@ -22,25 +22,36 @@ _PROBE_BYTES = 4096
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StackedModule:
-    """One module's factors of all experts that adapt it, without weights and scalings.
+    """One module's factors of all experts that adapt it, without weights.
 
-    `a_KI` and `b_OK` are the experts' factors below and beside one another. `experts` are their positions in the bank;
-    `ranks`, `scalings` and `basis` go with them. Experts with one number in `basis` have the same A, byte for byte.
+    `experts` are their positions in the bank; `factors` and `basis` go with them. Factors may share the files' pages.
+    Experts with one number in `basis` have the same A, byte for byte.
     """
 
     name: str
     experts: tuple[int, ...]
-    ranks: tuple[int, ...]
-    scalings: tuple[float, ...]
+    factors: tuple[Factors, ...]
     basis: tuple[int, ...]
-    a_KI: Tensor  # noqa: N815
-    b_OK: Tensor  # noqa: N815
 
-    def factors(self) -> list[Factors]:
-        """Return each expert's own factors, as views into the stack."""
-        a_parts = self.a_KI.split(self.ranks, dim=0)
-        b_parts = self.b_OK.split(self.ranks, dim=1)
-        return [Factors(a, b, scaling) for a, b, scaling in zip(a_parts, b_parts, self.scalings, strict=True)]
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Each expert's rank at this module."""
+        return tuple(each.rank for each in self.factors)
+
+    @property
+    def scalings(self) -> tuple[float, ...]:
+        """Each expert's scaling at this module."""
+        return tuple(each.scaling for each in self.factors)
+
+    @property
+    def a_KI(self) -> Tensor:  # noqa: N802
+        """The experts' A's below one another, a new tensor."""
+        return torch.cat([each.a_RI for each in self.factors], dim=0)
+
+    @property
+    def b_OK(self) -> Tensor:  # noqa: N802
+        """The experts' B's side by side without their scalings, a new tensor."""
+        return torch.cat([each.b_OR for each in self.factors], dim=1)
 
 
 class ExpertBank:
@@ -95,16 +106,21 @@ class ExpertBank:
             InputError: naming file and tensor where a value is NaN or infinite.
         """
         members = self.members(module)
-        parts = [self.experts[index].adapter.factors(module, dtype) for index in members]
         return StackedModule(
             name=module,
             experts=members,
-            ranks=tuple(part.rank for part in parts),
-            scalings=tuple(part.scaling for part in parts),
+            factors=tuple(self.factors(index, module, dtype) for index in members),
             basis=self.basis(module),
-            a_KI=torch.cat([part.a_RI for part in parts], dim=0).to(self.device),
-            b_OK=torch.cat([part.b_OR for part in parts], dim=1).to(self.device),
         )
+
+    def factors(self, expert: int, module: str, dtype: torch.dtype = torch.float32) -> Factors:
+        """Return one expert's factors of a module in `dtype` on the bank's device; they may share the file's pages.
+
+        Raises:
+            InputError: naming file and tensor where a value is NaN or infinite.
+        """
+        read = self.experts[expert].adapter.factors(module, dtype)
+        return Factors(read.a_RI.to(self.device), read.b_OR.to(self.device), read.scaling)
 
 
 def _equal(one: memoryview, other: memoryview) -> bool:

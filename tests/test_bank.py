@@ -26,11 +26,10 @@ def test_a_stack_holds_each_experts_factors(tmp_path: Path) -> None:
     assert stack.a_KI.shape == (5, 64)
     assert stack.b_OK.shape == (96, 5)
     assert (stack.experts, stack.ranks, stack.scalings) == ((0, 1), (2, 3), (4, 8 / 3))
-    for name, factors in zip("ab", stack.factors(), strict=True):
+    for name, factors in zip("ab", stack.factors, strict=True):
         a, b = oracles.factors(oracles.read_tensors(tmp_path / name / "adapter_model.safetensors"))[MODULE]
         np.testing.assert_array_equal(factors.a_RI.numpy(), a)
         np.testing.assert_array_equal(factors.b_OR.numpy(), b)
-        assert factors.a_RI.data_ptr() - stack.a_KI.data_ptr() in (0, 2 * 64 * 8)  # views, not copies
     assert bank.members("model.layers.1.mlp.up_proj") == (0,)
 
 

@@ -62,11 +62,13 @@ class InputRecord(Declared):
 
 
 class TruncationRecord(Declared):
-    """What the truncation to a rank lost: relative Frobenius errors of the delta."""
+    """What the truncation lost: relative Frobenius errors of the delta."""
 
-    rank: int
+    rank: int = Field(description="The highest rank of a module.")
+    energy: float | None = Field(default=None, description="The share of the energy that was asked for, if one was.")
     total: float = Field(ge=0)
     modules: dict[str, float] = Field(default_factory=dict)
+    ranks: dict[str, int] = Field(default_factory=dict, description="Rank of each module that has another.")
 
 
 class SoupRecord(Declared):
@@ -76,11 +78,16 @@ class SoupRecord(Declared):
     kind: Literal["adapter", "model"]
     profile: dict[str, Any] = Field(description="The profile as it was declared.")
     method: str
+    options: dict[str, float] = Field(default_factory=dict, description="The method's options, all of them.")
     encoding: Literal["stacked", "truncated", "folded"]
+    target: Literal["peft", "vllm"] = "peft"
     experts: tuple[InputRecord, ...]
     base: BaseRecord
     base_blake3: dict[str, str] = Field(
         default_factory=dict, description="BLAKE3 digest of each weight file of the base, where it was read."
+    )
+    untied: str | None = Field(
+        default=None, description="The output embedding's tensor, where the base's two embeddings had to part."
     )
     rank: int | None = Field(default=None, description="The merged adapter's rank; none for a folded model.")
     dtype: str

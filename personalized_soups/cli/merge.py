@@ -12,6 +12,7 @@ from personalized_soups.cli.bases import resolve_base
 from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
+    from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.adapters.provenance import SoupRecord
     from personalized_soups.declare.profile import Profile
     from personalized_soups.merging.plan import MergePlan
@@ -35,7 +36,17 @@ def merge(
     method: Annotated[
         str | None, typer.Option(help="Merge method; overrides the profile's. See psoups inspect --methods.")
     ] = None,
+    density: Annotated[float | None, typer.Option(help="Share of entries that a sparsifying method keeps.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Half the width of della's keep-probabilities.")] = None,
+    lambda_: Annotated[float | None, typer.Option("--lambda", help="Scale of what TIES' election leaves.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of a method that drops at random.")] = None,
     rank: Annotated[int | None, typer.Option(help="Truncate to at most this rank; the error is reported.")] = None,
+    energy: Annotated[
+        float | None, typer.Option(help="Truncate each module to the least rank that keeps this share of its energy.")
+    ] = None,
+    target: Annotated[
+        str, typer.Option("--for", help="peft, or vllm: one rank for all modules, nothing in patterns.")
+    ] = "peft",
     device: Annotated[str, typer.Option(help="auto (the CPU), cpu or cuda.")] = "auto",
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; the experts' own if left out.")
@@ -43,6 +54,9 @@ def merge(
     into_base: Annotated[
         str | None, typer.Option(help="Fold the soup into this base model and write a full model.")
     ] = None,
+    untouched: Annotated[
+        str, typer.Option(help="Weight files that the soup leaves as they are: copy, reflink or link (hard link).")
+    ] = "copy",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that psoups wrote.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
     same_base: Annotated[
@@ -64,37 +78,47 @@ def merge(
     from personalized_soups.merging.plan import plan_merge
 
     library = ExpertLibrary.open(*experts)
-    options: dict[str, Any] = {"method": method, "same_base": same_base}
+    given = {"density": density, "epsilon": epsilon, "lambda": lambda_, "seed": seed}
+    options = {name: value for name, value in given.items() if value is not None}
+    # planned here even where a merge plans again: what is out of place is told before anything heavy is imported
+    plan = plan_merge(
+        library,
+        declared,
+        method=method,
+        options=options,
+        rank=rank,
+        energy=energy,
+        dtype=dtype,
+        target=target,
+        same_base=same_base,
+        into_base=into_base is not None,
+    )
     if dry_run or out is None:
-        plan = plan_merge(library, declared, **options, rank=rank, dtype=dtype, into_base=into_base is not None)
-        _check_rest(plan, out, device, into_base, overwrite=overwrite)
+        _check_rest(library, plan, out, device, into_base, overwrite=overwrite)
         _show_plan(plan, as_json=as_json)
         return
     if into_base is None:
-        from personalized_soups.files.atomic import check_replaceable
-        from personalized_soups.merging.adapter import merge as merge_adapter
+        from personalized_soups.merging.adapter import MergedAdapter
+        from personalized_soups.merging.plan import resolve_device
 
-        check_replaceable(out.absolute(), overwrite=overwrite)  # before the work, not after it
-        merged = merge_adapter(library, declared, **options, rank=rank, dtype=dtype, device=device)
-        merged.write(out, overwrite=overwrite)
-        _show_soup(out, merged.record, as_json=as_json)
-        return
-    # plan_merge refuses --rank and --dtype here, with the reason
-    plan_merge(library, declared, **options, rank=rank, dtype=dtype, into_base=True)
+        MergedAdapter(plan, library, resolve_device(device)).write(out, overwrite=overwrite)
+    else:
+        from personalized_soups.merging.into_base import checked_copy_mode, fold_plans
+
+        with render.progress("folding", quiet=as_json) as bar:
+            fold_plans(
+                library,
+                [plan],
+                [out],
+                resolve_base(into_base),
+                device=device,
+                same_base=same_base,
+                overwrite=overwrite,
+                untouched=checked_copy_mode(untouched),
+                progress=lambda done, total: bar.update(done >> 20, total=max(total >> 20, 1)),
+            )
     from personalized_soups.adapters.provenance import read_soup_record
-    from personalized_soups.merging.into_base import merge_into_base
 
-    with render.progress("folding", quiet=as_json) as bar:
-        merge_into_base(
-            library,
-            declared,
-            resolve_base(into_base),
-            out,
-            **options,
-            device=device,
-            overwrite=overwrite,
-            progress=lambda done, total: bar.update(done >> 20, total=max(total >> 20, 1)),
-        )
     record = read_soup_record(out)
     assert record is not None
     _show_soup(out, record, as_json=as_json)
@@ -117,7 +141,9 @@ def _profile(path: Path | None, weights: str | None, *, allow_opposed: bool) -> 
     return Profile.from_option(weights, allow_opposed=allow_opposed)
 
 
-def _check_rest(plan: MergePlan, out: Path | None, device: str, into_base: str | None, *, overwrite: bool) -> None:
+def _check_rest(
+    library: ExpertLibrary, plan: MergePlan, out: Path | None, device: str, into_base: str | None, *, overwrite: bool
+) -> None:
     """Raise what a run would, where headers tell it: a dry run that passes would be worth little else."""
     from personalized_soups.files.atomic import check_replaceable
     from personalized_soups.merging.adapter import check_output_apart
@@ -130,7 +156,7 @@ def _check_rest(plan: MergePlan, out: Path | None, device: str, into_base: str |
     if into_base is not None:
         from personalized_soups.merging.into_base import check_fits
 
-        check_fits(plan, resolve_base(into_base))
+        check_fits(library, plan, resolve_base(into_base))
 
 
 def _show_plan(plan: MergePlan, *, as_json: bool) -> None:
@@ -141,6 +167,7 @@ def _show_plan(plan: MergePlan, *, as_json: bool) -> None:
         {
             "experts": {expert.name: expert.weight for expert in plan.experts},
             "method": plan.method.name,
+            "options": dict(plan.options),
             "encoding": plan.encoding,
             "rank": None if plan.encoding == "folded" else plan.rank,
             "dtype": None if plan.encoding == "folded" else plan.dtype,
@@ -160,7 +187,7 @@ def _show_soup(out: Path, record: SoupRecord, *, as_json: bool) -> None:
     shown: dict[str, Any] = {
         "folder": str(out),
         "soup": " + ".join(f"{expert.weight:g} {expert.name}" for expert in record.experts),
-        "method": record.method,
+        "method": record.method + "".join(f", {name} {value:g}" for name, value in record.options.items()),
         "encoding": record.encoding,
         "dtype": record.dtype,
     }
@@ -169,4 +196,8 @@ def _show_soup(out: Path, record: SoupRecord, *, as_json: bool) -> None:
         shown["vLLM"] = f"--max-lora-rank {record.vllm_max_lora_rank}" if record.vllm_max_lora_rank else "rank too high"
     if record.truncation is not None:
         shown["truncation error"] = f"{record.truncation.total:.3g} of the delta's norm"
+        worst = max(record.truncation.modules.items(), key=lambda item: item[1])
+        shown["worst module"] = f"{worst[1]:.3g} of the norm of {worst[0]}"
+    if record.untied is not None:
+        shown["untied"] = f"{record.untied} is now a tensor of its own (tie_word_embeddings: false)"
     render.show_record(shown)

@@ -1,62 +1,58 @@
-"""A soup folded into its base: a full model folder, written while the base is read, tensor by tensor.
-
-I in features, O out features, R rank.
-"""
+"""Soups folded into their base: full model folders, written while the base is read, once for any number of soups."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
-from personalized_soups.adapters.compatible import is_same_base
-from personalized_soups.adapters.fingerprint import base_fingerprint, base_folder
-from personalized_soups.adapters.library import Expert, ExpertLibrary
-from personalized_soups.adapters.names import base_weight_name
-from personalized_soups.adapters.provenance import SOUP_FILE, BaseRecord, SoupRecord, library_versions, write_record
+from personalized_soups.adapters.library import ExpertLibrary
+from personalized_soups.adapters.provenance import (
+    SOUP_FILE,
+    BaseRecord,
+    InputRecord,
+    SoupRecord,
+    library_versions,
+    write_record,
+)
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile
-from personalized_soups.errors import (
-    IncompatibleExpertsError,
-    InputError,
-    UnsupportedAdapterError,
-    choose_from,
-)
-from personalized_soups.files.atomic import MARKERS, check_replaceable, files_below, new_folder
+from personalized_soups.errors import InputError, UsageError, choose_from
+from personalized_soups.files.atomic import Resumable, check_replaceable, files_below, resumable_folder
+from personalized_soups.files.copies import CopyMode, copy_file
 from personalized_soups.files.digest import BackgroundDigests
-from personalized_soups.files.reader import PICKLES, parse_json
-from personalized_soups.files.shards import INDEX, Checkpoint
-from personalized_soups.files.writer import TensorSpec, write_safetensors
-from personalized_soups.merging.adapter import check_output_apart, input_records, soup_factors
+from personalized_soups.files.reader import SafetensorsFile
+from personalized_soups.files.shards import INDEX
+from personalized_soups.files.writer import SafetensorsWriter, TensorSpec
+from personalized_soups.merging.adapter import check_output_apart, input_records
+from personalized_soups.merging.base import CONFIG, BaseModel, copy_others
+from personalized_soups.merging.changes import Changes, as_matrix
+from personalized_soups.merging.folding import folded_blocks
+from personalized_soups.merging.parallel import in_order, num_workers
 from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
-from personalized_soups.methods.factors import Factors
+from personalized_soups.merging.soup import Soups
+from personalized_soups.methods.finite import all_finite
 from personalized_soups.methods.table import Method
-
-_FOLDABLE = frozenset({"F64", "F32", "F16", "BF16"})
-
-# Weights in other forms would stay those of the base alone: they are left out of the new folder.
-_OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".tflite", ".ot"}
-
-# Rows of the output that are computed at once: 64 MiB of float32 at 4096 columns.
-_ROWS = 4096
-
-_MAX_SHOWN = 5
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class _Target:
-    """A base model that a soup fits: its opened weight files, and the adapted tensors with their modules."""
+class Sink(Protocol):
+    """Where the tensors of one shard go; several threads give at once. See files.writer.SafetensorsWriter."""
 
-    folder: Path
-    checkpoint: Checkpoint
-    module_of: Mapping[str, str]
+    def write(self, name: str, data: Tensor | memoryview, start: int = 0) -> None:
+        """Take a part of a tensor, from its byte `start` on."""
+        ...
+
+    def copy(self, names: Sequence[str], source: SafetensorsFile) -> None:
+        """Take whole tensors as they stand in `source`."""
+        ...
 
 
 def merge_into_base(
@@ -66,16 +62,19 @@ def merge_into_base(
     out: Path | str,
     *,
     method: str | Method | None = None,
+    options: Mapping[str, float] | None = None,
     device: str = "auto",
     same_base: bool = False,
     overwrite: bool = False,
+    untouched: CopyMode = "copy",
     progress: Progress | None = None,
 ) -> Path:
     """Write the base with the soup of `profile` added to it as a model folder, and return the folder.
 
     Adapted tensors are accumulated in float32 (float64 where the base is) and rounded once to the base's dtype; every
     other tensor is copied byte for byte, in the base's own order and shards, and so is every file that holds no
-    weights. Memory: one tensor at a time.
+    weights. Memory: a few blocks of rows and the factors in work, whatever the model's size. An interrupted run is gone
+    on with by the next one of the same inputs, from the first shard that is not whole.
 
     Args:
         library: where the experts are.
@@ -83,163 +82,207 @@ def merge_into_base(
         base: the base model's folder, or a hub id in the local cache.
         out: the new folder.
         method: overrides the profile's.
+        options: of the method; each overrides the profile's.
         device: where the arithmetic is done: auto (the CPU), cpu, cuda.
         same_base: take it that this is the experts' base, whatever the fingerprints say.
         overwrite: replace `out` where this tool wrote it.
+        untouched: how a shard that the soup leaves as it is comes into the folder: `copy`, `reflink` (sharing blocks
+            where the file system can), or `link` (the base's own file under a second name, not to be edited).
         progress: called with the bytes of tensors done and in all.
 
     Raises:
         SoupError: everything that plan_merge raises; IncompatibleExpertsError where an adapted module is not in the
-            base or of another shape; UnsupportedAdapterError where it is tied or quantised.
+            base or of another shape; UnsupportedAdapterError where the base is quantised.
     """
-    plan = plan_merge(library, profile, method=method, same_base=same_base, into_base=True)
-    device_used = resolve_device(device)
-    out = Path(out)
-    check_replaceable(out.absolute(), overwrite=overwrite)
-    target = _target(plan, base)
-    experts = [library[expert.name] for expert in plan.experts]
-    fingerprint = base_fingerprint(target.folder)
+    plan = plan_merge(library, profile, method=method, options=options, same_base=same_base, into_base=True)
+    fold_plans(
+        library,
+        [plan],
+        [Path(out)],
+        base,
+        device=device,
+        same_base=same_base,
+        overwrite=overwrite,
+        untouched=untouched,
+        progress=progress,
+    )
+    return Path(out)
+
+
+def fold_plans(
+    library: ExpertLibrary,
+    plans: Sequence[MergePlan],
+    outs: Sequence[Path],
+    base: Path | str,
+    *,
+    device: str = "auto",
+    same_base: bool = False,
+    overwrite: bool = False,
+    untouched: CopyMode = "copy",
+    progress: Progress | None = None,
+) -> None:
+    """Write the soups of plans over the same experts into folders of their own, reading the base once.
+
+    See merge_into_base.
+    """
+    target = resolve_device(device)
+    experts = [library[expert.name] for expert in plans[0].experts]
+    inputs = [expert.folder for expert in plans[0].experts]
+    for out in outs:
+        check_output_apart(out, inputs)
+        check_replaceable(out.absolute(), overwrite=overwrite)
+    model = BaseModel.open(base)
+    for out in outs:
+        check_output_apart(out, [str(model.folder)])
     if not same_base:
-        _check_fingerprints(experts, base, fingerprint)
-    check_output_apart(out, [str(target.folder), *(expert.folder for expert in plan.experts)])
-    bank = ExpertBank(experts, device=device_used)
+        model.check_fingerprints(experts)
+    soups = Soups(plans, ExpertBank(experts, device=target))
+    changes = Changes.of(soups, model)
+    soups.prepare()
+    shards = [shard.path for shard in model.checkpoint.shards.values()]
     read = [path for expert in experts for path in expert.adapter.files]
-    shards = [shard.path for shard in target.checkpoint.shards.values()]
-    with new_folder(out, overwrite) as scratch, BackgroundDigests([*read, *shards]) as digests:
-        _write_shards(plan, bank, target, scratch, progress)
-        _copy_others(target.folder, scratch)
-        done = digests.results()
-        write_record(
-            scratch,
-            SoupRecord(
-                kind="model",
-                profile=profile.model_dump(mode="json"),
-                method=plan.method.name,
-                encoding="folded",
-                experts=input_records(plan, library, done),
-                base=BaseRecord(name=str(base), fingerprint=fingerprint),
-                base_blake3={path.name: done[path] for path in shards},
-                dtype=", ".join(sorted({target.checkpoint.entry(name).dtype for name in target.module_of})),
-                device=str(device_used),
-                versions=library_versions("torch", "numpy"),
-                files=tuple(sorted({SOUP_FILE, *files_below(scratch)})),
-            ),
-        )
-    return out
+    with ExitStack() as stack:
+        folders = [
+            stack.enter_context(resumable_folder(out, _identity(plan, [*read, *shards], target), overwrite))
+            for plan, out in zip(plans, outs, strict=True)
+        ]
+        digests = stack.enter_context(BackgroundDigests([*read, *shards]))
+        _write_shards(changes, folders, untouched, progress)
+        for plan, each in zip(plans, folders, strict=True):
+            copy_others(model, each.folder)
+            if changes.unties is not None:
+                _untie(changes, each.folder)
+            inputs = input_records(plan, library, digests.results())
+            write_record(each.folder, _record(plan, changes, inputs, digests.results(), each.folder))
 
 
-def check_fits(plan: MergePlan, base: Path | str) -> None:
+def checked_copy_mode(name: str) -> CopyMode:
+    """Return the way of copying of that name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    modes: Mapping[str, CopyMode] = {"copy": "copy", "reflink": "reflink", "link": "link"}
+    if name not in modes:
+        raise UsageError(f"unknown way to copy {name!r}", where="--untouched", mend=choose_from(name, modes))
+    return modes[name]
+
+
+def check_fits(library: ExpertLibrary, plan: MergePlan, base: Path | str) -> None:
     """Raise if a soup cannot be folded into `base`, from headers alone: what a dry run can know.
 
     Fingerprints are not compared: that reads the base's weights.
 
     Raises:
-        SoupError: as merge_into_base does for a base that is not there, damaged, quantised, tied or of other shapes.
+        SoupError: as merge_into_base does for a base that is not there, damaged, quantised or of other shapes.
     """
-    _target(plan, base)
+    bank = ExpertBank([library[expert.name] for expert in plan.experts])
+    Changes.of(Soups([plan], bank), BaseModel.open(base))
 
 
-def folded(w_OI: Tensor, factors: Factors) -> Tensor:
-    """Return `W + s B A` in W's shape and dtype, a new tensor on the factors' device.
+def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Sink]) -> Iterator[int]:
+    """Give every tensor of a shard to the sink of each soup, changed by it; yield the bytes done, piece by piece.
 
-    Accumulated in float32 (float64 where W is float64) and rounded once. Rows are computed in blocks of fixed size.
+    Tensors are computed on several threads where the device is a CPU; each one's bytes do not depend on their number.
+
+    Args:
+        source: one shard of the base.
+        changes: what the soups change.
+        sinks: by the soup's place in `changes.soups.plans`; soups without one are left out.
+
+    Raises:
+        InputError: if the base holds NaN or infinity, or a soup has values beyond the base's dtype.
     """
-    dtype = torch.float64 if w_OI.dtype == torch.float64 else torch.float32
-    a_RI = factors.a_RI.to(dtype)
-    b_OR = factors.b_OR.to(dtype)
-    result = torch.empty(w_OI.shape, dtype=w_OI.dtype, device=a_RI.device)
-    for start in range(0, w_OI.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        block = w_OI[rows].to(a_RI.device, dtype)
-        result[rows] = torch.addmm(block, b_OR[rows], a_RI, alpha=factors.scaling)
-    return result
+
+    def done(names: Sequence[str]) -> int:
+        if len(names) == 1 and changes.touches(names[0]):
+            _fold_tensor(source, names[0], changes, sinks)
+        else:
+            for sink in sinks.values():
+                sink.copy(names, source)
+        return sum(source.entry(name).end - source.entry(name).start for name in names)
+
+    return in_order(done, _pieces(source, changes), num_workers(changes.soups.bank.device))
 
 
-def _target(plan: MergePlan, base: Path | str) -> _Target:
-    folder = base_folder(base)
-    config = _model_config(folder)
-    if quantization := config.get("quantization_config"):
-        kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedAdapterError(
-            f"the base is quantised ({kind}), which this version does not fold into",
-            where=str(folder),
-            mend="give the base as it was before it was quantised, or write an adapter (leave --into-base out)",
-        )
-    checkpoint = Checkpoint.open(folder)
-    tied = any(table.get("tie_word_embeddings") for table in (config, *_tables(config)))
-    faults, module_of = [], {}
-    for module in plan.modules:
-        name = base_weight_name(module.name)
-        module_of[name] = module.name
-        if tied and module.name.rpartition(".")[2] in {"lm_head", "embed_tokens", "wte", "embed_out", "embed_in"}:
-            raise UnsupportedAdapterError(
-                f"{module.name} is tied: input and output embeddings of this base are one tensor",
-                where=str(folder),
-                mend="train the experts without it, or write an adapter (leave --into-base out)",
-            )
-        if name not in checkpoint:
-            faults.append(f"{name} is not in the base ({choose_from(name, checkpoint)})")
+def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Mapping[int, Sink]) -> None:
+    base = source.tensor(name)
+    base_MN = as_matrix(base)
+    row_bytes = base_MN.shape[1] * base_MN.element_size()
+    for written in changes.written_as(name):
+        terms = changes.terms(written, base_MN)
+        wanted = list(sinks)
+        if not any(terms[soup] for soup in wanted):
+            for soup in wanted:
+                sinks[soup].write(written, source.raw(name))
             continue
-        entry = checkpoint.entry(name)
-        if entry.shape != (module.out_features, module.in_features):
-            faults.append(
-                f"{name}: the base has {list(entry.shape)}, the experts [{module.out_features}, {module.in_features}]"
-            )
-        elif entry.dtype not in _FOLDABLE:
-            faults.append(f"{name}: its dtype is {entry.dtype}, a soup is folded into {', '.join(sorted(_FOLDABLE))}")
-    if faults:
-        more = f" (and {len(faults) - _MAX_SHOWN} more)" if len(faults) > _MAX_SHOWN else ""
-        raise IncompatibleExpertsError(
-            "the experts do not fit the base: " + "; ".join(faults[:_MAX_SHOWN]) + more,
-            where=str(folder),
-            mend=f"give the base that they were trained on ({plan.base.name or 'they do not name it'})",
-        )
-    return _Target(folder, checkpoint, module_of)
+        device = changes.soups.bank.device
+        for number, start, block in folded_blocks(base_MN, [terms[soup] for soup in wanted], device):
+            _check_finite(written, block, base_MN[start : start + block.shape[0]])
+            flat = block.reshape(-1) if base.dim() < 2 else block.reshape(-1, *base.shape[1:])
+            sinks[wanted[number]].write(written, flat, start * row_bytes)
 
 
-def _check_fingerprints(experts: list[Expert], base: Path | str, fingerprint: str) -> None:
-    # experts without a fingerprint name their base by a path or id that need not be this folder's: nothing to compare
-    known = BaseRecord(fingerprint=fingerprint)
-    strangers = [
-        f"{expert.name} was trained on {expert.base.name or 'a base without a name'} ({expert.base.fingerprint[:12]})"
-        for expert in experts
-        if expert.base.fingerprint is not None and not is_same_base(expert.base, known)
-    ]
-    if strangers:
-        raise IncompatibleExpertsError(
-            f"this base ({fingerprint[:12]}) is not the experts': " + "; ".join(strangers),
-            where=str(base),
-            mend="give the base that they were trained on; if it is the same one converted, pass --same-base",
-        )
+def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]]:
+    """Yield the tensors in the order of the file: changed ones each by itself, stretches of others together."""
+    stretch: list[str] = []
+    for name in source.entries:
+        if not changes.touches(name):
+            stretch.append(name)
+            continue
+        if stretch:
+            yield stretch
+            stretch = []
+        yield [name]
+    if stretch:
+        yield stretch
 
 
-def _write_shards(plan: MergePlan, bank: ExpertBank, target: _Target, scratch: Path, progress: Progress | None) -> None:
-    planned = {module.name: module for module in plan.modules}
-    entries = [target.checkpoint.entry(name) for name in target.checkpoint]
-    total = sum(entry.end - entry.start for entry in entries)
-    done = 0
-
-    def stream(shard_file: str) -> Iterator[tuple[str, Tensor | memoryview]]:
-        nonlocal done
-        shard = target.checkpoint.shards[shard_file]
-        for name, entry in shard.entries.items():
-            if module := target.module_of.get(name):
-                (soup,) = soup_factors(plan, bank, (planned[module],))
-                yield name, _checked_finite(name, folded(shard.tensor(name), soup.factors), shard.tensor(name))
-            else:
-                yield name, shard.raw(name)
-            done += entry.end - entry.start
+def _write_shards(
+    changes: Changes, folders: Sequence[Resumable], untouched: CopyMode, progress: Progress | None
+) -> None:
+    model = changes.model
+    total = sum(source.num_bytes - source.header_bytes for source in model.checkpoint.shards.values())
+    before = 0
+    for file, source in model.checkpoint.shards.items():
+        wanted = {number: each for number, each in enumerate(folders) if file not in each.done}
+        done = before
+        for num_bytes in _write_shard(file, source, changes, wanted, untouched):
+            done += num_bytes
             if progress is not None:
                 progress(done, total)
+        for each in wanted.values():
+            each.mark(file)
+        before += source.num_bytes - source.header_bytes
+        if progress is not None and done < before:
+            progress(before, total)
 
-    for file, shard in target.checkpoint.shards.items():
-        specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in shard.entries.values()]
-        write_safetensors(scratch / file, specs, stream(file), shard.metadata)
+
+def _write_shard(
+    file: str, source: SafetensorsFile, changes: Changes, wanted: Mapping[int, Resumable], untouched: CopyMode
+) -> Iterator[int]:
+    if not any(changes.touches(name) for name in source.entries):
+        for each in wanted.values():
+            copy_file(source.path, each.folder / file, untouched)
+        return
+    if not wanted:
+        return
+    specs = [
+        TensorSpec(name, entry.dtype, entry.shape)
+        for entry in source.entries.values()
+        for name in changes.written_as(entry.name)
+    ]
+    with ExitStack() as stack:
+        sinks: dict[int, Sink] = {
+            number: stack.enter_context(SafetensorsWriter(each.folder / file, specs, source.metadata))
+            for number, each in wanted.items()
+        }
+        yield from fold_shard(source, changes, sinks)
 
 
-def _checked_finite(name: str, merged: Tensor, before: Tensor) -> Tensor:
-    if not bool(torch.isfinite(merged).all()):
-        damaged = not bool(torch.isfinite(before).all())
+def _check_finite(name: str, merged: Tensor, before: Tensor) -> None:
+    if not all_finite(merged):
+        damaged = not all_finite(before)
         raise InputError(
             f"{name}: the base itself holds NaN or infinity"
             if damaged
@@ -247,42 +290,65 @@ def _checked_finite(name: str, merged: Tensor, before: Tensor) -> Tensor:
             where=name,
             mend="give a sound base" if damaged else "take smaller weights, or a base in float32 or bfloat16",
         )
-    return merged
 
 
-def _copy_others(base: Path, scratch: Path) -> None:
-    """Copy every file that holds no weights.
-
-    Hidden files and folders (`.git`, `.cache`) stay behind, and so does the base's own record: it tells of the base.
-    """
-    for name in sorted(files_below(base)):
-        relative = Path(name)
-        is_weights = relative.suffix.lower() in _OTHER_WEIGHTS or (
-            relative.name.endswith(".index.json") and name != INDEX
-        )
-        if is_weights or name in MARKERS or any(part.startswith(".") for part in relative.parts):
-            continue
-        if (base / relative).is_file():  # not a link to a folder or to nothing
-            (scratch / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(base / relative, scratch / relative)
-
-
-def _model_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = parse_json(path.read_bytes(), path)
-    except FileNotFoundError:
-        raise InputError(
-            "the folder has no config.json: it is no model folder",
-            where=str(folder),
-            mend="give a folder that save_pretrained wrote",
-        ) from None
-    except OSError as error:
-        raise InputError(
-            f"the file cannot be read: {error.strerror}", where=str(path), mend="check its permissions"
-        ) from error
-    return config if isinstance(config, dict) else {}
+def _untie(changes: Changes, folder: Path) -> None:
+    """Say in the tables of a model folder that its output embedding is a tensor of its own."""
+    assert changes.unties is not None
+    assert changes.model.tied is not None
+    config = dict(changes.model.config)
+    for key, value in config.items():
+        if isinstance(value, dict) and "tie_word_embeddings" in value:
+            config[key] = {**value, "tie_word_embeddings": False}
+    config["tie_word_embeddings"] = False
+    _rewrite(folder / CONFIG, config)
+    index = folder / INDEX
+    if index.is_file() and changes.unties not in changes.model.checkpoint:
+        table = json.loads(index.read_bytes())
+        source = changes.model.checkpoint.entry(changes.model.tied[0])
+        table["weight_map"][changes.unties] = table["weight_map"][changes.model.tied[0]]
+        if "total_size" in table.get("metadata", {}):
+            table["metadata"]["total_size"] += source.end - source.start
+        _rewrite(index, table)
 
 
-def _tables(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [value for value in config.values() if isinstance(value, dict)]
+def _rewrite(path: Path, table: Mapping[str, object]) -> None:
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _identity(plan: MergePlan, files: Sequence[Path], device: torch.device) -> str:
+    """Return what decides the bytes of the shards; files count by size and time, since digests would cost the merge."""
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    told = [
+        plan.profile.model_dump(mode="json"),
+        plan.method.name,
+        dict(plan.options),
+        [(expert.name, expert.folder, expert.weight) for expert in plan.experts],
+        states,
+        device.type,
+        library_versions("torch"),
+    ]
+    return str(blake3(json.dumps(told, sort_keys=True).encode()).hexdigest())
+
+
+def _record(
+    plan: MergePlan, changes: Changes, inputs: tuple[InputRecord, ...], digests: Mapping[Path, str], folder: Path
+) -> SoupRecord:
+    model = changes.model
+    changed = {model.checkpoint.entry(name).dtype for name in changes.changes if name in model.checkpoint}
+    return SoupRecord(
+        kind="model",
+        profile=plan.profile.model_dump(mode="json"),
+        method=plan.method.name,
+        options=dict(plan.options),
+        encoding="folded",
+        experts=inputs,
+        base=BaseRecord(name=model.name, fingerprint=model.fingerprint),
+        untied=changes.unties,
+        base_blake3={path.name: digests[path] for path in (each.path for each in model.checkpoint.shards.values())},
+        dtype=", ".join(sorted(changed)),
+        device=str(changes.soups.bank.device),
+        versions=library_versions("torch", "numpy"),
+        files=tuple(sorted({SOUP_FILE, *files_below(folder)})),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -12,25 +12,27 @@ import torch
 
 from personalized_soups.adapters.compatible import disagreements
 from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.provenance import BaseRecord
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile, check_sides
 from personalized_soups.declare.shipped import shipped_recipe
-from personalized_soups.errors import IncompatibleExpertsError, InputError, SoupError, UsageError, choose_from
-from personalized_soups.methods.factors import cancels
+from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.merging.checks import Cut, checked_cut, faults_of, raise_all, unmet_needs
 from personalized_soups.methods.table import Method, method_named
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 PlannedEncoding = Literal["stacked", "truncated", "folded"]
+Target = Literal["peft", "vllm"]
 
 # The values that vLLM's --max-lora-rank can have (vllm/config/lora.py, 0.32).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
+_TARGETS: Mapping[str, Target] = {"peft": "peft", "vllm": "vllm"}
 _CHOICES: Mapping[str, DtypeName] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 _OF_FILES: Mapping[str, DtypeName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +46,44 @@ class PlannedExpert:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """One linear layer: `full_rank` is what the method gives, `rank` what is left after truncation."""
+    """One module: `full_rank` is what the method gives, `rank` the most that is left after truncation.
 
-    name: str
-    out_features: int
-    in_features: int
+    `like` is the module as an expert holds it. A mixture's parameter has these ranks in each of its blocks.
+    """
+
+    like: LoraModule
     experts: tuple[str, ...]
     full_rank: int
     rank: int
 
+    @property
+    def name(self) -> str:
+        """The module's name in the base model."""
+        return self.like.name
+
+    @property
+    def out_features(self) -> int:
+        """Rows of B."""
+        return self.like.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Columns of A, a convolution's kernel among them."""
+        return self.like.in_features
+
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """The frozen list of what a merge will do. It holds no tensor; `lines()` prints it."""
+    """The frozen list of what a merge will do. It holds no tensor; `lines()` prints it.
+
+    `rank` is the merged adapter's, or the most that it can be where an `energy` share decides module by module.
+    """
 
     profile: Profile
     method: Method
+    options: Mapping[str, float]
+    target: Target
+    energy: float | None
     encoding: PlannedEncoding
     experts: tuple[PlannedExpert, ...]
     modules: tuple[PlannedModule, ...]
@@ -78,23 +102,27 @@ class MergePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the merged adapter's tensors."""
-        numbers = sum(self.rank * (module.in_features + module.out_features) for module in self.modules)
+        """Bytes of the merged adapter's tensors, or the most that they can be where `energy` decides."""
+        numbers = sum(
+            self.rank * module.like.blocks * (module.in_features + module.out_features) for module in self.modules
+        )
         return numbers * torch_dtype(self.dtype).itemsize
 
     @property
     def vllm_max_lora_rank(self) -> int | None:
         """The smallest --max-lora-rank with which vLLM loads the merged adapter; None where none is large enough."""
-        return next((rank for rank in VLLM_RANKS if rank >= self.rank), None)
+        return vllm_max_lora_rank(self.rank)
 
     def lines(self) -> list[str]:
         """Return the plan as lines for people."""
         experts = " + ".join(f"{expert.weight:g} {expert.name}" for expert in self.experts)
         basis = ", one shared basis" if self.shares_basis else ""
-        held = f"rank {self.rank}, {self.num_bytes} bytes of {self.dtype}"
+        share = "" if self.energy is None else f"at most, {self.energy:g} of each module's energy, "
+        held = f"rank {self.rank}, {share}{self.num_bytes} bytes of {self.dtype}"
+        options = "".join(f", {name} {value:g}" for name, value in self.options.items())
         lines = [
             f"soup:     {experts}",
-            f"method:   {self.method.name}: {self.method.formula}",
+            f"method:   {self.method.name}: {self.method.formula}{options}",
             f"encoding: {self.encoding}{basis}" + ("" if self.encoding == "folded" else f", {held}"),
             f"base:     {self.base.name or 'not named'}",
             f"modules:  {len(self.modules)}",
@@ -110,8 +138,11 @@ def plan_merge(
     profile: Profile,
     *,
     method: str | Method | None = None,
+    options: Mapping[str, float] | None = None,
     rank: int | None = None,
+    energy: float | None = None,
     dtype: str | None = None,
+    target: str = "peft",
     same_base: bool = False,
     into_base: bool = False,
 ) -> MergePlan:
@@ -121,8 +152,11 @@ def plan_merge(
         library: where the experts are.
         profile: who the soup is for; experts of weight 0 take no part.
         method: overrides the profile's; a name, or a row of a stranger's own.
+        options: of the method, such as `density`; each overrides the profile's.
         rank: overrides the profile's: the merged adapter has at most this rank.
+        energy: share of each module's squared norm that its truncation must keep, in place of a rank.
         dtype: of the merged adapter; where left out, the experts' own if they agree, else float32.
+        target: `peft`, or `vllm`, where every module has one rank and nothing stands in patterns.
         same_base: take it that all experts have one base, whatever their names and fingerprints say.
         into_base: plan to fold the soup into a base model, where rank and dtype are the base's.
 
@@ -132,30 +166,28 @@ def plan_merge(
         InputError: if an expert is damaged or of a variant that is not merged.
         UsageError: if an option is out of place. All faults of one kind of step are told at once.
     """
-    row = method_named(method or profile.method) if not isinstance(method, Method) else method
-    asked_rank = _checked_rank(profile, rank, into_base=into_base)
+    row = method if isinstance(method, Method) else method_named(method or profile.method)
+    method_options = _method_options(row, profile, options)
+    cut = checked_cut(profile, rank, energy, into_base=into_base)
     _check_dtype(dtype, into_base=into_base)
     library.check(profile)
     chosen = [(library[name], weight) for name, weight in profile.resolved_weights().items() if weight != 0]
     experts = [expert for expert, _ in chosen]
     # nothing can be compared before each expert is sound by itself
-    _raise_all([fault for expert in experts for fault in _faults_of(expert)])
+    raise_all([fault for expert in experts for fault in faults_of(expert)])
     bank = ExpertBank(experts)
     check_sides(
-        profile, _dimensions(experts), {expert.name: expert.side for expert in experts if expert.side is not None}
+        profile, dimensions_of(experts), {expert.name: expert.side for expert in experts if expert.side is not None}
     )
-    _raise_all([*disagreements(experts, same_base=same_base), *_unmet_needs(row, bank, [w for _, w in chosen])])
-    modules = tuple(_planned(bank, name, row, asked_rank) for name in bank.modules)
-    truncated = any(module.rank < module.full_rank for module in modules)
-    encoding: PlannedEncoding = "folded" if into_base else "truncated" if truncated else "stacked"
-    if encoding not in row.encodings:
-        raise UsageError(
-            f"a soup by {row.name} cannot be held {encoding}", where="method", mend=f"choose {', '.join(row.encodings)}"
-        )
+    raise_all([*disagreements(experts, same_base=same_base), *unmet_needs(row, bank, [w for _, w in chosen])])
+    modules = tuple(_planned(bank, name, row, cut.rank) for name in bank.modules)
     return MergePlan(
         profile=profile,
         method=row,
-        encoding=encoding,
+        options=method_options,
+        target=_checked_target(target, into_base=into_base),
+        energy=cut.energy,
+        encoding=_encoding(row, modules, cut, into_base=into_base),
         experts=tuple(PlannedExpert(expert.name, str(expert.folder.resolve()), weight) for expert, weight in chosen),
         modules=modules,
         rank=max(module.rank for module in modules),
@@ -166,6 +198,11 @@ def plan_merge(
         target_modules=_targets(experts, bank.modules),
         shares_basis=bank.shares_basis,
     )
+
+
+def vllm_max_lora_rank(rank: int) -> int | None:
+    """Return the smallest --max-lora-rank with which vLLM loads an adapter of `rank`; None where none is enough."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def torch_dtype(name: DtypeName) -> torch.dtype:
@@ -193,21 +230,6 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _checked_rank(profile: Profile, option: int | None, *, into_base: bool) -> int | None:
-    rank, where = (profile.rank, profile.place("rank")) if option is None else (option, "--rank")
-    if rank is None:
-        return None
-    if rank < 1:
-        raise UsageError(f"the rank is {rank}, it must be at least 1", where=where, mend="give --rank 16")
-    if into_base:
-        raise UsageError(
-            "a soup folded into a base is exact and has no rank",
-            where=where,
-            mend="leave the rank out, or write an adapter instead",
-        )
-    return rank
-
-
 def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
     if dtype is None:
         return
@@ -217,86 +239,65 @@ def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
         raise UsageError(f"unknown dtype {dtype!r}", where="--dtype", mend=choose_from(dtype, _CHOICES))
 
 
-def _faults_of(expert: Expert) -> list[SoupError]:
-    """Return what is wrong with an expert by itself: its adapter and its record."""
-    steps: tuple[Callable[[], object], ...] = (lambda: expert.adapter, lambda: expert.record)
-    found: list[SoupError] = []
-    for step in steps:
-        try:
-            step()
-        except SoupError as fault:
-            found.append(fault)
-    return found
-
-
-def _raise_all(faults: Sequence[SoupError]) -> None:
-    """Raise the only fault, or one error that tells all of them."""
-    if not faults:
-        return
-    if len(faults) == 1:
-        raise faults[0]
-    kind = type(faults[0]) if len({type(fault) for fault in faults}) == 1 else InputError
-    raise kind(
-        f"{len(faults)} faults: " + "; ".join(f"({number}) {fault.what}" for number, fault in enumerate(faults, 1)),
-        where="; ".join(f"({number}) {fault.where}" for number, fault in enumerate(faults, 1)),
-        mend="; ".join(f"({number}) {fault.mend}" for number, fault in enumerate(faults, 1)),
-    )
-
-
-def _unmet_needs(method: Method, bank: ExpertBank, weights: Sequence[float]) -> list[SoupError]:
-    found: list[SoupError] = []
-    if method.needs_equal_ranks:
-        found += _unequal(method, bank, "rank", lambda expert, name: expert.adapter.modules[name].rank)
-    if method.needs_equal_scalings:
-        found += _unequal(method, bank, "scaling", lambda expert, name: expert.adapter.modules[name].scaling)
-    if method.divides_by_sum and cancels(weights):
-        found.append(
-            UsageError(
-                f"{method.name} divides by the sum of the weights, which is {sum(weights):g}",
-                where="weights",
-                mend="take the method `linear`, or weights that do not cancel",
-            )
+def _checked_target(target: str, *, into_base: bool) -> Target:
+    if target not in _TARGETS:
+        raise UsageError(f"unknown target {target!r}", where="--for", mend=choose_from(target, _TARGETS))
+    if into_base and target != "peft":
+        raise UsageError(
+            f"a full model needs nothing done for {target}", where="--for", mend="leave --for out: vLLM loads the model"
         )
-    return found
+    return _TARGETS[target]
 
 
-def _unequal(method: Method, bank: ExpertBank, what: str, of: Callable[[Expert, str], float]) -> list[SoupError]:
-    found = []
-    for name in bank.modules:
-        values = {bank.experts[index].name: of(bank.experts[index], name) for index in bank.members(name)}
-        if len(set(values.values())) > 1:
-            found.append(f"{name}: " + ", ".join(f"{expert} has {value:g}" for expert, value in values.items()))
-    if not found:
-        return []
-    more = f" (and {len(found) - _MAX_SHOWN} more modules)" if len(found) > _MAX_SHOWN else ""
-    return [
-        IncompatibleExpertsError(
-            f"{method.name} needs one {what} for all experts: " + "; ".join(found[:_MAX_SHOWN]) + more,
-            where=", ".join(expert.name for expert in bank.experts),
-            mend="take the method `linear`, which merges any ranks and scalings",
+def _method_options(row: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
+    """Return the options of the method: the caller's, else the profile's where the method is the profile's own."""
+    own = profile.options if row.name == profile.method else {}
+    return row.resolved({**own, **(given or {})})
+
+
+def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_base: bool) -> PlannedEncoding:
+    if into_base:
+        encoding: PlannedEncoding = "folded"
+    elif cut.energy is not None or any(module.rank < module.full_rank for module in modules):
+        encoding = "truncated"
+    elif row.family == "dense":
+        # a dense delta at its full rank is decomposed all the same
+        encoding = "truncated" if cut.is_asked_for else "stacked"
+    else:
+        encoding = "stacked"
+    if encoding not in row.encodings:
+        raise UsageError(
+            f"a soup by {row.name} is dense and cannot be held {encoding}"
+            if row.family == "dense"
+            else f"a soup by {row.name} cannot be held {encoding}",
+            where="method",
+            mend="give --rank 16, --energy 0.99 or --into-base BASE, or take the method linear",
         )
-    ]
+    return encoding
 
 
 def _planned(bank: ExpertBank, name: str, method: Method, rank: int | None) -> PlannedModule:
     members = bank.members(name)
     described = [bank.experts[index].adapter.modules[name] for index in members]
-    if method.family == "linear":
+    most = min(described[0].out_features, described[0].in_features)
+    if method.family == "dense":
+        full = most
+    elif method.needs_equal_ranks:
+        full = described[0].rank
+    elif method.family == "linear":
         # one A for several experts takes its rows once
         full = sum({number: each.rank for number, each in zip(bank.basis(name), described, strict=True)}.values())
     else:
-        full = described[0].rank
+        full = sum(each.rank for each in described)
     return PlannedModule(
-        name=name,
-        out_features=described[0].out_features,
-        in_features=described[0].in_features,
+        like=described[0],
         experts=tuple(bank.experts[index].name for index in members),
         full_rank=full,
         rank=full if rank is None else min(rank, full),
     )
 
 
-def _dimensions(experts: Sequence[Expert]) -> dict[str, str]:
+def dimensions_of(experts: Sequence[Expert]) -> dict[str, str]:
     """Return the dimension of each expert that has one: by expert.json, else by a name of the shipped catalogue."""
     found = {}
     for expert in experts:

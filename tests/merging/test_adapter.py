@@ -3,17 +3,19 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from personalized_soups import ExpertLibrary, Profile, merge
-from personalized_soups.adapters.provenance import read_soup_record
+from personalized_soups.adapters.provenance import SoupRecord, read_soup_record
 from personalized_soups.errors import InputError, OutputExistsError, RunError, UsageError
 from personalized_soups.merging.adapter import MergedAdapter
+from personalized_soups.merging.adapter_writer import MergedModule
 from tests import oracles
 from tests.experts import SHAPES, write_expert
 
@@ -38,6 +40,12 @@ def library_of(root: Path, **experts: Any) -> tuple[ExpertLibrary, list[Path]]:
 
 def written_deltas(merged: MergedAdapter, folder: Path) -> dict[str, Any]:
     return oracles.deltas(merged.write(folder))
+
+
+def record_in(folder: Path) -> SoupRecord:
+    record = read_soup_record(folder)
+    assert record is not None
+    return record
 
 
 def check_stacked(tmp_path: Path, dtype: str, folders: list[Path], merged: MergedAdapter) -> None:
@@ -66,11 +74,16 @@ def test_a_stacked_soup_owes_half_an_ulp(tmp_path: Path, dtype: str) -> None:
 
 def test_the_bound_sees_a_fault_of_one_ulp(tmp_path: Path) -> None:
     library, folders = library_of(tmp_path / "experts")
-    merged = merge(library, profile_of(WEIGHTS))
-    name = next(name for name in merged.tensors if "lora_B" in name)
-    merged.tensors[name].mul_(1 + 4 * 2.0**-24)
+    plan = merge(library, profile_of(WEIGHTS)).plan
+
+    class Off(MergedAdapter):
+        def modules(self) -> Iterator[MergedModule]:
+            for module in super().modules():
+                module.factors.b_OR.mul_(1 + 4 * 2.0**-24)
+                yield module
+
     with pytest.raises(AssertionError):
-        check_stacked(tmp_path, "F32", folders, merged)
+        check_stacked(tmp_path, "F32", folders, Off(plan, library, torch.device("cpu")))
 
 
 def test_rs_lora_and_patterns_enter_the_scaling(tmp_path: Path) -> None:
@@ -123,6 +136,7 @@ def test_truncation_is_the_best_at_its_rank_and_says_what_it_lost(tmp_path: Path
     merged = merge(library, profile_of(WEIGHTS), rank=rank)
     assert merged.plan.rank == min(rank, 12)
     got, want = written_deltas(merged, tmp_path / "out"), oracles.soup(folders, WEIGHTS)
+    record = record_in(tmp_path / "out")
     lost = energy = 0.0
     for module, delta in want.items():
         left, values, right = np.linalg.svd(delta, full_matrices=False)
@@ -132,14 +146,14 @@ def test_truncation_is_the_best_at_its_rank_and_says_what_it_lost(tmp_path: Path
         assert np.linalg.norm(got[module] - best) < 1e-6 * np.linalg.norm(delta)
         lost, energy = lost + float((values[rank:] ** 2).sum()), energy + float((values**2).sum())
         if rank < 12:
-            assert merged.record.truncation is not None
-            assert merged.record.truncation.modules[module] == pytest.approx(error, rel=1e-9)
+            assert record.truncation is not None
+            assert record.truncation.modules[module] == pytest.approx(error, rel=1e-9)
     if rank < 12:
-        assert merged.record.truncation is not None
-        assert merged.record.truncation.total == pytest.approx((lost / energy) ** 0.5, rel=1e-9)
+        assert record.truncation is not None
+        assert record.truncation.total == pytest.approx((lost / energy) ** 0.5, rel=1e-9)
     else:
-        assert merged.record.truncation is None
-        assert merged.record.encoding == "stacked"
+        assert record.truncation is None
+        assert record.encoding == "stacked"
 
 
 def test_the_total_error_counts_modules_that_were_not_truncated(tmp_path: Path) -> None:
@@ -149,7 +163,7 @@ def test_the_total_error_counts_modules_that_were_not_truncated(tmp_path: Path) 
     got, want = written_deltas(merged, tmp_path / "out"), oracles.soup(folders, WEIGHTS)
     lost = sum(float(np.linalg.norm(got[module] - delta)) ** 2 for module, delta in want.items())
     energy = sum(float(np.linalg.norm(delta)) ** 2 for delta in want.values())
-    truncation = merged.record.truncation
+    truncation = record_in(tmp_path / "out").truncation
     assert truncation is not None
     assert truncation.total == pytest.approx((lost / energy) ** 0.5, rel=1e-6)
     assert {name for name, error in truncation.modules.items() if error > 0} == some.keys()
@@ -165,8 +179,9 @@ def test_a_delta_of_zero_is_truncated_to_zero_without_error(tmp_path: Path) -> N
         }
         oracles.write_tensors(path, zeros)
     merged = merge(library, profile_of((1.0, 1.0)), rank=2)
-    assert merged.record.truncation is not None
-    assert merged.record.truncation.total == 0
+    truncation = record_in(merged.write(tmp_path / "out")).truncation
+    assert truncation is not None
+    assert truncation.total == 0
     assert all(not tensor.any() for name, tensor in merged.tensors.items() if "lora_B" in name)
 
 
@@ -216,7 +231,7 @@ def test_the_record_has_the_digest_of_every_file_that_was_read(tmp_path: Path) -
     from blake3 import blake3
 
     library, folders = library_of(tmp_path / "experts")
-    record = merge(library, profile_of(WEIGHTS)).record
+    record = record_in(merge(library, profile_of(WEIGHTS)).write(tmp_path / "out"))
     for expert, folder in zip(record.experts, folders, strict=True):
         assert expert.blake3 == {
             path.name: blake3(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()
@@ -239,7 +254,7 @@ def test_the_dtype_is_the_experts_own_where_they_agree(tmp_path: Path, given: tu
 def test_a_soup_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
     library, _ = library_of(tmp_path / "experts", alpha=1e6)
     with pytest.raises(UsageError, match="beyond float16") as caught:
-        merge(library, profile_of(WEIGHTS), dtype="float16")
+        merge(library, profile_of(WEIGHTS), dtype="float16").write(tmp_path / "out")
     assert "float32 or bfloat16" in caught.value.mend
 
 
@@ -256,7 +271,8 @@ def test_nan_and_infinity_are_refused_with_expert_and_tensor(tmp_path: Path, val
     tensors[name][1][1, 2] = value
     oracles.write_tensors(path, tensors)
     with pytest.raises(InputError, match=rf"{name}: the value at \[1, 2\] is {value}") as caught:
-        merge(library, profile_of(WEIGHTS))
+        merge(library, profile_of(WEIGHTS)).write(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     assert caught.value.where == str(path.resolve()) or caught.value.where == str(path)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from personalized_soups import ExpertLibrary, Profile, merge_into_base
 from personalized_soups.adapters.fingerprint import base_fingerprint
@@ -21,8 +20,6 @@ from personalized_soups.errors import (
     UnsupportedAdapterError,
     UsageError,
 )
-from personalized_soups.merging.into_base import folded
-from personalized_soups.methods.factors import Factors
 from tests import oracles
 from tests.experts import SHAPES, write_expert, write_record
 
@@ -176,11 +173,61 @@ def test_progress_ends_at_all_tensor_bytes(tmp_path: Path, library: ExpertLibrar
     assert calls[-1] == (total, total)
 
 
-def test_tied_embeddings_are_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("adapted", ["lm_head", "model.embed_tokens"])
+def test_a_soup_of_one_of_two_tied_embeddings_unties_them_and_says_so(
+    tmp_path: Path, adapted: str, shards: int
+) -> None:
+    """A LoRA on one of the two changes that one's outputs alone: as one tensor both would change."""
     write_expert(tmp_path / "experts" / "one", shapes={"lm_head": (50, 64)})
+    if adapted == "model.embed_tokens":
+        turn_into_embedding(tmp_path / "experts" / "one")
+    base = write_base(tmp_path / "base", shards=shards, config={"tie_word_embeddings": True})
+    library = ExpertLibrary.open(tmp_path / "experts")
+    out = merge_into_base(library, Profile(weights={"one": 0.5}), base, tmp_path / "out")
+    (before,) = [
+        w for path in base.glob("*.safetensors") for n, w in oracles.read_tensors(path).items() if "embed" in n
+    ]
+    after = {n: w for path in out.glob("*.safetensors") for n, w in oracles.read_tensors(path).items()}
+    ((a, b),) = pairs_in(tmp_path / "experts" / "one")
+    delta = 0.5 * 2 * (b @ a if adapted == "lm_head" else (b @ a).T)
+    changed, other = "lm_head.weight", "model.embed_tokens.weight"
+    if adapted == "model.embed_tokens":
+        changed, other = other, changed
+    np.testing.assert_array_equal(after[other], before)
+    assert oracles.relative_error(after[changed], before + delta) < 1e-6
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    record = read_soup_record(out)
+    assert record is not None
+    assert record.untied == "lm_head.weight"
+    if shards > 1:
+        index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+        assert index["lm_head.weight"] == index["model.embed_tokens.weight"]
+        assert index.keys() == after.keys()
+
+
+def tensors_in(folder: Path) -> dict[str, oracles.Matrix]:
+    return {name: w for path in folder.glob("*.safetensors") for name, w in oracles.read_tensors(path).items()}
+
+
+def turn_into_embedding(folder: Path) -> None:
+    """Rename an expert's lm_head to the factors of an embedding of the same shape, A [R, V] and B [D, R]."""
+    path = folder / "adapter_model.safetensors"
+    (a, b) = oracles.read_tensors(path).values()
+    name = "base_model.model.model.embed_tokens.lora_embedding_"
+    oracles.write_tensors(path, {f"{name}A": ("F32", b.T), f"{name}B": ("F32", a.T)})
+
+
+def pairs_in(folder: Path) -> list[tuple[oracles.Matrix, oracles.Matrix]]:
+    tensors = list(oracles.read_tensors(folder / "adapter_model.safetensors").values())
+    return [(tensors[0], tensors[1])]
+
+
+def test_tied_embeddings_that_nothing_changes_stay_tied(tmp_path: Path, library: ExpertLibrary) -> None:
     base = write_base(tmp_path / "base", config={"tie_word_embeddings": True})
-    with pytest.raises(UnsupportedAdapterError, match="lm_head is tied"):
-        merge_into_base(ExpertLibrary.open(tmp_path / "experts"), Profile(weights={"one": 1.0}), base, tmp_path / "out")
+    out = merge_into_base(library, PROFILE, base, tmp_path / "out")
+    assert (out / "config.json").read_bytes() == (base / "config.json").read_bytes()
+    assert "lm_head.weight" not in tensors_in(out)
 
 
 def test_a_quantised_base_is_refused_by_name(tmp_path: Path, library: ExpertLibrary) -> None:
@@ -195,7 +242,7 @@ def test_every_module_that_does_not_fit_is_told_at_once(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base")
     with pytest.raises(IncompatibleExpertsError) as caught:
         merge_into_base(ExpertLibrary.open(tmp_path / "experts"), Profile(weights={"one": 1.0}), base, tmp_path / "out")
-    assert "q_proj.weight: the base has [64, 64], the experts [64, 32]" in caught.value.what
+    assert "q_proj.weight: the base has [64, 64], the adapter is for [64, 32]" in caught.value.what
     assert "up_porj.weight is not in the base (did you mean 'model.layers.0.mlp.up_proj.weight'?)" in caught.value.what
 
 
@@ -279,32 +326,6 @@ def test_a_value_beyond_the_bases_dtype_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "F16")
     with pytest.raises(InputError, match=r"values beyond torch\.float16"):
         merge_into_base(ExpertLibrary.open(tmp_path / "experts"), Profile(weights={"one": 1.0}), base, tmp_path / "out")
-
-
-def test_bytes_are_equal_at_any_thread_count() -> None:
-    generator = torch.Generator().manual_seed(0)
-    w = torch.randn(700, 513, generator=generator).bfloat16().float()
-    factors = Factors(torch.randn(48, 513, generator=generator), torch.randn(700, 48, generator=generator))
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 4):
-            torch.set_num_threads(threads)
-            results.append(folded(w, factors))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
-
-
-def test_the_factors_scaling_is_part_of_what_is_folded() -> None:
-    assert folded(torch.tensor([[1.0]]), Factors(torch.tensor([[2.0]]), torch.tensor([[3.0]]), 0.5)).item() == 4
-
-
-def test_a_double_precision_weight_is_accumulated_in_double() -> None:
-    w = torch.tensor([[1.0]], dtype=torch.float64)
-    tiny = Factors(torch.tensor([[2.0**-20]]), torch.tensor([[2.0**-20]]))
-    assert folded(w, tiny).item() == 1 + 2.0**-40
 
 
 @pytest.mark.gpu

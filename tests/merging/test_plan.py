@@ -84,7 +84,7 @@ def test_all_broken_experts_are_told_at_once(tmp_path: Path) -> None:
 
 
 def test_one_broken_expert_keeps_its_own_kind_of_error(tmp_path: Path) -> None:
-    write_expert(tmp_path / "a", use_dora=True)
+    write_expert(tmp_path / "a", use_qalora=True)
     with pytest.raises(UnsupportedAdapterError):
         plan_of(tmp_path)
     (tmp_path / "a" / "adapter_config.json").write_text("{")

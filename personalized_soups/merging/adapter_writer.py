@@ -1,0 +1,253 @@
+"""The folder of one merged adapter: its tensors as they come, then its configuration and its record.
+
+R rank, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.config import CONFIG_FILE
+from personalized_soups.adapters.lora import WEIGHTS_FILE
+from personalized_soups.adapters.modules import LoraModule
+from personalized_soups.adapters.placement import blocks_of, of_blocks
+from personalized_soups.adapters.provenance import (
+    SOUP_FILE,
+    InputRecord,
+    SoupRecord,
+    TruncationRecord,
+    library_versions,
+    write_record,
+)
+from personalized_soups.errors import UsageError
+from personalized_soups.files.spool import Spool
+from personalized_soups.files.writer import NAMES_OF_DTYPES, SafetensorsWriter, TensorSpec
+from personalized_soups.merging.plan import MergePlan, torch_dtype, vllm_max_lora_rank
+from personalized_soups.merging.soup import ModuleSoup
+from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.finite import all_finite
+
+_SPOOL_FILE = ".spool"
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What a truncation lost: squared Frobenius norms of the delta and of what was taken from it."""
+
+    energy: float
+    lost: float
+
+    @property
+    def relative_error(self) -> float:
+        """`|dW - dW_R| / |dW|`; 0 where dW is 0."""
+        return (self.lost / self.energy) ** 0.5 if self.energy > 0 else 0.0
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class MergedModule:
+    """One module of a merged adapter, on the CPU in the adapter's dtype."""
+
+    like: LoraModule
+    factors: Factors
+    loss: Loss
+
+    @classmethod
+    def of(cls, soup: ModuleSoup, plan: MergePlan) -> Self:
+        """Round a module's soup once to the plan's dtype; at the plan's rank, unless an energy share decides.
+
+        Raises:
+            UsageError: where a value does not fit into the dtype.
+        """
+        assert soup.factors is not None, "a dense soup is truncated before it is held as an adapter"
+        like = soup.module.like
+        rounded = Factors(
+            _rounded(like.a_name, soup.factors.a_RI, plan), _rounded(like.b_name, soup.factors.b_OR, plan)
+        )
+        merged = cls(like, rounded, Loss(soup.energy, soup.lost))
+        return merged if plan.energy is not None else merged.padded(plan.rank)
+
+    @property
+    def name(self) -> str:
+        """The module's name in the base model."""
+        return self.like.name
+
+    @property
+    def rank(self) -> int:
+        """The rank of the change, of each block's where there are several."""
+        return self.factors.rank // self.like.blocks
+
+    def padded(self, rank: int) -> Self:
+        """Return it at a higher rank: rows and columns of zeros are added, the delta stays the same."""
+        if rank <= self.rank:
+            return self
+        blocks = blocks_of(self.factors, self.like.blocks)
+        return type(self)(self.like, of_blocks([each.padded(rank) for each in blocks]), self.loss)
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield both factors by their names in the file and in their shapes there."""
+        yield self.like.a_name, self.factors.a_RI.reshape(a_shape(self.like, self.rank))
+        yield self.like.b_name, self.factors.b_OR.reshape(b_shape(self.like, self.rank))
+
+
+class AdapterWriter:
+    """Writes one merged adapter into an empty folder, module by module; a context manager.
+
+    Modules may come in any order and are not kept. Where an energy share gives each module a rank of its own they are
+    set aside on the disk, since the file begins with the shapes of all.
+    """
+
+    def __init__(self, folder: Path, plan: MergePlan) -> None:
+        self._folder = folder
+        self._plan = plan
+        self._losses: dict[str, Loss] = {}
+        self._aside: list[MergedModule] = []
+        self._ranks = dict.fromkeys((module.name for module in plan.modules), plan.rank)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self._plan.energy is None:
+            self._writer = self._stack.enter_context(self._opened())
+        else:
+            self._spool = self._stack.enter_context(Spool(self._folder / _SPOOL_FILE))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def put(self, module: MergedModule) -> None:
+        """Write one module."""
+        self._losses[module.name] = module.loss
+        if self._plan.energy is None:
+            self._write(self._writer, module)
+            return
+        a_RI, b_OR = self._spool.kept(module.factors.a_RI), self._spool.kept(module.factors.b_OR)
+        self._aside.append(MergedModule(module.like, Factors(a_RI, b_OR), module.loss))
+
+    def finish(self, device: torch.device, inputs: tuple[InputRecord, ...]) -> SoupRecord:
+        """Write what is left: modules set aside, adapter_config.json, soup.json."""
+        if self._aside:
+            self._ranks = common_ranks(self._plan, self._aside)
+            with self._opened() as writer:
+                for module in self._aside:
+                    self._write(writer, module)
+        text = json.dumps(_config(self._plan, self._ranks), indent=2, ensure_ascii=False)
+        (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        record = _record(self._plan, device, self._ranks, self._losses, inputs)
+        write_record(self._folder, record)
+        return record
+
+    def _opened(self) -> SafetensorsWriter:
+        dtype = NAMES_OF_DTYPES[torch_dtype(self._plan.dtype)]
+        specs = []
+        for module in self._plan.modules:
+            rank = self._ranks[module.name]
+            specs.append(TensorSpec(module.like.a_name, dtype, a_shape(module.like, rank)))
+            specs.append(TensorSpec(module.like.b_name, dtype, b_shape(module.like, rank)))
+        return SafetensorsWriter(self._folder / WEIGHTS_FILE, specs, {"format": "pt"})
+
+    def _write(self, writer: SafetensorsWriter, module: MergedModule) -> None:
+        for name, tensor in module.padded(self._ranks[module.name]).named():
+            writer.write(name, tensor)
+
+
+def common_ranks(plan: MergePlan, modules: Iterable[MergedModule]) -> dict[str, int]:
+    """Return the rank at which each module is written: its own where an energy share decides, one for all for vLLM."""
+    own = {module.name: module.rank for module in modules}
+    if plan.energy is not None and plan.target == "peft":
+        return own
+    return dict.fromkeys(own, max(own.values()))
+
+
+def a_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
+    """Return the shape of a module's A in the file."""
+    return (rank * like.blocks, like.in_features // math.prod(like.kernel), *like.kernel)
+
+
+def b_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
+    """Return the shape of a module's B in the file."""
+    return (like.out_features, rank * like.blocks, *(1 for _ in like.kernel))
+
+
+def _rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
+    rounded = tensor.to("cpu", torch_dtype(plan.dtype)).contiguous()
+    if not all_finite(rounded):
+        raise UsageError(
+            f"{name}: the soup has values up to {tensor.abs().max().item():g}, beyond {plan.dtype}",
+            where="--dtype",
+            mend="take --dtype float32 or bfloat16, or smaller weights",
+        )
+    return rounded
+
+
+def _record(
+    plan: MergePlan,
+    device: torch.device,
+    ranks: Mapping[str, int],
+    losses: Mapping[str, Loss],
+    inputs: tuple[InputRecord, ...],
+) -> SoupRecord:
+    rank = max(ranks.values())
+    total = Loss(sum(loss.energy for loss in losses.values()), sum(loss.lost for loss in losses.values()))
+    in_order = [module.name for module in plan.modules]
+    truncation = TruncationRecord(
+        rank=rank,
+        energy=plan.energy,
+        total=total.relative_error,
+        modules={name: losses[name].relative_error for name in in_order},
+        ranks={name: ranks[name] for name in in_order if ranks[name] != rank},
+    )
+    return SoupRecord(
+        kind="adapter",
+        profile=plan.profile.model_dump(mode="json"),
+        method=plan.method.name,
+        options=dict(plan.options),
+        encoding=plan.encoding,
+        target=plan.target,
+        experts=inputs,
+        base=plan.base,
+        rank=rank,
+        dtype=plan.dtype,
+        device=str(device),
+        truncation=truncation if plan.encoding == "truncated" else None,
+        vllm_max_lora_rank=vllm_max_lora_rank(rank),
+        versions=library_versions("torch", "numpy"),
+        files=tuple(sorted((CONFIG_FILE, WEIGHTS_FILE, SOUP_FILE))),
+    )
+
+
+def _config(plan: MergePlan, ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Return what PEFT reads: rank and alpha are equal at every module, so that the scaling is 1."""
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: rank for name, rank in ranks.items() if rank != usual}
+    return {
+        "alpha_pattern": pattern,
+        "base_model_name_or_path": plan.base.name,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": usual,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": usual,
+        "rank_pattern": pattern,
+        "revision": plan.revision,
+        "target_modules": list(plan.target_modules),
+        "task_type": plan.task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }

@@ -1,0 +1,165 @@
+"""The base model that a soup is folded into: its folder, its checkpoint, and which of its tensors are one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from personalized_soups.adapters.compatible import is_same_base
+from personalized_soups.adapters.fingerprint import base_fingerprint, base_folder
+from personalized_soups.adapters.library import Expert
+from personalized_soups.adapters.provenance import BaseRecord
+from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
+from personalized_soups.files.atomic import MARKERS, files_below
+from personalized_soups.files.reader import PICKLES, parse_json
+from personalized_soups.files.shards import INDEX, Checkpoint
+
+CONFIG = "config.json"
+
+# Weights in other forms would stay those of the base alone: they are left out of the new folder.
+_OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".tflite", ".ot"}
+
+# The modules that transformers ties: a causal model's input and output embeddings.
+_INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_OUTPUTS = ("lm_head", "embed_out", "output")
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """A model folder with its weight files opened and checked, not read."""
+
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, base: Path | str) -> Self:
+        """Open a folder, or a hub id that stands in the local cache.
+
+        Raises:
+            InputError: if it is not there or has no config.json.
+            FileFormatError: if its weight files are damaged or pickles.
+            UnsupportedAdapterError: if it is quantised.
+        """
+        folder = base_folder(base)
+        config = _model_config(folder)
+        if quantization := config.get("quantization_config"):
+            kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise UnsupportedAdapterError(
+                f"the base is quantised ({kind}), which this version does not fold into",
+                where=str(folder),
+                mend="give the base as it was before it was quantised, or write an adapter (leave --into-base out)",
+            )
+        return cls(str(base), folder, config, Checkpoint.open(folder))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the experts' records know it by."""
+        return base_fingerprint(self.folder)
+
+    @cached_property
+    def tied(self) -> tuple[str, str] | None:
+        """The names of the input and the output embedding where they are one tensor, which stands under the first."""
+        stated = [table["tie_word_embeddings"] for table in self._tables if "tie_word_embeddings" in table]
+        inputs = [name for name in self.checkpoint if _module(name) in _INPUTS and len(self._shape(name)) == 2]
+        outputs = [name for name in self.checkpoint if _module(name) in _OUTPUTS]
+        # where the configuration says nothing, a causal model without a head of its own has the embedding for one
+        says = any(stated) if stated else not outputs and self._is_causal
+        if not says or len(inputs) != 1:
+            return None
+        return inputs[0], outputs[0] if outputs else f"{_head_of(inputs[0])}.weight"
+
+    def find(self, tensor: str) -> str | None:
+        """Return the name under which the checkpoint holds a tensor of the model, or None.
+
+        Checkpoints of a bare model (GPT-2's own) leave out the first part of the names, `transformer.`.
+        """
+        if tensor in self.checkpoint:
+            return tensor
+        bare = tensor.partition(".")[2]
+        return bare if bare in self.checkpoint else None
+
+    def check_fingerprints(self, experts: list[Expert]) -> None:
+        """Raise if an expert records the fingerprint of another base.
+
+        Raises:
+            IncompatibleExpertsError: naming every such expert.
+        """
+        # experts without a fingerprint name their base by a path or id that need not be this folder's
+        known = BaseRecord(fingerprint=self.fingerprint)
+        strangers = [
+            f"{expert.name} was trained on {expert.base.name or 'a base without a name'} "
+            f"({expert.base.fingerprint[:12]})"
+            for expert in experts
+            if expert.base.fingerprint is not None and not is_same_base(expert.base, known)
+        ]
+        if strangers:
+            raise IncompatibleExpertsError(
+                f"this base ({self.fingerprint[:12]}) is not the experts': " + "; ".join(strangers),
+                where=self.name,
+                mend="give the base that they were trained on; if it is the same one converted, pass --same-base",
+            )
+
+    def other_files(self) -> list[str]:
+        """Return every file that holds no weights, relative to the folder.
+
+        Hidden files and folders (`.git`, `.cache`) are left out, and so is the base's own record: it tells of the base.
+        """
+        found = []
+        for name in sorted(files_below(self.folder)):
+            relative = Path(name)
+            is_weights = relative.suffix.lower() in _OTHER_WEIGHTS or (
+                relative.name.endswith(".index.json") and name != INDEX
+            )
+            is_hidden = any(part.startswith(".") for part in relative.parts)
+            if not (is_weights or is_hidden or name in MARKERS) and (self.folder / relative).is_file():
+                found.append(name)
+        return found
+
+    @property
+    def _is_causal(self) -> bool:
+        return any("LM" in str(name) for name in self.config.get("architectures") or ())
+
+    @property
+    def _tables(self) -> list[Mapping[str, Any]]:
+        return [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.checkpoint.entry(name).shape
+
+
+def copy_others(base: BaseModel, folder: Path) -> None:
+    """Copy every file that holds no weights."""
+    for name in base.other_files():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.folder / name, folder / name)
+
+
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight").rpartition(".")[2]
+
+
+def _head_of(embedding: str) -> str:
+    return "embed_out" if _module(embedding) == "embed_in" else "lm_head"
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = parse_json(path.read_bytes(), path)
+    except FileNotFoundError:
+        raise InputError(
+            "the folder has no config.json: it is no model folder",
+            where=str(folder),
+            mend="give a folder that save_pretrained wrote",
+        ) from None
+    except OSError as error:
+        raise InputError(
+            f"the file cannot be read: {error.strerror}", where=str(path), mend="check its permissions"
+        ) from error
+    return config if isinstance(config, dict) else {}

@@ -1,0 +1,272 @@
+"""What soups change in a base: found from headers, checked all at once, and given tensor by tensor as terms.
+
+E experts, O out features, M rows and N columns of a base's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.library import Expert
+from personalized_soups.adapters.placement import Placement, place
+from personalized_soups.adapters.trained import TrainedTensor
+from personalized_soups.adapters.tying import tied_copies
+from personalized_soups.errors import IncompatibleExpertsError, UnsupportedAdapterError, choose_from
+from personalized_soups.merging.base import BaseModel
+from personalized_soups.merging.dora import row_gains
+from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows, arithmetic_dtype
+from personalized_soups.merging.plan import PlannedModule
+from personalized_soups.merging.soup import ModuleSoup, Soups
+
+_FOLDABLE = frozenset({"F64", "F32", "F16", "BF16"})
+_MAX_SHOWN = 5
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Change:
+    """What is added to one tensor: low-rank modules, and what experts (by their places in the bank) trained whole."""
+
+    modules: list[tuple[PlannedModule, Placement]] = field(default_factory=list)
+    trained: list[tuple[int, TrainedTensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """The changes that soups of the same experts make to a base, by the names of the written tensors.
+
+    `unties` names the tensor of the output embedding where the base has one tensor for both embeddings and the soups
+    need two; else it is None.
+    """
+
+    soups: Soups
+    model: BaseModel
+    changes: Mapping[str, Change]
+    unties: str | None
+
+    @classmethod
+    def of(cls, soups: Soups, model: BaseModel) -> Self:
+        """Find where everything that the experts adapt stands in the base.
+
+        Raises:
+            IncompatibleExpertsError: naming everything that is not in the base or of another shape there.
+            UnsupportedAdapterError: if the method cannot merge what an expert holds beside low-rank changes.
+        """
+        found = _Search(soups, model)
+        found.run()
+        return cls(soups, model, found.changes, found.unties)
+
+    def written_as(self, tensor: str) -> tuple[str, ...]:
+        """Return the names under which a tensor of the base is written: its own, and that of an embedding untied."""
+        tied = self.model.tied
+        if self.unties is None or tied is None or tensor != tied[0] or self.unties in self.model.checkpoint:
+            return (tensor,)
+        return (tensor, self.unties)
+
+    def touches(self, tensor: str) -> bool:
+        """Return whether a tensor of the base is written otherwise than as it stands."""
+        return tensor in self.changes or len(self.written_as(tensor)) > 1
+
+    def terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
+        """Return what each soup adds to a tensor that is written as `name`; its tensors are on the bank's device."""
+        change = self.changes.get(name, Change())
+        kind = arithmetic_dtype(base_MN.dtype)
+        terms: list[list[Term]] = [[] for _ in self.soups.plans]
+        for module, placement in change.modules:
+            magnitudes = {expert: each for expert, each in change.trained if each.kind == "magnitude"}
+            if magnitudes:
+                self._add_dora(terms, module, placement, magnitudes, base_MN)
+                continue
+            for own, soup in zip(terms, self.soups.of(module), strict=True):
+                own.extend(_placed(soup, placement, kind))
+        for expert, each in change.trained:
+            if each.kind != "magnitude":
+                value = self.soups.bank.experts[expert].adapter.trained_tensor(each.name, None)
+                for own, plan in zip(terms, self.soups.plans, strict=True):
+                    own.append(_whole(each, value, plan.weights[expert], self.soups.bank.device, kind))
+        return terms
+
+    def _add_dora(
+        self,
+        terms: list[list[Term]],
+        module: PlannedModule,
+        placement: Placement,
+        magnitudes: Mapping[int, TrainedTensor],
+        base_MN: Tensor,
+    ) -> None:
+        """Add `sum w_e D_e (W + d_e) + (1 - sum w_e) W - W`, with D_e = 1 for an expert without a magnitude."""
+        kind, axis = arithmetic_dtype(base_MN.dtype), placement.output_axis
+        scales = [1.0 + torch.zeros(module.out_features, dtype=torch.float64) for _ in terms]
+        for expert in self.soups.bank.members(module.name):
+            factors = self.soups.bank.factors(expert, module.name, kind)
+            gains = None
+            if (magnitude := magnitudes.get(expert)) is not None:
+                value = self.soups.bank.experts[expert].adapter.trained_tensor(magnitude.name, torch.float64)
+                gains = row_gains(base_MN, placement, factors, value)
+            for own, plan, scale in zip(terms, self.soups.plans, scales, strict=True):
+                weight = plan.weights[expert]
+                if gains is not None:
+                    scale.add_(gains - 1, alpha=weight)
+                for part in placement.parts(factors):
+                    left, right = part.left_MR * (weight * factors.scaling), part.right_RN
+                    if gains is not None:
+                        each = gains.to(left.device, kind)
+                        left, right = (each[:, None] * left, right) if axis == 0 else (left, right * each)
+                    own.append(Product(left, right, part.start))
+        for own, scale in zip(terms, scales, strict=True):
+            own.append(Rescale(scale.to(self.soups.bank.device), axis))
+
+
+class _Search:
+    """Finds where everything stands, and every fault on the way."""
+
+    def __init__(self, soups: Soups, model: BaseModel) -> None:
+        self.soups = soups
+        self.model = model
+        self.changes: dict[str, Change] = {}
+        self._experts = soups.bank.experts
+        self._faults: list[str] = []
+        self._copies = [tied_copies(expert.adapter) if model.tied else {} for expert in self._experts]
+        self.unties = model.tied[1] if model.tied is not None and self._needs_two() else None
+
+    def run(self) -> None:
+        self._check_method()
+        placements = self._placements()
+        for module in self.soups.plan.modules:
+            if (placement := placements.get(module.name)) is not None:
+                for name in self._written(module.like.base_name):
+                    self._change(name).modules.append((module, placement))
+        for index, expert in enumerate(self._experts):
+            for each in expert.adapter.trained.values():
+                if each.name not in self._copies[index] or self.unties is not None:
+                    self._add_trained(index, expert, each)
+        self._raise()
+
+    def _check_method(self) -> None:
+        method = self.soups.plan.method
+        for expert in self._experts:
+            for each in expert.adapter.trained.values():
+                if method.family != "linear":
+                    raise UnsupportedAdapterError(
+                        f"{expert.name}: {each.name} is trained whole ({each.origin}), for which {method.name} has "
+                        "no rule",
+                        where=str(expert.folder),
+                        mend="take the method linear",
+                    )
+
+    def _needs_two(self) -> bool:
+        """Return whether the soups change one of the two embeddings that are one tensor, and not the other alike."""
+        for expert, copies in zip(self._experts, self._copies, strict=True):
+            modules = expert.adapter.modules.values()
+            whole = [each for each in expert.adapter.trained.values() if each.kind == "replaced"]
+            changed = [(each.name, each.base_name) for each in modules] + [(each.name, each.target) for each in whole]
+            of_tied = {name for name, target in changed if self._is_tied(target)}
+            repeated = {name for copy, other in copies.items() for name in (copy, other)}
+            if of_tied - repeated:
+                return True
+        return False
+
+    def _is_tied(self, target: str) -> bool:
+        return self.model.tied is not None and (self.model.find(target) or target) in self.model.tied
+
+    def _source(self, target: str) -> str | None:
+        """Return the tensor of the checkpoint that a change of `target` is added to."""
+        stored = self.model.find(target)
+        if stored is None and self.model.tied is not None and target == self.model.tied[1]:
+            return self.model.tied[0]
+        return stored
+
+    def _written(self, target: str) -> tuple[str, ...]:
+        """Return the written tensors that a change of `target` belongs to: both embeddings where they stay one."""
+        if self._is_tied(target) and self.unties is None and self.model.tied is not None:
+            is_copy = (self.model.find(target) or target) == self.model.tied[1]
+            return () if is_copy else tuple(name for name in self.model.tied if name in self.model.checkpoint)
+        return (self.model.find(target) or target,)
+
+    def _change(self, name: str) -> Change:
+        return self.changes.setdefault(name, Change())
+
+    def _placements(self) -> dict[str, Placement]:
+        found: dict[str, Placement] = {}
+        for expert in self._experts:
+            modules = list(expert.adapter.modules.values())
+            shapes = {}
+            for module in modules:
+                if (source := self._source(module.base_name)) is None:
+                    self._missing(module.base_name)
+                else:
+                    shapes[module.base_name] = self._checked(module.base_name, source)
+            placed, faults = place([module for module in modules if module.base_name in shapes], shapes)
+            self._faults.extend(faults)
+            for name, placement in placed.items():
+                if found.setdefault(name, placement) != placement:
+                    self._faults.append(f"{name}: the experts do not agree on how it stands in the base")
+        return found
+
+    def _add_trained(self, index: int, expert: Expert, each: TrainedTensor) -> None:
+        source = self._source(each.target)
+        if source is None:
+            self._missing(each.target)
+            return
+        shape = self._checked(each.target, source)
+        fits = shape[1:] == each.shape[1:] if each.kind == "rows" else shape == each.shape
+        if each.kind != "magnitude" and not fits:
+            self._faults.append(f"{each.target}: the base has {list(shape)}, {expert.name} {list(each.shape)}")
+        elif each.kind == "rows" and each.rows and max(each.rows) >= shape[0]:
+            self._faults.append(f"{each.target}: the base has {shape[0]} rows, {expert.name} one for {max(each.rows)}")
+        # trained tokens are those of both embeddings, which PEFT keeps alike where they are one tensor
+        names = self.model.tied if each.kind == "rows" and self._is_tied(each.target) and self.unties else None
+        for name in names or self._written(each.target):
+            self._change(name).trained.append((index, each))
+
+    def _checked(self, name: str, source: str) -> tuple[int, ...]:
+        entry = self.model.checkpoint.entry(source)
+        if entry.dtype not in _FOLDABLE:
+            self._faults.append(f"{name}: its dtype is {entry.dtype}, a soup is folded into {_listed(_FOLDABLE)}")
+        return entry.shape
+
+    def _missing(self, name: str) -> None:
+        self._faults.append(f"{name} is not in the base ({choose_from(name, self.model.checkpoint)})")
+
+    def _raise(self) -> None:
+        faults = list(dict.fromkeys(self._faults))
+        if faults:
+            more = f" (and {len(faults) - _MAX_SHOWN} more)" if len(faults) > _MAX_SHOWN else ""
+            base = self.soups.plan.base.name or "they do not name it"
+            raise IncompatibleExpertsError(
+                "the experts do not fit the base: " + "; ".join(faults[:_MAX_SHOWN]) + more,
+                where=str(self.model.folder),
+                mend=f"give the base that they were trained on ({base})",
+            )
+
+
+def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[Term]:
+    if soup.delta_OI is not None:
+        delta = soup.delta_OI.mT if placement.is_transposed else soup.delta_OI
+        return [Dense(delta.to(kind).reshape(placement.matrix_shape))]
+    assert soup.factors is not None
+    return [
+        Product(part.left_MR.to(kind), part.right_RN.to(kind), part.start) for part in placement.parts(soup.factors)
+    ]
+
+
+def _whole(each: TrainedTensor, value: Tensor, weight: float, device: torch.device, kind: torch.dtype) -> Term:
+    """Return what a tensor that an expert trained whole adds, where `value` is as it stands in the expert's file."""
+    if each.kind == "added":
+        return Dense(as_matrix(value.to(device, kind) * (weight * each.scaling)))
+    if each.kind == "rows":
+        return TowardRows(torch.tensor(each.rows), value, weight)
+    return Toward(as_matrix(value), weight)
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Return a tensor of the base as a matrix of its leading rows, `[M, N]`; a vector is one row."""
+    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

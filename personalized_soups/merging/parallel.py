@@ -1,0 +1,51 @@
+"""Work on many modules at once: results come in the order of the items, a bounded number of them ahead."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def num_workers(device: torch.device) -> int:
+    """Return how many threads share a merge's arithmetic: torch's own count on a CPU, one where a GPU does it."""
+    return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+    """Yield `function(item)` for each item, in order; computed on `num_threads` threads beside the caller's own.
+
+    Every thread runs torch's operations by itself, so that an item's bytes are the same at any number of threads. At
+    most two results a thread are computed ahead, which bounds the memory. With one thread nothing runs beside.
+    """
+    if num_threads <= 1:
+        yield from map(function, items)
+        return
+    with worker_pool(num_threads) as pool:
+        ahead: deque[Future[Result]] = deque()
+        for item in items:
+            ahead.append(pool.submit(function, item))
+            if len(ahead) >= 2 * num_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+
+
+@contextmanager
+def worker_pool(num_threads: int) -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool whose threads run torch's operations by themselves; what was not begun is dropped on an error."""
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(num_threads, thread_name_prefix="merge", initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        # OpenMP counts threads per thread, MKL per process: a worker's setting reaches the caller through MKL
+        torch.set_num_threads(before)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from personalized_soups.merging import folding
+from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows, folded_blocks
+from personalized_soups.merging.parallel import in_order
+
+CPU = torch.device("cpu")
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def folded(base: Tensor, *soups: Sequence[Term], device: torch.device = CPU) -> list[Tensor]:
+    """Return every soup's whole tensor."""
+    out = [torch.full_like(base, float("nan")) for _ in soups]
+    for soup, start, block in folded_blocks(base, soups, device):
+        out[soup][start : start + block.shape[0]] = block
+    return out
+
+
+def terms_of_every_kind(rows: int, columns: int) -> tuple[list[Term], np.ndarray]:
+    """Return terms, and what they add to `random(rows, columns)` in float64 NumPy."""
+    left, right = random(rows - 3, 5, seed=1), random(5, columns, seed=2)
+    delta, value = random(rows, columns, seed=3), random(rows, columns, seed=4)
+    index = torch.tensor([rows - 1, 0, 7])
+    some = random(3, columns, seed=5)
+    scale = random(rows, seed=6).double()
+    w = random(rows, columns).double().numpy()
+    added = delta.double().numpy() + 0.25 * (value.double().numpy() - w) + (scale.numpy()[:, None] - 1) * w
+    added[2 : rows - 1] += left.double().numpy() @ right.double().numpy()
+    for place, row in zip(index.tolist(), some.double().numpy(), strict=True):
+        added[place] += -0.5 * (row - w[place])
+    terms: list[Term] = [
+        Product(left, right, 2),
+        Dense(delta),
+        Toward(value, 0.25),
+        TowardRows(index, some, -0.5),
+        Rescale(scale, 0),
+    ]
+    return terms, added
+
+
+@pytest.mark.parametrize("block", [16, 1 << 10, 1 << 20])
+def test_every_term_adds_what_float64_says(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setitem(folding._BLOCK, "cpu", block)
+    terms, added = terms_of_every_kind(41, 16)
+    base = random(41, 16)
+    (got,) = folded(base, terms)
+    want = base.double().numpy() + added
+    # a dozen roundings in float32, each of a partial sum that is below 40
+    assert np.abs(got.double().numpy() - want).max() < 12 * 2.0**-24 * 40
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees() -> None:
+    device = torch.device("cuda")
+    left, right, base = random(4000, 48, seed=1), random(48, 5000, seed=2), random(4000, 5000)
+    (on_cpu,) = folded(base, [Product(left, right)])
+    (on_gpu,) = folded(base, [Product(left.to(device), right.to(device))], device=device)
+    assert float((on_gpu - on_cpu).norm() / on_cpu.norm()) < 1e-6
+
+
+def test_columns_are_rescaled_too() -> None:
+    base, scale = random(5, 3), torch.tensor([0.5, 1.0, -2.0], dtype=torch.float64)
+    (got,) = folded(base, [Rescale(scale, 1)])
+    torch.testing.assert_close(got, (base.double() * scale).float(), rtol=2**-22, atol=2**-22)
+
+
+def test_a_soup_is_the_same_alone_and_among_others() -> None:
+    base = random(300, 64).bfloat16()
+    soups = [[Product(random(300, 8, seed=n), random(8, 64, seed=n + 10))] for n in range(3)]
+    together = folded(base, *soups)
+    for soup, got in zip(soups, together, strict=True):
+        assert torch.equal(folded(base, soup)[0], got)
+
+
+def test_bytes_are_equal_at_any_thread_count() -> None:
+    base, left, right = random(700, 513).bfloat16(), random(700, 48, seed=1), random(48, 513, seed=2)
+    before = torch.get_num_threads()
+    results = [
+        next(iter(in_order(lambda _: folded(base, [Product(left, right)])[0], range(4), threads)))
+        for threads in (1, 2, 4)
+    ]
+    assert torch.get_num_threads() == before
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_a_double_precision_weight_is_accumulated_in_double() -> None:
+    base = torch.tensor([[1.0]], dtype=torch.float64)
+    (got,) = folded(base, [Dense(torch.tensor([[2.0**-40]], dtype=torch.float64))])
+    assert got.item() == 1 + 2.0**-40
+
+
+def test_the_sum_is_rounded_once() -> None:
+    """In bfloat16 1 + 2^-9 is 1 again: three such steps show only if they are added before the rounding."""
+    base = torch.ones(1, 1, dtype=torch.bfloat16)
+    step = torch.full((1, 1), 2.0**-9)
+    (got,) = folded(base, [Dense(step), Dense(step), Dense(step)])
+    assert got.item() == 1 + 2.0**-7
