@@ -3,100 +3,48 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from personalized_soups import ExpertLibrary, LiveAdapter, Profile, merge
-from personalized_soups.errors import (
-    DeclarationError,
-    IncompatibleExpertsError,
-    InputError,
-    SoupError,
-    UnsupportedAdapterError,
-    UsageError,
-)
+from personalized_soups.errors import UsageError
 from tests import oracles
 from tests.experts import SHAPES, write_expert
+from tests.merging.live_soups import (
+    KINDS,
+    MODULE,
+    NAMES,
+    base_model,
+    factors,
+    layers,
+    live_of,
+    logits,
+    profile_of,
+    state,
+    write_experts,
+)
 from tests.oracles import Matrix
-
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 
 # PEFT still asks transformers by the old name; nothing of ours to change
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
-NAMES = ("one", "three", "two")
 WEIGHTS = [(0.6, 0.6, 0.6), (0.7, -0.4, 1.3), (0.0, 2.0, 0.0), (-1.0, 0.0, 0.25)]
-MODULE = "model.layers.0.mlp.up_proj"
 F32 = 2.0**-24
 
-# What each kind of live soup is made of: options of the experts, and of the LiveAdapter.
-KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "free": ({"rank": (2, 5, 3), "alpha": (8, 3, 16), "use_rslora": (False, True, False)}, {}),
-    "shared": ({"a_seed": 7, "alpha": (8, 3, 16)}, {}),
-    "average": ({}, {"method": "factor_average"}),
-    "peft": ({"alpha": (8, 3, 16)}, {"method": "factor_linear"}),
-}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-def write_experts(root: Path, *, shapes: Any = SHAPES, **options: Any) -> ExpertLibrary:
-    """Write three experts; a tuple gives each its own option."""
-    for index, name in enumerate(NAMES):
-        chosen = {key: value[index] if isinstance(value, tuple) else value for key, value in options.items()}
-        write_expert(root / name, seed=index, shapes=shapes, **chosen)
-    return ExpertLibrary.open(root)
-
-
-def live_of(kind: str, root: Path, device: str, **options: Any) -> tuple[ExpertLibrary, LiveAdapter]:
-    experts, settings = KINDS[kind]
-    library = write_experts(root, **experts)
-    return library, LiveAdapter(library, device=device, **settings, **options)
-
-
-def profile_of(weights: Sequence[float], **options: Any) -> Profile:
-    return Profile(weights=dict(zip(NAMES, weights, strict=True)), **options)
-
-
-def base_model(folder: Path, device: str = "cpu") -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
-
-
-def logits(model: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(torch.tensor([[7, 11, 13, 17, 19, 23]], device=model.device)).logits
-    return found
-
-
-def layers(model: Any, adapter: str = "soup") -> dict[str, Any]:
-    """Return the layers that have the adapter, by the names that they have in the base."""
-    named = model.get_base_model().named_modules()
-    return {name: layer for name, layer in named if adapter in getattr(layer, "lora_A", {})}
-
-
-def factors(model: Any, adapter: str = "soup") -> dict[str, tuple[Matrix, Matrix]]:
-    return {
-        name: tuple(part[adapter].weight.detach().double().cpu().numpy() for part in (layer.lora_A, layer.lora_B))
-        for name, layer in layers(model, adapter).items()
-    }
-
-
-def state(model: Any) -> dict[str, bytes]:
-    return {name: value.cpu().numpy().tobytes() for name, value in model.state_dict().items() if "lora_" in name}
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
@@ -402,141 +350,3 @@ def test_num_bytes_counts_what_the_buffers_hold(tmp_path: Path) -> None:
     shared = write_experts(tmp_path / "shared", a_seed=1)
     assert LiveAdapter(shared).num_bytes == 4 * 4 * (width + (3 + 1) * height)
     assert LiveAdapter(shared, method="factor_average").num_bytes == 4 * 4 * (3 + 1) * (width + height)
-
-
-@pytest.mark.parametrize(
-    ("profile", "kind", "told"),
-    [
-        (Profile(weights={"fuor": 1, "one": 1}), "free", "no expert is called 'fuor'.*choose from: one, three"),
-        (profile_of((1, 1, 1), method="factor_linear"), "free", "asks for factor_linear.*method='factor_linear'"),
-        (profile_of((1, 1, 1), rank=9), "free", "rank 9, a live soup is exact and has rank 10.*leave `rank` out"),
-        (profile_of((1, 1, -2)), "average", "divides by the sum of the weights, which is 0.*take the method"),
-        (profile_of((1e30, 1e10, 0)), "free", "beyond float32.*smaller weights"),
-        (profile_of((-1e30, 1e10, 0)), "shared", "beyond float32.*smaller weights"),
-    ],
-)
-def test_a_refused_profile_changes_nothing(
-    tmp_path: Path, small_base: Path, profile: Profile, kind: str, told: str
-) -> None:
-    experts, settings = KINDS[kind]
-    live = LiveAdapter(write_experts(tmp_path, **{**experts, "alpha": 1e12}), **settings)
-    model = live.attach(base_model(small_base))
-    live.set(profile_of((0.5, 0.25, 1.0)))
-    before, now = state(model), live.profile
-    with pytest.raises(SoupError, match=f"(?s){told}"):
-        live.set(profile)
-    assert state(model) == before
-    assert live.profile is now
-
-
-def test_a_16_bit_soup_refuses_what_float16_cannot_hold(tmp_path: Path) -> None:
-    live = LiveAdapter(write_experts(tmp_path / "experts"), dtype="float16")
-    with pytest.raises(UsageError, match="beyond float16"):
-        live.set(profile_of((1e6, 1, 1)))
-    live.set(profile_of((1e3, 1, 1)))
-    with pytest.raises(UsageError, match="unknown dtype 'int8'"):
-        LiveAdapter(write_experts(tmp_path / "again"), dtype="int8")
-
-
-def test_opposed_sides_are_refused_unless_allowed(tmp_path: Path) -> None:
-    for index, name in enumerate(("friendly", "unfriendly")):
-        write_expert(tmp_path / name, seed=index)
-    live = LiveAdapter(ExpertLibrary.open(tmp_path))
-    with pytest.raises(DeclarationError, match="two sides of one dimension"):
-        live.set(Profile(weights={"friendly": 1, "unfriendly": 1}))
-    live.set(Profile(weights={"friendly": 1, "unfriendly": 1}, allow_opposed=True))
-    live.set(Profile(weights={"friendly": 1, "unfriendly": 0}))
-
-
-def test_some_of_a_library(tmp_path: Path, small_base: Path) -> None:
-    library = write_experts(tmp_path)
-    live = LiveAdapter(library, experts=["two", "one"])
-    assert live.rank == 8
-    model = live.attach(base_model(small_base))
-    live.set(Profile(weights={"two": 3, "one": 1, "three": 0}, normalize="sum"))
-    want = oracles.soup([library["two"].folder, library["one"].folder], [0.75, 0.25])
-    for module, (a, b) in factors(model).items():
-        assert oracles.relative_error(b @ a, want[module]) < 1e-6
-    with pytest.raises(DeclarationError, match="the live soup holds no expert called 'three'"):
-        live.set(profile_of((1, 1, 1)))
-    with pytest.raises(UsageError, match="a live soup of no experts"):
-        LiveAdapter(library, experts=[])
-    with pytest.raises(DeclarationError, match="no expert is called 'four'"):
-        LiveAdapter(library, experts=["four"])
-
-
-def test_a_model_that_was_moved_or_cast_is_told(tmp_path: Path, small_base: Path) -> None:
-    _, live = live_of("free", tmp_path / "experts", "cpu")
-    model = live.attach(base_model(small_base))
-    model.to("cpu").float()  # nothing changes
-    live.set(profile_of((1, 1, 1)))
-    model.double()
-    with pytest.raises(UsageError, match="moved or cast since"):
-        live.set(profile_of((1, 1, 1)))
-    with pytest.raises(UsageError, match="moved or cast since"):
-        live.zero()
-    model.delete_adapter("soup")
-    live.set(profile_of((1, 1, 1)))
-
-
-def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, small_base: Path) -> None:
-    for name, shapes in {
-        "missing": {"model.layers.7.mlp.up_proj": (96, 64)},
-        "shape": {MODULE: (96, 32)},
-        "kind": {"model.embed_tokens": (64, 320)},
-    }.items():
-        write_expert(tmp_path / name, shapes=shapes)
-    library = ExpertLibrary.open(tmp_path)
-    for name, what in {
-        "missing": "model.layers.7.mlp.up_proj is missing",
-        "shape": rf"{MODULE} is \[96, 64\], the experts adapt \[96, 32\]",
-        "kind": "model.embed_tokens is a Embedding",
-    }.items():
-        with pytest.raises(IncompatibleExpertsError, match=what):
-            LiveAdapter(library, experts=[name]).attach(base_model(small_base))
-    write_expert(tmp_path / "fits")
-    live = LiveAdapter(ExpertLibrary.open(tmp_path / "fits"))
-    with pytest.raises(UsageError, match="is on meta, the live soup on cpu"):
-        live.attach(base_model(small_base).to("meta"))
-
-
-def test_what_no_product_gives_is_refused(tmp_path: Path) -> None:
-    library = write_experts(tmp_path / "experts", rank=(2, 5, 3))
-    with pytest.raises(UsageError, match="no merge method 'lineer'"):
-        LiveAdapter(library, method="lineer")
-    with pytest.raises(UsageError, match="a live soup cannot be made by ties") as refused:
-        LiveAdapter(library, method="ties")
-    assert "factor_average" in refused.value.mend
-    with pytest.raises(IncompatibleExpertsError, match="needs one rank for all experts"):
-        LiveAdapter(library, method="factor_linear")
-    with pytest.raises(UsageError, match="no device 'cuda:99'"):
-        LiveAdapter(library, device="cuda:99")
-
-
-@pytest.mark.parametrize(
-    ("options", "what"),
-    [
-        ({"modules_to_save": ["lm_head"]}, "trained whole (modules_to_save)"),
-        ({"use_dora": True}, "trained whole (use_dora)"),
-        ({"target_modules": ["embed_tokens"]}, "model.embed_tokens is of the kind embedding"),
-    ],
-)
-def test_more_than_linear_layers_is_refused_by_name(
-    tmp_path: Path, small_base: Path, options: dict[str, Any], what: str
-) -> None:
-    config = peft.LoraConfig(**{"target_modules": ["up_proj"], "task_type": "CAUSAL_LM", **options})
-    model = peft.get_peft_model(base_model(small_base), config)
-    model.save_pretrained(tmp_path / "odd", save_embedding_layers=False)
-    with pytest.raises(UnsupportedAdapterError, match=re.escape(what)) as refused:
-        LiveAdapter(ExpertLibrary.open(tmp_path))
-    assert "expert 'odd'" in refused.value.what
-
-
-def test_a_diverged_expert_is_refused(tmp_path: Path) -> None:
-    library = write_experts(tmp_path)
-    path = tmp_path / "two" / "adapter_model.safetensors"
-    tensors = {name: ("F32", values) for name, values in oracles.read_tensors(path).items()}
-    tensors[f"base_model.model.{MODULE}.lora_B.weight"][1][3, 1] = np.nan
-    oracles.write_tensors(path, tensors)
-    with pytest.raises(InputError, match=rf"{MODULE}.*nan"):
-        LiveAdapter(library)
