@@ -21,6 +21,9 @@ CONFIG_FILE = "adapter_config.json"
 
 _MAX_CONFIG_BYTES = 16 << 20
 
+# Each of them is held against every tensor of the adapter.
+_MAX_NAMES = 1000
+
 Biases = Literal["none", "all", "lora_only"]
 
 
@@ -202,11 +205,13 @@ def _names(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = table.get(key) or []
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
         raise _out_of_place(path, f"{key} is not a list of names: {str(value)[:80]}")
+    if len(value) > _MAX_NAMES:
+        raise _out_of_place(path, f"{key} has {len(value)} names, more than {_MAX_NAMES}")
     return tuple(value)
 
 
 def _tokens(path: Path, value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
-    if isinstance(value, dict):
+    if isinstance(value, dict) and len(value) <= _MAX_NAMES:
         return {module: _indices(path, indices) for module, indices in value.items()}
     return _indices(path, value or [])
 

@@ -6,7 +6,8 @@ R rank, I in features, O out features.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from personalized_soups.adapters.config import CONFIG_FILE, AdapterConfig
@@ -106,15 +107,16 @@ def modules_of(header: Header) -> dict[str, LoraModule]:
     for name, parts in header.names.items():
         if any(parts.role in pair for pair in _PAIRS):
             groups.setdefault(replace(parts, role="whole"), {})[parts.role] = name
-    modules = [_module(header, place, pair, groups) for place, pair in groups.items()]
+    num_pairs = Counter(place.path for place in groups)
+    modules = [_module(header, place, pair, num_pairs[place.path]) for place, pair in groups.items()]
     found = {module.name: module for module in sorted(modules, key=lambda module: module.name)}
     if len(found) != len(modules):
         raise header.fault("two pairs of factors are for one module")
     return found
 
 
-def _module(header: Header, place: TensorName, pair: Mapping[str, str], places: Collection[TensorName]) -> LoraModule:
-    parameter = _parameter(header, place, places)
+def _module(header: Header, place: TensorName, pair: Mapping[str, str], num_pairs: int) -> LoraModule:
+    parameter = _parameter(header, place, num_pairs)
     if place.around is not None and not parameters_of(place.around, header.config.target_parameters):
         raise header.refused(
             f"{place.path} is adapted inside of {place.around}, as in torch's MultiheadAttention, whose output "
@@ -144,12 +146,11 @@ def _module(header: Header, place: TensorName, pair: Mapping[str, str], places: 
     )
 
 
-def _parameter(header: Header, place: TensorName, places: Collection[TensorName]) -> str | None:
-    """Return which of a module's parameters a pair of factors is for, or None where it is for the module itself."""
+def _parameter(header: Header, place: TensorName, num_pairs: int) -> str | None:
+    """Return which of a module's parameters one of its pairs of factors is for, or None: for the module itself."""
     parameters = parameters_of(place.path, header.config.target_parameters)
     if not parameters:
         return None
-    num_pairs = sum(other.path == place.path for other in places)
     order = wrapping_order(parameters)
     if len(order) != num_pairs or place.depth >= num_pairs:
         raise header.refused(

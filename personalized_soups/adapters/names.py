@@ -19,6 +19,8 @@ PREFIX = "base_model.model."
 Kind = Literal["linear", "transposed", "embedding", "conv", "parameter"]
 Role = Literal["A", "B", "embedding A", "embedding B", "bias of B", "magnitude", "tokens", "whole"]
 
+# Longer names would make the work on their parts long, and no model has them.
+_MAX_NAME = 1000
 _WRAPPED = "base_layer"
 _A = ".lora_A.weight"
 _B = ".lora_B.weight"
@@ -68,6 +70,8 @@ def parse_name(tensor: str, *, where: str) -> TensorName:
     Raises:
         UnsupportedAdapterError: if PEFT gives no such name.
     """
+    if len(tensor) > _MAX_NAME:
+        raise unknown_name(f"{tensor[:80]}...", where=where)
     path = tensor.removeprefix(PREFIX)
     ending = next((ending for ending in _ENDINGS if path.endswith(ending)), "")
     steps = path.removesuffix(ending).split(".")

@@ -54,14 +54,10 @@ class Patterns:
             ValueError: if all matches so far have taken more steps than any sound adapter needs.
         """
         for key, matcher in self._matchers:
-            if isinstance(matcher, _Automaton):
-                self._steps_left -= len(module) * len(matcher.states)
-                if self._steps_left < 0:
-                    raise ValueError(f"matching {key[:80]!r} against {len(module)} characters takes too long")
-                found = matcher.matches(module)
-            else:
-                found = matcher.match(module) is not None
-            if found:
+            self._steps_left -= len(module) * len(matcher.states) if isinstance(matcher, _Automaton) else 1
+            if self._steps_left < 0:
+                raise ValueError(f"matching {key[:80]!r} and others against so many modules takes too long")
+            if matcher.match(module):
                 return key
         return None
 
@@ -94,7 +90,7 @@ class _Automaton:
         self._end = self._state()
         self._start = self._sequence(parsed, self._end)
 
-    def matches(self, text: str) -> bool:
+    def match(self, text: str) -> bool:
         """Return whether `re.match(expression, text)` finds anything."""
         current = self._closure([self._start], 0, text)
         for place, char in enumerate(text):

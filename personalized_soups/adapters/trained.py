@@ -112,7 +112,7 @@ def _origin(header: Header, parts: TensorName, modules: Mapping[str, LoraModule]
     module, _, attribute = parts.path.rpartition(".")
     steps = module.split(".")
     owners = [".".join(steps[: end + 1]) for end in range(len(steps))]
-    if any(owner.endswith(saved) for owner in owners for saved in config.modules_to_save):
+    if any(owner.endswith(config.modules_to_save) for owner in owners):
         return "modules_to_save"
     if any(step in _WRAPPERS for step in steps):
         return None

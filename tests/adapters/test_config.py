@@ -156,6 +156,7 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, text: str) -
         {"use_rslora": "yes"},
         {"rank_pattern": ["q_proj"]},
         {"modules_to_save": "score"},
+        {"modules_to_save": ["score"] * 1001},
         {"target_parameters": [3]},
         {"use_dora": "yes"},
         {"trainable_token_indices": 3},
