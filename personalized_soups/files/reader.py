@@ -10,6 +10,7 @@ import json
 import math
 import mmap
 import os
+import reprlib
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -199,6 +200,11 @@ def check_no_pickle(path: Path) -> None:
         )
 
 
+def shown(name: str) -> str:
+    """Return a name out of a file as a message can hold it: what could steer or fill a terminal is quoted and cut."""
+    return name if name.isprintable() and len(name) <= 300 else ascii(name[:300])
+
+
 def parse_json(data: bytes, path: Path) -> Any:
     """Return what JSON bytes say; repeated keys and NaN are refused.
 
@@ -236,7 +242,7 @@ def _parse(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, Tensor
     for entry in entries:
         if entry.start != position:
             kind = "overlaps the tensor before it" if entry.start < position else "leaves a hole before it"
-            raise _fault(path, f"{entry.name}: starts at byte {entry.start}, expected {position}: it {kind}")
+            raise _fault(path, f"{shown(entry.name)}: starts at byte {entry.start}, expected {position}: it {kind}")
         position = entry.end
     if position != data_bytes:
         kind = "is truncated" if position > data_bytes else "has bytes that belong to no tensor"
@@ -245,20 +251,22 @@ def _parse(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, Tensor
 
 
 def _entry(name: str, fields: Any, path: Path) -> TensorEntry:
+    told = shown(name)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise _fault(path, f"{name}: an entry is dtype, shape and data_offsets, this is {str(fields)[:80]}")
+        raise _fault(path, f"{told}: an entry is dtype, shape and data_offsets, this is {reprlib.repr(fields)}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _fault(path, f"{name}: unknown dtype {str(dtype)[:40]!r}")
-    if not _are_sizes(shape):
-        raise _fault(path, f"{name}: the shape is not a list of sizes: {str(shape)[:80]}")
+        raise _fault(path, f"{told}: unknown dtype {reprlib.repr(dtype)}")
+    # torch counts the elements without those sizes that are 0, too
+    if not _are_sizes(shape) or math.prod(size for size in shape if size) >= 1 << 63:
+        raise _fault(path, f"{told}: the shape is not a list of sizes: {reprlib.repr(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _fault(path, f"{name}: data_offsets are not a begin and an end: {str(offsets)[:80]}")
+        raise _fault(path, f"{told}: data_offsets are not a begin and an end: {reprlib.repr(offsets)}")
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise _fault(
             path,
-            f"{name}: {dtype} {shape} takes {bits / 8:g} bytes, its data_offsets span {offsets[1] - offsets[0]}",
+            f"{told}: {dtype} {shape} takes {bits / 8:g} bytes, its data_offsets span {offsets[1] - offsets[0]}",
         )
     return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
@@ -277,7 +285,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {repeated!r} is repeated")
+        raise ValueError(f"the name {shown(repeated)!r} is repeated")
     return table
 
 

@@ -12,6 +12,7 @@ from personalized_soups.errors import FileFormatError, InputError
 
 # Opening a FIFO would wait for somebody to write to it.
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_PIECE = 1 << 20
 
 
 @contextmanager
@@ -34,6 +35,31 @@ def opened(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def read_small(path: Path, max_bytes: int) -> bytes:
+    """Return all bytes of a regular file of at most `max_bytes`.
+
+    Raises:
+        FileFormatError: if it is longer, or something else than a regular file.
+        InputError: if it cannot be read.
+    """
+    with opened(path) as descriptor:
+        pieces, left = [], max_bytes + 1
+        try:
+            # a file may grow while it is read, and those of /proc do not tell their size
+            while left and (piece := os.read(descriptor, min(left, _PIECE))):
+                pieces.append(piece)
+                left -= len(piece)
+        except OSError as error:
+            raise unreadable(path, error) from error
+    if not left:
+        raise FileFormatError(
+            f"the file is longer than {max_bytes} bytes",
+            where=str(path),
+            mend="give the file that a tool wrote, not one of another kind",
+        )
+    return b"".join(pieces)
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Self
 from torch import Tensor
 
 from personalized_soups.errors import FileFormatError, choose_from
-from personalized_soups.files.reader import PICKLES, SafetensorsFile, TensorEntry, check_no_pickle, parse_json
+from personalized_soups.files.reader import PICKLES, SafetensorsFile, TensorEntry, check_no_pickle, parse_json, shown
+from personalized_soups.files.regular import read_small
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,9 +45,9 @@ class Checkpoint:
         folder = Path(folder)
         whole = f"{stem}.safetensors"
         index = folder / f"{whole}.index.json"
-        if index.is_file():
+        if os.path.lexists(index):
             names = _indexed(index)
-        elif (folder / whole).is_file():
+        elif os.path.lexists(folder / whole):
             names = None
         else:
             raise _no_weights(folder)
@@ -54,11 +57,11 @@ class Checkpoint:
         for file, shard in shards.items():
             for name in shard.entries:
                 if name in shard_of:
-                    raise _fault(index, f"{name}: stands in {shard_of[name]} and in {file}")
+                    raise _fault(index, f"{shown(name)}: stands in {shard_of[name]} and in {file}")
                 shard_of[name] = file
         if names is not None and names != shard_of:
             name = next(iter(dict(names.items() ^ shard_of.items())))
-            raise _fault(index, f"{name}: the index says {names.get(name)}, it stands in {shard_of.get(name)}")
+            raise _fault(index, f"{shown(name)}: the index says {names.get(name)}, it stands in {shard_of.get(name)}")
         return cls(folder, MappingProxyType(shards), names is not None, MappingProxyType(shard_of))
 
     def __iter__(self) -> Iterator[str]:
@@ -103,20 +106,25 @@ class Checkpoint:
 
 
 def _indexed(index: Path) -> dict[str, str]:
-    if index.stat().st_size > _MAX_INDEX_BYTES:
-        raise _fault(index, f"the index is larger than {_MAX_INDEX_BYTES} bytes")
-    parsed = parse_json(index.read_bytes(), index)
+    parsed = parse_json(read_small(index, _MAX_INDEX_BYTES), index)
     names = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(names, dict) or not names:
         raise _fault(index, "the index has no weight_map")
+    checked = set()
     for name, file in names.items():
         # a name with a folder in it could point anywhere on the disk
-        if not isinstance(file, str) or Path(file).name != file or "\\" in file or not file:
-            raise _fault(index, f"{name}: the index names {str(file)[:80]!r}, not a file beside it")
-        check_no_pickle(index.with_name(file))
-        if not index.with_name(file).is_file():
-            raise _fault(index, f"the shard {file} is missing; {name} stands in it")
+        if not isinstance(file, str) or not _is_plain(file):
+            raise _fault(index, f"{shown(name)}: the index names {reprlib.repr(file)}, not a file beside it")
+        if file not in checked:
+            check_no_pickle(index.with_name(file))
+            if not os.path.lexists(index.with_name(file)):
+                raise _fault(index, f"the shard {shown(file)} is missing; {shown(name)} stands in it")
+            checked.add(file)
     return names
+
+
+def _is_plain(file: str) -> bool:
+    return Path(file).name == file and file not in {"", ".."} and not set(file) & {"\\", "\0"}
 
 
 def _no_weights(folder: Path) -> FileFormatError:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from personalized_soups.errors import InputError
+from personalized_soups.errors import FileFormatError, InputError
 from personalized_soups.files.digest import BackgroundDigests, digest_file
 
 # From the BLAKE3 team's test_vectors.json: the first 32 bytes for inputs of 0 and 1025 bytes that count up to 250.
@@ -36,6 +37,28 @@ def test_files_are_hashed_in_the_background(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"")
     with BackgroundDigests([tmp_path / "x", tmp_path / "x"]) as digests:
         assert dict(digests.results()) == {tmp_path / "x": VECTORS[0]}
+
+
+def test_files_may_be_added_as_they_become_whole(tmp_path: Path) -> None:
+    names = [f"{number}" for number in range(20)]
+    with BackgroundDigests(num_threads=3) as digests:
+        for name in names:
+            (tmp_path / name).write_bytes(counted(1025))
+            digests.add(tmp_path / name)
+        assert dict(digests.results()) == {tmp_path / name: VECTORS[1025] for name in names}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path = Path("/dev/zero")
+    with pytest.raises(FileFormatError, match="not a regular file"):
+        digest_file(path)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
