@@ -70,14 +70,14 @@ def approximate(delta_OI: Tensor, *, rank: int | None = None, energy: float | No
         kept = rank or least_rank(sums, share * total)
         if kept <= candidate:
             return _truncated(delta_OI, range_OL @ u[:, :kept], values[:kept], vh[:kept], total)
-        # no value to come is greater than the last one, so that many more are needed at least
+        # no value to come is greater than the last one: so many more are needed at least
         missing, last = share * total - float(sums[-1]), float(values[candidate - 1]) ** 2
         if missing >= side * last:
             break
-        candidate = max(2 * candidate, candidate + int(missing / last))
+        candidate = max(2 * candidate, candidate + math.ceil(missing / last))
     u, values, vh = torch.linalg.svd(delta_OI.double(), full_matrices=False)
     sums = values.square().cumsum(0)
-    kept = min(side, rank or least_rank(sums, share * float(sums[-1])))
+    kept = rank or least_rank(sums, share * float(sums[-1]))
     return _truncated(delta_OI, u[:, :kept], values[:kept], vh[:kept], total)
 
 

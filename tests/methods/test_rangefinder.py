@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from personalized_soups.methods.lowrank import Truncated
-from personalized_soups.methods.rangefinder import POWER_ITERATIONS, approximate
+from personalized_soups.methods.rangefinder import approximate
 from personalized_soups.methods.streams import Stream
 
 Matrix = NDArray[np.float64]
@@ -40,12 +42,12 @@ def error(delta: torch.Tensor, result: Truncated) -> float:
 def excess(values: Matrix, rank: int) -> float:
     """Return a bound of the mean squared error over the best one, less 1.
 
-    With Q from (A A^T)^q A G and G Gaussian with rank + P columns,
+    With Q from (A A^T)^q A G, q = 2, and G Gaussian with rank + P columns,
     |A - Q (Q^T A)_R|^2 <= |A - A_R|^2 + |(I - Q Q^T) A_R|^2 (the rows of A - A_R and A_R are at right angles).
     The last term is at most |S2^(2q+1) G2 G1^+ S1^(-2q)|^2 (as in the proof of theorem 9.1), whose mean is
     |S2^(2q+1)|^2 |S1^(-2q)|^2 / (P - 1) (propositions 10.1 and 10.2).
     """
-    columns, double = rank // 2 + 16, 2 * POWER_ITERATIONS
+    columns, double = rank // 2 + 16, 4
     tail, head = values[rank:], values[:rank]
     spread = np.square(tail ** (double + 1)).sum() * np.square(1 / head**double).sum()
     return float(spread / (columns - 1) / np.square(tail).sum())
@@ -123,6 +125,56 @@ def test_nearly_the_least_rank_that_keeps_the_energy(values: Matrix, energy: flo
     found = next(rank for rank in range(1, 400) if tails[rank] * (1 + excess(values, rank)) <= 1 - energy)
     assert least <= result.factors.rank <= found
     assert error(delta, result) ** 2 <= (1 - energy) * float(np.square(values).sum()) * (1 + 1e-12)
+
+
+@dataclass(frozen=True)
+class Told(Stream):
+    """A stream that tells how wide each sketch was, and begins with the least uniform number that there is."""
+
+    widths: list[int] = field(default_factory=list)
+
+    def uniform(self, shape: Sequence[int], device: torch.device | str = "cpu", *, start: int = 0) -> torch.Tensor:
+        """Return super's, the first one 0."""
+        self.widths.append(shape[1])
+        drawn = super().uniform(shape, device, start=start)
+        drawn[0, 0] = 0
+        return drawn
+
+
+@pytest.mark.parametrize(
+    ("values", "energy", "widths"),
+    [
+        (0.93 ** np.arange(400), 0.9, [64]),
+        # 58 values are needed, between the first 32 and twice that
+        (0.97 ** np.arange(400), 0.97, [64, 112]),
+        # 99 are needed: the first 32, and 66.45 times what the last of them has, so that twice 32 is left out
+        (np.ones(110), 0.895, [64, 164]),
+        # 198 are needed, and a sketch for them would be 313 wide, over half the delta
+        (np.ones(400), 0.495, [64]),
+        # all of the energy, which the sketch can't be sure of by subtraction where the values end
+        (np.ones(10), 1.0, [64]),
+    ],
+    ids=["at once", "doubled", "foreseen", "whole", "ended"],
+)
+def test_the_sketch_grows_by_what_is_missing(values: Matrix, energy: float, widths: list[int]) -> None:
+    stream = Told(3)
+    result = approximate(with_values(450, 400, values), energy=energy, stream=stream)
+    assert [*stream.widths] == widths
+    assert result.relative_error**2 <= 1 - energy + 1e-12
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize(("shape", "scale"), [((20, 30), 1.0), ((150, 160), 1.0), ((150, 160), 1e-150)])
+def test_all_of_the_energy_is_the_rank_that_there_is(shape: tuple[int, int], scale: float, seed: int) -> None:
+    # at 1e-150 the squares of what rounding leaves beyond the fourth value are 0 to the bit
+    delta = torch.zeros(shape, dtype=torch.float64)
+    delta[:6] = scale * with_values(6, shape[1], np.linspace(3, 1, 4), seed)
+    assert approximate(delta, energy=1.0, stream=STREAM).factors.rank == 4
+
+
+def test_rows_longer_than_a_block() -> None:
+    delta = with_values(2, 2**18 + 1, np.array([2.0, 1.0]))
+    assert approximate(delta, rank=1, stream=STREAM).relative_error == pytest.approx(math.sqrt(1 / 5), rel=1e-12)
 
 
 @settings(max_examples=150, deadline=None)
