@@ -20,7 +20,7 @@ def row_blocks(matrix: Tensor) -> Iterator[slice]:
     num_rows, num_columns = matrix.shape
     step = max(1, _BLOCK.get(matrix.device.type, _BLOCK_ELSEWHERE) // max(1, num_columns))
     for start in range(0, num_rows, step):
-        yield slice(start, min(start + step, num_rows))
+        yield slice(start, start + step)
 
 
 def widened(block: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def agreed_sum(weights: Sequence[float], lambda_: float) -> Fuse:
 
 def _sign(total: Tensor) -> Tensor:
     """Return +1 and -1 in place of a sum, +1 for 0; copysign costs a third of a comparison and a choice."""
-    return torch.copysign(torch.ones_like(total), total.add_(0.0))  # -0 + 0 is +0
+    return torch.copysign(torch.ones_like(total), total)  # -0 is a sum of zeros alone, and these agree with nobody
 
 
 def _tally(

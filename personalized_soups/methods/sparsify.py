@@ -70,7 +70,7 @@ def drop_small(density: float, epsilon: float, stream: Stream, *, rescales: bool
         device = block_NI.device
         spread = epsilon if width > 1 else 0.0
         p_I = torch.linspace(density - spread, density + spread, width, dtype=torch.float64).clamp_(max=1.0)
-        order_NI = block_NI.abs().argsort(dim=1, stable=True)
+        order_NI = _ascending(block_NI)
         highest_NI = torch.empty(block_NI.shape, dtype=torch.int32, device=device)
         highest_NI.scatter_(1, order_NI, _highest_word(p_I).to(device).expand(block_NI.shape))
         words = stream.words(block_NI.numel(), device, start=start).view(block_NI.shape)
@@ -159,6 +159,17 @@ def _magnitudes(deltas: Iterable[Tensor]) -> Iterator[Tensor]:
         for rows in row_blocks(delta_OI):
             block = widened(delta_OI[rows]).abs().flatten()
             yield block.view(torch.int32 if block.dtype == torch.float32 else torch.int64)
+
+
+def _ascending(block_NI: Tensor) -> Tensor:
+    """Return each row's columns by rising magnitude, of equal ones the earlier first, as int64."""
+    if block_NI.device.type != "cpu" or block_NI.dtype != torch.float32:
+        return block_NI.abs().argsort(dim=1, stable=True)
+    # magnitude and column in one whole number: NumPy sorts these with vector instructions, five times faster
+    keys_NI = block_NI.abs().view(torch.int32).long().bitwise_left_shift_(32)
+    keys_NI.bitwise_or_(torch.arange(block_NI.shape[1]))
+    keys_NI.numpy().sort(axis=1)
+    return keys_NI.bitwise_and_(2**32 - 1)
 
 
 def _highest_word(probability: Tensor) -> Tensor:

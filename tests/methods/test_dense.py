@@ -63,7 +63,8 @@ def masked(deltas: Sequence[Tensor], keep: Callable[[Stream], Any]) -> list[Matr
 
 
 def l1(part: Matrix, delta: Matrix) -> Matrix:
-    return part * (np.abs(delta).sum() / np.abs(part).sum())
+    scale = float(np.abs(delta).sum() / np.abs(part).sum())
+    return part * scale
 
 
 def want(name: str, deltas: Sequence[Tensor], w: Sequence[float], density: float, lambda_: float) -> Matrix:

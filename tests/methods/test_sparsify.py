@@ -139,6 +139,17 @@ def test_drop_small_ranks_each_row(shape: tuple[int, int], epsilon: float) -> No
         assert torch.equal(part, divided[1:3])
 
 
+def test_ranks_are_the_same_in_every_dtype() -> None:
+    """float32 is ranked by packed keys, float64 by a stable argsort: the same entries are kept."""
+    delta = torch.round(randn(30, 200) * 8) / 8
+    delta[3] = 0
+    delta[4] *= -(2.0**-140)
+    keep = drop_small(0.5, 0.3, Stream.of(3, "ranks"), rescales=False)
+    assert torch.equal(keep(delta, 0).double(), keep(delta.double(), 0))
+    ones = torch.ones(30, 200)
+    assert not torch.equal(keep(ones, 0) != 0, keep(torch.arange(200.0).flip(0).expand(30, 200) + 1, 0) != 0)
+
+
 def test_drop_small_at_its_edges() -> None:
     delta = randn(200, 50)
     assert drop_small(1.0, 0.0, Stream(0), rescales=True)(delta, 0) is delta
@@ -156,8 +167,9 @@ def test_matched_has_the_l1_norm_of_the_whole() -> None:
     kept = matched(keep, delta)(delta, 0)
     # the scale is float64, the product rounded once: 2^-24 an element, and so of the sum of magnitudes
     assert float(kept.double().abs().sum()) == pytest.approx(float(delta.double().abs().sum()), rel=2.0**-23)
-    tiny = torch.full((2, 2), 1e-8)
-    assert matched(keep, tiny) is keep
+    tiny, most = torch.full((20, 20), 1e-10), drop(0.9, Stream(9))
+    assert most(tiny, 0).any()
+    assert matched(most, tiny) is most
     none = drop(2.0**-32, Stream(9))
     assert matched(none, delta[:2, :2]) is none
 
