@@ -2,6 +2,7 @@
 #
 #   make quickstart    train six experts on the embedded base, merge eight personal models, score them
 #   make test          formatting, lint, types, layers, the whole test suite
+#   make bench         what merging costs here, beside PEFT, mergekit and cp; about 25 minutes and 25 GB of disk
 #
 # TORCH_INDEX: another package index for torch, e.g. to keep a multi-gigabyte CUDA build off a machine without a GPU:
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -9,11 +10,12 @@
 
 PYTHON ?= python3
 TORCH_INDEX ?=
+BENCH ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test lint types layers format tiny quality reference wheel clean
+.PHONY: quickstart test lint types layers format tiny quality bench reference wheel clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/psoups quickstart
@@ -42,6 +44,10 @@ tiny: $(VENV)/.run
 # The quickstart for three seeds, with free and with shared basis; writes the table into docs/.
 quality: $(VENV)/.run
 	$(BIN)/psoups quality --page docs/quality.md
+
+# Fresh processes, medians of five; writes the tables into docs/. BENCH passes options: make bench BENCH='--shape tiny'.
+bench: $(VENV)/.run
+	$(BIN)/python -m benchmarks.run $(BENCH)
 
 # docs/cli.md and docs/schemas/, which the suite holds to the code.
 reference: $(VENV)/.dev

@@ -1,0 +1,12 @@
+"""All experiments, in the order of the table."""
+
+from __future__ import annotations
+
+from benchmarks.experiments import adapter, into_base, live, many
+from benchmarks.experiments.experiment import Experiment
+from benchmarks.shapes import Scale
+
+
+def experiments(scale: Scale) -> list[Experiment]:
+    """Return every experiment at a scale."""
+    return [each for module in (adapter, into_base, many, live) for each in module.experiments(scale)]

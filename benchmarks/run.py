@@ -1,0 +1,147 @@
+"""`make bench`: measure every row, print the table, write it into docs/benchmarks.md; the last line is one JSON object.
+
+python -m benchmarks.run [--shape tiny] [--repeats 1] [--only base] [--json] [--page docs/benchmarks.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import machine, page
+from benchmarks.experiments.every import experiments
+from benchmarks.experiments.experiment import Context, Experiment
+from benchmarks.measure import ROOT, run_process, script
+from benchmarks.rows import HEAD, Row
+from benchmarks.shapes import SCALES
+from benchmarks.world import Part, World, check_space
+
+# A table that is no terminal's is not folded to 80 columns.
+_WIDTH = 190
+
+_FLOOR_BYTES = 512 << 20
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what the options ask for; 1 where a way failed."""
+    options = _parser().parse_args(argv)
+    scale = SCALES[options.shape]
+    chosen = _chosen(experiments(scale), options.only)
+    start, load = time.monotonic(), machine.load()
+    context = Context(World.default(), scale, options.repeats, _say)
+    described = machine.describe(context.world.folder)
+    has_gpu = "gpu" in described
+    rows = _rows(context, chosen, has_gpu=has_gpu)
+    result = {
+        "shape": options.shape,
+        "repeats": options.repeats,
+        "machine": {**described, **_floors(context, has_gpu=has_gpu)},
+        "load": [load, machine.load()],
+        "seconds": round(time.monotonic() - start),
+        "rows": [row.as_json() for row in rows],
+    }
+    if not options.json:
+        _print_table(rows)
+    if options.page is not None or options.shape == "1b":
+        for part in page.update(options.page or ROOT / "docs" / "benchmarks.md", result):
+            _say(f"the table of the {part} is written into the page")
+    print(json.dumps(result, allow_nan=False), flush=True)
+    return int(any(row.note.startswith("failed") for row in rows))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", choices=sorted(SCALES), default="1b", help="1b: real shapes; tiny: a trial")
+    parser.add_argument("--repeats", type=int, default=5, help="fresh processes of each way")
+    parser.add_argument("--only", action="append", help="a row or the first words of several, cpu, gpu")
+    parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
+    parser.add_argument("--page", type=Path, help="where the tables go: docs/benchmarks.md")
+    return parser
+
+
+def _chosen(every: Sequence[Experiment], only: Sequence[str] | None) -> list[Experiment]:
+    if only is None:
+        return list(every)
+    chosen = [each for each in every if any(_matches(row, word) for row in each.rows for word in only)]
+    unknown = [word for word in only if not any(_matches(row, word) for each in every for row in each.rows)]
+    if unknown:
+        names = ", ".join(row.name for each in every for row in each.rows)
+        raise SystemExit(f"error: no row is called {', '.join(unknown)}\n   at: --only\n mend: choose from {names}")
+    return chosen
+
+
+def _matches(row: Row, word: str) -> bool:
+    return word in {row.name, row.part} or row.name.startswith(f"{word}-")
+
+
+def _rows(context: Context, chosen: Sequence[Experiment], *, has_gpu: bool) -> list[Row]:
+    able = [each for each in chosen if has_gpu or not each.needs_gpu]
+    _prepare(context.world, able)
+    rows = []
+    for number, experiment in enumerate(chosen, start=1):
+        if experiment not in able:
+            rows += [replace(row, note="no GPU here") for row in experiment.rows]
+            continue
+        title = f"{number}/{len(chosen)} {experiment.rows[0].name}"
+        inner = replace(context, say=lambda way, title=title: _say(f"{title}: {way}"))  # type: ignore[misc]
+        rows += experiment.run(inner, {row.name: row for row in experiment.rows})
+    return rows
+
+
+def _prepare(world: World, chosen: Sequence[Experiment]) -> None:
+    parts: list[Part] = list(dict.fromkeys(part for each in chosen for part in each.parts))
+    needed, free = check_space(world, parts, max((each.scratch_bytes for each in chosen), default=0))
+    _say(f"{world.folder}: {needed / 1e9:.1f} GB more are needed on the disk, {free / 1e9:.1f} GB are free")
+    for part in world.missing(parts):
+        _say(f"write {part.shape.name}/{part.kind} ({part.num_bytes / 1e9:.2f} GB)")
+        world.build(part)
+
+
+def _floors(context: Context, *, has_gpu: bool) -> dict[str, str]:
+    """Return what this machine does at best, in words: the floor under every figure."""
+    copies: dict[str, dict[str, object]] = {
+        "memory copy, 1 thread": {"threads": 1},
+        "memory copy, 2 threads": {"threads": 2},
+    }
+    if has_gpu:
+        copies["memory copy on the GPU"] = {"source": "cuda", "target": "cuda"}
+        copies["pinned memory to the GPU"] = {"target": "cuda"}
+        copies["GPU to pinned memory"] = {"source": "cuda"}
+    floors = {}
+    for name, arguments in copies.items():
+        context.say(name)
+        report = run_process(script("memory_copy", num_bytes=_FLOOR_BYTES, **arguments)).report
+        floors[name] = f"{report['bytes_per_second'] / 1e9:.3g} GB/s"
+    return floors
+
+
+def _print_table(rows: Sequence[Row]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in HEAD:
+        table.add_column(name, justify="right" if name in page.NUMBERS else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row.cells)
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=_WIDTH)
+    console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(f"{row.name}: {row.note}")
+
+
+def _say(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
