@@ -128,9 +128,9 @@ def _journal(place: Workplace, identity: str, *, durable: bool) -> Iterator[Jour
     """Yield the journal of a workplace whose `new` holds what the journal names and nothing else."""
     place.new.mkdir(exist_ok=True)
     with Journal(place.journal, identity, durable=durable) as journal:
-        journal.names[:] = [name for name in journal.names if os.path.lexists(place.new / name)]
         above = {parent.as_posix() for name in journal.names for parent in PurePosixPath(name).parents}
         _keep_only(str(place.new), "", set(journal.names), above)
+        journal.names[:] = [name for name in journal.names if os.path.lexists(place.new / name)]
         if durable:
             sync_folder(place.folder)
             sync_folder(place.folder.parent)

@@ -36,7 +36,7 @@ def copy_file(source: Path, target: Path, how: CopyMode = "copy") -> CopyMode:
             if how == "reflink" and reflink(reading, writing):
                 return "reflink"
             length = os.fstat(reading).st_size
-            if not copy_range(reading, 0, writing, 0, length):
+            if length == 0 or not copy_range(reading, 0, writing, 0, length):  # files of /proc have no size
                 _copy_through_memory(reading, writing)
         except BaseException:
             target.unlink(missing_ok=True)
@@ -49,10 +49,10 @@ def copy_file(source: Path, target: Path, how: CopyMode = "copy") -> CopyMode:
 def copy_range(source: int, start: int, target: int, begin: int, length: int) -> bool:
     """Let the kernel copy `length` bytes from `start` in one open file to `begin` in another; return whether it did.
 
-    Where it returns False nothing or a part was copied.
+    Where it returns False nothing or a part was copied: the kernel cannot, or the source is shorter than that.
 
     Raises:
-        OSError: if reading or writing fails, or the source ends before its time.
+        OSError: if reading or writing fails.
     """
     if sys.platform != "linux":
         return False
@@ -65,7 +65,7 @@ def copy_range(source: int, start: int, target: int, begin: int, length: int) ->
                 return False
             raise
         if moved == 0:
-            return False  # the end of the file, or (before Linux 5.19) of a file that has no size, as in /proc
+            return False  # the file is shorter than it was
         done += moved
     return True
 

@@ -258,6 +258,24 @@ def test_the_second_of_two_runs_is_refused_before_any_work(tmp_path: Path) -> No
     assert left_in(tmp_path) == ["out"]
 
 
+def test_a_lock_on_a_folder_that_is_gone_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another run may end, and take its scratch away, between the opening and the locking of it."""
+    flock = fcntl.flock
+    is_first = True
+
+    def late(descriptor: int, how: int) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            (tmp_path / ".out.partial").rmdir()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with new_folder(tmp_path / "out"), pytest.raises(OutputExistsError, match="another run"):
+        new_folder(tmp_path / "out").__enter__()
+    assert left_in(tmp_path) == ["out"]
+
+
 def test_what_a_killed_run_left_is_taken_away(tmp_path: Path) -> None:
     stale = tmp_path / ".out.partial" / "new" / "deep"
     stale.mkdir(parents=True)
