@@ -72,7 +72,7 @@ def test_the_help_of_every_command_loads_nothing_heavy(name: str) -> None:
     statement = f"""
 from personalized_soups.cli.app import build_app
 try:
-    build_app()(["{name}", "--help"])
+    build_app()(["{name.replace("_", "-")}", "--help"])
 except SystemExit as done:
     assert not done.code, done.code
 """
@@ -84,7 +84,7 @@ def test_every_row_of_the_table_is_a_module_with_commands() -> None:
     import typer.main
 
     command = typer.main.get_command(build_app())
-    assert set(getattr(command, "commands", {})) == set(COMMAND_MODULES)
+    assert set(getattr(command, "commands", {})) == {name.replace("_", "-") for name in COMMAND_MODULES}
 
 
 @pytest.mark.parametrize(("kind", "code"), [(InputError, 2), (RunError, 1)])

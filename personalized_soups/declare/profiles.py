@@ -1,0 +1,61 @@
+"""Many profiles in one file: JSON Lines, one profile a line, read as they are asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.declare.loader import load_data
+from personalized_soups.declare.profile import Profile
+from personalized_soups.errors import DeclarationError
+
+
+def read_profiles(path: Path | str) -> Iterator[Profile]:
+    """Yield the profiles of a JSON Lines file; empty lines are passed over. Memory: one line.
+
+    Raises:
+        DeclarationError: with file and line, for anything that is wrong with the file or in a line.
+    """
+    path = Path(path)
+    number = 0
+    try:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _profile(line, f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise DeclarationError(
+            f"not UTF-8: byte 0x{error.object[error.start]:02x}", where=f"{path}:{number + 1}", mend="save it as UTF-8"
+        ) from None
+    except OSError as error:
+        raise DeclarationError(
+            f"the file cannot be read: {error.strerror}", where=str(path), mend="check the path and its permissions"
+        ) from error
+
+
+def _profile(line: str, where: str) -> Profile:
+    try:
+        table = json.loads(line, object_pairs_hook=_no_repeats)
+    except (ValueError, RecursionError) as error:
+        raise DeclarationError(
+            f"the line is not JSON: {str(error)[:200]}",
+            where=where,
+            mend='write one profile a line: {"user": "u1042", "weights": {"expert": 0.6}}',
+        ) from None
+    if not isinstance(table, dict):
+        raise DeclarationError(
+            f"the line holds a {type(table).__name__}, not a profile",
+            where=where,
+            mend='write one profile a line: {"user": "u1042", "weights": {"expert": 0.6}}',
+        )
+    return load_data(table, Profile, where)
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is repeated")
+    return table
