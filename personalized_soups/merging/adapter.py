@@ -47,7 +47,7 @@ class MergedAdapter:
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by its name in the file, on the CPU, all in memory at once."""
         modules = list(self.modules())
-        ranks = common_ranks(self.plan, modules)
+        ranks = common_ranks(self.plan, {module.name: module.rank for module in modules})
         return {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
 
     def write(self, folder: Path | str, overwrite: bool = False) -> Path:

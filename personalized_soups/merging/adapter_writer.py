@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,13 +139,13 @@ class AdapterWriter:
     def finish(self, device: torch.device, inputs: tuple[InputRecord, ...]) -> SoupRecord:
         """Write what is left: modules set aside, adapter_config.json, soup.json."""
         if self._aside:
-            self._ranks = common_ranks(self._plan, self._aside)
+            self._ranks = common_ranks(self._plan, {module.name: module.rank for module in self._aside})
             with self._opened() as writer:
                 for module in self._aside:
                     self._write(writer, module)
-        text = json.dumps(_config(self._plan, self._ranks), indent=2, ensure_ascii=False)
+        text = json.dumps(adapter_config(self._plan, self._ranks), indent=2, ensure_ascii=False)
         (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        record = _record(self._plan, device, self._ranks, self._losses, inputs)
+        record = adapter_record(self._plan, device, self._ranks, self._losses, inputs)
         write_record(self._folder, record)
         return record
 
@@ -163,11 +163,10 @@ class AdapterWriter:
             writer.write(name, tensor)
 
 
-def common_ranks(plan: MergePlan, modules: Iterable[MergedModule]) -> dict[str, int]:
+def common_ranks(plan: MergePlan, own: Mapping[str, int]) -> dict[str, int]:
     """Return the rank at which each module is written: its own where an energy share decides, one for all for vLLM."""
-    own = {module.name: module.rank for module in modules}
     if plan.energy is not None and plan.target == "peft":
-        return own
+        return dict(own)
     return dict.fromkeys(own, max(own.values()))
 
 
@@ -192,13 +191,14 @@ def _rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
     return rounded
 
 
-def _record(
+def adapter_record(
     plan: MergePlan,
     device: torch.device,
     ranks: Mapping[str, int],
     losses: Mapping[str, Loss],
     inputs: tuple[InputRecord, ...],
 ) -> SoupRecord:
+    """Return what soup.json says of a merged adapter whose modules have these ranks and losses."""
     rank = max(ranks.values())
     total = Loss(sum(loss.energy for loss in losses.values()), sum(loss.lost for loss in losses.values()))
     in_order = [module.name for module in plan.modules]
@@ -228,7 +228,7 @@ def _record(
     )
 
 
-def _config(plan: MergePlan, ranks: Mapping[str, int]) -> dict[str, Any]:
+def adapter_config(plan: MergePlan, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return what PEFT reads: rank and alpha are equal at every module, so that the scaling is 1."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}

@@ -150,10 +150,10 @@ def fold_plans(
         _write_shards(changes, folders, untouched, progress)
         for plan, each in zip(plans, folders, strict=True):
             copy_others(model, each.folder)
-            if changes.unties is not None:
-                _untie(changes, each.folder)
-            inputs = input_records(plan, library, digests.results())
-            write_record(each.folder, _record(plan, changes, inputs, digests.results(), each.folder))
+            for name, table in untied_tables(changes).items():
+                (each.folder / name).write_text(json_text(table), encoding="utf-8")
+            taken = input_records(plan, library, digests.results())
+            write_record(each.folder, model_record(plan, changes, taken, digests.results(), each.folder))
 
 
 def checked_copy_mode(name: str) -> CopyMode:
@@ -267,11 +267,7 @@ def _write_shard(
         return
     if not wanted:
         return
-    specs = [
-        TensorSpec(name, entry.dtype, entry.shape)
-        for entry in source.entries.values()
-        for name in changes.written_as(entry.name)
-    ]
+    specs = shard_specs(source, changes)
     with ExitStack() as stack:
         sinks: dict[int, Sink] = {
             number: stack.enter_context(SafetensorsWriter(each.folder / file, specs, source.metadata))
@@ -292,29 +288,40 @@ def _check_finite(name: str, merged: Tensor, before: Tensor) -> None:
         )
 
 
-def _untie(changes: Changes, folder: Path) -> None:
-    """Say in the tables of a model folder that its output embedding is a tensor of its own."""
-    assert changes.unties is not None
+def untied_tables(changes: Changes) -> dict[str, object]:
+    """Return the tables of the base, by file, that must say that its output embedding is now a tensor of its own."""
+    if changes.unties is None:
+        return {}
     assert changes.model.tied is not None
     config = dict(changes.model.config)
     for key, value in config.items():
         if isinstance(value, dict) and "tie_word_embeddings" in value:
             config[key] = {**value, "tie_word_embeddings": False}
     config["tie_word_embeddings"] = False
-    _rewrite(folder / CONFIG, config)
-    index = folder / INDEX
+    tables: dict[str, object] = {CONFIG: config}
+    index = changes.model.folder / INDEX
     if index.is_file() and changes.unties not in changes.model.checkpoint:
         table = json.loads(index.read_bytes())
         source = changes.model.checkpoint.entry(changes.model.tied[0])
         table["weight_map"][changes.unties] = table["weight_map"][changes.model.tied[0]]
         if "total_size" in table.get("metadata", {}):
             table["metadata"]["total_size"] += source.end - source.start
-        _rewrite(index, table)
+        tables[INDEX] = table
+    return tables
 
 
-def _rewrite(path: Path, table: Mapping[str, object]) -> None:
-    path.unlink(missing_ok=True)
-    path.write_text(json.dumps(table, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def json_text(table: object) -> str:
+    """Return a table of a model folder as it is written."""
+    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+
+
+def shard_specs(source: SafetensorsFile, changes: Changes) -> list[TensorSpec]:
+    """Return the tensors that a shard of the base becomes, in their order."""
+    return [
+        TensorSpec(name, entry.dtype, entry.shape)
+        for entry in source.entries.values()
+        for name in changes.written_as(entry.name)
+    ]
 
 
 def _identity(plan: MergePlan, files: Sequence[Path], device: torch.device) -> str:
@@ -332,9 +339,10 @@ def _identity(plan: MergePlan, files: Sequence[Path], device: torch.device) -> s
     return str(blake3(json.dumps(told, sort_keys=True).encode()).hexdigest())
 
 
-def _record(
+def model_record(
     plan: MergePlan, changes: Changes, inputs: tuple[InputRecord, ...], digests: Mapping[Path, str], folder: Path
 ) -> SoupRecord:
+    """Return what soup.json says of a merged model; `folder` holds all of its other files."""
     model = changes.model
     changed = {model.checkpoint.entry(name).dtype for name in changes.changes if name in model.checkpoint}
     return SoupRecord(
