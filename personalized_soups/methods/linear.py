@@ -33,15 +33,19 @@ def linear(factors: Sequence[Factors], weights: Sequence[float], basis: Sequence
     """
     if not factors:
         raise ValueError("linear of no factors")
-    a_rows: dict[int, Tensor] = {}
-    b_columns: dict[int, Tensor] = {}
     groups = range(len(factors)) if basis is None else basis
+    members: dict[int, list[tuple[Factors, float]]] = {}
     for each, weight, group in zip(factors, weights, groups, strict=True):
-        coefficient = weight * each.scaling
-        if group in b_columns:
-            b_columns[group].add_(each.b_OR, alpha=coefficient)
-        else:
-            a_rows[group] = each.a_RI
-            b_columns[group] = each.b_OR.double() * coefficient
-    b_OK = torch.cat(list(b_columns.values()), dim=1)
-    return Factors(torch.cat(list(a_rows.values()), dim=0), b_OK.to(factors[0].b_OR.dtype))
+        members.setdefault(group, []).append((each, weight * each.scaling))
+    bases = [own[0][0].a_RI for own in members.values()]
+    first = factors[0].b_OR
+    b_OK = first.new_empty(first.shape[0], sum(a_RI.shape[0] for a_RI in bases))
+    start = 0
+    for own in members.values():
+        (each, coefficient), *others = own
+        total = each.b_OR.to(torch.float64, copy=True).mul_(coefficient)
+        for other, its_own in others:
+            total.add_(other.b_OR, alpha=its_own)
+        b_OK[:, start : start + each.rank] = total  # rounded here, once
+        start += each.rank
+    return Factors(torch.cat(bases, dim=0), b_OK)
