@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from personalized_soups.errors import RunError
+from personalized_soups.errors import InputError, RunError, UsageError
 from personalized_soups.files.journal import Journal
 from personalized_soups.files.swap import MARKERS, check_replaceable, files_below, publish, settle, sync, sync_folder
 from personalized_soups.files.workplace import FULL_DISK, NO_ROOM, Workplace, claimed, remove, workplace_of
@@ -81,7 +81,8 @@ def resumable_folder(
 
     The next run with the same target and identity finds the marked pieces in place (`done`); all else was taken away,
     so that a piece is either whole or absent. A run of another identity begins anew. What is kept holds until the
-    machine is started anew, and beyond with `durable`; nothing is kept where there are no locks (Windows).
+    machine is started anew, and beyond with `durable`; nothing is kept where there are no locks (Windows), nor where
+    the block finds input or usage at fault.
 
     Args:
         target: the folder.
@@ -95,13 +96,16 @@ def resumable_folder(
     target = _absolute(target)
     mend = "free some space and run the same again: it goes on from what is finished; or write to another disk"
     with _room_told(target, mend), _ready(target, overwrite=overwrite) as place:
-        keeps = False
+        keeps = place.is_locked
         try:
             with _journal(place, identity, durable=durable) as journal:
                 try:
                     yield Resumable(place.new, frozenset(journal.names), journal, durable)
+                except (InputError, UsageError):  # to mend them is to make something else
+                    keeps = False
+                    raise
                 finally:
-                    keeps = place.is_locked and bool(journal.names)
+                    keeps = keeps and bool(journal.names)
             publish(place, target, overwrite=overwrite, durable=durable)
             keeps = False
         finally:

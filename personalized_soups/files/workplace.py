@@ -8,7 +8,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +114,8 @@ def _lock(folder: Path, target: Path) -> int | None:
     import fcntl
 
     while True:
-        _make(folder, target, is_new=False)
+        with suppress(FileExistsError):
+            _make(folder, target)
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
@@ -125,7 +126,7 @@ def _lock(folder: Path, target: Path) -> int | None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # the lock is the folder's, not its path's: the run that had it may have taken it away
-            is_ours = folder.exists() and os.path.samestat(folder.stat(), os.fstat(descriptor))
+            is_ours = _leads_to(folder, descriptor)
         except BlockingIOError as error:
             raise OutputExistsError(
                 "another run is writing it", where=str(target), mend="wait for it, or choose another output folder"
@@ -140,9 +141,18 @@ def _lock(folder: Path, target: Path) -> int | None:
             return descriptor
 
 
-def _make(folder: Path, target: Path, *, is_new: bool = True) -> None:
+def _leads_to(folder: Path, descriptor: int) -> bool:
     try:
-        folder.mkdir(exist_ok=not is_new)
+        return os.path.samestat(folder.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _make(folder: Path, target: Path) -> None:
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise
     except OSError as error:
         if error.errno in NO_ROOM:
             raise

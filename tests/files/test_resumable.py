@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from personalized_soups.errors import OutputExistsError, RunError
+from personalized_soups.errors import InputError, OutputExistsError, RunError, UsageError
 from personalized_soups.files import journal as journal_module
 from personalized_soups.files.atomic import new_folder, resumable_folder
 
@@ -83,6 +83,13 @@ def test_an_interrupted_run_is_gone_on_with(
 def test_a_run_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "made" / "out", fault=KeyboardInterrupt(), after=0)
+    assert left_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("fault", [InputError, UsageError])
+def test_bad_input_found_half_way_leaves_nothing(tmp_path: Path, fault: type[InputError | UsageError]) -> None:
+    with pytest.raises(fault):
+        run(tmp_path / "out", fault=fault("NaN", where="an expert", mend="train it again"), after=2)
     assert left_in(tmp_path) == []
 
 
