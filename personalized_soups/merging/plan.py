@@ -171,7 +171,8 @@ def plan_merge(
     cut = checked_cut(profile, rank, energy, into_base=into_base)
     _check_dtype(dtype, into_base=into_base)
     library.check(profile)
-    chosen = [(library[name], weight) for name, weight in profile.resolved_weights().items() if weight != 0]
+    # by name, so that a soup's bytes do not depend on the order in which its profile was written
+    chosen = [(library[name], weight) for name, weight in sorted(profile.resolved_weights().items()) if weight != 0]
     experts = [expert for expert, _ in chosen]
     # nothing can be compared before each expert is sound by itself
     raise_all([fault for expert in experts for fault in faults_of(expert)])

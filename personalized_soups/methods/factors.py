@@ -70,16 +70,28 @@ def factor_average(factors: Sequence[Factors], weights: Sequence[float], total: 
         ValueError: if the ranks or the scalings differ, or the weights cancel (t is about 0).
     """
     _check_same_rank(factors, "factor_average")
-    scalings = sorted({each.scaling for each in factors})
-    if len(scalings) > 1:
-        raise ValueError(f"factor_average needs equal scalings, these are {', '.join(f'{s:g}' for s in scalings)}")
+    of_a, of_b = average_coefficients([each.scaling for each in factors], weights, total)
+    a_RI = _weighted_sum([each.a_RI for each in factors], of_a)
+    b_OR = _weighted_sum([each.b_OR for each in factors], of_b)
+    return Factors(a_RI, b_OR)
+
+
+def average_coefficients(
+    scalings: Sequence[float], weights: Sequence[float], total: float | None = None
+) -> tuple[list[float], list[float]]:
+    """Return by what `factor_average` multiplies each expert's A, `w / t`, and each one's B, `w s`.
+
+    Raises:
+        ValueError: if the scalings differ, or the weights cancel.
+    """
+    different = sorted(set(scalings))
+    if len(different) > 1:
+        raise ValueError(f"factor_average needs equal scalings, these are {', '.join(f'{s:g}' for s in different)}")
     if total is None:
         total = math.fsum(weights)
         if cancels(weights):
             raise ValueError(f"factor_average divides by the sum of the weights, which is {total:g}")
-    a_RI = _weighted_sum([each.a_RI for each in factors], [weight / total for weight in weights])
-    b_OR = _weighted_sum([each.b_OR for each in factors], [weight * scalings[0] for weight in weights])
-    return Factors(a_RI, b_OR)
+    return [weight / total for weight in weights], [weight * different[0] for weight in weights]
 
 
 def factor_linear(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
@@ -94,6 +106,14 @@ def factor_linear(factors: Sequence[Factors], weights: Sequence[float]) -> Facto
         ValueError: if the ranks differ.
     """
     return _apart(factors, weights, "factor_linear", lambda tensors, roots, _part: _weighted_sum(tensors, roots))
+
+
+def linear_coefficients(scalings: Sequence[float], weights: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return by what `factor_linear` multiplies each expert's A, `sign(w s) sqrt(|w s|)`, and each one's B."""
+    # PEFT takes the sign of w * s; a scaling of LoRA is never negative unless lora_alpha is
+    products = [weight * scaling for weight, scaling in zip(weights, scalings, strict=True)]
+    roots = [math.sqrt(abs(product)) for product in products]
+    return [math.copysign(root, product) for root, product in zip(roots, products, strict=True)], roots
 
 
 def factor_magnitude_prune(factors: Sequence[Factors], weights: Sequence[float], *, density: float) -> Factors:
@@ -160,10 +180,7 @@ def cancels(weights: Sequence[float]) -> bool:
 def _apart(factors: Sequence[Factors], weights: Sequence[float], method: str, merge: _Merge) -> Factors:
     """Return what `merge` makes of the A's and of the B's, each with the roots of the weights: PEFT's frame."""
     _check_same_rank(factors, method)
-    # PEFT takes the sign of w * s; a scaling of LoRA is never negative unless lora_alpha is
-    products = [weight * each.scaling for weight, each in zip(weights, factors, strict=True)]
-    roots = [math.sqrt(abs(product)) for product in products]
-    signed = [math.copysign(root, product) for root, product in zip(roots, products, strict=True)]
+    signed, roots = linear_coefficients([each.scaling for each in factors], weights)
     return Factors(
         merge([each.a_RI for each in factors], signed, "A"), merge([each.b_OR for each in factors], roots, "B")
     )

@@ -85,6 +85,8 @@ class Method:
         divides_by_sum: whether it divides by the sum of the weights, which then must not cancel: it takes `total`.
         options: the names, out of `OPTIONS`, of what it can be given.
         trims_globally: whether each expert is trimmed over all of its modules at once: it takes `thresholds`.
+        coefficients: where A's and B's are nothing but weighted sums, `module:name` of what gives their coefficients
+            from scalings and weights (and `total`, where `divides_by_sum` is set): many users are then one product.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Method:
     divides_by_sum: bool = False
     options: tuple[str, ...] = ()
     trims_globally: bool = False
+    coefficients: str = ""
 
     @property
     def is_random(self) -> bool:
@@ -122,9 +125,11 @@ class Method:
 
     def load(self) -> Callable[..., Any]:
         """Import and return the function."""
-        module, _, name = self.function.partition(":")
-        function: Callable[..., Any] = getattr(import_module(module), name)
-        return function
+        return _imported(self.function)
+
+    def load_coefficients(self) -> Callable[..., Any]:
+        """Import and return the function that gives the coefficients of A's and B's."""
+        return _imported(self.coefficients)
 
     def _not_taken(self, name: str) -> UsageError:
         mend = choose_from(name, self.options) if self.options else f"leave it out: {self.name} takes no options"
@@ -148,6 +153,12 @@ class Method:
                 where="epsilon" if "epsilon" in given else "density",
                 mend=f"give an epsilon below {density:g} and at most {1 - density:g}",
             )
+
+
+def _imported(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+    function: Callable[..., Any] = getattr(import_module(module), name)
+    return function
 
 
 _METHODS = "personalized_soups.methods"
@@ -304,6 +315,7 @@ _ROWS = (
         needs_equal_ranks=True,
         needs_equal_scalings=True,
         divides_by_sum=True,
+        coefficients=f"{_METHODS}.factors:average_coefficients",
     ),
     Method(
         name="factor_linear",
@@ -314,6 +326,7 @@ _ROWS = (
         source="PEFT add_weighted_adapter, combination_type='linear'",
         about="PEFT's `linear`: own terms right, cross terms added; inflated where experts share A.",
         needs_equal_ranks=True,
+        coefficients=f"{_METHODS}.factors:linear_coefficients",
     ),
     Method(
         name="factor_magnitude_prune",
