@@ -44,7 +44,16 @@ def inspect(
 
 
 def _show_methods(*, as_json: bool) -> None:
-    from personalized_soups.methods.table import METHODS
+    from personalized_soups.methods.table import METHODS, OPTIONS
 
-    rows = [[row.name, row.formula, ", ".join(row.encodings), row.source, row.about] for row in METHODS.values()]
-    render.show_table(["method", "dW", "encodings", "source", "about"], rows, as_json=as_json)
+    columns = ["method", "dW", "options", "encodings", "source", "about"]
+    rows = [
+        [row.name, row.formula, ", ".join(row.options), ", ".join(row.encodings), row.source, row.about]
+        for row in METHODS.values()
+    ]
+    if as_json:
+        render.show_table(columns, rows, as_json=True)
+        return
+    render.show_table(["method", "dW", "options", "held", "about"], [[*row[:4], row[5]] for row in rows])
+    told = [[f"--{each.name}", f"{each.default:g}", each.bounds, each.about] for each in OPTIONS.values()]
+    render.show_table(["option", "default", "values", "about"], told)

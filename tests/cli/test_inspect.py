@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from personalized_soups.cli.app import build_app
+from personalized_soups.methods.table import METHODS
 from tests.experts import write_expert, write_record
 
 
@@ -39,6 +40,8 @@ def test_inspect_prints_a_table_or_json(experts: Path, capsys: pytest.CaptureFix
 
 def test_inspect_prints_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
     told = json.loads(psoups(capsys, "inspect", "--methods", "--json")[1])
-    assert [row["method"] for row in told] == ["linear", "factor_average", "factor_linear"]
+    assert [row["method"] for row in told] == list(METHODS)
+    assert {row["method"]: row["options"] for row in told}["ties"] == "density, lambda"
+    assert "--density" in psoups(capsys, "inspect", "--methods")[1]
     assert psoups(capsys, "inspect")[0] == 2
     assert psoups(capsys, "inspect", "x", "--methods")[0] == 2
