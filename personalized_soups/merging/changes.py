@@ -6,7 +6,7 @@ E experts, O out features, M rows and N columns of a base's matrix.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -18,7 +18,7 @@ from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.adapters.tying import tied_copies
 from personalized_soups.errors import IncompatibleExpertsError, UnsupportedAdapterError, choose_from
 from personalized_soups.merging.base import BaseModel
-from personalized_soups.merging.dora import row_gains
+from personalized_soups.merging.dora import Dora
 from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows, arithmetic_dtype
 from personalized_soups.merging.plan import PlannedModule
 from personalized_soups.merging.soup import ModuleSoup, Soups
@@ -29,7 +29,10 @@ _MAX_SHOWN = 5
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Change:
-    """What is added to one tensor: low-rank modules, and what experts (by their places in the bank) trained whole."""
+    """What is added to one tensor: low-rank modules, and what experts (by their places in the bank) trained whole.
+
+    Magnitudes are not among the latter: they belong to their modules.
+    """
 
     modules: list[tuple[PlannedModule, Placement]] = field(default_factory=list)
     trained: list[tuple[int, TrainedTensor]] = field(default_factory=list)
@@ -58,7 +61,7 @@ class Changes:
         """
         found = _Search(soups, model)
         found.run()
-        return cls(soups, model, found.changes, found.unties)
+        return cls(replace(soups, dora=found.dora), model, found.changes, found.unties)
 
     def written_as(self, tensor: str) -> tuple[str, ...]:
         """Return the names under which a tensor of the base is written: its own, and that of an embedding untied."""
@@ -71,54 +74,38 @@ class Changes:
         """Return whether a tensor of the base is written otherwise than as it stands."""
         return tensor in self.changes or len(self.written_as(tensor)) > 1
 
+    def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor that is written as `name`, in the form in which its terms are added: a view."""
+        change = self.changes.get(name)
+        if change is not None and change.modules:
+            return tensor.reshape(change.modules[0][1].matrix_shape)
+        return as_matrix(tensor)
+
     def terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
-        """Return what each soup adds to a tensor that is written as `name`; its tensors are on the bank's device."""
-        change = self.changes.get(name, Change())
+        """Return what each soup adds to a tensor that is written as `name`; its tensors are on the bank's device.
+
+        Args:
+            name: of the written tensor.
+            base_MN: the base's, by as_matrix.
+        """
         kind = arithmetic_dtype(base_MN.dtype)
         terms: list[list[Term]] = [[] for _ in self.soups.plans]
-        for module, placement in change.modules:
-            magnitudes = {expert: each for expert, each in change.trained if each.kind == "magnitude"}
-            if magnitudes:
-                self._add_dora(terms, module, placement, magnitudes, base_MN)
-                continue
+        for module, placement in self.changes.get(name, Change()).modules:
             for own, soup in zip(terms, self.soups.of(module), strict=True):
                 own.extend(_placed(soup, placement, kind))
-        for expert, each in change.trained:
-            if each.kind != "magnitude":
-                value = self.soups.bank.experts[expert].adapter.trained_tensor(each.name, None)
-                for own, plan in zip(terms, self.soups.plans, strict=True):
-                    own.append(_whole(each, value, plan.weights[expert], self.soups.bank.device, kind))
+        for own, whole in zip(terms, self.trained_terms(name, base_MN), strict=True):
+            own.extend(whole)
         return terms
 
-    def _add_dora(
-        self,
-        terms: list[list[Term]],
-        module: PlannedModule,
-        placement: Placement,
-        magnitudes: Mapping[int, TrainedTensor],
-        base_MN: Tensor,
-    ) -> None:
-        """Add `sum w_e D_e (W + d_e) + (1 - sum w_e) W - W`, with D_e = 1 for an expert without a magnitude."""
-        kind, axis = arithmetic_dtype(base_MN.dtype), placement.output_axis
-        scales = [1.0 + torch.zeros(module.out_features, dtype=torch.float64) for _ in terms]
-        for expert in self.soups.bank.members(module.name):
-            factors = self.soups.bank.factors(expert, module.name, kind)
-            gains = None
-            if (magnitude := magnitudes.get(expert)) is not None:
-                value = self.soups.bank.experts[expert].adapter.trained_tensor(magnitude.name, torch.float64)
-                gains = row_gains(base_MN, placement, factors, value)
-            for own, plan, scale in zip(terms, self.soups.plans, scales, strict=True):
-                weight = plan.weights[expert]
-                if gains is not None:
-                    scale.add_(gains - 1, alpha=weight)
-                for part in placement.parts(factors):
-                    left, right = part.left_MR * (weight * factors.scaling), part.right_RN
-                    if gains is not None:
-                        each = gains.to(left.device, kind)
-                        left, right = (each[:, None] * left, right) if axis == 0 else (left, right * each)
-                    own.append(Product(left, right, part.start))
-        for own, scale in zip(terms, scales, strict=True):
-            own.append(Rescale(scale.to(self.soups.bank.device), axis))
+    def trained_terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
+        """Return what each soup adds to a tensor out of those that experts trained whole; as terms."""
+        device = self.soups.bank.device
+        terms: list[list[Term]] = [[] for _ in self.soups.plans]
+        for expert, each in self.changes.get(name, Change()).trained:
+            value = self.soups.bank.experts[expert].adapter.trained_tensor(each.name, None)
+            for own, plan in zip(terms, self.soups.plans, strict=True):
+                own.append(_whole(each, value, base_MN, plan.weights[expert], device))
+        return terms
 
 
 class _Search:
@@ -128,6 +115,7 @@ class _Search:
         self.soups = soups
         self.model = model
         self.changes: dict[str, Change] = {}
+        self.dora: Dora | None = None
         self._experts = soups.bank.experts
         self._faults: list[str] = []
         self._copies = [tied_copies(expert.adapter) if model.tied else {} for expert in self._experts]
@@ -136,13 +124,16 @@ class _Search:
     def run(self) -> None:
         self._check_method()
         placements = self._placements()
+        places = {name: (self._source(each.base_name) or each.base_name, each) for name, each in placements.items()}
+        dora = Dora(self.soups.bank, self.model.checkpoint, places)
+        self.dora = dora if dora.magnitudes else None
         for module in self.soups.plan.modules:
             if (placement := placements.get(module.name)) is not None:
                 for name in self._written(module.like.base_name):
                     self._change(name).modules.append((module, placement))
         for index, expert in enumerate(self._experts):
             for each in expert.adapter.trained.values():
-                if each.name not in self._copies[index] or self.unties is not None:
+                if each.kind != "magnitude" and (each.name not in self._copies[index] or self.unties is not None):
                     self._add_trained(index, expert, each)
         self._raise()
 
@@ -191,19 +182,22 @@ class _Search:
         return self.changes.setdefault(name, Change())
 
     def _placements(self) -> dict[str, Placement]:
+        every = {name: module for expert in self._experts for name, module in expert.adapter.modules.items()}
+        shapes = {}
+        for module in every.values():
+            if (source := self._source(module.base_name)) is None:
+                self._missing(module.base_name)
+            else:
+                shapes[module.base_name] = self._checked(module.base_name, source)
         found: dict[str, Placement] = {}
         for expert in self._experts:
-            modules = list(expert.adapter.modules.values())
-            shapes = {}
-            for module in modules:
-                if (source := self._source(module.base_name)) is None:
-                    self._missing(module.base_name)
-                else:
-                    shapes[module.base_name] = self._checked(module.base_name, source)
-            placed, faults = place([module for module in modules if module.base_name in shapes], shapes)
+            own = expert.adapter.modules
+            # what one expert's layers leave in doubt another's may show, since all have one base
+            known = [module for module in {**every, **own}.values() if module.base_name in shapes]
+            placed, faults = place(known, shapes)
             self._faults.extend(faults)
-            for name, placement in placed.items():
-                if found.setdefault(name, placement) != placement:
+            for name in placed.keys() & own.keys():
+                if found.setdefault(name, placed[name]) != placed[name]:
                     self._faults.append(f"{name}: the experts do not agree on how it stands in the base")
         return found
 
@@ -214,7 +208,7 @@ class _Search:
             return
         shape = self._checked(each.target, source)
         fits = shape[1:] == each.shape[1:] if each.kind == "rows" else shape == each.shape
-        if each.kind != "magnitude" and not fits:
+        if not fits:
             self._faults.append(f"{each.target}: the base has {list(shape)}, {expert.name} {list(each.shape)}")
         elif each.kind == "rows" and each.rows and max(each.rows) >= shape[0]:
             self._faults.append(f"{each.target}: the base has {shape[0]} rows, {expert.name} one for {max(each.rows)}")
@@ -249,18 +243,22 @@ def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[T
         delta = soup.delta_OI.mT if placement.is_transposed else soup.delta_OI
         return [Dense(delta.to(kind).reshape(placement.matrix_shape))]
     assert soup.factors is not None
-    return [
+    terms: list[Term] = [
         Product(part.left_MR.to(kind), part.right_RN.to(kind), part.start) for part in placement.parts(soup.factors)
     ]
+    if soup.scale_O is not None:
+        terms.append(Rescale(soup.scale_O.to(soup.factors.a_RI.device), placement.output_axis))
+    return terms
 
 
-def _whole(each: TrainedTensor, value: Tensor, weight: float, device: torch.device, kind: torch.dtype) -> Term:
+def _whole(each: TrainedTensor, value: Tensor, base_MN: Tensor, weight: float, device: torch.device) -> Term:
     """Return what a tensor that an expert trained whole adds, where `value` is as it stands in the expert's file."""
-    if each.kind == "added":
-        return Dense(as_matrix(value.to(device, kind) * (weight * each.scaling)))
     if each.kind == "rows":
         return TowardRows(torch.tensor(each.rows), value, weight)
-    return Toward(as_matrix(value), weight)
+    value_MN = value.reshape(base_MN.shape)
+    if each.kind == "added":
+        return Dense(value_MN.to(device, arithmetic_dtype(base_MN.dtype)) * (weight * each.scaling))
+    return Toward(value_MN, weight)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

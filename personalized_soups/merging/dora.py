@@ -1,37 +1,126 @@
-"""DoRA: what an expert with magnitudes multiplies its outputs by (arXiv 2402.09353).
+"""DoRA: magnitudes of the outputs, trained beside the factors, relative to the base (arXiv 2402.09353).
+
+With the base's W, an expert's delta `s B A` and its magnitude m, PEFT has `W' = D (W + s B A)`, where D is m over the
+norm of each output's row of `W + s B A`. So `W + sum w_e (W'_e - W) = d W + sum w_e s_e (D_e B_e) A_e`, with
+`d = 1 + sum w_e (D_e - 1)`; a plain expert has D = 1.
 
 O out features, M rows and N columns of a base's matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
 from personalized_soups.adapters.placement import Placement, add_parts, squared_norms
+from personalized_soups.adapters.trained import TrainedTensor
+from personalized_soups.bank import ExpertBank, StackedModule
+from personalized_soups.errors import InputError, UnsupportedAdapterError
+from personalized_soups.files.shards import Checkpoint
+from personalized_soups.merging.folding import arithmetic_dtype
 from personalized_soups.methods.factors import Factors
 
-# Rows of the base that are summed at once.
-_ROWS = 4096
+# Elements of the base that are summed at once: 16 MiB in float32.
+_BLOCK = 1 << 22
 
 
-def squared_output_norms(base_MN: Tensor, placement: Placement, factors: Factors) -> Tensor:
-    """Return `|W + s B A|^2` of each output, `[O]` in float64 on the CPU; memory: some rows of the base.
+@dataclass(frozen=True, eq=False)
+class Dora:
+    """The base's tensors under the modules of experts that hold magnitudes.
 
-    Args:
-        base_MN: the base's tensor as a matrix, on the CPU in its own dtype.
-        placement: where the change stands in it.
-        factors: of the change, in the dtype of the arithmetic, on any device.
+    `places` has every module's tensor in the checkpoint and how the module stands in it.
     """
-    parts = placement.parts(factors)
-    found = []
-    for start in range(0, base_MN.shape[0], _ROWS):
-        rows = base_MN[start : start + _ROWS].to(factors.a_RI.device, factors.a_RI.dtype, copy=True)
-        add_parts(rows, parts, factors.scaling, start)
-        found.append(squared_norms(rows, placement.output_axis).cpu())
-    return torch.cat(found) if placement.output_axis == 0 else torch.stack(found).sum(dim=0)
+
+    bank: ExpertBank
+    checkpoint: Checkpoint
+    places: Mapping[str, tuple[str, Placement]]
+
+    def gains(self, stack: StackedModule) -> dict[int, Tensor]:
+        """Return D of each expert that has a magnitude at this module, by its position in the bank, `[O]` in float64.
+
+        Raises:
+            InputError: if an output's row of `W + s B A` is zero, so that it has no direction.
+            UnsupportedAdapterError: if an expert trained its magnitude on another tensor than the base's.
+        """
+        found = {}
+        for expert, factors in zip(stack.experts, stack.factors, strict=True):
+            if (magnitude := self.magnitudes.get((expert, stack.name))) is not None:
+                self._check_same(expert, magnitude)
+                norms_O = self.norms(stack.name, factors)
+                if not bool(norms_O.all()):
+                    raise InputError(
+                        f"{stack.name}: output {int((norms_O == 0).nonzero()[0])} of the base and the adapter together "
+                        "is zero, which has no direction for DoRA to scale",
+                        where=str(self.bank.experts[expert].folder),
+                        mend="give the base that the expert was trained on, or leave the expert out",
+                    )
+                value_O = self.bank.experts[expert].adapter.trained_tensor(magnitude.name, torch.float64)
+                found[expert] = value_O / norms_O
+        return found
+
+    def norms(self, module: str, factors: Factors) -> Tensor:
+        """Return `|W + s B A|` of each output, `[O]` in float64 on the CPU; memory: some rows of the base.
+
+        Args:
+            module: its name.
+            factors: on any device, where the arithmetic is done; in float32, in float64 where the base is.
+        """
+        tensor, placement = self.places[module]
+        base_MN = self.checkpoint.tensor(tensor).reshape(placement.matrix_shape)
+        kind = arithmetic_dtype(base_MN.dtype)
+        a_RI, b_OR = factors.a_RI.to(kind), factors.b_OR.to(kind)
+        parts = placement.parts(Factors(a_RI, b_OR))
+        num_rows = max(1, _BLOCK // base_MN.shape[1])
+        found = []
+        for start in range(0, base_MN.shape[0], num_rows):
+            rows = base_MN[start : start + num_rows].to(a_RI.device, kind, copy=True)
+            add_parts(rows, parts, factors.scaling, start)
+            found.append(squared_norms(rows, placement.output_axis).cpu())
+        squared_O = torch.cat(found) if placement.output_axis == 0 else torch.stack(found).sum(dim=0)
+        return squared_O.sqrt_()
+
+    @cached_property
+    def magnitudes(self) -> Mapping[tuple[int, str], TrainedTensor]:
+        """Every magnitude, by its expert's position in the bank and its module."""
+        return {
+            (index, each.module): each
+            for index, expert in enumerate(self.bank.experts)
+            for each in expert.adapter.trained.values()
+            if each.kind == "magnitude" and each.module is not None
+        }
+
+    def _check_same(self, expert: int, magnitude: TrainedTensor) -> None:
+        """Raise unless what an expert saved of the magnitude's tensor, if anything, is the base's own."""
+        adapter = self.bank.experts[expert].adapter
+        base = self.checkpoint.tensor(self.places[str(magnitude.module)][0])
+        for each in adapter.trained.values():
+            if each.kind == "replaced" and each.target == magnitude.target:
+                saved = adapter.trained_tensor(each.name, None)
+                kind = torch.promote_types(saved.dtype, base.dtype)
+                if not torch.equal(saved.to(kind), base.to(kind)):
+                    raise UnsupportedAdapterError(
+                        f"{each.name} is not the base's {each.target}, and DoRA is trained on top of it: this version "
+                        "does not merge the two together",
+                        where=str(self.bank.experts[expert].folder),
+                        mend="give the base that the expert was trained on, in the dtype of its training",
+                    )
 
 
-def row_gains(base_MN: Tensor, placement: Placement, factors: Factors, magnitude_O: Tensor) -> Tensor:
-    """Return D: the trained magnitude of each output over the norm of `W + s B A`, `[O]` in float64 on the CPU."""
-    return magnitude_O.double().cpu() / squared_output_norms(base_MN, placement, factors).sqrt()
+def turned(stack: StackedModule, gains: Mapping[int, Tensor]) -> StackedModule:
+    """Return a stack with `D_e B_e` in place of each B of an expert that has a magnitude."""
+    factors = []
+    for expert, each in zip(stack.experts, stack.factors, strict=True):
+        if (gain_O := gains.get(expert)) is not None:
+            b_OR = each.b_OR * gain_O.to(each.b_OR.device)[:, None]
+            each = Factors(each.a_RI, b_OR.to(each.b_OR.dtype), each.scaling)  # noqa: PLW2901
+        factors.append(each)
+    return replace(stack, factors=tuple(factors))
+
+
+def base_scale(gains: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:
+    """Return `d = 1 + sum w_e (D_e - 1)`: what a soup multiplies the base's outputs by, `[O]` in float64."""
+    return torch.stack([weights[expert] * (gain_O - 1) for expert, gain_O in gains.items()]).sum(dim=0) + 1

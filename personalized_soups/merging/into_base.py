@@ -32,7 +32,7 @@ from personalized_soups.files.shards import INDEX
 from personalized_soups.files.writer import SafetensorsWriter, TensorSpec
 from personalized_soups.merging.adapter import check_output_apart, input_records
 from personalized_soups.merging.base import CONFIG, BaseModel, copy_others
-from personalized_soups.merging.changes import Changes, as_matrix
+from personalized_soups.merging.changes import Changes
 from personalized_soups.merging.folding import folded_blocks
 from personalized_soups.merging.parallel import in_order, num_workers
 from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
@@ -138,7 +138,7 @@ def fold_plans(
         model.check_fingerprints(experts)
     soups = Soups(plans, ExpertBank(experts, device=target))
     changes = Changes.of(soups, model)
-    soups.prepare()
+    changes.soups.prepare()
     shards = [shard.path for shard in model.checkpoint.shards.values()]
     read = [path for expert in experts for path in expert.adapter.files]
     with ExitStack() as stack:
@@ -207,9 +207,9 @@ def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Si
 
 def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Mapping[int, Sink]) -> None:
     base = source.tensor(name)
-    base_MN = as_matrix(base)
-    row_bytes = base_MN.shape[1] * base_MN.element_size()
     for written in changes.written_as(name):
+        base_MN = changes.as_matrix(written, base)
+        row_bytes = base_MN.shape[1] * base_MN.element_size()
         terms = changes.terms(written, base_MN)
         wanted = list(sinks)
         if not any(terms[soup] for soup in wanted):
@@ -219,8 +219,7 @@ def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Ma
         device = changes.soups.bank.device
         for number, start, block in folded_blocks(base_MN, [terms[soup] for soup in wanted], device):
             _check_finite(written, block, base_MN[start : start + block.shape[0]])
-            flat = block.reshape(-1) if base.dim() < 2 else block.reshape(-1, *base.shape[1:])
-            sinks[wanted[number]].write(written, flat, start * row_bytes)
+            sinks[wanted[number]].write(written, block.reshape(-1), start * row_bytes)
 
 
 def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.bank import ExpertBank, StackedModule
+from personalized_soups.merging.dora import Dora, base_scale, turned
 from personalized_soups.merging.parallel import in_order, num_workers
 from personalized_soups.merging.plan import MergePlan, PlannedModule
 from personalized_soups.methods.factors import Factors
@@ -33,7 +34,8 @@ Result = TypeVar("Result")
 class ModuleSoup:
     """One module's soup: as `factors` with scaling 1, or as `delta_OI` where its method has a dense result.
 
-    A mixture's blocks are laid into one another in `factors`, as PEFT has them, and a first axis of `delta_OI`.
+    A mixture's blocks are laid into one another in `factors`, as PEFT has them, and a first axis of `delta_OI`. Where
+    experts hold magnitudes (DoRA), the base's outputs are multiplied by `scale_O` (float64, on the CPU) as well.
 
     `energy` and `lost` are the squared Frobenius norms of the delta and of what truncation took from it; both are 0
     where nothing is truncated.
@@ -44,17 +46,20 @@ class ModuleSoup:
     delta_OI: Tensor | None = None  # noqa: N815
     energy: float = 0.0
     lost: float = 0.0
+    scale_O: Tensor | None = None  # noqa: N815
 
 
 @dataclass(frozen=True, eq=False)
 class Soups:
     """The soups of one or many users over the same experts, on the bank's device, computed as they are asked for.
 
-    `plans` differ in their profiles and weights alone: what is the same for all of them is done once a module.
+    `plans` differ in their profiles and weights alone: what is the same for all of them is done once a module. `dora`
+    is needed where experts hold magnitudes, which mean nothing without the base.
     """
 
     plans: Sequence[MergePlan]
     bank: ExpertBank
+    dora: Dora | None = None
 
     @property
     def plan(self) -> MergePlan:
@@ -75,11 +80,16 @@ class Soups:
         """Return one module's soup of each plan: dense or factors in float32; truncated ones are float64.
 
         Raises:
-            InputError: naming file and tensor where an expert holds NaN or infinity.
+            InputError: naming file and tensor where an expert holds NaN or infinity; as Dora.gains.
         """
         stack = self.bank.read(module.name)
         if module.like.blocks == 1:
-            return self._of_stack(module, stack)
+            gains = {} if self.dora is None else self.dora.gains(stack)
+            if not gains:
+                return self._of_stack(module, stack)
+            soups = self._of_stack(module, turned(stack, gains))
+            scales = [base_scale(gains, dict(enumerate(plan.weights))) for plan in self.plans]
+            return [replace(soup, scale_O=scale) for soup, scale in zip(soups, scales, strict=True)]
         # a mixture of experts has a low-rank change in each of its blocks, of all soups or of none
         blocks = [self._of_stack(module, each) for each in _blocks(stack, module.like.blocks)]
         return [_joined(module, soups) for soups in zip(*blocks, strict=True)]
@@ -111,6 +121,8 @@ class Soups:
         method = self.plan.method
         if len(self.plans) > 1 and method.family == "linear" and not any(stack.basis):
             return _on_one_basis(stack, weights)
+        if len(self.plans) > 1 and method.coefficients:
+            return self._in_products(stack, weights)
         keywords = self._keywords(module, stack)
         if method.family == "linear":
             keywords["basis"] = stack.basis
@@ -122,6 +134,17 @@ class Soups:
         return [
             function(stack.factors, each, total=total, **keywords) for each, total in zip(weights, totals, strict=True)
         ]
+
+    def _in_products(self, stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
+        """Return every user's A and B, each of them out of one product."""
+        method = self.plan.method
+        totals = [{"total": math.fsum(plan.weights)} if method.divides_by_sum else {} for plan in self.plans]
+        coefficients = method.load_coefficients()
+        pairs = [coefficients(stack.scalings, each, **total) for each, total in zip(weights, totals, strict=True)]
+        a_UE, b_UE = (torch.tensor(each, dtype=torch.float64) for each in zip(*pairs, strict=True))
+        a_URI = _summed(a_UE, [each.a_RI for each in stack.factors])
+        b_UOR = _summed(b_UE, [each.b_OR for each in stack.factors])
+        return [Factors(a_RI, b_OR) for a_RI, b_OR in zip(a_URI, b_UOR, strict=True)]
 
     def _dense(self, module: PlannedModule, stack: StackedModule, weights: Sequence[float]) -> Tensor:
         keywords = self._keywords(module, stack)
@@ -157,9 +180,12 @@ def _on_one_basis(stack: StackedModule, weights: Sequence[Sequence[float]]) -> l
     """Return every user's sum of experts that share their A: A as it is, and all B's in one product."""
     scalings = torch.tensor(stack.scalings, dtype=torch.float64)
     weights_UE = torch.tensor(weights, dtype=torch.float64) * scalings
-    b_parts = [each.b_OR for each in stack.factors]
-    b_UOR = weighted_sums(weights_UE, b_parts).view(len(weights), *b_parts[0].shape)
+    b_UOR = _summed(weights_UE, [each.b_OR for each in stack.factors])
     return [Factors(stack.factors[0].a_RI, b_OR) for b_OR in b_UOR]
+
+
+def _summed(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    return weighted_sums(weights_UE, tensors).view(len(weights_UE), *tensors[0].shape)
 
 
 def _blocks(stack: StackedModule, count: int) -> list[StackedModule]:
