@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from personalized_soups.merging.adapter import merge
     from personalized_soups.merging.into_base import merge_into_base
     from personalized_soups.merging.live import LiveAdapter
+    from personalized_soups.merging.many import merge_many
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "load_profile",
     "merge",
     "merge_into_base",
+    "merge_many",
 ]
 
 _HOME = {
@@ -37,6 +39,7 @@ _HOME = {
     "load_profile": "personalized_soups.declare.profile",
     "merge": "personalized_soups.merging.adapter",
     "merge_into_base": "personalized_soups.merging.into_base",
+    "merge_many": "personalized_soups.merging.many",
 }
 
 
