@@ -49,7 +49,7 @@ _DEEP = (
         unit="MB",
         bar=Bar("below", 700, unit="MB"),
     ),
-    Row("base-span-deep", "the same, whole process", "cp -r of that base"),
+    Row("base-process-deep", "the same, whole process", "cp -r of that base"),
 )
 _GPU = (
     Row("base-gpu", "three experts into the base, without imports", "bytes over PCIe bandwidth", part="gpu"),
@@ -121,7 +121,7 @@ def _run_deep(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
         Way("cp", lambda out: ["cp", "-r", "--reflink=never", str(base), str(out)], [base], most=_MOST_DEEP),
     )
     yield filled(rows["base-memory-deep"], megabytes(runs["command"]))
-    yield filled(rows["base-span-deep"], processes(runs["command"]), processes(runs["cp"]))
+    yield filled(rows["base-process-deep"], processes(runs["command"]), processes(runs["cp"]))
 
 
 def _run_gpu(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:

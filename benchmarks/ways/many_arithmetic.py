@@ -21,15 +21,14 @@ def main(experts: int, users: int, values: int, device: str = "cpu") -> None:
     """Print bytes per second of what must move: every expert read once, every soup written once."""
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
-    # THE CALL SITE: whatever merge_many multiplies with; `product(w_UE, x_EP, out_UP)` writes W X into out_UP
-    product = found("personalized_soups.merging.many", "product")
-    x_EP = torch.randn(experts, values, device=device)
+    weighted_sums = found("personalized_soups.methods.product", "weighted_sums")  # what merge_many multiplies with
+    tensors = [torch.randn(values, device=device) for _ in range(experts)]
     w_UE = torch.rand(users, experts, device=device)
     out_UP = torch.full((users, values), 1.0, device=device)  # filled, so that all pages are there
     seconds = []
     for _ in range(_PRODUCTS):
         start = time.perf_counter()
-        product(w_UE, x_EP, out_UP)
+        weighted_sums(w_UE, tensors, out_UP)
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
