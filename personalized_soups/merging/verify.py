@@ -1,0 +1,228 @@
+"""Whether a merged folder is what its soup.json says: everything is computed again from the inputs and compared."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from personalized_soups.adapters.compatible import is_same_base
+from personalized_soups.adapters.fingerprint import base_fingerprint
+from personalized_soups.adapters.library import ExpertLibrary
+from personalized_soups.adapters.lora import WEIGHTS_FILE
+from personalized_soups.adapters.provenance import (
+    SOUP_FILE,
+    InputRecord,
+    SoupRecord,
+    read_soup_record,
+)
+from personalized_soups.bank import ExpertBank
+from personalized_soups.declare.loader import load_data
+from personalized_soups.declare.profile import Profile
+from personalized_soups.errors import (
+    DeclarationError,
+    IncompatibleExpertsError,
+    InputError,
+    UnsupportedAdapterError,
+    UsageError,
+)
+from personalized_soups.files.digest import BackgroundDigests
+from personalized_soups.files.reader import SafetensorsFile
+from personalized_soups.merging.adapter import MergedAdapter, input_records
+from personalized_soups.merging.adapter_writer import adapter_config, adapter_record, common_ranks
+from personalized_soups.merging.base import BaseModel
+from personalized_soups.merging.changes import Changes
+from personalized_soups.merging.into_base import model_record
+from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
+from personalized_soups.merging.soup import Soups
+from personalized_soups.merging.verification import Comparison, Fault, Verification
+from personalized_soups.merging.verify_adapter import AdapterComparison
+from personalized_soups.merging.verify_model import compare_model
+from personalized_soups.merging.verify_record import (
+    of_configuration,
+    of_digests,
+    of_files,
+    of_fingerprint,
+    of_inputs,
+    of_other_files,
+    of_record,
+)
+
+Progress = Callable[[int, int], None]
+
+# What a soup cannot be planned by, though every file of it is sound: its inputs or its record are others by now.
+_UNPLANNABLE = (DeclarationError, IncompatibleExpertsError, UnsupportedAdapterError, UsageError)
+
+
+def verify(
+    folder: Path | str,
+    *,
+    base: Path | str | None = None,
+    experts: Path | str | Sequence[Path | str] | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Verification:
+    """Recompute a merged adapter or model from its soup.json, and say whether it is what it claims to be.
+
+    Nothing is written. Memory does not grow with the model: an adapter is compared module by module, a model block by
+    block.
+
+    Args:
+        folder: what a merge wrote.
+        base: where the base is, if it is not where the merge had it; a merged adapter's is looked at only if given.
+        experts: folders of experts, or experts, in which to look first, by name: for experts that have moved.
+        device: where the soup is computed again: auto (the CPU), cpu, cuda.
+        progress: called with the bytes of tensors done and in all.
+
+    Raises:
+        InputError: if the folder has no soup.json, or an expert or the base is not found.
+        FileFormatError: if a file is damaged.
+    """
+    folder = Path(folder)
+    record = _record_of(folder)
+    library = _library(record, experts)
+    target = resolve_device(device)
+    faults = list(of_files(folder, record))
+    with BackgroundDigests([path for expert in library.values() for path in expert.adapter.files]) as digests:
+        try:
+            plan = _plan(record, library)
+            job = _Job(folder, record, plan, library, target, digests)
+            compared, found = job.adapter(base, progress) if record.kind == "adapter" else job.model(base, progress)
+        except _UNPLANNABLE as error:
+            faults += of_inputs(record, library, digests.results())
+            faults.append(Fault("record", error.where, f"the soup cannot be computed again: {error.what}"))
+            return Verification.of(str(folder), record.kind, None, faults)
+    return Verification.of(str(folder), record.kind, compared, [*faults, *found])
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Job:
+    """One soup that can be computed again."""
+
+    folder: Path
+    record: SoupRecord
+    plan: MergePlan
+    library: ExpertLibrary
+    device: torch.device
+    digests: BackgroundDigests
+
+    def adapter(self, base: Path | str | None, progress: Progress | None) -> tuple[Comparison | None, list[Fault]]:
+        """Compare a merged adapter: tensors, configuration, record."""
+        compared: Comparison | None = None
+        found: list[Fault] = []
+        if base is not None and self.record.base.fingerprint is not None:
+            found += of_fingerprint(self.record, base_fingerprint(base), str(base))
+        if (self.folder / WEIGHTS_FILE).is_file():
+            file = SafetensorsFile.open(self.folder / WEIGHTS_FILE)
+            comparison = AdapterComparison(file, MergedAdapter(self.plan, self.library, self.device))
+            compared = comparison.run(progress)
+            ranks = common_ranks(self.plan, comparison.ranks)
+            found += of_configuration(self.folder, adapter_config(self.plan, ranks))
+            expected = adapter_record(self.plan, self.device, ranks, comparison.losses, self._inputs)
+            found += of_record(self.record, expected)
+            if not is_same_base(self.record.base, expected.base):
+                found.append(Fault("record", "base", f"says {self.record.base}, the experts say {expected.base}"))
+        return compared, [*of_inputs(self.record, self.library, self.digests.results()), *found]
+
+    def model(self, base: Path | str | None, progress: Progress | None) -> tuple[Comparison | None, list[Fault]]:
+        """Compare a merged model: tensors, every other file, record."""
+        model = _base_of(self.record, base)
+        for shard in model.checkpoint.shards.values():
+            self.digests.add(shard.path)
+        bank = ExpertBank([self.library[expert.name] for expert in self.plan.experts], device=self.device)
+        soups = Soups([self.plan], bank)
+        changes = Changes.of(soups, model)
+        soups.prepare()
+        compared = compare_model(self.folder, changes, progress)
+        expected = model_record(self.plan, changes, self._inputs, self.digests.results(), self.folder)
+        return compared, [
+            *of_inputs(self.record, self.library, self.digests.results()),
+            *of_fingerprint(self.record, model.fingerprint, str(model.folder)),
+            *of_digests("base", str(model.folder), self.record.base_blake3, expected.base_blake3),
+            *of_other_files(self.folder, self.record, changes),
+            *of_record(self.record, expected),
+        ]
+
+    @property
+    def _inputs(self) -> tuple[InputRecord, ...]:
+        return input_records(self.plan, self.library, self.digests.results())
+
+
+def _record_of(folder: Path) -> SoupRecord:
+    if not os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
+        raise InputError("there is no such folder", where=str(folder), mend="check the path")
+    record = read_soup_record(folder)
+    if record is None:
+        raise InputError(
+            f"the folder has no {SOUP_FILE}, so nothing says what it was merged from",
+            where=str(folder),
+            mend="give a folder that psoups merge or psoups merge-many wrote",
+        )
+    return record
+
+
+def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None) -> ExpertLibrary:
+    """Return the record's experts under their recorded names, which decide what a random method draws.
+
+    Raises:
+        InputError: naming every expert that is not found.
+    """
+    roots = [given] if isinstance(given, Path | str) else given
+    moved = ExpertLibrary.open(*roots) if roots else {}
+    folders = {
+        expert.name: moved[expert.name].folder if expert.name in moved else Path(expert.folder)
+        for expert in record.experts
+    }
+    missing = [f"{name} ({folder})" for name, folder in folders.items() if not os.path.isdir(folder)]  # noqa: PTH112
+    if missing:
+        raise InputError(
+            "experts of this soup are not where they were: " + ", ".join(missing),
+            where=SOUP_FILE,
+            mend="say where they are now: --experts FOLDER",
+        )
+    return ExpertLibrary(folders, where=SOUP_FILE)
+
+
+def _plan(record: SoupRecord, library: ExpertLibrary) -> MergePlan:
+    """Plan the merge again, with the experts in the record's order, which is that of the tensors' parts.
+
+    Bases are not compared: the inputs' digests say whether they are those that were merged.
+    """
+    profile = load_data(record.profile, Profile, SOUP_FILE)
+    weights = {name: weight for name, weight in profile.weights.items() if weight != 0}
+    if set(weights) != set(library):
+        raise DeclarationError(
+            f"the profile weighs {', '.join(sorted(weights))}, the record's experts are {', '.join(library)}",
+            where=f"{SOUP_FILE}: profile.weights",
+            mend="restore soup.json, or merge again",
+        )
+    ordered = {expert.name: weights[expert.name] for expert in record.experts}
+    cut = record.truncation
+    return plan_merge(
+        library,
+        # the rank that counts is the record's: an option may have overridden the profile's
+        profile.replaced(weights=ordered, rank=None, allow_opposed=True),
+        method=record.method,
+        options=record.options,
+        rank=record.rank if cut is not None and cut.energy is None else None,
+        energy=None if cut is None else cut.energy,
+        dtype=record.dtype if record.kind == "adapter" else None,
+        target=record.target,
+        same_base=True,
+        into_base=record.kind == "model",
+    )
+
+
+def _base_of(record: SoupRecord, given: Path | str | None) -> BaseModel:
+    name = record.base.name if given is None else given
+    if name is None:
+        raise InputError("the record does not name the base", where=SOUP_FILE, mend="give --base BASE")
+    try:
+        return BaseModel.open(name)
+    except InputError as error:
+        if given is not None:
+            raise
+        raise type(error)(error.what, where=error.where, mend="say where the base is now: --base BASE") from error

@@ -1,0 +1,156 @@
+"""A merged adapter's tensors beside those recomputed, module by module.
+
+R rank, I in features, O out features, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.placement import blocks_of, of_blocks
+from personalized_soups.bank import ExpertBank
+from personalized_soups.files.reader import SafetensorsFile
+from personalized_soups.merging.adapter import MergedAdapter
+from personalized_soups.merging.adapter_writer import Loss, MergedModule
+from personalized_soups.merging.plan import torch_dtype
+from personalized_soups.merging.verification import Comparison, Difference, Distance, Fault, finite
+from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.linear import linear
+from personalized_soups.methods.lowrank import decompose
+
+# How far a product B A may be off, relative to its norm, where its factors are not unique: float32 arithmetic on the
+# dense deltas of a few hundred entries a sum, and the turn of the singular vectors where singular values are near.
+PRODUCT_TOLERANCE = 1e-5
+
+_METADATA = {"format": "pt"}
+
+
+@dataclass(eq=False, slots=True)
+class AdapterComparison:
+    """Compares a file with a merged adapter; `ranks` and `losses` are what the recomputed modules have."""
+
+    file: SafetensorsFile
+    merged: MergedAdapter
+    ranks: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, Loss] = field(default_factory=dict)
+    _differences: list[Difference] = field(default_factory=list)
+    _faults: list[Fault] = field(default_factory=list)
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> Comparison:
+        """Recompute and compare every module. Memory: the few modules in work."""
+        expected: set[str] = set()
+        done, total = 0, len(self.file.data)
+        for module in self.merged.modules():
+            self.ranks[module.name], self.losses[module.name] = module.rank, module.loss
+            names = {module.like.a_name, module.like.b_name}
+            expected |= names
+            self._compare(module)
+            done += sum(entry.end - entry.start for name, entry in self.file.entries.items() if name in names)
+            if progress is not None:
+                progress(done, total)
+        for name in sorted(set(self.file.entries) - expected):
+            self._faults.append(Fault("tensor", name, "is no tensor of this soup"))
+        if dict(self.file.metadata) != _METADATA:
+            told = f"the header's metadata is {dict(self.file.metadata)}, expected {_METADATA}"
+            self._faults.append(Fault("configuration", self.file.path.name, told))
+        return Comparison(len(expected), tuple(self._differences), tuple(self._faults))
+
+    def written_rank(self, module: MergedModule) -> int:
+        """Return the rank at which the file has a module; its own where the file's shape tells none."""
+        entry = self.file.entries.get(module.like.a_name)
+        return entry.shape[0] // module.like.blocks if entry is not None and entry.shape else module.rank
+
+    def _compare(self, module: MergedModule) -> None:
+        module = module.padded(self.written_rank(module))
+        tensors = dict(module.named())
+        faults = [fault for name, tensor in tensors.items() if (fault := self._misfit(name, tensor)) is not None]
+        if faults:
+            self._faults += faults
+            return
+        differing = [name for name, tensor in tensors.items() if not same_bytes(self.file.tensor(name), tensor)]
+        if not differing:
+            return
+        plan = self.merged.plan
+        if plan.encoding == "stacked" and plan.method.family == "linear":
+            self._differences += [self._by_element(module, name, tensors[name]) for name in differing]
+        else:
+            self._differences += self._by_product(module, differing)
+
+    def _misfit(self, name: str, tensor: Tensor) -> Fault | None:
+        entry = self.file.entries.get(name)
+        if entry is None:
+            return Fault("tensor", name, "is missing")
+        dtype = self.file.tensor(name).dtype
+        if (dtype, entry.shape) == (tensor.dtype, tuple(tensor.shape)):
+            return None
+        return Fault("tensor", name, f"is {dtype} {list(entry.shape)}, expected {tensor.dtype} {list(tensor.shape)}")
+
+    def _by_element(self, module: MergedModule, name: str, tensor: Tensor) -> Difference:
+        """Compare one factor of a stack: A's are copies, which owe nothing; B's are sums of w s B."""
+        distance = Distance()
+        room = self._room(module).reshape(tensor.shape) if name == module.like.b_name else None
+        distance.add(self.file.tensor(name), tensor, room)
+        return distance.result(name)
+
+    def _room(self, module: MergedModule) -> Tensor:
+        """Return how far two computations of B may be apart: `(E + 2) 2^-24 sum |w s B|` and one ulp of the dtype.
+
+        The sums in float32 owe (E + 1) 2^-24 (methods.product), those in float64 half an ulp of float32; each is then
+        rounded to the dtype, which two neighbours of the middle leave in different directions.
+        """
+        plan = self.merged.plan
+        bank = ExpertBank([self.merged.library[expert.name] for expert in plan.experts])
+        stack = bank.read(module.name)
+        weights = [abs(plan.weights[index]) for index in stack.experts]
+        parts = zip(*(blocks_of(_magnitudes(each), module.like.blocks) for each in stack.factors), strict=True)
+        sums = of_blocks([linear(part, weights, stack.basis).padded(module.rank) for part in parts]).b_OR.double()
+        kind = torch.finfo(torch_dtype(plan.dtype))
+        # an ulp is that of the rounded value, which may have reached the next power of two
+        ulp = torch.maximum(sums, module.factors.b_OR.double().abs()) * kind.eps + kind.smallest_normal * kind.eps
+        return sums * ((len(plan.experts) + 2) * 2.0**-24) + ulp
+
+    def _by_product(self, module: MergedModule, differing: list[str]) -> list[Difference]:
+        """Compare the products of factors that are not unique: both may be turned alike and give one delta."""
+        like = module.like
+        written = Factors(self.file.tensor(like.a_name).flatten(1), self.file.tensor(like.b_name).flatten(1))
+        apart = size = room = 0.0
+        pairs = zip(blocks_of(written, like.blocks), blocks_of(module.factors, like.blocks), strict=True)
+        for got, want in pairs:
+            if not (bool(torch.isfinite(got.a_RI).all()) and bool(torch.isfinite(got.b_OR).all())):
+                return [Difference(name, None, None, is_rounding=False) for name in differing]
+            both = decompose([got, want])
+            # the energy of a soup is its squared norm, through the small core
+            apart += both.truncate([1.0, -1.0], energy=1.0).energy
+            size += both.truncate([0.0, 1.0], energy=1.0).energy
+            room += _rounding(want, torch_dtype(self.merged.plan.dtype)) ** 2
+        allowed = PRODUCT_TOLERANCE * math.sqrt(size) + math.sqrt(room)
+        relative = math.sqrt(apart / size) if size > 0 else (0.0 if apart == 0 else math.inf)
+        largest = {name: self._largest(name, tensor) for name, tensor in module.named()}
+        is_rounding = math.sqrt(apart) <= allowed
+        return [Difference(name, finite(largest[name]), finite(relative), is_rounding) for name in differing]
+
+    def _largest(self, name: str, tensor: Tensor) -> float:
+        return float((self.file.tensor(name).double() - tensor.double()).abs().max())
+
+
+def same_bytes(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one dtype and shape have the same bytes: NaN's and the signs of zeros count."""
+    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _magnitudes(factors: Factors) -> Factors:
+    return Factors(factors.a_RI, factors.b_OR.abs(), abs(factors.scaling))
+
+
+def _rounding(factors: Factors, dtype: torch.dtype) -> float:
+    """Return how far B A moves where each element of B and A moves by an ulp: `|B| |dA| + |dB| |A|`, spectral norms."""
+    a_RI, b_OR = factors.a_RI.double(), factors.b_OR.double()
+    a_norm, b_norm = float(a_RI.norm()), float(b_OR.norm())
+    a_most = math.sqrt(max(float(torch.linalg.eigvalsh(a_RI @ a_RI.T)[-1]), 0.0))
+    b_most = math.sqrt(max(float(torch.linalg.eigvalsh(b_OR.T @ b_OR)[-1]), 0.0))
+    return torch.finfo(dtype).eps * (b_most * a_norm + b_norm * a_most)

@@ -1,0 +1,201 @@
+"""A merged model's tensors beside those recomputed: the base is folded again, into a sink that compares.
+
+B rows of a block, M rows and N columns of a base's matrix.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from personalized_soups.files.reader import BITS, TORCH_DTYPES, SafetensorsFile
+from personalized_soups.files.writer import TensorSpec
+from personalized_soups.merging.changes import Changes, as_matrix
+from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows, arithmetic_dtype
+from personalized_soups.merging.into_base import fold_shard, shard_specs
+from personalized_soups.merging.parallel import num_workers
+from personalized_soups.merging.verification import Comparison, Difference, Distance, Fault
+from personalized_soups.merging.verify_adapter import same_bytes
+
+# Bytes of a copied tensor that are compared at once.
+_CHUNK_BYTES = 4 << 20
+
+
+def compare_model(folder: Path, changes: Changes, progress: Callable[[int, int], None] | None = None) -> Comparison:
+    """Fold the base again and compare with the shards in `folder`. Memory: a few blocks, whatever the model's size.
+
+    Raises:
+        FileFormatError: if a shard in `folder` is damaged.
+        InputError: if the base or an expert holds NaN or infinity.
+    """
+    shards = changes.model.checkpoint.shards
+    total = sum(source.num_bytes - source.header_bytes for source in shards.values())
+    done = num_tensors = 0
+    differences: list[Difference] = []
+    faults: list[Fault] = []
+    for file, source in shards.items():
+        specs = shard_specs(source, changes)
+        num_tensors += len(specs)
+        if not (folder / file).is_file():
+            continue  # a missing file is told of by itself
+        written = SafetensorsFile.open(folder / file)
+        faults += _misfits(file, specs, source, written)
+        sink = _ComparingSink(changes, written, specs)
+        for num_bytes in fold_shard(source, changes, {0: sink}):
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
+        differences += sink.differences()
+    return Comparison(num_tensors, tuple(differences), tuple(faults))
+
+
+def _misfits(
+    file: str, specs: Iterable[TensorSpec], source: SafetensorsFile, written: SafetensorsFile
+) -> Iterable[Fault]:
+    expected = {spec.name: spec for spec in specs}
+    for name, spec in expected.items():
+        entry = written.entries.get(name)
+        if entry is None:
+            yield Fault("tensor", name, f"is missing in {file}")
+        elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+            found = f"{entry.dtype} {list(entry.shape)}"
+            yield Fault("tensor", name, f"is {found}, expected {spec.dtype} {list(spec.shape)}")
+    for name in sorted(set(written.entries) - set(expected)):
+        yield Fault("tensor", name, f"is no tensor of {file}")
+    if dict(written.metadata) != dict(source.metadata):
+        told = f"the header's metadata is {dict(written.metadata)}, expected {dict(source.metadata)}"
+        yield Fault("configuration", file, told)
+
+
+class _ComparingSink:
+    """Takes what a merge would write and compares it with what stands in a shard; several threads give at once."""
+
+    def __init__(self, changes: Changes, written: SafetensorsFile, specs: Iterable[TensorSpec]) -> None:
+        self._changes = changes
+        self._written = written
+        self._specs = {
+            spec.name: spec
+            for spec in specs
+            if (entry := written.entries.get(spec.name)) and (entry.dtype, entry.shape) == (spec.dtype, spec.shape)
+        }
+        self._distances: dict[str, Distance] = {}
+        self._lock = threading.Lock()
+        self._magnitudes = lru_cache(maxsize=num_workers(changes.soups.bank.device))(self._magnitudes_of)
+
+    def differences(self) -> list[Difference]:
+        """Return every tensor that differs, in the order of the file."""
+        found = self._distances
+        return [found[name].result(name) for name in self._specs if name in found and not found[name].is_equal]
+
+    def write(self, name: str, data: Tensor | memoryview, start: int = 0) -> None:
+        """Compare a part of a tensor, from its byte `start` on."""
+        if name not in self._specs:
+            return
+        if isinstance(data, memoryview):
+            self._compare_copy(name, data)
+            return
+        distance = self._distance(name)
+        written_MN = as_matrix(self._written.tensor(name))
+        width = max(written_MN.shape[1], 1)
+        first = start // (width * written_MN.element_size())
+        block_BN = data.reshape(-1, width)
+        written_BN = written_MN[first : first + block_BN.shape[0]]
+        if same_bytes(written_BN, block_BN):
+            distance.add_equal(block_BN)
+            return
+        # once a tensor is known to be another one, how far each element may be off is of no interest
+        room_BN = self._room(name, block_BN, first) if distance.may_be_rounding else None
+        distance.add(written_BN, block_BN, room_BN)
+
+    def copy(self, names: Sequence[str], source: SafetensorsFile) -> None:
+        """Compare whole tensors with those of the base."""
+        for name in names:
+            if name in self._specs:
+                self._compare_copy(name, source.raw(name))
+
+    def _distance(self, name: str) -> Distance:
+        with self._lock:
+            return self._distances.setdefault(name, Distance())
+
+    def _compare_copy(self, name: str, expected: memoryview) -> None:
+        """Compare bytes that a merge copies: they owe nothing."""
+        written, kind = self._written.raw(name), self._specs[name].dtype
+        starts = range(0, len(expected), _CHUNK_BYTES)
+        if all(torch.equal(_chunk(written, start), _chunk(expected, start)) for start in starts):
+            return
+        distance = self._distance(name)
+        for start in starts:
+            distance.add(_numbers(_chunk(written, start), kind), _numbers(_chunk(expected, start), kind), None)
+
+    def _room(self, name: str, block_BN: Tensor, first: int) -> Tensor:
+        """Return how far two computations of a block may be apart, in float64 on the CPU: each owes at most
+        `ulp / 2 + (K + 2) u (|W| + sum |w s| |B| |A|)` (u the unit roundoff of the arithmetic), element by element.
+        """
+        terms, depth = self._magnitudes(name)
+        base_MN = self._base_MN(name)
+        kind, device = arithmetic_dtype(block_BN.dtype), self._changes.soups.bank.device
+        base_BN = base_MN[first : first + block_BN.shape[0]].to(device, kind).abs()
+        size_BN = base_BN.clone()
+        for term in terms:
+            # with the base's sign turned, every difference from it becomes a sum of magnitudes
+            term.add(size_BN, -base_BN, first)
+        numbers, unit = torch.finfo(block_BN.dtype), torch.finfo(kind).eps / 2
+        # an ulp is that of the rounded value, which may have reached the next power of two
+        size_BN = torch.maximum(size_BN.cpu().double(), block_BN.double().abs())
+        return size_BN * (numbers.eps + 2 * (depth + 2) * unit) + numbers.smallest_normal * numbers.eps
+
+    def _magnitudes_of(self, name: str) -> tuple[list[Term], int]:
+        terms = self._changes.terms(name, self._base_MN(name))[0]
+        return [_magnitude(term) for term in terms], _depth(terms)
+
+    def _base_MN(self, name: str) -> Tensor:  # noqa: N802
+        model = self._changes.model
+        # an output embedding that was untied comes from the input's
+        source = name if name in model.checkpoint or model.tied is None else model.tied[0]
+        return as_matrix(model.checkpoint.tensor(source))
+
+
+def _magnitude(term: Term) -> Term:
+    """Return a term that adds at least the magnitudes of all that `term` sums up, where it is given -|base|."""
+    if isinstance(term, Product):
+        return replace(term, left_MR=term.left_MR.abs(), right_RN=term.right_RN.abs())
+    if isinstance(term, Dense):
+        return replace(term, delta_MN=term.delta_MN.abs())
+    if isinstance(term, Toward):
+        return replace(term, value_MN=term.value_MN.abs(), weight=abs(term.weight))
+    if isinstance(term, TowardRows):
+        return replace(term, value_RN=term.value_RN.abs(), weight=abs(term.weight))
+    assert isinstance(term, Rescale)
+    return replace(term, scale=1 - (term.scale - 1).abs())
+
+
+def _depth(terms: Iterable[Term]) -> int:
+    """Return how many products are summed up in one element at most: ranges of rows do not meet but at equal starts."""
+    ranks: Counter[int] = Counter()
+    others = 0
+    for term in terms:
+        if isinstance(term, Product):
+            ranks[term.first] += term.right_RN.shape[0]
+        else:
+            others += 1
+    return others + max(ranks.values(), default=0)
+
+
+def _chunk(data: memoryview, start: int) -> Tensor:
+    return torch.frombuffer(data, dtype=torch.uint8)[start : start + _CHUNK_BYTES]
+
+
+def _numbers(data: Tensor, kind: str) -> Tensor:
+    """Return bytes as the numbers that they are where torch can count with them, else as they are."""
+    dtype = TORCH_DTYPES.get(kind)
+    if dtype is None or dtype.is_complex or BITS[kind] < 8:
+        return data
+    # a chunk's first byte need not be aligned for its dtype
+    return data.clone().view(dtype)
