@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,11 +13,12 @@ from torch import Tensor
 
 
 class Spool:
-    """A file of tensors, written one after another. A context manager: the file is taken away at the end."""
+    """A file of tensors, safe to write from several threads; a context manager: the file is taken away at the end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = path.open("x+b")
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -32,10 +34,11 @@ class Spool:
         if not tensor.numel():
             return tensor
         flat = tensor.detach().to("cpu").contiguous()
-        # a mapping begins at a page
-        place = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-        self._file.seek(place)
-        self._file.write(flat.reshape(-1).view(torch.uint8).numpy().data)
-        self._file.flush()
+        with self._lock:
+            # a mapping begins at a page
+            place = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+            self._file.seek(place)
+            self._file.write(flat.reshape(-1).view(torch.uint8).numpy().data)
+            self._file.flush()
         mapped = mmap.mmap(self._file.fileno(), flat.nbytes, access=mmap.ACCESS_COPY, offset=place)
         return torch.frombuffer(mapped, dtype=tensor.dtype).reshape(tensor.shape)

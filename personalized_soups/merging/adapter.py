@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_devic
 from personalized_soups.merging.soup import Soups
 from personalized_soups.methods.table import Method
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, eq=False)
 class MergedAdapter:
@@ -31,17 +34,22 @@ class MergedAdapter:
     library: ExpertLibrary
     device: torch.device
 
-    def modules(self) -> Iterator[MergedModule]:
-        """Yield every module in the plan's order; memory: the few modules in work.
+    def each(self, finish: Callable[[MergedModule], Result]) -> Iterator[Result]:
+        """Yield `finish(module)` of every module in the plan's order; memory: the few modules in work.
 
-        All have the plan's rank, lower ones padded with zeros, but where an energy share gives each its own.
+        `finish` runs on the thread that computed the module, several at once. All modules have the plan's rank, lower
+        ones padded with zeros, but where an energy share gives each its own.
 
         Raises:
             InputError: where an expert holds NaN or infinity.
             UsageError: where the soup does not fit into its dtype.
         """
         soups = Soups([self.plan], ExpertBank(self._experts, device=self.device))
-        return soups.each(lambda each: MergedModule.of(each[0], self.plan))
+        return soups.each(lambda each: finish(MergedModule.of(each[0], self.plan)))
+
+    def modules(self) -> Iterator[MergedModule]:
+        """Yield every module in the plan's order, as `each` computes them."""
+        return self.each(lambda module: module)
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -50,8 +58,13 @@ class MergedAdapter:
         ranks = common_ranks(self.plan, {module.name: module.rank for module in modules})
         return {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
 
-    def write(self, folder: Path | str, overwrite: bool = False) -> Path:
+    def write(self, folder: Path | str, overwrite: bool = False, durable: bool = False) -> Path:
         """Write the adapter folder, all or nothing, and return it. Memory: the few modules in work.
+
+        Args:
+            folder: the new folder.
+            overwrite: replace it where this tool wrote it.
+            durable: have all bytes on the disk before the folder appears.
 
         Raises:
             InputError: where an expert holds NaN or infinity.
@@ -65,12 +78,12 @@ class MergedAdapter:
         check_replaceable(folder.absolute(), overwrite=overwrite)
         read = [path for expert in self._experts for path in expert.adapter.files]
         with (
-            new_folder(folder, overwrite) as scratch,
+            new_folder(folder, overwrite, durable=durable) as scratch,
             BackgroundDigests(read) as digests,
             AdapterWriter(scratch, self.plan) as writer,
         ):
-            for module in self.modules():
-                writer.put(module)
+            for _ in self.each(writer.put):
+                pass
             writer.finish(self.device, input_records(self.plan, self.library, digests.results()))
         return folder
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,12 @@ def test_the_bound_sees_a_fault_of_one_ulp(tmp_path: Path) -> None:
     plan = merge(library, profile_of(WEIGHTS)).plan
 
     class Off(MergedAdapter):
-        def modules(self) -> Iterator[MergedModule]:
-            for module in super().modules():
+        def each(self, finish: Callable[[MergedModule], Any]) -> Iterator[Any]:
+            def nudged(module: MergedModule) -> Any:
                 module.factors.b_OR.mul_(1 + 4 * 2.0**-24)
-                yield module
+                return finish(module)
+
+            return super().each(nudged)
 
     with pytest.raises(AssertionError):
         check_stacked(tmp_path, "F32", folders, Off(plan, library, torch.device("cpu")))
