@@ -1,0 +1,250 @@
+"""Looking at experts before anything is written: all that stops a merge, and what will surprise in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from pathlib import Path
+
+from personalized_soups.adapters.compatible import disagreements
+from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.bank import ExpertBank
+from personalized_soups.declare.profile import Profile, check_sides
+from personalized_soups.errors import InputError, SoupError
+from personalized_soups.files.digest import digest_file
+from personalized_soups.merging.base import BaseModel
+from personalized_soups.merging.changes import Changes
+from personalized_soups.merging.checks import faults_of, unmet_needs
+from personalized_soups.merging.diagnosis import Diagnosis, ExpertFacts, Finding, Pair, Pile
+from personalized_soups.merging.measures import Measures, base_norms
+from personalized_soups.merging.plan import dimensions_of, plan_merge, vllm_max_lora_rank
+from personalized_soups.merging.soup import Soups
+from personalized_soups.merging.surprises import Group, surprises
+from personalized_soups.methods.table import method_named
+
+Progress = Callable[[int, int], None]
+
+_SEVERITIES = ("error", "warning", "note")
+_MAX_SHOWN = 8
+
+
+def diagnose(
+    experts: ExpertLibrary | Sequence[Expert],
+    base: Path | str | None = None,
+    *,
+    profile: Profile | None = None,
+    same_base: bool = False,
+    num_rows: int = 64,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Check experts against one another and against their base, and measure how they lie to one another.
+
+    Every fault is told, not the first alone. Nothing is written. Memory: one module of all experts at a time. DoRA's
+    magnitudes and tensors that are trained whole are checked but not measured.
+
+    Args:
+        experts: a library, or experts of different names.
+        base: the base model's folder, or a hub id in the local cache.
+        profile: whose weights shall be looked at, too; it names some of the experts.
+        same_base: take it that all experts have one base, whatever their names and fingerprints say.
+        num_rows: how many rows of each module are looked at to count signs; all where it has no more.
+        progress: called with the modules done and in all.
+
+    Raises:
+        DeclarationError: if the profile names an expert that is not here.
+        InputError: if the base is not found or damaged.
+        UnsupportedAdapterError: if the base is quantised.
+    """
+    library = experts if isinstance(experts, ExpertLibrary) else _as_library(experts)
+    if profile is not None:
+        library.check(profile)
+    model = None if base is None else BaseModel.open(base)
+    examination = _Examination(library, profile, model, same_base)
+    return examination.run(num_rows, progress)
+
+
+@dataclass(eq=False, slots=True)
+class _Examination:
+    """What is found of one library, step by step."""
+
+    library: ExpertLibrary
+    profile: Profile | None
+    model: BaseModel | None
+    same_base: bool
+    findings: list[Finding] = field(default_factory=list)
+
+    def run(self, num_rows: int, progress: Progress | None) -> Diagnosis:
+        sound = list(self._sound())
+        shapes = {fault.what for fault in disagreements(sound, same_base=True)}
+        for fault in disagreements(sound, same_base=self.same_base):
+            self._error("shape" if fault.what in shapes else "base", fault)
+        self._check_base(sound)
+        self._check_profile(sound)
+        bank = ExpertBank(sound)
+        measures = Measures.of(bank, num_rows, progress)
+        self._check_finite(bank, measures)
+        group = self._group(bank, measures)
+        self.findings += surprises(group)
+        fits = bool(group.chosen) and not any(finding.kind == "shape" for finding in self.findings)
+        rank = _stacked_rank(group) if fits else None
+        if rank is not None:
+            self.findings.append(_of_rank(rank))
+        findings = sorted(self.findings, key=lambda finding: _SEVERITIES.index(finding.severity))
+        return Diagnosis(
+            findings=tuple(findings),
+            experts=tuple(_facts(group, index) for index in range(len(sound))),
+            pairs=tuple(_pair(group, one, other) for one, other in combinations(range(len(sound)), 2)),
+            rows_looked_at=_rows_looked_at(bank, num_rows),
+            shares_basis=None if rank is None else group.shares_basis,
+            rank=rank,
+            vllm_max_lora_rank=None if rank is None else vllm_max_lora_rank(rank),
+            pile=group.pile,
+        )
+
+    def _sound(self) -> Iterator[Expert]:
+        for expert in self.library.values():
+            faults = faults_of(expert)
+            for fault in faults:
+                self._error("expert", fault, of=expert)
+            if not faults:
+                yield expert
+
+    def _check_base(self, experts: Sequence[Expert]) -> None:
+        """Check every expert by itself, so that one's fault does not hide another's."""
+        if self.model is None:
+            return
+        for expert in experts:
+            try:
+                if not self.same_base:
+                    self.model.check_fingerprints([expert])
+            except SoupError as fault:
+                self._error("other base", fault, of=expert)
+            try:
+                alone = ExpertLibrary({expert.name: expert.folder}, where=str(expert.folder))
+                plan = plan_merge(alone, Profile(weights={expert.name: 1.0}), same_base=True, into_base=True)
+                Changes.of(Soups([plan], ExpertBank([expert])), self.model)
+            except SoupError as fault:
+                self._error("base module", fault, of=expert)
+
+    def _check_profile(self, experts: Sequence[Expert]) -> None:
+        if self.profile is None:
+            return
+        weights = {name: weight for name, weight in self.profile.resolved_weights().items() if weight != 0}
+        chosen = [expert for expert in experts if expert.name in weights]
+        sides = {expert.name: expert.side for expert in chosen if expert.side is not None}
+        try:
+            check_sides(self.profile, dimensions_of(chosen), sides)
+        except SoupError as fault:
+            self._error("opposed sides", fault)
+        method = method_named(self.profile.method)
+        for need in unmet_needs(method, ExpertBank(chosen), [weights[expert.name] for expert in chosen]):
+            self._error("method", need)
+
+    def _check_finite(self, bank: ExpertBank, measures: Measures) -> None:
+        for index, faults in measures.faults.items():
+            names = [fault.what.partition(":")[0] for fault in faults[1:]]
+            more = f" (and in {', '.join(names[:_MAX_SHOWN])}{', ...' if len(names) > _MAX_SHOWN else ''})"
+            what = faults[0].what + (more if names else "")
+            told = InputError(what, where=faults[0].where, mend=faults[0].mend)
+            self._error("not finite", told, of=bank.experts[index])
+
+    def _group(self, bank: ExpertBank, measures: Measures) -> Group:
+        weights: Mapping[str, float] = {} if self.profile is None else self.profile.resolved_weights()
+        size = None
+        if self.model is not None:
+            targets = {each.base_name for expert in bank.experts for each in expert.adapter.modules.values()}
+            size = base_norms(self.model, sorted(targets))
+        return Group(
+            bank=bank,
+            measures=measures,
+            weights=None if self.profile is None else tuple(weights.get(each.name, 0.0) for each in bank.experts),
+            dimensions=dimensions_of(bank.experts),
+            base_norms=size,
+            duplicates=frozenset(_duplicates(bank, measures)),
+        )
+
+    def _error(self, kind: str, fault: SoupError, of: Expert | None = None) -> None:
+        what = fault.what if of is None or of.name in fault.what else f"{of.name}: {fault.what}"
+        self.findings.append(Finding("error", kind, what, fault.where, fault.mend))
+
+
+def _as_library(experts: Sequence[Expert]) -> ExpertLibrary:
+    return ExpertLibrary({expert.name: expert.folder for expert in experts}, where="the experts")
+
+
+def _duplicates(bank: ExpertBank, measures: Measures) -> Iterator[tuple[int, int]]:
+    """Yield pairs whose weight files are equal, byte for byte."""
+    digests: dict[int, tuple[str, ...]] = {}
+    for one, other in combinations(range(len(bank.experts)), 2):
+        sizes = {bank.experts[index].adapter.num_bytes for index in (one, other)}
+        cosine = measures.cosine(one, other)
+        # two experts without an angle are two of zeros, or damaged
+        if len(sizes) > 1 or (cosine is not None and cosine < 1 - 1e-6):
+            continue
+        for index in (one, other):
+            if index not in digests:
+                adapter = bank.experts[index].adapter
+                digests[index] = tuple(digest_file(path) for path in adapter.files if path != adapter.config.path)
+        if digests[one] == digests[other]:
+            yield one, other
+
+
+def _stacked_rank(group: Group) -> int:
+    bank = group.bank
+    chosen = ExpertBank([bank.experts[index] for index in group.chosen])
+    ranks = []
+    for name in chosen.modules:
+        members = [chosen.experts[index].adapter.modules[name].rank for index in chosen.members(name)]
+        # one A for several experts takes its rows once
+        ranks.append(sum(dict(zip(chosen.basis(name), members, strict=True)).values()))
+    return max(ranks)
+
+
+def _of_rank(rank: int) -> Finding:
+    told = f"merged exactly, an adapter of all of them has rank {rank}"
+    most = vllm_max_lora_rank(rank)
+    if most is None:
+        return Finding("warning", "rank of the merge", f"{told}, more than vLLM loads", "vLLM", "merge with --rank 64")
+    mend = f"start vLLM with --max-lora-rank {most}, or merge with a smaller --rank"
+    return Finding("note", "rank of the merge", told, "vLLM", mend)
+
+
+def _rows_looked_at(bank: ExpertBank, num_rows: int) -> str:
+    most = max((each.out_features for one in bank.experts for each in one.adapter.modules.values()), default=0)
+    return "all rows" if most <= num_rows else f"{num_rows} rows of each module, drawn with seed 0"
+
+
+def _facts(group: Group, index: int) -> ExpertFacts:
+    expert = group.bank.experts[index]
+    modules = expert.adapter.modules.values()
+    return ExpertFacts(
+        name=expert.name,
+        folder=str(expert.folder),
+        dimension=group.dimensions.get(expert.name),
+        rank=_span([each.rank for each in modules]),
+        scaling=_span([each.scaling for each in modules]),
+        num_modules=len(expert.adapter.modules),
+        dtype=", ".join(sorted(expert.adapter.dtypes)),
+        norm=None if index in group.measures.faults else group.measures.norm(index),
+        relative=group.relative(index),
+        weight=None if group.weights is None else group.weights[index],
+    )
+
+
+def _pair(group: Group, one: int, other: int) -> Pair:
+    measures, experts = group.measures, group.bank.experts
+    return Pair(
+        one=experts[one].name,
+        other=experts[other].name,
+        cosine=measures.cosine(one, other),
+        inputs=measures.inputs(one, other),
+        outputs=measures.outputs(one, other),
+        opposed=measures.opposed(one, other),
+    )
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = min(values, default=math.nan), max(values, default=math.nan)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

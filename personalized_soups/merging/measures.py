@@ -1,0 +1,149 @@
+"""What experts' tensors say of them before they are merged, read module by module and never dense.
+
+E experts, O out features, I in features, N rows that are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.placement import blocks_of
+from personalized_soups.bank import ExpertBank
+from personalized_soups.errors import InputError
+from personalized_soups.merging.base import BaseModel
+from personalized_soups.methods.blocks import row_blocks
+from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.overlap import inner_products, opposed_energies, row_overlaps
+from personalized_soups.methods.streams import Stream
+
+
+@dataclass(eq=False, slots=True)
+class Measures:
+    """Sums over the modules that two experts both adapt, in the same shape; all `[E, E]` in float64.
+
+    `products` are inner products of the deltas, `faults` what is NaN or infinite, by the expert's place.
+    """
+
+    products: Tensor
+    _inputs: _Mean
+    _outputs: _Mean
+    _opposed: Tensor
+    _energies: Tensor
+    faults: dict[int, list[InputError]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, bank: ExpertBank, num_rows: int, progress: Callable[[int, int], None] | None = None) -> Measures:
+        """Read every module of every expert once. Memory: one module of all experts, and `num_rows` dense rows of it.
+
+        Args:
+            bank: the experts; what does not fit together is not compared.
+            num_rows: where a module has more outputs, signs are counted in a sample of so many, the same at each call.
+            progress: called with the modules done and in all.
+        """
+        count = len(bank.experts)
+        zeros = [torch.zeros(count, count, dtype=torch.float64) for _ in range(3)]
+        measures = cls(zeros[0], _Mean(count), _Mean(count), zeros[1], zeros[2])
+        for number, name in enumerate(bank.modules, 1):
+            measures._add_module(bank, name, num_rows)
+            if progress is not None:
+                progress(number, len(bank.modules))
+        for index, expert in enumerate(bank.experts):
+            for name in expert.adapter.trained:
+                try:
+                    expert.adapter.trained_tensor(name)
+                except InputError as fault:
+                    measures.faults.setdefault(index, []).append(fault)
+        return measures
+
+    def norm(self, expert: int) -> float:
+        """Return the Frobenius norm of an expert's deltas, all modules together."""
+        return math.sqrt(float(self.products[expert, expert]))
+
+    def cosine(self, one: int, other: int) -> float | None:
+        """Return the cosine of the angle between two experts' deltas; None where one is 0."""
+        norms = self.norm(one) * self.norm(other)
+        return max(-1.0, min(1.0, float(self.products[one, other]) / norms)) if norms > 0 else None
+
+    def inputs(self, one: int, other: int) -> float | None:
+        """Return the mean overlap of the row spaces of their A's."""
+        return self._inputs.of(one, other)
+
+    def outputs(self, one: int, other: int) -> float | None:
+        """Return the mean overlap of the column spaces of their B's."""
+        return self._outputs.of(one, other)
+
+    def opposed(self, one: int, other: int) -> float | None:
+        """Return the share of their energies in entries where their signs differ: the mean of both shares."""
+        energies = self._energies[one, other], self._energies[other, one]
+        if not all(float(energy) > 0 for energy in energies):
+            return None
+        shares = self._opposed[one, other] / energies[0], self._opposed[other, one] / energies[1]
+        return float(shares[0] + shares[1]) / 2
+
+    def _add_module(self, bank: ExpertBank, name: str, num_rows: int) -> None:
+        groups: dict[tuple[int, ...], dict[int, Factors]] = {}
+        for index in bank.members(name):
+            module = bank.experts[index].adapter.modules[name]
+            try:
+                factors = bank.factors(index, name, torch.float64)
+            except InputError as fault:
+                self.faults.setdefault(index, []).append(fault)
+                continue
+            groups.setdefault((module.blocks, module.out_features, module.in_features), {})[index] = factors
+        for (blocks, out_features, _), group in groups.items():
+            rows_N = sampled_rows(name, out_features, num_rows)
+            for parts in zip(*(blocks_of(factors, blocks) for factors in group.values()), strict=True):
+                self._add(list(group), parts, rows_N)
+
+    def _add(self, experts: Sequence[int], factors: Sequence[Factors], rows_N: Tensor) -> None:
+        places = torch.tensor(experts)
+        at = (places[:, None], places)
+        self.products[at] += inner_products(factors)
+        self._inputs.add(at, row_overlaps([each.a_RI for each in factors]))
+        self._outputs.add(at, row_overlaps([each.b_OR.T for each in factors]))
+        opposed_EE, energy_E = opposed_energies(factors, rows_N)
+        # a sample stands for all rows of its module
+        scale = factors[0].b_OR.shape[0] / len(rows_N)
+        self._opposed[at] += opposed_EE * scale
+        self._energies[at] += energy_E[:, None].expand_as(opposed_EE) * scale
+
+
+class _Mean:
+    """The mean over modules of what may be missing (NaN) in some."""
+
+    def __init__(self, count: int) -> None:
+        self._sums = torch.zeros(count, count, dtype=torch.float64)
+        self._counts = torch.zeros(count, count, dtype=torch.float64)
+
+    def add(self, at: tuple[Tensor, Tensor], values: Tensor) -> None:
+        self._sums[at] += values.nan_to_num(0.0)
+        self._counts[at] += (~values.isnan()).double()
+
+    def of(self, one: int, other: int) -> float | None:
+        count = float(self._counts[one, other])
+        return float(self._sums[one, other]) / count if count else None
+
+
+def sampled_rows(module: str, out_features: int, num_rows: int) -> Tensor:
+    """Return which rows of a module are looked at: all, or a random sample that is the same at each call, ascending."""
+    if out_features <= num_rows:
+        return torch.arange(out_features)
+    return Stream.of(0, module, "sampled rows").uniform((out_features,)).argsort(stable=True)[:num_rows].sort().values
+
+
+def base_norms(model: BaseModel, names: Iterable[str]) -> Mapping[str, float]:
+    """Return the Frobenius norms of tensors of a base, by name; those that it does not have are left out."""
+    found = {}
+    for name in names:
+        stored = model.find(name)
+        if stored is not None:
+            tensor = model.checkpoint.tensor(stored)
+            matrix = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
+            squares = (float(torch.linalg.vector_norm(matrix[rows].double())) ** 2 for rows in row_blocks(matrix))
+            found[name] = math.sqrt(math.fsum(squares))
+    return found

@@ -1,0 +1,474 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from personalized_soups import ExpertLibrary, Profile, merge
+from personalized_soups.errors import DeclarationError, InputError
+from personalized_soups.merging.diagnosis import Diagnosis, Finding
+from personalized_soups.merging.doctor import diagnose
+from personalized_soups.merging.measures import sampled_rows
+from tests import oracles
+from tests.experts import SHAPES, write_config, write_expert, write_record
+from tests.merging.test_into_base import write_base
+from tests.oracles import Matrix
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
+# Sums of some thousand products in float64.
+CLOSE = 1e-9
+
+
+def diagnosed(root: Path, **options: Any) -> Diagnosis:
+    return diagnose(ExpertLibrary.open(root), **options)
+
+
+def only(found: Diagnosis, kind: str, severity: str) -> Finding:
+    (finding,) = found.of_kind(kind)
+    assert finding.severity == severity
+    assert finding.where
+    assert finding.mend
+    return finding
+
+
+def rewrite(folder: Path, change: Any, **config: Any) -> Path:
+    """Write an expert's tensors anew, each as `change(name, values)` says."""
+    tensors = oracles.read_tensors(folder / WEIGHTS_FILE)
+    oracles.write_tensors(
+        folder / WEIGHTS_FILE, {name: ("F32", change(name, values)) for name, values in tensors.items()}
+    )
+    if config:
+        write_config(folder, **config)
+    return folder
+
+
+def vector(folder: Path) -> Matrix:
+    """All deltas of an expert, as one vector."""
+    found = oracles.deltas(folder)
+    flat: Matrix = np.concatenate([found[name].ravel() for name in sorted(found)])
+    return flat
+
+
+def mean_square_cosine(one: Matrix, other: Matrix) -> float:
+    bases = [np.linalg.qr(rows.T)[0] for rows in (one, other)]
+    return float(np.mean(np.linalg.svd(bases[0].T @ bases[1], compute_uv=False) ** 2))
+
+
+def opposed_share(one: Matrix, other: Matrix) -> float:
+    differ = np.sign(one) * np.sign(other) < 0
+    return float(((one**2)[differ].sum() / (one**2).sum() + (other**2)[differ].sum() / (other**2).sum()) / 2)
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> Path:
+    """Three experts of one rank, scaling and dtype, in which nothing is remarkable."""
+    for index, name in enumerate(("one", "two", "three")):
+        write_expert(tmp_path / "experts" / name, seed=index)
+    return tmp_path / "experts"
+
+
+def test_nothing_is_found_of_experts_that_fit(tmp_path: Path, experts: Path) -> None:
+    base = write_base(tmp_path / "base")
+    for path in base.glob("*.safetensors"):  # a base beside which the experts are small
+        tensors = {name: (kind, 100 * np.frombuffer(raw, "<f4").reshape(shape).astype(float))
+                   for name, (kind, shape, raw) in oracles.raw_tensors(path).items()}  # fmt: skip
+        oracles.write_tensors(path, tensors)
+    steps: list[tuple[int, int]] = []
+    found = diagnosed(experts, base=base, progress=lambda done, total: steps.append((done, total)))
+    assert [finding.kind for finding in found.findings] == ["rank of the merge"]
+    assert not found.has_errors
+    assert (found.rank, found.vllm_max_lora_rank, found.shares_basis, found.pile) == (12, 16, False, None)
+    assert steps == [(number, len(SHAPES)) for number in range(1, len(SHAPES) + 1)]
+    json.dumps(found.as_json(), allow_nan=False)
+
+
+def test_norms_cosines_overlaps_and_signs_are_those_of_dense_float64(tmp_path: Path) -> None:
+    kinds: Mapping[str, Mapping[str, Any]] = {
+        "one": {"rank": 2, "alpha": 8, "use_rslora": True},
+        "three": {"rank": 5, "alpha": 1, "dtype": "F16"},
+        "two": {"rank": 4, "alpha": 6},
+    }
+    folders = {
+        name: write_expert(tmp_path / "experts" / name, seed=index, **kind)
+        for index, (name, kind) in enumerate(kinds.items())
+    }
+    base = write_base(tmp_path / "base")
+    found = diagnosed(tmp_path / "experts", base=base, num_rows=96)
+    assert found.rows_looked_at == "all rows"
+    stored = {name: w for path in base.glob("*.safetensors") for name, w in oracles.read_tensors(path).items()}
+    whole = math.sqrt(sum((stored[f"{module}.weight"] ** 2).sum() for module in SHAPES))
+    for facts in found.experts:
+        norm = np.linalg.norm(vector(folders[facts.name]))
+        assert facts.norm == pytest.approx(norm, rel=CLOSE)
+        assert facts.relative == pytest.approx(norm / whole, rel=1e-6)  # the base's norms are summed in blocks
+    assert [(pair.one, pair.other) for pair in found.pairs] == list(combinations(sorted(folders), 2))
+    for pair in found.pairs:
+        one, other = vector(folders[pair.one]), vector(folders[pair.other])
+        cosine = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
+        assert pair.cosine == pytest.approx(cosine, abs=CLOSE)
+        assert pair.opposed == pytest.approx(opposed_share(one, other), rel=CLOSE)
+        first, second = (
+            oracles.factors(oracles.read_tensors(folders[name] / WEIGHTS_FILE)) for name in (pair.one, pair.other)
+        )
+        inputs = [mean_square_cosine(first[module][0], second[module][0]) for module in SHAPES]
+        outputs = [mean_square_cosine(first[module][1].T, second[module][1].T) for module in SHAPES]
+        assert pair.inputs == pytest.approx(np.mean(inputs), rel=CLOSE)
+        assert pair.outputs == pytest.approx(np.mean(outputs), rel=CLOSE)
+
+
+def test_signs_of_a_sample_of_rows_stand_for_all_rows_of_their_module(experts: Path) -> None:
+    found = diagnosed(experts, num_rows=40)
+    assert found.rows_looked_at == "40 rows of each module, drawn with seed 0"
+    for pair in found.pairs:
+        differ, energy = np.zeros(2), np.zeros(2)
+        deltas = [oracles.deltas(experts / name) for name in (pair.one, pair.other)]
+        for module, (out_features, _) in SHAPES.items():
+            rows = sampled_rows(module, out_features, 40).numpy()
+            assert len(set(rows)) == min(40, out_features)
+            parts = [each[module][rows] for each in deltas]
+            apart = np.sign(parts[0]) * np.sign(parts[1]) < 0
+            for index, part in enumerate(parts):
+                differ[index] += (part**2)[apart].sum() * out_features / len(rows)
+                energy[index] += (part**2).sum() * out_features / len(rows)
+        assert pair.opposed == pytest.approx(np.mean(differ / energy), rel=CLOSE)
+        # an estimate: of some 5000 entries that are nearly independent the share is known to about 0.01
+        assert pair.opposed == pytest.approx(
+            opposed_share(vector(experts / pair.one), vector(experts / pair.other)), abs=0.05
+        )
+
+
+def test_what_a_profile_adds_up_to_is_that_of_dense_float64(experts: Path) -> None:
+    weights = {"one": 0.7, "two": -0.4, "three": 1.3}
+    found = diagnosed(experts, profile=Profile(weights=weights))
+    parts = [weight * vector(experts / name) for name, weight in weights.items()]
+    norms = [float(np.linalg.norm(part)) for part in parts]
+    assert found.pile is not None
+    assert found.pile.norm == pytest.approx(np.linalg.norm(sum(parts)), rel=CLOSE)
+    assert found.pile.orthogonal == pytest.approx(math.hypot(*norms), rel=CLOSE)
+    assert found.pile.most == pytest.approx(sum(norms), rel=CLOSE)
+    assert {facts.name: facts.weight for facts in found.experts} == weights
+    assert not found.of_kind("cancel")
+    assert not found.of_kind("pile up")
+
+
+def test_every_expert_that_cannot_be_read_or_merged_is_told_and_the_others_are_looked_at(experts: Path) -> None:
+    (experts / "one" / WEIGHTS_FILE).write_bytes(b"short")
+    write_config(experts / "two", init_lora_weights="pissa")
+    write_expert(experts / "four", seed=4)
+    (experts / "four" / "expert.json").write_text("{")
+    found = diagnosed(experts)
+    errors = found.of_kind("expert")
+    assert [error.severity for error in errors] == ["error"] * 3
+    assert {name for name in ("one", "two", "three", "four") if any(e.what.startswith(name) for e in errors)} == {
+        "one",
+        "two",
+        "four",
+    }
+    assert "pissa" in " ".join(error.what for error in errors)
+    assert [facts.name for facts in found.experts] == ["three"]
+    assert found.has_errors
+
+
+def test_several_disagreements_are_told_at_once(tmp_path: Path, experts: Path) -> None:
+    write_config(experts / "one", base="another")
+    write_expert(experts / "two", seed=1, shapes={**SHAPES, "model.layers.0.self_attn.q_proj": (64, 32)})
+    rewrite(experts / "three", lambda name, values: values * (math.nan if "k_proj" in name else 1))
+    found = diagnosed(experts)
+    assert {finding.kind for finding in found.findings if finding.severity == "error"} == {
+        "base",
+        "shape",
+        "not finite",
+    }
+    assert found.rank is None
+    assert "[64, 32]" in only(found, "shape", "error").what
+    # what fits is compared all the same
+    (pair,) = [pair for pair in found.pairs if {pair.one, pair.other} == {"one", "two"}]
+    assert pair.cosine is not None
+    json.dumps(found.as_json(), allow_nan=False)
+
+
+def test_bases_that_are_said_to_be_one_are_no_error(experts: Path) -> None:
+    write_config(experts / "one", base="another")
+    assert "another" in only(diagnosed(experts), "base", "error").what
+    assert not diagnosed(experts, same_base=True).has_errors
+
+
+def test_a_base_that_is_another_or_lacks_modules_is_told_for_each_expert(tmp_path: Path, experts: Path) -> None:
+    base = write_base(tmp_path / "base")
+    assert not diagnosed(experts, base=base).has_errors
+    write_record(experts / "one", base={"name": "base", "fingerprint": "0" * 64})
+    for name in ("two", "three"):
+        write_expert(experts / name, seed=1, shapes={**SHAPES, f"model.layers.0.mlp.{name}": (4, 4)})
+    found = diagnosed(experts, base=base)
+    assert "one" in only(found, "other base", "error").what
+    assert [error.severity for error in found.of_kind("base module")] == ["error"] * 2
+    assert all(
+        f"model.layers.0.mlp.{name}.weight is not in the base" in " ".join(e.what for e in found.of_kind("base module"))
+        for name in ("two", "three")
+    )
+    assert not diagnosed(experts, base=base, same_base=True).of_kind("other base")
+    # a norm is not put in relation to a part of what it changes
+    assert {facts.name for facts in found.experts if facts.relative is not None} == {"one"}
+    with pytest.raises(InputError):
+        diagnosed(experts, base=tmp_path / "nowhere")
+
+
+def test_a_damaged_base_is_told(tmp_path: Path, experts: Path) -> None:
+    base = write_base(tmp_path / "base", shards=1)
+    tensors = {name: ("F32", values) for name, values in oracles.read_tensors(base / "model.safetensors").items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][1][3, 4] = math.inf
+    oracles.write_tensors(base / "model.safetensors", tensors)
+    assert "layers.1.mlp.up_proj" in only(diagnosed(experts, base=base), "base tensor", "error").what
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_and_infinity_are_told_with_their_tensors(experts: Path, value: float) -> None:
+    def damage(name: str, values: Matrix) -> Matrix:
+        if "layers.1" in name and "lora_A" in name:
+            values[1, 2] = value
+        return values
+
+    rewrite(experts / "two", damage)
+    finding = only(diagnosed(experts), "not finite", "error")
+    assert finding.what.startswith("two: ")
+    assert f"the value at [1, 2] is {value}" in finding.what
+    assert finding.where == str(experts / "two" / WEIGHTS_FILE)
+    for module in SHAPES:
+        assert (f"{module}.lora_A" in finding.what) == ("layers.1" in module)
+
+
+def test_an_untrained_expert_is_told(experts: Path) -> None:
+    rewrite(experts / "two", lambda name, values: values * 0 if "lora_B" in name else values)
+    found = diagnosed(experts)
+    assert only(found, "untrained", "warning").what.startswith("two changes nothing")
+    assert {pair.cosine for pair in found.pairs if "two" in (pair.one, pair.other)} == {None}
+    assert not found.has_errors
+    # a module of zeros alone is nothing to tell
+    write_expert(experts / "two", seed=1)
+    rewrite(experts / "two", lambda name, values: values * 0 if "q_proj.lora_B" in name else values)
+    assert not diagnosed(experts).of_kind("untrained")
+
+
+@pytest.mark.parametrize(("factor", "dominates"), [(6.0, True), (2.0, False)])
+def test_an_expert_that_dominates_is_told_by_its_part_in_the_soup(
+    experts: Path, factor: float, dominates: bool
+) -> None:
+    rewrite(experts / "two", lambda name, values: values * factor if "lora_B" in name else values)
+    found = diagnosed(experts)
+    assert bool(found.of_kind("norm")) == dominates
+    if dominates:
+        norms = {name: np.linalg.norm(vector(experts / name)) for name in ("one", "two", "three")}
+        times = norms["two"] / np.mean([norms["one"], norms["three"]])
+        assert f"two is {times:.3g} times as large" in only(found, "norm", "warning").what
+    # a small weight brings it back
+    assert not diagnosed(experts, profile=Profile(weights={"one": 1, "two": 1 / factor, "three": 1})).of_kind("norm")
+
+
+def test_a_change_as_large_as_the_base_is_told(tmp_path: Path, experts: Path) -> None:
+    base = write_base(tmp_path / "base")
+    norm = {facts.name: facts.relative for facts in diagnosed(experts, base=base).experts}["two"]
+    assert norm is not None
+    for share, told in ((0.45, False), (0.55, True)):
+        write_expert(experts / "two", seed=1)
+        scale = share / norm
+        rewrite(experts / "two", lambda name, values, scale=scale: values * scale if "lora_B" in name else values)
+        assert ("two" in {finding.where for finding in diagnosed(experts, base=base).of_kind("large")}) == told
+    assert not diagnosed(experts).of_kind("large")
+
+
+def test_duplicates_are_told_once(experts: Path) -> None:
+    shutil.copytree(experts / "one", experts / "copy")
+    found = diagnosed(experts)
+    assert only(found, "duplicate", "warning").where == "copy, one"
+    assert not found.of_kind("one direction")
+    # one digit less is no copy, but one direction all the same
+    rewrite(experts / "copy", lambda name, values: values * (1 + 2.0**-20))
+    found = diagnosed(experts)
+    assert not found.of_kind("duplicate")
+    assert only(found, "one direction", "warning").where == "copy, one"
+
+
+def mixed(experts: Path, share: float, sign: float = 1.0) -> None:
+    """Make `two` the sum of `one` and an independent part, on the same A: its cosine to `one` is known."""
+    write_expert(experts / "two", seed=1, a_seed=1000)
+    other = oracles.read_tensors(experts / "one" / WEIGHTS_FILE)
+
+    def change(name: str, values: Matrix) -> Matrix:
+        return sign * share * other[name] + (1 - share) * values if "lora_B" in name else values
+
+    rewrite(experts / "two", change)
+
+
+@pytest.mark.parametrize(("share", "sign"), [(0.9, 1.0), (0.9, -1.0), (0.5, 1.0)])
+def test_experts_along_one_direction_are_told_unless_they_are_of_one_dimension(
+    experts: Path, share: float, sign: float
+) -> None:
+    mixed(experts, share, sign)
+    one, two = vector(experts / "one"), vector(experts / "two")
+    cosine = float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two)))
+    found = diagnosed(experts)
+    assert bool(found.of_kind("one direction")) == (abs(cosine) > 0.9) == (share > 0.8)
+    if share > 0.8:
+        what = only(found, "one direction", "warning").what
+        assert f"(cosine {cosine:.3f})" in what
+        assert ("their weights add up" in what) == (sign > 0)
+        assert ("equal weights cancel" in what) == (sign < 0)
+        assert not found.of_kind("overlap")
+    for name, dimension in (("one", "style"), ("two", "style"), ("three", "length")):
+        write_record(experts / name, dimension=dimension)
+    assert not diagnosed(experts).of_kind("one direction")
+    write_record(experts / "two", dimension="length")
+    assert bool(diagnosed(experts).of_kind("one direction")) == (share > 0.8)
+
+
+def turned(experts: Path) -> None:
+    """Make `two` act on the spaces of `one` in both factors, by other numbers."""
+    write_expert(experts / "two", seed=1)
+    other = oracles.read_tensors(experts / "one" / WEIGHTS_FILE)
+    random = np.random.default_rng(3)
+
+    def change(name: str, values: Matrix) -> Matrix:
+        turn = random.normal(size=(4, 4))
+        changed: Matrix = turn @ other[name] if "lora_A" in name else other[name] @ turn
+        return changed
+
+    rewrite(experts / "two", change)
+
+
+def test_experts_that_act_on_the_same_features_are_told(experts: Path) -> None:
+    assert not diagnosed(experts).of_kind("overlap")
+    mixed(experts, 0.0)
+    found = diagnosed(experts)
+    assert [pair.inputs for pair in found.pairs if (pair.one, pair.other) == ("one", "two")] == [pytest.approx(1)]
+    assert not found.of_kind("overlap")  # of the inputs alone: one A
+    turned(experts)
+    what = only(diagnosed(experts), "overlap", "warning").what
+    assert "by 1.00 (inputs) and 1.00 (outputs)" in what
+
+
+def test_opposite_signs_are_told(experts: Path) -> None:
+    assert not diagnosed(experts).of_kind("signs")
+    mixed(experts, 0.5, -1.0)
+    found = diagnosed(experts, num_rows=96)
+    share = opposed_share(vector(experts / "one"), vector(experts / "two"))
+    assert f"opposite signs in {share:.0%}" in only(found, "signs", "warning").what
+
+
+@pytest.mark.parametrize(("weights", "kind"), [((1, -1), "cancel"), ((1, 1), "pile up"), ((1, 0.1), None)])
+def test_weights_that_cancel_or_pile_up_along_one_direction_are_told(
+    experts: Path, weights: tuple[float, float], kind: str | None
+) -> None:
+    mixed(experts, 0.9)
+    found = diagnosed(experts, profile=Profile(weights=dict(zip(("one", "two"), weights, strict=True))))
+    assert {finding.kind for finding in found.findings} & {"cancel", "pile up"} == ({kind} if kind else set())
+    if kind:
+        norm = np.linalg.norm(sum(w * vector(experts / n) for w, n in zip(weights, ("one", "two"), strict=True)))
+        assert f"|sum w d| is {norm:.3g}" in only(found, kind, "warning").what
+
+
+def test_only_those_with_a_weight_take_part(experts: Path) -> None:
+    rewrite(experts / "three", lambda name, values: values * 0 if "lora_B" in name else values)
+    found = diagnosed(experts, profile=Profile(weights={"one": 1, "two": 1, "three": 0}))
+    assert not found.of_kind("untrained")
+    assert found.rank == 8
+    with pytest.raises(DeclarationError, match="'four'"):
+        diagnosed(experts, profile=Profile(weights={"four": 1}))
+
+
+def test_opposed_sides_and_needs_of_the_method_are_told(experts: Path) -> None:
+    write_record(experts / "one", dimension="style")
+    write_record(experts / "two", dimension="style")
+    write_expert(experts / "three", seed=2, rank=2)
+    weights = {"one": 1.0, "two": -1.0, "three": 0.0}
+    found = diagnosed(experts, profile=Profile(weights=weights, method="factor_average"))
+    assert "two sides of one dimension" in only(found, "opposed sides", "error").what
+    assert "divides by the sum" in only(found, "method", "error").what
+    found = diagnosed(experts, profile=Profile(weights={"one": 1.0, "three": 1.0}, method="factor_average"))
+    assert not found.of_kind("opposed sides")
+    assert {finding.what.partition(":")[0] for finding in found.of_kind("method")} == {
+        "factor_average needs one rank for all experts",
+        "factor_average needs one scaling for all experts",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({"rank": 2, "alpha": 4}, {"rank"}),
+        ({"alpha": 4}, {"scaling"}),
+        ({"dtype": "BF16"}, {"dtype"}),
+        ({"shapes": {name: shape for name, shape in SHAPES.items() if "q_proj" not in name}}, {"modules"}),
+        ({"a_seed": 1000}, {"partly shared basis"}),
+        ({}, set()),
+    ],
+)
+def test_differences_that_a_merge_takes_are_noted(experts: Path, options: Mapping[str, Any], kinds: set[str]) -> None:
+    write_expert(experts / "two", seed=1, **options)
+    found = diagnosed(experts)
+    notes = {finding.kind for finding in found.findings}
+    assert notes - {"rank of the merge"} == kinds
+    for kind in kinds:
+        assert "two" in only(found, kind, "note").what + only(found, kind, "note").where
+
+
+def test_a_shared_basis_and_the_rank_of_the_merge_are_those_of_the_merge(experts: Path) -> None:
+    for index, name in enumerate(("one", "two", "three")):
+        write_expert(experts / name, seed=index, a_seed=7)
+    found = diagnosed(experts)
+    assert only(found, "shared basis", "note").where == "one, three, two"
+    weights = {"one": 1.0, "two": 1.0, "three": 1.0}
+    assert found.shares_basis is True
+    assert found.rank == merge(ExpertLibrary.open(experts), Profile(weights=weights)).plan.rank == 4
+    write_expert(experts / "two", seed=1, rank=3, a_seed=8)
+    found = diagnosed(experts)
+    assert found.rank == merge(ExpertLibrary.open(experts), Profile(weights=weights)).plan.rank == 7
+    assert "has rank 7" in only(found, "rank of the merge", "note").what
+    assert "--max-lora-rank 8" in only(found, "rank of the merge", "note").mend
+
+
+def test_a_rank_that_vllm_does_not_load_is_a_warning(tmp_path: Path) -> None:
+    for index in range(2):
+        write_expert(tmp_path / str(index), seed=index, rank=300, shapes={"model.layers.0.mlp.up_proj": (8, 6)})
+    found = diagnosed(tmp_path)
+    assert (found.rank, found.vllm_max_lora_rank) == (600, None)
+    assert only(found, "rank of the merge", "warning").mend == "merge with --rank 64"
+
+
+def test_tensors_trained_whole_are_noted_and_looked_at(experts: Path) -> None:
+    folder = experts / "two"
+    tensors = {name: ("F32", values) for name, values in oracles.read_tensors(folder / WEIGHTS_FILE).items()}
+    tensors[f"{Q_PROJ}.lora_magnitude_vector"] = ("F32", np.ones(64))
+    for module, (out_features, _) in SHAPES.items():
+        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = ("F32", np.ones(out_features))
+    oracles.write_tensors(folder / WEIGHTS_FILE, tensors)
+    write_config(folder, use_dora=True)
+    assert "two holds 8 tensors" in only(diagnosed(experts), "trained whole", "note").what
+    tensors[f"{Q_PROJ}.lora_magnitude_vector"][1][3] = math.nan
+    oracles.write_tensors(folder / WEIGHTS_FILE, tensors)
+    assert "lora_magnitude_vector" in only(diagnosed(experts), "not finite", "error").what
+
+
+def test_the_gravest_stands_first_and_experts_may_be_given_one_by_one(experts: Path) -> None:
+    write_expert(experts / "two", seed=1, rank=2, alpha=4)
+    rewrite(experts / "one", lambda name, values: values * 0 if "lora_B" in name else values)
+    rewrite(experts / "three", lambda name, values: values * math.nan)
+    library = ExpertLibrary.open(experts)
+    found = diagnose(list(library.values()))
+    assert [finding.severity for finding in found.findings] == ["error", "warning", "note", "note"]
+    assert found == diagnose(library)
+
+
+def test_a_library_of_which_nothing_can_be_read_is_told(experts: Path) -> None:
+    for folder in experts.iterdir():
+        (folder / WEIGHTS_FILE).unlink()
+    found = diagnosed(experts)
+    assert len(found.of_kind("expert")) == len(found.findings) == 3
+    assert (found.experts, found.pairs, found.rank) == ((), (), None)
