@@ -138,14 +138,18 @@ class AdapterWriter:
 
     def finish(self, device: torch.device, inputs: tuple[InputRecord, ...]) -> SoupRecord:
         """Write what is left: modules set aside, adapter_config.json, soup.json."""
+        # modules came in the order in which threads were done, but the bytes shall not depend on it
+        in_order = [module.name for module in self._plan.modules]
+        losses = {name: self._losses[name] for name in in_order}
         if self._aside:
-            self._ranks = common_ranks(self._plan, {module.name: module.rank for module in self._aside})
+            own = {module.name: module.rank for module in self._aside}
+            self._ranks = common_ranks(self._plan, {name: own[name] for name in in_order})
             with self._opened() as writer:
                 for module in self._aside:
                     self._write(writer, module)
         text = json.dumps(adapter_config(self._plan, self._ranks), indent=2, ensure_ascii=False)
         (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        record = adapter_record(self._plan, device, self._ranks, self._losses, inputs)
+        record = adapter_record(self._plan, device, self._ranks, losses, inputs)
         write_record(self._folder, record)
         return record
 
