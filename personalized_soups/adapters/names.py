@@ -27,15 +27,17 @@ _B = ".lora_B.weight"
 _EMBEDDING_A = ".lora_embedding_A"
 _EMBEDDING_B = ".lora_embedding_B"
 _MAGNITUDE = ".lora_magnitude_vector"
+_B_BIAS = ".lora_B.bias"
+_TOKENS = ".token_adapter.trainable_tokens_delta"
 _ENDINGS: Mapping[str, Role] = MappingProxyType({
     _A: "A",
     _B: "B",
     _EMBEDDING_A: "embedding A",
     _EMBEDDING_B: "embedding B",
-    ".lora_B.bias": "bias of B",
+    _B_BIAS: "bias of B",
     _MAGNITUDE: "magnitude",
     f"{_MAGNITUDE}.weight": "magnitude",
-    ".token_adapter.trainable_tokens_delta": "tokens",
+    _TOKENS: "tokens",
 })  # fmt: skip
 
 # Several parameters of one module are wrapped in the order in which the module defines them, the last one outermost;
@@ -107,6 +109,21 @@ def factor_names(module: str, kind: Kind = "linear", depth: int = 0) -> tuple[st
     a, b = (_EMBEDDING_A, _EMBEDDING_B) if kind == "embedding" else (_A, _B)
     path = f"{PREFIX}{module}{f'.{_WRAPPED}' * depth}"
     return f"{path}{a}", f"{path}{b}"
+
+
+def magnitude_name(module: str) -> str:
+    """Return the name of a module's magnitude (DoRA) in an adapter file."""
+    return f"{PREFIX}{module}{_MAGNITUDE}"
+
+
+def b_bias_name(module: str) -> str:
+    """Return the name of the bias of a module's B (lora_bias) in an adapter file."""
+    return f"{PREFIX}{module}{_B_BIAS}"
+
+
+def tokens_name(module: str) -> str:
+    """Return the name of an embedding's trained rows (trainable_token_indices) in an adapter file."""
+    return f"{PREFIX}{module}{_TOKENS}"
 
 
 def a_name(module: str) -> str:

@@ -83,6 +83,9 @@ class SoupRecord(Declared):
     target: Literal["peft", "vllm"] = "peft"
     experts: tuple[InputRecord, ...]
     base: BaseRecord
+    base_folder: str | None = Field(
+        default=None, description="Of a merged adapter: the folder of the base, where it was read."
+    )
     base_blake3: dict[str, str] = Field(
         default_factory=dict, description="BLAKE3 digest of each weight file of the base, where it was read."
     )

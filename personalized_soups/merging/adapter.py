@@ -21,6 +21,7 @@ from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModule, common_ranks
 from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
 from personalized_soups.merging.soup import Soups
+from personalized_soups.merging.trained import WholeTensors, on_base
 from personalized_soups.methods.table import Method
 
 Result = TypeVar("Result")
@@ -44,19 +45,24 @@ class MergedAdapter:
             InputError: where an expert holds NaN or infinity.
             UsageError: where the soup does not fit into its dtype.
         """
-        soups = Soups([self.plan], ExpertBank(self._experts, device=self.device))
-        return soups.each(lambda each: finish(MergedModule.of(each[0], self.plan)))
+        return self._computed[0].each(lambda each: finish(MergedModule.of(each[0], self.plan)))
 
     def modules(self) -> Iterator[MergedModule]:
         """Yield every module in the plan's order, as `each` computes them."""
         return self.each(lambda module: module)
+
+    @property
+    def whole(self) -> WholeTensors | None:
+        """The tensors that experts trained whole; None where the plan has no base."""
+        return self._computed[1][0] if self._computed[1] else None
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """Every tensor by its name in the file, on the CPU, all in memory at once."""
         modules = list(self.modules())
         ranks = common_ranks(self.plan, {module.name: module.rank for module in modules})
-        return {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
+        found = {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
+        return {**found, **({} if self.whole is None else self.whole.tensors())}
 
     def write(self, folder: Path | str, overwrite: bool = False, durable: bool = False) -> Path:
         """Write the adapter folder, all or nothing, and return it. Memory: the few modules in work.
@@ -75,17 +81,23 @@ class MergedAdapter:
         """
         folder = Path(folder)
         check_output_apart(folder, [expert.folder for expert in self.plan.experts])
+        if self.plan.base_folder is not None:
+            check_output_apart(folder, [self.plan.base_folder])
         check_replaceable(folder.absolute(), overwrite=overwrite)
         read = [path for expert in self._experts for path in expert.adapter.files]
         with (
             new_folder(folder, overwrite, durable=durable) as scratch,
             BackgroundDigests(read) as digests,
-            AdapterWriter(scratch, self.plan) as writer,
+            AdapterWriter(scratch, self.plan, self.whole) as writer,
         ):
             for _ in self.each(writer.put):
                 pass
             writer.finish(self.device, input_records(self.plan, self.library, digests.results()))
         return folder
+
+    @cached_property
+    def _computed(self) -> tuple[Soups, list[WholeTensors]]:
+        return on_base([self.plan], ExpertBank(self._experts, device=self.device))
 
     @property
     def _experts(self) -> list[Expert]:
@@ -104,8 +116,9 @@ def merge(
     target: str = "peft",
     device: str = "auto",
     same_base: bool = False,
+    base: Path | str | None = None,
 ) -> MergedAdapter:
-    """Return the soup of `profile` as one adapter; `.write(folder)` makes the folder. The base is never loaded.
+    """Return the soup of `profile` as one adapter; `.write(folder)` makes the folder. The base is never loaded whole.
 
     The scaling is baked into B and `r == lora_alpha`; all modules have one rank (lower ones are padded with zeros) but
     where `energy` gives each its own. Arithmetic: float64 for the coefficients, one rounding to `dtype`; A's are not
@@ -122,6 +135,8 @@ def merge(
         target: `peft`, or `vllm`, where every module has one rank and nothing stands in patterns.
         device: where the arithmetic is done: auto (the CPU), cpu, cuda.
         same_base: take it that all experts have one base.
+        base: the base model's folder, or a hub id in the local cache; needed where an expert holds what is relative to
+            the base: DoRA's magnitudes, biases, saved modules, trained tokens.
 
     Raises:
         SoupError: everything that plan_merge raises.
@@ -136,6 +151,7 @@ def merge(
         dtype=dtype,
         target=target,
         same_base=same_base,
+        base=base,
     )
     return MergedAdapter(plan, library, resolve_device(device))
 

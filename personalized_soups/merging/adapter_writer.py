@@ -10,7 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,8 +33,11 @@ from personalized_soups.adapters.provenance import (
 from personalized_soups.errors import UsageError
 from personalized_soups.files.spool import Spool
 from personalized_soups.files.writer import NAMES_OF_DTYPES, SafetensorsWriter, TensorSpec
+from personalized_soups.merging.dora import unscaled
+from personalized_soups.merging.layout import Layout
 from personalized_soups.merging.plan import MergePlan, torch_dtype, vllm_max_lora_rank
 from personalized_soups.merging.soup import ModuleSoup
+from personalized_soups.merging.trained import WholeTensors
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.finite import all_finite
 
@@ -56,25 +59,40 @@ class Loss:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MergedModule:
-    """One module of a merged adapter, on the CPU in the adapter's dtype."""
+    """One module of a merged adapter, on the CPU in the adapter's dtype.
+
+    `beside` are its other tensors by their names in the file: a magnitude (DoRA), the bias of its B (lora_bias).
+    """
 
     like: LoraModule
     factors: Factors
     loss: Loss
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, soup: ModuleSoup, plan: MergePlan) -> Self:
         """Round a module's soup once to the plan's dtype; at the plan's rank, unless an energy share decides.
 
+        A DoRA adapter has `W' = m / |W + B A| (W + B A)`: with the soup `d W + G` it is `B A = d^-1 G`, truncated
+        before it is divided, and `m = d |W + B A|` of the factors as they are written.
+
         Raises:
-            UsageError: where a value does not fit into the dtype.
+            UsageError: where a value does not fit into the dtype, or d is about 0.
         """
         assert soup.factors is not None, "a dense soup is truncated before it is held as an adapter"
-        like = soup.module.like
-        rounded = Factors(
-            _rounded(like.a_name, soup.factors.a_RI, plan), _rounded(like.b_name, soup.factors.b_OR, plan)
-        )
-        merged = cls(like, rounded, Loss(soup.energy, soup.lost))
+        like, factors = soup.module.like, soup.factors
+        scale_O = torch.ones(like.out_features, dtype=torch.float64) if soup.scale_O is None else soup.scale_O
+        if soup.scale_O is not None:
+            factors = unscaled(like.name, factors, scale_O)
+        rounded = Factors(_rounded(like.a_name, factors.a_RI, plan), _rounded(like.b_name, factors.b_OR, plan))
+        shapes = beside_shapes(like, plan.layout)
+        values = {}
+        if soup.dora is not None:
+            values[plan.layout.magnitude_name(like.name)] = scale_O * soup.dora.norms(like.name, rounded)
+        if soup.bias_O is not None:
+            values[plan.layout.b_bias_name(like.name)] = soup.bias_O
+        beside = {name: _rounded(name, value, plan).reshape(shapes[name]) for name, value in values.items()}
+        merged = cls(like, rounded, Loss(soup.energy, soup.lost), beside)
         return merged if plan.energy is not None else merged.padded(plan.rank)
 
     @property
@@ -92,12 +110,13 @@ class MergedModule:
         if rank <= self.rank:
             return self
         blocks = blocks_of(self.factors, self.like.blocks)
-        return type(self)(self.like, of_blocks([each.padded(rank) for each in blocks]), self.loss)
+        return replace(self, factors=of_blocks([each.padded(rank) for each in blocks]))
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield both factors by their names in the file and in their shapes there."""
+        """Yield both factors, and what stands beside them, by their names in the file and in their shapes there."""
         yield self.like.a_name, self.factors.a_RI.reshape(a_shape(self.like, self.rank))
         yield self.like.b_name, self.factors.b_OR.reshape(b_shape(self.like, self.rank))
+        yield from self.beside.items()
 
 
 class AdapterWriter:
@@ -105,11 +124,17 @@ class AdapterWriter:
 
     Modules may come in any order and are not kept. Where an energy share gives each module a rank of its own they are
     set aside on the disk, since the file begins with the shapes of all.
+
+    Args:
+        folder: empty.
+        plan: what is written.
+        whole: the tensors that experts trained whole, where the plan has a base.
     """
 
-    def __init__(self, folder: Path, plan: MergePlan) -> None:
+    def __init__(self, folder: Path, plan: MergePlan, whole: WholeTensors | None = None) -> None:
         self._folder = folder
         self._plan = plan
+        self._whole = whole
         self._losses: dict[str, Loss] = {}
         self._aside: list[MergedModule] = []
         self._ranks = dict.fromkeys((module.name for module in plan.modules), plan.rank)
@@ -134,7 +159,7 @@ class AdapterWriter:
             self._write(self._writer, module)
             return
         a_RI, b_OR = self._spool.kept(module.factors.a_RI), self._spool.kept(module.factors.b_OR)
-        self._aside.append(MergedModule(module.like, Factors(a_RI, b_OR), module.loss))
+        self._aside.append(replace(module, factors=Factors(a_RI, b_OR)))
 
     def finish(self, device: torch.device, inputs: tuple[InputRecord, ...]) -> SoupRecord:
         """Write what is left: modules set aside, adapter_config.json, soup.json."""
@@ -144,9 +169,13 @@ class AdapterWriter:
         if self._aside:
             own = {module.name: module.rank for module in self._aside}
             self._ranks = common_ranks(self._plan, {name: own[name] for name in in_order})
-            with self._opened() as writer:
-                for module in self._aside:
-                    self._write(writer, module)
+            self._writer = self._stack.enter_context(self._opened())
+            for module in self._aside:
+                self._write(self._writer, module)
+        for name, start, part in () if self._whole is None else self._whole.parts():
+            if not all_finite(part):
+                raise _too_large(f"{name}: the soup has values", self._plan)
+            self._writer.write(name, part, start)
         text = json.dumps(adapter_config(self._plan, self._ranks), indent=2, ensure_ascii=False)
         (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
         record = adapter_record(self._plan, device, self._ranks, losses, inputs)
@@ -160,6 +189,9 @@ class AdapterWriter:
             rank = self._ranks[module.name]
             specs.append(TensorSpec(module.like.a_name, dtype, a_shape(module.like, rank)))
             specs.append(TensorSpec(module.like.b_name, dtype, b_shape(module.like, rank)))
+            beside = beside_shapes(module.like, self._plan.layout)
+            specs.extend(TensorSpec(name, dtype, shape) for name, shape in beside.items())
+        specs.extend([] if self._whole is None else self._whole.specs())
         return SafetensorsWriter(self._folder / WEIGHTS_FILE, specs, {"format": "pt"})
 
     def _write(self, writer: SafetensorsWriter, module: MergedModule) -> None:
@@ -184,15 +216,30 @@ def b_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
     return (like.out_features, rank * like.blocks, *(1 for _ in like.kernel))
 
 
+def beside_shapes(like: LoraModule, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of what stands beside a module's factors in the file."""
+    found: dict[str, tuple[int, ...]] = {}
+    if layout.use_dora:
+        ones = (1,) * len(like.kernel)
+        found[layout.magnitude_name(like.name)] = (*ones[:1], like.out_features, *ones)
+    if layout.lora_bias:
+        found[layout.b_bias_name(like.name)] = (like.out_features,)
+    return found
+
+
 def _rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
     rounded = tensor.to("cpu", torch_dtype(plan.dtype)).contiguous()
     if not all_finite(rounded):
-        raise UsageError(
-            f"{name}: the soup has values up to {tensor.abs().max().item():g}, beyond {plan.dtype}",
-            where="--dtype",
-            mend="take --dtype float32 or bfloat16, or smaller weights",
-        )
+        raise _too_large(f"{name}: the soup has values up to {tensor.abs().max().item():g}", plan)
     return rounded
+
+
+def _too_large(what: str, plan: MergePlan) -> UsageError:
+    return UsageError(
+        f"{what}, beyond {plan.dtype}",
+        where="--dtype",
+        mend="take --dtype float32 or bfloat16, or smaller weights",
+    )
 
 
 def adapter_record(
@@ -222,6 +269,7 @@ def adapter_record(
         target=plan.target,
         experts=inputs,
         base=plan.base,
+        base_folder=plan.base_folder,
         rank=rank,
         dtype=plan.dtype,
         device=str(device),
@@ -236,22 +284,19 @@ def adapter_config(plan: MergePlan, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return what PEFT reads: rank and alpha are equal at every module, so that the scaling is 1."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
-    return {
+    table = {
+        **plan.layout.config,
         "alpha_pattern": pattern,
         "base_model_name_or_path": plan.base.name,
-        "bias": "none",
-        "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": usual,
         "lora_dropout": 0.0,
-        "modules_to_save": None,
         "peft_type": "LORA",
         "r": usual,
         "rank_pattern": pattern,
         "revision": plan.revision,
-        "target_modules": list(plan.target_modules),
         "task_type": plan.task_type,
-        "use_dora": False,
         "use_rslora": False,
     }
+    return dict(sorted(table.items()))

@@ -84,6 +84,16 @@ class BaseModel:
         bare = tensor.partition(".")[2]
         return bare if bare in self.checkpoint else None
 
+    def source(self, tensor: str) -> str | None:
+        """Return the name under which the checkpoint holds what a tensor of the model is: another's where they are one.
+
+        None where the checkpoint has neither.
+        """
+        stored = self.find(tensor)
+        if stored is None and self.tied is not None and tensor == self.tied[1]:
+            return self.tied[0]
+        return stored
+
     def check_fingerprints(self, experts: list[Expert]) -> None:
         """Raise if an expert records the fingerprint of another base.
 

@@ -5,7 +5,7 @@ E experts, O out features, M rows and N columns of a base's matrix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -13,18 +13,24 @@ import torch
 from torch import Tensor
 
 from personalized_soups.adapters.library import Expert
-from personalized_soups.adapters.placement import Placement, place
+from personalized_soups.adapters.placement import Placement
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.adapters.tying import tied_copies
-from personalized_soups.errors import IncompatibleExpertsError, UnsupportedAdapterError, choose_from
 from personalized_soups.merging.base import BaseModel
 from personalized_soups.merging.dora import Dora
-from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows, arithmetic_dtype
+from personalized_soups.merging.fitting import Fitting
+from personalized_soups.merging.folding import (
+    Dense,
+    Product,
+    Rescale,
+    Term,
+    Toward,
+    TowardRows,
+    arithmetic_dtype,
+    as_matrix,
+)
 from personalized_soups.merging.plan import PlannedModule
 from personalized_soups.merging.soup import ModuleSoup, Soups
-
-_FOLDABLE = frozenset({"F64", "F32", "F16", "BF16"})
-_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -57,7 +63,6 @@ class Changes:
 
         Raises:
             IncompatibleExpertsError: naming everything that is not in the base or of another shape there.
-            UnsupportedAdapterError: if the method cannot merge what an expert holds beside low-rank changes.
         """
         found = _Search(soups, model)
         found.run()
@@ -109,7 +114,7 @@ class Changes:
 
 
 class _Search:
-    """Finds where everything stands, and every fault on the way."""
+    """Finds the written tensors that everything changes."""
 
     def __init__(self, soups: Soups, model: BaseModel) -> None:
         self.soups = soups
@@ -117,15 +122,13 @@ class _Search:
         self.changes: dict[str, Change] = {}
         self.dora: Dora | None = None
         self._experts = soups.bank.experts
-        self._faults: list[str] = []
+        self._fitting = Fitting(soups.bank, model)
         self._copies = [tied_copies(expert.adapter) if model.tied else {} for expert in self._experts]
         self.unties = model.tied[1] if model.tied is not None and self._needs_two() else None
 
     def run(self) -> None:
-        self._check_method()
-        placements = self._placements()
-        places = {name: (self._source(each.base_name) or each.base_name, each) for name, each in placements.items()}
-        dora = Dora(self.soups.bank, self.model.checkpoint, places)
+        placements = self._fitting.placements()
+        dora = self._fitting.dora(placements)
         self.dora = dora if dora.magnitudes else None
         for module in self.soups.plan.modules:
             if (placement := placements.get(module.name)) is not None:
@@ -135,19 +138,7 @@ class _Search:
             for each in expert.adapter.trained.values():
                 if each.kind != "magnitude" and (each.name not in self._copies[index] or self.unties is not None):
                     self._add_trained(index, expert, each)
-        self._raise()
-
-    def _check_method(self) -> None:
-        method = self.soups.plan.method
-        for expert in self._experts:
-            for each in expert.adapter.trained.values():
-                if method.family != "linear":
-                    raise UnsupportedAdapterError(
-                        f"{expert.name}: {each.name} is trained whole ({each.origin}), for which {method.name} has "
-                        "no rule",
-                        where=str(expert.folder),
-                        mend="take the method linear",
-                    )
+        self._fitting.check(self.soups.plan.base.name)
 
     def _needs_two(self) -> bool:
         """Return whether the soups change one of the two embeddings that are one tensor, and not the other alike."""
@@ -164,13 +155,6 @@ class _Search:
     def _is_tied(self, target: str) -> bool:
         return self.model.tied is not None and (self.model.find(target) or target) in self.model.tied
 
-    def _source(self, target: str) -> str | None:
-        """Return the tensor of the checkpoint that a change of `target` is added to."""
-        stored = self.model.find(target)
-        if stored is None and self.model.tied is not None and target == self.model.tied[1]:
-            return self.model.tied[0]
-        return stored
-
     def _written(self, target: str) -> tuple[str, ...]:
         """Return the written tensors that a change of `target` belongs to: both embeddings where they stay one."""
         if self._is_tied(target) and self.unties is None and self.model.tied is not None:
@@ -181,61 +165,12 @@ class _Search:
     def _change(self, name: str) -> Change:
         return self.changes.setdefault(name, Change())
 
-    def _placements(self) -> dict[str, Placement]:
-        every = {name: module for expert in self._experts for name, module in expert.adapter.modules.items()}
-        shapes = {}
-        for module in every.values():
-            if (source := self._source(module.base_name)) is None:
-                self._missing(module.base_name)
-            else:
-                shapes[module.base_name] = self._checked(module.base_name, source)
-        found: dict[str, Placement] = {}
-        for expert in self._experts:
-            own = expert.adapter.modules
-            # what one expert's layers leave in doubt another's may show, since all have one base
-            known = [module for module in {**every, **own}.values() if module.base_name in shapes]
-            placed, faults = place(known, shapes)
-            self._faults.extend(faults)
-            for name in placed.keys() & own.keys():
-                if found.setdefault(name, placed[name]) != placed[name]:
-                    self._faults.append(f"{name}: the experts do not agree on how it stands in the base")
-        return found
-
     def _add_trained(self, index: int, expert: Expert, each: TrainedTensor) -> None:
-        source = self._source(each.target)
-        if source is None:
-            self._missing(each.target)
-            return
-        shape = self._checked(each.target, source)
-        fits = shape[1:] == each.shape[1:] if each.kind == "rows" else shape == each.shape
-        if not fits:
-            self._faults.append(f"{each.target}: the base has {list(shape)}, {expert.name} {list(each.shape)}")
-        elif each.kind == "rows" and each.rows and max(each.rows) >= shape[0]:
-            self._faults.append(f"{each.target}: the base has {shape[0]} rows, {expert.name} one for {max(each.rows)}")
+        self._fitting.check_trained(expert, each)
         # trained tokens are those of both embeddings, which PEFT keeps alike where they are one tensor
         names = self.model.tied if each.kind == "rows" and self._is_tied(each.target) and self.unties else None
         for name in names or self._written(each.target):
             self._change(name).trained.append((index, each))
-
-    def _checked(self, name: str, source: str) -> tuple[int, ...]:
-        entry = self.model.checkpoint.entry(source)
-        if entry.dtype not in _FOLDABLE:
-            self._faults.append(f"{name}: its dtype is {entry.dtype}, a soup is folded into {_listed(_FOLDABLE)}")
-        return entry.shape
-
-    def _missing(self, name: str) -> None:
-        self._faults.append(f"{name} is not in the base ({choose_from(name, self.model.checkpoint)})")
-
-    def _raise(self) -> None:
-        faults = list(dict.fromkeys(self._faults))
-        if faults:
-            more = f" (and {len(faults) - _MAX_SHOWN} more)" if len(faults) > _MAX_SHOWN else ""
-            base = self.soups.plan.base.name or "they do not name it"
-            raise IncompatibleExpertsError(
-                "the experts do not fit the base: " + "; ".join(faults[:_MAX_SHOWN]) + more,
-                where=str(self.model.folder),
-                mend=f"give the base that they were trained on ({base})",
-            )
 
 
 def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[Term]:
@@ -259,12 +194,3 @@ def _whole(each: TrainedTensor, value: Tensor, base_MN: Tensor, weight: float, d
     if each.kind == "added":
         return Dense(value_MN.to(device, arithmetic_dtype(base_MN.dtype)) * (weight * each.scaling))
     return Toward(value_MN, weight)
-
-
-def as_matrix(tensor: Tensor) -> Tensor:
-    """Return a tensor of the base as a matrix of its leading rows, `[M, N]`; a vector is one row."""
-    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from personalized_soups.adapters.library import Expert
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile
-from personalized_soups.errors import IncompatibleExpertsError, InputError, SoupError, UsageError
+from personalized_soups.errors import (
+    IncompatibleExpertsError,
+    InputError,
+    SoupError,
+    UnsupportedAdapterError,
+    UsageError,
+)
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.table import Method
 
@@ -93,6 +99,8 @@ def raise_all(faults: Sequence[SoupError]) -> None:
 def unmet_needs(method: Method, bank: ExpertBank, weights: Sequence[float]) -> list[SoupError]:
     """Return what a method needs of its experts and weights and does not find."""
     found: list[SoupError] = []
+    if method.family != "linear":
+        found += [_no_rule(method, expert) for expert in bank.experts if expert.adapter.trained]
     if method.needs_equal_ranks:
         found += _unequal(method, bank, "rank", lambda expert, name: expert.adapter.modules[name].rank)
     if method.needs_equal_scalings:
@@ -106,6 +114,15 @@ def unmet_needs(method: Method, bank: ExpertBank, weights: Sequence[float]) -> l
             )
         )
     return found
+
+
+def _no_rule(method: Method, expert: Expert) -> SoupError:
+    each = next(iter(expert.adapter.trained.values()))
+    return UnsupportedAdapterError(
+        f"{expert.name}: {each.name} is trained whole ({each.origin}), for which {method.name} has no rule",
+        where=str(expert.folder),
+        mend="take the method linear",
+    )
 
 
 def _unequal(method: Method, bank: ExpertBank, what: str, of: Callable[[Expert, str], float]) -> list[SoupError]:

@@ -19,10 +19,10 @@ from torch import Tensor
 from personalized_soups.adapters.placement import Placement, add_parts, squared_norms
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank import ExpertBank, StackedModule
-from personalized_soups.errors import InputError, UnsupportedAdapterError
+from personalized_soups.errors import InputError, UnsupportedAdapterError, UsageError
 from personalized_soups.files.shards import Checkpoint
 from personalized_soups.merging.folding import arithmetic_dtype
-from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.factors import CANCELLED, Factors
 
 # Elements of the base that are summed at once: 16 MiB in float32.
 _BLOCK = 1 << 22
@@ -100,14 +100,19 @@ class Dora:
         for each in adapter.trained.values():
             if each.kind == "replaced" and each.target == magnitude.target:
                 saved = adapter.trained_tensor(each.name, None)
-                kind = torch.promote_types(saved.dtype, base.dtype)
-                if not torch.equal(saved.to(kind), base.to(kind)):
+                if not is_same(saved, base):
                     raise UnsupportedAdapterError(
                         f"{each.name} is not the base's {each.target}, and DoRA is trained on top of it: this version "
                         "does not merge the two together",
                         where=str(self.bank.experts[expert].folder),
                         mend="give the base that the expert was trained on, in the dtype of its training",
                     )
+
+
+def is_same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors hold the same numbers, in whatever dtypes."""
+    kind = torch.promote_types(one.dtype, other.dtype)
+    return torch.equal(one.to(kind), other.to(kind))
 
 
 def turned(stack: StackedModule, gains: Mapping[int, Tensor]) -> StackedModule:
@@ -119,6 +124,29 @@ def turned(stack: StackedModule, gains: Mapping[int, Tensor]) -> StackedModule:
             each = Factors(each.a_RI, b_OR.to(each.b_OR.dtype), each.scaling)  # noqa: PLW2901
         factors.append(each)
     return replace(stack, factors=tuple(factors))
+
+
+def unscaled(module: str, factors: Factors, scale_O: Tensor) -> Factors:
+    """Return factors with `d^-1 B`: a DoRA adapter multiplies them by d, as it does the base's outputs.
+
+    Args:
+        module: its name, for the error.
+        factors: of the soup.
+        scale_O: d, `[O]` in float64 on the CPU.
+
+    Raises:
+        UsageError: where d is about 0, so that no magnitude stands for it.
+    """
+    least = int(scale_O.abs().argmin())
+    if abs(float(scale_O[least])) < CANCELLED:
+        raise UsageError(
+            f"{module}: the soup takes output {least} of the base {float(scale_O[least]):g} times, which no DoRA "
+            "adapter can hold",
+            where="weights",
+            mend="take weights that do not cancel, or fold the soup into the base model: --into-base BASE",
+        )
+    b_OR = factors.b_OR.double() / scale_O.to(factors.b_OR.device)[:, None]
+    return Factors(factors.a_RI, b_OR.to(factors.b_OR.dtype), factors.scaling)
 
 
 def base_scale(gains: Mapping[int, Tensor], weights: Mapping[int, float]) -> Tensor:

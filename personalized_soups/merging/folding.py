@@ -111,7 +111,7 @@ class Rescale:
 
 
 def folded_blocks(
-    base_MN: Tensor, soups: Sequence[Sequence[Term]], device: torch.device
+    base_MN: Tensor, soups: Sequence[Sequence[Term]], device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[tuple[int, int, Tensor]]:
     """Yield `(soup, first row, block)` for every block of every soup: `base + its terms`, rounded once.
 
@@ -122,12 +122,13 @@ def folded_blocks(
         base_MN: the base's tensor as a matrix, on the CPU, in its own dtype.
         soups: the terms of each soup; their tensors are on `device` and in the dtype of the arithmetic.
         device: where the arithmetic is done.
+        dtype: to which the sums are rounded; the base's own where left out.
 
     Yields:
-        Blocks on the CPU in the base's dtype. A block is overwritten when the next one is asked for.
+        Blocks on the CPU in that dtype. A block is overwritten when the next one is asked for.
     """
     num_rows = max(1, min(base_MN.shape[0], _BLOCK[device.type] // max(base_MN.shape[1], 1)))
-    lanes = [_Lane(base_MN, num_rows, device) for _ in range(2 if device.type == "cuda" else 1)]
+    lanes = [_Lane(base_MN, num_rows, device, dtype or base_MN.dtype) for _ in range(2 if device.type == "cuda" else 1)]
     under_way: list[tuple[int, int, _Lane]] = []
     turn = 0
     for start in range(0, base_MN.shape[0], num_rows):
@@ -140,6 +141,11 @@ def folded_blocks(
             turn += 1
     for each in under_way:
         yield _finished(*each)
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Return a tensor of the base as a matrix of its leading rows, `[M, N]`; a vector is one row."""
+    return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -157,7 +163,7 @@ class _Lane:
     Two lanes in turn let one block travel while the other is computed.
     """
 
-    def __init__(self, base_MN: Tensor, num_rows: int, device: torch.device) -> None:
+    def __init__(self, base_MN: Tensor, num_rows: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (num_rows, base_MN.shape[1])
         kind = arithmetic_dtype(base_MN.dtype)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -165,7 +171,7 @@ class _Lane:
         self._inward = torch.empty(shape, dtype=base_MN.dtype, pin_memory=True) if self._stream else None
         self._sum = torch.empty(shape, dtype=kind, device=device)
         self._own = torch.empty(shape, dtype=kind, device=device)
-        self._outward = torch.empty(shape, dtype=base_MN.dtype, pin_memory=self._stream is not None)
+        self._outward = torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
         self._size = 0
 
     def begin(self, start: int, terms: Sequence[Term]) -> None:

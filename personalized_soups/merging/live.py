@@ -71,7 +71,6 @@ class LiveAdapter:
         self._library = library
         self._plan = _plan_of_all(library, self.method, experts, dtype or "float32", same_base=same_base)
         self._experts = {each.name: library[each.name] for each in self._plan.experts}
-        check_plain(list(self._experts.values()))
         self._dimension_of = dimensions_of(list(self._experts.values()))
         self._side_of = {name: each.side for name, each in self._experts.items() if each.side is not None}
         # a buffer that was made in inference mode could not be changed outside of it
@@ -263,6 +262,7 @@ def _plan_of_all(
     if not names:
         raise UsageError("a live soup of no experts", where="experts", mend="name one expert or more")
     everyone = Profile(weights=dict.fromkeys(names, 1.0), allow_opposed=True)
+    check_plain([library[name] for name in names if name in library])
     return plan_merge(library, everyone, method=method, dtype=dtype, same_base=same_base)
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -20,7 +21,16 @@ from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile, check_sides
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.merging.base import BaseModel
 from personalized_soups.merging.checks import Cut, checked_cut, faults_of, raise_all, unmet_needs
+from personalized_soups.merging.layout import (
+    Layout,
+    conflicts,
+    layout_of,
+    missing_base,
+    named_modules,
+    unfit_for_vllm,
+)
 from personalized_soups.methods.table import Method, method_named
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -48,7 +58,8 @@ class PlannedExpert:
 class PlannedModule:
     """One module: `full_rank` is what the method gives, `rank` the most that is left after truncation.
 
-    `like` is the module as an expert holds it. A mixture's parameter has these ranks in each of its blocks.
+    `like` is the module as an expert holds it, with the names that its factors have in a merged adapter. A mixture's
+    parameter has these ranks in each of its blocks.
     """
 
     like: LoraModule
@@ -77,6 +88,7 @@ class MergePlan:
     """The frozen list of what a merge will do. It holds no tensor; `lines()` prints it.
 
     `rank` is the merged adapter's, or the most that it can be where an `energy` share decides module by module.
+    `base_folder` is the base model's where an adapter is made with its help.
     """
 
     profile: Profile
@@ -90,9 +102,10 @@ class MergePlan:
     rank: int
     dtype: DtypeName
     base: BaseRecord
+    base_folder: str | None
     revision: str | None
     task_type: str | None
-    target_modules: tuple[str, ...]
+    layout: Layout
     shares_basis: bool
 
     @property
@@ -102,7 +115,7 @@ class MergePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the merged adapter's tensors, or the most that they can be where `energy` decides."""
+        """Bytes of the merged adapter's factors, or the most that they can be where `energy` decides."""
         numbers = sum(
             self.rank * module.like.blocks * (module.in_features + module.out_features) for module in self.modules
         )
@@ -145,6 +158,7 @@ def plan_merge(
     target: str = "peft",
     same_base: bool = False,
     into_base: bool = False,
+    base: Path | str | None = None,
 ) -> MergePlan:
     """Return what merging `profile` will do; no tensor is read but the first bytes of the A's.
 
@@ -159,12 +173,16 @@ def plan_merge(
         target: `peft`, or `vllm`, where every module has one rank and nothing stands in patterns.
         same_base: take it that all experts have one base, whatever their names and fingerprints say.
         into_base: plan to fold the soup into a base model, where rank and dtype are the base's.
+        base: of an adapter: the base model's folder, or a hub id in the local cache. It is needed where an expert holds
+            what is relative to the base (DoRA, biases, saved modules, trained tokens); samples of it are read, to know
+            it by its fingerprint.
 
     Raises:
         DeclarationError: if the profile names unknown experts, or opposed sides.
         IncompatibleExpertsError: if the experts disagree with one another or with what the method needs.
         InputError: if an expert is damaged or of a variant that is not merged.
-        UsageError: if an option is out of place. All faults of one kind of step are told at once.
+        UsageError: if an option is out of place, or an adapter cannot hold the soup, or not without the base. All
+            faults of one kind of step are told at once.
     """
     row = method if isinstance(method, Method) else method_named(method or profile.method)
     method_options = _method_options(row, profile, options)
@@ -181,22 +199,29 @@ def plan_merge(
         profile, dimensions_of(experts), {expert.name: expert.side for expert in experts if expert.side is not None}
     )
     raise_all([*disagreements(experts, same_base=same_base), *unmet_needs(row, bank, [w for _, w in chosen])])
-    modules = tuple(_planned(bank, name, row, cut.rank) for name in bank.modules)
+    checked_target = _checked_target(target, into_base=into_base)
+    layout = layout_of(experts)
+    if not into_base:
+        raise_all(unfit_for_vllm(experts) if checked_target == "vllm" else [])
+        raise_all([*conflicts(experts, layout), *(missing_base(experts) if base is None else [])])
+    modules = tuple(_planned(bank, like, row, cut.rank) for like in named_modules(experts, layout))
+    known, folder = _read_base(base, experts, same_base=same_base)
     return MergePlan(
         profile=profile,
         method=row,
         options=method_options,
-        target=_checked_target(target, into_base=into_base),
+        target=checked_target,
         energy=cut.energy,
         encoding=_encoding(row, modules, cut, into_base=into_base),
         experts=tuple(PlannedExpert(expert.name, str(expert.folder.resolve()), weight) for expert, weight in chosen),
         modules=modules,
         rank=max(module.rank for module in modules),
         dtype=_resolved_dtype(dtype, experts),
-        base=_common_base(experts),
+        base=known,
+        base_folder=folder,
         revision=_agreed([expert.adapter.config.revision for expert in experts]),
         task_type=_agreed([expert.adapter.config.task_type for expert in experts]),
-        target_modules=_targets(experts, bank.modules),
+        layout=layout,
         shares_basis=bank.shares_basis,
     )
 
@@ -277,21 +302,21 @@ def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_b
     return encoding
 
 
-def _planned(bank: ExpertBank, name: str, method: Method, rank: int | None) -> PlannedModule:
-    members = bank.members(name)
-    described = [bank.experts[index].adapter.modules[name] for index in members]
-    most = min(described[0].out_features, described[0].in_features)
+def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | None) -> PlannedModule:
+    members = bank.members(like.name)
+    described = [bank.experts[index].adapter.modules[like.name] for index in members]
+    most = min(like.out_features, like.in_features)
     if method.family == "dense":
         full = most
     elif method.needs_equal_ranks:
         full = described[0].rank
     elif method.family == "linear":
         # one A for several experts takes its rows once
-        full = sum({number: each.rank for number, each in zip(bank.basis(name), described, strict=True)}.values())
+        full = sum({number: each.rank for number, each in zip(bank.basis(like.name), described, strict=True)}.values())
     else:
         full = sum(each.rank for each in described)
     return PlannedModule(
-        like=described[0],
+        like=like,
         experts=tuple(bank.experts[index].name for index in members),
         full_rank=full,
         rank=full if rank is None else min(rank, full),
@@ -300,18 +325,23 @@ def _planned(bank: ExpertBank, name: str, method: Method, rank: int | None) -> P
 
 def dimensions_of(experts: Sequence[Expert]) -> dict[str, str]:
     """Return the dimension of each expert that has one: by expert.json, else by a name of the shipped catalogue."""
-    found = {}
-    for expert in experts:
-        if expert.dimension is not None:
-            found[expert.name] = expert.dimension
-        elif len(experts) > 1 and (dimension := _catalogue().dimension_of(expert.side or expert.name)) is not None:
+    found = {expert.name: expert.dimension for expert in experts if expert.dimension is not None}
+    nameless = [expert for expert in experts if expert.name not in found]
+    if len(experts) < 2 or not nameless:
+        return found
+    recipe = shipped_recipe("dimensions/psoups.yaml")
+    text = recipe.read_text(encoding="utf-8")
+    for expert in nameless:
+        side = expert.side or expert.name
+        # reading YAML takes as long as reading the experts: a name that is nowhere in it is no name of it
+        if side in text and (dimension := _catalogue(recipe).dimension_of(side)) is not None:
             found[expert.name] = dimension
     return found
 
 
 @cache
-def _catalogue() -> Catalogue:
-    return load(shipped_recipe("dimensions/psoups.yaml"), Catalogue)
+def _catalogue(recipe: Path) -> Catalogue:
+    return load(recipe, Catalogue)
 
 
 def _resolved_dtype(dtype: str | None, experts: Sequence[Expert]) -> DtypeName:
@@ -330,20 +360,16 @@ def _common_base(experts: Sequence[Expert]) -> BaseRecord:
     )
 
 
+def _read_base(base: Path | str | None, experts: Sequence[Expert], *, same_base: bool) -> tuple[BaseRecord, str | None]:
+    """Return how the base is known, and its folder where it is given."""
+    named = _common_base(experts)
+    if base is None:
+        return named, None
+    model = BaseModel.open(base)
+    if not same_base:
+        model.check_fingerprints(list(experts))
+    return BaseRecord(name=named.name, fingerprint=model.fingerprint), str(model.folder.resolve())
+
+
 def _agreed(values: Sequence[str | None]) -> str | None:
     return values[0] if len(set(values)) == 1 else None
-
-
-def _targets(experts: Sequence[Expert], modules: Sequence[str]) -> tuple[str, ...]:
-    """Return `target_modules` that match the adapted modules of the base and no others.
-
-    Where every expert lists its targets, the union of the lists matches the union of the modules; where one gives a
-    regular expression, or leaves out layers, the modules' full names do.
-    """
-    listed: set[str] = set()
-    for expert in experts:
-        targets = expert.adapter.config.target_modules
-        if targets is None:
-            return tuple(sorted(modules))
-        listed.update(targets)
-    return tuple(sorted(listed))

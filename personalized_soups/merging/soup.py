@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from personalized_soups.adapters.placement import blocks_of, of_blocks
+from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank import ExpertBank, StackedModule
 from personalized_soups.merging.dora import Dora, base_scale, turned
 from personalized_soups.merging.parallel import in_order, num_workers
@@ -37,6 +38,9 @@ class ModuleSoup:
     A mixture's blocks are laid into one another in `factors`, as PEFT has them, and a first axis of `delta_OI`. Where
     experts hold magnitudes (DoRA), the base's outputs are multiplied by `scale_O` (float64, on the CPU) as well.
 
+    A merged adapter's lora_bias is `bias_O`, `sum w_e s_e b_e` in float64. `dora` is there where an adapter needs a
+    magnitude for this module.
+
     `energy` and `lost` are the squared Frobenius norms of the delta and of what truncation took from it; both are 0
     where nothing is truncated.
     """
@@ -47,6 +51,8 @@ class ModuleSoup:
     energy: float = 0.0
     lost: float = 0.0
     scale_O: Tensor | None = None  # noqa: N815
+    bias_O: Tensor | None = None  # noqa: N815
+    dora: Dora | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +89,37 @@ class Soups:
             InputError: naming file and tensor where an expert holds NaN or infinity; as Dora.gains.
         """
         stack = self.bank.read(module.name)
-        if module.like.blocks == 1:
-            gains = {} if self.dora is None else self.dora.gains(stack)
-            if not gains:
-                return self._of_stack(module, stack)
-            soups = self._of_stack(module, turned(stack, gains))
-            scales = [base_scale(gains, dict(enumerate(plan.weights))) for plan in self.plans]
-            return [replace(soup, scale_O=scale) for soup, scale in zip(soups, scales, strict=True)]
-        # a mixture of experts has a low-rank change in each of its blocks, of all soups or of none
-        blocks = [self._of_stack(module, each) for each in _blocks(stack, module.like.blocks)]
-        return [_joined(module, soups) for soups in zip(*blocks, strict=True)]
+        if module.like.blocks > 1:
+            # a mixture of experts has a low-rank change in each of its blocks, of all soups or of none
+            blocks = [self._of_stack(module, each) for each in _blocks(stack, module.like.blocks)]
+            return [_joined(module, soups) for soups in zip(*blocks, strict=True)]
+        gains = {} if self.dora is None else self.dora.gains(stack)
+        soups = self._of_stack(module, turned(stack, gains) if gains else stack)
+        if self.plan.layout.is_plain:
+            return soups
+        return [self._completed(soup, plan, gains) for soup, plan in zip(soups, self.plans, strict=True)]
+
+    def _completed(self, soup: ModuleSoup, plan: MergePlan, gains: Mapping[int, Tensor]) -> ModuleSoup:
+        """Return a module's soup with what stands beside its factors."""
+        weights = dict(enumerate(plan.weights))
+        scale_O = base_scale(gains, weights) if gains else None
+        bias_O = None
+        if plan.layout.lora_bias:
+            bias_O = torch.zeros(soup.module.out_features, dtype=torch.float64)
+            for expert, each in self._biases.get(soup.module.name, ()):
+                value = self.bank.experts[expert].adapter.trained_tensor(each.name, torch.float64)
+                bias_O.add_(value, alpha=weights[expert] * each.scaling)
+        return replace(soup, scale_O=scale_O, bias_O=bias_O, dora=self.dora)
+
+    @cached_property
+    def _biases(self) -> Mapping[str, list[tuple[int, TrainedTensor]]]:
+        """Every lora_bias, by its module, with the expert's position in the bank."""
+        found: dict[str, list[tuple[int, TrainedTensor]]] = {}
+        for index, expert in enumerate(self.bank.experts):
+            for each in expert.adapter.trained.values():
+                if each.kind == "added" and each.module is not None:
+                    found.setdefault(each.module, []).append((index, each))
+        return found
 
     def _of_stack(self, module: PlannedModule, stack: StackedModule) -> list[ModuleSoup]:
         weights = [[plan.weights[index] for index in stack.experts] for plan in self.plans]

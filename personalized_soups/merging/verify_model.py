@@ -17,7 +17,7 @@ from torch import Tensor
 
 from personalized_soups.files.reader import BITS, TORCH_DTYPES, SafetensorsFile
 from personalized_soups.files.writer import TensorSpec
-from personalized_soups.merging.changes import Changes, as_matrix
+from personalized_soups.merging.changes import Changes
 from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows, arithmetic_dtype
 from personalized_soups.merging.into_base import fold_shard, shard_specs
 from personalized_soups.merging.parallel import num_workers
@@ -102,7 +102,7 @@ class _ComparingSink:
             self._compare_copy(name, data)
             return
         distance = self._distance(name)
-        written_MN = as_matrix(self._written.tensor(name))
+        written_MN = self._changes.as_matrix(name, self._written.tensor(name))
         width = max(written_MN.shape[1], 1)
         first = start // (width * written_MN.element_size())
         block_BN = data.reshape(-1, width)
@@ -159,7 +159,7 @@ class _ComparingSink:
         model = self._changes.model
         # an output embedding that was untied comes from the input's
         source = name if name in model.checkpoint or model.tied is None else model.tied[0]
-        return as_matrix(model.checkpoint.tensor(source))
+        return self._changes.as_matrix(name, model.checkpoint.tensor(source))
 
 
 def _magnitude(term: Term) -> Term:

@@ -146,9 +146,9 @@ def test_a_strangers_method_comes_in_as_an_argument(tmp_path: Path) -> None:
 def test_targets_are_names_where_a_list_would_match_too_much(tmp_path: Path) -> None:
     some = {"model.layers.1.mlp.up_proj": (96, 64)}
     write_expert(tmp_path / "a", shapes=some, layers_to_transform=[1])
-    assert plan_of(tmp_path).target_modules == ("model.layers.1.mlp.up_proj",)
+    assert plan_of(tmp_path).layout.target_modules == ("model.layers.1.mlp.up_proj",)
     write_expert(tmp_path / "b", shapes=some, target_modules=r".*1\.mlp\.up_proj")
-    assert plan_of(tmp_path, {"b": 1.0}).target_modules == ("model.layers.1.mlp.up_proj",)
+    assert plan_of(tmp_path, {"b": 1.0}).layout.target_modules == ("model.layers.1.mlp.up_proj",)
 
 
 def test_two_experts_of_one_side_are_no_opposed_sides(tmp_path: Path) -> None:

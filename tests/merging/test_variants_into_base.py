@@ -42,7 +42,7 @@ def check_folded(world: World, weights: dict[str, float], out: Path, **options: 
             assert torch.equal(got[name], before[name]), name
             continue
         changed += 1
-        steps = [abs(weights[each]) * saved.merged[name].double().abs() for each, saved in world.experts.items()]
+        steps = [abs(weight) * world.experts[each].merged[name].double().abs() for each, weight in weights.items()]
         room = torch.stack([world.tensors[name].double().abs(), *steps]).sum(dim=0)
         check(got[name], want, room, name)
     assert changed
