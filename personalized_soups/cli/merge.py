@@ -51,6 +51,10 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; the experts' own if left out.")
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model to read, for an adapter of experts with DoRA, biases, saved modules or tokens."),
+    ] = None,
     into_base: Annotated[
         str | None, typer.Option(help="Fold the soup into this base model and write a full model.")
     ] = None,
@@ -72,6 +76,12 @@ def merge(
         raise UsageError("no experts are given", where="--experts", mend="give --experts FOLDER")
     if out is None and not dry_run:
         raise UsageError("no output is given", where="--out", mend="give --out FOLDER, or --dry-run")
+    if base is not None and into_base is not None:
+        raise UsageError(
+            "an adapter made with a base and a full model are both asked for",
+            where="--base, --into-base",
+            mend="give one of the two",
+        )
     declared = _profile(profile, weights, allow_opposed=allow_opposed)
 
     from personalized_soups.adapters.library import ExpertLibrary
@@ -92,6 +102,7 @@ def merge(
         target=target,
         same_base=same_base,
         into_base=into_base is not None,
+        base=None if base is None else resolve_base(base),
     )
     if dry_run or out is None:
         _check_rest(library, plan, out, device, into_base, overwrite=overwrite)
@@ -145,6 +156,7 @@ def _check_rest(
     library: ExpertLibrary, plan: MergePlan, out: Path | None, device: str, into_base: str | None, *, overwrite: bool
 ) -> None:
     """Raise what a run would, where headers tell it: a dry run that passes would be worth little else."""
+    from personalized_soups.bank import ExpertBank
     from personalized_soups.files.atomic import check_replaceable
     from personalized_soups.merging.adapter import check_output_apart
     from personalized_soups.merging.plan import resolve_device
@@ -153,6 +165,10 @@ def _check_rest(
     if out is not None:
         check_replaceable(out.absolute(), overwrite=overwrite)
         check_output_apart(out, [expert.folder for expert in plan.experts])
+    if plan.base_folder is not None:
+        from personalized_soups.merging.trained import on_base
+
+        on_base([plan], ExpertBank([library[expert.name] for expert in plan.experts]))
     if into_base is not None:
         from personalized_soups.merging.into_base import check_fits
 

@@ -72,7 +72,8 @@ def verify(
 
     Args:
         folder: what a merge wrote.
-        base: where the base is, if it is not where the merge had it; a merged adapter's is looked at only if given.
+        base: where the base is, if it is not where the merge had it; a merged adapter's is looked at only if given, or
+            if the merge read it.
         experts: folders of experts, or experts, in which to look first, by name: for experts that have moved.
         device: where the soup is computed again: auto (the CPU), cpu, cuda.
         progress: called with the bytes of tensors done and in all.
@@ -88,7 +89,7 @@ def verify(
     faults = list(of_files(folder, record))
     with BackgroundDigests([path for expert in library.values() for path in expert.adapter.files]) as digests:
         try:
-            plan = _plan(record, library)
+            plan = _plan(record, library, base)
             job = _Job(folder, record, plan, library, target, digests)
             compared, found = job.adapter(base, progress) if record.kind == "adapter" else job.model(base, progress)
         except _UNPLANNABLE as error:
@@ -186,7 +187,7 @@ def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None
     return ExpertLibrary(folders, where=SOUP_FILE)
 
 
-def _plan(record: SoupRecord, library: ExpertLibrary) -> MergePlan:
+def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None) -> MergePlan:
     """Plan the merge again, with the experts in the record's order, which is that of the tensors' parts.
 
     Bases are not compared: the inputs' digests say whether they are those that were merged.
@@ -213,11 +214,12 @@ def _plan(record: SoupRecord, library: ExpertLibrary) -> MergePlan:
         target=record.target,
         same_base=True,
         into_base=record.kind == "model",
+        base=None if record.base_folder is None else _base_of(record, base).folder,
     )
 
 
 def _base_of(record: SoupRecord, given: Path | str | None) -> BaseModel:
-    name = record.base.name if given is None else given
+    name = given if given is not None else record.base_folder or record.base.name
     if name is None:
         raise InputError("the record does not name the base", where=SOUP_FILE, mend="give --base BASE")
     try:

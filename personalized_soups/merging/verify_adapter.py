@@ -18,6 +18,7 @@ from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.merging.adapter import MergedAdapter
 from personalized_soups.merging.adapter_writer import Loss, MergedModule
 from personalized_soups.merging.plan import torch_dtype
+from personalized_soups.merging.trained import WholeTensors
 from personalized_soups.merging.verification import Comparison, Difference, Distance, Fault, finite
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.linear import linear
@@ -47,12 +48,14 @@ class AdapterComparison:
         done, total = 0, len(self.file.data)
         for module in self.merged.modules():
             self.ranks[module.name], self.losses[module.name] = module.rank, module.loss
-            names = {module.like.a_name, module.like.b_name}
+            names = {name for name, _ in module.named()}
             expected |= names
             self._compare(module)
             done += sum(entry.end - entry.start for name, entry in self.file.entries.items() if name in names)
             if progress is not None:
                 progress(done, total)
+        if self.merged.whole is not None:
+            expected |= self._compare_whole(self.merged.whole)
         for name in sorted(set(self.file.entries) - expected):
             self._faults.append(Fault("tensor", name, "is no tensor of this soup"))
         if dict(self.file.metadata) != _METADATA:
@@ -76,10 +79,35 @@ class AdapterComparison:
         if not differing:
             return
         plan = self.merged.plan
-        if plan.encoding == "stacked" and plan.method.family == "linear":
-            self._differences += [self._by_element(module, name, tensors[name]) for name in differing]
-        else:
-            self._differences += self._by_product(module, differing)
+        factors = [name for name in differing if name not in module.beside]
+        if factors and not (plan.encoding == "stacked" and plan.method.family == "linear"):
+            self._differences += self._by_product(module, factors)
+            differing = [name for name in differing if name in module.beside]
+        self._differences += [self._by_element(module, name, tensors[name]) for name in differing]
+
+    def _compare_whole(self, whole: WholeTensors) -> set[str]:
+        """Compare what experts trained whole, part by part; return the names."""
+        specs = {spec.name: spec for spec in whole.specs()}
+        distances: dict[str, Distance] = {}
+        for name, spec in specs.items():
+            entry = self.file.entries.get(name)
+            if entry is None:
+                self._faults.append(Fault("tensor", name, "is missing"))
+            elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
+                told = f"is {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
+                self._faults.append(Fault("tensor", name, told))
+            else:
+                distances[name] = Distance()
+        for name, start, part in whole.parts():
+            if name in distances:
+                first = start // part.element_size()
+                written = self.file.tensor(name).reshape(-1)[first : first + part.numel()]
+                if same_bytes(written, part):
+                    distances[name].add_equal(part)
+                else:
+                    distances[name].add(written, part, _roundings(part))
+        self._differences += [each.result(name) for name, each in distances.items() if not each.is_equal]
+        return set(specs)
 
     def _misfit(self, name: str, tensor: Tensor) -> Fault | None:
         entry = self.file.entries.get(name)
@@ -91,9 +119,14 @@ class AdapterComparison:
         return Fault("tensor", name, f"is {dtype} {list(entry.shape)}, expected {tensor.dtype} {list(tensor.shape)}")
 
     def _by_element(self, module: MergedModule, name: str, tensor: Tensor) -> Difference:
-        """Compare one factor of a stack: A's are copies, which owe nothing; B's are sums of w s B."""
+        """Compare one tensor of a stack: A's are copies, which owe nothing; B's are sums of w s B."""
         distance = Distance()
-        room = self._room(module).reshape(tensor.shape) if name == module.like.b_name else None
+        if name == module.like.a_name:
+            room = None
+        elif name == module.like.b_name and not self.merged.plan.layout.use_dora:
+            room = self._room(module).reshape(tensor.shape)
+        else:
+            room = _roundings(tensor)
         distance.add(self.file.tensor(name), tensor, room)
         return distance.result(name)
 
@@ -141,6 +174,12 @@ class AdapterComparison:
 def same_bytes(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors of one dtype and shape have the same bytes: NaN's and the signs of zeros count."""
     return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+
+
+def _roundings(tensor: Tensor) -> Tensor:
+    """Return how far two computations may be apart where little cancels: norms, magnitudes, whole tensors."""
+    numbers = torch.finfo(tensor.dtype)
+    return tensor.double().abs() * (numbers.eps + 2.0**-20) + numbers.smallest_normal
 
 
 def _magnitudes(factors: Factors) -> Factors:

@@ -18,7 +18,7 @@ from personalized_soups.merging.into_base import json_text, untied_tables
 from personalized_soups.merging.verification import Fault, Subject
 
 # Compared by themselves, or no part of what is claimed: where and by what it was computed.
-_NOT_COMPARED = {"profile", "experts", "base", "truncation", "device", "versions", "files"}
+_NOT_COMPARED = {"profile", "experts", "base", "base_folder", "truncation", "device", "versions", "files"}
 
 # Two computations of one relative error agree better than this; that of an error of nearly 0 has no more digits.
 _ERROR_TOLERANCE = 1e-5

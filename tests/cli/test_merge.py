@@ -219,3 +219,29 @@ def test_a_dry_run_into_a_base_that_does_not_fit_says_so(
     code, _, err = psoups(capsys, *common, tmp_path / "lib")
     assert code == 2
     assert "do not fit the base" in err
+
+
+def test_a_base_is_read_for_what_is_relative_to_it(
+    tmp_path: Path, small_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_expert(tmp_path / "experts" / "dora", base=str(small_base), use_dora=True)
+    path = folder / "adapter_model.safetensors"
+    tensors: dict[str, tuple[str, Any]] = {name: ("F32", value) for name, value in oracles.read_tensors(path).items()}
+    for name in [name for name in tensors if name.endswith("lora_B.weight")]:
+        magnitude = f"{name.removesuffix('B.weight')}magnitude_vector"
+        tensors[magnitude] = ("F32", 1 + 0 * tensors[name][1][:, 0])
+    oracles.write_tensors(path, tensors, {"format": "pt"})
+    given = ("merge", "--weights", "dora=0.5", "--experts", tmp_path / "experts", "--out", tmp_path / "out")
+    code, _, err = psoups(capsys, *given)
+    assert code == 2
+    assert "is relative to the base, and no base is given" in err
+    code, _, err = psoups(capsys, *given, "--base", small_base, "--into-base", small_base)
+    assert (code, "give one of the two" in err) == (2, True)
+    code, _, _ = psoups(capsys, *given, "--base", small_base, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "out").exists()
+    code, _, _ = psoups(capsys, *given, "--base", small_base)
+    assert code == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_dora"] is True
+    assert json.loads((tmp_path / "out" / "soup.json").read_text())["base_folder"] == str(small_base.resolve())
+    assert psoups(capsys, "verify", tmp_path / "out")[0] == 0

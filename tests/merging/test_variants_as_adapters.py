@@ -18,6 +18,7 @@ from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.adapters.provenance import read_soup_record
 from personalized_soups.errors import IncompatibleExpertsError, UsageError
+from personalized_soups.merging.verify import verify
 from tests import oracles
 from tests.adapters.test_against_peft import CASES, llama
 from tests.experts import write_record
@@ -277,3 +278,24 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     merged = merge(world.library, Profile(weights={"e0": 1.0}), base=world.base, same_base=True)
     with pytest.raises(IncompatibleExpertsError, match=r"q_proj\.weight: the base has \[3, 4\]"):
         merged.write(tmp_path / "out")
+
+
+VERIFIED = [("dora and plain", {}), ("dora and plain", {"rank": 3}), ("saved and adapted", {}), ("biases", {})]
+
+
+@pytest.mark.parametrize(("name", "options"), VERIFIED)
+def test_verify_recomputes_them_and_sees_every_tensor(tmp_path: Path, name: str, options: dict[str, Any]) -> None:
+    make, configs = MIXTURES[name]
+    world = make_world(tmp_path, make, configs)
+    weights = {"e0": 0.7, "e2": 1.1} if name == "saved and adapted" else named_weights(len(configs))
+    folder = merge(world.library, Profile(weights=weights), base=world.base, **options).write(tmp_path / "out")
+    assert verify(folder).is_sound
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    for changed in tensors:
+        damaged = {each: tensor.clone() for each, tensor in tensors.items()}
+        damaged[changed].view(-1)[-1] += 0.1
+        save_file(damaged, path, {"format": "pt"})
+        found = verify(folder)
+        assert not found.is_sound
+        assert changed in str(found.as_json())
