@@ -169,6 +169,8 @@ class _Lane:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._base = base_MN
         self._inward = torch.empty(shape, dtype=base_MN.dtype, pin_memory=True) if self._stream else None
+        # what arrives and what leaves in the base's dtype: a copy that converts on its way would do so on the CPU
+        self._there = torch.empty(shape, dtype=base_MN.dtype, device=device) if self._stream else None
         self._sum = torch.empty(shape, dtype=kind, device=device)
         self._own = torch.empty(shape, dtype=kind, device=device)
         self._outward = torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
@@ -195,10 +197,12 @@ class _Lane:
 
     def _compute(self, block: Tensor, start: int, terms: Sequence[Term]) -> None:
         total = own = self._sum[: self._size]
-        total.copy_(block, non_blocking=True)
+        there = None if self._there is None else self._there[: self._size]
+        total.copy_(block if there is None else there.copy_(block, non_blocking=True))
         if any(term.reads_base for term in terms):
             own = self._own[: self._size]
             own.copy_(total)
         for term in terms:
             term.add(total, own, start)
-        self._outward[: self._size].copy_(total, non_blocking=True)
+        rounded = total if there is None else there.copy_(total)
+        self._outward[: self._size].copy_(rounded, non_blocking=True)

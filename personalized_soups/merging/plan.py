@@ -278,7 +278,12 @@ def _checked_target(target: str, *, into_base: bool) -> Target:
 def _method_options(row: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
     """Return the options of the method: the caller's, else the profile's where the method is the profile's own."""
     own = profile.options if row.name == profile.method else {}
-    return row.resolved({**own, **(given or {})})
+    try:
+        return row.resolved({**own, **(given or {})})
+    except UsageError as fault:
+        is_own = fault.where in own and fault.where not in (given or {})
+        place = profile.place("options", fault.where) if is_own else f"--{fault.where}"
+        raise UsageError(fault.what, where=place, mend=fault.mend) from None
 
 
 def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_base: bool) -> PlannedEncoding:
