@@ -153,7 +153,7 @@ class _ComparingSink:
 
     def _magnitudes_of(self, name: str) -> tuple[list[Term], int]:
         terms = self._changes.terms(name, self._base_MN(name))[0]
-        return [_magnitude(term) for term in terms], _depth(terms)
+        return [magnitude_of(term) for term in terms], _depth(terms)
 
     def _base_MN(self, name: str) -> Tensor:  # noqa: N802
         model = self._changes.model
@@ -162,7 +162,7 @@ class _ComparingSink:
         return self._changes.as_matrix(name, model.checkpoint.tensor(source))
 
 
-def _magnitude(term: Term) -> Term:
+def magnitude_of(term: Term) -> Term:
     """Return a term that adds at least the magnitudes of all that `term` sums up, where it is given -|base|."""
     if isinstance(term, Product):
         return replace(term, left_MR=term.left_MR.abs(), right_RN=term.right_RN.abs())

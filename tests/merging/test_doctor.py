@@ -43,7 +43,9 @@ def rewrite(folder: Path, change: Any, **config: Any) -> Path:
     """Write an expert's tensors anew, each as `change(name, values)` says."""
     tensors = oracles.read_tensors(folder / WEIGHTS_FILE)
     oracles.write_tensors(
-        folder / WEIGHTS_FILE, {name: ("F32", change(name, values)) for name, values in tensors.items()}
+        folder / WEIGHTS_FILE,
+        {name: ("F32", change(name, values)) for name, values in tensors.items()},
+        {"format": "pt"},
     )
     if config:
         write_config(folder, **config)
