@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -11,62 +10,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from personalized_soups import ExpertLibrary, Profile, merge
+from personalized_soups import ExpertLibrary, Profile
 from personalized_soups.errors import DeclarationError, InputError
-from personalized_soups.merging.diagnosis import Diagnosis, Finding
 from personalized_soups.merging.doctor import diagnose
 from personalized_soups.merging.measures import sampled_rows
 from tests import oracles
 from tests.experts import SHAPES, write_config, write_expert, write_record
+from tests.merging.diagnosing import (
+    WEIGHTS_FILE,
+    diagnosed,
+    only,
+    opposed_share,
+    rewrite,
+    vector,
+)
 from tests.merging.test_into_base import write_base
 from tests.oracles import Matrix
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"
 # Sums of some thousand products in float64.
 CLOSE = 1e-9
-
-
-def diagnosed(root: Path, **options: Any) -> Diagnosis:
-    return diagnose(ExpertLibrary.open(root), **options)
-
-
-def only(found: Diagnosis, kind: str, severity: str) -> Finding:
-    (finding,) = found.of_kind(kind)
-    assert finding.severity == severity
-    assert finding.where
-    assert finding.mend
-    return finding
-
-
-def rewrite(folder: Path, change: Any, **config: Any) -> Path:
-    """Write an expert's tensors anew, each as `change(name, values)` says."""
-    tensors = oracles.read_tensors(folder / WEIGHTS_FILE)
-    oracles.write_tensors(
-        folder / WEIGHTS_FILE,
-        {name: ("F32", change(name, values)) for name, values in tensors.items()},
-        {"format": "pt"},
-    )
-    if config:
-        write_config(folder, **config)
-    return folder
-
-
-def vector(folder: Path) -> Matrix:
-    """All deltas of an expert, as one vector."""
-    found = oracles.deltas(folder)
-    flat: Matrix = np.concatenate([found[name].ravel() for name in sorted(found)])
-    return flat
-
-
-def mean_square_cosine(one: Matrix, other: Matrix) -> float:
-    bases = [np.linalg.qr(rows.T)[0] for rows in (one, other)]
-    return float(np.mean(np.linalg.svd(bases[0].T @ bases[1], compute_uv=False) ** 2))
-
-
-def opposed_share(one: Matrix, other: Matrix) -> float:
-    differ = np.sign(one) * np.sign(other) < 0
-    return float(((one**2)[differ].sum() / (one**2).sum() + (other**2)[differ].sum() / (other**2).sum()) / 2)
 
 
 @pytest.fixture
@@ -75,6 +37,11 @@ def experts(tmp_path: Path) -> Path:
     for index, name in enumerate(("one", "two", "three")):
         write_expert(tmp_path / "experts" / name, seed=index)
     return tmp_path / "experts"
+
+
+def mean_square_cosine(one: Matrix, other: Matrix) -> float:
+    bases = [np.linalg.qr(rows.T)[0] for rows in (one, other)]
+    return float(np.mean(np.linalg.svd(bases[0].T @ bases[1], compute_uv=False) ** 2))
 
 
 def test_nothing_is_found_of_experts_that_fit(tmp_path: Path, experts: Path) -> None:
@@ -247,135 +214,6 @@ def test_nan_and_infinity_are_told_with_their_tensors(experts: Path, value: floa
         assert (f"{module}.lora_A" in finding.what) == ("layers.1" in module)
 
 
-def test_an_untrained_expert_is_told(experts: Path) -> None:
-    rewrite(experts / "two", lambda name, values: values * 0 if "lora_B" in name else values)
-    found = diagnosed(experts)
-    assert only(found, "untrained", "warning").what.startswith("two changes nothing")
-    assert {pair.cosine for pair in found.pairs if "two" in (pair.one, pair.other)} == {None}
-    assert not found.has_errors
-    # a module of zeros alone is nothing to tell
-    write_expert(experts / "two", seed=1)
-    rewrite(experts / "two", lambda name, values: values * 0 if "q_proj.lora_B" in name else values)
-    assert not diagnosed(experts).of_kind("untrained")
-
-
-@pytest.mark.parametrize(("factor", "dominates"), [(6.0, True), (2.0, False)])
-def test_an_expert_that_dominates_is_told_by_its_part_in_the_soup(
-    experts: Path, factor: float, dominates: bool
-) -> None:
-    rewrite(experts / "two", lambda name, values: values * factor if "lora_B" in name else values)
-    found = diagnosed(experts)
-    assert bool(found.of_kind("norm")) == dominates
-    if dominates:
-        norms = {name: np.linalg.norm(vector(experts / name)) for name in ("one", "two", "three")}
-        times = norms["two"] / np.mean([norms["one"], norms["three"]])
-        assert f"two is {times:.3g} times as large" in only(found, "norm", "warning").what
-    # a small weight brings it back
-    assert not diagnosed(experts, profile=Profile(weights={"one": 1, "two": 1 / factor, "three": 1})).of_kind("norm")
-
-
-def test_a_change_as_large_as_the_base_is_told(tmp_path: Path, experts: Path) -> None:
-    base = write_base(tmp_path / "base")
-    norm = {facts.name: facts.relative for facts in diagnosed(experts, base=base).experts}["two"]
-    assert norm is not None
-    for share, told in ((0.45, False), (0.55, True)):
-        write_expert(experts / "two", seed=1)
-        scale = share / norm
-        rewrite(experts / "two", lambda name, values, scale=scale: values * scale if "lora_B" in name else values)
-        assert ("two" in {finding.where for finding in diagnosed(experts, base=base).of_kind("large")}) == told
-    assert not diagnosed(experts).of_kind("large")
-
-
-def test_duplicates_are_told_once(experts: Path) -> None:
-    shutil.copytree(experts / "one", experts / "copy")
-    found = diagnosed(experts)
-    assert only(found, "duplicate", "warning").where == "copy, one"
-    assert not found.of_kind("one direction")
-    # one digit less is no copy, but one direction all the same
-    rewrite(experts / "copy", lambda name, values: values * (1 + 2.0**-20))
-    found = diagnosed(experts)
-    assert not found.of_kind("duplicate")
-    assert only(found, "one direction", "warning").where == "copy, one"
-
-
-def mixed(experts: Path, share: float, sign: float = 1.0) -> None:
-    """Make `two` the sum of `one` and an independent part, on the same A: its cosine to `one` is known."""
-    write_expert(experts / "two", seed=1, a_seed=1000)
-    other = oracles.read_tensors(experts / "one" / WEIGHTS_FILE)
-
-    def change(name: str, values: Matrix) -> Matrix:
-        return sign * share * other[name] + (1 - share) * values if "lora_B" in name else values
-
-    rewrite(experts / "two", change)
-
-
-@pytest.mark.parametrize(("share", "sign"), [(0.9, 1.0), (0.9, -1.0), (0.5, 1.0)])
-def test_experts_along_one_direction_are_told_unless_they_are_of_one_dimension(
-    experts: Path, share: float, sign: float
-) -> None:
-    mixed(experts, share, sign)
-    one, two = vector(experts / "one"), vector(experts / "two")
-    cosine = float(one @ two / (np.linalg.norm(one) * np.linalg.norm(two)))
-    found = diagnosed(experts)
-    assert bool(found.of_kind("one direction")) == (abs(cosine) > 0.9) == (share > 0.8)
-    if share > 0.8:
-        what = only(found, "one direction", "warning").what
-        assert f"(cosine {cosine:.3f})" in what
-        assert ("their weights add up" in what) == (sign > 0)
-        assert ("equal weights cancel" in what) == (sign < 0)
-        assert not found.of_kind("overlap")
-    for name, dimension in (("one", "style"), ("two", "style"), ("three", "length")):
-        write_record(experts / name, dimension=dimension)
-    assert not diagnosed(experts).of_kind("one direction")
-    write_record(experts / "two", dimension="length")
-    assert bool(diagnosed(experts).of_kind("one direction")) == (share > 0.8)
-
-
-def turned(experts: Path) -> None:
-    """Make `two` act on the spaces of `one` in both factors, by other numbers."""
-    write_expert(experts / "two", seed=1)
-    other = oracles.read_tensors(experts / "one" / WEIGHTS_FILE)
-    random = np.random.default_rng(3)
-
-    def change(name: str, values: Matrix) -> Matrix:
-        turn = random.normal(size=(4, 4))
-        changed: Matrix = turn @ other[name] if "lora_A" in name else other[name] @ turn
-        return changed
-
-    rewrite(experts / "two", change)
-
-
-def test_experts_that_act_on_the_same_features_are_told(experts: Path) -> None:
-    assert not diagnosed(experts).of_kind("overlap")
-    mixed(experts, 0.0)
-    found = diagnosed(experts)
-    assert [pair.inputs for pair in found.pairs if (pair.one, pair.other) == ("one", "two")] == [pytest.approx(1)]
-    assert not found.of_kind("overlap")  # of the inputs alone: one A
-    turned(experts)
-    what = only(diagnosed(experts), "overlap", "warning").what
-    assert "by 1.00 (inputs) and 1.00 (outputs)" in what
-
-
-def test_opposite_signs_are_told(experts: Path) -> None:
-    assert not diagnosed(experts).of_kind("signs")
-    mixed(experts, 0.5, -1.0)
-    found = diagnosed(experts, num_rows=96)
-    share = opposed_share(vector(experts / "one"), vector(experts / "two"))
-    assert f"opposite signs in {share:.0%}" in only(found, "signs", "warning").what
-
-
-@pytest.mark.parametrize(("weights", "kind"), [((1, -1), "cancel"), ((1, 1), "pile up"), ((1, 0.1), None)])
-def test_weights_that_cancel_or_pile_up_along_one_direction_are_told(
-    experts: Path, weights: tuple[float, float], kind: str | None
-) -> None:
-    mixed(experts, 0.9)
-    found = diagnosed(experts, profile=Profile(weights=dict(zip(("one", "two"), weights, strict=True))))
-    assert {finding.kind for finding in found.findings} & {"cancel", "pile up"} == ({kind} if kind else set())
-    if kind:
-        norm = np.linalg.norm(sum(w * vector(experts / n) for w, n in zip(weights, ("one", "two"), strict=True)))
-        assert f"|sum w d| is {norm:.3g}" in only(found, kind, "warning").what
-
-
 def test_only_those_with_a_weight_take_part(experts: Path) -> None:
     rewrite(experts / "three", lambda name, values: values * 0 if "lora_B" in name else values)
     found = diagnosed(experts, profile=Profile(weights={"one": 1, "two": 1, "three": 0}))
@@ -399,63 +237,6 @@ def test_opposed_sides_and_needs_of_the_method_are_told(experts: Path) -> None:
         "factor_average needs one rank for all experts",
         "factor_average needs one scaling for all experts",
     }
-
-
-@pytest.mark.parametrize(
-    ("options", "kinds"),
-    [
-        ({"rank": 2, "alpha": 4}, {"rank"}),
-        ({"alpha": 4}, {"scaling"}),
-        ({"dtype": "BF16"}, {"dtype"}),
-        ({"shapes": {name: shape for name, shape in SHAPES.items() if "q_proj" not in name}}, {"modules"}),
-        ({"a_seed": 1000}, {"partly shared basis"}),
-        ({}, set()),
-    ],
-)
-def test_differences_that_a_merge_takes_are_noted(experts: Path, options: Mapping[str, Any], kinds: set[str]) -> None:
-    write_expert(experts / "two", seed=1, **options)
-    found = diagnosed(experts)
-    notes = {finding.kind for finding in found.findings}
-    assert notes - {"rank of the merge"} == kinds
-    for kind in kinds:
-        assert "two" in only(found, kind, "note").what + only(found, kind, "note").where
-
-
-def test_a_shared_basis_and_the_rank_of_the_merge_are_those_of_the_merge(experts: Path) -> None:
-    for index, name in enumerate(("one", "two", "three")):
-        write_expert(experts / name, seed=index, a_seed=7)
-    found = diagnosed(experts)
-    assert only(found, "shared basis", "note").where == "one, three, two"
-    weights = {"one": 1.0, "two": 1.0, "three": 1.0}
-    assert found.shares_basis is True
-    assert found.rank == merge(ExpertLibrary.open(experts), Profile(weights=weights)).plan.rank == 4
-    write_expert(experts / "two", seed=1, rank=3, a_seed=8)
-    found = diagnosed(experts)
-    assert found.rank == merge(ExpertLibrary.open(experts), Profile(weights=weights)).plan.rank == 7
-    assert "has rank 7" in only(found, "rank of the merge", "note").what
-    assert "--max-lora-rank 8" in only(found, "rank of the merge", "note").mend
-
-
-def test_a_rank_that_vllm_does_not_load_is_a_warning(tmp_path: Path) -> None:
-    for index in range(2):
-        write_expert(tmp_path / str(index), seed=index, rank=300, shapes={"model.layers.0.mlp.up_proj": (8, 6)})
-    found = diagnosed(tmp_path)
-    assert (found.rank, found.vllm_max_lora_rank) == (600, None)
-    assert only(found, "rank of the merge", "warning").mend == "merge with --rank 64"
-
-
-def test_tensors_trained_whole_are_noted_and_looked_at(experts: Path) -> None:
-    folder = experts / "two"
-    tensors = {name: ("F32", values) for name, values in oracles.read_tensors(folder / WEIGHTS_FILE).items()}
-    tensors[f"{Q_PROJ}.lora_magnitude_vector"] = ("F32", np.ones(64))
-    for module, (out_features, _) in SHAPES.items():
-        tensors[f"base_model.model.{module}.lora_magnitude_vector"] = ("F32", np.ones(out_features))
-    oracles.write_tensors(folder / WEIGHTS_FILE, tensors)
-    write_config(folder, use_dora=True)
-    assert "two holds 8 tensors" in only(diagnosed(experts), "trained whole", "note").what
-    tensors[f"{Q_PROJ}.lora_magnitude_vector"][1][3] = math.nan
-    oracles.write_tensors(folder / WEIGHTS_FILE, tensors)
-    assert "lora_magnitude_vector" in only(diagnosed(experts), "not finite", "error").what
 
 
 def test_the_gravest_stands_first_and_experts_may_be_given_one_by_one(experts: Path) -> None:
