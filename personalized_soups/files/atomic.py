@@ -15,7 +15,7 @@ from personalized_soups.files.journal import Journal
 from personalized_soups.files.swap import MARKERS, check_replaceable, files_below, publish, settle, sync, sync_folder
 from personalized_soups.files.workplace import FULL_DISK, NO_ROOM, Workplace, claimed, remove, workplace_of
 
-__all__ = ["MARKERS", "Resumable", "check_replaceable", "files_below", "new_folder", "resumable_folder"]
+__all__ = ["MARKERS", "Resumable", "check_replaceable", "check_target", "files_below", "new_folder", "resumable_folder"]
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +114,20 @@ def resumable_folder(
                 _log.warning("what is finished is kept in %s: the same run goes on from there", place.folder)
             else:
                 _end(place, target)
+
+
+def check_target(target: Path | str, *, overwrite: bool = False) -> None:
+    """Raise what new_folder would raise before its block, and take away what a run killed at its very end left behind.
+
+    Raises:
+        SoupError: as new_folder does.
+    """
+    target = _absolute(target)
+    if os.path.lexists(workplace_of(target)):
+        with _ready(target, overwrite=overwrite):
+            pass
+    else:
+        check_replaceable(target, overwrite=overwrite)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from personalized_soups.adapters.provenance import InputRecord
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
-from personalized_soups.files.atomic import check_replaceable, new_folder
+from personalized_soups.files.atomic import check_target, new_folder
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModule, common_ranks
 from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
@@ -83,7 +83,7 @@ class MergedAdapter:
         check_output_apart(folder, [expert.folder for expert in self.plan.experts])
         if self.plan.base_folder is not None:
             check_output_apart(folder, [self.plan.base_folder])
-        check_replaceable(folder.absolute(), overwrite=overwrite)
+        check_target(folder, overwrite=overwrite)
         read = [path for expert in self._experts for path in expert.adapter.files]
         with (
             new_folder(folder, overwrite, durable=durable) as scratch,

@@ -24,7 +24,7 @@ from personalized_soups.adapters.provenance import (
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import InputError, UsageError, choose_from
-from personalized_soups.files.atomic import Resumable, check_replaceable, files_below, resumable_folder
+from personalized_soups.files.atomic import Resumable, check_target, files_below, resumable_folder
 from personalized_soups.files.copies import CopyMode, copy_file
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.files.reader import SafetensorsFile
@@ -130,7 +130,7 @@ def fold_plans(
     inputs = [expert.folder for expert in plans[0].experts]
     for out in outs:
         check_output_apart(out, inputs)
-        check_replaceable(out.absolute(), overwrite=overwrite)
+        check_target(out, overwrite=overwrite)
     model = BaseModel.open(base)
     for out in outs:
         check_output_apart(out, [str(model.folder)])

@@ -6,7 +6,7 @@ U users, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from personalized_soups.adapters.provenance import InputRecord, SoupRecord, read
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile, check_sides
 from personalized_soups.errors import DeclarationError, OutputExistsError, SoupError, UsageError
-from personalized_soups.files.atomic import new_folder
+from personalized_soups.files.atomic import check_target, new_folder
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.merging.adapter import check_output_apart, input_records
 from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModule
@@ -229,6 +229,8 @@ def _is_there(
     except SoupError:
         record = None
     if record is not None and _tells_of(record, plan, input_records(plan, library, digests.results())):
+        with suppress(OutputExistsError):  # another run is at its end there
+            check_target(out, overwrite=True)
         return True
     if not overwrite:
         raise OutputExistsError(
