@@ -66,7 +66,8 @@ class Changes:
         """
         found = _Search(soups, model)
         found.run()
-        return cls(replace(soups, dora=found.dora), model, found.changes, found.unties)
+        directed = soups if found.dora is None else replace(soups, dora=found.dora)
+        return cls(directed, model, found.changes, found.unties)
 
     def written_as(self, tensor: str) -> tuple[str, ...]:
         """Return the names under which a tensor of the base is written: its own, and that of an embedding untied."""

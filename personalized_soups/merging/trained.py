@@ -101,7 +101,7 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
         return Soups(plans, bank), []
     model = BaseModel.open(plan.base_folder)
     fitting = Fitting(bank, model)
-    dora = fitting.dora(fitting.placements())
+    dora = fitting.dora(fitting.placements()) if plan.layout.use_dora else None
     found: dict[str, dict[str, list[tuple[int, TrainedTensor]]]] = {"replaced": {}, "rows": {}}
     for index, expert in enumerate(bank.experts):
         for each in expert.adapter.trained.values():
@@ -112,7 +112,7 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
     replaced = {target: each for target, each in found["replaced"].items() if not _is_bases(bank, model, each)}
     _check_under_dora(plan, bank, replaced)
     return (
-        Soups(plans, bank, dora if plan.layout.use_dora else None),
+        Soups(plans, bank, dora),
         [WholeTensors(each, bank, model, replaced, found["rows"]) for each in plans],
     )
 

@@ -18,9 +18,11 @@ from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.adapters.provenance import read_soup_record
 from personalized_soups.errors import IncompatibleExpertsError, UsageError
+from personalized_soups.merging import dora, folding
+from personalized_soups.merging.many import merge_many
 from personalized_soups.merging.verify import verify
 from tests import oracles
-from tests.adapters.test_against_peft import CASES, llama
+from tests.adapters.test_against_peft import CASES, EXPERTS, llama, mixtral
 from tests.experts import write_record
 from tests.merging.variants import MIXTURES, World, make_world, named_weights
 
@@ -100,6 +102,24 @@ def test_on_tied_embeddings(tmp_path: Path, experts: str) -> None:
     world = make_world(tmp_path, lambda: llama(tied=True), configs, left_out=["lm_head.weight"])
     weights = {each: weight for each, weight in named_weights(4).items() if each[1:] in experts}
     check_adapter(lambda: llama(tied=True), world, weights, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"), [("conv1d", "0 1"), ("dora and plain", "0 1"), ("saved and adapted", "0 2")]
+)
+def test_bases_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, experts: str) -> None:
+    monkeypatch.setattr(dora, "_BLOCK", 100)
+    monkeypatch.setitem(folding._BLOCK, "cpu", 100)
+    test_mixtures_are_the_dense_formula(tmp_path, name, experts)
+
+
+def test_modules_and_parameters_are_targeted_apart(tmp_path: Path) -> None:
+    config = {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["k_proj"], "target_parameters": EXPERTS}
+    world = make_world(tmp_path, mixtral, [config])
+    layout = merge(world.library, Profile(weights={"e0": 1.0})).plan.layout
+    assert layout.target_modules == ("model.layers.0.self_attn.q_proj",)
+    assert layout.target_parameters == tuple(f"model.layers.0.{name}" for name in sorted(EXPERTS))
+    check_adapter(mixtral, world, {"e0": 1.0}, tmp_path / "out")
 
 
 def test_a_base_of_16_bits_is_read_as_it_is(tmp_path: Path) -> None:
@@ -299,3 +319,17 @@ def test_verify_recomputes_them_and_sees_every_tensor(tmp_path: Path, name: str,
         found = verify(folder)
         assert not found.is_sound
         assert changed in str(found.as_json())
+
+
+def test_many_users_have_lora_bias_and_are_told_what_needs_a_base(tmp_path: Path) -> None:
+    lora_bias = {"target_modules": ["q_proj"], "lora_bias": True}
+    world = make_world(tmp_path / "a", lambda: llama(biased=True), [lora_bias, lora_bias, {**lora_bias, "bias": "all"}])
+    profiles = [Profile(user=f"u{number}", weights={"e0": 0.5, "e1": number - 0.5}) for number in range(3)]
+    assert merge_many(world.library, profiles, tmp_path / "many").written == 3
+    for profile in profiles:
+        alone = load_file(merge(world.library, profile).write(tmp_path / profile.user) / "adapter_model.safetensors")
+        assert any(name.endswith("lora_B.bias") for name in alone)
+        for name, tensor in load_file(tmp_path / "many" / profile.user / "adapter_model.safetensors").items():
+            torch.testing.assert_close(tensor, alone[name], rtol=1e-6, atol=1e-7)
+    with pytest.raises(UsageError, match="no base is given"):
+        merge_many(world.library, [Profile(user="u", weights={"e2": 1.0})], tmp_path / "many")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from personalized_soups import Profile, merge_into_base
 from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
+from personalized_soups.merging import dora, folding
 from tests.adapters.test_against_peft import CASES, llama
 from tests.merging.variants import MIXTURES, World, make_world, named_weights, read
 
@@ -59,6 +60,13 @@ def test_one_expert_of_weight_1_is_what_peft_merges(tmp_path: Path, name: str) -
 def test_mixtures_are_the_dense_formula(tmp_path: Path, name: str) -> None:
     make, configs = MIXTURES[name]
     check_folded(make_world(tmp_path, make, configs), named_weights(len(configs)), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["conv1d", "dora and plain", "saved and adapted", "tokens", "transposed experts"])
+def test_bases_are_folded_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(dora, "_BLOCK", 100)
+    monkeypatch.setitem(folding._BLOCK, "cpu", 100)
+    test_mixtures_are_the_dense_formula(tmp_path, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
