@@ -1,6 +1,9 @@
-"""This project: the product of users' weights and experts' tensors alone, from memory to memory.
+"""This project: the product of users' weights and experts' tensors alone, module by module as merge_many takes them.
 
-E experts, U users, P values of one expert.
+The experts come from memory; a module's sums are dropped where merge_many writes them to files, from the thread that
+computed them.
+
+E experts, U users.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import torch
 from benchmarks.ways.presence import found, give_up
 
 _PRODUCTS = 9
+_MODULE = 8192 * 16  # B of a layer with 8192 outputs, at rank 16
 
 
 def main(experts: int, users: int, values: int, device: str = "cpu") -> None:
@@ -22,13 +26,22 @@ def main(experts: int, users: int, values: int, device: str = "cpu") -> None:
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
     weighted_sums = found("personalized_soups.methods.product", "weighted_sums")  # what merge_many multiplies with
-    tensors = [torch.randn(values, device=device) for _ in range(experts)]
-    w_UE = torch.rand(users, experts, device=device)
-    out_UP = torch.full((users, values), 1.0, device=device)  # filled, so that all pages are there
+    in_order = found("personalized_soups.merging.parallel", "in_order")
+    num_workers = found("personalized_soups.merging.parallel", "num_workers")
+    modules = [
+        [torch.randn(min(_MODULE, values - start), device=device) for _ in range(experts)]
+        for start in range(0, values, _MODULE)
+    ]
+    w_UE = torch.rand(users, experts, dtype=torch.float64)
+
+    def computed(tensors: list[torch.Tensor]) -> None:
+        weighted_sums(w_UE, tensors)
+
     seconds = []
     for _ in range(_PRODUCTS):
         start = time.perf_counter()
-        weighted_sums(w_UE, tensors, out_UP)
+        for _done in in_order(computed, modules, num_workers(torch.device(device))):
+            pass
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)

@@ -9,6 +9,25 @@ import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import resolve_base
+from personalized_soups.cli.merge_options import (
+    AsJson,
+    Base,
+    Density,
+    Device,
+    Dtype,
+    Energy,
+    Epsilon,
+    Experts,
+    Lambda,
+    MethodName,
+    Rank,
+    SameBase,
+    Seed,
+    Target,
+    check_one_base,
+    checked_experts,
+    given_options,
+)
 from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,35 +45,22 @@ def register(app: typer.Typer) -> None:
 def merge(
     profile: Annotated[Path | None, typer.Argument(help="Profile file, YAML or JSON.")] = None,
     *,
-    experts: Annotated[
-        list[Path] | None, typer.Option(help="Folder of experts, or one expert; may be repeated.", show_default=False)
-    ] = None,
+    experts: Experts = None,
     out: Annotated[Path | None, typer.Option(help="New folder to write.", show_default=False)] = None,
     weights: Annotated[
         str | None, typer.Option(help="Mixing weights in place of a profile: a=0.6,b=0.6.", show_default=False)
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="Merge method; overrides the profile's. See psoups inspect --methods.")
-    ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries that a sparsifying method keeps.")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Half the width of della's keep-probabilities.")] = None,
-    lambda_: Annotated[float | None, typer.Option("--lambda", help="Scale of what TIES' election leaves.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of a method that drops at random.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Truncate to at most this rank; the error is reported.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Truncate each module to the least rank that keeps this share of its energy.")
-    ] = None,
-    target: Annotated[
-        str, typer.Option("--for", help="peft, or vllm: one rank for all modules, nothing in patterns.")
-    ] = "peft",
-    device: Annotated[str, typer.Option(help="auto (the CPU), cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the experts' own if left out.")
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="Base model to read, for an adapter of experts with DoRA, biases, saved modules or tokens."),
-    ] = None,
+    method: MethodName = None,
+    density: Density = None,
+    epsilon: Epsilon = None,
+    lambda_: Lambda = None,
+    seed: Seed = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    target: Target = "peft",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    base: Base = None,
     into_base: Annotated[
         str | None, typer.Option(help="Fold the soup into this base model and write a full model.")
     ] = None,
@@ -62,40 +68,33 @@ def merge(
         str, typer.Option(help="Weight files that the soup leaves as they are: copy, reflink or link (hard link).")
     ] = "copy",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that psoups wrote.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
-    same_base: Annotated[
-        bool, typer.Option("--same-base", help="Take different base names or fingerprints for one base.")
+    durable: Annotated[
+        bool, typer.Option("--durable", help="Have all bytes on the disk before the output appears.")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
+    same_base: SameBase = False,
     allow_opposed: Annotated[
         bool, typer.Option("--allow-opposed", help="Take weights on two sides of one dimension.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge experts for one user into a LoRA adapter, or into a full model with --into-base."""
-    if not experts:
-        raise UsageError("no experts are given", where="--experts", mend="give --experts FOLDER")
+    folders = checked_experts(experts)
     if out is None and not dry_run:
         raise UsageError("no output is given", where="--out", mend="give --out FOLDER, or --dry-run")
-    if base is not None and into_base is not None:
-        raise UsageError(
-            "an adapter made with a base and a full model are both asked for",
-            where="--base, --into-base",
-            mend="give one of the two",
-        )
+    check_one_base(base, into_base)
     declared = _profile(profile, weights, allow_opposed=allow_opposed)
 
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.merging.plan import plan_merge
 
-    library = ExpertLibrary.open(*experts)
-    given = {"density": density, "epsilon": epsilon, "lambda": lambda_, "seed": seed}
-    options = {name: value for name, value in given.items() if value is not None}
+    library = ExpertLibrary.open(*folders)
     # planned here even where a merge plans again: what is out of place is told before anything heavy is imported
     plan = plan_merge(
         library,
         declared,
         method=method,
-        options=options,
+        options=given_options(density=density, epsilon=epsilon, lambda_=lambda_, seed=seed),
         rank=rank,
         energy=energy,
         dtype=dtype,
@@ -112,7 +111,7 @@ def merge(
         from personalized_soups.merging.adapter import MergedAdapter
         from personalized_soups.merging.plan import resolve_device
 
-        MergedAdapter(plan, library, resolve_device(device)).write(out, overwrite=overwrite)
+        MergedAdapter(plan, library, resolve_device(device)).write(out, overwrite, durable)
     else:
         from personalized_soups.merging.into_base import checked_copy_mode, fold_plans
 
@@ -125,6 +124,7 @@ def merge(
                 device=device,
                 same_base=same_base,
                 overwrite=overwrite,
+                durable=durable,
                 untouched=checked_copy_mode(untouched),
                 progress=lambda done, total: bar.update(done >> 20, total=max(total >> 20, 1)),
             )

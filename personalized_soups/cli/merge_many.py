@@ -9,6 +9,25 @@ import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import resolve_base
+from personalized_soups.cli.merge_options import (
+    AsJson,
+    Base,
+    Density,
+    Device,
+    Dtype,
+    Energy,
+    Epsilon,
+    Experts,
+    Lambda,
+    MethodName,
+    Rank,
+    SameBase,
+    Seed,
+    Target,
+    check_one_base,
+    checked_experts,
+    given_options,
+)
 from personalized_soups.errors import UsageError
 
 
@@ -20,44 +39,33 @@ def register(app: typer.Typer) -> None:
 def merge_many(
     profiles: Annotated[Path, typer.Argument(help="JSON Lines file: one profile a line, each with its user.")],
     *,
-    experts: Annotated[
-        list[Path] | None, typer.Option(help="Folder of experts, or one expert; may be repeated.", show_default=False)
-    ] = None,
+    experts: Experts = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder in which every user gets a folder.", show_default=False)
     ] = None,
-    method: Annotated[
-        str | None, typer.Option(help="Merge method; overrides the profiles'. See psoups inspect --methods.")
-    ] = None,
-    density: Annotated[float | None, typer.Option(help="Share of entries that a sparsifying method keeps.")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Half the width of della's keep-probabilities.")] = None,
-    lambda_: Annotated[float | None, typer.Option("--lambda", help="Scale of what TIES' election leaves.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of a method that drops at random.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Truncate to at most this rank; the error is recorded.")] = None,
-    energy: Annotated[
-        float | None, typer.Option(help="Truncate each module to the least rank that keeps this share of its energy.")
-    ] = None,
-    target: Annotated[
-        str, typer.Option("--for", help="peft, or vllm: one rank for all modules, nothing in patterns.")
-    ] = "peft",
-    device: Annotated[str, typer.Option(help="auto (the CPU), cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the experts' own if left out.")
-    ] = None,
+    method: MethodName = None,
+    density: Density = None,
+    epsilon: Epsilon = None,
+    lambda_: Lambda = None,
+    seed: Seed = None,
+    rank: Rank = None,
+    energy: Energy = None,
+    target: Target = "peft",
+    device: Device = "auto",
+    dtype: Dtype = None,
+    base: Base = None,
     into_base: Annotated[
         str | None, typer.Option(help="Fold each soup into this base model and write full models.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace users' folders that hold another soup.")
     ] = False,
-    same_base: Annotated[
-        bool, typer.Option("--same-base", help="Take different base names or fingerprints for one base.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    same_base: SameBase = False,
+    as_json: AsJson = False,
 ) -> None:
     """Merge experts for every user of a file, in one pass over the experts; run it again to go on."""
-    if not experts:
-        raise UsageError("no experts are given", where="--experts", mend="give --experts FOLDER")
+    folders = checked_experts(experts)
+    check_one_base(base, into_base)
     if out is None:
         raise UsageError("no output is given", where="--out", mend="give --out FOLDER")
     from personalized_soups.adapters.library import ExpertLibrary
@@ -65,17 +73,17 @@ def merge_many(
     from personalized_soups.merging.many import ManyPlans
     from personalized_soups.merging.many import merge_many as merge_all
 
-    given = {"density": density, "epsilon": epsilon, "lambda": lambda_, "seed": seed}
     keywords: dict[str, Any] = {
         "method": method,
-        "options": {name: value for name, value in given.items() if value is not None},
+        "options": given_options(density=density, epsilon=epsilon, lambda_=lambda_, seed=seed),
         "rank": rank,
         "energy": energy,
         "dtype": dtype,
         "target": target,
         "same_base": same_base,
+        "base": None if base is None else resolve_base(base),
     }
-    library = ExpertLibrary.open(*experts)
+    library = ExpertLibrary.open(*folders)
     plans = ManyPlans(library, into_base=into_base is not None, **keywords)
     # every line is checked before the first user is merged: a slip in the last one would cost the whole night
     total = 0
@@ -93,7 +101,7 @@ def merge_many(
             library,
             read_profiles(profiles),
             out,
-            base=None if into_base is None else resolve_base(into_base),
+            into_base=None if into_base is None else resolve_base(into_base),
             device=device,
             overwrite=overwrite,
             progress=lambda done: bar.update(done, total=total),

@@ -66,6 +66,7 @@ def merge_into_base(
     device: str = "auto",
     same_base: bool = False,
     overwrite: bool = False,
+    durable: bool = False,
     untouched: CopyMode = "copy",
     progress: Progress | None = None,
 ) -> Path:
@@ -86,6 +87,7 @@ def merge_into_base(
         device: where the arithmetic is done: auto (the CPU), cpu, cuda.
         same_base: take it that this is the experts' base, whatever the fingerprints say.
         overwrite: replace `out` where this tool wrote it.
+        durable: have all bytes on the disk before the folder appears.
         untouched: how a shard that the soup leaves as it is comes into the folder: `copy`, `reflink` (sharing blocks
             where the file system can), or `link` (the base's own file under a second name, not to be edited).
         progress: called with the bytes of tensors done and in all.
@@ -103,6 +105,7 @@ def merge_into_base(
         device=device,
         same_base=same_base,
         overwrite=overwrite,
+        durable=durable,
         untouched=untouched,
         progress=progress,
     )
@@ -118,6 +121,7 @@ def fold_plans(
     device: str = "auto",
     same_base: bool = False,
     overwrite: bool = False,
+    durable: bool = False,
     untouched: CopyMode = "copy",
     progress: Progress | None = None,
 ) -> None:
@@ -143,7 +147,9 @@ def fold_plans(
     read = [path for expert in experts for path in expert.adapter.files]
     with ExitStack() as stack:
         folders = [
-            stack.enter_context(resumable_folder(out, _identity(plan, [*read, *shards], target), overwrite))
+            stack.enter_context(
+                resumable_folder(out, _identity(plan, [*read, *shards], target), overwrite, durable=durable)
+            )
             for plan, out in zip(plans, outs, strict=True)
         ]
         digests = stack.enter_context(BackgroundDigests([*read, *shards]))

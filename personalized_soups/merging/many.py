@@ -25,7 +25,8 @@ from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModul
 from personalized_soups.merging.checks import raise_all, unmet_needs
 from personalized_soups.merging.into_base import fold_plans
 from personalized_soups.merging.plan import MergePlan, PlannedExpert, dimensions_of, plan_merge, resolve_device
-from personalized_soups.merging.soup import ModuleSoup, Soups
+from personalized_soups.merging.soup import ModuleSoup
+from personalized_soups.merging.trained import on_base
 
 Progress = Callable[[int], None]
 
@@ -106,13 +107,13 @@ def merge_many(
     profiles: Iterable[Profile],
     out: Path | str,
     *,
-    base: Path | str | None = None,
+    into_base: Path | str | None = None,
     device: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
     **keywords: Any,
 ) -> Merged:
-    """Write the soup of every profile into `out/USER`: adapters, or full models where a `base` is given.
+    """Write the soup of every profile into `out/USER`: adapters, or full models with `into_base`.
 
     Profiles over the same experts are merged in batches: the experts are read once a batch, what does not depend on the
     weights is done once, and where all experts share their basis every user's factors come out of one product. Users
@@ -123,30 +124,36 @@ def merge_many(
         library: where the experts are.
         profiles: each with a `user` of its own, which names the folder.
         out: the folder of folders; it may be there.
-        base: fold every soup into this base model; it is read once a batch.
+        into_base: fold every soup into this base model; it is read once a batch.
         device: where the arithmetic is done: auto (the CPU), cpu, cuda.
         overwrite: replace folders that hold another soup.
         progress: called with the number of users that are done, now and again.
-        keywords: method, options, rank, energy, dtype, target, same_base: as in merge.
+        keywords: method, options, rank, energy, dtype, target, same_base, base: as in merge.
 
     Raises:
         SoupError: everything that merge and merge_into_base raise; OutputExistsError where a user's folder holds
             another soup, or two profiles name one user.
     """
-    plans = ManyPlans(library, into_base=base is not None, **keywords)
+    plans = ManyPlans(library, into_base=into_base is not None, **keywords)
     target = resolve_device(device)
     folder = Path(out)
     kept = written = 0
     with BackgroundDigests() as digests:
-        for batch in _batches(plans, profiles, into_base=base is not None):
+        for batch in _batches(plans, profiles, into_base=into_base is not None):
             left = [plan for plan in batch if not _is_there(library, plan, folder, digests, overwrite=overwrite)]
             kept += len(batch) - len(left)
-            if left and base is None:
+            if left and into_base is None:
                 _write_adapters(library, left, folder, target, digests, overwrite=overwrite)
             elif left:
-                outs = [folder / plan.profile.user for plan in left]
-                same_base = bool(keywords.get("same_base"))
-                fold_plans(library, left, outs, base or "", device=device, same_base=same_base, overwrite=overwrite)
+                fold_plans(
+                    library,
+                    left,
+                    [folder / plan.profile.user for plan in left],
+                    into_base or "",
+                    device=device,
+                    same_base=bool(keywords.get("same_base")),
+                    overwrite=overwrite,
+                )
             written += len(left)
             if progress is not None:
                 progress(written + kept)
@@ -191,14 +198,15 @@ def _write_adapters(
     overwrite: bool,
 ) -> None:
     experts = [library[expert.name] for expert in plans[0].experts]
-    soups = Soups(plans, ExpertBank(experts, device=device))
+    soups, whole = on_base(plans, ExpertBank(experts, device=device))
     with ExitStack() as stack:
         writers = []
-        for plan in plans:
+        for number, plan in enumerate(plans):
             out = folder / plan.profile.user
-            check_output_apart(out, [expert.folder for expert in plan.experts])
+            inputs = [expert.folder for expert in plan.experts]
+            check_output_apart(out, inputs if plan.base_folder is None else [*inputs, plan.base_folder])
             scratch = stack.enter_context(new_folder(out, overwrite))
-            writers.append(stack.enter_context(AdapterWriter(scratch, plan)))
+            writers.append(stack.enter_context(AdapterWriter(scratch, plan, whole[number] if whole else None)))
 
         def put(each: Sequence[ModuleSoup]) -> None:
             for writer, plan, soup in zip(writers, plans, each, strict=True):

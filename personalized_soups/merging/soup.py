@@ -146,10 +146,11 @@ class Soups:
         self, module: PlannedModule, stack: StackedModule, weights: Sequence[Sequence[float]]
     ) -> list[Factors]:
         method = self.plan.method
-        if len(self.plans) > 1 and method.family == "linear" and not any(stack.basis):
-            return _on_one_basis(stack, weights)
-        if len(self.plans) > 1 and method.coefficients:
-            return self._in_products(stack, weights)
+        if len(self.plans) > 1 and len(stack.experts) > 1:  # one expert's own is scaled, which needs no product
+            if method.family == "linear" and not any(stack.basis):
+                return _on_one_basis(stack, weights)
+            if method.coefficients:
+                return self._in_products(stack, weights)
         keywords = self._keywords(module, stack)
         if method.family == "linear":
             keywords["basis"] = stack.basis

@@ -34,7 +34,7 @@ def test_a_profile_file_becomes_an_adapter(tmp_path: Path, experts: Path, capsys
     profile.write_text("user: u1042\nweights: {elementary: 0.6, concise: 0.6, friendly: -0.3}\n")
     code, out, _ = psoups(capsys, "merge", profile, "--experts", experts, "--out", tmp_path / "soup")
     assert code == 0
-    assert "0.6 elementary + 0.6 concise + -0.3 friendly" in out
+    assert "0.6 concise + 0.6 elementary + -0.3 friendly" in out
     want = oracles.soup([experts / name for name in ("elementary", "concise", "friendly")], [0.6, 0.6, -0.3])
     for module, delta in oracles.deltas(tmp_path / "soup").items():
         assert oracles.relative_error(delta, want[module]) < 1e-7

@@ -20,6 +20,7 @@ from personalized_soups.methods.product import weighted_sums
 from tests import oracles
 from tests.experts import write_expert
 from tests.merging.test_into_base import write_base
+from tests.merging.variants import MIXTURES, make_world
 
 NAMES = ("one", "two", "three")
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -217,13 +218,13 @@ def test_many_models_come_out_of_one_reading_of_the_base(
     monkeypatch.setattr(into_base, "_fold_tensor", counted)
     base = write_base(tmp_path / "base", "BF16")
     profiles = [Profile(user=f"u{n}", weights={"one": 0.3 * n + 0.1, "two": -0.2, "three": 1.0}) for n in range(3)]
-    assert merge_many(library, profiles, tmp_path / "out", base=base) == Merged(3, 0)
+    assert merge_many(library, profiles, tmp_path / "out", into_base=base) == Merged(3, 0)
     assert len(read) == len(set(read))
     for profile in profiles:
         alone = merge_into_base(library, profile, base, tmp_path / "alone" / profile.user)
         for path in alone.glob("*.safetensors"):
             assert (tmp_path / "out" / profile.user / path.name).read_bytes() == path.read_bytes()
-    assert merge_many(library, profiles, tmp_path / "out", base=base) == Merged(0, 3)
+    assert merge_many(library, profiles, tmp_path / "out", into_base=base) == Merged(0, 3)
 
 
 def test_a_fault_half_way_leaves_whole_folders_alone(tmp_path: Path, library: ExpertLibrary) -> None:
@@ -243,3 +244,15 @@ def test_progress_counts_users(tmp_path: Path, library: ExpertLibrary) -> None:
     merge_many(library, profiles_of(4), tmp_path / "out", progress=seen.append)
     assert seen == sorted(seen)
     assert seen[-1] == 4
+
+
+def test_adapters_with_magnitudes_are_merged_for_many_with_their_base(tmp_path: Path) -> None:
+    """DoRA needs the base, which is read for every batch; each user's adapter is that of a merge alone."""
+    world = make_world(tmp_path / "world", *MIXTURES["dora and plain"])
+    names = list(world.library)
+    profiles = [Profile(user=f"u{n}", weights=dict(zip(names, (0.7, 0.2 * n - 0.5), strict=True))) for n in range(3)]
+    merge_many(world.library, profiles, tmp_path / "out", base=world.base)
+    for profile in profiles:
+        alone = merge(world.library, profile, base=world.base).write(tmp_path / "alone" / profile.user)
+        for path in alone.iterdir():
+            assert (tmp_path / "out" / profile.user / path.name).read_bytes() == path.read_bytes(), path.name
