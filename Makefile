@@ -2,6 +2,7 @@
 #
 #   make quickstart    train six experts on the embedded base, merge eight personal models, score them
 #   make test          formatting, lint, types, layers, the whole test suite
+#   make mutants       deliberate faults, one at a time: each must turn the suite red; about ten minutes
 #   make bench         what merging costs here, beside PEFT, mergekit and cp; about 25 minutes and 25 GB of disk
 #
 # TORCH_INDEX: another package index for torch, e.g. to keep a multi-gigabyte CUDA build off a machine without a GPU:
@@ -11,11 +12,12 @@
 PYTHON ?= python3
 TORCH_INDEX ?=
 BENCH ?=
+MUTANTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test lint types layers format tiny quality bench reference wheel clean
+.PHONY: quickstart test lint types layers format tiny quality bench mutants reference wheel clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/psoups quickstart
@@ -48,6 +50,10 @@ quality: $(VENV)/.run
 # Fresh processes, medians of five; writes the tables into docs/. BENCH passes options: make bench BENCH='--shape tiny'.
 bench: $(VENV)/.run
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# Each fault in a copy of its own; MUTANTS passes options: make mutants MUTANTS='--jobs 2 --only merging'.
+mutants: $(VENV)/.dev
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 # docs/cli.md and docs/schemas/, which the suite holds to the code.
 reference: $(VENV)/.dev

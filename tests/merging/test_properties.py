@@ -225,6 +225,24 @@ def test_knots_is_its_formula(world: World, density: float, lambda_: float) -> N
     check_method("knots", world, density, lambda_)
 
 
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "knots", "factor_linear"])
+def test_a_soup_is_turned_where_the_base_is(tmp_path: Path, method: str) -> None:
+    """GPT-2's Conv1D holds [in, out]: the delta stands there transposed, be it dense or factors."""
+    world = World((Expert(3, 6, 0), Expert(3, 6, 1)), (0.5, -1.5), 2)
+    library, _ = written(tmp_path, world)
+    options = {name: 1.0 for name in METHODS[method].options if name in {"density", "lambda"}}
+    found = []
+    for turned in (False, True):
+        base = write_base(tmp_path / f"base{turned}", "F32", 7)
+        for path in base.glob("*.safetensors") if turned else ():
+            oracles.write_tensors(path, {name: ("F32", w.T) for name, w in oracles.read_tensors(path).items()})
+        out = tmp_path / f"out{turned}"
+        found.append(read_model(merge_into_base(library, world.profile(), base, out, method=method, options=options)))
+    for name, tensor in found[0].items():
+        # the products' sums may be taken in another order
+        np.testing.assert_allclose(found[1][name].T, tensor, rtol=0, atol=16 * U * 30, err_msg=name)
+
+
 def test_the_check_of_a_method_sees_another_methods_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tuple(Expert(2, 4, index) for index in range(3)), (1.0, 0.5, -0.25), 3, is_exact=True)
     check_method("ties", world, 0.5, 1.0)

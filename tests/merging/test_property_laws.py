@@ -231,6 +231,16 @@ def test_a_row_of_merge_many_is_the_merge_of_one(world: World, others: list[list
                 check_product(got, want, parts, list(profile.weights.values()))
 
 
+@pytest.mark.parametrize("bases", [(0, 1, 0), (0, 0, 1), (0, 1, 1)])
+def test_a_basis_that_some_of_them_share_is_no_basis_of_all(tmp_path: Path, bases: tuple[int, ...]) -> None:
+    soups = Soups(tmp_path, World(tuple(Expert(2, 8, basis) for basis in bases), (0.5, -1.5, 0.75), 4))
+    profiles = [Profile(user=f"u{n}", weights={"e0": 0.5, "e1": n + 0.25, "e2": -1.0}) for n in range(3)]
+    merge_many(soups.library, profiles, tmp_path / "many")
+    for profile in profiles:
+        alone = merge(soups.library, profile).write(tmp_path / profile.user)
+        assert files_of(tmp_path / "many" / profile.user) == files_of(alone)
+
+
 def check_row(among: dict[str, bytes], alone: dict[str, bytes]) -> None:
     assert among.keys() == alone.keys()
     for name, content in among.items():
