@@ -17,7 +17,7 @@ from personalized_soups.files.digest import digest_file
 from personalized_soups.merging.base import BaseModel
 from personalized_soups.merging.changes import Changes
 from personalized_soups.merging.checks import faults_of, unmet_needs
-from personalized_soups.merging.diagnosis import Diagnosis, ExpertFacts, Finding, Pair, Pile
+from personalized_soups.merging.diagnosis import Diagnosis, ExpertFacts, Finding, Pair
 from personalized_soups.merging.measures import Measures, base_norms
 from personalized_soups.merging.plan import dimensions_of, plan_merge, vllm_max_lora_rank
 from personalized_soups.merging.soup import Soups
