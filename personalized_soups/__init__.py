@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.declare.profile import Profile, load_profile
     from personalized_soups.merging.adapter import merge
-    from personalized_soups.merging.into_base import merge_into_base
-    from personalized_soups.merging.live import LiveAdapter
+    from personalized_soups.merging.folding.into_base import merge_into_base
+    from personalized_soups.merging.live.adapter import LiveAdapter
     from personalized_soups.merging.many import merge_many
 
 __version__ = "0.1.0"
@@ -34,11 +34,11 @@ __all__ = [
 
 _HOME = {
     "ExpertLibrary": "personalized_soups.adapters.library",
-    "LiveAdapter": "personalized_soups.merging.live",
+    "LiveAdapter": "personalized_soups.merging.live.adapter",
     "Profile": "personalized_soups.declare.profile",
     "load_profile": "personalized_soups.declare.profile",
     "merge": "personalized_soups.merging.adapter",
-    "merge_into_base": "personalized_soups.merging.into_base",
+    "merge_into_base": "personalized_soups.merging.folding.into_base",
     "merge_many": "personalized_soups.merging.many",
 }
 

@@ -20,7 +20,7 @@ _USERS = 8
 
 def main(experts: str, device: str) -> None:
     """Print the seconds for one `set`, of many that follow each other with another user each."""
-    live_adapter = found("personalized_soups.merging.live", "LiveAdapter")
+    live_adapter = found("personalized_soups.merging.live.adapter", "LiveAdapter")
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
     live = live_adapter(ExpertLibrary.open(experts), device=device)

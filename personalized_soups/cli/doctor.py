@@ -13,7 +13,7 @@ from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile
-    from personalized_soups.merging.diagnosis import Diagnosis
+    from personalized_soups.merging.doctor.diagnosis import Diagnosis
 
 
 def register(app: typer.Typer) -> None:
@@ -43,7 +43,7 @@ def doctor(
     declared = _profile(profile, weights)
 
     from personalized_soups.adapters.library import ExpertLibrary
-    from personalized_soups.merging.doctor import diagnose
+    from personalized_soups.merging.doctor.diagnose import diagnose
 
     library = ExpertLibrary.open(*experts)
     with render.progress("modules", quiet=as_json) as bar:

@@ -113,7 +113,7 @@ def merge(
 
         MergedAdapter(plan, library, resolve_device(device)).write(out, overwrite, durable)
     else:
-        from personalized_soups.merging.into_base import checked_copy_mode, fold_plans
+        from personalized_soups.merging.folding.into_base import checked_copy_mode, fold_plans
 
         with render.progress("folding", quiet=as_json) as bar:
             fold_plans(
@@ -170,7 +170,7 @@ def _check_rest(
 
         on_base([plan], ExpertBank([library[expert.name] for expert in plan.experts]))
     if into_base is not None:
-        from personalized_soups.merging.into_base import check_fits
+        from personalized_soups.merging.folding.into_base import check_fits
 
         check_fits(library, plan, resolve_base(into_base))
 

@@ -11,7 +11,7 @@ from personalized_soups.cli import render
 from personalized_soups.cli.bases import resolve_base
 
 if TYPE_CHECKING:
-    from personalized_soups.merging.verification import Verification
+    from personalized_soups.merging.verify.verification import Verification
 
 _KIB = 10
 
@@ -35,7 +35,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge again from soup.json and compare: exit 0 if the folder is what it claims to be, 1 if not."""
-    from personalized_soups.merging.verify import verify as verified
+    from personalized_soups.merging.verify.folder import verify as verified
 
     with render.progress("verifying KiB", quiet=as_json) as bar:
         found = verified(

@@ -21,7 +21,7 @@ from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank import ExpertBank, StackedModule
 from personalized_soups.errors import InputError, UnsupportedAdapterError, UsageError
 from personalized_soups.files.shards import Checkpoint
-from personalized_soups.merging.folding import arithmetic_dtype
+from personalized_soups.merging.folding.blocks import arithmetic_dtype
 from personalized_soups.methods.factors import CANCELLED, Factors
 
 # Elements of the base that are summed at once: 16 MiB in float32.

@@ -23,7 +23,7 @@ from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.merging.adapter import check_output_apart, input_records
 from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModule
 from personalized_soups.merging.checks import raise_all, unmet_needs
-from personalized_soups.merging.into_base import fold_plans
+from personalized_soups.merging.folding.into_base import fold_plans
 from personalized_soups.merging.plan import MergePlan, PlannedExpert, dimensions_of, plan_merge, resolve_device
 from personalized_soups.merging.soup import ModuleSoup
 from personalized_soups.merging.trained import on_base

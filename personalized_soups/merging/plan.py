@@ -21,8 +21,8 @@ from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile, check_sides
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import UsageError, choose_from
-from personalized_soups.merging.base import BaseModel
 from personalized_soups.merging.checks import Cut, checked_cut, faults_of, raise_all, unmet_needs
+from personalized_soups.merging.folding.base import BaseModel
 from personalized_soups.merging.layout import (
     Layout,
     conflicts,

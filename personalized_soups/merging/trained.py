@@ -16,10 +16,10 @@ from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank import ExpertBank
 from personalized_soups.errors import UnsupportedAdapterError
 from personalized_soups.files.writer import NAMES_OF_DTYPES, TensorSpec
-from personalized_soups.merging.base import BaseModel
 from personalized_soups.merging.dora import is_same
-from personalized_soups.merging.fitting import Fitting
-from personalized_soups.merging.folding import Toward, as_matrix, folded_blocks
+from personalized_soups.merging.folding.base import BaseModel
+from personalized_soups.merging.folding.blocks import Toward, as_matrix, folded_blocks
+from personalized_soups.merging.folding.fitting import Fitting
 from personalized_soups.merging.plan import MergePlan, torch_dtype
 from personalized_soups.merging.soup import Soups
 

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.conftest import Run
 from tests.experts import write_config, write_expert
-from tests.merging.test_into_base import write_base
+from tests.merging.folding.test_into_base import write_base
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
 from tests.cli.conftest import Run
 from tests.experts import write_expert
-from tests.merging.test_into_base import write_base
+from tests.merging.folding.test_into_base import write_base
 
 PROFILE = Profile(weights={"one": 0.7, "two": -0.4})
 

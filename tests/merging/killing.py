@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import personalized_soups.merging.into_base
+import personalized_soups.merging.folding.into_base
 import personalized_soups.merging.many  # noqa: F401 # so that the forks need not
 from personalized_soups.cli.app import build_app
 

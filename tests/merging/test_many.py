@@ -14,12 +14,13 @@ from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
 from personalized_soups.adapters.provenance import read_soup_record
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, UsageError
 from personalized_soups.files.reader import SafetensorsFile
-from personalized_soups.merging import into_base, many, soup
+from personalized_soups.merging import many, soup
+from personalized_soups.merging.folding import into_base
 from personalized_soups.merging.many import Merged, merge_many
 from personalized_soups.methods.product import weighted_sums
 from tests import oracles
 from tests.experts import write_expert
-from tests.merging.test_into_base import write_base
+from tests.merging.folding.test_into_base import write_base
 from tests.merging.variants import MIXTURES, make_world
 
 NAMES = ("one", "two", "three")

@@ -18,9 +18,10 @@ from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.adapters.provenance import read_soup_record
 from personalized_soups.errors import IncompatibleExpertsError, UsageError
-from personalized_soups.merging import dora, folding
+from personalized_soups.merging import dora
+from personalized_soups.merging.folding import blocks
 from personalized_soups.merging.many import merge_many
-from personalized_soups.merging.verify import verify
+from personalized_soups.merging.verify.folder import verify
 from tests import oracles
 from tests.adapters.test_against_peft import CASES, EXPERTS, llama, mixtral
 from tests.experts import write_record
@@ -109,7 +110,7 @@ def test_on_tied_embeddings(tmp_path: Path, experts: str) -> None:
 )
 def test_bases_are_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, experts: str) -> None:
     monkeypatch.setattr(dora, "_BLOCK", 100)
-    monkeypatch.setitem(folding._BLOCK, "cpu", 100)
+    monkeypatch.setitem(blocks._BLOCK, "cpu", 100)
     test_mixtures_are_the_dense_formula(tmp_path, name, experts)
 
 

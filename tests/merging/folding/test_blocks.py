@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalized_soups.merging import folding
-from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows, folded_blocks
+from personalized_soups.merging.folding import blocks
+from personalized_soups.merging.folding.blocks import Dense, Product, Rescale, Term, Toward, TowardRows, folded_blocks
 from personalized_soups.merging.parallel import in_order
 
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def terms_of_every_kind(rows: int, columns: int) -> tuple[list[Term], np.ndarray
 
 @pytest.mark.parametrize("block", [16, 1 << 10, 1 << 20])
 def test_every_term_adds_what_float64_says(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setitem(folding._BLOCK, "cpu", block)
+    monkeypatch.setitem(blocks._BLOCK, "cpu", block)
     terms, added = terms_of_every_kind(41, 16)
     base = random(41, 16)
     (got,) = folded(base, terms)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from personalized_soups import ExpertLibrary, Profile
-from personalized_soups.merging.verification import Verification
+from personalized_soups.merging.verify.verification import Verification
 from tests import oracles
 from tests.experts import write_expert
 

@@ -7,8 +7,8 @@ from personalized_soups.adapters.placement import Placement, place
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank import ExpertBank
 from personalized_soups.errors import IncompatibleExpertsError, choose_from
-from personalized_soups.merging.base import BaseModel
 from personalized_soups.merging.dora import Dora
+from personalized_soups.merging.folding.base import BaseModel
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _MAX_SHOWN = 5

@@ -33,15 +33,14 @@ from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.merging.adapter import MergedAdapter, input_records
 from personalized_soups.merging.adapter_writer import adapter_config, adapter_record, common_ranks
-from personalized_soups.merging.base import BaseModel
-from personalized_soups.merging.changes import Changes
-from personalized_soups.merging.into_base import model_record
+from personalized_soups.merging.folding.base import BaseModel
+from personalized_soups.merging.folding.changes import Changes
+from personalized_soups.merging.folding.into_base import model_record
 from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
 from personalized_soups.merging.soup import Soups
-from personalized_soups.merging.verification import Comparison, Fault, Verification
-from personalized_soups.merging.verify_adapter import AdapterComparison
-from personalized_soups.merging.verify_model import compare_model
-from personalized_soups.merging.verify_record import (
+from personalized_soups.merging.verify.adapter import AdapterComparison
+from personalized_soups.merging.verify.model import compare_model
+from personalized_soups.merging.verify.record import (
     of_configuration,
     of_digests,
     of_files,
@@ -50,6 +49,7 @@ from personalized_soups.merging.verify_record import (
     of_other_files,
     of_record,
 )
+from personalized_soups.merging.verify.verification import Comparison, Fault, Verification
 
 Progress = Callable[[int, int], None]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from personalized_soups import ExpertLibrary
-from personalized_soups.merging.diagnosis import Diagnosis, Finding
-from personalized_soups.merging.doctor import diagnose
+from personalized_soups.merging.doctor.diagnose import diagnose
+from personalized_soups.merging.doctor.diagnosis import Diagnosis, Finding
 from tests import oracles
 from tests.experts import write_config
 from tests.oracles import Matrix

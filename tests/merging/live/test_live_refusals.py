@@ -21,7 +21,7 @@ from personalized_soups.errors import (
 )
 from tests import oracles
 from tests.experts import write_expert
-from tests.merging.live_soups import (
+from tests.merging.live.live_soups import (
     KINDS,
     MODULE,
     base_model,

@@ -10,8 +10,8 @@ from itertools import combinations
 
 from personalized_soups.adapters.library import Expert
 from personalized_soups.bank import ExpertBank
-from personalized_soups.merging.diagnosis import Finding, Pile
-from personalized_soups.merging.measures import Measures
+from personalized_soups.merging.doctor.diagnosis import Finding, Pile
+from personalized_soups.merging.doctor.measures import Measures
 
 # How many times the median of the others an expert's norm is before it is said to dominate.
 DOMINANT = 4.0

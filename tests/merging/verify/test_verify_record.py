@@ -9,10 +9,11 @@ import pytest
 
 from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
 from personalized_soups.errors import FileFormatError, InputError
-from personalized_soups.merging.verify import verify
+from personalized_soups.merging.verify.folder import verify
 from tests import oracles
 from tests.experts import SHAPES, write_expert
-from tests.merging.tampering import (
+from tests.merging.folding.test_into_base import write_base
+from tests.merging.verify.tampering import (
     NAMES,
     PROFILE,
     WEIGHTS_FILE,
@@ -24,7 +25,6 @@ from tests.merging.tampering import (
     nudged,
     told,
 )
-from tests.merging.test_into_base import write_base
 
 
 @pytest.fixture

@@ -16,10 +16,9 @@ from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.placement import Placement
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.adapters.tying import tied_copies
-from personalized_soups.merging.base import BaseModel
 from personalized_soups.merging.dora import Dora
-from personalized_soups.merging.fitting import Fitting
-from personalized_soups.merging.folding import (
+from personalized_soups.merging.folding.base import BaseModel
+from personalized_soups.merging.folding.blocks import (
     Dense,
     Product,
     Rescale,
@@ -29,6 +28,7 @@ from personalized_soups.merging.folding import (
     arithmetic_dtype,
     as_matrix,
 )
+from personalized_soups.merging.folding.fitting import Fitting
 from personalized_soups.merging.plan import PlannedModule
 from personalized_soups.merging.soup import ModuleSoup, Soups
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
-from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows
+from personalized_soups.merging.folding.blocks import Dense, Product, Rescale, Term, Toward, TowardRows
 from personalized_soups.merging.many import merge_many
-from personalized_soups.merging.verify import verify
-from personalized_soups.merging.verify_model import magnitude_of
+from personalized_soups.merging.verify.folder import verify
+from personalized_soups.merging.verify.model import magnitude_of
 from tests import oracles
 from tests.experts import SHAPES, write_expert
-from tests.merging.tampering import (
+from tests.merging.folding.test_into_base import write_base
+from tests.merging.verify.tampering import (
     PROFILE,
     Q_PROJ,
     WEIGHTS_FILE,
@@ -26,7 +27,6 @@ from tests.merging.tampering import (
     library_in,
     nudged,
 )
-from tests.merging.test_into_base import write_base
 
 
 @pytest.fixture

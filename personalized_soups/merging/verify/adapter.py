@@ -19,7 +19,7 @@ from personalized_soups.merging.adapter import MergedAdapter
 from personalized_soups.merging.adapter_writer import Loss, MergedModule
 from personalized_soups.merging.plan import torch_dtype
 from personalized_soups.merging.trained import WholeTensors
-from personalized_soups.merging.verification import Comparison, Difference, Distance, Fault, finite
+from personalized_soups.merging.verify.verification import Comparison, Difference, Distance, Fault, finite
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.linear import linear
 from personalized_soups.methods.lowrank import decompose

@@ -12,7 +12,7 @@ import pytest
 from personalized_soups import ExpertLibrary, Profile, merge
 from tests import oracles
 from tests.experts import SHAPES, write_config, write_expert, write_record
-from tests.merging.diagnosing import (
+from tests.merging.doctor.diagnosing import (
     WEIGHTS_FILE,
     diagnosed,
     only,
@@ -20,7 +20,7 @@ from tests.merging.diagnosing import (
     rewrite,
     vector,
 )
-from tests.merging.test_into_base import write_base
+from tests.merging.folding.test_into_base import write_base
 from tests.oracles import Matrix
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"

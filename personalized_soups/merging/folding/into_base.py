@@ -31,9 +31,9 @@ from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.files.shards import INDEX
 from personalized_soups.files.writer import SafetensorsWriter, TensorSpec
 from personalized_soups.merging.adapter import check_output_apart, input_records
-from personalized_soups.merging.base import CONFIG, BaseModel, copy_others
-from personalized_soups.merging.changes import Changes
-from personalized_soups.merging.folding import folded_blocks
+from personalized_soups.merging.folding.base import CONFIG, BaseModel, copy_others
+from personalized_soups.merging.folding.blocks import folded_blocks
+from personalized_soups.merging.folding.changes import Changes
 from personalized_soups.merging.parallel import in_order, num_workers
 from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
 from personalized_soups.merging.soup import Soups

@@ -16,7 +16,7 @@ from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile, check_sides
 from personalized_soups.errors import DeclarationError, UsageError
-from personalized_soups.merging.live_buffers import (
+from personalized_soups.merging.live.buffers import (
     FACTOR_RULES,
     LiveBuffers,
     check_fits,
@@ -24,7 +24,7 @@ from personalized_soups.merging.live_buffers import (
     free_buffers,
     shared_buffers,
 )
-from personalized_soups.merging.live_checks import check_model, check_plain
+from personalized_soups.merging.live.checks import check_model, check_plain
 from personalized_soups.merging.plan import MergePlan, dimensions_of, plan_merge, resolve_device, torch_dtype
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.table import Method, method_named

@@ -18,7 +18,7 @@ from personalized_soups import ExpertLibrary, LiveAdapter, Profile, merge
 from personalized_soups.errors import UsageError
 from tests import oracles
 from tests.experts import SHAPES, write_expert
-from tests.merging.live_soups import (
+from tests.merging.live.live_soups import (
     KINDS,
     MODULE,
     NAMES,

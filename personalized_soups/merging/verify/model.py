@@ -17,12 +17,20 @@ from torch import Tensor
 
 from personalized_soups.files.reader import BITS, TORCH_DTYPES, SafetensorsFile
 from personalized_soups.files.writer import TensorSpec
-from personalized_soups.merging.changes import Changes
-from personalized_soups.merging.folding import Dense, Product, Rescale, Term, Toward, TowardRows, arithmetic_dtype
-from personalized_soups.merging.into_base import fold_shard, shard_specs
+from personalized_soups.merging.folding.blocks import (
+    Dense,
+    Product,
+    Rescale,
+    Term,
+    Toward,
+    TowardRows,
+    arithmetic_dtype,
+)
+from personalized_soups.merging.folding.changes import Changes
+from personalized_soups.merging.folding.into_base import fold_shard, shard_specs
 from personalized_soups.merging.parallel import num_workers
-from personalized_soups.merging.verification import Comparison, Difference, Distance, Fault
-from personalized_soups.merging.verify_adapter import same_bytes
+from personalized_soups.merging.verify.adapter import same_bytes
+from personalized_soups.merging.verify.verification import Comparison, Difference, Distance, Fault
 
 # Bytes of a copied tensor that are compared at once.
 _CHUNK_BYTES = 4 << 20

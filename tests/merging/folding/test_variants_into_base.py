@@ -14,7 +14,8 @@ from torch import Tensor
 
 from personalized_soups import Profile, merge_into_base
 from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
-from personalized_soups.merging import dora, folding
+from personalized_soups.merging import dora
+from personalized_soups.merging.folding import blocks
 from tests.adapters.test_against_peft import CASES, llama
 from tests.merging.variants import MIXTURES, World, make_world, named_weights, read
 
@@ -65,7 +66,7 @@ def test_mixtures_are_the_dense_formula(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["conv1d", "dora and plain", "saved and adapted", "tokens", "transposed experts"])
 def test_bases_are_folded_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(dora, "_BLOCK", 100)
-    monkeypatch.setitem(folding._BLOCK, "cpu", 100)
+    monkeypatch.setitem(blocks._BLOCK, "cpu", 100)
     test_mixtures_are_the_dense_formula(tmp_path, name)
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from personalized_soups import ExpertLibrary, Profile
 from personalized_soups.errors import DeclarationError, InputError
-from personalized_soups.merging.doctor import diagnose
-from personalized_soups.merging.measures import sampled_rows
+from personalized_soups.merging.doctor.diagnose import diagnose
+from personalized_soups.merging.doctor.measures import sampled_rows
 from tests import oracles
 from tests.experts import SHAPES, write_config, write_expert, write_record
-from tests.merging.diagnosing import (
+from tests.merging.doctor.diagnosing import (
     WEIGHTS_FILE,
     diagnosed,
     only,
@@ -24,7 +24,7 @@ from tests.merging.diagnosing import (
     rewrite,
     vector,
 )
-from tests.merging.test_into_base import write_base
+from tests.merging.folding.test_into_base import write_base
 from tests.oracles import Matrix
 
 # Sums of some thousand products in float64.

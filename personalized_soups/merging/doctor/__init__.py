@@ -1,0 +1,1 @@
+"""What experts disagree in, and what will surprise, before anything is merged."""

@@ -1,0 +1,1 @@
+"""Soups folded into a base: where they stand in it, block by block, shard by shard."""
