@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import ClassVar
 
+# A mend that lists every tensor of a model is none.
+_MAX_NAMES = 24
+
 
 class SoupError(Exception):
     """What went wrong, where, and the mend.
@@ -102,4 +105,7 @@ def choose_from(name: str, known: Iterable[str]) -> str:
     near = nearest(name, names)
     if near is not None:
         return f"did you mean {near!r}?"
-    return f"choose from: {', '.join(names)}" if names else "nothing of this kind is known here"
+    if not names:
+        return "nothing of this kind is known here"
+    more = f" (and {len(names) - _MAX_NAMES} more)" if len(names) > _MAX_NAMES else ""
+    return f"choose from: {', '.join(names[:_MAX_NAMES])}{more}"

@@ -25,6 +25,7 @@ from personalized_soups.cli.merge_options import (
     Seed,
     Target,
     check_one_base,
+    checked_copy_mode,
     checked_experts,
     given_options,
 )
@@ -83,6 +84,7 @@ def merge(
     if out is None and not dry_run:
         raise UsageError("no output is given", where="--out", mend="give --out FOLDER, or --dry-run")
     check_one_base(base, into_base)
+    copy_mode = checked_copy_mode(untouched)
     declared = _profile(profile, weights, allow_opposed=allow_opposed)
 
     from personalized_soups.adapters.library import ExpertLibrary
@@ -113,7 +115,7 @@ def merge(
 
         MergedAdapter(plan, library, resolve_device(device)).write(out, overwrite, durable)
     else:
-        from personalized_soups.merging.folding.into_base import checked_copy_mode, fold_plans
+        from personalized_soups.merging.folding.into_base import fold_plans
 
         with render.progress("folding", quiet=as_json) as bar:
             fold_plans(
@@ -125,7 +127,7 @@ def merge(
                 same_base=same_base,
                 overwrite=overwrite,
                 durable=durable,
-                untouched=checked_copy_mode(untouched),
+                untouched=copy_mode,
                 progress=lambda done, total: bar.update(done >> 20, total=max(total >> 20, 1)),
             )
     from personalized_soups.adapters.provenance import read_soup_record
@@ -209,7 +211,8 @@ def _show_soup(out: Path, record: SoupRecord, *, as_json: bool) -> None:
     }
     if record.kind == "adapter":
         shown["rank"] = record.rank
-        shown["vLLM"] = f"--max-lora-rank {record.vllm_max_lora_rank}" if record.vllm_max_lora_rank else "rank too high"
+        most = record.vllm_max_lora_rank
+        shown["vLLM"] = "it does not load this" if most is None else f"--max-lora-rank {most}"
     if record.truncation is not None:
         shown["truncation error"] = f"{record.truncation.total:.3g} of the delta's norm"
         worst = max(record.truncation.modules.items(), key=lambda item: item[1])

@@ -66,11 +66,17 @@ def merge_many(
     """Merge experts for every user of a file, in one pass over the experts; run it again to go on."""
     folders = checked_experts(experts)
     check_one_base(base, into_base)
+    if not profiles.is_file():
+        raise UsageError(
+            "the profiles are read twice, first to check them all: this is no file that can be",
+            where=str(profiles),
+            mend="write them to a file" if profiles.exists() else "check the path",
+        )
     if out is None:
         raise UsageError("no output is given", where="--out", mend="give --out FOLDER")
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.declare.profiles import read_profiles
-    from personalized_soups.merging.many import ManyPlans
+    from personalized_soups.merging.many import ManyPlans, each_once
     from personalized_soups.merging.many import merge_many as merge_all
 
     keywords: dict[str, Any] = {
@@ -87,7 +93,7 @@ def merge_many(
     plans = ManyPlans(library, into_base=into_base is not None, **keywords)
     # every line is checked before the first user is merged: a slip in the last one would cost the whole night
     total = 0
-    for profile in read_profiles(profiles):
+    for profile in each_once(read_profiles(profiles)):
         plans.plan(profile)
         total += 1
     if not total:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from personalized_soups.errors import UsageError
+from personalized_soups.errors import UsageError, choose_from
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from personalized_soups.files.copies import CopyMode
 
 Experts = Annotated[
     list[Path] | None, typer.Option(help="Folder of experts, or one expert; may be repeated.", show_default=False)
@@ -62,3 +67,15 @@ def check_one_base(base: str | None, into_base: str | None) -> None:
             where="--base, --into-base",
             mend="give one of the two",
         )
+
+
+def checked_copy_mode(name: str) -> CopyMode:
+    """Return the way of copying of that name.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    modes: Mapping[str, CopyMode] = {"copy": "copy", "reflink": "reflink", "link": "link"}
+    if name not in modes:
+        raise UsageError(f"unknown way to copy {name!r}", where="--untouched", mend=choose_from(name, modes))
+    return modes[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,10 +61,13 @@ def show_table(
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    widths = [max((len(_cell(row[index])) for row in rows), default=0) for index in range(len(columns))]
+    # what cannot be wrapped is cut off where all of it is wider than the terminal
+    fits = sum(min(width, _SHORT) + 2 for width in widths) <= shutil.get_terminal_size().columns
     for index, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        short = max((len(_cell(row[index])) for row in rows), default=0) <= _SHORT
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=short)
+        keeps = fits and widths[index] <= _SHORT
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=keeps)
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
     _print_rich(table)

@@ -35,7 +35,7 @@ from personalized_soups.files.spool import Spool
 from personalized_soups.files.writer import NAMES_OF_DTYPES, SafetensorsWriter, TensorSpec
 from personalized_soups.merging.dora import unscaled
 from personalized_soups.merging.layout import Layout
-from personalized_soups.merging.plan import MergePlan, torch_dtype, vllm_max_lora_rank
+from personalized_soups.merging.plan import MergePlan, check_vllm_rank, torch_dtype, vllm_max_lora_rank
 from personalized_soups.merging.soup import ModuleSoup
 from personalized_soups.merging.trained import WholeTensors
 from personalized_soups.methods.factors import Factors
@@ -203,7 +203,10 @@ def common_ranks(plan: MergePlan, own: Mapping[str, int]) -> dict[str, int]:
     """Return the rank at which each module is written: its own where an energy share decides, one for all for vLLM."""
     if plan.energy is not None and plan.target == "peft":
         return dict(own)
-    return dict.fromkeys(own, max(own.values()))
+    rank = max(own.values())
+    if plan.target == "vllm":
+        check_vllm_rank(rank)
+    return dict.fromkeys(own, rank)
 
 
 def a_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
@@ -274,7 +277,7 @@ def adapter_record(
         dtype=plan.dtype,
         device=str(device),
         truncation=truncation if plan.encoding == "truncated" else None,
-        vllm_max_lora_rank=vllm_max_lora_rank(rank),
+        vllm_max_lora_rank=vllm_max_lora_rank(rank) if plan.fits_vllm else None,
         versions=library_versions("torch", "numpy"),
         files=tuple(sorted((CONFIG_FILE, WEIGHTS_FILE, SOUP_FILE))),
     )

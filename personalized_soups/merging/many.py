@@ -5,6 +5,7 @@ U users, E experts.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.merging.adapter import check_output_apart, input_records
 from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModule
 from personalized_soups.merging.checks import raise_all, unmet_needs
+from personalized_soups.merging.folding.base import BaseModel
 from personalized_soups.merging.folding.into_base import fold_plans
 from personalized_soups.merging.plan import MergePlan, PlannedExpert, dimensions_of, plan_merge, resolve_device
 from personalized_soups.merging.soup import ModuleSoup
@@ -36,8 +38,8 @@ _MOST_USERS = 64
 # A batch that is folded has as many model files open, and their terms of one module in memory.
 _MOST_MODELS = 16
 # Profiles that wait until enough of them are over the same experts, and choices of experts that are remembered.
-_MOST_WAITING = 4096
-_MOST_PATTERNS = 1024
+_MOST_WAITING = 1024
+_MOST_PATTERNS = 64
 
 _MAX_NAME_BYTES = 200
 
@@ -71,11 +73,15 @@ class ManyPlans:
         _check_user(profile)
         weights = {name: weight for name, weight in profile.resolved_weights().items() if weight != 0}
         key = (frozenset(weights), profile.method, profile.rank, frozenset(profile.options.items()))
-        if key not in self._known:
-            if len(self._known) >= _MOST_PATTERNS:
-                self._known.clear()
-            self._known[key] = _Pattern.of(plan_merge(self.library, profile, **self._keywords), self.library)
-        return key, self._known[key].filled(self.library, profile, weights)
+        try:
+            if key not in self._known:
+                if len(self._known) >= _MOST_PATTERNS:
+                    self._known.clear()
+                self._known[key] = _Pattern.of(plan_merge(self.library, profile, **self._keywords), self.library)
+            return key, self._known[key].filled(self.library, profile, weights)
+        except UsageError as fault:  # of the command, or of this one line
+            where = f"{fault.where} ({profile.place('user')})"
+            raise UsageError(f"{profile.user!r}: {fault.what}", where=where, mend=fault.mend) from None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -137,10 +143,13 @@ def merge_many(
     plans = ManyPlans(library, into_base=into_base is not None, **keywords)
     target = resolve_device(device)
     folder = Path(out)
+    model = None if into_base is None else BaseModel.open(into_base).fingerprint
     kept = written = 0
     with BackgroundDigests() as digests:
-        for batch in _batches(plans, profiles, into_base=into_base is not None):
-            left = [plan for plan in batch if not _is_there(library, plan, folder, digests, overwrite=overwrite)]
+        for batch in _batches(plans, each_once(profiles), into_base=into_base is not None):
+            left = [
+                plan for plan in batch if not _is_there(library, plan, folder, digests, base=model, overwrite=overwrite)
+            ]
             kept += len(batch) - len(left)
             if left and into_base is None:
                 _write_adapters(library, left, folder, target, digests, overwrite=overwrite)
@@ -167,8 +176,6 @@ def _batches(plans: ManyPlans, profiles: Iterable[Profile], *, into_base: bool) 
     for profile in profiles:
         key, plan = plans.plan(profile)
         own = waiting.setdefault(key, [])
-        if any(other.profile.user == profile.user for other in own):
-            raise _taken_twice(profile)
         own.append(plan)
         num_waiting += 1
         if len(own) >= _most_users(plan, into_base=into_base):
@@ -210,7 +217,7 @@ def _write_adapters(
 
         def put(each: Sequence[ModuleSoup]) -> None:
             for writer, plan, soup in zip(writers, plans, each, strict=True):
-                writer.put(MergedModule.of(soup, plan))
+                writer.put(_merged(soup, plan))
 
         for _ in soups.each(put):
             pass
@@ -219,9 +226,17 @@ def _write_adapters(
 
 
 def _is_there(
-    library: ExpertLibrary, plan: MergePlan, folder: Path, digests: BackgroundDigests, *, overwrite: bool
+    library: ExpertLibrary,
+    plan: MergePlan,
+    folder: Path,
+    digests: BackgroundDigests,
+    *,
+    base: str | None,
+    overwrite: bool,
 ) -> bool:
     """Return whether a user's folder holds this very soup, by its record; a folder of another is refused.
+
+    `base` is the fingerprint of the model that the soup is folded into.
 
     Raises:
         OutputExistsError: if the folder is there with another soup and shall not be replaced.
@@ -236,7 +251,7 @@ def _is_there(
         record = read_soup_record(out)
     except SoupError:
         record = None
-    if record is not None and _tells_of(record, plan, input_records(plan, library, digests.results())):
+    if record is not None and _tells_of(record, plan, input_records(plan, library, digests.results()), base):
         with suppress(OutputExistsError):  # another run is at its end there
             check_target(out, overwrite=True)
         return True
@@ -249,8 +264,9 @@ def _is_there(
     return False
 
 
-def _tells_of(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ...]) -> bool:
+def _tells_of(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ...], base: str | None) -> bool:
     wanted = (
+        base or plan.base.fingerprint,
         "model" if plan.encoding == "folded" else "adapter",
         plan.method.name,
         dict(plan.options),
@@ -261,6 +277,7 @@ def _tells_of(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ..
         inputs,
     )
     told = (
+        record.base.fingerprint,
         record.kind,
         record.method,
         record.options,
@@ -298,9 +315,29 @@ def _check_user(profile: Profile) -> None:
         )
 
 
-def _taken_twice(profile: Profile) -> UsageError:
-    return UsageError(
-        f"two profiles are of the user {profile.user!r}",
-        where=profile.place("user"),
-        mend="give each user one profile, or name them apart",
-    )
+def each_once(profiles: Iterable[Profile]) -> Iterator[Profile]:
+    """Yield the profiles as they come; of their users sixteen bytes each are kept.
+
+    Raises:
+        UsageError: where a second profile is of one user.
+    """
+    seen: set[bytes] = set()
+    for profile in profiles:
+        mark = hashlib.blake2b(profile.user.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if mark in seen:
+            raise UsageError(
+                f"two profiles are of the user {profile.user!r}",
+                where=profile.place("user"),
+                mend="give each user one profile, or name them apart",
+            )
+        seen.add(mark)
+        yield profile
+
+
+def _merged(soup: ModuleSoup, plan: MergePlan) -> MergedModule:
+    """Return MergedModule.of; an error says whose soup it is, among so many."""
+    try:
+        return MergedModule.of(soup, plan)
+    except UsageError as fault:
+        user = plan.profile.user
+        raise UsageError(f"{user!r}: {fault.what}", where=plan.profile.place("weights"), mend=fault.mend) from None

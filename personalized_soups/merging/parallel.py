@@ -26,9 +26,10 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], num_thre
     most two results a thread are computed ahead, which bounds the memory. With one thread nothing runs beside.
     """
     if num_threads <= 1:
-        yield from map(function, items)
+        with full_precision():
+            yield from map(function, items)
         return
-    with worker_pool(num_threads) as pool:
+    with full_precision(), worker_pool(num_threads) as pool:
         ahead: deque[Future[Result]] = deque()
         for item in items:
             ahead.append(pool.submit(function, item))
@@ -36,6 +37,17 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], num_thre
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Multiply float32 as float32, whatever the process allows itself elsewhere: TF32 or bfloat16 would be 1e-3 off."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -101,6 +101,7 @@ class MergePlan:
     modules: tuple[PlannedModule, ...]
     rank: int
     dtype: DtypeName
+    fits_vllm: bool
     base: BaseRecord
     base_folder: str | None
     revision: str | None
@@ -124,7 +125,7 @@ class MergePlan:
     @property
     def vllm_max_lora_rank(self) -> int | None:
         """The smallest --max-lora-rank with which vLLM loads the merged adapter; None where none is large enough."""
-        return vllm_max_lora_rank(self.rank)
+        return vllm_max_lora_rank(self.rank) if self.fits_vllm else None
 
     def lines(self) -> list[str]:
         """Return the plan as lines for people."""
@@ -141,8 +142,8 @@ class MergePlan:
             f"modules:  {len(self.modules)}",
         ]
         if self.encoding != "folded":
-            most = self.vllm_max_lora_rank or f"(none: rank {self.rank} is above {VLLM_RANKS[-1]})"
-            lines.append(f"vLLM:     --max-lora-rank {most}")
+            most = self.vllm_max_lora_rank
+            lines.append(f"vLLM:     {'it does not load this' if most is None else f'--max-lora-rank {most}'}")
         return lines
 
 
@@ -201,16 +202,20 @@ def plan_merge(
     raise_all([*disagreements(experts, same_base=same_base), *unmet_needs(row, bank, [w for _, w in chosen])])
     checked_target = _checked_target(target, into_base=into_base)
     layout = layout_of(experts)
+    unfit = unfit_for_vllm(experts)
     if not into_base:
-        raise_all(unfit_for_vllm(experts) if checked_target == "vllm" else [])
+        raise_all(unfit if checked_target == "vllm" else [])
         raise_all([*conflicts(experts, layout), *(missing_base(experts) if base is None else [])])
     modules = tuple(_planned(bank, like, row, cut.rank) for like in named_modules(experts, layout))
+    if checked_target == "vllm" and energy is None:
+        check_vllm_rank(max(module.rank for module in modules))
     known, folder = _read_base(base, experts, same_base=same_base)
     return MergePlan(
         profile=profile,
         method=row,
         options=method_options,
         target=checked_target,
+        fits_vllm=not unfit,
         energy=cut.energy,
         encoding=_encoding(row, modules, cut, into_base=into_base),
         experts=tuple(PlannedExpert(expert.name, str(expert.folder.resolve()), weight) for expert, weight in chosen),
@@ -229,6 +234,20 @@ def plan_merge(
 def vllm_max_lora_rank(rank: int) -> int | None:
     """Return the smallest --max-lora-rank with which vLLM loads an adapter of `rank`; None where none is enough."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def check_vllm_rank(rank: int) -> None:
+    """Raise if vLLM loads no adapter of this rank.
+
+    Raises:
+        UsageError: naming the highest rank that it loads.
+    """
+    if vllm_max_lora_rank(rank) is None:
+        raise UsageError(
+            f"the merged adapter has rank {rank}, vLLM loads up to {VLLM_RANKS[-1]}",
+            where="--for vllm",
+            mend="give --rank 64, or a lower --energy",
+        )
 
 
 def torch_dtype(name: DtypeName) -> torch.dtype:
@@ -276,8 +295,8 @@ def _checked_target(target: str, *, into_base: bool) -> Target:
 
 
 def _method_options(row: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
-    """Return the options of the method: the caller's, else the profile's where the method is the profile's own."""
-    own = profile.options if row.name == profile.method else {}
+    """Return the options of the method: the caller's, else those of the profile's that this method takes, too."""
+    own = {name: value for name, value in profile.options.items() if name in row.options}
     try:
         return row.resolved({**own, **(given or {})})
     except UsageError as fault:
@@ -298,7 +317,7 @@ def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_b
         encoding = "stacked"
     if encoding not in row.encodings:
         raise UsageError(
-            f"a soup by {row.name} is dense and cannot be held {encoding}"
+            f"what {row.name} gives has full rank: as an adapter it must be truncated"
             if row.family == "dense"
             else f"a soup by {row.name} cannot be held {encoding}",
             where="method",

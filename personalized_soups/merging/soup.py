@@ -18,7 +18,7 @@ from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank import ExpertBank, StackedModule
 from personalized_soups.merging.dora import Dora, base_scale, turned
-from personalized_soups.merging.parallel import in_order, num_workers
+from personalized_soups.merging.parallel import full_precision, in_order, num_workers
 from personalized_soups.merging.plan import MergePlan, PlannedModule
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.lowrank import Truncated, decompose, truncate
@@ -80,7 +80,8 @@ class Soups:
     def prepare(self) -> None:
         """Compute what all modules need, before several threads ask for it."""
         if self.plan.method.trims_globally:
-            _ = self.thresholds
+            with full_precision():
+                _ = self.thresholds
 
     def of(self, module: PlannedModule) -> list[ModuleSoup]:
         """Return one module's soup of each plan: dense or factors in float32; truncated ones are float64.
@@ -201,7 +202,9 @@ class Soups:
     def _deltas_of(self, expert: int) -> Iterator[Tensor]:
         for name in self.bank.modules:
             if expert in self.bank.members(name):
-                yield self.bank.factors(expert, name).delta()
+                blocks = self.bank.experts[expert].adapter.modules[name].blocks
+                for block in blocks_of(self.bank.factors(expert, name), blocks):
+                    yield block.delta()
 
 
 def _on_one_basis(stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:

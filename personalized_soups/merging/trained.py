@@ -111,6 +111,13 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
     fitting.check(plan.base.name)
     replaced = {target: each for target, each in found["replaced"].items() if not _is_bases(bank, model, each)}
     _check_under_dora(plan, bank, replaced)
+    if model.tied is not None and found["rows"] and any(model.find(target) in model.tied for target in replaced):
+        raise UnsupportedAdapterError(
+            "one expert saves an embedding whole, another trains tokens, and the base's two embeddings are one tensor: "
+            "PEFT cannot hold this in one adapter",
+            where=", ".join(expert.name for expert in bank.experts),
+            mend="fold the soup into the base model: --into-base BASE",
+        )
     return (
         Soups(plans, bank, dora),
         [WholeTensors(each, bank, model, replaced, found["rows"]) for each in plans],

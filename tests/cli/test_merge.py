@@ -245,3 +245,11 @@ def test_a_base_is_read_for_what_is_relative_to_it(
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["use_dora"] is True
     assert json.loads((tmp_path / "out" / "soup.json").read_text())["base_folder"] == str(small_base.resolve())
     assert psoups(capsys, "verify", tmp_path / "out")[0] == 0
+
+
+def test_a_way_of_copying_that_is_none_is_told_whatever_is_merged(
+    tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--weights", "concise=1", "--experts", experts, "--out", tmp_path / "out", "--untouched", "lnk")
+    code, _, err = psoups(capsys, "merge", *args)
+    assert (code, "did you mean 'link'?" in err) == (2, True)

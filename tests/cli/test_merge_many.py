@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -80,4 +81,13 @@ def test_a_file_without_profiles_and_one_that_is_not_there_are_told(
     code, _, err = psoups(capsys, "merge-many", tmp_path / "empty.jsonl", *args)
     assert (code, "holds no profile" in err) == (2, True)
     code, _, err = psoups(capsys, "merge-many", tmp_path / "missing.jsonl", *args)
-    assert (code, "cannot be read" in err) == (2, True)
+    assert (code, "check the path" in err) == (2, True)
+
+
+def test_a_pipe_of_profiles_is_refused_since_they_are_read_twice(
+    tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    args = ("--experts", experts, "--out", tmp_path / "out")
+    code, _, err = psoups(capsys, "merge-many", tmp_path / "pipe.jsonl", *args)
+    assert (code, "write them to a file" in err) == (2, True)

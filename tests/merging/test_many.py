@@ -166,9 +166,35 @@ def test_a_changed_expert_makes_another_soup(tmp_path: Path, library: ExpertLibr
         merge_many(ExpertLibrary.open(tmp_path / "experts"), profiles, tmp_path / "out")
 
 
-def test_two_profiles_of_one_user_are_refused(tmp_path: Path, library: ExpertLibrary) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("second", [{"one": 1.0, "two": 2.0}, {"three": 1.0}])
+def test_two_profiles_of_one_user_are_refused_over_any_experts_and_in_any_batch(
+    tmp_path: Path,
+    library: ExpertLibrary,
+    monkeypatch: pytest.MonkeyPatch,
+    second: dict[str, float],
+    overwrite: bool,
+) -> None:
+    monkeypatch.setattr(many, "_MOST_USERS", 2)
+    profiles = [*profiles_of(5), Profile(user="u0", weights=second)]
     with pytest.raises(UsageError, match="two profiles are of the user 'u0'"):
-        merge_many(library, [*profiles_of(2), profiles_of(1)[0]], tmp_path / "out")
+        merge_many(library, profiles, tmp_path / "out", overwrite=overwrite)
+
+
+def test_a_soup_of_another_base_is_another_soup(tmp_path: Path, library: ExpertLibrary) -> None:
+    one, two = write_base(tmp_path / "one", "F32"), write_base(tmp_path / "two", "BF16")
+    profiles = profiles_of(1)
+    merge_many(library, profiles, tmp_path / "out", into_base=one)
+    with pytest.raises(OutputExistsError, match="with another soup"):
+        merge_many(library, profiles, tmp_path / "out", into_base=two)
+    assert merge_many(library, profiles, tmp_path / "out", into_base=two, overwrite=True) == Merged(1, 0)
+    assert merge_many(library, profiles, tmp_path / "out", into_base=two) == Merged(0, 1)
+
+
+def test_a_soup_that_does_not_fit_is_told_with_its_user(tmp_path: Path, library: ExpertLibrary) -> None:
+    large = Profile(user="ada", weights={"one": 1e7})
+    with pytest.raises(UsageError, match=r"'ada': .* beyond float16"):
+        merge_many(library, [*profiles_of(1), large], tmp_path / "out", dtype="float16")
 
 
 @pytest.mark.parametrize("user", ["../u", "a/b", ".hidden", "a\\b", "a\nb", "x" * 201, "a\0b"])

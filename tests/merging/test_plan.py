@@ -178,3 +178,20 @@ def test_a_profiles_rank_is_refused_at_its_line_where_a_model_is_asked_for(tmp_p
 def test_a_plan_for_a_model_has_no_rank_for_vllm(tmp_path: Path) -> None:
     write_expert(tmp_path / "a")
     assert "max-lora-rank" not in "\n".join(plan_of(tmp_path, into_base=True).lines())
+
+
+def test_a_rank_that_vllm_does_not_load_is_refused_for_vllm(tmp_path: Path) -> None:
+    write_expert(tmp_path / "a", rank=400)
+    write_expert(tmp_path / "b", rank=300)
+    assert plan_of(tmp_path).vllm_max_lora_rank is None
+    with pytest.raises(UsageError, match="rank 700, vLLM loads up to 512"):
+        plan_of(tmp_path, target="vllm")
+    assert plan_of(tmp_path, target="vllm", rank=64).rank == 64
+
+
+def test_the_profiles_options_stay_with_another_method_that_takes_them(tmp_path: Path) -> None:
+    write_expert(tmp_path / "a")
+    profile = Profile(weights={"a": 1.0}, method="ties", options={"density": 0.2, "lambda": 0.9})
+    library = ExpertLibrary.open(tmp_path)
+    assert plan_merge(library, profile, rank=2, method="ties@peft").options == {"density": 0.2}
+    assert plan_merge(library, profile, method="linear").options == {}

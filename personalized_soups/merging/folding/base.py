@@ -51,11 +51,13 @@ class BaseModel:
         if quantization := config.get("quantization_config"):
             kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UnsupportedAdapterError(
-                f"the base is quantised ({kind}), which this version does not fold into",
+                f"the base is quantised ({kind}), which this version does not merge with",
                 where=str(folder),
-                mend="give the base as it was before it was quantised, or write an adapter (leave --into-base out)",
+                mend="give the base as it was before it was quantised; an adapter of plain LoRA needs no base",
             )
-        return cls(str(base), folder, config, Checkpoint.open(folder))
+        # a path is told whole, so that it leads to the same folder from anywhere
+        name = str(folder.resolve()) if Path(base) == folder else str(base)
+        return cls(name, folder, config, Checkpoint.open(folder))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Elements of a block: 2 MiB in float32, which with its rounded copy stays near a core; a GPU likes more.
-_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}
+_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 22}
 
 
 class Term(Protocol):
@@ -169,8 +169,9 @@ class _Lane:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._base = base_MN
         self._inward = torch.empty(shape, dtype=base_MN.dtype, pin_memory=True) if self._stream else None
-        # what arrives and what leaves in the base's dtype: a copy that converts on its way would do so on the CPU
-        self._there = torch.empty(shape, dtype=base_MN.dtype, device=device) if self._stream else None
+        # what arrives and what leaves, as it is on the other side: a copy that converts on its way does so on the CPU
+        self._arrived = torch.empty(shape, dtype=base_MN.dtype, device=device) if self._stream else None
+        self._leaving = torch.empty(shape, dtype=dtype, device=device) if self._stream else None
         self._sum = torch.empty(shape, dtype=kind, device=device)
         self._own = torch.empty(shape, dtype=kind, device=device)
         self._outward = torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
@@ -197,12 +198,11 @@ class _Lane:
 
     def _compute(self, block: Tensor, start: int, terms: Sequence[Term]) -> None:
         total = own = self._sum[: self._size]
-        there = None if self._there is None else self._there[: self._size]
-        total.copy_(block if there is None else there.copy_(block, non_blocking=True))
+        total.copy_(block if self._arrived is None else self._arrived[: self._size].copy_(block, non_blocking=True))
         if any(term.reads_base for term in terms):
             own = self._own[: self._size]
             own.copy_(total)
         for term in terms:
             term.add(total, own, start)
-        rounded = total if there is None else there.copy_(total)
+        rounded = total if self._leaving is None else self._leaving[: self._size].copy_(total)
         self._outward[: self._size].copy_(rounded, non_blocking=True)

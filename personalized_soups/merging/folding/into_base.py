@@ -23,7 +23,7 @@ from personalized_soups.adapters.provenance import (
 )
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile
-from personalized_soups.errors import InputError, UsageError, choose_from
+from personalized_soups.errors import InputError
 from personalized_soups.files.atomic import Resumable, check_target, files_below, resumable_folder
 from personalized_soups.files.copies import CopyMode, copy_file
 from personalized_soups.files.digest import BackgroundDigests
@@ -145,10 +145,12 @@ def fold_plans(
     changes.soups.prepare()
     shards = [shard.path for shard in model.checkpoint.shards.values()]
     read = [path for expert in experts for path in expert.adapter.files]
+    # the configuration says whether embeddings are tied, and so which tensors there are
+    deciding = [*read, *shards, model.folder / CONFIG]
     with ExitStack() as stack:
         folders = [
             stack.enter_context(
-                resumable_folder(out, _identity(plan, [*read, *shards], target), overwrite, durable=durable)
+                resumable_folder(out, _identity(plan, deciding, target, untouched), overwrite, durable=durable)
             )
             for plan, out in zip(plans, outs, strict=True)
         ]
@@ -160,18 +162,6 @@ def fold_plans(
                 (each.folder / name).write_text(json_text(table), encoding="utf-8")
             taken = input_records(plan, library, digests.results())
             write_record(each.folder, model_record(plan, changes, taken, digests.results(), each.folder))
-
-
-def checked_copy_mode(name: str) -> CopyMode:
-    """Return the way of copying of that name.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    modes: Mapping[str, CopyMode] = {"copy": "copy", "reflink": "reflink", "link": "link"}
-    if name not in modes:
-        raise UsageError(f"unknown way to copy {name!r}", where="--untouched", mend=choose_from(name, modes))
-    return modes[name]
 
 
 def check_fits(library: ExpertLibrary, plan: MergePlan, base: Path | str) -> None:
@@ -329,7 +319,7 @@ def shard_specs(source: SafetensorsFile, changes: Changes) -> list[TensorSpec]:
     ]
 
 
-def _identity(plan: MergePlan, files: Sequence[Path], device: torch.device) -> str:
+def _identity(plan: MergePlan, files: Sequence[Path], device: torch.device, untouched: CopyMode) -> str:
     """Return what decides the bytes of the shards; files count by size and time, since digests would cost the merge."""
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     told = [
@@ -339,6 +329,7 @@ def _identity(plan: MergePlan, files: Sequence[Path], device: torch.device) -> s
         [(expert.name, expert.folder, expert.weight) for expert in plan.experts],
         states,
         device.type,
+        untouched,
         library_versions("torch"),
     ]
     return str(blake3(json.dumps(told, sort_keys=True).encode()).hexdigest())

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from personalized_soups import Profile, merge_into_base
+from personalized_soups.bank import ExpertBank
 from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
 from personalized_soups.merging import dora
 from personalized_soups.merging.folding import blocks
+from personalized_soups.merging.plan import plan_merge
+from personalized_soups.merging.soup import Soups
 from tests.adapters.test_against_peft import CASES, llama
 from tests.merging.variants import MIXTURES, World, make_world, named_weights, read
 
@@ -152,3 +155,17 @@ def test_methods_without_a_rule_for_whole_tensors_are_refused(tmp_path: Path, me
     world = make_world(tmp_path, llama, [{"target_modules": ["q_proj"], "use_dora": True}])
     with pytest.raises(UnsupportedAdapterError, match=rf"trained whole \(use_dora\), for which {method} has no rule"):
         merge_into_base(world.library, Profile(weights={"e0": 1.0}, method=method), world.base, tmp_path / "out")
+
+
+def test_a_model_wide_threshold_counts_each_expert_of_a_mixture(tmp_path: Path) -> None:
+    """ties@paper trims over all deltas of an expert; a mixture's blocks are deltas of their own, not one sum."""
+    world = make_world(tmp_path, *MIXTURES["experts of a mixture"])
+    plan = plan_merge(
+        world.library, Profile(weights={"e0": 1.0}), method="ties@paper", options={"density": 0.2}, into_base=True
+    )
+    soups = Soups([plan], ExpertBank([world.library["e0"]]))
+    changed = [world.experts["e0"].merged[name].double() - base.double() for name, base in world.tensors.items()]
+    entries = torch.cat([each.abs().flatten() for each in changed if bool(each.any())])
+    want = entries.topk(int(0.2 * entries.numel())).values[-1].item()
+    # PEFT's merge is float32: the differences owe 2^-24 of the base's values of a few times the deltas'
+    assert soups.thresholds[0] == pytest.approx(want, rel=1e-4)
