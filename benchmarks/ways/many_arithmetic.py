@@ -1,7 +1,7 @@
 """This project: the product of users' weights and experts' tensors alone, module by module as merge_many takes them.
 
-The experts come from memory; a module's sums are dropped where merge_many writes them to files, from the thread that
-computed them.
+The experts come from memory. The sums of a block stay in a buffer of the thread's own, out of which merge_many writes
+them to the users' files: they are no second time in memory.
 
 E experts, U users.
 """
@@ -25,7 +25,7 @@ def main(experts: int, users: int, values: int, device: str = "cpu") -> None:
     """Print bytes per second of what must move: every expert read once, every soup written once."""
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
-    weighted_sums = found("personalized_soups.methods.product", "weighted_sums")  # what merge_many multiplies with
+    sums = found("personalized_soups.methods.product", "BlockSums")()  # what merge_many multiplies with
     in_order = found("personalized_soups.merging.parallel", "in_order")
     num_workers = found("personalized_soups.merging.parallel", "num_workers")
     modules = [
@@ -35,7 +35,8 @@ def main(experts: int, users: int, values: int, device: str = "cpu") -> None:
     w_UE = torch.rand(users, experts, dtype=torch.float64)
 
     def computed(tensors: list[torch.Tensor]) -> None:
-        weighted_sums(w_UE, tensors)
+        for _block in sums.blocks(w_UE, tensors):
+            pass
 
     seconds = []
     for _ in range(_PRODUCTS):

@@ -9,7 +9,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -35,7 +35,7 @@ from personalized_soups.files.spool import Spool
 from personalized_soups.files.writer import NAMES_OF_DTYPES, SafetensorsWriter, TensorSpec
 from personalized_soups.merging.dora import unscaled
 from personalized_soups.merging.layout import Layout
-from personalized_soups.merging.plan import MergePlan, check_vllm_rank, torch_dtype, vllm_max_lora_rank
+from personalized_soups.merging.plan import MergePlan, PlannedModule, check_vllm_rank, torch_dtype, vllm_max_lora_rank
 from personalized_soups.merging.soup import ModuleSoup
 from personalized_soups.merging.trained import WholeTensors
 from personalized_soups.methods.factors import Factors
@@ -133,7 +133,7 @@ class AdapterWriter:
 
     def __init__(self, folder: Path, plan: MergePlan, whole: WholeTensors | None = None) -> None:
         self._folder = folder
-        self._plan = plan
+        self.plan = plan
         self._whole = whole
         self._losses: dict[str, Loss] = {}
         self._aside: list[MergedModule] = []
@@ -141,7 +141,7 @@ class AdapterWriter:
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        if self._plan.energy is None:
+        if self.plan.energy is None:
             self._writer = self._stack.enter_context(self._opened())
         else:
             self._spool = self._stack.enter_context(Spool(self._folder / _SPOOL_FILE))
@@ -155,41 +155,55 @@ class AdapterWriter:
     def put(self, module: MergedModule) -> None:
         """Write one module."""
         self._losses[module.name] = module.loss
-        if self._plan.energy is None:
+        if self.plan.energy is None:
             self._write(self._writer, module)
             return
         a_RI, b_OR = self._spool.kept(module.factors.a_RI), self._spool.kept(module.factors.b_OR)
         self._aside.append(replace(module, factors=Factors(a_RI, b_OR)))
 
+    def begin(self, module: MergedModule) -> None:
+        """Write one module's A, and leave its B to `add`. For modules of the plan's own rank alone."""
+        self._losses[module.name] = module.loss
+        self._writer.write(module.like.a_name, module.factors.a_RI)
+
+    def add(self, module: PlannedModule, start: int, values: Tensor) -> None:
+        """Write the values of a module's B from the number `start` on, rounded to the adapter's dtype.
+
+        Raises:
+            UsageError: where a value does not fit into the dtype.
+        """
+        rounded = _rounded(module.like.b_name, values, self.plan)
+        self._writer.write(module.like.b_name, rounded, start * rounded.element_size())
+
     def finish(self, device: torch.device, inputs: tuple[InputRecord, ...]) -> SoupRecord:
         """Write what is left: modules set aside, adapter_config.json, soup.json."""
         # modules came in the order in which threads were done, but the bytes shall not depend on it
-        in_order = [module.name for module in self._plan.modules]
+        in_order = [module.name for module in self.plan.modules]
         losses = {name: self._losses[name] for name in in_order}
         if self._aside:
             own = {module.name: module.rank for module in self._aside}
-            self._ranks = common_ranks(self._plan, {name: own[name] for name in in_order})
+            self._ranks = common_ranks(self.plan, {name: own[name] for name in in_order})
             self._writer = self._stack.enter_context(self._opened())
             for module in self._aside:
                 self._write(self._writer, module)
         for name, start, part in () if self._whole is None else self._whole.parts():
             if not all_finite(part):
-                raise _too_large(f"{name}: the soup has values", self._plan)
+                raise _too_large(f"{name}: the soup has values", self.plan)
             self._writer.write(name, part, start)
-        text = json.dumps(adapter_config(self._plan, self._ranks), indent=2, ensure_ascii=False)
+        text = json.dumps(adapter_config(self.plan, self._ranks), indent=2, ensure_ascii=False)
         (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-        record = adapter_record(self._plan, device, self._ranks, losses, inputs)
+        record = adapter_record(self.plan, device, self._ranks, losses, inputs)
         write_record(self._folder, record)
         return record
 
     def _opened(self) -> SafetensorsWriter:
-        dtype = NAMES_OF_DTYPES[torch_dtype(self._plan.dtype)]
+        dtype = NAMES_OF_DTYPES[torch_dtype(self.plan.dtype)]
         specs = []
-        for module in self._plan.modules:
+        for module in self.plan.modules:
             rank = self._ranks[module.name]
             specs.append(TensorSpec(module.like.a_name, dtype, a_shape(module.like, rank)))
             specs.append(TensorSpec(module.like.b_name, dtype, b_shape(module.like, rank)))
-            beside = beside_shapes(module.like, self._plan.layout)
+            beside = beside_shapes(module.like, self.plan.layout)
             specs.extend(TensorSpec(name, dtype, shape) for name, shape in beside.items())
         specs.extend([] if self._whole is None else self._whole.specs())
         return SafetensorsWriter(self._folder / WEIGHTS_FILE, specs, {"format": "pt"})
@@ -303,3 +317,13 @@ def adapter_config(plan: MergePlan, ranks: Mapping[str, int]) -> dict[str, Any]:
         "use_rslora": False,
     }
     return dict(sorted(table.items()))
+
+
+@contextmanager
+def told_whose(plan: MergePlan) -> Iterator[None]:
+    """Say in an error whose soup it is, among so many."""
+    try:
+        yield
+    except UsageError as fault:
+        user = plan.profile.user
+        raise UsageError(f"{user!r}: {fault.what}", where=plan.profile.place("weights"), mend=fault.mend) from None

@@ -22,10 +22,12 @@ from personalized_soups.errors import DeclarationError, OutputExistsError, SoupE
 from personalized_soups.files.atomic import check_target, new_folder
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.merging.adapter import check_output_apart, input_records
-from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModule
+from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModule, told_whose
 from personalized_soups.merging.checks import raise_all, unmet_needs
 from personalized_soups.merging.folding.base import BaseModel
 from personalized_soups.merging.folding.into_base import fold_plans
+from personalized_soups.merging.one_basis import ProductWriter, is_plain_product
+from personalized_soups.merging.parallel import in_order, num_workers
 from personalized_soups.merging.plan import MergePlan, PlannedExpert, dimensions_of, plan_merge, resolve_device
 from personalized_soups.merging.soup import ModuleSoup
 from personalized_soups.merging.trained import on_base
@@ -217,9 +219,14 @@ def _write_adapters(
 
         def put(each: Sequence[ModuleSoup]) -> None:
             for writer, plan, soup in zip(writers, plans, each, strict=True):
-                writer.put(_merged(soup, plan))
+                with told_whose(plan):
+                    writer.put(MergedModule.of(soup, plan))
 
-        for _ in soups.each(put):
+        if is_plain_product(soups):
+            written = in_order(ProductWriter(soups, writers).write, soups.plan.modules, num_workers(device))
+        else:
+            written = soups.each(put)
+        for _ in written:
             pass
         for writer, plan in zip(writers, plans, strict=True):
             writer.finish(device, input_records(plan, library, digests.results()))
@@ -332,12 +339,3 @@ def each_once(profiles: Iterable[Profile]) -> Iterator[Profile]:
             )
         seen.add(mark)
         yield profile
-
-
-def _merged(soup: ModuleSoup, plan: MergePlan) -> MergedModule:
-    """Return MergedModule.of; an error says whose soup it is, among so many."""
-    try:
-        return MergedModule.of(soup, plan)
-    except UsageError as fault:
-        user = plan.profile.user
-        raise UsageError(f"{user!r}: {fault.what}", where=plan.profile.place("weights"), mend=fault.mend) from None

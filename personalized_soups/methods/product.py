@@ -5,13 +5,44 @@ E experts, U users, P numbers of one expert.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 # Numbers of each expert that are multiplied at once: with six experts and sixteen users 5 MiB, near enough to a core.
 _CHUNK = 1 << 16
+
+
+class BlockSums(threading.local):
+    """The sums of weighted_sums, block by block in buffers that are used again; each thread has buffers of its own.
+
+    Fresh memory for the sums of many users costs more than the sums: a page fault for every 4 KiB.
+    """
+
+    def __init__(self) -> None:
+        self._inward = torch.empty(0, 0)
+        self._outward = torch.empty(0, 0)
+
+    def blocks(self, weights_UE: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+        """Yield where a block begins in a flattened tensor, and the sums there, `[U, C]` of at most 65,536 numbers.
+
+        The same numbers as weighted_sums. A block is overwritten when the next one is asked for.
+
+        Raises:
+            ValueError: as weighted_sums.
+        """
+        flat, weights = _checked(weights_UE, tensors)
+        shapes = ((len(flat), _CHUNK), (len(weights), _CHUNK))
+        if (self._inward.shape, self._outward.shape) != shapes or self._inward.dtype != weights.dtype:
+            self._inward, self._outward = (weights.new_empty(shape) for shape in shapes)
+        for start in range(0, flat[0].numel(), _CHUNK):
+            size = min(_CHUNK, flat[0].numel() - start)
+            part, sums = self._inward[:, :size], self._outward[:, :size]
+            torch.stack([each[start : start + size] for each in flat], out=part)
+            torch.mm(weights, part, out=sums)
+            yield start, sums
 
 
 def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor], out_UP: Tensor | None = None) -> Tensor:
@@ -29,11 +60,8 @@ def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor], out_UP: Tensor 
     Raises:
         ValueError: if there are no tensors, or not as many as weights.
     """
-    if not tensors or weights_UE.shape[1] != len(tensors):
-        raise ValueError(f"{weights_UE.shape[1]} weights for {len(tensors)} tensors")
-    flat = [tensor.reshape(-1) for tensor in tensors]
+    flat, weights = _checked(weights_UE, tensors)
     size = flat[0].numel()
-    weights = weights_UE.to(flat[0].device, flat[0].dtype)
     out = flat[0].new_empty(weights.shape[0], size) if out_UP is None else out_UP
     chunk = flat[0].new_empty(len(flat), min(_CHUNK, size))
     for start in range(0, size, _CHUNK):
@@ -42,3 +70,11 @@ def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor], out_UP: Tensor 
         torch.stack([each[start:end] for each in flat], out=part)
         torch.mm(weights, part, out=out[:, start:end])
     return out
+
+
+def _checked(weights_UE: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Return the tensors flattened, and the weights in their dtype and on their device."""
+    if not tensors or weights_UE.shape[1] != len(tensors):
+        raise ValueError(f"{weights_UE.shape[1]} weights for {len(tensors)} tensors")
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    return flat, weights_UE.to(flat[0].device, flat[0].dtype)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
 from personalized_soups.adapters.provenance import read_soup_record
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, UsageError
 from personalized_soups.files.reader import SafetensorsFile
-from personalized_soups.merging import many, soup
+from personalized_soups.merging import many, one_basis
 from personalized_soups.merging.folding import into_base
 from personalized_soups.merging.many import Merged, merge_many
-from personalized_soups.methods.product import weighted_sums
+from personalized_soups.methods.product import BlockSums
 from tests import oracles
 from tests.experts import write_expert
 from tests.merging.folding.test_into_base import write_base
@@ -104,11 +104,12 @@ def test_the_product_is_used_for_experts_of_one_basis(
 ) -> None:
     calls = []
 
-    def counted(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-        calls.append(len(weights_UE))
-        return weighted_sums(weights_UE, tensors)
+    class Counted(BlockSums):
+        def blocks(self, weights_UE: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
+            calls.append(len(weights_UE))
+            return super().blocks(weights_UE, tensors)
 
-    monkeypatch.setattr(soup, "weighted_sums", counted)
+    monkeypatch.setattr(one_basis, "BlockSums", Counted)
     whole = [Profile(user=f"u{n}", weights=dict.fromkeys(NAMES, 0.1 + n)) for n in range(4)]
     merge_many(library, whole, tmp_path / "free")
     assert not calls
