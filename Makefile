@@ -47,7 +47,7 @@ tiny: $(VENV)/.run
 quality: $(VENV)/.run
 	$(BIN)/psoups quality --page docs/quality.md
 
-# Fresh processes, medians of five; writes the tables into docs/. BENCH passes options: make bench BENCH='--shape tiny'.
+# Fresh processes, medians of five, about 15 minutes; writes the tables into docs/. BENCH passes options: make bench BENCH='--shape tiny'.
 bench: $(VENV)/.run
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
