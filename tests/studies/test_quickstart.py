@@ -89,7 +89,7 @@ def test_experts_and_merges_are_real(finished: tuple[Path, Results, Examples]) -
         assert record.metrics["num_steps"] == 2
     soup = read_soup_record(out / "merged" / "linear" / "elementary+concise+friendly")
     assert soup is not None
-    assert [expert.name for expert in soup.experts] == ["elementary", "concise", "friendly"]
+    assert [expert.name for expert in soup.experts] == ["concise", "elementary", "friendly"]
     chosen = next(row["weight"] for row in results["methods"] if row["method"] == "linear")
     assert {expert.weight for expert in soup.experts} == {chosen}
 
