@@ -45,7 +45,7 @@ class BlockSums(threading.local):
             yield start, sums
 
 
-def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor], out_UP: Tensor | None = None) -> Tensor:
+def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return `out[u] = sum_e weights[u, e] tensors[e]`, every tensor flattened.
 
     Each tensor is read once, whatever the number of users is; a stack of them is never formed whole. The sums are taken
@@ -55,14 +55,13 @@ def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor], out_UP: Tensor 
     Args:
         weights_UE: on any device and in any floating dtype; rounded to the tensors'.
         tensors: E tensors of one shape, dtype and device, each contiguous.
-        out_UP: where the sums shall stand, in the tensors' dtype and on their device; new where left out.
 
     Raises:
         ValueError: if there are no tensors, or not as many as weights.
     """
     flat, weights = _checked(weights_UE, tensors)
     size = flat[0].numel()
-    out = flat[0].new_empty(weights.shape[0], size) if out_UP is None else out_UP
+    out = flat[0].new_empty(weights.shape[0], size)
     chunk = flat[0].new_empty(len(flat), min(_CHUNK, size))
     for start in range(0, size, _CHUNK):
         end = min(start + _CHUNK, size)
