@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,27 +199,34 @@ class _Memory(threading.Thread):
 
     def run(self) -> None:
         """Sample until told to stop."""
-        family = [self._pid]
+        pids = [self._pid]
         count = 0
         while not self._done.wait(_SAMPLE_SECONDS):
             if count % _CHILDREN_EVERY == 0:
-                family = _family(self._pid)
+                pids = family(self._pid)
             count += 1
-            self.peak = max(self.peak, sum(_anonymous(pid) for pid in family))
+            self.peak = max(self.peak, sum(map(anonymous_bytes, pids)))
 
 
-def _family(pid: int) -> list[int]:
+def family(pid: int) -> list[int]:
+    """Return a process and all of its descendants that there are; whoever ends meanwhile is left out."""
     found = [pid]
     for parent in found:  # grows while it is walked
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += [int(child) for child in children.read_text(encoding="ascii").split()]
-            except OSError:  # ended meanwhile
-                continue
+        with suppress(OSError):  # ended meanwhile: before its threads were listed, or after
+            for thread in Path(f"/proc/{parent}/task").iterdir():
+                found += _children(thread / "children")
     return found
 
 
-def _anonymous(pid: int) -> int:
+def _children(file: Path) -> list[int]:
+    try:
+        return [int(child) for child in file.read_text(encoding="ascii").split()]
+    except OSError:  # that thread alone ended
+        return []
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Return RssAnon of a process; 0 where it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
     except OSError:

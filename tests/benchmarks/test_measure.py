@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from benchmarks.measure import NotThereError, Run, Way, WayError, measure, run_process
+from benchmarks.measure import (
+    NotThereError,
+    Run,
+    Way,
+    WayError,
+    anonymous_bytes,
+    family,
+    measure,
+    run_process,
+)
 
 _HOLD = "held = bytearray(b'x' * {mib} * 2**20); import time; time.sleep(0.4)"
 
@@ -37,6 +47,13 @@ def test_pages_of_a_mapped_file_are_not_counted(tmp_path: Path) -> None:
         "time.sleep(0.1)"
     )
     assert run_process(_python(code)).anon_bytes < 64 << 20
+
+
+def test_a_process_that_ended_has_neither_children_nor_memory() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    assert family(child.pid) == [child.pid]
+    assert anonymous_bytes(child.pid) == 0
 
 
 def test_the_last_line_is_the_report() -> None:
