@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from personalized_soups.merging.folding.into_base import merge_into_base
     from personalized_soups.merging.live.adapter import LiveAdapter
     from personalized_soups.merging.many import merge_many
+    from personalized_soups.mixing.model import SoupModel
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "LiveAdapter",
     "Profile",
     "SoupError",
+    "SoupModel",
     "__version__",
     "load_profile",
     "merge",
@@ -36,6 +38,7 @@ _HOME = {
     "ExpertLibrary": "personalized_soups.adapters.library",
     "LiveAdapter": "personalized_soups.merging.live.adapter",
     "Profile": "personalized_soups.declare.profile",
+    "SoupModel": "personalized_soups.mixing.model",
     "load_profile": "personalized_soups.declare.profile",
     "merge": "personalized_soups.merging.adapter",
     "merge_into_base": "personalized_soups.merging.folding.into_base",

@@ -23,6 +23,28 @@ def disagreements(experts: Sequence[Expert], *, same_base: bool = False) -> list
     return found + _of_shapes(experts)
 
 
+def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[IncompatibleExpertsError]:
+    """Return one fault that names every expert which records another base's fingerprint than this; empty if none does.
+
+    Experts without a fingerprint name their base by a path or id that need not be this one's.
+    """
+    known = BaseRecord(fingerprint=fingerprint)
+    found = [
+        f"{expert.name} was trained on {expert.base.name or 'a base without a name'} ({expert.base.fingerprint[:12]})"
+        for expert in experts
+        if expert.base.fingerprint is not None and not is_same_base(expert.base, known)
+    ]
+    if not found:
+        return []
+    return [
+        IncompatibleExpertsError(
+            f"this base ({fingerprint[:12]}) is not the experts': " + "; ".join(found),
+            where=where,
+            mend="give the base that they were trained on; if it is the same one converted, pass --same-base",
+        )
+    ]
+
+
 def is_same_base(
     one: BaseRecord, other: BaseRecord, *, revisions: tuple[str | None, str | None] = (None, None)
 ) -> bool:

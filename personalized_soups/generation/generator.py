@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from personalized_soups.generation.streaming import TokenStream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What a batch of answers stands in: from the numbers of its rows' prompts to further logits processors.
+Around: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[Sequence[Any]]]
 
 
 class Generator:
@@ -91,13 +95,15 @@ class Generator:
         greedy: bool = False,
         first_row: int = 0,
         on_done: Callable[[int], None] | None = None,
+        around: Around | None = None,
     ) -> list[list[str]]:
         """Return `num_samples` answers for each prompt, without end token and outer white space.
 
         The same seed gives the same answers on one machine. Answer s of prompt p has its own random numbers, which
         depend on seed, p and s alone: two models that are asked with one seed answer from common random numbers.
         Where these prompts are a part of more, `first_row` is how many answers come before theirs.
-        `on_done` hears after each batch how many answers there are so far.
+        `on_done` hears after each batch how many answers there are so far. `around` is entered around each batch, with
+        the numbers of its rows' prompts; it yields further logits processors.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
@@ -108,9 +114,13 @@ class Generator:
         for start in range(0, len(order), batch_size):
             group = order[start : start + batch_size]
             places = [first_row + row for row in group]
-            said = self._generate([encoded[rows[row]] for row in group], places, sampling, seed)
+            asked = [rows[row] for row in group]
+            with nullcontext(()) if around is None else around(asked) as processors:
+                said = self._generate(
+                    [encoded[index] for index in asked], places, sampling, seed, processors=processors
+                )
             for row, tokens in zip(group, said, strict=True):
-                texts[row] = self._text(tokens)
+                texts[row] = self.text(tokens)
             if on_done is not None:
                 on_done(start + len(group))
         return [texts[first : first + num_samples] for first in range(0, len(texts), num_samples)]
@@ -123,20 +133,26 @@ class Generator:
         max_new_tokens: int = 256,
         seed: int = 0,
         greedy: bool = False,
+        processors: Sequence[Any] = (),
     ) -> Iterator[str]:
-        """Yield the answer piece by piece; the pieces together are what `answers` gives for this prompt and seed."""
+        """Yield the answer piece by piece; the pieces together are what `answers` gives for this prompt and seed.
+
+        `processors` are further logits processors.
+        """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = encode_prompt(self.tokenizer, prompt)
         tokens: list[int] = []
         said = ""
-        for token in TokenStream(lambda stream: self._generate([encoded], [0], sampling, seed, stream)):
+        for token in TokenStream(
+            lambda stream: self._generate([encoded], [0], sampling, seed, processors=processors, stream=stream)
+        ):
             tokens.append(token)
             # White space at the end waits for what follows (the answer is stripped), and so does half a character.
-            text = self._text(tokens)
+            text = self.text(tokens)
             if text.startswith(said) and not text.endswith("\ufffd") and len(text) > len(said):
                 yield text[len(said) :]
                 said = text
-        yield self._text(tokens)[len(said) :]
+        yield self.text(tokens)[len(said) :]
 
     def _generate(
         self,
@@ -144,6 +160,8 @@ class Generator:
         rows: list[int],
         sampling: Sampling,
         seed: int,
+        *,
+        processors: Sequence[Any],
         stream: TokenStream | None = None,
     ) -> list[list[int]]:
         """Return the new tokens of each prompt; `rows` are the places that their random numbers depend on."""
@@ -167,17 +185,17 @@ class Generator:
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=config,
-                logits_processor=[drawn],
+                logits_processor=[*processors, drawn],
                 streamer=stream,
                 stopping_criteria=[stream] if stream is not None else None,
             )
         new_BN: Tensor = out_BT[:, ids_BT.shape[1] :]
         return [list(map(int, row)) for row in new_BN.tolist()]
 
-    def _text(self, tokens: list[int]) -> str:
+    def text(self, tokens: Sequence[int]) -> str:
         """Return what the tokens before the first stop token say."""
         end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
 
 

@@ -82,8 +82,11 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32") -> PreTrainedModel:
+def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32", **options: Any) -> PreTrainedModel:
     """Return the causal language model of a folder or a hub id, on `device`, from safetensors files only.
+
+    `options` are further ones of transformers' from_pretrained. Where a `quantization_config` or `device_map` is among
+    them, transformers alone says where the model stands.
 
     Raises:
         InputError: if there is no such model, it holds its tensors in pickle files only, or not all of them.
@@ -98,7 +101,7 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(base), dtype=wanted, use_safetensors=True, output_loading_info=True
+                str(base), dtype=wanted, use_safetensors=True, output_loading_info=True, **options
             )
             model, told = loaded
     except _LOADING_FAULTS as fault:
@@ -110,7 +113,8 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
             where=str(base),
             mend="copy or download the model again",
         )
-    moved: PreTrainedModel = model.to(device)
+    is_placed = {"quantization_config", "device_map"} & options.keys()
+    moved: PreTrainedModel = model if is_placed else model.to(device)
     return moved
 
 

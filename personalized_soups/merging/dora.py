@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from personalized_soups.adapters.placement import Placement, add_parts, squared_
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank import ExpertBank, StackedModule
 from personalized_soups.errors import InputError, UnsupportedAdapterError, UsageError
-from personalized_soups.files.shards import Checkpoint
 from personalized_soups.merging.folding.blocks import arithmetic_dtype
 from personalized_soups.methods.factors import CANCELLED, Factors
 
@@ -28,15 +28,22 @@ from personalized_soups.methods.factors import CANCELLED, Factors
 _BLOCK = 1 << 22
 
 
+class BaseTensors(Protocol):
+    """The tensors of a base by name: a checkpoint's, or a loaded model's."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor; it is not changed."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dora:
     """The base's tensors under the modules of experts that hold magnitudes.
 
-    `places` has every module's tensor in the checkpoint and how the module stands in it.
+    `places` has every module's tensor in the base and how the module stands in it.
     """
 
     bank: ExpertBank
-    checkpoint: Checkpoint
+    base: BaseTensors
     places: Mapping[str, tuple[str, Placement]]
 
     def gains(self, stack: StackedModule) -> dict[int, Tensor]:
@@ -70,7 +77,7 @@ class Dora:
             factors: on any device, where the arithmetic is done; in float32, in float64 where the base is.
         """
         tensor, placement = self.places[module]
-        base_MN = self.checkpoint.tensor(tensor).reshape(placement.matrix_shape)
+        base_MN = self.base.tensor(tensor).reshape(placement.matrix_shape)
         kind = arithmetic_dtype(base_MN.dtype)
         a_RI, b_OR = factors.a_RI.to(kind), factors.b_OR.to(kind)
         parts = placement.parts(Factors(a_RI, b_OR))
@@ -96,7 +103,7 @@ class Dora:
     def _check_same(self, expert: int, magnitude: TrainedTensor) -> None:
         """Raise unless what an expert saved of the magnitude's tensor, if anything, is the base's own."""
         adapter = self.bank.experts[expert].adapter
-        base = self.checkpoint.tensor(self.places[str(magnitude.module)][0])
+        base = self.base.tensor(self.places[str(magnitude.module)][0])
         for each in adapter.trained.values():
             if each.kind == "replaced" and each.target == magnitude.target:
                 saved = adapter.trained_tensor(each.name, None)

@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from personalized_soups.adapters.compatible import is_same_base
+from personalized_soups.adapters.compatible import strangers
 from personalized_soups.adapters.fingerprint import base_fingerprint, base_folder
 from personalized_soups.adapters.library import Expert
-from personalized_soups.adapters.provenance import BaseRecord
-from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
+from personalized_soups.errors import InputError, UnsupportedAdapterError
 from personalized_soups.files.atomic import MARKERS, files_below
 from personalized_soups.files.reader import PICKLES, parse_json
 from personalized_soups.files.shards import INDEX, Checkpoint
@@ -102,20 +101,8 @@ class BaseModel:
         Raises:
             IncompatibleExpertsError: naming every such expert.
         """
-        # experts without a fingerprint name their base by a path or id that need not be this folder's
-        known = BaseRecord(fingerprint=self.fingerprint)
-        strangers = [
-            f"{expert.name} was trained on {expert.base.name or 'a base without a name'} "
-            f"({expert.base.fingerprint[:12]})"
-            for expert in experts
-            if expert.base.fingerprint is not None and not is_same_base(expert.base, known)
-        ]
-        if strangers:
-            raise IncompatibleExpertsError(
-                f"this base ({self.fingerprint[:12]}) is not the experts': " + "; ".join(strangers),
-                where=self.name,
-                mend="give the base that they were trained on; if it is the same one converted, pass --same-base",
-            )
+        for fault in strangers(experts, self.fingerprint, self.name):
+            raise fault
 
     def other_files(self) -> list[str]:
         """Return every file that holds no weights, relative to the folder.

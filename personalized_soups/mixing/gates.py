@@ -1,0 +1,100 @@
+"""The gates of the batch that is running: by how much each of its rows weighs every stacked rank of every layer.
+
+G gates, E experts of the model, S layers, C columns: the widths of all layers' stacks, one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from personalized_soups.mixing.stack import Stack
+
+# Sizes of batches whose buffers are kept; each is some hundred KiB.
+_KEPT = 8
+
+
+class Gates:
+    """One buffer `[G, C]` for each number of gates, which never moves: setting weights changes no address and no shape.
+
+    So nothing is compiled again and no CUDA graph breaks when the weights change. All layers of a model share one
+    object; what a layer reads is a view of the buffer.
+
+    Attributes:
+        is_on: whether a mixture is set; layers return the base's own output otherwise.
+        rows_each: how many rows of the batch each gate stands for, one after another: beams, several answers; None
+            where one gate is for all rows.
+        used: the experts of which at least one gate is not zero.
+        token_rows: `[N]`, the gate of every token of the batch; None where a row has one gate for all of its tokens.
+        num_tokens: tokens of the batch that is running, which the model's forward tells.
+    """
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self.rows_each: int | None = None
+        self.used: frozenset[str] = frozenset()
+        self.token_rows: Tensor | None = None
+        self.num_tokens = 0
+        self._views: tuple[Tensor, ...] = ()
+        self._buffers: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self.lay_out((), ())
+
+    def lay_out(self, experts: Sequence[str], stacks: Sequence[Stack]) -> None:
+        """Take the layers' stacks, in the order of their slots, and forget the buffers of others."""
+        self.experts = tuple(experts)
+        self._widths = [stack.width for stack in stacks]
+        place = {expert: index for index, expert in enumerate(experts)}
+        columns: list[int] = []
+        layered: list[int] = []
+        scales: list[float] = []
+        for slot, stack in enumerate(stacks):
+            own = [place[expert] for expert in stack.experts]
+            for index, scale in stack.gate_columns():
+                columns.append(own[index])
+                layered.append(slot * len(experts) + own[index])
+                scales.append(scale)
+        device = stacks[0].a_CI.device if stacks else torch.device("cpu")
+        self._dtype = stacks[0].a_CI.dtype if stacks else torch.float32
+        self._columns_C = torch.tensor(columns, dtype=torch.int64, device=device)
+        self._layered_C = torch.tensor(layered, dtype=torch.int64, device=device)
+        self._scales_C = torch.tensor(scales, dtype=torch.float32, device=device)
+        self._buffers.clear()
+        self._views = ()
+
+    def is_like(self, tensor: Tensor) -> bool:
+        """Return whether the gates have a tensor's dtype and device."""
+        return self._dtype == tensor.dtype and self._scales_C.device == tensor.device
+
+    def of(self, slot: int) -> Tensor:
+        """Return a layer's gates, `[G, width]`, in the stacks' dtype and on their device: `w s` at every rank."""
+        return self._views[slot]
+
+    def set(self, weights_GE: Tensor, layered_GSE: Tensor | None = None) -> None:
+        """Write every layer's gates in place.
+
+        Args:
+            weights_GE: float32 on the CPU, the experts in the order of `lay_out`.
+            layered_GSE: as many for every layer, where weights differ between layers: takes the place of the others.
+        """
+        buffer_GC, self._views = self._buffer(weights_GE.shape[0])
+        device = self._scales_C.device
+        if layered_GSE is None:
+            spread_GC = weights_GE.to(device).index_select(1, self._columns_C)
+        else:
+            spread_GC = layered_GSE.to(device).flatten(1).index_select(1, self._layered_C)
+            weights_GE = layered_GSE.abs().amax(dim=1)
+        buffer_GC.copy_(spread_GC.mul_(self._scales_C))  # rounded to the stacks' dtype here, once
+        is_used = (weights_GE != 0).any(dim=0).tolist()
+        self.used = frozenset(name for name, one in zip(self.experts, is_used, strict=True) if one)
+
+    def _buffer(self, num_gates: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        found = self._buffers.pop(num_gates, None)
+        if found is None:
+            if len(self._buffers) >= _KEPT:
+                self._buffers.pop(next(iter(self._buffers)))
+            buffer_GC = torch.zeros(num_gates, sum(self._widths), dtype=self._dtype, device=self._scales_C.device)
+            found = (buffer_GC, buffer_GC.split(self._widths, dim=1))
+        self._buffers[num_gates] = found  # the latest is the last to be forgotten
+        return found

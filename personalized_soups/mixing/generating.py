@@ -1,0 +1,116 @@
+"""Answers of a model within a mixture: by our own sampling, or by every option that transformers' generate has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from personalized_soups.errors import UsageError
+from personalized_soups.generation.generator import Generator
+from personalized_soups.generation.prompts import Prompt, encode_prompt
+from personalized_soups.generation.quiet import quiet_transformers
+from personalized_soups.generation.sampling import pad_left
+from personalized_soups.mixing.fitting import fitting_rows
+from personalized_soups.mixing.mixture import Who
+from personalized_soups.mixing.running import Mixture, NextStep
+
+# Enters the mixture of a batch: profiles, and rows of the batch for each.
+Mix = Callable[[Sequence[Who], int], AbstractContextManager[Mixture]]
+
+
+def one_for_each(prompts: Sequence[object], profiles: Who | Sequence[Who]) -> list[Who]:
+    """Return a profile for each prompt: the one that is given for all, or as many as there are prompts.
+
+    Raises:
+        UsageError: if there are no prompts, or another number of profiles.
+    """
+    if not prompts:
+        raise UsageError("there are no prompts", where="prompts", mend="give at least one")
+    if profiles is None or isinstance(profiles, str) or not isinstance(profiles, Sequence):
+        return [profiles] * len(prompts)
+    if len(profiles) != len(prompts):
+        raise UsageError(
+            f"{len(profiles)} profiles for {len(prompts)} prompts",
+            where="profiles",
+            mend="give one for each prompt (None is the base alone), or a single one for all",
+        )
+    return list(profiles)
+
+
+def sampled_answers(
+    generator: Generator, prompts: Sequence[Prompt], profiles: Sequence[Who], mix: Mix, **sampling: Any
+) -> list[str]:
+    """Return an answer to each prompt, drawn by random numbers that depend on the seed and the prompt's place alone.
+
+    `sampling` goes to Generator.answers.
+    """
+
+    longest = max(len(encode_prompt(generator.tokenizer, prompt)) for prompt in prompts)
+
+    @contextmanager
+    def around(indices: Sequence[int]) -> Iterator[Sequence[Any]]:
+        width = longest + int(sampling["max_new_tokens"])
+        with (
+            mix([profiles[index] for index in indices], 1) as mixture,
+            fitting_rows(generator.model, len(indices), width),
+        ):
+            yield [NextStep(mixture)] if mixture.is_scheduled else []
+
+    return [answer for (answer,) in generator.answers(prompts, around=around, **sampling)]
+
+
+def transformers_answers(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    profiles: Sequence[Who],
+    mix: Mix,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> list[str]:
+    """Return the answers that transformers' generate gives with `options`: n for each prompt, one after another."""
+    from transformers import GenerationConfig
+
+    tokenizer, model = generator.tokenizer, generator.model
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=sorted(generator.stop_ids), pad_token_id=int(tokenizer.pad_token_id)
+    )
+    found: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        asked = slice(start, start + batch_size)
+        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts[asked]]
+        ids_BT, mask_BT = pad_left(encoded, int(tokenizer.pad_token_id), model.device)
+        rows_each = rows_for_each(options)
+        width = ids_BT.shape[1] + max_new_tokens
+        num_rows = len(encoded) * rows_each
+        with mix(profiles[asked], rows_each) as mixture, fitting_rows(model, num_rows, width), quiet_transformers():
+            out = generate_tokens(
+                model, mixture, {"input_ids": ids_BT, "attention_mask": mask_BT, "generation_config": config, **options}
+            )
+        tokens = out if isinstance(out, torch.Tensor) else out.sequences
+        found += [generator.text(row) for row in tokens[:, ids_BT.shape[1] :].tolist()]
+    return found
+
+
+def generate_tokens(model: Any, mixture: Mixture, options: Mapping[str, Any]) -> Any:
+    """Return what the model's own generate returns, its schedules' steps taken."""
+    processors = list(options.get("logits_processor") or [])
+    if mixture.is_scheduled:
+        processors.append(NextStep(mixture))
+    with torch.no_grad():
+        return model.generate(**{**options, "logits_processor": processors})
+
+
+def rows_for_each(options: Mapping[str, Any]) -> int:
+    """Return how many rows transformers makes of each prompt: beams, or the answers that are sampled side by side."""
+    config = options.get("generation_config")
+
+    def asked(name: str) -> int:
+        return int(options.get(name) or getattr(config, name, None) or 1)
+
+    beams = asked("num_beams")
+    return beams if beams > 1 else asked("num_return_sequences")

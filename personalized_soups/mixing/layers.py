@@ -1,0 +1,135 @@
+"""The layers of a model that its experts adapt: wrapped, and wrapped anew, as experts come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from personalized_soups.adapters.library import Expert
+from personalized_soups.mixing.experts import bare_layer, check_experts, read_members
+from personalized_soups.mixing.gates import Gates
+from personalized_soups.mixing.layer import MixedLinear
+from personalized_soups.mixing.stack import Member, Stack
+
+
+class MixedLayers:
+    """Every wrapped layer of a model, the experts whose stacks they hold, and the gates that they share.
+
+    Args:
+        model: of transformers; its layers are replaced.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.gates = Gates()
+        self._model = model
+        self._layers: dict[str, MixedLinear] = {}
+        self._experts: dict[str, Expert] = {}
+        self._stamps: dict[str, int] = {}
+        self._counter = count(1)
+        model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+
+    @property
+    def experts(self) -> Mapping[str, Expert]:
+        """The experts by name, sorted."""
+        return MappingProxyType(self._experts)
+
+    @property
+    def stamps(self) -> Mapping[str, int]:
+        """A number for each expert, another one for every time that it was put in: what is computed with it ages."""
+        return MappingProxyType(self._stamps)
+
+    @property
+    def by_name(self) -> Mapping[str, MixedLinear]:
+        """The wrapped layers, by their names in the base."""
+        return MappingProxyType(self._layers)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all stacks."""
+        return sum(layer.stack.num_bytes for layer in self._layers.values())
+
+    def change(self, added: Sequence[Expert], removed: Iterable[str] = (), *, same_base: bool = False) -> None:
+        """Take experts in and out; one that is added takes the place of that of its name. All or nothing.
+
+        Only layers that one of them adapts get another stack; what stays is not read again.
+
+        Raises:
+            SoupError: as check_experts and read_members.
+        """
+        gone = {*removed, *(expert.name for expert in added)}
+        kept = {name: expert for name, expert in self._experts.items() if name not in gone}
+        check_experts([*kept.values(), *added], self._model, same_base=same_base)
+        fresh = read_members(added, self._model, self._model.dtype)
+        stacks = {name: self._stack_of(name, fresh.get(name, []), gone) for name in {*self._layers, *fresh}}
+        # nothing can fail from here on
+        for name, stack in sorted(stacks.items()):
+            self._put(name, stack)
+        self._experts = dict(sorted({**kept, **{expert.name: expert for expert in added}}.items()))
+        self._stamps = {name: self._stamps.get(name, 0) for name in self._experts}
+        for expert in added:
+            self.restamp(expert.name)
+        self._layers = dict(sorted(self._layers.items()))
+        for slot, layer in enumerate(self._layers.values()):
+            layer.slot = slot
+        self._lay_out()
+
+    def follow(self) -> None:
+        """Let the gates be where the stacks are, and in their dtype: models are moved and cast."""
+        first = next(iter(self._layers.values()), None)
+        if first is not None and not self.gates.is_like(first.stack.a_CI):
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        self.gates.lay_out(list(self._experts), [layer.stack for layer in self._layers.values()])
+
+    def restamp(self, name: str) -> None:
+        """Let an expert count as another one."""
+        self._stamps[name] = next(self._counter)
+
+    def _stack_of(self, name: str, fresh: Sequence[Member], gone: set[str]) -> Stack | None:
+        """Return a layer's new stack, None where no expert is left; a stack that nothing changes is the old one."""
+        layer = self._layers.get(name)
+        held = [] if layer is None else layer.stack.members()
+        kept = [member for member in held if member.expert not in gone]
+        if layer is not None and not fresh and len(kept) == len(held):
+            return layer.stack
+        members = sorted([*kept, *fresh], key=lambda member: member.expert)
+        if not members:
+            return None
+        return Stack.of(members, self._model.dtype, _device_of(bare_layer(self._model, name)))
+
+    def _put(self, name: str, stack: Stack | None) -> None:
+        layer = self._layers.get(name)
+        if layer is not None and stack is not None:
+            if layer.stack is not stack:
+                layer.put(stack)
+            return
+        parent_name, _, leaf = name.rpartition(".")
+        parent = self._model.get_submodule(parent_name)
+        if stack is None:
+            assert layer is not None
+            setattr(parent, leaf, layer.base_layer)
+            del self._layers[name]
+        else:
+            self._layers[name] = MixedLinear(getattr(parent, leaf), name, self.gates, stack)
+            setattr(parent, leaf, self._layers[name])
+
+    def _count_tokens(self, _model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        """Before each forward of the model: how many tokens there are, and where the stacks have moved to."""
+        if torch.compiler.is_compiling():
+            return
+        given = keywords.get("input_ids", arguments[0] if arguments else None)
+        if given is not None:
+            self.gates.num_tokens = given.numel()
+        elif (embedded := keywords.get("inputs_embeds")) is not None:
+            self.gates.num_tokens = embedded.shape[:-1].numel()
+
+
+def _device_of(layer: Any) -> torch.device:
+    device: torch.device = layer.weight.device
+    return device

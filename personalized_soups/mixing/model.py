@@ -1,0 +1,459 @@
+"""SoupModel: a causal language model of transformers that answers every row of a batch with a soup of its own."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.compatible import strangers
+from personalized_soups.adapters.fingerprint import base_fingerprint
+from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.declare.profile import Profile
+from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.generation.generator import Generator
+from personalized_soups.generation.loading import Dtype, choose_device, load_base, load_tokenizer
+from personalized_soups.generation.prompts import Prompt
+from personalized_soups.merging.plan import dimensions_of
+from personalized_soups.mixing.generating import (
+    generate_tokens,
+    one_for_each,
+    rows_for_each,
+    sampled_answers,
+    transformers_answers,
+)
+from personalized_soups.mixing.layers import MixedLayers
+from personalized_soups.mixing.mixture import LayerWeights, Row, Who, checked_number, checked_weight, row_of
+from personalized_soups.mixing.running import Mixture, NextStep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Names: TypeAlias = str | Sequence[str]
+
+
+class SoupModel:
+    """One base in memory, and any number of users: a soup is a few numbers, set for each row of a batch.
+
+    `model` is the transformers model itself; its adapted linear layers hold the stacked factors of all experts. Within
+    `mixture(profiles)` every row of a batch has its own soup, whatever transformers does with it; outside it the model
+    is the bare base, to the bit, or what `set_adapters` asked for. What SoupModel lacks is taken from `model`.
+
+    One mixture is set at a time: another thread's waits for it to end, and so do changes of the experts, so that a
+    batch sees one version of everything. A forward pass that meanwhile runs on a thread of its own, as streamers have
+    it, sees the mixture that is set.
+
+    Args:
+        model: the base, loaded.
+        experts: their library, or its folder; all of them are held.
+        tokenizer: of the base; needed for prompts that are text.
+        fingerprint: of the base, where it is known: experts that record another one are refused.
+        same_base: take it that the experts were trained on this base, whatever names and fingerprints say.
+
+    Raises:
+        SoupError: if an expert is damaged, of a kind that cannot be mixed, or of another base.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        experts: ExpertLibrary | Path | str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        fingerprint: str | None = None,
+        same_base: bool = False,
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._fingerprint = fingerprint
+        self._same_base = same_base
+        self._lock = threading.RLock()
+        self._held = MixedLayers(model)
+        self._profiles: dict[str, Profile] = {}
+        self._scales: dict[str, float] = {}
+        self._served: Row | None = None  # where no mixture is set
+        self._is_enabled = True
+        self._running: list[Mixture] = []
+        self._change(list(_library(experts).values()))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: Path | str,
+        experts: ExpertLibrary | Path | str,
+        *,
+        device: str = "auto",
+        dtype: Dtype = "float32",
+        same_base: bool = False,
+        **options: Any,
+    ) -> Self:
+        """Load a base and its experts.
+
+        Args:
+            base: a folder or a hub id.
+            experts: their library, or its folder.
+            device: auto (CUDA where there is one), cpu, cuda, ...
+            dtype: in which base and factors are held and compute.
+            same_base: take it that this is the experts' base, whatever names and fingerprints say.
+            options: further ones of transformers' from_pretrained: attn_implementation, quantization_config, ...
+
+        Raises:
+            SoupError: if base, experts or device are not there or not usable, or do not belong together.
+        """
+        library = _library(experts)
+        chosen = choose_device(device)
+        tokenizer = load_tokenizer(base)
+        records = any(expert.base.fingerprint is not None for expert in library.values())
+        fingerprint = base_fingerprint(base) if records and not same_base else None
+        model = load_base(base, device=chosen, dtype=dtype, **options).eval()
+        return cls(model, library, tokenizer=tokenizer, fingerprint=fingerprint, same_base=same_base)
+
+    @property
+    def experts(self) -> Mapping[str, Expert]:
+        """The experts by name, sorted."""
+        return self._held.experts
+
+    @property
+    def profiles(self) -> Mapping[str, Profile]:
+        """The profiles that names stand for; add_profile and remove_profile change them."""
+        return MappingProxyType(self._profiles)
+
+    @property
+    def layers(self) -> MixedLayers:
+        """The layers that hold the experts' stacks."""
+        return self._held
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """Run the model's forward; within `mixture` every row with its own soup."""
+        return self.model(*arguments, **keywords)
+
+    forward = __call__
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "model":  # before there is one
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    @contextmanager
+    def mixture(
+        self, profiles: Who | Sequence[Who], *, rows: Tensor | None = None, rows_each: int = 1
+    ) -> Iterator[Mixture]:
+        """Set the soups of a batch for everything that the model does within the block.
+
+        Args:
+            profiles: one for each row of the batch, or a single one for all rows. Each is a Profile, a dict of weights,
+                a name (of a profile that was added, or of an expert), or None for the base alone. A dict's weight may
+                differ by layer (`{"*.mlp.*": 0.5}`) or be a function of the generated token's number.
+            rows: of packed sequences, int64 `[B, T]`: for each token of the batch, which of `profiles` it belongs to.
+            rows_each: rows of the batch that each profile has, one after another: beams, or several answers a prompt.
+
+        Yields:
+            The mixture; its `step` moves schedules on, where the caller generates by forwards of its own.
+
+        Raises:
+            DeclarationError: if a profile names unknown experts or opposed sides, or a weight is no finite number.
+            UsageError: if there are no profiles, a name is unknown, or a profile asks for what is no mixture.
+        """
+        is_single = profiles is None or isinstance(profiles, str | Profile | Mapping)
+        listed: list[Who] = [profiles] if is_single else list(profiles)  # type: ignore[arg-type, list-item]
+        with self._lock:
+            self._held.follow()
+            mixture = Mixture(
+                [self._row(who) for who in listed],
+                self._held.gates,
+                list(self._held.by_name),
+                token_rows=rows,
+                rows_each=None if is_single and rows is None else rows_each,
+            )
+            self._running.append(mixture)
+            try:
+                mixture.apply()
+                yield mixture
+            finally:
+                self._running.pop()
+                self._settle()
+
+    def generate(
+        self,
+        prompts: str | Sequence[Prompt] | None = None,
+        profiles: Who | Sequence[Who] = None,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 64,
+        **options: Any,
+    ) -> Any:
+        """Answer every prompt with its own soup, as many in a batch as `batch_size`.
+
+        Args:
+            prompts: a text, or a list of texts and chats (lists of messages); none with `input_ids`.
+            profiles: one for each prompt, or a single one for all, as `mixture` takes them.
+            max_new_tokens: an answer is cut there; 256 where left out (of `input_ids`, as the model's own generate).
+            temperature: 0 takes the likeliest token; else a draw that depends on seed and the prompt's place alone.
+            seed: of the draws.
+            batch_size: prompts at once.
+            options: any of transformers' generate: num_beams, do_sample, top_p, num_return_sequences, streamer,
+                cache_implementation, ... Its own sampling takes the place of ours.
+
+        Returns:
+            A text for each prompt (for `num_return_sequences=n` n, one after another); of `input_ids` what transformers
+            returns.
+
+        Raises:
+            UsageError: if there are no prompts, or not as many profiles; and as `mixture`.
+            RunError: if a batch does not fit on the GPU: it says which would.
+        """
+        if "input_ids" in options or "inputs_embeds" in options:
+            given: Any = options.get("input_ids", options.get("inputs_embeds"))
+            more = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
+            with self._mix(one_for_each(list(given), profiles), rows_for_each(options)) as mixture:
+                return generate_tokens(self.model, mixture, {**options, **more})
+        asked: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts or [])
+        wanted = one_for_each(asked, profiles)
+        if options:
+            if temperature:
+                options = {"do_sample": True, "temperature": temperature, **options}
+            return transformers_answers(
+                self.generator,
+                asked,
+                wanted,
+                self._mix,
+                max_new_tokens=max_new_tokens or 256,
+                batch_size=batch_size,
+                options=options,
+            )
+        return sampled_answers(
+            self.generator,
+            asked,
+            wanted,
+            self._mix,
+            max_new_tokens=max_new_tokens or 256,
+            temperature=temperature,
+            greedy=temperature == 0,
+            batch_size=batch_size,
+            seed=seed,
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        profile: Who = None,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """Yield one answer piece by piece; the mixture is set until the last piece is taken, or the iterator closed."""
+        with self.mixture([profile]) as mixture:
+            yield from self.generator.stream(
+                prompt,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed,
+                greedy=temperature == 0,
+                processors=[NextStep(mixture)] if mixture.is_scheduled else [],
+            )
+
+    def version(self, profile: Who) -> str:
+        """Return what a cache of keys and values is known by: it changes with the weights and with the experts.
+
+        Two prompts' caches may be exchanged where tokens and versions are equal. Of a schedule it tells step 0, with
+        which the prompt is read.
+        """
+        with self._lock:
+            return self._row(profile).version(self._held.stamps)
+
+    def add_profile(self, profile: Profile, name: str | None = None) -> None:
+        """Let a name (the profile's user where none is given) stand for a profile; it may replace another.
+
+        Batches that run keep what they began with.
+
+        Raises:
+            DeclarationError, UsageError: as `mixture`.
+        """
+        with self._lock:
+            self._row(profile)
+            self._profiles[name or profile.user] = profile
+
+    def remove_profile(self, name: str) -> None:
+        """Forget a profile.
+
+        Raises:
+            UsageError: if nobody is called so.
+        """
+        with self._lock:
+            if self._profiles.pop(name, None) is None:
+                raise UsageError(
+                    f"no profile is called {name!r}", where="profiles", mend=choose_from(name, self._profiles)
+                )
+
+    def add_expert(self, expert: Expert | Path | str, name: str | None = None) -> str:
+        """Hold one more expert, or another one in place of that of its name, and return the name.
+
+        Args:
+            expert: opened, or its folder.
+            name: what it shall be called; its folder's name where left out.
+
+        Raises:
+            SoupError: if it is damaged, of a kind that cannot be mixed, or of another base; nothing has changed then.
+            UsageError: within a mixture of this thread's.
+        """
+        if not isinstance(expert, Expert):
+            (expert,) = ExpertLibrary.open(_adapter(expert)).values()
+        found = expert if name is None else Expert(name, expert.folder)
+        self._change([found])
+        return found.name
+
+    def remove_expert(self, name: str) -> None:
+        """Let go of an expert and its memory. Profiles that name it are refused from now on.
+
+        Raises:
+            UsageError: if there is no such expert; within a mixture of this thread's.
+        """
+        self._check_expert(name)
+        self._change([], [name])
+
+    def set_adapters(self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights] = 1.0) -> None:
+        """Serve all rows with these experts where no mixture is set: diffusers' call, with its meaning of weights.
+
+        Args:
+            names: of experts, or of one.
+            weights: one for all, or one for each; by layer as in `mixture`.
+
+        Raises:
+            UsageError: if an expert is unknown, or there are not as many weights as names.
+        """
+        listed = [names] if isinstance(names, str) else list(names)
+        each = [weights] * len(listed) if isinstance(weights, int | float | Mapping) else list(weights)
+        if len(each) != len(listed):
+            raise UsageError(
+                f"{len(each)} weights for {len(listed)} adapters", where="weights", mend="give one weight for each name"
+            )
+        with self._lock:
+            for name in listed:
+                self._check_expert(name)
+            pairs = zip(listed, each, strict=True)
+            self._served = Row({name: checked_weight(weight, f"weights.{name}") for name, weight in pairs})
+            self._is_enabled = True
+            self._settle()
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Multiply an expert's weight by `scale` wherever it is used from now on; 1 undoes it.
+
+        Raises:
+            UsageError: if there is no such expert.
+            DeclarationError: if the scale is no finite number.
+        """
+        with self._lock:
+            self._check_expert(name)
+            self._scales[name] = checked_number(scale, f"scale of {name}")
+            self._held.restamp(name)
+            self._settle()
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the experts that serve where no mixture is set."""
+        return list(self._served.weights) if self._served is not None and self._is_enabled else []
+
+    def disable_adapters(self) -> None:
+        """Be the bare base where no mixture is set, until enable_adapters or set_adapters."""
+        with self._lock:
+            self._is_enabled = False
+            self._settle()
+
+    def enable_adapters(self) -> None:
+        """Serve again what set_adapters asked for."""
+        with self._lock:
+            self._is_enabled = True
+            self._settle()
+
+    def delete_adapters(self, names: Names) -> None:
+        """Let go of experts: diffusers' name for remove_expert."""
+        for name in [names] if isinstance(names, str) else list(names):
+            self.remove_expert(name)
+
+    def unload(self) -> Any:
+        """Put the base's own layers back and return the model; the experts are gone."""
+        self._change([], list(self.experts))
+        return self.model
+
+    @cached_property
+    def generator(self) -> Generator:
+        """What answers prompts that are text, by the base's chat template.
+
+        Raises:
+            UsageError: if the model came without a tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UsageError(
+                "prompts are text, and the model has no tokenizer",
+                where="prompts",
+                mend="make the SoupModel with tokenizer=..., or give input_ids",
+            )
+        return Generator(self.model, self.tokenizer)
+
+    def _mix(self, profiles: Sequence[Who], rows_each: int) -> Any:
+        return self.mixture(list(profiles), rows_each=rows_each)
+
+    def _row(self, who: Who) -> Row:
+        experts = list(self.experts.values())
+        side_of = {expert.name: expert.side for expert in experts if expert.side is not None}
+        row = row_of(who, list(self.experts), self._profiles, self._dimension_of, side_of)
+        return row.scaled(self._scales)
+
+    def _change(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
+        with self._lock:
+            if self._running:
+                raise UsageError(
+                    "experts cannot change while a mixture is set",
+                    where="mixture",
+                    mend="leave the block first; other threads wait for it by themselves",
+                )
+            if self._fingerprint is not None and not self._same_base:
+                for fault in strangers(added, self._fingerprint, getattr(self.model, "name_or_path", "")):
+                    raise fault
+            # a buffer that was made in inference mode could not be changed outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                self._held.change(added, removed, same_base=self._same_base)
+            self._dimension_of = dimensions_of(list(self.experts.values()))
+            self._scales = {name: scale for name, scale in self._scales.items() if name in self.experts}
+            if self._served is not None:
+                kept = {name: weight for name, weight in self._served.weights.items() if name in self.experts}
+                self._served = Row(kept) if kept else None
+            self._settle()
+
+    def _settle(self) -> None:
+        """Make the gates those of the mixture that is set: the innermost, else what set_adapters asked for."""
+        gates = self._held.gates
+        if self._running:
+            self._running[-1].apply()
+        elif self._served is not None and self._is_enabled:
+            Mixture([self._served.scaled(self._scales)], gates, list(self._held.by_name), rows_each=None).apply()
+        else:
+            gates.is_on = False
+
+    def _check_expert(self, name: str) -> None:
+        if name not in self.experts:
+            raise UsageError(f"no expert is called {name!r}", where="experts", mend=choose_from(name, self.experts))
+
+
+def _library(experts: ExpertLibrary | Path | str) -> ExpertLibrary:
+    return experts if isinstance(experts, ExpertLibrary) else ExpertLibrary.open(experts)
+
+
+def _adapter(folder: Path | str) -> Path:
+    """Return the folder of one adapter.
+
+    Raises:
+        UsageError: if it is a folder of several.
+    """
+    if len(ExpertLibrary.open(folder)) != 1:
+        raise UsageError(f"there are several experts in {folder}", where="expert", mend="add them one by one")
+    return Path(folder)

@@ -1,0 +1,105 @@
+"""The mixture that is set: a batch's rows, written into the gates at each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from torch import Tensor
+
+from personalized_soups.errors import UsageError
+from personalized_soups.mixing.gates import Gates
+from personalized_soups.mixing.mixture import Row, weight_table
+
+
+class Mixture:
+    """The soups of one batch; `step` moves those whose weights follow a schedule.
+
+    Args:
+        rows: a row of weights for each gate.
+        gates: of the model.
+        layers: names of the layers, in the order of their slots.
+        token_rows: of packed sequences, `[B, T]`, which of `rows` each token belongs to.
+        rows_each: rows of the batch that each of `rows` has; None where the only one is for all rows there are.
+
+    Raises:
+        UsageError: if there are no rows, or the tokens name others.
+        DeclarationError: if a weight's pattern matches no layer, or a schedule gives no number.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        gates: Gates,
+        layers: Sequence[str],
+        *,
+        token_rows: Tensor | None = None,
+        rows_each: int | None = 1,
+    ) -> None:
+        if not rows:
+            raise UsageError("there are no profiles", where="profiles", mend="give one for each prompt")
+        if rows_each is not None and rows_each < 1:
+            raise UsageError(f"rows_each is {rows_each}", where="rows_each", mend="give 1 or more")
+        self.rows = tuple(rows)
+        self.is_scheduled = any(row.is_scheduled for row in rows)
+        self._gates = gates
+        self._layers = layers
+        self._rows_each = rows_each
+        self._token_rows = None if token_rows is None else _checked_tokens(token_rows, len(rows))
+        self._step = 0
+        self._tables = self._tables_at(0)
+
+    def step(self, number: int) -> None:
+        """Weigh by the schedules' values for the generated token `number`, from the next forward on.
+
+        Keys and values that are cached stay as they were computed.
+
+        Raises:
+            UsageError, DeclarationError: if a schedule gives what is no weight; the weights stay as they were.
+        """
+        if self.is_scheduled and number != self._step:
+            self._tables = self._tables_at(number)
+            self._step = number
+            self.apply()
+
+    def apply(self) -> None:
+        """Write the rows into the gates."""
+        gates = self._gates
+        gates.set(*self._tables)
+        gates.rows_each = self._rows_each
+        gates.token_rows = self._token_rows
+        gates.is_on = True
+
+    def _tables_at(self, step: int) -> tuple[Tensor, Tensor | None]:
+        return weight_table([row.at(step) for row in self.rows], self._gates.experts, self._layers)
+
+
+class NextStep:
+    """A logits processor of transformers that moves a mixture on; made for one call of generate.
+
+    It is called after each forward, whose logits make the next token: the weights that it sets are those of the forward
+    after that.
+    """
+
+    def __init__(self, mixture: Mixture) -> None:
+        self._mixture = mixture
+        self._prompt_width: int | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores as they are."""
+        width = input_ids.shape[1]
+        if self._prompt_width is None:
+            self._prompt_width = width
+        self._mixture.step(width - self._prompt_width + 1)
+        return scores
+
+
+def _checked_tokens(token_rows: Tensor, num_rows: int) -> Tensor:
+    if token_rows.is_floating_point() or token_rows.numel() == 0:
+        raise UsageError("rows holds no whole numbers", where="rows", mend="give an int64 tensor of the tokens' shape")
+    low, high = int(token_rows.min()), int(token_rows.max())
+    if low < 0 or high >= num_rows:
+        raise UsageError(
+            f"rows goes from {low} to {high}, there are {num_rows} profiles",
+            where="rows",
+            mend=f"number the profiles from 0 to {num_rows - 1}; one of None is the base alone",
+        )
+    return token_rows.reshape(-1).long()

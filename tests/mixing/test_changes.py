@@ -1,0 +1,284 @@
+"""What changes while a model lives: experts, profiles, weights under torch.compile, other threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from personalized_soups import Profile, SoupModel
+from personalized_soups.errors import DeclarationError, IncompatibleExpertsError, UsageError
+from tests.experts import SHAPES, write_expert
+from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    return write_experts(tmp_path / "experts")
+
+
+@pytest.fixture
+def model(folders: list[Path], small_base: Path) -> SoupModel:
+    return open_model(small_base, folders[0].parent)
+
+
+def test_experts_come_and_go(model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path) -> None:
+    ids = random_ids(2, 6)
+    far = write_expert(tmp_path / "more" / "far", seed=9, rank=5, shapes={"model.layers.1.mlp.gate_proj": (96, 64)})
+    assert "model.layers.1.mlp.gate_proj" not in model.layers.by_name
+    assert model.add_expert(far) == "far"
+    assert list(model.experts) == ["cold", "far", "plain", "warm"]
+    rows: list[dict[str, float]] = [{"far": 0.7, "cold": 0.5}, {"warm": 1.0}]
+    with torch.no_grad(), model.mixture(rows):
+        got = model(input_ids=ids).logits
+    for row, weights in enumerate(rows):
+        assert relative(got[row], true_logits(small_base, [*folders, far], weights, ids[row])) < LOGITS
+    model.remove_expert("far")
+    assert "model.layers.1.mlp.gate_proj" not in model.layers.by_name
+    model.remove_expert("cold")
+    with pytest.raises(DeclarationError, match="'cold'"), model.mixture([{"cold": 1.0}]):
+        pass
+    with torch.no_grad(), model.mixture([None, {"warm": 1.0}]):
+        assert relative(model(input_ids=ids).logits[1], true_logits(small_base, folders, rows[1], ids[1])) < LOGITS
+    other = write_expert(tmp_path / "new" / "warm", seed=77, rank=6)
+    model.add_expert(other)
+    with torch.no_grad(), model.mixture(rows[1:]):
+        assert relative(model(input_ids=ids[1:]).logits[0], true_logits(small_base, [other], rows[1], ids[1])) < LOGITS
+    assert model.add_expert(folders[0], name="icy") == "icy"
+    with torch.no_grad(), model.mixture(["icy"]):
+        want = true_logits(small_base, folders, {"cold": 1.0}, ids[0])
+        assert relative(model(input_ids=ids[:1]).logits[0], want) < LOGITS
+
+
+def test_an_expert_that_shares_its_a_keeps_sharing_it_when_others_go(tmp_path: Path, small_base: Path) -> None:
+    folders = write_shared(tmp_path / "experts")
+    model = open_model(small_base, tmp_path / "experts")
+    model.remove_expert("cold")
+    model.add_expert(write_expert(tmp_path / "more" / "free", seed=5, rank=2))
+    (stack, *_) = [layer.stack for layer in model.layers.by_name.values()]
+    assert (stack.a_CI.shape[0], stack.b_KO.shape[0]) == (4 + 2, 4 + 2 + 4)
+    ids = random_ids(1, 6)
+    weights = {"plain": 0.4, "warm": -0.8, "free": 1.0}
+    with torch.no_grad(), model.mixture([weights]):
+        got = model(input_ids=ids).logits[0]
+    want = true_logits(small_base, [*folders[1:], tmp_path / "more" / "free"], weights, ids[0])
+    assert relative(got, want) < LOGITS
+
+
+def test_an_expert_that_does_not_fit_changes_nothing(model: SoupModel, tmp_path: Path) -> None:
+    before = {name: layer.stack for name, layer in model.layers.by_name.items()}
+    wrong = write_expert(tmp_path / "more" / "wrong", shapes={"model.layers.0.self_attn.q_proj": (64, 32)})
+    with pytest.raises(IncompatibleExpertsError):
+        model.add_expert(wrong)
+    assert {name: layer.stack for name, layer in model.layers.by_name.items()} == before
+    with pytest.raises(UsageError, match="several experts"):
+        model.add_expert(tmp_path / "experts")
+    with pytest.raises(UsageError, match="no expert is called 'wrm'"):
+        model.remove_expert("wrm")
+    with model.mixture("warm"), pytest.raises(UsageError, match="cannot change while a mixture is set"):
+        model.remove_expert("warm")
+
+
+def test_nobody_uses_it_so_it_is_not_computed(model: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("personalized_soups.mixing.stack._WORTH_A_GAP", 0)
+    ids = random_ids(2, 3)
+    for layer in model.layers.by_name.values():
+        layer.put(layer.stack)
+
+    def columns() -> list[tuple[int, int]]:
+        used = model.layers.gates.used
+        return [
+            (span.start, span.stop)
+            for span in model.layers.by_name["model.layers.0.self_attn.q_proj"].stack.spans(used)
+        ]
+
+    with model.mixture([{"cold": 1.0}, {"warm": 0.5}]), torch.no_grad():
+        assert columns() == [(0, 4), (6, 9)]
+        apart = model(input_ids=ids).logits
+    monkeypatch.setattr("personalized_soups.mixing.stack._WORTH_A_GAP", 1 << 30)
+    for layer in model.layers.by_name.values():
+        layer.put(layer.stack)
+    with model.mixture([{"cold": 1.0}, {"warm": 0.5}]), torch.no_grad():
+        assert columns() == [(0, 9)]
+        assert relative(apart, model(input_ids=ids).logits) < LOGITS
+    with model.mixture([None, None]):
+        assert columns() == []
+
+
+def test_setting_weights_moves_no_buffer_and_copies_no_factor(model: SoupModel) -> None:
+    layers = list(model.layers.by_name.values())
+    gates = model.layers.gates
+    with model.mixture(["cold", "warm"]):
+        before = [(gates.of(layer.slot).data_ptr(), layer.stack.a_CI.data_ptr()) for layer in layers]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, model.mixture(["warm", None]):
+        pass
+    # K columns for each layer: the largest tensor that is made is the gates' own, far below one stack
+    most = max(event.self_cpu_memory_usage for event in seen.events())
+    assert 0 < most <= 2 * 4 * sum(layer.stack.width for layer in layers)
+    with model.mixture(["warm", None]):
+        assert [(gates.of(layer.slot).data_ptr(), layer.stack.a_CI.data_ptr()) for layer in layers] == before
+
+
+def test_weights_are_data_to_a_compiled_model(model: SoupModel, folders: list[Path], small_base: Path) -> None:
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, _inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    ids = random_ids(2, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.model, backend=backend, fullgraph=True, dynamic=False)
+    rows: list[list[dict[str, float] | None]] = [
+        [{"cold": 0.4}, {"warm": 1.0}],
+        [None, {"plain": -1.0, "cold": 2.0}],
+        [None, None],
+        [{"warm": 0.1}, {"warm": 0.2, "cold": 0.3, "plain": 0.4}],
+    ]
+    for batch in rows:
+        with torch.no_grad(), model.mixture(batch):
+            got = compiled(input_ids=ids, use_cache=False).logits
+        for row, weights in enumerate(batch):
+            assert relative(got[row], true_logits(small_base, folders, weights, ids[row])) < LOGITS
+    assert graphs == 1
+    with torch.no_grad(), model.mixture([{"warm": {"*.mlp.*": 0.5}}, "cold"]):
+        compiled(input_ids=ids, use_cache=False)
+    assert graphs == 1
+    with torch.no_grad():
+        bare = compiled(input_ids=ids, use_cache=False).logits
+    assert graphs == 2  # the bare base is another graph
+    assert relative(bare[0], true_logits(small_base, folders, None, ids[0])) < LOGITS
+
+
+def test_a_compiled_model_notices_experts_that_come(
+    model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path
+) -> None:
+    ids = random_ids(1, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.model, backend="eager", dynamic=False)
+    with torch.no_grad(), model.mixture(["warm"]):
+        compiled(input_ids=ids, use_cache=False)
+    far = write_expert(
+        tmp_path / "more" / "far", seed=9, rank=5, shapes={"model.layers.1.mlp.gate_proj": (96, 64), **SHAPES}
+    )
+    model.add_expert(far)
+    with torch.no_grad(), model.mixture(["far"]):
+        got = compiled(input_ids=ids, use_cache=False).logits[0]
+    assert relative(got, true_logits(small_base, [far], {"far": 1.0}, ids[0])) < LOGITS
+
+
+def test_diffusers_calls(model: SoupModel, folders: list[Path], small_base: Path) -> None:
+    ids = random_ids(2, 6)
+
+    def logits() -> Any:
+        with torch.no_grad():
+            return model(input_ids=ids).logits
+
+    bare = logits()
+    model.set_adapters(["cold", "warm"], [0.5, 0.8])
+    assert model.get_active_adapters() == ["cold", "warm"]
+    want = [true_logits(small_base, folders, {"cold": 0.5, "warm": 0.8}, row) for row in ids]
+    assert max(relative(got, true) for got, true in zip(logits(), want, strict=True)) < LOGITS
+    with model.mixture([None, "warm"]):
+        assert relative(logits()[0], true_logits(small_base, folders, None, ids[0])) < LOGITS
+    assert relative(logits()[0], want[0]) < LOGITS
+    model.disable_adapters()
+    assert model.get_active_adapters() == []
+    assert torch.equal(logits(), bare)
+    model.enable_adapters()
+    model.set_scale("cold", 3.0)
+    tripled = true_logits(small_base, folders, {"cold": 1.5, "warm": 0.8}, ids[0])
+    assert relative(logits()[0], tripled) < LOGITS
+    with model.mixture([{"cold": 0.5, "warm": 0.8}] * 2):
+        assert relative(logits()[0], tripled) < LOGITS
+    model.set_scale("cold", 1.0)
+    model.set_adapters("warm", {"*.mlp.*": 1.0})
+    layered = logits()
+    model.set_adapters("warm")
+    assert not torch.equal(layered, logits())
+    model.delete_adapters("warm")
+    assert torch.equal(logits(), bare)
+    for call in (
+        lambda: model.set_adapters(["cold", "plain"], [1.0]),
+        lambda: model.set_adapters("wrm"),
+        lambda: model.set_scale("wrm", 1.0),
+    ):
+        with pytest.raises(UsageError):
+            call()
+    with pytest.raises(DeclarationError, match="no finite number"):
+        model.set_scale("cold", float("nan"))
+
+
+def test_versions_tell_what_a_cache_was_computed_with(model: SoupModel, folders: list[Path]) -> None:
+    model.add_profile(Profile(user="u1", weights={"cold": 0.5}))
+    versions = [model.version(who) for who in (None, "u1", "warm", {"cold": 0.6}, {"cold": {"*": 0.5}})]
+    assert len(set(versions)) == 5
+    assert model.version({"cold": 0.5, "warm": 0.0}) == model.version("u1")
+    assert model.version({"cold": lambda step: 0.5 + step}) == model.version("u1")
+    model.add_profile(Profile(user="u1", weights={"cold": 0.7}))
+    assert model.version("u1") not in versions
+    before = model.version("cold"), model.version("warm")
+    model.add_expert(folders[0])
+    assert (model.version("cold") != before[0], model.version("warm") == before[1]) == (True, True)
+    model.set_scale("warm", 2.0)
+    assert model.version("warm") != before[1]
+    model.remove_profile("u1")
+    with pytest.raises(UsageError, match="no profile is called 'u1'"):
+        model.remove_profile("u1")
+
+
+def test_a_batch_sees_one_version_of_everything(model: SoupModel) -> None:
+    """While a batch is generated other threads replace its profile and an expert: nothing of them is seen in it."""
+    ids = random_ids(2, 6)
+    model.add_profile(Profile(user="u1", weights={"cold": 0.5}))
+    model.add_profile(Profile(user="u2", weights={"warm": 0.5}))
+    options: dict[str, Any] = {"input_ids": ids, "max_new_tokens": 24, "eos_token_id": None}
+    want = model.generate(profiles=["u1", "u2"], **options)
+    begun = threading.Event()
+    seen: list[float] = []
+
+    def change() -> None:
+        begun.wait()
+        model.add_profile(Profile(user="u1", weights={"cold": -3.0}))
+        seen.append(time.monotonic())
+        with model.mixture(["plain"]):
+            seen.append(time.monotonic())
+        model.remove_expert("plain")
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    handle = model.model.register_forward_pre_hook(lambda *_: begun.set())
+    got = model.generate(profiles=["u1", "u2"], **options)
+    ended = time.monotonic()
+    thread.join()
+    handle.remove()
+    assert torch.equal(got, want)
+    assert seen[0] >= ended - 0.05  # they waited for the batch
+    assert not torch.equal(model.generate(profiles=["u1", "u2"], **options), want)
+
+
+def test_a_model_that_is_cast_takes_its_stacks_along(model: SoupModel, folders: list[Path], small_base: Path) -> None:
+    ids = random_ids(1, 6)
+    model.model.double()
+    weights = {"cold": 0.5, "warm": -1.0}
+    with torch.no_grad(), model.mixture([weights]):
+        got = model(input_ids=ids).logits[0]
+    assert got.dtype == torch.float64
+    assert (
+        relative(got, true_logits(small_base, folders, weights, ids[0])) < 1e-6
+    )  # the factors' scalings are float32's
+
+
+def test_what_a_user_costs(model: SoupModel) -> None:
+    """A user is E numbers: nothing else grows with profiles that are known but not in the batch."""
+    before = model.layers.num_bytes
+    for number in range(50):
+        model.add_profile(Profile(user=f"u{number}", weights={"cold": number + 1.0}))
+    assert model.layers.num_bytes == before
+    assert len(model.profiles) == 50
