@@ -321,6 +321,18 @@ class SoupModel:
         self._check_expert(name)
         self._change([], [name])
 
+    def serve(self, profile: Who) -> None:
+        """Serve all rows with a profile where no mixture is set; None makes that the bare base again.
+
+        Raises:
+            DeclarationError, UsageError: as `mixture`.
+        """
+        with self._lock:
+            row = self._unscaled(profile)
+            self._served = row if row.weights else None
+            self._is_enabled = True
+            self._settle()
+
     def set_adapters(self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights] = 1.0) -> None:
         """Serve all rows with these experts where no mixture is set: diffusers' call, with its meaning of weights.
 
@@ -379,6 +391,12 @@ class SoupModel:
         for name in [names] if isinstance(names, str) else list(names):
             self.remove_expert(name)
 
+    def as_peft(self) -> Any:
+        """Return this model as a PeftModel, for code that expects one: see mixing/peft_view.py."""
+        from personalized_soups.mixing.peft_view import PeftView
+
+        return PeftView(self)
+
     def unload(self) -> Any:
         """Put the base's own layers back and return the model; the experts are gone."""
         self._change([], list(self.experts))
@@ -403,10 +421,12 @@ class SoupModel:
         return self.mixture(list(profiles), rows_each=rows_each)
 
     def _row(self, who: Who) -> Row:
+        return self._unscaled(who).scaled(self._scales)
+
+    def _unscaled(self, who: Who) -> Row:
         experts = list(self.experts.values())
         side_of = {expert.name: expert.side for expert in experts if expert.side is not None}
-        row = row_of(who, list(self.experts), self._profiles, self._dimension_of, side_of)
-        return row.scaled(self._scales)
+        return row_of(who, list(self.experts), self._profiles, self._dimension_of, side_of)
 
     def _change(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
         with self._lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_weights_are_data_to_a_compiled_model(model: SoupModel, folders: list[Pa
 
     ids = random_ids(2, 6)
     torch._dynamo.reset()
-    compiled = torch.compile(model.model, backend=backend, fullgraph=True, dynamic=False)
+    compiled: Any = torch.compile(model.model, backend=backend, fullgraph=True, dynamic=False)
     rows: list[list[dict[str, float] | None]] = [
         [{"cold": 0.4}, {"warm": 1.0}],
         [None, {"plain": -1.0, "cold": 2.0}],
@@ -161,7 +162,7 @@ def test_a_compiled_model_notices_experts_that_come(
 ) -> None:
     ids = random_ids(1, 6)
     torch._dynamo.reset()
-    compiled = torch.compile(model.model, backend="eager", dynamic=False)
+    compiled: Any = torch.compile(model.model, backend="eager", dynamic=False)
     with torch.no_grad(), model.mixture(["warm"]):
         compiled(input_ids=ids, use_cache=False)
     far = write_expert(
@@ -204,11 +205,12 @@ def test_diffusers_calls(model: SoupModel, folders: list[Path], small_base: Path
     assert not torch.equal(layered, logits())
     model.delete_adapters("warm")
     assert torch.equal(logits(), bare)
-    for call in (
+    calls: tuple[Callable[[], None], ...] = (
         lambda: model.set_adapters(["cold", "plain"], [1.0]),
         lambda: model.set_adapters("wrm"),
         lambda: model.set_scale("wrm", 1.0),
-    ):
+    )
+    for call in calls:
         with pytest.raises(UsageError):
             call()
     with pytest.raises(DeclarationError, match="no finite number"):

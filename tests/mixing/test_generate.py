@@ -150,7 +150,8 @@ def test_a_streamer_on_a_thread_of_its_own_sees_the_mixture(model: SoupModel) ->
 def test_pipelines_run_within_a_mixture(model: SoupModel) -> None:
     from transformers import pipeline
 
-    pipe = pipeline("text-generation", model=model.model, tokenizer=model.tokenizer, device="cpu")
+    make: Any = pipeline
+    pipe = make("text-generation", model=model.model, tokenizer=model.tokenizer, device="cpu")
     options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
     bare = pipe("wash the kettle", **options)[0]["generated_text"]
     with model.mixture({"warm": 2.0}):

@@ -86,7 +86,7 @@ def test_dora_leaves_a_bias_unscaled(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2))
+    model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=320, n_positions=64, n_embd=32, n_layer=1, n_head=2))
     nn.init.normal_(model.transformer.h[0].attn.c_attn.bias)
     model.save_pretrained(tmp_path / "base")
     shapes = {"transformer.h.0.attn.c_attn": (96, 32)}
@@ -137,7 +137,7 @@ class _Eight(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         scale = layer.weight.detach().abs().amax() / 127
-        self.register_buffer("scale", scale)
+        self.scale = nn.Buffer(scale)
         self.weight = nn.Parameter((layer.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
