@@ -1,14 +1,14 @@
-"""`psoups generate`: one prompt answered by a base, an adapter, or a soup."""
+"""`psoups generate`: prompts answered by a base, an adapter, a soup, or a soup for every user."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, NamedTuple, get_args
 
 import typer
 
@@ -35,6 +35,17 @@ def generate(
     ] = None,
     profile: Annotated[Path | None, typer.Option(help="Profile file, with --experts.")] = None,
     weights: Annotated[str | None, typer.Option(help="Mixing weights, with --experts: a=0.6,b=0.6.")] = None,
+    profiles: Annotated[
+        Path | None, typer.Option(help="JSON Lines of profiles, with --experts and --prompts: answer for every user.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='Prompts for --profiles: one a line, or .jsonl with a "prompt" and perhaps its "user".'),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON Lines file for the answers to --prompts; standard output if left out.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers at once, with --profiles.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The answer is cut there.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling; 0 is --greedy.")] = 0.7,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token at each step.")] = False,
@@ -44,13 +55,42 @@ def generate(
     same_base: Annotated[
         bool, typer.Option("--same-base", help="Take different base names or fingerprints for one base.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --out anew where it is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, not a stream.")] = False,
 ) -> None:
-    """Answer a prompt with a base, with an adapter, or with a soup merged for the occasion."""
-    _check_sources(adapter, experts, profile, weights)
-    if math.isinf(temperature):
-        raise UsageError("the temperature is infinite", where="--temperature", mend="give a number such as 0.7")
+    """Answer a prompt with a base, with an adapter, or with a soup merged for the occasion.
+
+    With --profiles and --prompts: answer every prompt for every user (or for the one that a line names), each with a
+    soup of its own in mixed batches; nothing is merged. Run it again to go on with an interrupted --out.
+    """
+    check_temperature(temperature)
     held = check_dtype(dtype)
+    if profiles is not None or prompts is not None:
+        one_user = {"PROMPT": prompt, "--adapter": adapter, "--profile": profile, "--weights": weights}
+        checked = _checked_many(profiles, prompts, experts, one_user)
+        from personalized_soups.cli.generate_many import ManyOptions, generate_many
+
+        generate_many(
+            ManyOptions(
+                base=base,
+                experts=checked.experts,
+                profiles=checked.profiles,
+                prompts=checked.prompts,
+                out=out,
+                max_new_tokens=max_new_tokens,
+                temperature=0.0 if greedy else temperature,
+                batch_size=batch_size,
+                seed=seed,
+                device=device,
+                dtype=held,
+                same_base=same_base,
+                overwrite=overwrite,
+            )
+        )
+        return
+    if out is not None:
+        raise UsageError("--out is for the answers to --prompts", where="--out", mend="add --profiles and --prompts")
+    _check_sources(adapter, experts, profile, weights)
     asked = _prompt(prompt)
 
     with _adapter_of(adapter, experts, profile, weights, same_base=same_base) as folder:
@@ -64,6 +104,48 @@ def generate(
     for piece in pieces:
         render.show_text(piece, end="")
     render.show_text("")
+
+
+class _Many(NamedTuple):
+    experts: list[Path]
+    profiles: Path
+    prompts: Path
+
+
+def _checked_many(
+    profiles: Path | None, prompts: Path | None, experts: list[Path] | None, one_user: Mapping[str, object]
+) -> _Many:
+    """Return what many users' answers need, all of it given and nothing of one user's.
+
+    Raises:
+        UsageError: naming what is missing, or out of place.
+    """
+    out_of_place = [option for option, value in one_user.items() if value is not None]
+    if out_of_place:
+        raise UsageError(
+            "one user's and many users' options are given",
+            where=", ".join(out_of_place),
+            mend="leave them out with --profiles and --prompts",
+        )
+    if profiles is None or prompts is None or not experts:
+        missing = {"--profiles FILE": profiles, "--prompts FILE": prompts, "--experts FOLDER": experts}
+        lacking = [option for option, value in missing.items() if not value]
+        raise UsageError(
+            "many users' answers need profiles, prompts and experts",
+            where=", ".join(option.split()[0] for option in lacking),
+            mend=f"add {' '.join(lacking)}",
+        )
+    return _Many(experts, profiles, prompts)
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise if a temperature is infinite.
+
+    Raises:
+        UsageError: naming the option.
+    """
+    if math.isinf(temperature):
+        raise UsageError("the temperature is infinite", where="--temperature", mend="give a number such as 0.7")
 
 
 def check_dtype(dtype: str) -> Dtype:

@@ -50,6 +50,11 @@ def show_json(value: object) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
 
 
+def show_line(value: object) -> None:
+    """Print one JSON object on one line of stdout."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+
+
 def show_table(
     columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, title: str | None = None, as_json: bool = False
 ) -> None:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from personalized_soups.errors import check_extra
-from personalized_soups.evaluation.results import Results, combinations_of, row_of
+from personalized_soups.evaluation.results import Interval, Results, combinations_of, row_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +50,16 @@ def draw_sweeps(results: Results, path: Path) -> Path:
     """
     with _own_settings():
         return _write(sweeps_figure(results), path)
+
+
+def draw_curve(curve: Curve, path: Path) -> Path:
+    """Write a PNG of one panel: a score against the weight of one side's expert.
+
+    Raises:
+        UsageError: if matplotlib is missing.
+    """
+    with _own_settings():
+        return _write(curve_figure(curve), path)
 
 
 @contextmanager
@@ -181,6 +192,37 @@ def _draw_title(figure: Figure, title: str, more: str) -> None:
     figure.text(0.025, 1 - 0.64 / height, more, fontsize=10, color=QUIET, va="center")
 
 
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """One sweep: (w, score) by rising w; the expert of the `high` side weighs w, that of the `low` side 1 - w.
+
+    `score` says what is measured, `base` what the base alone has, `intervals` the points' 95% intervals. The scores lie
+    between 0 and `top`.
+    """
+
+    title: str
+    low: str
+    high: str
+    score: str
+    points: Sequence[Sequence[float]]
+    base: float
+    intervals: Sequence[Interval] = ()
+    top: float = 1.0
+
+
+def curve_figure(curve: Curve) -> Figure:
+    """Return the one panel, not yet drawn."""
+    from matplotlib.figure import Figure
+
+    width, panel, top, foot = WIDTH * 0.62, 2.9, 1.5, 0.6  # inches
+    height = top + panel + foot
+    figure = Figure(figsize=(width, height))
+    more = f"{curve.high} weighs w, {curve.low} weighs 1 - w"
+    _draw_title(figure, f"From {curve.low} to {curve.high}", more)
+    _draw_panel(figure.add_axes((0.1, foot / height, 0.86, panel / height)), curve)
+    return figure
+
+
 def sweeps_figure(results: Results) -> Figure:
     """Return the sweeps' panels, not yet drawn. The arguments and errors are those of `draw_sweeps`."""
     from matplotlib.figure import Figure
@@ -205,45 +247,58 @@ def sweeps_figure(results: Results) -> Figure:
         line, column = divmod(at, per_line)
         y = 1 - (top + (line + 1) * (head + panel) + line * foot) / height
         axes = figure.add_axes((left + column * (width + between), y, width, panel / height))
-        _draw_panel(axes, results, dimension)
+        _draw_panel(axes, _curve(results, dimension))
         axes.tick_params(labelleft=column == 0)
     return figure
 
 
-def _draw_panel(axes: Axes, results: Results, dimension: str) -> None:
+def _curve(results: Results, dimension: str) -> Curve:
     low, high = results["sides"][dimension]
-    weights, scores = zip(*results["sweeps"][dimension], strict=True)
-    base = results["base"]["per_dimension"][dimension]
-    axes.set(xlim=(0, 1), ylim=(0, 1), xticks=[0, 0.25, 0.5, 0.75, 1], yticks=[0, 0.25, 0.5, 0.75, 1])
+    return Curve(
+        title=dimension,
+        low=low,
+        high=high,
+        score=f"score towards {high}",
+        points=results["sweeps"][dimension],
+        base=results["base"]["per_dimension"][dimension],
+        intervals=results.get("sweep_intervals", {}).get(dimension, ()),
+    )
+
+
+def _draw_panel(axes: Axes, curve: Curve) -> None:
+    weights, scores = zip(*curve.points, strict=True)
+    quarters = [0, 0.25, 0.5, 0.75, 1]
+    axes.set(xlim=(0, 1), ylim=(0, curve.top), xticks=quarters, yticks=[curve.top * share for share in quarters])
     axes.set_xticklabels(["w = 0", "", "0.5", "", "w = 1"])
     axes.get_xticklabels()[0].set_horizontalalignment("left")
     axes.get_xticklabels()[-1].set_horizontalalignment("right")
-    axes.set_yticklabels(["0", "", "0.5", "", "1"])
+    axes.set_yticklabels(["0", "", f"{curve.top / 2:g}", "", f"{curve.top:g}"])
     axes.grid(axis="y", color="#edf0f3", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=5, labelsize=9.5, labelcolor=QUIET)
     for name, spine in axes.spines.items():
         spine.set_visible(name == "bottom")
         spine.set_color(FAINT)
-    axes.axhline(base, color=QUIET, linewidth=1, dashes=(4, 3))
-    _draw_base_label(axes, base, scores)
-    if intervals := results.get("sweep_intervals", {}).get(dimension):
-        lower, upper = zip(*intervals, strict=True)
+    axes.axhline(curve.base, color=QUIET, linewidth=1, dashes=(4, 3))
+    _draw_base_label(axes, curve, scores)
+    if curve.intervals:
+        lower, upper = zip(*curve.intervals, strict=True)
         axes.fill_between(weights, lower, upper, color=LINE, alpha=0.16, linewidth=0)
     axes.plot(weights, scores, color=LINE, linewidth=2, marker="o", markersize=4, clip_on=False)
-    axes.text(0, 1.13, dimension, transform=axes.transAxes, fontsize=11, weight="bold", va="baseline")
-    axes.text(0, 1.045, f"score towards {high}", transform=axes.transAxes, fontsize=9.5, color=QUIET, va="baseline")
-    for x, side, align in ((0, low, "left"), (1, high, "right")):
+    axes.text(0, 1.13, curve.title, transform=axes.transAxes, fontsize=11, weight="bold", va="baseline")
+    axes.text(0, 1.045, curve.score, transform=axes.transAxes, fontsize=9.5, color=QUIET, va="baseline")
+    for x, side, align in ((0, curve.low, "left"), (1, curve.high, "right")):
         axes.text(x, -0.145, side, transform=axes.transAxes, ha=align, va="top", fontsize=10.5)
 
 
-def _draw_base_label(axes: Axes, base: float, scores: Sequence[float]) -> None:
+def _draw_base_label(axes: Axes, curve: Curve, scores: Sequence[float]) -> None:
     """Name the base's line at the end where the curve is farther from it, on the side away from the curve."""
+    base = curve.base
     at_left = abs(scores[0] - base) > abs(scores[-1] - base)
     above = (scores[0] if at_left else scores[-1]) < base
     axes.text(
         0 if at_left else 1,
-        base + (0.02 if above else -0.025),
+        base + (0.02 if above else -0.025) * curve.top,
         "base alone",
         ha="left" if at_left else "right",
         va="bottom" if above else "top",

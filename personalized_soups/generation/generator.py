@@ -93,7 +93,7 @@ class Generator:
         batch_size: int = 64,
         seed: int = 0,
         greedy: bool = False,
-        first_row: int = 0,
+        places: Sequence[int] | None = None,
         on_done: Callable[[int], None] | None = None,
         around: Around | None = None,
     ) -> list[list[str]]:
@@ -101,7 +101,7 @@ class Generator:
 
         The same seed gives the same answers on one machine. Answer s of prompt p has its own random numbers, which
         depend on seed, p and s alone: two models that are asked with one seed answer from common random numbers.
-        Where these prompts are a part of more, `first_row` is how many answers come before theirs.
+        Where these prompts are a part of more, `places` are their answers' places in the whole, one for each answer.
         `on_done` hears after each batch how many answers there are so far. `around` is entered around each batch, with
         the numbers of its rows' prompts; it yields further logits processors.
         """
@@ -113,11 +113,11 @@ class Generator:
         texts = [""] * len(rows)
         for start in range(0, len(order), batch_size):
             group = order[start : start + batch_size]
-            places = [first_row + row for row in group]
+            drawn_by = group if places is None else [places[row] for row in group]
             asked = [rows[row] for row in group]
             with nullcontext(()) if around is None else around(asked) as processors:
                 said = self._generate(
-                    [encoded[index] for index in asked], places, sampling, seed, processors=processors
+                    [encoded[index] for index in asked], drawn_by, sampling, seed, processors=processors
                 )
             for row, tokens in zip(group, said, strict=True):
                 texts[row] = self.text(tokens)

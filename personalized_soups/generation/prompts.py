@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -61,11 +62,29 @@ def check_text(prompt: str, *, where: str) -> None:
         ) from fault
 
 
+@dataclass(frozen=True, slots=True)
+class AskedPrompt:
+    """A prompt of a file, the user who asks it where the line names one, and the line's place."""
+
+    prompt: str
+    user: str | None
+    where: str
+
+
 def read_prompts(path: Path) -> list[str]:
     """Return the prompts of a file: one a line, or JSON lines with a string `prompt` in each (`.jsonl`).
 
     Raises:
         InputError: naming file and line, if the file is missing, empty, not UTF-8, or a line holds no prompt.
+    """
+    return [asked.prompt for asked in read_asked_prompts(path)]
+
+
+def read_asked_prompts(path: Path) -> list[AskedPrompt]:
+    """Return the prompts of a file, as read_prompts does; a JSON line may name its `user`, too.
+
+    Raises:
+        InputError: as read_prompts, and where a user is no name.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -79,7 +98,7 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _prompt_of(line: bytes, *, path: Path, number: int) -> str:
+def _prompt_of(line: bytes, *, path: Path, number: int) -> AskedPrompt:
     where = f"{path}:{number}"
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -89,14 +108,19 @@ def _prompt_of(line: bytes, *, path: Path, number: int) -> str:
         ) from fault
     if path.suffix != ".jsonl":
         check_text(text, where=where)
-        return text
+        return AskedPrompt(text, None, where)
     try:
-        prompt = json.loads(text)["prompt"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        prompt = None
+        row = json.loads(text)
+        prompt, user = row["prompt"], row.get("user")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        prompt = user = None
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(
             'expected a JSON object with a string "prompt"', where=where, mend='write {"prompt": "..."} in every line'
         )
     check_text(prompt, where=where)
-    return prompt
+    if user is not None and not isinstance(user, str):
+        raise InputError(
+            f"the user is {user!r}, which is no name", where=where, mend='write "user": "u1042", or leave it out'
+        )
+    return AskedPrompt(prompt, user, where)

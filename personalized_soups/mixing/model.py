@@ -189,6 +189,7 @@ class SoupModel:
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 64,
+        places: Sequence[int] | None = None,
         **options: Any,
     ) -> Any:
         """Answer every prompt with its own soup, as many in a batch as `batch_size`.
@@ -200,6 +201,7 @@ class SoupModel:
             temperature: 0 takes the likeliest token; else a draw that depends on seed and the prompt's place alone.
             seed: of the draws.
             batch_size: prompts at once.
+            places: where these prompts are a part of more, their places in the whole; equal places draw alike.
             options: any of transformers' generate: num_beams, do_sample, top_p, num_return_sequences, streamer,
                 cache_implementation, ... Its own sampling takes the place of ours.
 
@@ -240,6 +242,7 @@ class SoupModel:
             greedy=temperature == 0,
             batch_size=batch_size,
             seed=seed,
+            places=places,
         )
 
     def stream(

@@ -78,7 +78,7 @@ def sample_kept(
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             seed=seed,
-            first_row=first * num_samples,
+            places=range(first * num_samples, (first + len(asked)) * num_samples),
             on_done=None if on_done is None else partial(_tell, on_done, first * num_samples),
         )
         pool += [Sampled(prompt, tuple(said)) for prompt, said in zip(asked, answers, strict=True)]

@@ -1,0 +1,153 @@
+"""Dose and response: what answers do while the weight goes from one side's expert to another's.
+
+All steps of a prompt are rows of one batch; nothing is merged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.profile import Profile
+from personalized_soups.evaluation.monotone import judge_sweep
+from personalized_soups.evaluation.pictures import Curve, draw_curve
+from personalized_soups.evaluation.scores import grade
+from personalized_soups.evaluation.win_rates import bootstrap_interval
+from personalized_soups.files.lines import GrowingLines
+from personalized_soups.mixing.mixture import Who
+from personalized_soups.mixing.model import SoupModel
+
+ANSWERS, RESULTS, PICTURE = "answers.jsonl", "sweep.json", "sweep.png"
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What is swept: from the expert `low` alone to the expert `high` alone, in `num_steps` steps with both ends.
+
+    `scale` is what the two weights sum to.
+    """
+
+    low: str
+    high: str
+    num_steps: int = 11
+    scale: float = 1.0
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The share w of the `high` expert at each step."""
+        return tuple(step / (self.num_steps - 1) for step in range(self.num_steps))
+
+    def profile(self, share: float) -> Profile:
+        """Return the weights at a share."""
+        weights = {self.low: self.scale * (1 - share), self.high: self.scale * share}
+        return Profile(user=f"w = {share:g}", weights=weights, allow_opposed=True)
+
+
+def answer_sweep(
+    model: SoupModel,
+    sweep: Sweep,
+    prompts: Sequence[str],
+    kept: GrowingLines,
+    *,
+    batch_size: int = 64,
+    on_done: Callable[[int], None] = lambda _: None,
+    **sampling: Any,
+) -> None:
+    """Answer every prompt at every step, and by the base alone; a line for each prompt is added to `kept`.
+
+    Steps of one prompt are drawn by the same random numbers.
+
+    Args:
+        model: holds both experts.
+        sweep: what is swept.
+        prompts: those that `kept` holds already are passed over.
+        kept: the answers' file.
+        batch_size: rows of a batch, at least one prompt's.
+        on_done: hears after each batch how many prompts are answered.
+        sampling: max_new_tokens, temperature and seed, as SoupModel.generate takes them.
+    """
+    rows: list[Who] = [None, *(sweep.profile(share) for share in sweep.shares)]
+    at_once = max(1, batch_size // len(rows))
+    for first in range(kept.num_done, len(prompts), at_once):
+        asked = prompts[first : first + at_once]
+        answers: list[str] = model.generate(
+            [prompt for prompt in asked for _ in rows],
+            rows * len(asked),
+            places=[first + index for index in range(len(asked)) for _ in rows],
+            batch_size=at_once * len(rows),
+            **sampling,
+        )
+        said = [answers[start : start + len(rows)] for start in range(0, len(answers), len(rows))]
+        kept.add(
+            [{"prompt": prompt, "base": own[0], "steps": own[1:]} for prompt, own in zip(asked, said, strict=True)]
+        )
+        on_done(first + len(asked))
+
+
+def score_sweep(answers: Path, sweep: Sweep, catalogue: Catalogue | None, side: str) -> dict[str, Any]:
+    """Return what the answers are worth at each step, with 95% intervals (bootstrap over prompts).
+
+    Args:
+        answers: the file that answer_sweep wrote.
+        sweep: what was swept.
+        catalogue: says what scores `side`; None to count words.
+        side: towards which answers are scored, that of the `high` expert.
+    """
+    lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    prompts = [line["prompt"] for line in lines]
+
+    def scores(said: Sequence[str]) -> list[float]:
+        if catalogue is None:
+            return [float(len(answer.split())) for answer in said]
+        return [graded.toward[side] for graded in grade(prompts, said, catalogue, [side])]
+
+    steps = [scores([line["steps"][at] for line in lines]) for at in range(sweep.num_steps)]
+    base = scores([line["base"] for line in lines])
+    points = [(share, sum(found) / len(found)) for share, found in zip(sweep.shares, steps, strict=True)]
+    intervals = [bootstrap_interval(found) for found in steps]
+    return {
+        "low": sweep.low,
+        "high": sweep.high,
+        "scale": sweep.scale,
+        "score": "words" if catalogue is None else f"score towards {side}",
+        "num_prompts": len(lines),
+        "base": sum(base) / len(base),
+        "points": points,
+        "intervals": intervals,
+        "verdict": str(judge_sweep(points, intervals)),
+    }
+
+
+def draw_sweep(results: Mapping[str, Any], path: Path) -> Path:
+    """Write the picture of what score_sweep returned.
+
+    Raises:
+        UsageError: if matplotlib is missing.
+    """
+    is_share = results["score"] != "words"
+    most = max([results["base"], *(high for _, high in results["intervals"])])
+    return draw_curve(
+        Curve(
+            title="" if is_share else "length",
+            low=results["low"],
+            high=results["high"],
+            score=results["score"],
+            points=results["points"],
+            base=results["base"],
+            intervals=results["intervals"],
+            top=1.0 if is_share else _round_up(most),
+        ),
+        path,
+    )
+
+
+def _round_up(value: float) -> float:
+    """Return a round number at or above a count of words: an axis' end."""
+    step = 10
+    while value > 10 * step:
+        step *= 10
+    return float(max(step, -(-value // step) * step))

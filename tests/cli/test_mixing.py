@@ -1,0 +1,169 @@
+"""`psoups generate --profiles` and `psoups sweep`: many users in mixed batches, and the curve between two experts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from personalized_soups.adapters.library import ExpertLibrary
+from personalized_soups.declare.profile import Profile
+from personalized_soups.merging.adapter import merge
+from tests.mixing.worlds import write_experts
+
+Run = Callable[..., "Done"]
+
+
+class Done(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+PROFILES = [
+    {"user": "u1", "weights": {"warm": 0.9, "cold": 0.4}},
+    {"user": "u2", "weights": {"plain": -1.5}},
+    {"user": "u3", "weights": {"warm": 2.0}},
+]
+PROMPTS = [{"prompt": "wash the kettle"}, {"prompt": "rub it dry", "user": "u2"}, {"prompt": "soap and warm water"}]
+
+
+@pytest.fixture
+def run(psoups: Callable[..., tuple[int, str, str]]) -> Run:
+    return lambda *arguments: Done(*psoups(*arguments))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_experts(tmp_path / "experts")
+    for name, rows in (("users.jsonl", PROFILES), ("prompts.jsonl", PROMPTS)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def _arguments(world: Path, base: Path, *more: str) -> list[str]:
+    files = ["--experts", str(world / "experts"), "--prompts", str(world / "prompts.jsonl")]
+    return ["--base", str(base), *files, "--max-new-tokens", "6", "--device", "cpu", *more]
+
+
+def _many(world: Path, base: Path, *more: str) -> list[str]:
+    return ["generate", *_arguments(world, base, "--profiles", str(world / "users.jsonl"), "--greedy", *more)]
+
+
+def test_every_prompt_is_answered_for_every_user(run: Run, world: Path, small_base: Path) -> None:
+    out = world / "answers.jsonl"
+    done = run(*_many(world, small_base, "--out", str(out), "--batch-size", "3"))
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout == ""
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    asked = [(row["prompt"], row["user"]) for row in rows]
+    everyone = [profile["user"] for profile in PROFILES]
+    first, second, third = (row["prompt"] for row in PROMPTS)
+    assert asked == [*((first, user) for user in everyone), (second, "u2"), *((third, user) for user in everyone)]
+    assert len({row["answer"] for row in rows[:3]}) == 3
+    # each is what the soup that is merged for the user answers
+    library = ExpertLibrary.open(world / "experts")
+    for profile in PROFILES:
+        folder = merge(library, Profile.model_validate_json(json.dumps(profile))).write(
+            world / f"soup-{profile['user']}"
+        )
+        alone = run(
+            "generate", first, "--base", str(small_base), "--adapter", str(folder), "--max-new-tokens", "6",
+            "--greedy", "--device", "cpu", "--json",
+        )  # fmt: skip
+        wanted = next(row["answer"] for row in rows if (row["prompt"], row["user"]) == (first, profile["user"]))
+        assert json.loads(alone.stdout)["answer"] == wanted
+    again = run(*_many(world, small_base, "--out", str(out)))
+    assert again.exit_code == 2
+    assert "there already" in again.stderr
+    to_stdout = run(*_many(world, small_base, "--batch-size", "2"))
+    assert [json.loads(line) for line in to_stdout.stdout.splitlines()] == rows
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(world: Path, small_base: Path) -> None:
+    command = [sys.executable, "-m", "personalized_soups", *_many(world, small_base, "--batch-size", "1")]
+    sampled = [*command[: command.index("--greedy")], "--temperature", "0.9", *command[command.index("--greedy") + 1 :]]
+    whole, cut = world / "whole.jsonl", world / "cut.jsonl"
+    subprocess.run([*sampled, "--out", str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen([*sampled, "--out", str(cut)], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (cut.exists() and cut.read_bytes().count(b"\n") >= 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert 2 <= cut.read_bytes().count(b"\n") < 7
+    subprocess.run([*sampled, "--out", str(cut)], check=True, capture_output=True)
+    assert cut.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in world.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--weights", "warm=1"], "one user's and many users' options"),
+        (["--adapter", "x"], "one user's and many users' options"),
+    ],
+)
+def test_options_that_do_not_go_together(run: Run, world: Path, small_base: Path, change: list[str], told: str) -> None:
+    done = run(*_many(world, small_base, *change))
+    assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
+
+
+def test_what_is_missing_or_wrong_in_the_files_is_told(run: Run, world: Path, small_base: Path) -> None:
+    base = ["--base", str(small_base)]
+    lacking = run("generate", *base, "--profiles", str(world / "users.jsonl"), "--experts", str(world / "experts"))
+    assert lacking.exit_code == 2
+    assert "add --prompts FILE" in lacking.stderr
+    only_out = run("generate", "hello", *base, "--out", str(world / "x"))
+    assert only_out.exit_code == 2
+    cases: list[tuple[str, list[dict[str, Any]], str]] = [
+        ("prompts.jsonl", [{"prompt": "a", "user": "u9"}], "no profile is 'u9'"),
+        ("prompts.jsonl", [{"prompt": "a", "user": 3}], "which is no name"),
+        ("users.jsonl", [PROFILES[0], PROFILES[0]], "two profiles are 'u1'"),
+        ("users.jsonl", [{"user": "u1", "weights": {"wram": 1.0}}], "no expert is called 'wram'"),
+        ("users.jsonl", [], "the file holds no profile"),
+    ]
+    for file, rows, told in cases:
+        before = (world / file).read_text()
+        (world / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        done = run(*_many(world, small_base))
+        (world / file).write_text(before)
+        assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
+
+
+def test_a_sweep_leaves_answers_scores_and_a_picture(run: Run, world: Path, small_base: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = world / "swept"
+    options = ["--steps", "5", "--temperature", "0", "--scale", "2", "--batch-size", "6"]
+    command = ["sweep", "cold", "warm", *_arguments(world, small_base, "--out", str(out), *options)]
+    done = run(*command)
+    assert done.exit_code == 0, done.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["answers.jsonl", "sweep.json", "sweep.png"]
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "sweep.json").read_text())
+    assert [share for share, _ in results["points"]] == [0, 0.25, 0.5, 0.75, 1]
+    assert (results["score"], results["num_prompts"]) == ("words", 3)
+    lines = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in lines] == [row["prompt"] for row in PROMPTS]
+    library = ExpertLibrary.open(world / "experts")
+    for at, weights in ((0, {"cold": 2.0}), (3, {"cold": 0.5, "warm": 1.5}), (4, {"warm": 2.0})):
+        folder = merge(library, Profile(weights=weights)).write(world / f"step{at}")
+        alone = run(
+            "generate", PROMPTS[0]["prompt"], "--base", str(small_base), "--adapter", str(folder),
+            "--max-new-tokens", "6", "--greedy", "--device", "cpu", "--json",
+        )  # fmt: skip
+        assert json.loads(alone.stdout)["answer"] == lines[0]["steps"][at]
+    words = [len(line["steps"][2].split()) for line in lines]
+    assert results["points"][2][1] == pytest.approx(sum(words) / 3)
+    for wrong in (["sweep", "cold", "cold", *command[3:]], ["sweep", "cold", "wram", *command[3:]], command):
+        assert run(*wrong).exit_code == 2
