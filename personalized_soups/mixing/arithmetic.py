@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from personalized_soups.mixing import fused
 from personalized_soups.mixing.stack import Span, Stack
 
 
@@ -38,9 +39,12 @@ def mixed(
     y = _with_gains(y, stack, gate_GC, num_ranks, bias_O)
     for span in spans:
         low = functional.linear(x, span.a_CI)
+        gate_GK = gate_GC[:, span.start : span.stop]
+        if fused.is_usable(y, low):
+            fused.add_gated(y.view(-1, y.shape[-1]), low.view(-1, low.shape[-1]), gate_GK, span.b_KO, span.columns)
+            continue
         if span.columns is not None:
             low = low.index_select(-1, span.columns)
-        gate_GK = gate_GC[:, span.start : span.stop]
         low_GMK = low.reshape(num_gates, -1, span.stop - span.start) * gate_GK[:, None, :]
         y = _plus_product(y, low_GMK.flatten(0, 1), span.b_KO)
     if stack.biases_DO is not None:
