@@ -104,9 +104,9 @@ def sweep(
                 temperature=temperature,
                 seed=seed,
             )
-    results = score_sweep(out / ANSWERS, swept, catalogue, side)
-    (out / RESULTS).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draw_sweep(results, out / PICTURE)
+        results = score_sweep(out / ANSWERS, swept, catalogue, side)
+        (out / RESULTS).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draw_sweep(results, out / PICTURE)
     if as_json:
         render.show_json(results)
         return

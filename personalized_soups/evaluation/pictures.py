@@ -196,11 +196,10 @@ def _draw_title(figure: Figure, title: str, more: str) -> None:
 class Curve:
     """One sweep: (w, score) by rising w; the expert of the `high` side weighs w, that of the `low` side 1 - w.
 
-    `score` says what is measured, `base` what the base alone has, `intervals` the points' 95% intervals. The scores lie
-    between 0 and `top`.
+    `score` says what is measured, `base` what the base alone has, `intervals` the points' 95% intervals, `note` how the
+    experts weigh. The scores lie between 0 and `top`.
     """
 
-    title: str
     low: str
     high: str
     score: str
@@ -208,17 +207,18 @@ class Curve:
     base: float
     intervals: Sequence[Interval] = ()
     top: float = 1.0
+    title: str = ""
+    note: str = ""
 
 
 def curve_figure(curve: Curve) -> Figure:
     """Return the one panel, not yet drawn."""
     from matplotlib.figure import Figure
 
-    width, panel, top, foot = WIDTH * 0.62, 2.9, 1.5, 0.6  # inches
+    width, panel, top, foot = WIDTH * 0.62, 2.9, 1.2, 0.6  # inches
     height = top + panel + foot
     figure = Figure(figsize=(width, height))
-    more = f"{curve.high} weighs w, {curve.low} weighs 1 - w"
-    _draw_title(figure, f"From {curve.low} to {curve.high}", more)
+    _draw_title(figure, f"From {curve.low} to {curve.high}", curve.note)
     _draw_panel(figure.add_axes((0.1, foot / height, 0.86, panel / height)), curve)
     return figure
 

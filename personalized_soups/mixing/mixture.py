@@ -71,7 +71,7 @@ class Row:
 def row_of(
     who: Who,
     experts: Sequence[str],
-    profiles: Mapping[str, Profile],
+    profiles: Mapping[str, Row],
     dimension_of: Mapping[str, str],
     side_of: Mapping[str, str],
 ) -> Row:
@@ -80,7 +80,7 @@ def row_of(
     Args:
         who: a profile, weights by expert, a name, or None.
         experts: that there are.
-        profiles: that names may stand for.
+        profiles: the rows that names stand for.
         dimension_of, side_of: of the experts that have one, as `declare.profile.check_sides` takes them.
 
     Raises:
@@ -98,12 +98,15 @@ def row_of(
                 where="profiles",
                 mend=choose_from(who, [*profiles, *experts]),
             )
-        who = profiles[who]
+        _check_known(profiles[who].weights, experts, lambda _: f"profile {who}")
+        return profiles[who]
     if isinstance(who, Profile):
         _check_gated(who)
         _check_known(who.weights, experts, lambda name: who.place("weights", name))
         check_sides(who, dimension_of, side_of)
-        return Row(who.resolved_weights())
+        resolved = who.resolved_weights()
+        # by the experts' own strings: a model may know a million profiles
+        return Row({name: resolved[name] for name in experts if name in resolved})
     if not isinstance(who, Mapping):
         raise UsageError(
             f"a {type(who).__name__} is no profile",

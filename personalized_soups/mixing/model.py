@@ -76,7 +76,7 @@ class SoupModel:
         self._same_base = same_base
         self._lock = threading.RLock()
         self._held = MixedLayers(model)
-        self._profiles: dict[str, Profile] = {}
+        self._profiles: dict[str, Row] = {}
         self._scales: dict[str, float] = {}
         self._served: Row | None = None  # where no mixture is set
         self._is_enabled = True
@@ -121,8 +121,8 @@ class SoupModel:
         return self._held.experts
 
     @property
-    def profiles(self) -> Mapping[str, Profile]:
-        """The profiles that names stand for; add_profile and remove_profile change them."""
+    def profiles(self) -> Mapping[str, Row]:
+        """The weights that names stand for, some hundred bytes each; add_profile and remove_profile change them."""
         return MappingProxyType(self._profiles)
 
     @property
@@ -283,8 +283,7 @@ class SoupModel:
             DeclarationError, UsageError: as `mixture`.
         """
         with self._lock:
-            self._row(profile)
-            self._profiles[name or profile.user] = profile
+            self._profiles[name or profile.user] = self._unscaled(profile)
 
     def remove_profile(self, name: str) -> None:
         """Forget a profile.

@@ -129,10 +129,11 @@ def draw_sweep(results: Mapping[str, Any], path: Path) -> Path:
         UsageError: if matplotlib is missing.
     """
     is_share = results["score"] != "words"
+    times = "" if results["scale"] == 1 else f"{results['scale']:g} "
     most = max([results["base"], *(high for _, high in results["intervals"])])
     return draw_curve(
         Curve(
-            title="" if is_share else "length",
+            note=f"{results['high']} weighs {times}w, {results['low']} weighs {times}(1 - w)",
             low=results["low"],
             high=results["high"],
             score=results["score"],

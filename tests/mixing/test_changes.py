@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
 
 from personalized_soups import Profile, SoupModel
 from personalized_soups.errors import DeclarationError, IncompatibleExpertsError, UsageError
@@ -116,7 +118,7 @@ def test_setting_weights_moves_no_buffer_and_copies_no_factor(model: SoupModel) 
     gates = model.layers.gates
     with model.mixture(["cold", "warm"]):
         before = [(gates.of(layer.slot).data_ptr(), layer.stack.a_CI.data_ptr()) for layer in layers]
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, model.mixture(["warm", None]):
+    with profiled(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, model.mixture(["warm", None]):
         pass
     # K columns for each layer: the largest tensor that is made is the gates' own, far below one stack
     most = max(event.self_cpu_memory_usage for event in seen.events())
@@ -280,7 +282,18 @@ def test_a_model_that_is_cast_takes_its_stacks_along(model: SoupModel, folders: 
 def test_what_a_user_costs(model: SoupModel) -> None:
     """A user is E numbers: nothing else grows with profiles that are known but not in the batch."""
     before = model.layers.num_bytes
-    for number in range(50):
-        model.add_profile(Profile(user=f"u{number}", weights={"cold": number + 1.0}))
+    profiles = [
+        Profile(user=f"u{number}", weights={"cold": number + 1.0, "plain": 0.1 * number, "warm": 0.3}, normalize="sum")
+        for number in range(500)
+    ]
+    tracemalloc.start()
+    for profile in profiles:
+        model.add_profile(profile)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
     assert model.layers.num_bytes == before
-    assert len(model.profiles) == 50
+    assert len(model.profiles) == 500
+    assert taken / 500 < 1000
+    model.remove_expert("plain")
+    with pytest.raises(DeclarationError, match="no expert is called 'plain'"), model.mixture(["u7"]):
+        pass
