@@ -39,7 +39,7 @@ class Row:
         work: what is done.
         against: what it is compared with.
         part: whether it belongs to the table of the processor or of the GPU.
-        unit: of `ours` and `theirs`: s, MB, GB/s, or none for errors.
+        unit: of `ours` and `theirs`: s, ms, MB, bytes, GB/s, tok/s, or none for errors.
         ours: this project's figure, the median of its runs; none where it is not there.
         theirs: the other's figure; none where the bar is on our figure alone.
         ratio: how many times better (`at least` bars) or worse (`at most` bars) we are; none where there is no other.

@@ -93,6 +93,7 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
         shape.name: shape
         for shape in (
             Shape("tiny", 64, 256, 2, 4, 2, 512),
+            Shape("embedded", 128, 384, 4, 2, 2, 1024),
             Shape("tiny-deep", 64, 256, 8, 4, 2, 512),
             Shape("1b", 2048, 8192, 16, 32, 8, 32000),
             Shape("1b-deep", 2048, 8192, 64, 32, 8, 32000),

@@ -14,6 +14,9 @@ from benchmarks.world import Part, World
 # The figures of one way, a number for each of its runs; or why there are none.
 Figures = Sequence[float] | Exception
 
+# Units of which more is better.
+RATES = frozenset({"GB/s", "tok/s"})
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -94,7 +97,7 @@ def filled(row: Row, ours: Figures, theirs: Figures | None = None) -> Row:
     mine, other = figures
     ratio = None
     if mine is not None and other is not None:
-        wants_speedup = row.bar is not None and row.bar.kind == "at least" and row.unit != "GB/s"
+        wants_speedup = row.bar is not None and row.bar.kind == "at least" and row.unit not in RATES
         ratio = other / mine if wants_speedup else mine / other
     runs = [each for each in (ours, theirs) if each is not None and not isinstance(each, Exception)]
     return replace(row, ours=mine, theirs=other, ratio=ratio, note="; ".join(notes), spread=spread(*runs))

@@ -42,47 +42,54 @@ def check_experts(experts: Sequence[Expert], model: nn.Module, *, same_base: boo
     raise_all([fault for expert in experts for fault in _unfit(expert, model)])
 
 
-def read_members(experts: Sequence[Expert], model: nn.Module, dtype: torch.dtype) -> dict[str, list[Member]]:
-    """Return what the experts have at each module, in their order; plain factors may share the files' pages.
+class Members:
+    """What experts have at each module of a model, read when it is asked for; may be read on several threads.
 
     Args:
         experts: checked.
         model: the base, in its layers' own dtypes; DoRA's D is computed from them.
         dtype: of the factors; DoRA's are float32.
-
-    Raises:
-        InputError: naming file and tensor where a value is NaN or infinite (in `dtype`).
-        UnsupportedAdapterError: where an expert has DoRA on a quantised layer.
     """
-    bank = ExpertBank(experts)
-    dora = _dora(bank, model)
-    biases = {
-        (index, each.module): each
-        for index, expert in enumerate(experts)
-        for each in expert.adapter.trained.values()
-        if each.kind == "added"
-    }
-    found: dict[str, list[Member]] = {}
-    for name in bank.modules:
-        indices = bank.members(name)
-        has_gains = dora is not None and any((index, name) in dora.magnitudes for index in indices)
-        factors = tuple(bank.factors(index, name, torch.float32 if has_gains else dtype) for index in indices)
-        stack = StackedModule(name, indices, factors, tuple(range(len(indices))))
+
+    def __init__(self, experts: Sequence[Expert], model: nn.Module, dtype: torch.dtype) -> None:
+        self._bank = ExpertBank(experts)
+        self._dtype = dtype
+        self._dora = _dora(self._bank, model)
+        self._biases = {
+            (index, each.module): each
+            for index, expert in enumerate(experts)
+            for each in expert.adapter.trained.values()
+            if each.kind == "added"
+        }
+        self.modules = frozenset(self._bank.modules)
+
+    def of(self, module: str) -> list[Member]:
+        """Return what the experts have at a module, in their order; plain factors may share the files' pages.
+
+        Raises:
+            InputError: naming file and tensor where a value is NaN or infinite (in the dtype).
+            UnsupportedAdapterError: where an expert has DoRA on a quantised layer.
+        """
+        bank, dora = self._bank, self._dora
+        indices = bank.members(module)
+        has_gains = dora is not None and any((index, module) in dora.magnitudes for index in indices)
+        kind = torch.float32 if has_gains else self._dtype
+        factors = tuple(bank.factors(index, module, kind) for index in indices)
+        stack = StackedModule(module, indices, factors, tuple(range(len(indices))))
         gains: Mapping[int, Tensor] = dora.gains(stack) if dora is not None and has_gains else {}
-        members = []
+        found = []
         for index, each in zip(indices, turned(stack, gains).factors, strict=True):
-            gain_O = gains.get(index)
-            bias = biases.get((index, name))
-            members.append(
+            gain_O, bias = gains.get(index), self._biases.get((index, module))
+            adapter = bank.experts[index].adapter
+            found.append(
                 Member(
-                    expert=experts[index].name,
+                    expert=bank.experts[index].name,
                     factors=each,
                     gain_O=None if gain_O is None else gain_O - 1,
-                    bias_O=None if bias is None else experts[index].adapter.trained_tensor(bias.name),
+                    bias_O=None if bias is None else adapter.trained_tensor(bias.name),
                 )
             )
-        found[name] = members
-    return found
+        return found
 
 
 def bare_layer(model: nn.Module, name: str) -> Any:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from personalized_soups.adapters.library import Expert
-from personalized_soups.mixing.experts import bare_layer, check_experts, read_members
+from personalized_soups.merging.parallel import in_order, num_workers
+from personalized_soups.mixing.experts import Members, bare_layer, check_experts
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.layer import MixedLinear
 from personalized_soups.mixing.stack import Member, Stack
@@ -59,15 +60,20 @@ class MixedLayers:
         Only layers that one of them adapts get another stack; what stays is not read again.
 
         Raises:
-            SoupError: as check_experts and read_members.
+            SoupError: as check_experts and Members.of.
         """
         gone = {*removed, *(expert.name for expert in added)}
         kept = {name: expert for name, expert in self._experts.items() if name not in gone}
         check_experts([*kept.values(), *added], self._model, same_base=same_base)
-        fresh = read_members(added, self._model, self._model.dtype)
-        stacks = {name: self._stack_of(name, fresh.get(name, []), gone) for name in {*self._layers, *fresh}}
+        fresh = Members(added, self._model, self._model.dtype)
+        names = sorted({*self._layers, *fresh.modules})
+
+        def stack_of(name: str) -> Stack | None:
+            return self._stack_of(name, fresh.of(name) if name in fresh.modules else [], gone)
+
+        stacks = list(in_order(stack_of, names, num_workers(torch.device("cpu"))))
         # nothing can fail from here on
-        for name, stack in sorted(stacks.items()):
+        for name, stack in zip(names, stacks, strict=True):
             self._put(name, stack)
         self._experts = dict(sorted({**kept, **{expert.name: expert for expert in added}}.items()))
         self._stamps = {name: self._stamps.get(name, 0) for name in self._experts}

@@ -37,6 +37,15 @@ BARS = {
     "many-arithmetic": ("at least", 0.75),
     "live-free-gpu": ("at least", 0.7),
     "live-shared-gpu": ("at least", 0.7),
+    "mixing-embedded": ("at least", 3),
+    "mixing-agreement": ("at most", 1e-5),
+    "mixing-peft": ("at least", 1.4),
+    "mixing-base": ("at least", 0.85),
+    "mixing-change": ("below", 1),
+    "mixing-user": ("below", 1000),
+    "mixing-shared": ("at least", 0.9),
+    "mixing-wrap": ("at least", 5),
+    "mixing-gpu": ("at least", 0.9),
 }
 
 
@@ -74,13 +83,14 @@ def test_figures_become_rows(
         asked.append(name)
         if name == "ours_live":
             raise NotThereError("not there yet: LiveAdapter")
-        if name == "memory_copy" and "cuda" in command[3]:
+        if name in {"memory_copy", "ours_mixing", "bare_mixing"} and "cuda" in command[3]:
             raise NotThereError("no GPU here")
         if "merge-many" in command:
             raise WayError("exit 1: it broke")
         ours = name.startswith("ours") or name == "personalized_soups"
         count = json.loads(command[3]).get("count", 0) if name == "ours_many" else 0
         report = {"seconds": 0.5 + count / 8 if ours else 10.0, "layers": 16, "error": 1e-7}
+        report |= {"tokens_per_second": 96.0 if ours else 24.0, "change_seconds": 3e-4, "user_bytes": 600.0}
         return Run(1.0 if ours else 12.0, 300_000_000, {**report, "bytes_per_second": 4e9})
 
     def install(environment: Path) -> None:
@@ -109,8 +119,12 @@ def test_figures_become_rows(
     assert rows["many-further"]["ours"] == pytest.approx(1 / 8)
     assert rows["many-further"]["ratio"] == pytest.approx((1 / 8) / (10 / 16))
     assert rows["many-arithmetic"]["ratio"] == pytest.approx(1)
+    assert rows["mixing-peft"]["ratio"] == pytest.approx(4)
+    assert rows["mixing-wrap"]["ratio"] == pytest.approx(20)
+    assert rows["mixing-change"]["ours"] == pytest.approx(0.3)
     assert {name: row["met"] for name, row in rows.items() if row["bar"]} == {
-        name: None if name in {"base-mergekit", "live-free-gpu", "live-shared-gpu"} else True for name in BARS
+        name: None if name in {"base-mergekit", "live-free-gpu", "live-shared-gpu", "mixing-gpu"} else True
+        for name in BARS
     }
     notes = {name: row["note"] for name, row in rows.items() if row["note"]}
     assert notes["base-mergekit"] == "mergekit cannot be installed: no network"
