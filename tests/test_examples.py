@@ -22,6 +22,7 @@ def test_no_example_is_forgotten() -> None:
     assert sorted(path.name for path in EXAMPLES.rglob("*") if path.is_file() and path.suffix != ".pyc") == [
         "formality.yaml",
         "live.py",
+        "one_batch.py",
         "three_users.py",
     ]
 
@@ -46,6 +47,24 @@ def test_three_users_get_three_answers(
     answers = [line.partition(": ")[2] for line in told.splitlines() if ": " in line]
     assert len(answers) == 4
     assert all(answers)
+
+
+def test_three_users_in_one_batch_get_what_their_merged_models_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes = {f"model.layers.{layer}.mlp.up_proj": (384, 128) for layer in range(4)}
+    for seed, side in enumerate(("elementary", "expert", "concise", "informative", "friendly", "unfriendly")):
+        write_expert(tmp_path / side, seed=seed, rank=2, alpha=4, shapes=shapes)
+    told = {}
+    for example in ("three_users.py", "one_batch.py"):
+        monkeypatch.setattr(sys, "argv", [example, str(tmp_path)])
+        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+        lines = capsys.readouterr().out.splitlines()
+        told[example] = dict(line.split(": ", 1) for line in lines if ": " in line)
+    cooling = told["one_batch.py"].pop("cooling down")
+    assert told["one_batch.py"] == told["three_users.py"]
+    assert len(told["one_batch.py"]) == 4
+    assert cooling
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT asks by the old name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from benchmarks.decoding import ROWS
@@ -51,6 +52,13 @@ _SMALL = (
         unit="",
         bar=Bar("at most", 1e-5, unit=""),
     ),
+    Row(
+        "mixing-greedy",
+        "the same, greedy answers that part from those alone without a near tie",
+        "-",
+        unit="",
+        bar=Bar("at most", 0, unit=""),
+    ),
     Row("mixing-embedded-base", "the same, decode", "the bare base", unit="tok/s"),
 )
 _FREE = (
@@ -83,6 +91,9 @@ def _small(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
     )
     yield filled(rows["mixing-embedded"], _rates(runs["ours"]), _rates(runs["peft"]))
     yield filled(rows["mixing-agreement"], _reported("error")(runs["agreement"]))
+    greedy = filled(rows["mixing-greedy"], _reported("unexplained")(runs["agreement"]))
+    parted = _reported("parted")(runs["agreement"])
+    yield greedy if isinstance(parted, Exception) else replace(greedy, note=f"{parted[0]:.0f} of {ROWS} part at all")
     yield filled(rows["mixing-embedded-base"], _rates(runs["ours"]), _rates(runs["bare"]))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -134,18 +135,19 @@ class Generator:
         seed: int = 0,
         greedy: bool = False,
         processors: Sequence[Any] = (),
+        past: Any = None,
     ) -> Iterator[str]:
         """Yield the answer piece by piece; the pieces together are what `answers` gives for this prompt and seed.
 
-        `processors` are further logits processors.
+        `processors` are further logits processors. `past` is a cache of transformers' that holds the keys and values of
+        the prompt's beginning; it grows with the answer.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = encode_prompt(self.tokenizer, prompt)
         tokens: list[int] = []
         said = ""
-        for token in TokenStream(
-            lambda stream: self._generate([encoded], [0], sampling, seed, processors=processors, stream=stream)
-        ):
+        generate = partial(self._generate, [encoded], [0], sampling, seed, processors=processors, past=past)
+        for token in TokenStream(lambda stream: generate(stream=stream)):
             tokens.append(token)
             # White space at the end waits for what follows (the answer is stripped), and so does half a character.
             text = self.text(tokens)
@@ -163,6 +165,7 @@ class Generator:
         *,
         processors: Sequence[Any],
         stream: TokenStream | None = None,
+        past: Any = None,
     ) -> list[list[int]]:
         """Return the new tokens of each prompt; `rows` are the places that their random numbers depend on."""
         from transformers import GenerationConfig
@@ -186,6 +189,7 @@ class Generator:
                 attention_mask=mask_BT,
                 generation_config=config,
                 logits_processor=[*processors, drawn],
+                past_key_values=past,
                 streamer=stream,
                 stopping_criteria=[stream] if stream is not None else None,
             )

@@ -20,7 +20,7 @@ from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.loading import Dtype, choose_device, load_base, load_tokenizer
-from personalized_soups.generation.prompts import Prompt
+from personalized_soups.generation.prompts import Prompt, encode_prompt
 from personalized_soups.merging.plan import dimensions_of
 from personalized_soups.mixing.generating import (
     generate_tokens,
@@ -31,6 +31,7 @@ from personalized_soups.mixing.generating import (
 )
 from personalized_soups.mixing.layers import MixedLayers
 from personalized_soups.mixing.mixture import LayerWeights, Row, Who, checked_number, checked_weight, row_of
+from personalized_soups.mixing.prefixes import PrefixCache
 from personalized_soups.mixing.running import Mixture, NextStep
 
 if TYPE_CHECKING:
@@ -253,9 +254,22 @@ class SoupModel:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         seed: int = 0,
+        prefixes: PrefixCache | None = None,
     ) -> Iterator[str]:
-        """Yield one answer piece by piece; the mixture is set until the last piece is taken, or the iterator closed."""
+        """Yield one answer piece by piece; the mixture is set until the last piece is taken, or the iterator closed.
+
+        Args:
+            prompt: a text, or a chat as a list of messages.
+            profile: who it is for, as `mixture` takes it.
+            max_new_tokens, temperature, seed: as in `generate`.
+            prefixes: what earlier prompts of the same soup left is not read again, and this one is left for the next:
+                for chats, whose prompts begin alike.
+        """
         with self.mixture([profile]) as mixture:
+            tokens = encode_prompt(self.generator.tokenizer, prompt)
+            version = mixture.rows[0].version(self._held.stamps)
+            prefix = None if prefixes is None else prefixes.longest(version, tokens)
+            past = None if prefixes is None else self._new_past() if prefix is None else prefix.past
             yield from self.generator.stream(
                 prompt,
                 temperature=temperature,
@@ -263,7 +277,10 @@ class SoupModel:
                 seed=seed,
                 greedy=temperature == 0,
                 processors=[NextStep(mixture)] if mixture.is_scheduled else [],
+                past=past,
             )
+            if prefixes is not None:
+                prefixes.put(version, tokens, past)
 
     def version(self, profile: Who) -> str:
         """Return what a cache of keys and values is known by: it changes with the weights and with the experts.
@@ -418,6 +435,11 @@ class SoupModel:
                 mend="make the SoupModel with tokenizer=..., or give input_ids",
             )
         return Generator(self.model, self.tokenizer)
+
+    def _new_past(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
 
     def _mix(self, profiles: Sequence[Who], rows_each: int) -> Any:
         return self.mixture(list(profiles), rows_each=rows_each)

@@ -39,6 +39,7 @@ BARS = {
     "live-shared-gpu": ("at least", 0.7),
     "mixing-embedded": ("at least", 3),
     "mixing-agreement": ("at most", 1e-5),
+    "mixing-greedy": ("at most", 0),
     "mixing-peft": ("at least", 1.4),
     "mixing-base": ("at least", 0.85),
     "mixing-change": ("below", 1),
@@ -91,6 +92,7 @@ def test_figures_become_rows(
         count = json.loads(command[3]).get("count", 0) if name == "ours_many" else 0
         report = {"seconds": 0.5 + count / 8 if ours else 10.0, "layers": 16, "error": 1e-7}
         report |= {"tokens_per_second": 96.0 if ours else 24.0, "change_seconds": 3e-4, "user_bytes": 600.0}
+        report |= {"parted": 1, "unexplained": 0}
         return Run(1.0 if ours else 12.0, 300_000_000, {**report, "bytes_per_second": 4e9})
 
     def install(environment: Path) -> None:

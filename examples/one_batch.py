@@ -1,0 +1,34 @@
+"""Three users answered in one batch: one base in memory, nothing merged, a soup of its own in every row.
+
+Needs the experts of `psoups quickstart` (or yours):  python examples/one_batch.py quickstart/experts
+"""
+
+from __future__ import annotations
+
+import sys
+
+from personalized_soups import Profile, SoupModel
+from personalized_soups.tiny import BASE_FOLDER
+
+USERS = [
+    Profile(user="Ada, a chemist in a hurry", weights={"expert": 0.5, "concise": 0.5, "unfriendly": 0.5}),
+    Profile(user="Ben, eight years old", weights={"elementary": 0.5, "concise": 0.5, "friendly": 0.5}),
+    Profile(user="Cleo, new to all this", weights={"elementary": 0.5, "informative": 0.5, "friendly": 0.5}),
+]
+PROMPT = "How do I clean an old kettle?"
+
+
+def main(experts: str) -> None:
+    """Print what the base and every user's soup answer, all rows of one batch; then one answer whose tone turns."""
+    model = SoupModel.from_pretrained(BASE_FOLDER, experts, device="cpu")
+    answers = model.generate([PROMPT] * 4, [None, *USERS])
+    print(f"{PROMPT}\n")
+    for name, answer in zip(["the base", *(profile.user for profile in USERS)], answers, strict=True):
+        print(f"{name}: {answer}\n")
+    # a weight may follow the tokens: friendly at first, and the contrary at the end
+    cooling = {"elementary": 0.5, "informative": 0.3, "friendly": lambda token: 0.6 if token < 30 else -0.9}
+    print(f"cooling down: {model.generate(PROMPT, [cooling])[0]}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else "quickstart/experts")
