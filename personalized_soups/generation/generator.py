@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -29,8 +28,21 @@ from personalized_soups.generation.streaming import TokenStream
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What a batch of answers stands in: from the numbers of its rows' prompts to further logits processors.
-Around: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[Sequence[Any]]]
+
+class Within(NamedTuple):
+    """What a batch is answered with, beside the model.
+
+    Args:
+        processors: further logits processors.
+        past: a cache of transformers' that holds the keys and values of the prompts' beginnings; it grows.
+    """
+
+    processors: Sequence[Any] = ()
+    past: Any = None
+
+
+# Entered around each batch, by the thread that generates it, with the numbers of its rows' prompts.
+Around: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[Within]]
 
 
 class Generator:
@@ -104,7 +116,7 @@ class Generator:
         depend on seed, p and s alone: two models that are asked with one seed answer from common random numbers.
         Where these prompts are a part of more, `places` are their answers' places in the whole, one for each answer.
         `on_done` hears after each batch how many answers there are so far. `around` is entered around each batch, with
-        the numbers of its rows' prompts; it yields further logits processors.
+        the numbers of its rows' prompts.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
@@ -116,10 +128,8 @@ class Generator:
             group = order[start : start + batch_size]
             drawn_by = group if places is None else [places[row] for row in group]
             asked = [rows[row] for row in group]
-            with nullcontext(()) if around is None else around(asked) as processors:
-                said = self._generate(
-                    [encoded[index] for index in asked], drawn_by, sampling, seed, processors=processors
-                )
+            with nullcontext(Within()) if around is None else around(asked) as within:
+                said = self._generate([encoded[index] for index in asked], drawn_by, sampling, seed, within=within)
             for row, tokens in zip(group, said, strict=True):
                 texts[row] = self.text(tokens)
             if on_done is not None:
@@ -134,20 +144,22 @@ class Generator:
         max_new_tokens: int = 256,
         seed: int = 0,
         greedy: bool = False,
-        processors: Sequence[Any] = (),
-        past: Any = None,
+        around: Around | None = None,
     ) -> Iterator[str]:
         """Yield the answer piece by piece; the pieces together are what `answers` gives for this prompt and seed.
 
-        `processors` are further logits processors. `past` is a cache of transformers' that holds the keys and values of
-        the prompt's beginning; it grows with the answer.
+        `around` is entered while it is generated, on a thread of its own.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = encode_prompt(self.tokenizer, prompt)
         tokens: list[int] = []
         said = ""
-        generate = partial(self._generate, [encoded], [0], sampling, seed, processors=processors, past=past)
-        for token in TokenStream(lambda stream: generate(stream=stream)):
+
+        def generate(stream: TokenStream) -> None:
+            with nullcontext(Within()) if around is None else around([0]) as within:
+                self._generate([encoded], [0], sampling, seed, within=within, stream=stream)
+
+        for token in TokenStream(generate):
             tokens.append(token)
             # White space at the end waits for what follows (the answer is stripped), and so does half a character.
             text = self.text(tokens)
@@ -163,9 +175,8 @@ class Generator:
         sampling: Sampling,
         seed: int,
         *,
-        processors: Sequence[Any],
+        within: Within,
         stream: TokenStream | None = None,
-        past: Any = None,
     ) -> list[list[int]]:
         """Return the new tokens of each prompt; `rows` are the places that their random numbers depend on."""
         from transformers import GenerationConfig
@@ -188,8 +199,8 @@ class Generator:
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
                 generation_config=config,
-                logits_processor=[*processors, drawn],
-                past_key_values=past,
+                logits_processor=[*within.processors, drawn],
+                past_key_values=within.past,
                 streamer=stream,
                 stopping_criteria=[stream] if stream is not None else None,
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from personalized_soups.errors import UsageError
-from personalized_soups.generation.generator import Generator
+from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.prompts import Prompt, encode_prompt
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import pad_left
@@ -51,13 +51,13 @@ def sampled_answers(
     longest = max(len(encode_prompt(generator.tokenizer, prompt)) for prompt in prompts)
 
     @contextmanager
-    def around(indices: Sequence[int]) -> Iterator[Sequence[Any]]:
+    def around(indices: Sequence[int]) -> Iterator[Within]:
         width = longest + int(sampling["max_new_tokens"])
         with (
             mix([profiles[index] for index in indices], 1) as mixture,
             fitting_rows(generator.model, len(indices), width),
         ):
-            yield [NextStep(mixture)] if mixture.is_scheduled else []
+            yield Within(processors_of(mixture))
 
     return [answer for (answer,) in generator.answers(prompts, around=around, **sampling)]
 
@@ -98,11 +98,14 @@ def transformers_answers(
 
 def generate_tokens(model: Any, mixture: Mixture, options: Mapping[str, Any]) -> Any:
     """Return what the model's own generate returns, its schedules' steps taken."""
-    processors = list(options.get("logits_processor") or [])
-    if mixture.is_scheduled:
-        processors.append(NextStep(mixture))
+    processors = [*(options.get("logits_processor") or []), *processors_of(mixture)]
     with torch.no_grad():
         return model.generate(**{**options, "logits_processor": processors})
+
+
+def processors_of(mixture: Mixture) -> list[NextStep]:
+    """Return the logits processors that a mixture needs: one where its weights follow the tokens."""
+    return [NextStep(mixture)] if mixture.is_scheduled else []
 
 
 def rows_for_each(options: Mapping[str, Any]) -> int:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -17,27 +15,27 @@ from personalized_soups.adapters.compatible import strangers
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.declare.profile import Profile
-from personalized_soups.errors import UsageError, choose_from
-from personalized_soups.generation.generator import Generator
+from personalized_soups.errors import UsageError
+from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.loading import Dtype, choose_device, load_base, load_tokenizer
 from personalized_soups.generation.prompts import Prompt, encode_prompt
-from personalized_soups.merging.plan import dimensions_of
+from personalized_soups.merging.checks import raise_all
 from personalized_soups.mixing.generating import (
     generate_tokens,
     one_for_each,
+    processors_of,
     rows_for_each,
     sampled_answers,
     transformers_answers,
 )
 from personalized_soups.mixing.layers import MixedLayers
-from personalized_soups.mixing.mixture import LayerWeights, Row, Who, checked_number, checked_weight, row_of
-from personalized_soups.mixing.prefixes import PrefixCache
-from personalized_soups.mixing.running import Mixture, NextStep
+from personalized_soups.mixing.mixture import LayerWeights, Row, Who
+from personalized_soups.mixing.prefixes import PrefixCache, new_past
+from personalized_soups.mixing.roster import Names, Roster
+from personalized_soups.mixing.running import Current, Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Names: TypeAlias = str | Sequence[str]
 
 
 class SoupModel:
@@ -75,13 +73,9 @@ class SoupModel:
         self.tokenizer = tokenizer
         self._fingerprint = fingerprint
         self._same_base = same_base
-        self._lock = threading.RLock()
         self._held = MixedLayers(model)
-        self._profiles: dict[str, Row] = {}
-        self._scales: dict[str, float] = {}
-        self._served: Row | None = None  # where no mixture is set
-        self._is_enabled = True
-        self._running: list[Mixture] = []
+        self._roster = Roster()
+        self._current = Current(self._held, self._roster.scaled)
         self._change(list(_library(experts).values()))
 
     @classmethod
@@ -124,7 +118,7 @@ class SoupModel:
     @property
     def profiles(self) -> Mapping[str, Row]:
         """The weights that names stand for, some hundred bytes each; add_profile and remove_profile change them."""
-        return MappingProxyType(self._profiles)
+        return self._roster.profiles
 
     @property
     def layers(self) -> MixedLayers:
@@ -164,22 +158,12 @@ class SoupModel:
         """
         is_single = profiles is None or isinstance(profiles, str | Profile | Mapping)
         listed: list[Who] = [profiles] if is_single else list(profiles)  # type: ignore[arg-type, list-item]
-        with self._lock:
-            self._held.follow()
-            mixture = Mixture(
-                [self._row(who) for who in listed],
-                self._held.gates,
-                list(self._held.by_name),
-                token_rows=rows,
-                rows_each=None if is_single and rows is None else rows_each,
-            )
-            self._running.append(mixture)
-            try:
-                mixture.apply()
-                yield mixture
-            finally:
-                self._running.pop()
-                self._settle()
+        with self._current.mixture(
+            lambda: [self._row(who) for who in listed],
+            token_rows=rows,
+            rows_each=None if is_single and rows is None else rows_each,
+        ) as mixture:
+            yield mixture
 
     def generate(
         self,
@@ -256,7 +240,7 @@ class SoupModel:
         seed: int = 0,
         prefixes: PrefixCache | None = None,
     ) -> Iterator[str]:
-        """Yield one answer piece by piece; the mixture is set until the last piece is taken, or the iterator closed.
+        """Yield one answer piece by piece, while it is generated on a thread of its own, which sets the mixture.
 
         Args:
             prompt: a text, or a chat as a list of messages.
@@ -265,22 +249,28 @@ class SoupModel:
             prefixes: what earlier prompts of the same soup left is not read again, and this one is left for the next:
                 for chats, whose prompts begin alike.
         """
-        with self.mixture([profile]) as mixture:
-            tokens = encode_prompt(self.generator.tokenizer, prompt)
-            version = mixture.rows[0].version(self._held.stamps)
-            prefix = None if prefixes is None else prefixes.longest(version, tokens)
-            past = None if prefixes is None else self._new_past() if prefix is None else prefix.past
-            yield from self.generator.stream(
-                prompt,
-                temperature=temperature,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                greedy=temperature == 0,
-                processors=[NextStep(mixture)] if mixture.is_scheduled else [],
-                past=past,
-            )
-            if prefixes is not None:
+        tokens = encode_prompt(self.generator.tokenizer, prompt)
+
+        @contextmanager
+        def around(_: Sequence[int]) -> Iterator[Within]:
+            with self.mixture([profile]) as mixture:
+                if prefixes is None:
+                    yield Within(processors_of(mixture))
+                    return
+                version = mixture.rows[0].version(self._held.stamps)
+                prefix = prefixes.longest(version, tokens)
+                past = new_past(self.model) if prefix is None else prefix.past
+                yield Within(processors_of(mixture), past)
                 prefixes.put(version, tokens, past)
+
+        return self.generator.stream(
+            prompt,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            greedy=temperature == 0,
+            around=around,
+        )
 
     def version(self, profile: Who) -> str:
         """Return what a cache of keys and values is known by: it changes with the weights and with the experts.
@@ -288,7 +278,7 @@ class SoupModel:
         Two prompts' caches may be exchanged where tokens and versions are equal. Of a schedule it tells step 0, with
         which the prompt is read.
         """
-        with self._lock:
+        with self._current.lock:
             return self._row(profile).version(self._held.stamps)
 
     def add_profile(self, profile: Profile, name: str | None = None) -> None:
@@ -299,8 +289,8 @@ class SoupModel:
         Raises:
             DeclarationError, UsageError: as `mixture`.
         """
-        with self._lock:
-            self._profiles[name or profile.user] = self._unscaled(profile)
+        with self._current.lock:
+            self._roster.add(profile, name or profile.user)
 
     def remove_profile(self, name: str) -> None:
         """Forget a profile.
@@ -308,11 +298,8 @@ class SoupModel:
         Raises:
             UsageError: if nobody is called so.
         """
-        with self._lock:
-            if self._profiles.pop(name, None) is None:
-                raise UsageError(
-                    f"no profile is called {name!r}", where="profiles", mend=choose_from(name, self._profiles)
-                )
+        with self._current.lock:
+            self._roster.remove(name)
 
     def add_expert(self, expert: Expert | Path | str, name: str | None = None) -> str:
         """Hold one more expert, or another one in place of that of its name, and return the name.
@@ -337,8 +324,9 @@ class SoupModel:
         Raises:
             UsageError: if there is no such expert; within a mixture of this thread's.
         """
-        self._check_expert(name)
-        self._change([], [name])
+        with self._current.lock:
+            self._roster.check_expert(name)
+            self._change([], [name])
 
     def serve(self, profile: Who) -> None:
         """Serve all rows with a profile where no mixture is set; None makes that the bare base again.
@@ -346,11 +334,8 @@ class SoupModel:
         Raises:
             DeclarationError, UsageError: as `mixture`.
         """
-        with self._lock:
-            row = self._unscaled(profile)
-            self._served = row if row.weights else None
-            self._is_enabled = True
-            self._settle()
+        with self._current.lock:
+            self._current.serve(self._roster.row(profile))
 
     def set_adapters(self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights] = 1.0) -> None:
         """Serve all rows with these experts where no mixture is set: diffusers' call, with its meaning of weights.
@@ -362,19 +347,8 @@ class SoupModel:
         Raises:
             UsageError: if an expert is unknown, or there are not as many weights as names.
         """
-        listed = [names] if isinstance(names, str) else list(names)
-        each = [weights] * len(listed) if isinstance(weights, int | float | Mapping) else list(weights)
-        if len(each) != len(listed):
-            raise UsageError(
-                f"{len(each)} weights for {len(listed)} adapters", where="weights", mend="give one weight for each name"
-            )
-        with self._lock:
-            for name in listed:
-                self._check_expert(name)
-            pairs = zip(listed, each, strict=True)
-            self._served = Row({name: checked_weight(weight, f"weights.{name}") for name, weight in pairs})
-            self._is_enabled = True
-            self._settle()
+        with self._current.lock:
+            self._current.serve(self._roster.row_of_adapters(names, weights))
 
     def set_scale(self, name: str, scale: float) -> None:
         """Multiply an expert's weight by `scale` wherever it is used from now on; 1 undoes it.
@@ -383,27 +357,22 @@ class SoupModel:
             UsageError: if there is no such expert.
             DeclarationError: if the scale is no finite number.
         """
-        with self._lock:
-            self._check_expert(name)
-            self._scales[name] = checked_number(scale, f"scale of {name}")
+        with self._current.lock:
+            self._roster.set_scale(name, scale)
             self._held.restamp(name)
-            self._settle()
+            self._current.settle()
 
     def get_active_adapters(self) -> list[str]:
         """Return the experts that serve where no mixture is set."""
-        return list(self._served.weights) if self._served is not None and self._is_enabled else []
+        return list(self._current.served.weights)
 
     def disable_adapters(self) -> None:
         """Be the bare base where no mixture is set, until enable_adapters or set_adapters."""
-        with self._lock:
-            self._is_enabled = False
-            self._settle()
+        self._current.enable(False)
 
     def enable_adapters(self) -> None:
         """Serve again what set_adapters asked for."""
-        with self._lock:
-            self._is_enabled = True
-            self._settle()
+        self._current.enable(True)
 
     def delete_adapters(self, names: Names) -> None:
         """Let go of experts: diffusers' name for remove_expert."""
@@ -436,56 +405,27 @@ class SoupModel:
             )
         return Generator(self.model, self.tokenizer)
 
-    def _new_past(self) -> Any:
-        from transformers import DynamicCache
-
-        return DynamicCache(config=self.model.config)
-
     def _mix(self, profiles: Sequence[Who], rows_each: int) -> Any:
         return self.mixture(list(profiles), rows_each=rows_each)
 
     def _row(self, who: Who) -> Row:
-        return self._unscaled(who).scaled(self._scales)
-
-    def _unscaled(self, who: Who) -> Row:
-        experts = list(self.experts.values())
-        side_of = {expert.name: expert.side for expert in experts if expert.side is not None}
-        return row_of(who, list(self.experts), self._profiles, self._dimension_of, side_of)
+        return self._roster.scaled(self._roster.row(who))
 
     def _change(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
-        with self._lock:
-            if self._running:
+        with self._current.lock:
+            if self._current.is_set:
                 raise UsageError(
                     "experts cannot change while a mixture is set",
                     where="mixture",
                     mend="leave the block first; other threads wait for it by themselves",
                 )
             if self._fingerprint is not None and not self._same_base:
-                for fault in strangers(added, self._fingerprint, getattr(self.model, "name_or_path", "")):
-                    raise fault
+                raise_all(strangers(added, self._fingerprint, getattr(self.model, "name_or_path", "")))
             # a buffer that was made in inference mode could not be changed outside of it
             with torch.inference_mode(False), torch.no_grad():
                 self._held.change(added, removed, same_base=self._same_base)
-            self._dimension_of = dimensions_of(list(self.experts.values()))
-            self._scales = {name: scale for name, scale in self._scales.items() if name in self.experts}
-            if self._served is not None:
-                kept = {name: weight for name, weight in self._served.weights.items() if name in self.experts}
-                self._served = Row(kept) if kept else None
-            self._settle()
-
-    def _settle(self) -> None:
-        """Make the gates those of the mixture that is set: the innermost, else what set_adapters asked for."""
-        gates = self._held.gates
-        if self._running:
-            self._running[-1].apply()
-        elif self._served is not None and self._is_enabled:
-            Mixture([self._served.scaled(self._scales)], gates, list(self._held.by_name), rows_each=None).apply()
-        else:
-            gates.is_on = False
-
-    def _check_expert(self, name: str) -> None:
-        if name not in self.experts:
-            raise UsageError(f"no expert is called {name!r}", where="experts", mend=choose_from(name, self.experts))
+            self._roster.put(self.experts)
+            self._current.forget(self.experts)
 
 
 def _library(experts: ExpertLibrary | Path | str) -> ExpertLibrary:

@@ -79,6 +79,13 @@ class PrefixCache:
             self.num_bytes -= self._entries.pop(key)[1]
 
 
+def new_past(model: Any) -> Any:
+    """Return an empty cache for a model of transformers."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
 def _cut(past: Any, num_tokens: int) -> None:
     beyond = past.get_seq_length() - num_tokens
     if beyond > 0:

@@ -1,13 +1,16 @@
-"""The mixture that is set: a batch's rows, written into the gates at each step."""
+"""The mixture that is set: a batch's rows, written into the gates at each step; and what is set where none is."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.gates import Gates
+from personalized_soups.mixing.layers import MixedLayers
 from personalized_soups.mixing.mixture import Row, weight_table
 
 
@@ -71,6 +74,86 @@ class Mixture:
 
     def _tables_at(self, step: int) -> tuple[Tensor, Tensor | None]:
         return weight_table([row.at(step) for row in self.rows], self._gates.experts, self._layers)
+
+
+class Current:
+    """What the gates hold: the mixture that was set last and has not ended, else the row that is served, else nothing.
+
+    One thread at a time sets mixtures; another's waits until the outermost has ended.
+
+    Args:
+        layers: of the model.
+        scaled: gives a served row the experts' scales.
+    """
+
+    def __init__(self, layers: MixedLayers, scaled: Callable[[Row], Row]) -> None:
+        self.lock = threading.RLock()
+        self._layers = layers
+        self._scaled = scaled
+        self._set: list[Mixture] = []
+        self._served = Row()
+        self._is_enabled = True
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a mixture is set; asked by the thread that has the lock."""
+        return bool(self._set)
+
+    @property
+    def served(self) -> Row:
+        """The row that serves where no mixture is set; one without weights is the bare base."""
+        return self._served if self._is_enabled else Row()
+
+    @contextmanager
+    def mixture(
+        self, rows: Callable[[], Sequence[Row]], *, token_rows: Tensor | None, rows_each: int | None
+    ) -> Iterator[Mixture]:
+        """Set a mixture within the block; `rows` is called once this thread has its turn.
+
+        Raises:
+            UsageError, DeclarationError: as Mixture.
+        """
+        with self.lock:
+            self._layers.follow()
+            mixture = self._made(rows(), token_rows=token_rows, rows_each=rows_each)
+            self._set.append(mixture)
+            try:
+                mixture.apply()
+                yield mixture
+            finally:
+                self._set.pop()
+                self.settle()
+
+    def serve(self, row: Row) -> None:
+        """Serve all rows with these weights where no mixture is set."""
+        with self.lock:
+            self._served, self._is_enabled = row, True
+            self.settle()
+
+    def enable(self, is_enabled: bool) -> None:
+        """Serve the row, or be the bare base."""
+        with self.lock:
+            self._is_enabled = is_enabled
+            self.settle()
+
+    def forget(self, experts: Collection[str]) -> None:
+        """Serve no other experts than these."""
+        self._served = Row({name: weight for name, weight in self._served.weights.items() if name in experts})
+        self.settle()
+
+    def settle(self) -> None:
+        """Write into the gates what they shall hold now."""
+        if self._set:
+            self._set[-1].apply()
+        elif self.served.weights:
+            self._layers.follow()
+            self._made([self._scaled(self.served)], token_rows=None, rows_each=None).apply()
+        else:
+            self._layers.gates.is_on = False
+
+    def _made(self, rows: Sequence[Row], *, token_rows: Tensor | None, rows_each: int | None) -> Mixture:
+        names = list(self._layers.by_name)
+        return Mixture(rows, self._layers.gates, names, token_rows=token_rows, rows_each=rows_each)
 
 
 class NextStep:

@@ -131,6 +131,26 @@ def test_streams_give_the_same_text(model: SoupModel) -> None:
     assert "".join(pieces) == want[0]
 
 
+def test_a_stream_may_be_read_by_any_thread_and_left_early(model: SoupModel) -> None:
+    want = model.generate(PROMPTS[:1], PROFILES[:1], max_new_tokens=10)[0]
+    pieces = model.stream(PROMPTS[0], PROFILES[0], max_new_tokens=10)
+    first: list[str] = []
+    reader = threading.Thread(target=lambda: first.append(next(pieces)))
+    reader.start()
+    reader.join()
+    assert first[0] + "".join(pieces) == want
+    left = model.stream(PROMPTS[0], PROFILES[0], max_new_tokens=200)
+    assert want.startswith(next(left))
+    left.close()  # type: ignore[attr-defined]
+    done: list[Any] = []
+    other = threading.Thread(target=lambda: done.append(model.generate(PROMPTS[:1], PROFILES[:1], max_new_tokens=10)))
+    other.start()
+    other.join(timeout=30)
+    assert done == [[want]]
+    with pytest.raises(UsageError, match="nobody is called 'wram'"):
+        next(model.stream(PROMPTS[0], "wram"))
+
+
 def test_a_streamer_on_a_thread_of_its_own_sees_the_mixture(model: SoupModel) -> None:
     from transformers import TextIteratorStreamer
 
