@@ -42,13 +42,13 @@ class Room:
 
 
 @contextmanager
-def fitting_rows(model: Any, num_rows: int, width: int, room: Room | None = None) -> Iterator[None]:
+def fitting_rows(model: Any, num_rows: int, width: Callable[[], int], room: Room | None = None) -> Iterator[None]:
     """Tell, where a batch runs out of the GPU's memory, how many rows of it would fit.
 
     Args:
         model: a causal language model; within the block it answers the batch.
         num_rows: rows of the batch.
-        width: tokens of a row in the end.
+        width: returns the tokens of a row in the end; asked only where the batch does not fit.
         room: the memory of the model's device.
 
     Raises:
@@ -62,9 +62,10 @@ def fitting_rows(model: Any, num_rows: int, width: int, room: Room | None = None
     if has_room:
         return
     # outside of the handler: the batch's tensors are let go with the error's frames
-    fitting = min(num_rows - 1, num_fitting(model, width, room or Room.of(model.device)))
+    tokens = width()
+    fitting = min(num_rows - 1, num_fitting(model, tokens, room or Room.of(model.device)))
     raise RunError(
-        f"the GPU has no room for a batch of {num_rows} rows of up to {width} tokens",
+        f"the GPU has no room for a batch of {num_rows} rows of up to {tokens} tokens",
         where="batch_size",
         mend=f"take batch_size {fitting}"
         if fitting > 0

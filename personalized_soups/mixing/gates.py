@@ -12,15 +12,13 @@ from torch import Tensor
 
 from personalized_soups.mixing.stack import Stack
 
-# Sizes of batches whose buffers are kept; each is some hundred KiB.
-_KEPT = 8
-
 
 class Gates:
     """One buffer `[G, C]` for each number of gates, which never moves: setting weights changes no address and no shape.
 
-    So nothing is compiled again and no CUDA graph breaks when the weights change. All layers of a model share one
-    object; what a layer reads is a view of the buffer.
+    So nothing is compiled again and no CUDA graph breaks when the weights change: a graph that was captured may hold a
+    buffer's address for ever, so none is let go before the stacks change. All layers of a model share one object; what
+    a layer reads is a view of the buffer.
 
     Attributes:
         is_on: whether a mixture is set; layers return the base's own output otherwise.
@@ -90,11 +88,9 @@ class Gates:
         self.used = frozenset(name for name, one in zip(self.experts, is_used, strict=True) if one)
 
     def _buffer(self, num_gates: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        found = self._buffers.pop(num_gates, None)
+        found = self._buffers.get(num_gates)
         if found is None:
-            if len(self._buffers) >= _KEPT:
-                self._buffers.pop(next(iter(self._buffers)))
             buffer_GC = torch.zeros(num_gates, sum(self._widths), dtype=self._dtype, device=self._scales_C.device)
             found = (buffer_GC, buffer_GC.split(self._widths, dim=1))
-        self._buffers[num_gates] = found  # the latest is the last to be forgotten
+            self._buffers[num_gates] = found
         return found

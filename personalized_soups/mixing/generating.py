@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,11 +49,12 @@ def sampled_answers(
     `sampling` goes to Generator.answers.
     """
 
-    longest = max(len(encode_prompt(generator.tokenizer, prompt)) for prompt in prompts)
-
     @contextmanager
     def around(indices: Sequence[int]) -> Iterator[Within]:
-        width = longest + int(sampling["max_new_tokens"])
+        def width() -> int:
+            longest = max(len(encode_prompt(generator.tokenizer, prompts[index])) for index in indices)
+            return longest + int(sampling["max_new_tokens"])
+
         with (
             mix([profiles[index] for index in indices], 1) as mixture,
             fitting_rows(generator.model, len(indices), width),
@@ -70,9 +72,13 @@ def transformers_answers(
     *,
     max_new_tokens: int,
     batch_size: int,
+    seed: int,
     options: Mapping[str, Any],
 ) -> list[str]:
-    """Return the answers that transformers' generate gives with `options`: n for each prompt, one after another."""
+    """Return the answers that transformers' generate gives with `options`: n for each prompt, one after another.
+
+    Its own sampling draws from torch's generators, which are set by `seed` for it and put back.
+    """
     from transformers import GenerationConfig
 
     tokenizer, model = generator.tokenizer, generator.model
@@ -80,19 +86,27 @@ def transformers_answers(
         max_new_tokens=max_new_tokens, eos_token_id=sorted(generator.stop_ids), pad_token_id=int(tokenizer.pad_token_id)
     )
     found: list[str] = []
-    for start in range(0, len(prompts), batch_size):
-        asked = slice(start, start + batch_size)
-        encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts[asked]]
-        ids_BT, mask_BT = pad_left(encoded, int(tokenizer.pad_token_id), model.device)
-        rows_each = rows_for_each(options)
-        width = ids_BT.shape[1] + max_new_tokens
-        num_rows = len(encoded) * rows_each
-        with mix(profiles[asked], rows_each) as mixture, fitting_rows(model, num_rows, width), quiet_transformers():
-            out = generate_tokens(
-                model, mixture, {"input_ids": ids_BT, "attention_mask": mask_BT, "generation_config": config, **options}
-            )
-        tokens = out if isinstance(out, torch.Tensor) else out.sequences
-        found += [generator.text(row) for row in tokens[:, ids_BT.shape[1] :].tolist()]
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(prompts), batch_size):
+            asked = slice(start, start + batch_size)
+            encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts[asked]]
+            ids_BT, mask_BT = pad_left(encoded, int(tokenizer.pad_token_id), model.device)
+            rows_each = rows_for_each(options)
+            width = ids_BT.shape[1] + max_new_tokens
+            num_rows = len(encoded) * rows_each
+            with (
+                mix(profiles[asked], rows_each) as mixture,
+                fitting_rows(model, num_rows, partial(int, width)),
+                quiet_transformers(),
+            ):
+                out = generate_tokens(
+                    model,
+                    mixture,
+                    {"input_ids": ids_BT, "attention_mask": mask_BT, "generation_config": config, **options},
+                )
+            tokens = out if isinstance(out, torch.Tensor) else out.sequences
+            found += [generator.text(row) for row in tokens[:, ids_BT.shape[1] :].tolist()]
     return found
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import count
+from itertools import chain, count
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from personalized_soups.adapters.library import Expert
 from personalized_soups.merging.parallel import in_order, num_workers
@@ -137,5 +137,6 @@ class MixedLayers:
 
 
 def _device_of(layer: Any) -> torch.device:
-    device: torch.device = layer.weight.device
-    return device
+    # quantised layers hold their weights under other names
+    first: Tensor = next(chain(layer.parameters(), layer.buffers()))
+    return first.device

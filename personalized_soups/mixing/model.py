@@ -215,6 +215,7 @@ class SoupModel:
                 self._mix,
                 max_new_tokens=max_new_tokens or 256,
                 batch_size=batch_size,
+                seed=seed,
                 options=options,
             )
         return sampled_answers(

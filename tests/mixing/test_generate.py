@@ -97,6 +97,11 @@ def test_options_of_transformers_take_texts_too(model: SoupModel) -> None:
     assert len(answers) == 6
     best = model.generate(PROMPTS[2:], PROFILES[2:], max_new_tokens=6, num_beams=2)
     assert answers[4] == best[0]
+    sampled: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "top_p": 0.9, "temperature": 1.5}
+    state = torch.get_rng_state()
+    drawn = [model.generate(PROMPTS, PROFILES, seed=seed, **sampled) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert torch.equal(torch.get_rng_state(), state)
     greedy = model.generate(PROMPTS, PROFILES, max_new_tokens=6)
     assert model.generate(PROMPTS, PROFILES, max_new_tokens=6, use_cache=True) == greedy
 
@@ -306,11 +311,11 @@ def test_a_batch_too_large_for_the_gpu_says_how_many_rows_fit(model: SoupModel) 
         assert num_fitting(model.model, 12, room) == 14  # 0.95 * 900 / 60
         with (
             pytest.raises(RunError, match="no room for a batch of 64 rows") as caught,
-            fitting_rows(model, 64, 12, room),
+            fitting_rows(model.model, 64, lambda: 12, room),
         ):
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert caught.value.mend == "take batch_size 14"
-        with pytest.raises(RunError) as caught, fitting_rows(model, 9, 12, room):
+        with pytest.raises(RunError) as caught, fitting_rows(model.model, 9, lambda: 12, room):
             raise torch.OutOfMemoryError("CUDA out of memory")
         assert caught.value.mend == "take batch_size 8"
     finally:
@@ -320,7 +325,7 @@ def test_a_batch_too_large_for_the_gpu_says_how_many_rows_fit(model: SoupModel) 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     handle = model.model.register_forward_pre_hook(full)
-    with pytest.raises(RunError) as caught, fitting_rows(model, 64, 12, room):
+    with pytest.raises(RunError) as caught, fitting_rows(model.model, 64, lambda: 12, room):
         raise torch.OutOfMemoryError("CUDA out of memory")
     assert "one row does not fit" in caught.value.mend
     handle.remove()
