@@ -3,7 +3,7 @@
 #   make quickstart    train six experts on the embedded base, merge eight personal models, score them
 #   make test          formatting, lint, types, layers, the whole test suite
 #   make mutants       deliberate faults, one at a time: each must turn the suite red; about ten minutes
-#   make bench         what merging costs here, beside PEFT, mergekit and cp; about 25 minutes and 25 GB of disk
+#   make bench         what merging and mixing cost here, beside PEFT, mergekit and cp; about 25 minutes and 25 GB of disk
 #
 # TORCH_INDEX: another package index for torch, e.g. to keep a multi-gigabyte CUDA build off a machine without a GPU:
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -47,7 +47,7 @@ tiny: $(VENV)/.run
 quality: $(VENV)/.run
 	$(BIN)/psoups quality --page docs/quality.md
 
-# Fresh processes, medians of five, about 15 minutes; writes the tables into docs/. BENCH passes options: make bench BENCH='--shape tiny'.
+# Fresh processes, medians of five, about 25 minutes; writes the tables into docs/. BENCH passes options: make bench BENCH='--shape tiny'.
 bench: $(VENV)/.run
 	$(BIN)/python -m benchmarks.run $(BENCH)
 
