@@ -66,7 +66,13 @@ def generate(
     check_temperature(temperature)
     held = check_dtype(dtype)
     if profiles is not None or prompts is not None:
-        one_user = {"PROMPT": prompt, "--adapter": adapter, "--profile": profile, "--weights": weights}
+        one_user: dict[str, object] = {
+            "PROMPT": prompt,
+            "--adapter": adapter,
+            "--profile": profile,
+            "--weights": weights,
+        }
+        one_user["--json"] = as_json or None  # they are JSON lines as it is
         checked = _checked_many(profiles, prompts, experts, one_user)
         from personalized_soups.cli.generate_many import ManyOptions, generate_many
 

@@ -93,10 +93,11 @@ def generate_many(options: ManyOptions) -> None:
 
 def _settings(options: ManyOptions, library: Any) -> dict[str, Any]:
     """Return what the answers depend on."""
+    from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.files.digest import digest_file
 
     return {
-        "base": options.base,
+        "base": base_fingerprint(resolve_base(options.base)),
         "experts": {name: [digest_file(path) for path in each.adapter.files] for name, each in library.items()},
         "profiles": digest_file(options.profiles),
         "prompts": digest_file(options.prompts),

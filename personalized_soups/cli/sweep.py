@@ -11,7 +11,7 @@ import typer
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import MAX_SEED, catalogue_of, resolve_base
 from personalized_soups.cli.generate import check_dtype, check_temperature
-from personalized_soups.errors import DeclarationError, UsageError, choose_from
+from personalized_soups.errors import DeclarationError, UsageError, check_extra, choose_from
 
 
 def register(app: typer.Typer) -> None:
@@ -50,9 +50,11 @@ def sweep(
     Run it again to go on with what was interrupted.
     """
     check_temperature(temperature)
+    check_extra("plot", "matplotlib")
     held = check_dtype(dtype)
     if side_a == side_b:
         raise UsageError("both sides are one", where="SIDE_A SIDE_B", mend="name two experts")
+    from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
@@ -77,7 +79,7 @@ def sweep(
             raise
         catalogue = None
     settings = {
-        "base": base,
+        "base": base_fingerprint(resolve_base(base)),
         "experts": {name: _digests(library[name].adapter.files) for name in (side_a, side_b)},
         "prompts": digest_file(prompts),
         "steps": steps,

@@ -17,12 +17,18 @@ from personalized_soups.files.workplace import claimed, workplace_of
 _BLOCK = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GrowingLines:
-    """The file while this run has it: `num_done` lines were there when it began."""
+    """The file while this run has it: `num_done` lines were there when it began.
+
+    Nothing is written before the first rows are there, so that a run that fails before leaves everything as it was.
+    """
 
     path: Path
     num_done: int
+    _journal: Path
+    _settings: Mapping[str, Any]
+    _is_begun: bool
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Append rows, one a line; a kill costs the last one.
@@ -30,9 +36,18 @@ class GrowingLines:
         Raises:
             OSError: if they cannot be written.
         """
+        self.begin()
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(text)
+
+    def begin(self) -> None:
+        """Take away what stood there before; what the lines depend on is written before the first of them."""
+        if not self._is_begun:
+            self.path.unlink(missing_ok=True)
+            self._journal.write_text(json.dumps(self._settings), encoding="utf-8")
+            self.path.touch()
+            self._is_begun = True
 
 
 @contextmanager
@@ -44,7 +59,8 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     Args:
         path: the file; missing parents are made.
         settings: what the lines depend on, as JSON holds it.
-        overwrite: begin anew where the file is there and whole, or was begun with other settings.
+        overwrite: begin anew where the file is there and whole, or was begun with other settings; the old one goes with
+            the first rows of the new.
 
     Raises:
         OutputExistsError: if the file is there and whole, or another run has it.
@@ -59,19 +75,26 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
         )
     with claimed(path) as place:
         begun = _begun(place.journal) if path.exists() else None
-        if begun is not None and begun != settings and not overwrite:
-            differing = sorted(key for key in settings if begun.get(key) != settings[key])
-            raise UsageError(
-                f"a run with other settings was interrupted here; it differs in {', '.join(differing)}",
-                where=str(path),
-                mend="give the same options to go on with it, or pass --overwrite to begin anew",
-            )
-        num_done = _sound_lines(path) if begun == settings else 0
-        if num_done == 0:
-            path.write_bytes(b"")
-        place.journal.write_text(json.dumps(settings), encoding="utf-8")
-        yield GrowingLines(path, num_done)
+        num_done = 0 if begun is None else _sound_lines(path)
+        if begun is not None and num_done and begun != settings:
+            if not overwrite:
+                differing = sorted(key for key in settings if begun.get(key) != settings[key])
+                raise UsageError(
+                    f"a run with other settings was interrupted here; it differs in {', '.join(differing)}",
+                    where=str(path),
+                    mend="give the same options to go on with it, or pass --overwrite to begin anew",
+                )
+            num_done = 0
+        lines = GrowingLines(path, num_done, place.journal, settings, num_done > 0)
+        yield lines
+        lines.begin()
         place.journal.unlink()
+
+
+def read_lines(path: Path) -> list[Any]:
+    """Return the values of a JSON Lines file."""
+    # not splitlines: it ends lines at characters that JSON leaves in texts (U+2028, U+0085)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _begun(journal: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
@@ -49,9 +49,9 @@ class Generator:
     """Answers prompts with one model.
 
     Args:
-        model: a causal language model of transformers, or a PEFT model around one. It is put into evaluation mode, and
-            of its own generation config only the end tokens are kept: it may sample, penalise or cut, and here only
-            what the caller asks for counts.
+        model: a causal language model of transformers, or a PEFT model around one. It is put into evaluation mode. Of
+            its own generation config only the end tokens are heeded: it may sample, penalise or cut, and here only what
+            the caller asks for counts.
         tokenizer: the base's tokenizer; its chat template is used where it has one.
     """
 
@@ -59,7 +59,6 @@ class Generator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = _stop_ids(model, tokenizer)
-        _forget_own_generation(model)
 
     @classmethod
     def open(
@@ -194,7 +193,7 @@ class Generator:
             eos_token_id=sorted(self.stop_ids),
             pad_token_id=int(self.tokenizer.pad_token_id),
         )
-        with quiet_transformers(), torch.no_grad():
+        with quiet_transformers(), torch.no_grad(), self.forgetting_own_generation():
             out_BT = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -206,6 +205,22 @@ class Generator:
             )
         new_BN: Tensor = out_BT[:, ids_BT.shape[1] :]
         return [list(map(int, row)) for row in new_BN.tolist()]
+
+    @contextmanager
+    def forgetting_own_generation(self) -> Iterator[None]:
+        """Let the model, and what PEFT wraps in it, have a generation config that changes nothing within the block."""
+        from transformers import GenerationConfig
+
+        model = self.model
+        parts = {id(part): part for part in (model, getattr(model, "base_model", model), _wrapped(model))}.values()
+        own = [(part, part.generation_config) for part in parts if getattr(part, "generation_config", None) is not None]
+        for part, _ in own:
+            part.generation_config = GenerationConfig()
+        try:
+            yield
+        finally:
+            for part, config in own:
+                part.generation_config = config
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what the tokens before the first stop token say."""
@@ -219,15 +234,6 @@ def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     declared = getattr(model.generation_config, "eos_token_id", None)
     listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
     return frozenset({int(tokenizer.eos_token_id), *map(int, listed)})
-
-
-def _forget_own_generation(model: Any) -> None:
-    """Give the model (and what a PEFT model wraps) a generation config that changes nothing."""
-    from transformers import GenerationConfig
-
-    for each in {id(part): part for part in (model, getattr(model, "base_model", model), _wrapped(model))}.values():
-        if getattr(each, "generation_config", None) is not None:
-            each.generation_config = GenerationConfig()
 
 
 def _wrapped(model: Any) -> Any:

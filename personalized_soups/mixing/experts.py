@@ -19,18 +19,20 @@ from personalized_soups.bank import ExpertBank, StackedModule
 from personalized_soups.errors import IncompatibleExpertsError, SoupError, UnsupportedAdapterError
 from personalized_soups.merging.checks import faults_of, raise_all
 from personalized_soups.merging.dora import Dora, turned
+from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.layer import MixedLinear
 from personalized_soups.mixing.stack import Member
 
 _MAX_SHOWN = 5
 
 
-def check_experts(experts: Sequence[Expert], model: nn.Module, *, same_base: bool) -> None:
+def check_experts(experts: Sequence[Expert], model: nn.Module, gates: Gates, *, same_base: bool) -> None:
     """Raise if an expert is damaged, cannot be mixed, or does not fit the others or the model.
 
     Args:
         experts: all that the model shall have.
         model: the base, its layers bare or mixed already.
+        gates: of the model.
         same_base: take it that all experts have one base, whatever their names and fingerprints say.
 
     Raises:
@@ -39,7 +41,7 @@ def check_experts(experts: Sequence[Expert], model: nn.Module, *, same_base: boo
     raise_all([fault for expert in experts for fault in faults_of(expert)])
     raise_all([fault for expert in experts for fault in _unmixable(expert)])
     raise_all([*disagreements(experts, same_base=same_base)])
-    raise_all([fault for expert in experts for fault in _unfit(expert, model)])
+    raise_all([fault for expert in experts for fault in _unfit(expert, model, gates)])
 
 
 class Members:
@@ -48,13 +50,14 @@ class Members:
     Args:
         experts: checked.
         model: the base, in its layers' own dtypes; DoRA's D is computed from them.
+        gates: of the model.
         dtype: of the factors; DoRA's are float32.
     """
 
-    def __init__(self, experts: Sequence[Expert], model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, experts: Sequence[Expert], model: nn.Module, gates: Gates, dtype: torch.dtype) -> None:
         self._bank = ExpertBank(experts)
         self._dtype = dtype
-        self._dora = _dora(self._bank, model)
+        self._dora = _dora(self._bank, model, gates)
         self._biases = {
             (index, each.module): each
             for index, expert in enumerate(experts)
@@ -92,20 +95,21 @@ class Members:
         return found
 
 
-def bare_layer(model: nn.Module, name: str) -> Any:
-    """Return the base's own layer of that name, whether it is wrapped or not; None where there is none."""
+def bare_layer(model: nn.Module, name: str, gates: Gates) -> Any:
+    """Return the base's own layer of that name, whether it is wrapped (with these gates) or not; None without one."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
         return None
-    return layer.base_layer if isinstance(layer, MixedLinear) else layer
+    return layer.base_layer if isinstance(layer, MixedLinear) and layer.gates is gates else layer
 
 
 class _LiveTensors:
     """The weights of a loaded model's layers, by their names in the base."""
 
-    def __init__(self, model: nn.Module, experts: Sequence[Expert]) -> None:
+    def __init__(self, model: nn.Module, gates: Gates, experts: Sequence[Expert]) -> None:
         self._model = model
+        self._gates = gates
         self._experts = experts
 
     def tensor(self, name: str) -> Tensor:
@@ -114,7 +118,7 @@ class _LiveTensors:
         Raises:
             UnsupportedAdapterError: if it is held quantised.
         """
-        layer = bare_layer(self._model, name.removesuffix(".weight"))
+        layer = bare_layer(self._model, name.removesuffix(".weight"), self._gates)
         weight: Tensor = layer.weight.detach()
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise UnsupportedAdapterError(
@@ -125,16 +129,16 @@ class _LiveTensors:
         return weight
 
 
-def _dora(bank: ExpertBank, model: nn.Module) -> Dora | None:
+def _dora(bank: ExpertBank, model: nn.Module, gates: Gates) -> Dora | None:
     if not any(each.kind == "magnitude" for expert in bank.experts for each in expert.adapter.trained.values()):
         return None
-    tensors = _LiveTensors(model, bank.experts)
+    tensors = _LiveTensors(model, gates, bank.experts)
     shapes = {}
     modules: dict[str, LoraModule] = {}
     for expert in bank.experts:
         for name, module in expert.adapter.modules.items():
             modules.setdefault(name, module)
-            shapes[module.base_name] = tuple(bare_layer(model, name).weight.shape)
+            shapes[module.base_name] = tuple(bare_layer(model, name, gates).weight.shape)
     placements, _ = place(modules.values(), shapes)
     return Dora(bank, tensors, {name: (each.base_name, each) for name, each in placements.items()})
 
@@ -144,6 +148,11 @@ def _unmixable(expert: Expert) -> list[SoupError]:
         f"{module.name} is no linear layer of its own ({module.kind})"
         for module in expert.adapter.modules.values()
         if module.kind not in {"linear", "transposed"} or module.base_name != f"{module.name}.weight"
+    ]
+    found += [
+        f"{module.name} is given the tokens that a router sends to it"
+        for module in expert.adapter.modules.values()
+        if module.kind in {"linear", "transposed"} and ".experts." in module.name
     ]
     found += [
         f"{whole.name} is trained whole ({whole.origin})"
@@ -161,13 +170,15 @@ def _unmixable(expert: Expert) -> list[SoupError]:
     ]
 
 
-def _unfit(expert: Expert, model: nn.Module) -> list[SoupError]:
+def _unfit(expert: Expert, model: nn.Module, gates: Gates) -> list[SoupError]:
     found = []
     for module in expert.adapter.modules.values():
-        layer = bare_layer(model, module.name)
+        layer = bare_layer(model, module.name, gates)
         want = (module.out_features, module.in_features)
         if layer is None:
             found.append(f"{module.name} is missing")
+        elif isinstance(layer, MixedLinear):
+            found.append(f"{module.name} is wrapped by another SoupModel: unload() that one first")
         elif (shape := _shape(layer)) is not None and shape != want:
             found.append(f"{module.name} is {list(shape)}, the expert adapts {list(want)}")
         elif shape is None and not hasattr(layer, "weight"):

@@ -42,14 +42,16 @@ class Room:
 
 
 @contextmanager
-def fitting_rows(model: Any, num_rows: int, width: Callable[[], int], room: Room | None = None) -> Iterator[None]:
-    """Tell, where a batch runs out of the GPU's memory, how many rows of it would fit.
+def fitting_rows(model: Any, num_prompts: int, width: Callable[[], int], *, rows_each: int = 1) -> Iterator[None]:
+    """Tell, where a batch runs out of the GPU's memory, how many prompts of it would fit.
+
+    To be entered before the batch's mixture: what is measured is a batch of one row.
 
     Args:
         model: a causal language model; within the block it answers the batch.
-        num_rows: rows of the batch.
+        num_prompts: of the batch.
         width: returns the tokens of a row in the end; asked only where the batch does not fit.
-        room: the memory of the model's device.
+        rows_each: rows of the batch for each of them.
 
     Raises:
         RunError: in place of CUDA's out-of-memory error; it names the largest batch that fits by measure.
@@ -63,13 +65,13 @@ def fitting_rows(model: Any, num_rows: int, width: Callable[[], int], room: Room
         return
     # outside of the handler: the batch's tensors are let go with the error's frames
     tokens = width()
-    fitting = min(num_rows - 1, num_fitting(model, tokens, room or Room.of(model.device)))
+    fitting = min(num_prompts - 1, num_fitting(model, tokens, Room.of(model.device)) // rows_each)
     raise RunError(
-        f"the GPU has no room for a batch of {num_rows} rows of up to {tokens} tokens",
+        f"the GPU has no room for a batch of {num_prompts * rows_each} rows of up to {tokens} tokens",
         where="batch_size",
         mend=f"take batch_size {fitting}"
         if fitting > 0
-        else "take shorter prompts, fewer max_new_tokens, a smaller dtype, or another GPU: one row does not fit",
+        else "take shorter prompts, fewer max_new_tokens, a smaller dtype, or another GPU: one prompt does not fit",
     )
 
 

@@ -9,6 +9,7 @@ G gates, M rows of the input that each is for, N = G M, K sum of ranks, C column
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -44,12 +45,22 @@ def add_gated(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, b_KO: Tensor, colum
         return
     rows = min(_MOST_ROWS, max(_LEAST_ROWS, _power_of_two(num_rows)))
     grid = (-(-num_rows // rows), -(-num_outputs // _OUTPUTS))
-    _kernel()[grid](
-        y_NO, low_NC, gate_GK, b_KO, low_NC if columns_K is None else columns_K,
-        num_rows, num_outputs, num_ranks, num_rows // gate_GK.shape[0],
-        y_NO.stride(0), low_NC.stride(0), gate_GK.stride(0), b_KO.stride(0),
-        HAS_COLUMNS=columns_K is not None, ROWS=rows, OUTPUTS=_OUTPUTS, RANKS=_RANKS,
-    )  # fmt: skip
+    # a launch goes to the current device, which need not be the layer's
+    here: AbstractContextManager[Any] = (
+        nullcontext() if not y_NO.is_cuda or y_NO.device.index == torch.cuda.current_device() else _on(y_NO)
+    )
+    with here:
+        _kernel()[grid](
+            y_NO, low_NC, gate_GK, b_KO, low_NC if columns_K is None else columns_K,
+            num_rows, num_outputs, num_ranks, num_rows // gate_GK.shape[0],
+            y_NO.stride(0), low_NC.stride(0), gate_GK.stride(0), b_KO.stride(0),
+            HAS_COLUMNS=columns_K is not None, ROWS=rows, OUTPUTS=_OUTPUTS, RANKS=_RANKS,
+        )  # fmt: skip
+
+
+def _on(tensor: Tensor) -> AbstractContextManager[Any]:
+    context: AbstractContextManager[Any] = torch.cuda.device(tensor.device)
+    return context
 
 
 @cache

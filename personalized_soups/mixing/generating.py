@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -18,11 +19,23 @@ from personalized_soups.mixing.fitting import fitting_rows
 from personalized_soups.mixing.mixture import Who
 from personalized_soups.mixing.running import Mixture, NextStep
 
-# Enters the mixture of a batch: profiles, and rows of the batch for each.
-Mix = Callable[[Sequence[Who], int], AbstractContextManager[Mixture]]
+
+class AsSet(Enum):
+    """What stands for the profiles where none are given: those that are set, or served, already."""
+
+    AS_SET = "as set"
 
 
-def one_for_each(prompts: Sequence[object], profiles: Who | Sequence[Who]) -> list[Who]:
+AS_SET = AsSet.AS_SET
+
+# Enters the mixture of a batch (profiles, and rows of the batch for each), or what is set where there are none.
+Mix = Callable[[Sequence[Who] | AsSet, int], AbstractContextManager[Mixture | None]]
+
+# Decoding that asks for the logits of several tokens at once: there is no one weight for them.
+_SEVERAL_TOKENS = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
+
+
+def one_for_each(prompts: Sequence[object], profiles: Who | Sequence[Who] | AsSet) -> list[Who] | AsSet:
     """Return a profile for each prompt: the one that is given for all, or as many as there are prompts.
 
     Raises:
@@ -30,6 +43,8 @@ def one_for_each(prompts: Sequence[object], profiles: Who | Sequence[Who]) -> li
     """
     if not prompts:
         raise UsageError("there are no prompts", where="prompts", mend="give at least one")
+    if isinstance(profiles, AsSet):
+        return profiles
     if profiles is None or isinstance(profiles, str) or not isinstance(profiles, Sequence):
         return [profiles] * len(prompts)
     if len(profiles) != len(prompts):
@@ -42,7 +57,7 @@ def one_for_each(prompts: Sequence[object], profiles: Who | Sequence[Who]) -> li
 
 
 def sampled_answers(
-    generator: Generator, prompts: Sequence[Prompt], profiles: Sequence[Who], mix: Mix, **sampling: Any
+    generator: Generator, prompts: Sequence[Prompt], profiles: Sequence[Who] | AsSet, mix: Mix, **sampling: Any
 ) -> list[str]:
     """Return an answer to each prompt, drawn by random numbers that depend on the seed and the prompt's place alone.
 
@@ -55,10 +70,8 @@ def sampled_answers(
             longest = max(len(encode_prompt(generator.tokenizer, prompts[index])) for index in indices)
             return longest + int(sampling["max_new_tokens"])
 
-        with (
-            mix([profiles[index] for index in indices], 1) as mixture,
-            fitting_rows(generator.model, len(indices), width),
-        ):
+        own = profiles if isinstance(profiles, AsSet) else [profiles[index] for index in indices]
+        with fitting_rows(generator.model, len(indices), width), mix(own, 1) as mixture:
             yield Within(processors_of(mixture))
 
     return [answer for (answer,) in generator.answers(prompts, around=around, **sampling)]
@@ -67,10 +80,10 @@ def sampled_answers(
 def transformers_answers(
     generator: Generator,
     prompts: Sequence[Prompt],
-    profiles: Sequence[Who],
+    profiles: Sequence[Who] | AsSet,
     mix: Mix,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     batch_size: int,
     seed: int,
     options: Mapping[str, Any],
@@ -82,44 +95,65 @@ def transformers_answers(
     from transformers import GenerationConfig
 
     tokenizer, model = generator.tokenizer, generator.model
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=sorted(generator.stop_ids), pad_token_id=int(tokenizer.pad_token_id)
-    )
+    given = options.get("generation_config") or GenerationConfig(max_new_tokens=max_new_tokens or 256)
+    usual: dict[str, Any] = {"generation_config": given}
+    if given.eos_token_id is None:
+        usual["eos_token_id"] = sorted(generator.stop_ids)
+    if given.pad_token_id is None:
+        usual["pad_token_id"] = int(tokenizer.pad_token_id)
+    if max_new_tokens is not None:
+        usual["max_new_tokens"] = max_new_tokens
+    rows_each = rows_for_each(options)
     found: list[str] = []
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(model, seed), generator.forgetting_own_generation():
         for start in range(0, len(prompts), batch_size):
             asked = slice(start, start + batch_size)
             encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts[asked]]
             ids_BT, mask_BT = pad_left(encoded, int(tokenizer.pad_token_id), model.device)
-            rows_each = rows_for_each(options)
-            width = ids_BT.shape[1] + max_new_tokens
-            num_rows = len(encoded) * rows_each
+            own = profiles if isinstance(profiles, AsSet) else profiles[asked]
+            width = partial(int, ids_BT.shape[1] + (max_new_tokens or given.max_new_tokens or 256))
             with (
-                mix(profiles[asked], rows_each) as mixture,
-                fitting_rows(model, num_rows, partial(int, width)),
+                fitting_rows(model, len(encoded), width, rows_each=rows_each),
+                mix(own, rows_each) as mixture,
                 quiet_transformers(),
             ):
                 out = generate_tokens(
-                    model,
-                    mixture,
-                    {"input_ids": ids_BT, "attention_mask": mask_BT, "generation_config": config, **options},
+                    model, mixture, {"input_ids": ids_BT, "attention_mask": mask_BT, **usual, **options}
                 )
             tokens = out if isinstance(out, torch.Tensor) else out.sequences
             found += [generator.text(row) for row in tokens[:, ids_BT.shape[1] :].tolist()]
     return found
 
 
-def generate_tokens(model: Any, mixture: Mixture, options: Mapping[str, Any]) -> Any:
-    """Return what the model's own generate returns, its schedules' steps taken."""
+def generate_tokens(model: Any, mixture: Mixture | None, options: Mapping[str, Any]) -> Any:
+    """Return what the model's own generate returns, its schedules' steps taken.
+
+    Raises:
+        UsageError: if a weight follows the tokens, and several of them are to be decoded at once.
+    """
+    several = [name for name in _SEVERAL_TOKENS if options.get(name) is not None]
+    if several and mixture is not None and mixture.is_scheduled:
+        raise UsageError(
+            "a weight is a function of the token's number, and several tokens are decoded at once",
+            where=several[0],
+            mend="leave it out, or give weights that are numbers",
+        )
     processors = [*(options.get("logits_processor") or []), *processors_of(mixture)]
     with torch.no_grad():
         return model.generate(**{**options, "logits_processor": processors})
 
 
-def processors_of(mixture: Mixture) -> list[NextStep]:
+@contextmanager
+def seeded(model: Any, seed: int) -> Iterator[None]:
+    """Let torch's generators, from which transformers samples, begin at `seed`; they are put back afterwards."""
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def processors_of(mixture: Mixture | None) -> list[NextStep]:
     """Return the logits processors that a mixture needs: one where its weights follow the tokens."""
-    return [NextStep(mixture)] if mixture.is_scheduled else []
+    return [NextStep(mixture)] if mixture is not None and mixture.is_scheduled else []
 
 
 def rows_for_each(options: Mapping[str, Any]) -> int:

@@ -16,6 +16,9 @@ from personalized_soups.mixing.arithmetic import mixed
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.stack import Span, Stack
 
+# Sets of used experts whose spans are remembered.
+_KEPT_SPANS = 32
+
 
 class MixedLinear(nn.Module):
     """Wraps a linear layer of any kind (transformers' Conv1D, a quantised one): it touches inputs and outputs only.
@@ -37,6 +40,7 @@ class MixedLinear(nn.Module):
         self.gates = gates
         self.slot = -1  # its place among the gates, which the model gives
         self.train(base_layer.training)
+        self._register_load_state_dict_pre_hook(self._named_as_held)  # type: ignore[no-untyped-call]
         self.put(stack)
 
     def put(self, stack: Stack) -> None:
@@ -55,48 +59,75 @@ class MixedLinear(nn.Module):
         gates = self.gates
         if not gates.is_on:
             return y
-        gate_GC = gates.of(self.slot)
-        if gate_GC.device != x.device:  # a model that stands on several devices
-            gate_GC = gate_GC.to(x.device)
+        # no-ops but where a model stands on several devices, or has layers of several dtypes
+        like = self.stack.a_CI
+        gate_GC = gates.of(self.slot).to(like.device, like.dtype)
         if gates.token_rows is not None:
-            gate_GC = gate_GC.index_select(0, gates.token_rows.to(x.device))
-        if gates.token_rows is not None or gates.rows_each is not None:
-            self._check_rows(x, gate_GC.shape[0], gates.rows_each or 1)
+            self._check_tokens(x, gates.token_rows)
+            gate_GC = gate_GC.index_select(0, gates.token_rows.to(like.device).flatten())
+        elif gates.rows_each is not None:
+            self._check_rows(x, gate_GC.shape[0], gates.rows_each)
+        if torch.is_grad_enabled():
+            gate_GC = gate_GC.clone()  # autograd keeps it, and the next mixture is written into the same buffer
         spans = self._whole if torch.compiler.is_compiling() else self._used(gates.used)
-        held = x if x.dtype == gate_GC.dtype else x.to(gate_GC.dtype)
-        return mixed(held, y, self.stack, spans, gate_GC, bias_O=getattr(self.base_layer, "bias", None))
+        bias_O = getattr(self.base_layer, "bias", None)
+        return mixed(x.to(like.dtype), y, self.stack, spans, gate_GC, bias_O=bias_O)
 
     def _used(self, used: frozenset[str]) -> tuple[Span, ...]:
         found = self._spans.get(used)
         if found is None:
-            found = self._spans[used] = self.stack.spans(used)
+            if len(self._spans) >= _KEPT_SPANS:
+                self._spans.clear()
+            with torch.inference_mode(False):
+                found = self._spans[used] = self.stack.spans(used)
         return found
 
-    def _check_rows(self, x: Tensor, num_gates: int, rows_each: int) -> None:
-        gates = self.gates
-        if gates.token_rows is not None or x.dim() < 3:
-            # tokens in one row, or laid out flat: a layer that sees some of them alone cannot tell whose they are
-            have = x.numel() // x.shape[-1]
-            want = num_gates if gates.token_rows is not None else gates.num_tokens
-            if have == want and (gates.token_rows is not None or have % num_gates == 0):
-                return
-            what = f"{self.name} is given {have} tokens, the batch has {want}"
-            mend = (
-                "give rows=... of the tokens' shape; layers to which a router sends some of the tokens can't be mixed"
+    def _check_tokens(self, x: Tensor, token_rows: Tensor) -> None:
+        """Raise unless x is of the tokens that `token_rows` speaks of."""
+        is_flat = x.dim() < 3
+        if x.shape[:-1] != (token_rows.flatten().shape if is_flat else token_rows.shape):
+            raise UsageError(
+                f"{self.name} is given tokens of the shape {list(x.shape[:-1])}, rows has {list(token_rows.shape)}",
+                where="rows",
+                mend="give rows=... of the shape of input_ids",
             )
-        else:
-            have, want = x.shape[0], num_gates * rows_each
-            if have == want:
+
+    def _check_rows(self, x: Tensor, num_gates: int, rows_each: int) -> None:
+        """Raise unless x has the rows that the gates are for."""
+        if x.dim() < 3:
+            # laid out flat: a layer that sees some of the tokens alone cannot tell whose they are
+            have, want = x.shape[0], self.gates.num_tokens
+            if have % num_gates == 0 and (have == want or torch.compiler.is_compiling()):
                 return
-            what = f"the mixture is for {num_gates} prompts of {rows_each} rows each, the batch has {have} rows"
-            mend = "give one profile for each prompt; with beams or several answers a prompt, mixture(..., rows_each=N)"
-        raise UsageError(what, where="profiles", mend=mend)
+            raise UsageError(
+                f"{self.name} is given {have} tokens laid out flat, the batch has {want}",
+                where=self.name,
+                mend="run one profile at a time; a layer to which some of the tokens are sent can't be mixed",
+            )
+        if x.shape[0] != num_gates * rows_each:
+            raise UsageError(
+                f"the mixture is for {num_gates} prompts of {rows_each} rows each, the batch has {x.shape[0]} rows",
+                where="profiles",
+                mend="give one profile for each prompt; with beams or several answers a prompt, "
+                "mixture(..., rows_each=N)",
+            )
+
+    def state_dict(self, *arguments: Any, **keywords: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Return the base layer's state, by its own names: what is saved is the base's checkpoint."""
+        found: dict[str, Any] = self.base_layer.state_dict(*arguments, **keywords)
+        return found
+
+    def _named_as_held(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Before loading: give the base's names those that they have below the wrapper."""
+        for name in [name for name in state if name.startswith(prefix)]:
+            state[f"{prefix}base_layer.{name.removeprefix(prefix)}"] = state.pop(name)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Move or cast the stack with the layer, as the model is."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        probe = fn(self.stack.a_CI[:1])
-        self.put(self.stack.moved(probe.dtype, probe.device))
+        with torch.inference_mode(False), torch.no_grad():
+            probe = fn(self.stack.a_CI[:1])
+            self.put(self.stack.moved(probe.dtype, probe.device))
         return self
 
     def __getattr__(self, name: str) -> Any:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, count
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from personalized_soups.adapters.library import Expert
 from personalized_soups.merging.parallel import in_order, num_workers
 from personalized_soups.mixing.experts import Members, bare_layer, check_experts
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.layer import MixedLinear
+from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.stack import Member, Stack
+
+# Over all models of the process.
+_STAMPS = count(1)
 
 
 class MixedLayers:
@@ -31,18 +37,22 @@ class MixedLayers:
         self._layers: dict[str, MixedLinear] = {}
         self._experts: dict[str, Expert] = {}
         self._stamps: dict[str, int] = {}
-        self._counter = count(1)
-        model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+        # what another model computed is never taken for this one's
+        self._token = secrets.token_hex(8)
+        self._hook: RemovableHandle | None = None
+        self.when_moved: Callable[[], None] = self.follow
 
     @property
     def experts(self) -> Mapping[str, Expert]:
         """The experts by name, sorted."""
         return MappingProxyType(self._experts)
 
-    @property
-    def stamps(self) -> Mapping[str, int]:
-        """A number for each expert, another one for every time that it was put in: what is computed with it ages."""
-        return MappingProxyType(self._stamps)
+    def version_of(self, row: Row) -> str:
+        """Return what a cache of keys and values of this row's prompt is known by, as Row.version makes it.
+
+        Each model has versions of its own, each dtype, and each expert for every time that it was put in.
+        """
+        return row.version(self._stamps, f"{self._token} {self._model.dtype}")
 
     @property
     def by_name(self) -> Mapping[str, MixedLinear]:
@@ -64,8 +74,8 @@ class MixedLayers:
         """
         gone = {*removed, *(expert.name for expert in added)}
         kept = {name: expert for name, expert in self._experts.items() if name not in gone}
-        check_experts([*kept.values(), *added], self._model, same_base=same_base)
-        fresh = Members(added, self._model, self._model.dtype)
+        check_experts([*kept.values(), *added], self._model, self.gates, same_base=same_base)
+        fresh = Members(added, self._model, self.gates, self._model.dtype)
         names = sorted({*self._layers, *fresh.modules})
 
         def stack_of(name: str) -> Stack | None:
@@ -83,11 +93,11 @@ class MixedLayers:
         for slot, layer in enumerate(self._layers.values()):
             layer.slot = slot
         self._lay_out()
+        self._hook_up()
 
     def follow(self) -> None:
         """Let the gates be where the stacks are, and in their dtype: models are moved and cast."""
-        first = next(iter(self._layers.values()), None)
-        if first is not None and not self.gates.is_like(first.stack.a_CI):
+        if not self._is_followed():
             self._lay_out()
 
     def _lay_out(self) -> None:
@@ -95,7 +105,7 @@ class MixedLayers:
 
     def restamp(self, name: str) -> None:
         """Let an expert count as another one."""
-        self._stamps[name] = next(self._counter)
+        self._stamps[name] = next(_STAMPS)
 
     def _stack_of(self, name: str, fresh: Sequence[Member], gone: set[str]) -> Stack | None:
         """Return a layer's new stack, None where no expert is left; a stack that nothing changes is the old one."""
@@ -107,7 +117,7 @@ class MixedLayers:
         members = sorted([*kept, *fresh], key=lambda member: member.expert)
         if not members:
             return None
-        return Stack.of(members, self._model.dtype, _device_of(bare_layer(self._model, name)))
+        return Stack.of(members, self._model.dtype, _device_of(bare_layer(self._model, name, self.gates)))
 
     def _put(self, name: str, stack: Stack | None) -> None:
         layer = self._layers.get(name)
@@ -125,8 +135,16 @@ class MixedLayers:
             self._layers[name] = MixedLinear(getattr(parent, leaf), name, self.gates, stack)
             setattr(parent, leaf, self._layers[name])
 
-    def _count_tokens(self, _model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        """Before each forward of the model: how many tokens there are, and where the stacks have moved to."""
+    def _hook_up(self) -> None:
+        """Look at each forward of the model as long as layers are wrapped."""
+        if self._layers and self._hook is None:
+            self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        elif not self._layers and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _before_forward(self, _model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+        """Count the tokens, and see whether the model was moved or cast while weights are set."""
         if torch.compiler.is_compiling():
             return
         given = keywords.get("input_ids", arguments[0] if arguments else None)
@@ -134,6 +152,12 @@ class MixedLayers:
             self.gates.num_tokens = given.numel()
         elif (embedded := keywords.get("inputs_embeds")) is not None:
             self.gates.num_tokens = embedded.shape[:-1].numel()
+        if self.gates.is_on and not self._is_followed():
+            self.when_moved()
+
+    def _is_followed(self) -> bool:
+        first = next(iter(self._layers.values()), None)
+        return first is None or self.gates.is_like(first.stack.a_CI)
 
 
 def _device_of(layer: Any) -> torch.device:

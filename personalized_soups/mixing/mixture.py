@@ -6,9 +6,10 @@ G rows of weights, E experts, S layers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from numbers import Real
 from typing import TypeAlias
 
 import torch
@@ -59,13 +60,25 @@ class Row:
             return self
         return Row({name: _times(weight, scales.get(name, 1.0)) for name, weight in self.weights.items()})
 
-    def version(self, stamps: Mapping[str, int]) -> str:
+    def version(self, stamps: Mapping[str, int], model: str) -> str:
         """Return what a cache of keys and values of this row's prompt is known by: 32 hex digits.
 
-        It changes with the weights that the prompt is read with (step 0) and with the experts (`stamps`).
+        It changes with the weights that the prompt is read with (step 0), with the experts (`stamps`) and the model.
         """
         told = sorted((name, stamps[name], _told(weight)) for name, weight in self.at(0).items() if weight != 0)
-        return blake3(repr(told).encode()).hexdigest(length=16)
+        return blake3(repr((model, told)).encode()).hexdigest(length=16)
+
+    def fitting(self, experts: Collection[str], layers: Sequence[str]) -> Row:
+        """Return what is left of it with these experts and layers: patterns that match no layer are dropped."""
+        kept: dict[str, Weight | Schedule] = {}
+        for name, weight in self.weights.items():
+            if name not in experts:
+                continue
+            if isinstance(weight, Mapping):
+                weight = {pattern: value for pattern, value in weight.items() if _matches(pattern, layers)}  # noqa: PLW2901
+            if weight != {}:
+                kept[name] = weight
+        return Row(kept)
 
 
 def row_of(
@@ -143,12 +156,12 @@ def checked_number(value: object, where: str) -> float:
     Raises:
         DeclarationError: if it is no finite number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         what = f"the weight is {value!r}, which is no finite number"
-    elif abs(value) > _MAX_WEIGHT:
-        what = f"the weight is {value!r}, beyond {_MAX_WEIGHT:g}"
+    elif abs(number := float(value)) > _MAX_WEIGHT:
+        what = f"the weight is {number!r}, beyond {_MAX_WEIGHT:g}"
     else:
-        return float(value)
+        return number
     raise DeclarationError(what, where=where, mend="give a number such as 0.6")
 
 
@@ -177,7 +190,7 @@ def weight_table(
 
 
 def _of_layers(patterns: LayerWeights, layers: Sequence[str], expert: str) -> list[float]:
-    idle = [pattern for pattern in patterns if not any(fnmatchcase(layer, pattern) for layer in layers)]
+    idle = [pattern for pattern in patterns if not _matches(pattern, layers)]
     if idle:
         raise DeclarationError(
             f"no layer that experts adapt is called {idle[0]!r}",
@@ -226,5 +239,10 @@ def _scaled(weight: Weight, scale: float) -> Weight:
     return weight * scale
 
 
-def _told(weight: Weight) -> object:
-    return sorted(weight.items()) if isinstance(weight, Mapping) else weight
+def _told(weight: Weight) -> str:
+    # in their order: the first pattern that matches counts
+    return repr(list(weight.items()) if isinstance(weight, Mapping) else weight)
+
+
+def _matches(pattern: str, layers: Sequence[str]) -> bool:
+    return any(fnmatchcase(layer, pattern) for layer in layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -18,14 +18,17 @@ from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.loading import Dtype, choose_device, load_base, load_tokenizer
-from personalized_soups.generation.prompts import Prompt, encode_prompt
+from personalized_soups.generation.prompts import Prompt, check_text, encode_prompt
 from personalized_soups.merging.checks import raise_all
 from personalized_soups.mixing.generating import (
+    AS_SET,
+    AsSet,
     generate_tokens,
     one_for_each,
     processors_of,
     rows_for_each,
     sampled_answers,
+    seeded,
     transformers_answers,
 )
 from personalized_soups.mixing.layers import MixedLayers
@@ -36,6 +39,11 @@ from personalized_soups.mixing.running import Current, Mixture
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Calls of a module that return it; through SoupModel they return the SoupModel.
+_RETURNING_SELF = frozenset({
+    "to", "cpu", "cuda", "half", "float", "double", "bfloat16", "eval", "train", "requires_grad_",
+})  # fmt: skip
 
 
 class SoupModel:
@@ -53,7 +61,8 @@ class SoupModel:
         model: the base, loaded.
         experts: their library, or its folder; all of them are held.
         tokenizer: of the base; needed for prompts that are text.
-        fingerprint: of the base, where it is known: experts that record another one are refused.
+        base: the folder or hub id that the model was loaded from: experts that record another one's fingerprint are
+            refused.
         same_base: take it that the experts were trained on this base, whatever names and fingerprints say.
 
     Raises:
@@ -66,12 +75,12 @@ class SoupModel:
         experts: ExpertLibrary | Path | str,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        fingerprint: str | None = None,
+        base: Path | str | None = None,
         same_base: bool = False,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self._fingerprint = fingerprint
+        self._base = base
         self._same_base = same_base
         self._held = MixedLayers(model)
         self._roster = Roster()
@@ -105,10 +114,10 @@ class SoupModel:
         library = _library(experts)
         chosen = choose_device(device)
         tokenizer = load_tokenizer(base)
-        records = any(expert.base.fingerprint is not None for expert in library.values())
-        fingerprint = base_fingerprint(base) if records and not same_base else None
+        if not same_base:
+            check_known_base(list(library.values()), base)
         model = load_base(base, device=chosen, dtype=dtype, **options).eval()
-        return cls(model, library, tokenizer=tokenizer, fingerprint=fingerprint, same_base=same_base)
+        return cls(model, library, tokenizer=tokenizer, base=base, same_base=same_base)
 
     @property
     def experts(self) -> Mapping[str, Expert]:
@@ -134,7 +143,15 @@ class SoupModel:
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # before there is one
             raise AttributeError(name)
-        return getattr(self.model, name)
+        found = getattr(self.model, name)
+        if name not in _RETURNING_SELF:
+            return found
+
+        def and_this(*arguments: Any, **keywords: Any) -> SoupModel:
+            found(*arguments, **keywords)
+            return self
+
+        return and_this
 
     @contextmanager
     def mixture(
@@ -168,7 +185,7 @@ class SoupModel:
     def generate(
         self,
         prompts: str | Sequence[Prompt] | None = None,
-        profiles: Who | Sequence[Who] = None,
+        profiles: Who | Sequence[Who] | AsSet = AS_SET,
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -181,7 +198,8 @@ class SoupModel:
 
         Args:
             prompts: a text, or a list of texts and chats (lists of messages); none with `input_ids`.
-            profiles: one for each prompt, or a single one for all, as `mixture` takes them.
+            profiles: one for each prompt, or a single one for all, as `mixture` takes them; where left out, what is set
+                (or served) already.
             max_new_tokens: an answer is cut there; 256 where left out (of `input_ids`, as the model's own generate).
             temperature: 0 takes the likeliest token; else a draw that depends on seed and the prompt's place alone.
             seed: of the draws.
@@ -198,22 +216,28 @@ class SoupModel:
             UsageError: if there are no prompts, or not as many profiles; and as `mixture`.
             RunError: if a batch does not fit on the GPU: it says which would.
         """
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", mend="give 1 or more")
+        if temperature and (options or prompts is None):
+            options = {"do_sample": True, "temperature": temperature, **options}
         if "input_ids" in options or "inputs_embeds" in options:
             given: Any = options.get("input_ids", options.get("inputs_embeds"))
-            more = {} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}
-            with self._mix(one_for_each(list(given), profiles), rows_for_each(options)) as mixture:
-                return generate_tokens(self.model, mixture, {**options, **more})
-        asked: list[Prompt] = [prompts] if isinstance(prompts, str) else list(prompts or [])
+            if prompts is not None:
+                raise UsageError("prompts and input_ids are both given", where="prompts", mend="give one of the two")
+            if max_new_tokens is not None:
+                options["max_new_tokens"] = max_new_tokens
+            wanted = one_for_each(list(given), profiles)
+            with self._mix(wanted, rows_for_each(options)) as mixture, seeded(self.model, seed):
+                return generate_tokens(self.model, mixture, options)
+        asked = checked_prompts(prompts)
         wanted = one_for_each(asked, profiles)
         if options:
-            if temperature:
-                options = {"do_sample": True, "temperature": temperature, **options}
             return transformers_answers(
                 self.generator,
                 asked,
                 wanted,
                 self._mix,
-                max_new_tokens=max_new_tokens or 256,
+                max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 seed=seed,
                 options=options,
@@ -223,7 +247,7 @@ class SoupModel:
             asked,
             wanted,
             self._mix,
-            max_new_tokens=max_new_tokens or 256,
+            max_new_tokens=256 if max_new_tokens is None else max_new_tokens,
             temperature=temperature,
             greedy=temperature == 0,
             batch_size=batch_size,
@@ -234,7 +258,7 @@ class SoupModel:
     def stream(
         self,
         prompt: Prompt,
-        profile: Who = None,
+        profile: Who | AsSet = AS_SET,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -245,20 +269,27 @@ class SoupModel:
 
         Args:
             prompt: a text, or a chat as a list of messages.
-            profile: who it is for, as `mixture` takes it.
+            profile: who it is for, as `mixture` takes it; where left out, what is set (or served) already.
             max_new_tokens, temperature, seed: as in `generate`.
             prefixes: what earlier prompts of the same soup left is not read again, and this one is left for the next:
                 for chats, whose prompts begin alike.
         """
+        if self._current.is_set_here and not isinstance(profile, AsSet):
+            raise UsageError(
+                "a mixture is set, and the stream's own would wait for its end",
+                where="profile",
+                mend="leave the profile out to stream what is set, or leave the mixture first",
+            )
         tokens = encode_prompt(self.generator.tokenizer, prompt)
 
         @contextmanager
         def around(_: Sequence[int]) -> Iterator[Within]:
-            with self.mixture([profile]) as mixture:
+            with self._mix(profile if isinstance(profile, AsSet) else [profile], 1) as mixture:
                 if prefixes is None:
                     yield Within(processors_of(mixture))
                     return
-                version = mixture.rows[0].version(self._held.stamps)
+                (row,) = [self._roster.scaled(self._current.served)] if mixture is None else mixture.rows
+                version = self._held.version_of(row)
                 prefix = prefixes.longest(version, tokens)
                 past = new_past(self.model) if prefix is None else prefix.past
                 yield Within(processors_of(mixture), past)
@@ -280,7 +311,7 @@ class SoupModel:
         which the prompt is read.
         """
         with self._current.lock:
-            return self._row(profile).version(self._held.stamps)
+            return self._held.version_of(self._row(profile))
 
     def add_profile(self, profile: Profile, name: str | None = None) -> None:
         """Let a name (the profile's user where none is given) stand for a profile; it may replace another.
@@ -367,6 +398,11 @@ class SoupModel:
         """Return the experts that serve where no mixture is set."""
         return list(self._current.served.weights)
 
+    @property
+    def served(self) -> Row:
+        """The weights that serve where no mixture is set; none are the bare base."""
+        return self._current.served
+
     def disable_adapters(self) -> None:
         """Be the bare base where no mixture is set, until enable_adapters or set_adapters."""
         self._current.enable(False)
@@ -377,8 +413,11 @@ class SoupModel:
 
     def delete_adapters(self, names: Names) -> None:
         """Let go of experts: diffusers' name for remove_expert."""
-        for name in [names] if isinstance(names, str) else list(names):
-            self.remove_expert(name)
+        listed = [names] if isinstance(names, str) else list(names)
+        with self._current.lock:
+            for name in listed:
+                self._roster.check_expert(name)
+            self._change([], listed)
 
     def as_peft(self) -> Any:
         """Return this model as a PeftModel, for code that expects one: see mixing/peft_view.py."""
@@ -406,7 +445,10 @@ class SoupModel:
             )
         return Generator(self.model, self.tokenizer)
 
-    def _mix(self, profiles: Sequence[Who], rows_each: int) -> Any:
+    def _mix(self, profiles: Sequence[Who] | AsSet, rows_each: int) -> AbstractContextManager[Mixture | None]:
+        """Set a mixture, or leave what is set as it is."""
+        if isinstance(profiles, AsSet):
+            return nullcontext(self._current.innermost)
         return self.mixture(list(profiles), rows_each=rows_each)
 
     def _row(self, who: Who) -> Row:
@@ -414,19 +456,55 @@ class SoupModel:
 
     def _change(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
         with self._current.lock:
-            if self._current.is_set:
+            if self._current.innermost is not None:
                 raise UsageError(
                     "experts cannot change while a mixture is set",
                     where="mixture",
                     mend="leave the block first; other threads wait for it by themselves",
                 )
-            if self._fingerprint is not None and not self._same_base:
-                raise_all(strangers(added, self._fingerprint, getattr(self.model, "name_or_path", "")))
+            self._roster.check_new([expert.name for expert in added])
+            if self._base is not None and not self._same_base:
+                check_known_base(added, self._base)
             # a buffer that was made in inference mode could not be changed outside of it
             with torch.inference_mode(False), torch.no_grad():
                 self._held.change(added, removed, same_base=self._same_base)
             self._roster.put(self.experts)
             self._current.forget(self.experts)
+
+
+def checked_prompts(prompts: Any) -> list[Prompt]:
+    """Return the prompts as a list.
+
+    Raises:
+        UsageError: if they are no texts or chats.
+    """
+    listed = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else None
+    if listed is None and prompts is not None:
+        raise UsageError(
+            f"a {type(prompts).__name__} is no list of prompts",
+            where="prompts",
+            mend="give texts, or token ids as input_ids=...",
+        )
+    for prompt in listed or []:
+        if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence):
+            raise UsageError(
+                f"a prompt is a {type(prompt).__name__}",
+                where="prompts",
+                mend='give texts or chats; one chat is [[{"role": "user", "content": "..."}]]',
+            )
+        if isinstance(prompt, str):
+            check_text(prompt, where="prompts")
+    return listed or []
+
+
+def check_known_base(experts: Sequence[Expert], base: Path | str) -> None:
+    """Raise if an expert records the fingerprint of another base than this folder or hub id.
+
+    Raises:
+        IncompatibleExpertsError: naming every such expert.
+    """
+    if any(expert.base.fingerprint is not None for expert in experts):
+        raise_all(strangers(experts, base_fingerprint(base), str(base)))
 
 
 def _library(experts: ExpertLibrary | Path | str) -> ExpertLibrary:

@@ -44,7 +44,9 @@ class PeftView(PeftModel):
     @property
     def active_adapters(self) -> list[str]:
         """The adapters that serve where no batch is mixed."""
-        return self._tuner.active_adapters
+        served = self.soup.served
+        named = [name for name, row in self.soup.profiles.items() if row is served]
+        return named[:1] or list(served.weights)
 
     @property
     def active_adapter(self) -> Any:  # type: ignore[override]
@@ -80,7 +82,6 @@ class PeftView(PeftModel):
             self.soup.serve(names[0])
         else:
             self.soup.set_adapters(names)
-        self._tuner.active_adapters = names
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -118,8 +119,6 @@ class PeftView(PeftModel):
                 where="weights",
                 mend="give one for each adapter",
             )
-        if adapter_name in self.soup.experts:
-            raise UsageError(f"an expert is called {adapter_name!r}", where="adapter_name", mend="choose another name")
         table = dict(zip(adapters, map(float, weights), strict=True))
         self.soup.add_profile(Profile(user=adapter_name, weights=table, allow_opposed=True))
 
@@ -140,13 +139,11 @@ class PeftView(PeftModel):
             UsageError: if nothing is called so.
         """
         if adapter_name in self.soup.profiles:
+            if self.active_adapters == [adapter_name]:
+                self.soup.serve(None)
             self.soup.remove_profile(adapter_name)
         else:
             self.soup.remove_expert(adapter_name)
-        left = [name for name in self.active_adapters if name != adapter_name]
-        if left != self.active_adapters:
-            self._tuner.active_adapters = left
-            self.soup.set_adapters(left) if left else self.soup.serve(None)
 
     def get_base_model(self) -> Any:
         """Return the transformers model, its layers mixed."""
@@ -176,7 +173,6 @@ class _Tuner(nn.Module):
         super().__init__()
         object.__setattr__(self, "soup", soup)
         self.model = soup.model
-        self.active_adapters: list[str] = soup.get_active_adapters()
 
     @property
     def peft_config(self) -> Mapping[str, PeftConfig]:

@@ -60,9 +60,15 @@ class PrefixCache:
     def put(self, version: str, tokens: Sequence[int], past: Any) -> None:
         """Keep the keys and values of `tokens`: a cache with one row, which is this one's from now on.
 
-        What it holds beyond the tokens is cut off.
+        What it holds beyond the tokens is cut off. A cache that keeps a window alone (sliding attention) cannot be cut:
+        it is not kept.
         """
+        if any(getattr(layer, "is_sliding", False) for layer in past.layers):
+            return
         _cut(past, len(tokens))
+        for layer in past.layers:
+            # what is cut off is no more than out of view, and would stay in memory
+            layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         num_bytes = sum(tensor.nbytes for tensor in _tensors(past))
         key = (version, tuple(tokens))
         with self._lock:

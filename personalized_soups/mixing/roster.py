@@ -29,6 +29,20 @@ class Roster:
         """The weights that names stand for."""
         return MappingProxyType(self._profiles)
 
+    def check_new(self, names: Sequence[str]) -> None:
+        """Raise if a profile has a name that an expert is to have.
+
+        Raises:
+            UsageError: naming it.
+        """
+        for name in names:
+            if name in self._profiles:
+                raise UsageError(
+                    f"a profile is called {name!r}",
+                    where="name",
+                    mend="give the expert another name: add_expert(..., name=)",
+                )
+
     def put(self, experts: Mapping[str, Expert]) -> None:
         """Know these experts and no others; the scales of those that are gone are forgotten."""
         self._experts = tuple(experts)
@@ -52,7 +66,7 @@ class Roster:
             DeclarationError: if a weight is no finite number.
         """
         listed = [names] if isinstance(names, str) else list(names)
-        each = [weights] * len(listed) if isinstance(weights, int | float | Mapping) else list(weights)
+        each = list(weights) if isinstance(weights, Sequence) else [weights] * len(listed)
         if len(each) != len(listed):
             raise UsageError(
                 f"{len(each)} weights for {len(listed)} adapters", where="weights", mend="give one weight for each name"
@@ -79,8 +93,10 @@ class Roster:
         """Let a name stand for a profile.
 
         Raises:
-            DeclarationError, UsageError: as `row`.
+            DeclarationError, UsageError: as `row`; UsageError if an expert is called so.
         """
+        if name in self._experts:
+            raise UsageError(f"an expert is called {name!r}", where="name", mend="give the profile another name")
         self._profiles[name] = self.row(profile)
 
     def remove(self, name: str) -> None:

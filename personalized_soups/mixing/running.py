@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ class Mixture:
         rows_each: rows of the batch that each of `rows` has; None where the only one is for all rows there are.
 
     Raises:
-        UsageError: if there are no rows, or the tokens name others.
+        UsageError: if there are no rows, the tokens name others, or a weight does not fit into the model's dtype.
         DeclarationError: if a weight's pattern matches no layer, or a schedule gives no number.
     """
 
@@ -73,7 +74,9 @@ class Mixture:
         gates.is_on = True
 
     def _tables_at(self, step: int) -> tuple[Tensor, Tensor | None]:
-        return weight_table([row.at(step) for row in self.rows], self._gates.experts, self._layers)
+        tables = weight_table([row.at(step) for row in self.rows], self._gates.experts, self._layers)
+        self._gates.check(*tables)
+        return tables
 
 
 class Current:
@@ -91,13 +94,21 @@ class Current:
         self._layers = layers
         self._scaled = scaled
         self._set: list[Mixture] = []
+        self._setter: tuple[int, object] | None = None  # the thread, and the task where there are some
         self._served = Row()
         self._is_enabled = True
+        layers.when_moved = self.settle
 
     @property
-    def is_set(self) -> bool:
-        """Whether a mixture is set; asked by the thread that has the lock."""
-        return bool(self._set)
+    def innermost(self) -> Mixture | None:
+        """The mixture that is set."""
+        return self._set[-1] if self._set else None
+
+    @property
+    def is_set_here(self) -> bool:
+        """Whether this thread has set it."""
+        setter = self._setter
+        return setter is not None and setter[0] == threading.get_ident()
 
     @property
     def served(self) -> Row:
@@ -111,22 +122,39 @@ class Current:
         """Set a mixture within the block; `rows` is called once this thread has its turn.
 
         Raises:
-            UsageError, DeclarationError: as Mixture.
+            UsageError, DeclarationError: as Mixture; UsageError where another asyncio task of this thread has its own.
         """
         with self.lock:
+            before = self._setter
+            self._check_task()
             self._layers.follow()
             mixture = self._made(rows(), token_rows=token_rows, rows_each=rows_each)
             self._set.append(mixture)
+            self._setter = (threading.get_ident(), _task())
             try:
                 mixture.apply()
                 yield mixture
             finally:
-                self._set.pop()
+                self._set.remove(mixture)  # its own, whatever order blocks end in
+                self._setter = before if self._set else None
                 self.settle()
 
     def serve(self, row: Row) -> None:
-        """Serve all rows with these weights where no mixture is set."""
+        """Serve all rows with these weights where no mixture is set.
+
+        Raises:
+            UsageError: if a weight follows the tokens: nothing counts them here. As Mixture, and nothing has changed.
+            DeclarationError: as Mixture, and nothing has changed.
+        """
+        if row.is_scheduled:
+            raise UsageError(
+                "a weight is a function of the token's number, which nothing counts between calls",
+                where="weights",
+                mend="give it with the prompt: generate(prompts, [profile])",
+            )
         with self.lock:
+            if row.weights:
+                self._made([self._scaled(row)], token_rows=None, rows_each=None)
             self._served, self._is_enabled = row, True
             self.settle()
 
@@ -137,19 +165,27 @@ class Current:
             self.settle()
 
     def forget(self, experts: Collection[str]) -> None:
-        """Serve no other experts than these."""
-        self._served = Row({name: weight for name, weight in self._served.weights.items() if name in experts})
+        """Serve no other experts than these, by no patterns of layers that are gone."""
+        self._served = self._served.fitting(experts, list(self._layers.by_name))
         self.settle()
 
     def settle(self) -> None:
         """Write into the gates what they shall hold now."""
+        self._layers.follow()
         if self._set:
             self._set[-1].apply()
         elif self.served.weights:
-            self._layers.follow()
             self._made([self._scaled(self.served)], token_rows=None, rows_each=None).apply()
         else:
             self._layers.gates.is_on = False
+
+    def _check_task(self) -> None:
+        if self._set and self._setter is not None and self._setter[1] is not _task():
+            raise UsageError(
+                "another task of this thread has set a mixture",
+                where="mixture",
+                mend="let each task generate on a thread of its own: asyncio.to_thread(model.generate, ...)",
+            )
 
     def _made(self, rows: Sequence[Row], *, token_rows: Tensor | None, rows_each: int | None) -> Mixture:
         names = list(self._layers.by_name)
@@ -160,20 +196,38 @@ class NextStep:
     """A logits processor of transformers that moves a mixture on; made for one call of generate.
 
     It is called after each forward, whose logits make the next token: the weights that it sets are those of the forward
-    after that.
+    after that. After the last token there is none, so a schedule that ends there is at fault only if there is.
     """
 
     def __init__(self, mixture: Mixture) -> None:
         self._mixture = mixture
         self._prompt_width: int | None = None
+        self._fault: Exception | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores as they are."""
+        """Return the scores as they are.
+
+        Raises:
+            Exception: what the schedule raised for the token that is being chosen.
+        """
+        if self._fault is not None:
+            raise self._fault
         width = input_ids.shape[1]
         if self._prompt_width is None:
             self._prompt_width = width
-        self._mixture.step(width - self._prompt_width + 1)
+        try:
+            self._mixture.step(width - self._prompt_width + 1)
+        except Exception as fault:
+            self._fault = fault
         return scores
+
+
+def _task() -> object:
+    """Return the asyncio task that runs, None outside of any."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop in this thread
+        return None
 
 
 def _checked_tokens(token_rows: Tensor, num_rows: int) -> Tensor:
@@ -186,4 +240,4 @@ def _checked_tokens(token_rows: Tensor, num_rows: int) -> Tensor:
             where="rows",
             mend=f"number the profiles from 0 to {num_rows - 1}; one of None is the base alone",
         )
-    return token_rows.reshape(-1).long()
+    return token_rows.long()

@@ -5,7 +5,6 @@ All steps of a prompt are rows of one batch; nothing is merged.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from personalized_soups.evaluation.monotone import judge_sweep
 from personalized_soups.evaluation.pictures import Curve, draw_curve
 from personalized_soups.evaluation.scores import grade
 from personalized_soups.evaluation.win_rates import bootstrap_interval
-from personalized_soups.files.lines import GrowingLines
+from personalized_soups.files.lines import GrowingLines, read_lines
 from personalized_soups.mixing.mixture import Who
 from personalized_soups.mixing.model import SoupModel
 
@@ -97,7 +96,7 @@ def score_sweep(answers: Path, sweep: Sweep, catalogue: Catalogue | None, side: 
         catalogue: says what scores `side`; None to count words.
         side: towards which answers are scored, that of the `high` expert.
     """
-    lines = [json.loads(line) for line in answers.read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(answers)
     prompts = [line["prompt"] for line in lines]
 
     def scores(said: Sequence[str]) -> list[float]:

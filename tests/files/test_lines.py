@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from personalized_soups.errors import OutputExistsError, UsageError
-from personalized_soups.files.lines import growing_lines
+from personalized_soups.files.lines import growing_lines, read_lines
 
 SETTINGS = {"seed": 0, "base": "tiny"}
 
@@ -81,6 +81,44 @@ def test_a_whole_file_is_not_written_over(tmp_path: Path) -> None:
     with growing_lines(path, SETTINGS, overwrite=True) as lines:
         lines.add([{"row": 0}])
     assert path.read_text() == '{"row": 0}\n'
+
+
+def test_a_run_that_fails_before_its_first_line_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "answers.jsonl"
+
+    def fail(overwrite: bool = False) -> None:
+        with growing_lines(path, SETTINGS, overwrite=overwrite):
+            raise _KilledError
+
+    with pytest.raises(_KilledError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+    with growing_lines(path, {**SETTINGS, "base": "right"}) as lines:  # other settings: the first ones were a mistake
+        lines.add([{"row": 0}])
+    with pytest.raises(_KilledError):
+        fail(overwrite=True)
+    assert read_lines(path) == [{"row": 0}]
+
+
+def test_a_run_that_was_killed_while_it_began_is_begun_again(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    _interrupted(path, 0)
+    assert path.read_bytes() == b""
+    with growing_lines(path, {**SETTINGS, "seed": 3}) as lines:
+        lines.add([{"row": 0}])
+    path.unlink()
+    _interrupted(path, 2)
+    path.unlink()  # between taking away the old file and making the new one
+    with growing_lines(path, {**SETTINGS, "seed": 4}) as lines:
+        assert lines.num_done == 0
+
+
+def test_texts_may_hold_what_others_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    texts = ["a\u2028b", "a\u2029b", "a\x85b", "a\x0bb", "a\r\nb", "a\x1cb"]
+    with growing_lines(path, SETTINGS) as lines:
+        lines.add([{"text": text} for text in texts])
+    assert [row["text"] for row in read_lines(path)] == texts
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

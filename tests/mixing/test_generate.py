@@ -13,7 +13,7 @@ from torch import Tensor
 
 from personalized_soups import Profile, SoupModel
 from personalized_soups.errors import DeclarationError, RunError, UsageError
-from personalized_soups.mixing.fitting import Room, fitting_rows, num_fitting
+from personalized_soups.mixing.fitting import Room
 from personalized_soups.mixing.mixture import Who
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts
 
@@ -269,7 +269,10 @@ def test_a_batch_of_other_rows_is_told_where_it_is_seen(model: SoupModel) -> Non
     ):
         model(input_ids=random_ids(4, 3))
     rows = torch.zeros(1, 4, dtype=torch.int64)
-    with pytest.raises(UsageError, match="is given 3 tokens, the batch has 4"), model.mixture(["warm"], rows=rows):
+    with (
+        pytest.raises(UsageError, match=r"tokens of the shape \[1, 3\], rows has \[1, 4\]"),
+        model.mixture(["warm"], rows=rows),
+    ):
         model(input_ids=random_ids(1, 3))
     with pytest.raises(UsageError, match="for 1 prompts of 1 rows each, the batch has 4 rows"), model.mixture(["warm"]):
         model(input_ids=random_ids(4, 3))
@@ -297,35 +300,36 @@ def test_opposed_sides_are_refused(tmp_path: Path, small_base: Path) -> None:
     assert len(model.generate(PROMPTS[:1], [allowed], max_new_tokens=2)) == 1
 
 
-def test_a_batch_too_large_for_the_gpu_says_how_many_rows_fit(model: SoupModel) -> None:
-    # a device of 1000 bytes of which the model has 100; a row's forward takes 60 more
-    taken = {"peak": 0}
-    room = Room(lambda: 1000, lambda: 100, lambda: taken["peak"], lambda: taken.update(peak=100))
+def test_a_batch_too_large_for_the_gpu_says_how_many_prompts_fit(
+    model: SoupModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a device of 1000 bytes of which the model has 100; a row's forward takes 60 more, so 14 rows fit (0.95 * 900 / 60)
+    peak = 0
+    most_rows = 1
+
+    def forget() -> None:
+        nonlocal peak
+        peak = 100
+
+    monkeypatch.setattr(Room, "of", lambda _device: Room(lambda: 1000, lambda: 100, lambda: peak, forget))
 
     def forward(_module: Any, _arguments: Any, keywords: Any) -> None:
-        assert keywords["input_ids"].shape == (1, 12)
-        taken["peak"] = 160
+        nonlocal peak
+        if len(keywords["input_ids"]) > most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        peak = 160
 
     handle = model.model.register_forward_pre_hook(forward, with_kwargs=True)
-    try:
-        assert num_fitting(model.model, 12, room) == 14  # 0.95 * 900 / 60
-        with (
-            pytest.raises(RunError, match="no room for a batch of 64 rows") as caught,
-            fitting_rows(model.model, 64, lambda: 12, room),
-        ):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        assert caught.value.mend == "take batch_size 14"
-        with pytest.raises(RunError) as caught, fitting_rows(model.model, 9, lambda: 12, room):
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        assert caught.value.mend == "take batch_size 8"
-    finally:
-        handle.remove()
-
-    def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    handle = model.model.register_forward_pre_hook(full)
-    with pytest.raises(RunError) as caught, fitting_rows(model.model, 64, lambda: 12, room):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    assert "one row does not fit" in caught.value.mend
+    for options, told in (({}, "batch_size 14"), ({"num_beams": 3}, "batch_size 4")):
+        with pytest.raises(RunError, match="no room for a batch of") as caught:
+            model.generate(["soap"] * 20, ["warm"] * 20, max_new_tokens=3, **options)  # type: ignore[arg-type]
+        assert caught.value.mend == f"take {told}"
+    with pytest.raises(RunError) as caught:
+        model.generate(["soap"] * 5, ["warm"] * 5, max_new_tokens=3)
+    assert caught.value.mend == "take batch_size 4"  # fewer than did not fit
+    most_rows = 0
+    with pytest.raises(RunError) as caught:
+        model.generate(["soap"] * 5, ["warm"] * 5, max_new_tokens=3)
+    assert "one prompt does not fit" in caught.value.mend
+    assert not model.layers.gates.is_on
     handle.remove()

@@ -1,0 +1,393 @@
+"""What a careful reader of the code, and people who used it, tripped over: each of these went wrong once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from personalized_soups import Profile, SoupModel
+from personalized_soups.errors import DeclarationError, UnsupportedAdapterError, UsageError
+from personalized_soups.mixing.prefixes import PrefixCache
+from tests.experts import write_expert
+from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
+
+PROMPT = "wash the kettle"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    return write_experts(tmp_path / "experts")
+
+
+@pytest.fixture
+def model(folders: list[Path], small_base: Path) -> SoupModel:
+    return open_model(small_base, folders[0].parent)
+
+
+def _logits(model: SoupModel, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+def test_generate_without_profiles_answers_by_what_is_set_or_served(model: SoupModel) -> None:
+    ids = random_ids(1, 5)
+    options: dict[str, Any] = {"max_new_tokens": 6}
+    want, base = (model.generate(PROMPT, [who], **options)[0] for who in ({"warm": 3.0}, None))
+    assert want != base
+    with model.mixture([{"warm": 3.0}]):
+        assert model.generate(PROMPT, **options) == [want]
+        assert model.generate(PROMPT, num_beams=1, **options) == [want]
+        assert "".join(model.stream(PROMPT, **options)) == want
+        tokens = model.generate(input_ids=ids, **options)
+        assert torch.equal(tokens, model.model.generate(input_ids=ids, **options))
+        assert model.generate(PROMPT, [None], **options) == [base]
+    model.set_adapters("warm", 3.0)
+    assert model.generate(PROMPT, **options) == [want]
+    assert "".join(model.stream(PROMPT, **options, prefixes=PrefixCache())) == want
+    assert torch.equal(model.generate(input_ids=ids, **options), tokens)
+    assert model.generate(PROMPT, [None], **options) == [base]
+    assert model.generate(PROMPT, **options) == [want]
+
+
+def test_options_reach_transformers_from_token_ids_too(model: SoupModel) -> None:
+    ids = random_ids(2, 5)
+    options: dict[str, Any] = {
+        "profiles": ["warm", "cold"],
+        "input_ids": ids,
+        "max_new_tokens": 12,
+        "eos_token_id": None,
+    }
+    greedy = model.generate(**options)
+    cold = model.generate(**options, do_sample=True, temperature=1e-6)
+    assert torch.equal(cold, greedy)
+    hot = [model.generate(**options, temperature=2.0, seed=seed) for seed in (3, 3, 4)]
+    assert torch.equal(hot[0], hot[1])
+    assert not torch.equal(hot[0], hot[2])
+    with pytest.raises(UsageError, match="prompts and input_ids are both given"):
+        model.generate(PROMPT, **options)
+
+
+def test_answering_texts_leaves_the_models_own_generation_config(model: SoupModel) -> None:
+    before = model.model.generation_config.to_dict()
+    assert before["eos_token_id"] is not None
+    model.generate(PROMPT, ["warm"], max_new_tokens=2)
+    model.generate(PROMPT, ["warm"], max_new_tokens=2, num_beams=2)
+    list(model.stream(PROMPT, "warm", max_new_tokens=2))
+    assert model.model.generation_config.to_dict() == before
+
+
+def test_a_generation_config_of_ones_own_keeps_the_length_that_is_asked_for(model: SoupModel) -> None:
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(num_beams=2, max_new_tokens=3)
+    beams = model.generate(PROMPT, ["warm"], max_new_tokens=9, num_beams=2)
+    assert model.generate(PROMPT, ["warm"], max_new_tokens=9, generation_config=config) == beams
+    assert model.generate(PROMPT, ["warm"], generation_config=config) != beams
+    with pytest.raises(UsageError, match="max_new_tokens is 0"):
+        model.generate(PROMPT, ["warm"], max_new_tokens=0)
+
+
+def test_versions_of_other_orders_models_and_dtypes_differ(
+    model: SoupModel, folders: list[Path], small_base: Path
+) -> None:
+    patterns = {"*.layers.0.*": 0.9, "*.mlp.*": -0.4}
+    turned = dict(reversed(patterns.items()))
+    assert model.version({"warm": patterns}) != model.version({"warm": turned})
+    other = open_model(small_base, folders[0].parent)
+    for who in (None, "warm"):
+        assert model.version(who) != other.version(who)
+    before = model.version("warm")
+    model.double()
+    assert model.version("warm") != before
+
+
+def test_mixtures_that_end_out_of_order_and_tasks_of_one_thread(
+    model: SoupModel, folders: list[Path], small_base: Path
+) -> None:
+    ids = random_ids(1, 5)
+    one, other = model.mixture({"warm": 1.0}), model.mixture({"cold": 1.0})
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert relative(_logits(model, ids)[0], true_logits(small_base, folders, {"cold": 1.0}, ids[0])) < LOGITS
+    other.__exit__(None, None, None)
+    assert not model.layers.gates.is_on
+
+    async def answer(who: str, wait: asyncio.Event, done: asyncio.Event) -> Tensor:
+        with model.mixture(who):
+            done.set()
+            await wait.wait()
+            return _logits(model, ids)
+
+    async def both() -> list[Any]:
+        first, second = asyncio.Event(), asyncio.Event()
+        waiting = asyncio.create_task(answer("warm", second, first))
+        await first.wait()
+        refused = await asyncio.gather(answer("cold", first, second), return_exceptions=True)
+        second.set()
+        return [await waiting, *refused]
+
+    got, refused = asyncio.run(both())
+    assert relative(got[0], true_logits(small_base, folders, {"warm": 1.0}, ids[0])) < LOGITS
+    assert isinstance(refused, UsageError)
+    assert "another task" in refused.what
+
+
+def test_schedules_are_refused_where_nothing_counts_tokens(model: SoupModel) -> None:
+    falling = {"warm": lambda step: 1.0 - 0.1 * step}
+    with pytest.raises(UsageError, match="nothing counts"):
+        model.serve(falling)
+    with pytest.raises(UsageError, match="several tokens are decoded at once") as caught:
+        model.generate(profiles=[falling], input_ids=random_ids(1, 5), max_new_tokens=4, prompt_lookup_num_tokens=2)
+    assert caught.value.where == "prompt_lookup_num_tokens"
+
+
+def test_a_schedule_may_end_with_the_answer(model: SoupModel) -> None:
+    table = [1.0, 0.5, 0.2]
+    options: dict[str, Any] = {"input_ids": random_ids(1, 5), "eos_token_id": None}
+    assert model.generate(profiles=[{"warm": table.__getitem__}], max_new_tokens=3, **options).shape == (1, 8)
+    with pytest.raises(IndexError):
+        model.generate(profiles=[{"warm": table.__getitem__}], max_new_tokens=4, **options)
+    assert not model.layers.gates.is_on
+
+
+def test_an_expert_behind_a_router_is_refused(tmp_path: Path, small_base: Path) -> None:
+    shapes = {"model.layers.0.mlp.experts.3.up_proj": (96, 64)}
+    write_expert(tmp_path / "routed" / "moe", shapes=shapes)
+    with pytest.raises(UnsupportedAdapterError, match="that a router sends to it"):
+        open_model(small_base, tmp_path / "routed")
+
+
+def test_what_is_saved_is_the_base(model: SoupModel, small_base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    bare = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32)
+    assert model.state_dict().keys() == bare.state_dict().keys()
+    with model.mixture("warm"):
+        model.save_pretrained(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    for name, tensor in bare.state_dict().items():
+        assert torch.equal(saved[name], tensor), name
+    changed = {name: tensor + 1 for name, tensor in bare.state_dict().items()}
+    assert model.load_state_dict(changed).missing_keys == []
+    assert all(torch.equal(tensor, changed[name]) for name, tensor in model.state_dict().items())
+
+
+def test_rows_of_tokens_have_the_batchs_shape(model: SoupModel) -> None:
+    rows = torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(UsageError, match=r"shape \[2, 3\], rows has \[3, 2\]"), model.mixture(["warm"], rows=rows):
+        model(input_ids=random_ids(2, 3))
+
+
+def test_what_cannot_be_served_changes_nothing(model: SoupModel, tmp_path: Path) -> None:
+    ids = random_ids(1, 5)
+    model.set_adapters("cold")
+    before = _logits(model, ids)
+    for wrong in ({"*.nowhere": 1.0}, float("nan"), 1e31):
+        with pytest.raises(DeclarationError):
+            model.set_adapters("warm", wrong)
+        assert torch.equal(_logits(model, ids), before)
+    gate = write_expert(tmp_path / "more" / "gate", seed=9, shapes={"model.layers.1.mlp.gate_proj": (96, 64)})
+    model.add_expert(gate)
+    model.set_adapters("warm", {"*.gate_proj": 0.5, "*": 1.0})
+    model.remove_expert("gate")  # no layer is called so any more
+    assert model.get_active_adapters() == ["warm"]
+    served = _logits(model, ids)
+    model.set_adapters("warm")
+    assert torch.equal(_logits(model, ids), served)
+
+
+def test_modes_of_autograd_may_change_between_batches(tmp_path: Path, small_base: Path) -> None:
+    write_shared(tmp_path / "experts")
+    model = open_model(small_base, tmp_path / "experts")
+    ids = random_ids(2, 5)
+    with torch.inference_mode(), model.mixture(["warm", "cold"]):
+        first = model(input_ids=ids).logits.clone()
+    with torch.no_grad(), model.mixture(["cold", None]):
+        model(input_ids=ids)
+    with model.mixture(["warm", "cold"]):
+        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+        one = model(inputs_embeds=embedded).logits
+    with model.mixture(["cold", "warm"]):
+        other = model(inputs_embeds=embedded).logits
+    assert relative(one.detach(), first) < LOGITS
+    (one.square().sum() + other.square().sum()).backward()
+    assert embedded.grad is not None
+    with torch.inference_mode():
+        model.half()
+    model.float()
+    with torch.no_grad(), model.mixture(["warm", "cold"]):
+        model(input_ids=ids)
+
+
+def test_a_model_may_be_cast_while_something_is_served_or_set(
+    model: SoupModel, folders: list[Path], small_base: Path
+) -> None:
+    ids = random_ids(1, 5)
+    want = true_logits(small_base, folders, {"warm": 1.0}, ids[0])
+    model.set_adapters("warm")
+    assert model.double() is model
+    assert relative(_logits(model, ids)[0], want) < 1e-6
+    with model.mixture(["warm"]):
+        model.float()
+        assert relative(_logits(model, ids)[0], want) < LOGITS
+    assert model.eval() is model
+    last = list(model.layers.by_name.values())[-1]
+    last.double()  # one layer alone
+    with model.mixture(["warm"]), pytest.raises(RuntimeError):  # as the base itself does
+        _logits(model, ids)
+    last.float()
+    assert relative(_logits(model, ids)[0], want) < LOGITS
+
+
+def test_a_stream_of_its_own_within_a_mixture_is_refused_at_once(model: SoupModel) -> None:
+    with model.mixture("cold"), pytest.raises(UsageError, match="would wait for its end"):
+        model.stream(PROMPT, "warm")
+
+
+def test_windows_of_attention_are_not_kept_as_prefixes(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=16, pad_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    shapes = {f"model.layers.{layer}.mlp.up_proj": (48, 32) for layer in (0, 1)}
+    write_expert(tmp_path / "experts" / "warm", seed=2, shapes=shapes)
+    base: Any = MistralForCausalLM(config).eval()
+    from tests.conftest import _small_tokenizer
+
+    model = SoupModel(base, tmp_path / "experts", tokenizer=_small_tokenizer())
+    prefixes = PrefixCache()
+    long = "rub it dry with a clean towel so that it looks nice again and again"
+    for prompt in (long, "soap", long):
+        want = model.generate(prompt, ["warm"], max_new_tokens=20)[0]
+        assert "".join(model.stream(prompt, "warm", max_new_tokens=20, prefixes=prefixes)) == want
+    assert prefixes.num_bytes == 0
+
+
+def test_a_kept_prefix_holds_no_more_than_it_counts(model: SoupModel) -> None:
+    prefixes = PrefixCache()
+    "".join(model.stream(PROMPT, "warm", max_new_tokens=60, prefixes=prefixes))
+    (past, _), *_ = prefixes._entries.values()
+    held = {tensor.untyped_storage() for layer in past.layers for tensor in (layer.keys, layer.values)}
+    assert sum(storage.nbytes() for storage in held) == prefixes.num_bytes
+
+
+def test_an_opt_is_compiled(tmp_path: Path) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=320, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=32,
+    )  # fmt: skip
+    shapes = {"model.decoder.layers.0.fc1": (48, 32)}
+    write_expert(tmp_path / "experts" / "warm", seed=2, shapes=shapes)
+    model = SoupModel(OPTForCausalLM(config).eval(), tmp_path / "experts")
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model.model, backend="eager", dynamic=False)
+    for tokens in (6, 4):
+        ids = random_ids(2, tokens)
+        with torch.no_grad(), model.mixture([{"warm": 1.0}, None]):
+            assert relative(compiled(input_ids=ids, use_cache=False).logits, model(input_ids=ids).logits) < LOGITS
+
+
+def test_gates_and_spans_do_not_grow_without_bound(model: SoupModel) -> None:
+    for rows in range(1, 65):
+        with model.mixture(["warm"] * rows):
+            pass
+    gates = model.layers.gates
+    assert sum(len(buffer) for buffer in gates._buffers.values()) <= 2 * 64
+    layer = next(iter(model.layers.by_name.values()))
+    for number in range(200):
+        layer._used(frozenset({f"x{number}"}))
+    assert len(layer._spans) <= 32
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        (lambda model: model.generate(random_ids(1, 4)), "a Tensor is no list of prompts"),
+        (lambda model: model.generate([{"role": "user", "content": "soap"}]), "one chat is"),
+        (lambda model: model.generate([3]), "a prompt is a int"),
+        (lambda model: model.generate(["  "]), "the prompt is empty"),
+        (lambda model: model.add_profile(Profile(user="warm", weights={"cold": 1.0})), "an expert is called 'warm'"),
+    ],
+)
+def test_calls_that_mean_nothing_are_told(model: SoupModel, call: Callable[[SoupModel], Any], told: str) -> None:
+    with pytest.raises((UsageError, Exception), match=told) as caught:
+        call(model)
+    assert getattr(caught.value, "mend", "")
+
+
+def test_weights_that_no_gate_can_hold_are_told(folders: list[Path], small_base: Path) -> None:
+    half = open_model(small_base, folders[0].parent, dtype="float16")
+    with pytest.raises(UsageError, match=r"the weight of 'warm' times its scaling is .*, beyond float16"):
+        half.generate(PROMPT, [{"warm": 1e5}])
+    model = open_model(small_base, folders[0].parent)
+    model.set_scale("warm", 1e30)
+    with pytest.raises(UsageError, match="beyond float32"), model.mixture([{"warm": 1e30}]):
+        pass
+    assert not model.layers.gates.is_on
+
+
+def test_numpys_numbers_are_numbers(model: SoupModel) -> None:
+    import numpy as np
+
+    assert model.version({"warm": np.float32(0.5)}) == model.version({"warm": 0.5})  # type: ignore[dict-item]
+    assert model.version({"warm": np.int64(1)}) == model.version("warm")  # type: ignore[dict-item]
+
+
+def test_an_expert_cannot_take_a_profiles_name(model: SoupModel, folders: list[Path]) -> None:
+    model.add_profile(Profile(user="u1", weights={"cold": 1.0}))
+    with pytest.raises(UsageError, match="a profile is called 'u1'"):
+        model.add_expert(folders[0], "u1")
+
+
+def test_deleting_several_adapters_is_all_or_nothing(model: SoupModel) -> None:
+    with pytest.raises(UsageError, match="'nope'"):
+        model.delete_adapters(["warm", "nope"])
+    assert "warm" in model.experts
+    model.delete_adapters(["warm", "cold"])
+    assert list(model.experts) == ["plain"]
+
+
+def test_a_model_is_wrapped_once_and_left_as_it_was(model: SoupModel, folders: list[Path]) -> None:
+    with pytest.raises(Exception, match="wrapped by another SoupModel"):
+        SoupModel(model.model, folders[0].parent)
+    inner = model.unload()
+    assert not inner._forward_pre_hooks
+    again = SoupModel(inner, folders[0].parent)
+    assert list(again.experts) == ["cold", "plain", "warm"]
+
+
+def test_a_view_for_peft_sees_what_the_model_serves(model: SoupModel) -> None:
+    view = model.as_peft()
+    assert view.active_adapters == []
+    model.set_adapters(["warm", "cold"])
+    assert view.active_adapters == ["warm", "cold"]
+    model.remove_expert("warm")
+    assert view.active_adapters == ["cold"]
+
+
+def test_a_thread_that_fails_lets_go(model: SoupModel) -> None:
+    def fail() -> None:
+        with pytest.raises(ZeroDivisionError), model.mixture("warm"):
+            raise ZeroDivisionError
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert not model.layers.gates.is_on
+    assert len(model.generate(PROMPT, ["cold"], max_new_tokens=2)) == 1
