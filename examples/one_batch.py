@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from personalized_soups import Profile, SoupModel
+from personalized_soups import Profile, SoupError, SoupModel
 from personalized_soups.tiny import BASE_FOLDER
 
 USERS = [
@@ -31,4 +31,7 @@ def main(experts: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "quickstart/experts")
+    try:
+        main(sys.argv[1] if len(sys.argv) > 1 else "quickstart/experts")
+    except SoupError as error:
+        sys.exit(f"error: {error}\n(`make quickstart` trains experts, in quickstart/experts)")

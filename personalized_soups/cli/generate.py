@@ -46,6 +46,9 @@ def generate(
         Path | None, typer.Option(help="JSON Lines file for the answers to --prompts; standard output if left out.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at once, with --profiles.")] = 64,
+    allow_opposed: Annotated[
+        bool, typer.Option("--allow-opposed", help="Take --weights on two sides of one dimension.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The answer is cut there.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="Of the sampling; 0 is --greedy.")] = 0.7,
     greedy: Annotated[bool, typer.Option("--greedy", help="Take the likeliest token at each step.")] = False,
@@ -99,7 +102,8 @@ def generate(
     _check_sources(adapter, experts, profile, weights)
     asked = _prompt(prompt)
 
-    with _adapter_of(adapter, experts, profile, weights, same_base=same_base) as folder:
+    fields = {"allow_opposed": True} if allow_opposed else {}
+    with _adapter_of(adapter, experts, profile, weights, fields, same_base=same_base) as folder:
         from personalized_soups.generation.generator import Generator
 
         generator = Generator.open(resolve_base(base), folder, device=device, dtype=held, same_base=same_base)
@@ -211,6 +215,7 @@ def _adapter_of(
     experts: list[Path] | None,
     profile: Path | None,
     weights: str | None,
+    fields: Mapping[str, bool],
     *,
     same_base: bool,
 ) -> Iterator[Path | None]:
@@ -222,7 +227,7 @@ def _adapter_of(
     from personalized_soups.declare.profile import Profile, load_profile
     from personalized_soups.merging.adapter import merge
 
-    declared = load_profile(profile) if profile is not None else Profile.from_option(weights or "")
+    declared = load_profile(profile) if profile is not None else Profile.from_option(weights or "", **fields)
     merged = merge(ExpertLibrary.open(*experts), declared, same_base=same_base)
     with TemporaryDirectory(prefix="psoups-") as scratch:
         yield merged.write(Path(scratch) / "soup")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,7 @@ def generate_many(options: ManyOptions) -> None:
     from personalized_soups.mixing.many_users import Requests, answer_many
     from personalized_soups.mixing.model import SoupModel
 
+    check_no_input(options.out, [options.profiles, options.prompts])
     library = ExpertLibrary.open(*options.experts)
     profiles = list(read_profiles(options.profiles))
     if not profiles:
@@ -69,7 +70,10 @@ def generate_many(options: ManyOptions) -> None:
             dtype=options.dtype,
             same_base=options.same_base,
         )
+        if first:
+            render.say(f"{first} of {len(requests)} answers are there: going on")
         bar = stack.enter_context(render.progress("answering", len(requests), done=first))
+        stack.enter_context(telling_what_is_kept(options.out))
         answered = answer_many(
             model,
             requests,
@@ -89,6 +93,28 @@ def generate_many(options: ManyOptions) -> None:
                 kept.add(rows)
             done += len(rows)
             bar.update(done)
+
+
+def check_no_input(out: Path | None, inputs: Sequence[Path]) -> None:
+    """Raise if an output is one of the files that are read.
+
+    Raises:
+        UsageError: naming it.
+    """
+    for path in inputs:
+        if out is not None and out.exists() and path.exists() and out.samefile(path):
+            raise UsageError("the output is one of the inputs", where=f"--out {out}", mend="choose another name")
+
+
+@contextmanager
+def telling_what_is_kept(out: Path | None) -> Iterator[None]:
+    """Say on Ctrl-C that the answers so far are kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if out is not None:
+            render.say(f"the answers so far are kept in {out}: run the same command again to go on")
+        raise
 
 
 def _settings(options: ManyOptions, library: Any) -> dict[str, Any]:

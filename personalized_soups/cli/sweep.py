@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import MAX_SEED, catalogue_of, resolve_base
 from personalized_soups.cli.generate import check_dtype, check_temperature
+from personalized_soups.cli.generate_many import check_no_input, telling_what_is_kept
 from personalized_soups.errors import DeclarationError, UsageError, check_extra, choose_from
+
+if TYPE_CHECKING:
+    from personalized_soups.declare.dimension import Catalogue
+    from personalized_soups.files.lines import GrowingLines
+    from personalized_soups.mixing.model import SoupModel
+    from personalized_soups.studies.sweep import Sweep
+
+# Fewer are told of: intervals are as wide as the curve.
+_FEW_PROMPTS = 16
 
 
 def register(app: typer.Typer) -> None:
@@ -52,76 +64,122 @@ def sweep(
     check_temperature(temperature)
     check_extra("plot", "matplotlib")
     held = check_dtype(dtype)
-    if side_a == side_b:
-        raise UsageError("both sides are one", where="SIDE_A SIDE_B", mend="name two experts")
+    _check_sweep(side_a, side_b, scale)
+    check_no_input(out / "answers.jsonl", [prompts])
     from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.adapters.library import ExpertLibrary
-    from personalized_soups.declare.dimension import Catalogue
-    from personalized_soups.declare.loader import load
     from personalized_soups.files.digest import digest_file
-    from personalized_soups.files.lines import growing_lines
     from personalized_soups.generation.prompts import read_prompts
-    from personalized_soups.studies.sweep import ANSWERS, PICTURE, RESULTS, Sweep, answer_sweep, draw_sweep, score_sweep
+    from personalized_soups.studies.sweep import ANSWERS, PICTURE, RESULTS, Sweep, draw_sweep, score_sweep
 
     library = ExpertLibrary.open(*experts)
     for name in (side_a, side_b):
         if name not in library:
             raise UsageError(f"no expert is called {name!r}", where=library.where, mend=choose_from(name, library))
+    chosen = ExpertLibrary({name: library[name].folder for name in (side_a, side_b)}, where=library.where)
     swept = Sweep(side_a, side_b, steps, scale)
     asked = read_prompts(prompts)
-    catalogue: Catalogue | None = load(catalogue_of(base, dimensions), Catalogue)
     side = library[side_b].side or side_b
+    catalogue = _catalogue_that_scores(side, base, dimensions)
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    settings = {
+        "base": base_fingerprint(resolve_base(base)),
+        "experts": {name: [digest_file(path) for path in each.adapter.files] for name, each in chosen.items()},
+        "prompts": digest_file(prompts),
+        "steps": steps,
+        "scale": scale,
+        "dtype": dtype,
+        **sampling,
+    }
+
+    def finish() -> dict[str, Any]:
+        found = score_sweep(out / ANSWERS, swept, catalogue, side) | {"settings": settings}
+        (out / RESULTS).write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        draw_sweep(found, out / PICTURE)
+        return found
+
+    if not overwrite and _is_finished(out / RESULTS, settings):
+        results = finish()  # scored and drawn again, by another catalogue perhaps
+    else:
+        from personalized_soups.files.lines import growing_lines
+
+        # within: a run that is killed while it scores comes back to it
+        with growing_lines(out / ANSWERS, settings, overwrite=overwrite) as kept:
+            from personalized_soups.mixing.model import SoupModel
+
+            model = SoupModel.from_pretrained(
+                resolve_base(base), chosen, device=device, dtype=held, same_base=same_base
+            )
+            _answer(model, swept, asked, kept, batch_size=batch_size, quiet=as_json, sampling=sampling)
+            results = finish()
+    if as_json:
+        render.show_json(results)
+    else:
+        _show(results, len(asked), out / PICTURE)
+
+
+def _check_sweep(side_a: str, side_b: str, scale: float) -> None:
+    if side_a == side_b:
+        raise UsageError("both sides are one", where="SIDE_A SIDE_B", mend="name two experts")
+    if not 0 < scale < math.inf:
+        raise UsageError(f"the scale is {scale:g}", where="--scale", mend="give a number above 0, such as 1")
+
+
+def _catalogue_that_scores(side: str, base: str, dimensions: Path | None) -> Catalogue | None:
+    """Return the catalogue; None where it is the shipped one and does not know the side."""
+    from personalized_soups.declare.dimension import Catalogue
+    from personalized_soups.declare.loader import load
+
+    catalogue = load(catalogue_of(base, dimensions), Catalogue)
     try:
-        assert catalogue is not None
         catalogue.scorer_of(side)
     except DeclarationError:
         if dimensions is not None:
             raise
-        catalogue = None
-    settings = {
-        "base": base_fingerprint(resolve_base(base)),
-        "experts": {name: _digests(library[name].adapter.files) for name in (side_a, side_b)},
-        "prompts": digest_file(prompts),
-        "steps": steps,
-        "scale": scale,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "seed": seed,
-        "dtype": dtype,
-    }
-    with growing_lines(out / ANSWERS, settings, overwrite=overwrite) as kept:
-        from personalized_soups.mixing.model import SoupModel
+        return None
+    return catalogue
 
-        chosen = ExpertLibrary({name: library[name].folder for name in (side_a, side_b)}, where=library.where)
-        model = SoupModel.from_pretrained(resolve_base(base), chosen, device=device, dtype=held, same_base=same_base)
-        with render.progress("sweeping", len(asked), done=kept.num_done, quiet=as_json) as bar:
-            answer_sweep(
-                model,
-                swept,
-                asked,
-                kept,
-                batch_size=batch_size,
-                on_done=bar.update,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-            )
-        results = score_sweep(out / ANSWERS, swept, catalogue, side)
-        (out / RESULTS).write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        draw_sweep(results, out / PICTURE)
-    if as_json:
-        render.show_json(results)
-        return
+
+def _answer(
+    model: SoupModel,
+    swept: Sweep,
+    asked: Sequence[str],
+    kept: GrowingLines,
+    *,
+    batch_size: int,
+    quiet: bool,
+    sampling: Mapping[str, Any],
+) -> None:
+    from personalized_soups.studies.sweep import answer_sweep
+
+    if kept.num_done:
+        render.say(f"the answers to {kept.num_done} of {len(asked)} prompts are there: going on")
+    with (
+        render.progress("sweeping", len(asked), done=kept.num_done, quiet=quiet) as bar,
+        telling_what_is_kept(kept.path),
+    ):
+        answer_sweep(model, swept, asked, kept, batch_size=batch_size, on_done=bar.update, **sampling)
+
+
+def _show(results: Mapping[str, Any], num_prompts: int, picture: Path) -> None:
     rows = [
-        [share, score, low, high]
-        for (share, score), (low, high) in zip(results["points"], results["intervals"], strict=True)
+        [share, score, low, high, valid]
+        for (share, score), (low, high), valid in zip(
+            results["points"], results["intervals"], results["valid"], strict=True
+        )
     ]
-    title = f"{results['score']}: {swept.low} to {swept.high}, the base alone {results['base']:.3g}"
-    render.show_table(["w", results["score"], "95% from", "to"], rows, title=title)
-    render.say(f"{results['verdict']}; {out / PICTURE}")
+    title = f"{results['score']}: {results['low']} to {results['high']}, the base alone {results['base']:.3g}"
+    render.show_table(["w", results["score"], "95% from", "to", "valid"], rows, title=title)
+    if min(results["valid"]) < 1:
+        render.say("answers that are not valid (ill-formed or off topic, by the catalogue's scorer) score 0")
+    if num_prompts < _FEW_PROMPTS:
+        render.say(f"{num_prompts} prompts say little: take {_FEW_PROMPTS} or more")
+    render.say(f"{results['verdict']}; {picture}")
 
 
-def _digests(paths: tuple[Path, ...]) -> list[str]:
-    from personalized_soups.files.digest import digest_file
-
-    return [digest_file(path) for path in paths]
+def _is_finished(results: Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether a sweep of these settings has left its results: its answers need not be made again."""
+    try:
+        return bool(json.loads(results.read_text(encoding="utf-8"))["settings"] == settings)
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False

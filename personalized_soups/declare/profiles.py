@@ -42,7 +42,7 @@ def _profile(line: str, where: str) -> Profile:
         raise DeclarationError(
             f"the line is not JSON: {str(error)[:200]}",
             where=where,
-            mend='write one profile a line: {"user": "u1042", "weights": {"expert": 0.6}}',
+            mend='write one profile a line: {"user": "u1042", "weights": {"expert": 0.6}}, no YAML',
         ) from None
     if not isinstance(table, dict):
         raise DeclarationError(

@@ -26,6 +26,7 @@ DPI = 200
 
 INK, QUIET, FAINT = "#22303c", "#6b7885", "#d5dbe1"
 LINE = "#1f6f8b"
+_MOST_MARKERS = 25  # more of them run together
 # One hue from almost white to dark: lightness alone orders it, so it reads the same for every kind of colour vision.
 SHADES = ["#f4f8fa", "#cfe3ea", "#93c2d1", "#4f9ab1", "#1f6f8b", "#12475c"]
 
@@ -284,7 +285,9 @@ def _draw_panel(axes: Axes, curve: Curve) -> None:
     if curve.intervals:
         lower, upper = zip(*curve.intervals, strict=True)
         axes.fill_between(weights, lower, upper, color=LINE, alpha=0.16, linewidth=0)
-    axes.plot(weights, scores, color=LINE, linewidth=2, marker="o", markersize=4, clip_on=False)
+    marker = "o" if len(scores) <= _MOST_MARKERS else None
+    # above the axis, which would cut points at 0
+    axes.plot(weights, scores, color=LINE, linewidth=2, marker=marker, markersize=4, clip_on=False, zorder=3)
     axes.text(0, 1.13, curve.title, transform=axes.transAxes, fontsize=11, weight="bold", va="baseline")
     axes.text(0, 1.045, curve.score, transform=axes.transAxes, fontsize=9.5, color=QUIET, va="baseline")
     for x, side, align in ((0, curve.low, "left"), (1, curve.high, "right")):

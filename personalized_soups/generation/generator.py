@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from personalized_soups.errors import InputError
 from personalized_soups.generation.loading import (
     Dtype,
     check_adapter_folder,
@@ -20,7 +21,7 @@ from personalized_soups.generation.loading import (
     load_base,
     load_tokenizer,
 )
-from personalized_soups.generation.prompts import Prompt, encode_prompt
+from personalized_soups.generation.prompts import Prompt, encode_prompt, prompt_text
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import DrawnTokens, Sampling, pad_left, uniforms
 from personalized_soups.generation.streaming import TokenStream
@@ -118,7 +119,7 @@ class Generator:
         the numbers of its rows' prompts.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
-        encoded = [encode_prompt(self.tokenizer, prompt) for prompt in prompts]
+        encoded = [self.encoded(prompt) for prompt in prompts]
         rows = [index for index in range(len(prompts)) for _ in range(num_samples)]
         # Prompts of like length share a batch, so that little of it is padding.
         order = sorted(range(len(rows)), key=lambda row: len(encoded[rows[row]]))
@@ -150,7 +151,7 @@ class Generator:
         `around` is entered while it is generated, on a thread of its own.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
-        encoded = encode_prompt(self.tokenizer, prompt)
+        encoded = self.encoded(prompt)
         tokens: list[int] = []
         said = ""
 
@@ -221,6 +222,22 @@ class Generator:
         finally:
             for part, config in own:
                 part.generation_config = config
+
+    def encoded(self, prompt: Prompt) -> list[int]:
+        """Return the token ids after which the answer begins.
+
+        Raises:
+            InputError: if there are more of them than the model has positions, or as encode_prompt.
+        """
+        tokens = encode_prompt(self.tokenizer, prompt)
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if isinstance(most, int) and len(tokens) >= most:
+            raise InputError(
+                f"the prompt has {len(tokens)} tokens, the model reads fewer than {most}",
+                where=f"the prompt that begins {prompt_text(prompt)[:40]!r}",
+                mend="shorten it, or take a base model with a longer context",
+            )
+        return tokens
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what the tokens before the first stop token say."""

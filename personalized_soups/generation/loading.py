@@ -6,14 +6,14 @@ import errno
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
 from personalized_soups.adapters.compatible import is_same_base
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import BaseRecord, read_expert_record, read_soup_record
-from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, UsageError
+from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, UsageError, choose_from
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.generation.quiet import quiet_transformers
 
@@ -95,6 +95,8 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
     from transformers import AutoModelForCausalLM
 
     check_base(base)
+    if dtype not in get_args(Dtype):
+        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", mend=choose_from(str(dtype), get_args(Dtype)))
     for file in sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []:
         SafetensorsFile.open(file)
     wanted: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype)

@@ -12,7 +12,7 @@ import torch
 
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator, Within
-from personalized_soups.generation.prompts import Prompt, encode_prompt
+from personalized_soups.generation.prompts import Prompt
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import pad_left
 from personalized_soups.mixing.fitting import fitting_rows
@@ -67,7 +67,7 @@ def sampled_answers(
     @contextmanager
     def around(indices: Sequence[int]) -> Iterator[Within]:
         def width() -> int:
-            longest = max(len(encode_prompt(generator.tokenizer, prompts[index])) for index in indices)
+            longest = max(len(generator.encoded(prompts[index])) for index in indices)
             return longest + int(sampling["max_new_tokens"])
 
         own = profiles if isinstance(profiles, AsSet) else [profiles[index] for index in indices]
@@ -108,7 +108,7 @@ def transformers_answers(
     with seeded(model, seed), generator.forgetting_own_generation():
         for start in range(0, len(prompts), batch_size):
             asked = slice(start, start + batch_size)
-            encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts[asked]]
+            encoded = [generator.encoded(prompt) for prompt in prompts[asked]]
             ids_BT, mask_BT = pad_left(encoded, int(tokenizer.pad_token_id), model.device)
             own = profiles if isinstance(profiles, AsSet) else profiles[asked]
             width = partial(int, ids_BT.shape[1] + (max_new_tokens or given.max_new_tokens or 256))

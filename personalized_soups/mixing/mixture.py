@@ -135,7 +135,11 @@ def row_of(
     )
     sided = {name: 1.0 for name, weight in row.weights.items() if weight != 0}
     if sided:
-        check_sides(Profile(weights=sided), dimension_of, side_of)
+        try:
+            check_sides(Profile(weights=sided), dimension_of, side_of)
+        except DeclarationError as fault:
+            mend = "take one of them out, or give Profile(weights={...}, allow_opposed=True)"
+            raise DeclarationError(fault.what, where=f"weights of {', '.join(sided)}", mend=mend) from None
     return row
 
 

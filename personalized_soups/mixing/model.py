@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.loading import Dtype, choose_device, load_base, load_tokenizer
-from personalized_soups.generation.prompts import Prompt, check_text, encode_prompt
+from personalized_soups.generation.prompts import Prompt, check_text
 from personalized_soups.merging.checks import raise_all
 from personalized_soups.mixing.generating import (
     AS_SET,
@@ -40,6 +41,8 @@ from personalized_soups.mixing.running import Current, Mixture
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Experts: TypeAlias = ExpertLibrary | Path | str | Sequence[Path | str]
+
 # Calls of a module that return it; through SoupModel they return the SoupModel.
 _RETURNING_SELF = frozenset({
     "to", "cpu", "cuda", "half", "float", "double", "bfloat16", "eval", "train", "requires_grad_",
@@ -59,7 +62,7 @@ class SoupModel:
 
     Args:
         model: the base, loaded.
-        experts: their library, or its folder; all of them are held.
+        experts: their library, or its folder, or several folders; all of them are held.
         tokenizer: of the base; needed for prompts that are text.
         base: the folder or hub id that the model was loaded from: experts that record another one's fingerprint are
             refused.
@@ -72,7 +75,7 @@ class SoupModel:
     def __init__(
         self,
         model: Any,
-        experts: ExpertLibrary | Path | str,
+        experts: Experts,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         base: Path | str | None = None,
@@ -91,7 +94,7 @@ class SoupModel:
     def from_pretrained(
         cls,
         base: Path | str,
-        experts: ExpertLibrary | Path | str,
+        experts: Experts,
         *,
         device: str = "auto",
         dtype: Dtype = "float32",
@@ -102,7 +105,7 @@ class SoupModel:
 
         Args:
             base: a folder or a hub id.
-            experts: their library, or its folder.
+            experts: their library, or its folder, or several folders.
             device: auto (CUDA where there is one), cpu, cuda, ...
             dtype: in which base and factors are held and compute.
             same_base: take it that this is the experts' base, whatever names and fingerprints say.
@@ -133,6 +136,12 @@ class SoupModel:
     def layers(self) -> MixedLayers:
         """The layers that hold the experts' stacks."""
         return self._held
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
+        return (
+            f"SoupModel({name}, experts: {', '.join(self.experts) or 'none'}, {self.model.dtype}, {self.model.device})"
+        )
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Run the model's forward; within `mixture` every row with its own soup."""
@@ -218,6 +227,8 @@ class SoupModel:
         """
         if max_new_tokens is not None and max_new_tokens < 1:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", mend="give 1 or more")
+        if not 0 <= temperature < math.inf:
+            raise UsageError(f"the temperature is {temperature}", where="temperature", mend="give 0 or more")
         if temperature and (options or prompts is None):
             options = {"do_sample": True, "temperature": temperature, **options}
         if "input_ids" in options or "inputs_embeds" in options:
@@ -278,9 +289,9 @@ class SoupModel:
             raise UsageError(
                 "a mixture is set, and the stream's own would wait for its end",
                 where="profile",
-                mend="leave the profile out to stream what is set, or leave the mixture first",
+                mend="leave the profile out to stream what is set, or leave the mixture first (as for the base alone)",
             )
-        tokens = encode_prompt(self.generator.tokenizer, prompt)
+        tokens = self.generator.encoded(prompt)
 
         @contextmanager
         def around(_: Sequence[int]) -> Iterator[Within]:
@@ -321,6 +332,12 @@ class SoupModel:
         Raises:
             DeclarationError, UsageError: as `mixture`.
         """
+        if not isinstance(profile, Profile):
+            raise UsageError(
+                f"a {type(profile).__name__} is no Profile",
+                where="profile",
+                mend="give Profile(user='u1042', weights={...})",
+            )
         with self._current.lock:
             self._roster.add(profile, name or profile.user)
 
@@ -507,8 +524,10 @@ def check_known_base(experts: Sequence[Expert], base: Path | str) -> None:
         raise_all(strangers(experts, base_fingerprint(base), str(base)))
 
 
-def _library(experts: ExpertLibrary | Path | str) -> ExpertLibrary:
-    return experts if isinstance(experts, ExpertLibrary) else ExpertLibrary.open(experts)
+def _library(experts: Experts) -> ExpertLibrary:
+    if isinstance(experts, ExpertLibrary):
+        return experts
+    return ExpertLibrary.open(*([experts] if isinstance(experts, Path | str) else experts))
 
 
 def _adapter(folder: Path | str) -> Path:

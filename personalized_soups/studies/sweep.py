@@ -90,6 +90,8 @@ def answer_sweep(
 def score_sweep(answers: Path, sweep: Sweep, catalogue: Catalogue | None, side: str) -> dict[str, Any]:
     """Return what the answers are worth at each step, with 95% intervals (bootstrap over prompts).
 
+    An answer that the scorer takes for none (ill-formed, off topic) scores 0; `valid` has the share of the others.
+
     Args:
         answers: the file that answer_sweep wrote.
         sweep: what was swept.
@@ -99,15 +101,16 @@ def score_sweep(answers: Path, sweep: Sweep, catalogue: Catalogue | None, side: 
     lines = read_lines(answers)
     prompts = [line["prompt"] for line in lines]
 
-    def scores(said: Sequence[str]) -> list[float]:
+    def scored(said: Sequence[str]) -> tuple[list[float], list[bool]]:
         if catalogue is None:
-            return [float(len(answer.split())) for answer in said]
-        return [graded.toward[side] for graded in grade(prompts, said, catalogue, [side])]
+            return [float(len(answer.split())) for answer in said], [True] * len(said)
+        graded = grade(prompts, said, catalogue, [side])
+        return [each.toward[side] for each in graded], [each.valid for each in graded]
 
-    steps = [scores([line["steps"][at] for line in lines]) for at in range(sweep.num_steps)]
-    base = scores([line["base"] for line in lines])
-    points = [(share, sum(found) / len(found)) for share, found in zip(sweep.shares, steps, strict=True)]
-    intervals = [bootstrap_interval(found) for found in steps]
+    steps = [scored([line["steps"][at] for line in lines]) for at in range(sweep.num_steps)]
+    base, _ = scored([line["base"] for line in lines])
+    points = [(share, sum(found) / len(found)) for share, (found, _) in zip(sweep.shares, steps, strict=True)]
+    intervals = [bootstrap_interval(found) for found, _ in steps]
     return {
         "low": sweep.low,
         "high": sweep.high,
@@ -117,6 +120,7 @@ def score_sweep(answers: Path, sweep: Sweep, catalogue: Catalogue | None, side: 
         "base": sum(base) / len(base),
         "points": points,
         "intervals": intervals,
+        "valid": [sum(valid) / len(valid) for _, valid in steps],
         "verdict": str(judge_sweep(points, intervals)),
     }
 

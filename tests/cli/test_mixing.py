@@ -165,5 +165,43 @@ def test_a_sweep_leaves_answers_scores_and_a_picture(run: Run, world: Path, smal
         assert json.loads(alone.stdout)["answer"] == lines[0]["steps"][at]
     words = [len(line["steps"][2].split()) for line in lines]
     assert results["points"][2][1] == pytest.approx(sum(words) / 3)
-    for wrong in (["sweep", "cold", "cold", *command[3:]], ["sweep", "cold", "wram", *command[3:]], command):
-        assert run(*wrong).exit_code == 2
+    # finished, it is scored and drawn again without a model
+    before = (out / "answers.jsonl").read_bytes()
+    (out / "sweep.png").unlink()
+    again = run(*command, "--base", str(small_base), "--json")
+    assert json.loads(again.stdout) == results
+    assert (out / "sweep.png").is_file()
+    assert "sweeping" not in again.stderr
+    assert (out / "answers.jsonl").read_bytes() == before
+    for change, told in (
+        (["--seed", "1"], "there already"),
+        (["--scale", "nan"], "the scale is nan"),
+        (["--scale", "0"], "the scale is 0"),
+    ):
+        wrong = run(*command, *change)
+        assert (wrong.exit_code, told in wrong.stderr) == (2, True), wrong.stderr
+    for sides in (["cold", "cold"], ["cold", "wram"]):
+        assert run("sweep", *sides, *command[3:]).exit_code == 2
+
+
+def test_an_output_is_never_an_input(run: Run, world: Path, small_base: Path) -> None:
+    for name in ("users.jsonl", "prompts.jsonl"):
+        before = (world / name).read_bytes()
+        done = run(*_many(world, small_base, "--out", str(world / name), "--overwrite"))
+        assert (done.exit_code, "one of the inputs" in done.stderr) == (2, True)
+        assert (world / name).read_bytes() == before
+
+
+def test_a_run_that_cannot_begin_leaves_the_old_answers(run: Run, world: Path, small_base: Path) -> None:
+    out = world / "answers.jsonl"
+    out.write_text("mine\n")
+    done = run(*_many(world, world / "nowhere", "--out", str(out), "--overwrite"))
+    assert done.exit_code == 2
+    assert out.read_text() == "mine\n"
+
+
+def test_a_prompt_beyond_the_models_positions_is_refused(run: Run, world: Path, small_base: Path) -> None:
+    (world / "prompts.jsonl").write_text(json.dumps({"prompt": "soap and water " * 100}) + "\n")
+    done = run(*_many(world, small_base))
+    assert done.exit_code == 2
+    assert "the model reads fewer than 256" in done.stderr
