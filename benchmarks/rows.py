@@ -107,7 +107,7 @@ def shown(value: float | None, unit: str) -> str:
         return "-"
     if not math.isfinite(value):
         return str(value)
-    if unit == "" and abs(value) < 0.01:
+    if unit == "" and 0 < abs(value) < 0.01:
         return f"{value:.1e}"
     digits = f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return digits + unit if unit in {"", "x"} else f"{digits} {unit}"

@@ -292,10 +292,12 @@ class SoupModel:
                 mend="leave the profile out to stream what is set, or leave the mixture first (as for the base alone)",
             )
         tokens = self.generator.encoded(prompt)
+        # what this thread has set it keeps set: the thread that generates has not to wait for it
+        own = nullcontext(self._current.innermost) if self._current.is_set_here else None
 
         @contextmanager
         def around(_: Sequence[int]) -> Iterator[Within]:
-            with self._mix(profile if isinstance(profile, AsSet) else [profile], 1) as mixture:
+            with own or self._mix(profile if isinstance(profile, AsSet) else [profile], 1) as mixture:
                 if prefixes is None:
                     yield Within(processors_of(mixture))
                     return
@@ -465,7 +467,7 @@ class SoupModel:
     def _mix(self, profiles: Sequence[Who] | AsSet, rows_each: int) -> AbstractContextManager[Mixture | None]:
         """Set a mixture, or leave what is set as it is."""
         if isinstance(profiles, AsSet):
-            return nullcontext(self._current.innermost)
+            return self._current.as_set()
         return self.mixture(list(profiles), rows_each=rows_each)
 
     def _row(self, who: Who) -> Row:

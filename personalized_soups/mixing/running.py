@@ -139,6 +139,12 @@ class Current:
                 self._setter = before if self._set else None
                 self.settle()
 
+    @contextmanager
+    def as_set(self) -> Iterator[Mixture | None]:
+        """Keep what this thread has set, or else what is served, within the block; other threads' mixtures wait."""
+        with self.lock:
+            yield self.innermost
+
     def serve(self, row: Row) -> None:
         """Serve all rows with these weights where no mixture is set.
 

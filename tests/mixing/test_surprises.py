@@ -381,6 +381,26 @@ def test_a_view_for_peft_sees_what_the_model_serves(model: SoupModel) -> None:
     assert view.active_adapters == ["cold"]
 
 
+def test_what_is_served_is_not_disturbed_by_another_threads_mixture(model: SoupModel) -> None:
+    options: dict[str, Any] = {"input_ids": random_ids(2, 6), "max_new_tokens": 24, "eos_token_id": None}
+    model.set_adapters("cold")
+    want = model.generate(**options)
+    begun = threading.Event()
+    handle = model.model.register_forward_pre_hook(lambda *_: begun.set())
+
+    def disturb() -> None:
+        begun.wait()
+        with model.mixture(["warm", {"warm": -2.0}]):
+            pass
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    got = model.generate(**options)
+    thread.join()
+    handle.remove()
+    assert torch.equal(got, want)
+
+
 def test_a_thread_that_fails_lets_go(model: SoupModel) -> None:
     def fail() -> None:
         with pytest.raises(ZeroDivisionError), model.mixture("warm"):
