@@ -6,12 +6,14 @@ O out features, I in features.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from personalized_soups.adapters.compatible import disagreements
+from personalized_soups.adapters.compatible import disagreements, strangers
+from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.placement import place
@@ -42,6 +44,16 @@ def check_experts(experts: Sequence[Expert], model: nn.Module, gates: Gates, *, 
     raise_all([fault for expert in experts for fault in _unmixable(expert)])
     raise_all([*disagreements(experts, same_base=same_base)])
     raise_all([fault for expert in experts for fault in _unfit(expert, model, gates)])
+
+
+def check_known_base(experts: Sequence[Expert], base: Path | str) -> None:
+    """Raise if an expert records the fingerprint of another base than this folder or hub id.
+
+    Raises:
+        IncompatibleExpertsError: naming every such expert.
+    """
+    if any(expert.base.fingerprint is not None for expert in experts):
+        raise_all(strangers(experts, base_fingerprint(base), str(base)))
 
 
 class Members:

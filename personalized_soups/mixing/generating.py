@@ -12,7 +12,7 @@ import torch
 
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator, Within
-from personalized_soups.generation.prompts import Prompt
+from personalized_soups.generation.prompts import Prompt, check_text
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import pad_left
 from personalized_soups.mixing.fitting import fitting_rows
@@ -54,6 +54,31 @@ def one_for_each(prompts: Sequence[object], profiles: Who | Sequence[Who] | AsSe
             mend="give one for each prompt (None is the base alone), or a single one for all",
         )
     return list(profiles)
+
+
+def checked_prompts(prompts: Any) -> list[Prompt]:
+    """Return the prompts as a list.
+
+    Raises:
+        UsageError: if they are no texts or chats.
+    """
+    listed = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else None
+    if listed is None and prompts is not None:
+        raise UsageError(
+            f"a {type(prompts).__name__} is no list of prompts",
+            where="prompts",
+            mend="give texts, or token ids as input_ids=...",
+        )
+    for prompt in listed or []:
+        if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence):
+            raise UsageError(
+                f"a prompt is a {type(prompt).__name__}",
+                where="prompts",
+                mend='give texts or chats; one chat is [[{"role": "user", "content": "..."}]]',
+            )
+        if isinstance(prompt, str):
+            check_text(prompt, where="prompts")
+    return listed or []
 
 
 def sampled_answers(

@@ -12,18 +12,17 @@ from typing import TYPE_CHECKING, Any, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from personalized_soups.adapters.compatible import strangers
-from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.loading import Dtype, choose_device, load_base, load_tokenizer
-from personalized_soups.generation.prompts import Prompt, check_text
-from personalized_soups.merging.checks import raise_all
+from personalized_soups.generation.prompts import Prompt
+from personalized_soups.mixing.experts import check_known_base
 from personalized_soups.mixing.generating import (
     AS_SET,
     AsSet,
+    checked_prompts,
     generate_tokens,
     one_for_each,
     processors_of,
@@ -438,12 +437,6 @@ class SoupModel:
                 self._roster.check_expert(name)
             self._change([], listed)
 
-    def as_peft(self) -> Any:
-        """Return this model as a PeftModel, for code that expects one: see mixing/peft_view.py."""
-        from personalized_soups.mixing.peft_view import PeftView
-
-        return PeftView(self)
-
     def unload(self) -> Any:
         """Put the base's own layers back and return the model; the experts are gone."""
         self._change([], list(self.experts))
@@ -489,41 +482,6 @@ class SoupModel:
                 self._held.change(added, removed, same_base=self._same_base)
             self._roster.put(self.experts)
             self._current.forget(self.experts)
-
-
-def checked_prompts(prompts: Any) -> list[Prompt]:
-    """Return the prompts as a list.
-
-    Raises:
-        UsageError: if they are no texts or chats.
-    """
-    listed = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else None
-    if listed is None and prompts is not None:
-        raise UsageError(
-            f"a {type(prompts).__name__} is no list of prompts",
-            where="prompts",
-            mend="give texts, or token ids as input_ids=...",
-        )
-    for prompt in listed or []:
-        if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence):
-            raise UsageError(
-                f"a prompt is a {type(prompt).__name__}",
-                where="prompts",
-                mend='give texts or chats; one chat is [[{"role": "user", "content": "..."}]]',
-            )
-        if isinstance(prompt, str):
-            check_text(prompt, where="prompts")
-    return listed or []
-
-
-def check_known_base(experts: Sequence[Expert], base: Path | str) -> None:
-    """Raise if an expert records the fingerprint of another base than this folder or hub id.
-
-    Raises:
-        IncompatibleExpertsError: naming every such expert.
-    """
-    if any(expert.base.fingerprint is not None for expert in experts):
-        raise_all(strangers(experts, base_fingerprint(base), str(base)))
 
 
 def _library(experts: Experts) -> ExpertLibrary:

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel
 
 from personalized_soups import SoupModel
 from personalized_soups.errors import DeclarationError, UsageError
+from personalized_soups.mixing.peft_view import PeftView
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, write_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -27,7 +28,7 @@ def models(tmp_path: Path, small_base: Path) -> tuple[Any, Any, SoupModel]:
     for folder in folders[1:]:
         theirs.load_adapter(folder, adapter_name=folder.name)
     soup = open_model(small_base, tmp_path / "experts")
-    return theirs.eval(), soup.as_peft(), soup
+    return theirs.eval(), PeftView(soup), soup
 
 
 def test_existing_code_keeps_working(models: tuple[Any, Any, SoupModel]) -> None:

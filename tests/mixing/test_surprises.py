@@ -14,6 +14,7 @@ from torch import Tensor
 
 from personalized_soups import Profile, SoupModel
 from personalized_soups.errors import DeclarationError, UnsupportedAdapterError, UsageError
+from personalized_soups.mixing.peft_view import PeftView
 from personalized_soups.mixing.prefixes import PrefixCache
 from tests.experts import write_expert
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
@@ -373,7 +374,7 @@ def test_a_model_is_wrapped_once_and_left_as_it_was(model: SoupModel, folders: l
 
 
 def test_a_view_for_peft_sees_what_the_model_serves(model: SoupModel) -> None:
-    view = model.as_peft()
+    view: Any = PeftView(model)
     assert view.active_adapters == []
     model.set_adapters(["warm", "cold"])
     assert view.active_adapters == ["warm", "cold"]
