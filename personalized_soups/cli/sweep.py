@@ -69,6 +69,7 @@ def sweep(
     from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.files.digest import digest_file
+    from personalized_soups.files.lines import growing_lines, is_whole
     from personalized_soups.generation.prompts import read_prompts
     from personalized_soups.studies.sweep import ANSWERS, PICTURE, RESULTS, Sweep, draw_sweep, score_sweep
 
@@ -98,11 +99,9 @@ def sweep(
         draw_sweep(found, out / PICTURE)
         return found
 
-    if not overwrite and _is_finished(out / RESULTS, settings):
+    if not overwrite and _has_settings(out / RESULTS, settings) and is_whole(out / ANSWERS, len(asked)):
         results = finish()  # scored and drawn again, by another catalogue perhaps
     else:
-        from personalized_soups.files.lines import growing_lines
-
         # within: a run that is killed while it scores comes back to it
         with growing_lines(out / ANSWERS, settings, overwrite=overwrite) as kept:
             from personalized_soups.mixing.model import SoupModel
@@ -110,6 +109,8 @@ def sweep(
             model = SoupModel.from_pretrained(
                 resolve_base(base), chosen, device=device, dtype=held, same_base=same_base
             )
+            for old in (RESULTS, PICTURE):  # of other answers than those that come now
+                (out / old).unlink(missing_ok=True)
             _answer(model, swept, asked, kept, batch_size=batch_size, quiet=as_json, sampling=sampling)
             results = finish()
     if as_json:
@@ -177,8 +178,8 @@ def _show(results: Mapping[str, Any], num_prompts: int, picture: Path) -> None:
     render.say(f"{results['verdict']}; {picture}")
 
 
-def _is_finished(results: Path, settings: Mapping[str, Any]) -> bool:
-    """Return whether a sweep of these settings has left its results: its answers need not be made again."""
+def _has_settings(results: Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether a sweep of these settings has left its results."""
     try:
         return bool(json.loads(results.read_text(encoding="utf-8"))["settings"] == settings)
     except (FileNotFoundError, ValueError, KeyError, TypeError):

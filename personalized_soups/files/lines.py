@@ -69,11 +69,9 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
     """
     if path.is_dir():
         raise OutputExistsError("the output is a folder", where=str(path), mend="name a file, e.g. answers.jsonl")
-    if path.exists() and not overwrite and not (workplace_of(path) / "journal").exists():
-        raise OutputExistsError(
-            "the output file is there already", where=str(path), mend="choose another name, or pass --overwrite"
-        )
+    _check_free(path, overwrite=overwrite)  # at once, and again when no other run can end in between
     with claimed(path) as place:
+        _check_free(path, overwrite=overwrite)
         begun = _begun(place.journal) if path.exists() else None
         num_done = 0 if begun is None else _sound_lines(path)
         if begun is not None and num_done and begun != settings:
@@ -95,6 +93,22 @@ def read_lines(path: Path) -> list[Any]:
     """Return the values of a JSON Lines file."""
     # not splitlines: it ends lines at characters that JSON leaves in texts (U+2028, U+0085)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def is_whole(path: Path, num_lines: int) -> bool:
+    """Return whether a file is there, is no longer growing, and has so many lines."""
+    return path.is_file() and not _is_growing(path) and len(read_lines(path)) == num_lines
+
+
+def _is_growing(path: Path) -> bool:
+    return (workplace_of(path) / "journal").exists()
+
+
+def _check_free(path: Path, *, overwrite: bool) -> None:
+    if path.exists() and not overwrite and not _is_growing(path):
+        raise OutputExistsError(
+            "the output file is there already", where=str(path), mend="choose another name, or pass --overwrite"
+        )
 
 
 def _begun(journal: Path) -> Any:

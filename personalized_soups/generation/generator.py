@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -60,6 +61,9 @@ class Generator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.stop_ids = _stop_ids(model, tokenizer)
+        self._forgetting_lock = threading.Lock()
+        self._num_forgetting = 0
+        self._own_configs: list[tuple[Any, Any]] = []
 
     @classmethod
     def open(
@@ -109,6 +113,7 @@ class Generator:
         places: Sequence[int] | None = None,
         on_done: Callable[[int], None] | None = None,
         around: Around | None = None,
+        in_order: bool = False,
     ) -> list[list[str]]:
         """Return `num_samples` answers for each prompt, without end token and outer white space.
 
@@ -116,13 +121,13 @@ class Generator:
         depend on seed, p and s alone: two models that are asked with one seed answer from common random numbers.
         Where these prompts are a part of more, `places` are their answers' places in the whole, one for each answer.
         `on_done` hears after each batch how many answers there are so far. `around` is entered around each batch, with
-        the numbers of its rows' prompts.
+        the numbers of its rows' prompts. Batches are made of prompts of like length, unless `in_order`.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = [self.encoded(prompt) for prompt in prompts]
         rows = [index for index in range(len(prompts)) for _ in range(num_samples)]
         # Prompts of like length share a batch, so that little of it is padding.
-        order = sorted(range(len(rows)), key=lambda row: len(encoded[rows[row]]))
+        order = sorted(range(len(rows)), key=lambda row: 0 if in_order else len(encoded[rows[row]]))
         texts = [""] * len(rows)
         for start in range(0, len(order), batch_size):
             group = order[start : start + batch_size]
@@ -209,19 +214,22 @@ class Generator:
 
     @contextmanager
     def forgetting_own_generation(self) -> Iterator[None]:
-        """Let the model, and what PEFT wraps in it, have a generation config that changes nothing within the block."""
-        from transformers import GenerationConfig
+        """Let the model, and what PEFT wraps in it, have a generation config that changes nothing within the block.
 
-        model = self.model
-        parts = {id(part): part for part in (model, getattr(model, "base_model", model), _wrapped(model))}.values()
-        own = [(part, part.generation_config) for part in parts if getattr(part, "generation_config", None) is not None]
-        for part, _ in own:
-            part.generation_config = GenerationConfig()
+        Several threads may be within at once: the last one out puts the model's own back.
+        """
+        with self._forgetting_lock:
+            if self._num_forgetting == 0:
+                self._own_configs = _forget_own_generation(self.model)
+            self._num_forgetting += 1
         try:
             yield
         finally:
-            for part, config in own:
-                part.generation_config = config
+            with self._forgetting_lock:
+                self._num_forgetting -= 1
+                if self._num_forgetting == 0:
+                    for part, config in self._own_configs:
+                        part.generation_config = config
 
     def encoded(self, prompt: Prompt) -> list[int]:
         """Return the token ids after which the answer begins.
@@ -251,6 +259,17 @@ def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     declared = getattr(model.generation_config, "eos_token_id", None)
     listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
     return frozenset({int(tokenizer.eos_token_id), *map(int, listed)})
+
+
+def _forget_own_generation(model: Any) -> list[tuple[Any, Any]]:
+    """Give the model, and what PEFT wraps in it, an empty generation config, and return what each of them had."""
+    from transformers import GenerationConfig
+
+    parts = {id(part): part for part in (model, getattr(model, "base_model", model), _wrapped(model))}.values()
+    own = [(part, part.generation_config) for part in parts if getattr(part, "generation_config", None) is not None]
+    for part, _ in own:
+        part.generation_config = GenerationConfig()
+    return own
 
 
 def _wrapped(model: Any) -> Any:

@@ -99,7 +99,9 @@ def sampled_answers(
         with fitting_rows(generator.model, len(indices), width), mix(own, 1) as mixture:
             yield Within(processors_of(mixture))
 
-    return [answer for (answer,) in generator.answers(prompts, around=around, **sampling)]
+    # rows that are set already stand in the caller's order
+    in_order = isinstance(profiles, AsSet)
+    return [answer for (answer,) in generator.answers(prompts, around=around, in_order=in_order, **sampling)]
 
 
 def transformers_answers(
@@ -120,33 +122,35 @@ def transformers_answers(
     from transformers import GenerationConfig
 
     tokenizer, model = generator.tokenizer, generator.model
-    given = options.get("generation_config") or GenerationConfig(max_new_tokens=max_new_tokens or 256)
+    options = {name: value for name, value in options.items() if name != "generation_config" or value is not None}
+    given = options.get("generation_config") or GenerationConfig()
     usual: dict[str, Any] = {"generation_config": given}
     if given.eos_token_id is None:
         usual["eos_token_id"] = sorted(generator.stop_ids)
     if given.pad_token_id is None:
         usual["pad_token_id"] = int(tokenizer.pad_token_id)
-    if max_new_tokens is not None:
-        usual["max_new_tokens"] = max_new_tokens
-    rows_each = rows_for_each(options)
+    is_cut = any((options.get(name) or getattr(given, name)) is not None for name in ("max_length", "max_new_tokens"))
+    if max_new_tokens is not None or not is_cut:
+        usual["max_new_tokens"] = max_new_tokens or 256
+    rows_each = rows_for_each(options, given)
     found: list[str] = []
-    with seeded(model, seed), generator.forgetting_own_generation():
-        for start in range(0, len(prompts), batch_size):
-            asked = slice(start, start + batch_size)
-            encoded = [generator.encoded(prompt) for prompt in prompts[asked]]
-            ids_BT, mask_BT = pad_left(encoded, int(tokenizer.pad_token_id), model.device)
-            own = profiles if isinstance(profiles, AsSet) else profiles[asked]
-            width = partial(int, ids_BT.shape[1] + (max_new_tokens or given.max_new_tokens or 256))
-            with (
-                fitting_rows(model, len(encoded), width, rows_each=rows_each),
-                mix(own, rows_each) as mixture,
-                quiet_transformers(),
-            ):
-                out = generate_tokens(
-                    model, mixture, {"input_ids": ids_BT, "attention_mask": mask_BT, **usual, **options}
-                )
-            tokens = out if isinstance(out, torch.Tensor) else out.sequences
-            found += [generator.text(row) for row in tokens[:, ids_BT.shape[1] :].tolist()]
+    for start in range(0, len(prompts), batch_size):
+        asked = slice(start, start + batch_size)
+        encoded = [generator.encoded(prompt) for prompt in prompts[asked]]
+        ids_BT, mask_BT = pad_left(encoded, int(tokenizer.pad_token_id), model.device)
+        own = profiles if isinstance(profiles, AsSet) else profiles[asked]
+        width = partial(int, ids_BT.shape[1] + (max_new_tokens or given.max_new_tokens or 256))
+        # what changes the model or torch's generators comes last: other threads wait for the mixture
+        with (
+            fitting_rows(model, len(encoded), width, rows_each=rows_each),
+            mix(own, rows_each) as mixture,
+            seeded(model, seed + (start << 32)),
+            generator.forgetting_own_generation(),
+            quiet_transformers(),
+        ):
+            out = generate_tokens(model, mixture, {"input_ids": ids_BT, "attention_mask": mask_BT, **usual, **options})
+        tokens = out if isinstance(out, torch.Tensor) else out.sequences
+        found += [generator.text(row) for row in tokens[:, ids_BT.shape[1] :].tolist()]
     return found
 
 
@@ -177,13 +181,38 @@ def seeded(model: Any, seed: int) -> Iterator[None]:
 
 
 def processors_of(mixture: Mixture | None) -> list[NextStep]:
-    """Return the logits processors that a mixture needs: one where its weights follow the tokens."""
-    return [NextStep(mixture)] if mixture is not None and mixture.is_scheduled else []
+    """Return the logits processors that an answer needs, and begin its schedules: the prompt is read at step 0."""
+    if mixture is None or not mixture.is_scheduled:
+        return []
+    mixture.step(0)
+    return [NextStep(mixture)]
 
 
-def rows_for_each(options: Mapping[str, Any]) -> int:
-    """Return how many rows transformers makes of each prompt: beams, or the answers that are sampled side by side."""
-    config = options.get("generation_config")
+def check_one_row(mixture: Mixture) -> None:
+    """Raise unless a mixture is still set, and can be that of one prompt.
+
+    Raises:
+        UsageError: saying which of the two it is not.
+    """
+    if mixture.is_innermost() is None:
+        raise UsageError(
+            "the mixture in which the stream was asked for has ended",
+            where="mixture",
+            mend="read the stream within the block, or give it a profile of its own",
+        )
+    if len(mixture.rows) != 1:
+        raise UsageError(
+            f"a stream is one row, the mixture that is set has {len(mixture.rows)}",
+            where="mixture",
+            mend="give the stream a profile of its own, outside of the mixture",
+        )
+
+
+def rows_for_each(options: Mapping[str, Any], config: Any) -> int:
+    """Return how many rows transformers makes of each prompt: beams, or the answers that are sampled side by side.
+
+    `config` is the generation config that holds where `options` say nothing.
+    """
 
     def asked(name: str) -> int:
         return int(options.get(name) or getattr(config, name, None) or 1)

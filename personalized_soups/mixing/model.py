@@ -22,6 +22,7 @@ from personalized_soups.mixing.experts import check_known_base
 from personalized_soups.mixing.generating import (
     AS_SET,
     AsSet,
+    check_one_row,
     checked_prompts,
     generate_tokens,
     one_for_each,
@@ -209,7 +210,8 @@ class SoupModel:
             profiles: one for each prompt, or a single one for all, as `mixture` takes them; where left out, what is set
                 (or served) already.
             max_new_tokens: an answer is cut there; 256 where left out (of `input_ids`, as the model's own generate).
-            temperature: 0 takes the likeliest token; else a draw that depends on seed and the prompt's place alone.
+            temperature: 0 takes the likeliest token; else a draw that depends on seed and the prompt's place alone. Of
+                `input_ids` the model's own generation config counts where nothing is said.
             seed: of the draws.
             batch_size: prompts at once.
             places: where these prompts are a part of more, their places in the whole; equal places draw alike.
@@ -230,6 +232,10 @@ class SoupModel:
             raise UsageError(f"the temperature is {temperature}", where="temperature", mend="give 0 or more")
         if temperature and (options or prompts is None):
             options = {"do_sample": True, "temperature": temperature, **options}
+        if places is not None and options:
+            raise UsageError(
+                "places are of our own draws", where="places", mend="leave them out with options of transformers"
+            )
         if "input_ids" in options or "inputs_embeds" in options:
             given: Any = options.get("input_ids", options.get("inputs_embeds"))
             if prompts is not None:
@@ -237,7 +243,8 @@ class SoupModel:
             if max_new_tokens is not None:
                 options["max_new_tokens"] = max_new_tokens
             wanted = one_for_each(list(given), profiles)
-            with self._mix(wanted, rows_for_each(options)) as mixture, seeded(self.model, seed):
+            config = options.get("generation_config") or self.model.generation_config
+            with self._mix(wanted, rows_for_each(options, config)) as mixture, seeded(self.model, seed):
                 return generate_tokens(self.model, mixture, options)
         asked = checked_prompts(prompts)
         wanted = one_for_each(asked, profiles)
@@ -292,15 +299,18 @@ class SoupModel:
             )
         tokens = self.generator.encoded(prompt)
         # what this thread has set it keeps set: the thread that generates has not to wait for it
-        own = nullcontext(self._current.innermost) if self._current.is_set_here else None
+        own = self._current.innermost if self._current.is_set_here else None
 
         @contextmanager
         def around(_: Sequence[int]) -> Iterator[Within]:
-            with own or self._mix(profile if isinstance(profile, AsSet) else [profile], 1) as mixture:
+            wanted = profile if isinstance(profile, AsSet) else [profile]
+            with self._mix(wanted, 1) if own is None else nullcontext(own) as mixture:
+                if mixture is not None:
+                    check_one_row(mixture)
                 if prefixes is None:
                     yield Within(processors_of(mixture))
                     return
-                (row,) = [self._roster.scaled(self._current.served)] if mixture is None else mixture.rows
+                row = self._roster.scaled(self._current.served) if mixture is None else mixture.rows[0]
                 version = self._held.version_of(row)
                 prefix = prefixes.longest(version, tokens)
                 past = new_past(self.model) if prefix is None else prefix.past

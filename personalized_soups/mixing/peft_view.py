@@ -67,7 +67,8 @@ class PeftView(PeftModel):
             return self.soup.model.generate(*arguments, **keywords)
         given: Any = arguments[0] if arguments else keywords.get("input_ids", keywords.get("inputs_embeds"))
         profiles = one_for_each(list(given), _named(adapter_names))
-        with self.soup.mixture(profiles, rows_each=rows_for_each(keywords)):
+        config = keywords.get("generation_config") or self.soup.model.generation_config
+        with self.soup.mixture(profiles, rows_each=rows_for_each(keywords, config)):
             return self.soup.model.generate(*arguments, **keywords)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = True) -> None:

@@ -51,6 +51,9 @@ class Mixture:
         self._token_rows = None if token_rows is None else _checked_tokens(token_rows, len(rows))
         self._step = 0
         self._tables = self._tables_at(0)
+        self.task = _task()
+        # which of them the gates hold is for `Current` to say
+        self.is_innermost: Callable[[], bool | None] = lambda: True
 
     def step(self, number: int) -> None:
         """Weigh by the schedules' values for the generated token `number`, from the next forward on.
@@ -59,11 +62,16 @@ class Mixture:
 
         Raises:
             UsageError, DeclarationError: if a schedule gives what is no weight; the weights stay as they were.
+                UsageError if the mixture has ended.
         """
+        is_innermost = self.is_innermost()
+        if is_innermost is None:
+            raise UsageError("the mixture has ended", where="mixture", mend="step it within its block")
         if self.is_scheduled and number != self._step:
             self._tables = self._tables_at(number)
             self._step = number
-            self.apply()
+            if is_innermost:
+                self.apply()
 
     def apply(self) -> None:
         """Write the rows into the gates."""
@@ -94,7 +102,7 @@ class Current:
         self._layers = layers
         self._scaled = scaled
         self._set: list[Mixture] = []
-        self._setter: tuple[int, object] | None = None  # the thread, and the task where there are some
+        self._setter: int | None = None  # the thread
         self._served = Row()
         self._is_enabled = True
         layers.when_moved = self.settle
@@ -107,8 +115,7 @@ class Current:
     @property
     def is_set_here(self) -> bool:
         """Whether this thread has set it."""
-        setter = self._setter
-        return setter is not None and setter[0] == threading.get_ident()
+        return self._setter == threading.get_ident()
 
     @property
     def served(self) -> Row:
@@ -125,24 +132,26 @@ class Current:
             UsageError, DeclarationError: as Mixture; UsageError where another asyncio task of this thread has its own.
         """
         with self.lock:
-            before = self._setter
             self._check_task()
             self._layers.follow()
             mixture = self._made(rows(), token_rows=token_rows, rows_each=rows_each)
+            mixture.is_innermost = lambda: None if mixture not in self._set else self._set[-1] is mixture
             self._set.append(mixture)
-            self._setter = (threading.get_ident(), _task())
+            self._setter = threading.get_ident()
             try:
                 mixture.apply()
                 yield mixture
             finally:
                 self._set.remove(mixture)  # its own, whatever order blocks end in
-                self._setter = before if self._set else None
+                if not self._set:
+                    self._setter = None
                 self.settle()
 
     @contextmanager
     def as_set(self) -> Iterator[Mixture | None]:
         """Keep what this thread has set, or else what is served, within the block; other threads' mixtures wait."""
         with self.lock:
+            self._check_task()
             yield self.innermost
 
     def serve(self, row: Row) -> None:
@@ -181,12 +190,14 @@ class Current:
         if self._set:
             self._set[-1].apply()
         elif self.served.weights:
+            self._layers.gates.is_on = False  # should the weights not fit
             self._made([self._scaled(self.served)], token_rows=None, rows_each=None).apply()
         else:
             self._layers.gates.is_on = False
 
     def _check_task(self) -> None:
-        if self._set and self._setter is not None and self._setter[1] is not _task():
+        # one that was set outside of any task holds for the tasks within
+        if self._set and self._set[-1].task is not None and self._set[-1].task is not _task():
             raise UsageError(
                 "another task of this thread has set a mixture",
                 where="mixture",

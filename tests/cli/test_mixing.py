@@ -180,6 +180,14 @@ def test_a_sweep_leaves_answers_scores_and_a_picture(run: Run, world: Path, smal
     ):
         wrong = run(*command, *change)
         assert (wrong.exit_code, told in wrong.stderr) == (2, True), wrong.stderr
+    # cut answers of another run are not taken for those of this one
+    (out / "answers.jsonl").write_bytes(before.splitlines(keepends=True)[0])
+    cut = run(*command)
+    assert (cut.exit_code, "there already" in cut.stderr) == (2, True)
+    (out / "answers.jsonl").unlink()
+    anew = run(*command)
+    assert anew.exit_code == 0, anew.stderr
+    assert (out / "answers.jsonl").read_bytes() == before
     for sides in (["cold", "cold"], ["cold", "wram"]):
         assert run("sweep", *sides, *command[3:]).exit_code == 2
 

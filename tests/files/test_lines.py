@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from personalized_soups.errors import OutputExistsError, UsageError
-from personalized_soups.files.lines import growing_lines, read_lines
+from personalized_soups.files.lines import growing_lines, is_whole, read_lines
+from personalized_soups.files.workplace import claimed
 
 SETTINGS = {"seed": 0, "base": "tiny"}
 
@@ -119,6 +121,25 @@ def test_texts_may_hold_what_others_take_for_the_end_of_a_line(tmp_path: Path) -
     with growing_lines(path, SETTINGS) as lines:
         lines.add([{"text": text} for text in texts])
     assert [row["text"] for row in read_lines(path)] == texts
+
+
+def test_a_run_that_ends_while_another_begins_keeps_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "answers.jsonl"
+    _interrupted(path, 1)
+    place = "personalized_soups.files.lines.claimed"
+
+    def ended_meanwhile(target: Path) -> Any:
+        monkeypatch.setattr(place, claimed)
+        with growing_lines(path, SETTINGS) as lines:
+            lines.add([{"row": 1}])
+        return claimed(target)
+
+    monkeypatch.setattr(place, ended_meanwhile)
+    with pytest.raises(OutputExistsError, match="there already"), growing_lines(path, SETTINGS):
+        pass
+    assert read_lines(path) == [{"row": 0}, {"row": 1}]
+    assert is_whole(path, 2)
+    assert not is_whole(path, 3)
 
 
 def test_one_run_at_a_time(tmp_path: Path) -> None:

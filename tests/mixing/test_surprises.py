@@ -402,6 +402,118 @@ def test_what_is_served_is_not_disturbed_by_another_threads_mixture(model: SoupM
     assert torch.equal(got, want)
 
 
+def test_prompts_of_any_length_keep_the_rows_that_are_set(model: SoupModel) -> None:
+    prompts = ["rub it dry with a clean towel so that it looks nice", "soap", "wash the kettle"]
+    rows: list[Any] = [{"warm": 3.0}, {"cold": 3.0}, None]
+    want = model.generate(prompts, rows, max_new_tokens=6)
+    with model.mixture(rows):
+        assert model.generate(prompts, max_new_tokens=6) == want
+        with pytest.raises(UsageError, match="for 3 prompts"):
+            model.generate(prompts, max_new_tokens=6, batch_size=2)
+
+
+def test_every_answer_begins_its_schedule_anew(model: SoupModel) -> None:
+    falling = {"warm": lambda step: 3.0 - step}
+    want = model.generate(PROMPT, [falling], max_new_tokens=6)
+    prefixes = PrefixCache()
+    with model.mixture(falling):
+        for _ in range(2):
+            assert model.generate(PROMPT, max_new_tokens=6) == want
+        assert model.generate([PROMPT] * 2, max_new_tokens=6, batch_size=1) == want * 2
+        assert "".join(model.stream(PROMPT, max_new_tokens=6, prefixes=prefixes)) == want[0]
+        assert "".join(model.stream(PROMPT, max_new_tokens=6, prefixes=prefixes)) == want[0]
+    assert "".join(model.stream(PROMPT, falling, max_new_tokens=6, prefixes=prefixes)) == want[0]
+
+
+def test_threads_that_answer_at_once_disturb_no_config_and_no_draws(model: SoupModel) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    own = model.model.generation_config
+    own.repetition_penalty = 1.7
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": True, "temperature": 1.5}
+    want = {seed: model.generate(PROMPT, ["warm"], seed=seed, **options) for seed in range(4)}
+    plain = model.generate(PROMPT, ["warm"], max_new_tokens=5)
+
+    def ask(number: int) -> bool:
+        if number % 3 == 0:
+            return bool(model.generate(PROMPT, ["warm"], max_new_tokens=5) == plain)
+        return bool(model.generate(PROMPT, ["warm"], seed=number % 4, **options) == want[number % 4])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(ask, range(24)))
+    assert model.model.generation_config is own
+    generator = model.generator
+    with ThreadPoolExecutor(4) as pool:  # without the model's lock, as others use a Generator
+        list(pool.map(lambda _: generator.answers([PROMPT], max_new_tokens=2), range(8)))
+    assert model.model.generation_config is own
+
+
+def test_a_mixture_that_has_ended_never_reaches_the_gates(model: SoupModel) -> None:
+    ids = random_ids(1, 5)
+    falling = {"warm": lambda step: 3.0 - step}
+    bare = _logits(model, ids)
+    with model.mixture(falling) as ended:
+        late = model.stream(PROMPT, max_new_tokens=4)
+        outer = _logits(model, ids)
+        with model.mixture({"cold": 1.0}):
+            inner = _logits(model, ids)
+            ended.step(1)  # of the outer one: it shall hold once the inner one ends
+            assert torch.equal(_logits(model, ids), inner)
+        assert not torch.equal(_logits(model, ids), outer)
+    with pytest.raises(UsageError, match="the mixture has ended"):
+        ended.step(2)
+    with pytest.raises(UsageError, match="has ended"):
+        next(late)
+    assert torch.equal(_logits(model, ids), bare)
+
+
+def test_blocks_that_end_out_of_order_leave_no_stream_waiting(model: SoupModel) -> None:
+    one, other = model.mixture({"warm": 1.0}), model.mixture({"cold": 1.0})
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    with pytest.raises(UsageError, match="would wait"):
+        model.stream(PROMPT, "warm")
+    assert "".join(model.stream(PROMPT, max_new_tokens=3))
+    other.__exit__(None, None, None)
+
+
+def test_tasks_see_no_other_tasks_mixture_but_that_around_all(model: SoupModel) -> None:
+    async def served() -> Any:
+        return model.generate(PROMPT, max_new_tokens=3)
+
+    async def holding() -> Any:
+        with model.mixture({"warm": 3.0}):
+            return (await asyncio.gather(asyncio.create_task(served()), return_exceptions=True))[0]
+
+    assert isinstance(asyncio.run(holding()), UsageError)
+    want = model.generate(PROMPT, [{"warm": 3.0}], max_new_tokens=3)
+    with model.mixture({"warm": 3.0}):
+        assert asyncio.run(served()) == want
+
+
+def test_a_stream_is_one_row(model: SoupModel) -> None:
+    with model.mixture(["warm", "cold"]), pytest.raises(UsageError, match="a stream is one row"):
+        next(model.stream(PROMPT))
+
+
+def test_lengths_and_beams_of_ones_own_configs_count(model: SoupModel) -> None:
+    from transformers import GenerationConfig
+
+    assert model.tokenizer is not None
+    width = len(model.generator.encoded(PROMPT))
+    three = model.generate(PROMPT, ["warm"], max_new_tokens=3)
+    assert model.generate(PROMPT, ["warm"], max_length=width + 3) == three
+    assert model.generate(PROMPT, ["warm"], max_new_tokens=3, generation_config=None) == three
+    with pytest.raises(UsageError, match="places"):
+        model.generate([PROMPT], ["warm"], places=[0], num_beams=2)
+    ids = random_ids(2, 5)
+    options: dict[str, Any] = {"profiles": ["warm", "cold"], "input_ids": ids, "max_new_tokens": 4}
+    beams = model.generate(num_beams=2, **options)
+    model.model.generation_config = GenerationConfig(num_beams=2, eos_token_id=1, pad_token_id=2)
+    assert torch.equal(model.generate(**options), beams)
+
+
 def test_a_thread_that_fails_lets_go(model: SoupModel) -> None:
     def fail() -> None:
         with pytest.raises(ZeroDivisionError), model.mixture("warm"):
