@@ -87,19 +87,21 @@ def train(
         catalogue.side(side)  # before torch is imported
 
         from personalized_soups.training.expert import train_expert
+        from personalized_soups.training.processes import together
 
-        train_expert(
-            side,
-            base=resolve_base(base),
-            data=data,
-            out=out,
-            recipe=declared,
-            catalogue=catalogue,
-            device=device,
-            seed=seed,
-            resume=resume,
-            progress=progress,
-        )
+        with together():
+            train_expert(
+                side,
+                base=resolve_base(base),
+                data=data,
+                out=out,
+                recipe=declared,
+                catalogue=catalogue,
+                device=device,
+                seed=seed,
+                resume=resume,
+                progress=progress,
+            )
     except SoupError as error:
         if first or error.exit_code == 1:
             raise

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from personalized_soups.errors import SoupError
@@ -46,3 +47,25 @@ def wait_for_all() -> None:
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Let go of the other processes when the block ends, well or with a SoupError, which all of them meet.
+
+    Threads of a process group that still run can abort Python's exit (SIGABRT, "terminate called").
+    """
+    try:
+        yield
+    except SoupError:
+        _leave()
+        raise
+    _leave()
+
+
+def _leave() -> None:
+    if num_processes() > 1:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()

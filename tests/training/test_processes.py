@@ -16,6 +16,7 @@ from personalized_soups.declare.loader import dump
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import InputError
 from personalized_soups.training import checkpoints
+from personalized_soups.training.processes import together
 from personalized_soups.training.progress import Silent, StepReport
 from personalized_soups.training.several import ExpertJob, train_experts
 
@@ -94,6 +95,36 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert json.loads(resumed.stdout)["metrics"]["num_steps"] == 10
     assert _bytes(parts) == _bytes(whole)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "fault", "expected"),
+    [
+        ("2", None, 1),
+        ("2", InputError("it is not there", where="x", mend="y"), 1),
+        ("2", KeyboardInterrupt(), 0),
+        ("1", None, 0),
+    ],
+)
+def test_the_process_group_is_let_go_before_python_exits(
+    monkeypatch: pytest.MonkeyPatch, processes: str, fault: BaseException | None, expected: int
+) -> None:
+    left = []
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.destroy_process_group", lambda: left.append(1))
+
+    def run() -> None:
+        with together():
+            if fault is not None:
+                raise fault
+
+    if fault is None:
+        run()
+    else:
+        with pytest.raises(type(fault)):
+            run()
+    assert len(left) == expected
 
 
 @pytest.mark.slow
