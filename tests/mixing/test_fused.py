@@ -64,11 +64,30 @@ def test_layers_hand_the_kernel_what_it_takes(
     assert calls == 16
 
 
-def test_it_is_left_alone_where_it_cannot_help() -> None:
-    y, low = torch.zeros(4, 8), torch.zeros(4, 2)
-    assert not fused.is_usable(y, low)  # no GPU
+class _OnGpu:
+    """What is_usable looks at of a tensor that is on a GPU, where there is none."""
+
+    def __init__(self, *, dtype: torch.dtype = torch.float32, is_cuda: bool = True, contiguous: bool = True) -> None:
+        self.dtype, self.is_cuda, self._contiguous = dtype, is_cuda, contiguous
+
+    def is_contiguous(self) -> bool:
+        return self._contiguous
+
+
+def test_it_is_left_alone_where_it_cannot_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    usable: Any = fused.is_usable
+    monkeypatch.setattr(fused, "_has_triton", lambda: True)
+    with torch.no_grad():
+        assert usable(_OnGpu(), _OnGpu())
+        assert not usable(_OnGpu(is_cuda=False), _OnGpu())
+        assert not usable(_OnGpu(), _OnGpu(dtype=torch.float16))
+        assert not usable(_OnGpu(contiguous=False), _OnGpu())
+        assert not usable(_OnGpu(), _OnGpu(contiguous=False))
     with torch.enable_grad():
-        assert not fused.is_usable(y, low)
+        assert not usable(_OnGpu(), _OnGpu())
+    monkeypatch.setattr(fused, "_has_triton", lambda: False)
+    with torch.no_grad():
+        assert not usable(_OnGpu(), _OnGpu())
 
 
 @pytest.mark.gpu
