@@ -67,7 +67,7 @@ clean:
 
 # .run holds what running needs and .dev adds what testing needs: the one is installed in a minute less.
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install,train$(comma)plot)
+	$(call install,train$(comma)plot$(comma)serve)
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
