@@ -53,17 +53,40 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Ten
     return ids_BT.to(device), mask_BT.to(device)
 
 
-def choose_tokens(logits_BV: Tensor, draw_B: Tensor, temperature: float) -> Tensor:
+def choose_tokens(
+    logits_BV: Tensor, draw_B: Tensor, temperature: float | Tensor, top_p_B: Tensor | None = None
+) -> Tensor:
     """Return token_B, int64: the likeliest at temperature 0, else the one at quantile `draw_B` of the softmax.
 
     The quantile is taken over cumulated probabilities, so that a token of probability 0 is never chosen.
+
+    Args:
+        logits_BV: of the next token.
+        draw_B: draws of [0, 1), float32.
+        temperature: logits are divided by it; one for all rows, or a tensor of one above 0 for each.
+        top_p_B: of each row, the probability of the fewest likeliest tokens among which is drawn (nucleus sampling,
+            arXiv 1904.09751); 1 draws among all.
     """
-    if temperature == 0:
+    if isinstance(temperature, Tensor):
+        temperature = temperature[:, None]
+    elif temperature == 0:
         return logits_BV.argmax(-1)
-    cumulated_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).cumsum(-1)
+    share_BV = torch.softmax(logits_BV.float() / temperature, dim=-1)
+    if top_p_B is not None:
+        share_BV = _nucleus(share_BV, top_p_B)
+    cumulated_BV = share_BV.cumsum(-1)
     wanted_B1 = draw_B[:, None] * cumulated_BV[:, -1:]
     token_B = torch.searchsorted(cumulated_BV, wanted_B1, right=True)[:, 0]
     return token_B.clamp(max=logits_BV.shape[-1] - 1)
+
+
+def _nucleus(share_BV: Tensor, top_p_B: Tensor) -> Tensor:
+    """Return the shares of the fewest likeliest tokens that reach `top_p_B` together, and 0 for the rest."""
+    sorted_BV, order_BV = share_BV.sort(dim=-1, descending=True, stable=True)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    is_out_BV = (before_BV >= top_p_B[:, None]) & (top_p_B[:, None] < 1)
+    is_out_BV[:, 0] = False  # the likeliest stays, whatever top_p is
+    return share_BV.masked_fill(torch.zeros_like(is_out_BV).scatter_(1, order_BV, is_out_BV), 0.0)
 
 
 class DrawnTokens:

@@ -26,7 +26,7 @@ Weight: TypeAlias = float | LayerWeights
 Schedule: TypeAlias = Callable[[int], Weight]
 Weights: TypeAlias = Mapping[str, Weight | Schedule]
 # A name is that of a profile that the model knows, or of one expert; None is the base alone.
-Who: TypeAlias = Profile | Weights | str | None
+Who: TypeAlias = "Profile | Weights | str | Row | None"
 
 # float32 holds the gates; a weight of a user's is a handful.
 _MAX_WEIGHT = 1e30
@@ -91,7 +91,7 @@ def row_of(
     """Return the row that somebody is served by.
 
     Args:
-        who: a profile, weights by expert, a name, or None.
+        who: a profile, weights by expert, a name, a row that this function returned, or None.
         experts: that there are.
         profiles: the rows that names stand for.
         dimension_of, side_of: of the experts that have one, as `declare.profile.check_sides` takes them.
@@ -102,6 +102,9 @@ def row_of(
     """
     if who is None:
         return Row()
+    if isinstance(who, Row):
+        _check_known(who.weights, experts, lambda name: f"weights.{name}")
+        return who
     if isinstance(who, str):
         if who not in profiles and who in experts:
             return Row({who: 1.0})

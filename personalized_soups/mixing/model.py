@@ -182,7 +182,7 @@ class SoupModel:
             DeclarationError: if a profile names unknown experts or opposed sides, or a weight is no finite number.
             UsageError: if there are no profiles, a name is unknown, or a profile asks for what is no mixture.
         """
-        is_single = profiles is None or isinstance(profiles, str | Profile | Mapping)
+        is_single = profiles is None or isinstance(profiles, str | Profile | Mapping | Row)
         listed: list[Who] = [profiles] if is_single else list(profiles)  # type: ignore[arg-type, list-item]
         with self._current.mixture(
             lambda: [self._row(who) for who in listed],
@@ -325,6 +325,18 @@ class SoupModel:
             greedy=temperature == 0,
             around=around,
         )
+
+    def row(self, profile: Who) -> Row:
+        """Return somebody's weights, checked: what `mixture` takes as well, and need not look up again.
+
+        It does not wait for a mixture that another thread has set.
+
+        Raises:
+            DeclarationError, UsageError: as `mixture` would for this row.
+        """
+        row = self._roster.row(profile)
+        self._current.check(self._roster.scaled(row))
+        return row
 
     def version(self, profile: Who) -> str:
         """Return what a cache of keys and values is known by: it changes with the weights and with the experts.

@@ -173,6 +173,14 @@ class Current:
             self._served, self._is_enabled = row, True
             self.settle()
 
+    def check(self, row: Row) -> None:
+        """Raise what a mixture of this row would; nothing is set.
+
+        Raises:
+            UsageError, DeclarationError: as Mixture.
+        """
+        self._made([row], token_rows=None, rows_each=None)
+
     def enable(self, is_enabled: bool) -> None:
         """Serve the row, or be the bare base."""
         with self.lock:

@@ -1,0 +1,1 @@
+"""One base for many users at once: continuous batching, an API that speaks OpenAI's protocol, and a playground."""

@@ -1,0 +1,444 @@
+"""Continuous batching: requests wait in one queue, join the running batch when there is room, and leave when done."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, TypeVar
+
+import torch
+
+from personalized_soups.errors import RunError, SoupError
+from personalized_soups.mixing.mixture import Row
+from personalized_soups.mixing.model import SoupModel
+from personalized_soups.serving.batch import Batch, BatchRow
+from personalized_soups.serving.choosing import Choice, Chooser, Likely, Wishes
+from personalized_soups.serving.growing_text import GrowingText
+from personalized_soups.serving.slots import room_for
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Finish(StrEnum):
+    """Why an answer is at its end; the words are those of OpenAI's protocol."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step adds to an answer.
+
+    Args:
+        token: that was chosen; None where the step brought none.
+        text: what can be told now; may be empty.
+        likely: its log-probabilities, where they are asked for.
+        finish: why nothing comes after it; None while more comes.
+        fault: what ended the answer, in place of an end of its own.
+    """
+
+    token: int | None = None
+    text: str = ""
+    likely: Likely | None = None
+    finish: Finish | None = None
+    fault: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing comes after it."""
+        return self.finish is not None or self.fault is not None
+
+
+@dataclass(eq=False)
+class Ask:
+    """One answer that somebody waits for.
+
+    Args:
+        tokens: the prompt's.
+        weights: whose soup it is, checked by SoupModel.row.
+        max_new_tokens: the answer is cut there.
+        wishes: how its tokens are chosen.
+        stops: strings at which it ends.
+        ignore_end: go on after an end token (for benchmarks).
+    """
+
+    tokens: Sequence[int]
+    weights: Row
+    max_new_tokens: int
+    wishes: Wishes = field(default_factory=Wishes)
+    stops: Sequence[str] = ()
+    ignore_end: bool = False
+    # what its maker waits with; not looked at here
+    waiter: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is done at once.
+
+    Args:
+        max_rows: answers that are made at once.
+        max_waiting: answers that wait for a place; more are refused.
+        max_context: tokens of a prompt and its answer together.
+        read_tokens: tokens of prompts that are read between two steps of the others: more makes prompts wait less, and
+            running answers falter more.
+        cache_bytes: of keys and values; None is without limit.
+    """
+
+    max_rows: int = 64
+    max_waiting: int = 1024
+    max_context: int = 4096
+    read_tokens: int = 4096
+    cache_bytes: int | None = None
+
+
+class QueueFullError(RunError):
+    """As many answers wait as may."""
+
+
+class ClosedError(RunError):
+    """The server is about to end, and takes nothing new."""
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """An answer that is being made, or whose prompt is being read."""
+
+    ask: Ask
+    row: BatchRow
+    text: GrowingText
+    num_prompt: int
+    began: float
+
+    @property
+    def num_left(self) -> int:
+        """Tokens that may still come."""
+        return self.ask.max_new_tokens - (len(self.row.tokens) - self.num_prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What is going on: for metrics, and to say when to come back."""
+
+    waiting: int
+    running: int
+    cache_bytes: int
+    seconds_per_answer: float
+
+
+class Batcher:
+    """Answers what is asked on a thread of its own, in one batch that never stops for one of its rows.
+
+    Between two steps rows that are done or given up leave, and waiting ones join: prompts are read together, in the
+    order they came, `read_tokens` at a time (a longer prompt in parts of that size), so that running answers are never
+    held up for long.
+
+    Args:
+        model: base and experts, with a tokenizer.
+        deliver: is given, after each step, every piece that it brought with its ask; called by the batcher's thread.
+        limits: how much is done at once.
+        on_step: is told the rows of each step and the seconds that it took.
+
+    Raises:
+        UsageError: if the model's rows cannot be kept in slots.
+    """
+
+    def __init__(
+        self,
+        model: SoupModel,
+        deliver: Callable[[Sequence[tuple[Ask, Piece]]], None],
+        limits: Limits | None = None,
+        *,
+        on_step: Callable[[int, float], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.limits = limits or Limits()
+        self._deliver = deliver
+        self._on_step = on_step
+        self._batch = Batch(model)
+        self._stop_ids = model.generator.stop_ids
+        self._token_bytes = token_bytes(model.model)
+        self._changed = threading.Condition()
+        # under `_changed`:
+        self._waiting: deque[Ask] = deque()
+        self._given_up: set[Ask] = set()
+        self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._is_closed = False
+        self._is_cut = False
+        # of the thread:
+        self._running: dict[int, _Running] = {}  # by the row's id
+        self._reading: list[_Running] = []
+        self._longest = 0  # tokens of a row, with those that may still come
+        self._pieces: list[tuple[Ask, Piece]] = []
+        self._seconds_per_answer = 0.0
+        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
+        self._thread.start()
+
+    def submit(self, asks: Sequence[Ask]) -> None:
+        """Let answers be made; those of one call are taken or refused together.
+
+        Raises:
+            QueueFullError: if there would be more waiting than may.
+            ClosedError: if nothing new is taken.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError("the server is about to end", where="server", mend="ask another one, or later")
+            free = self.limits.max_rows - len(self._running) - len(self._reading)
+            if len(self._waiting) + len(asks) > self.limits.max_waiting + max(0, free):
+                raise QueueFullError(
+                    f"{len(self._waiting)} answers wait already, of {self.limits.max_waiting} that may",
+                    where="queue",
+                    mend="come back later",
+                )
+            self._waiting.extend(asks)
+            self._changed.notify()
+
+    def give_up(self, asks: Iterable[Ask]) -> None:
+        """Let go of answers that nobody waits for any more; those that are done already are passed over."""
+        with self._changed:
+            self._given_up.update(asks)
+            self._changed.notify()
+
+    def between(self, job: Callable[[], T]) -> Future[T]:
+        """Call something once no answer is being made, on the batcher's thread: experts change here.
+
+        Running answers are finished first, waiting ones wait.
+        """
+        future: Future[T] = Future()
+        with self._changed:
+            if self._is_closed:
+                future.set_exception(ClosedError("the server is about to end", where="server", mend="start it anew"))
+                return future
+            self._jobs.append((job, future))
+            self._changed.notify()
+        return future
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes what is asked."""
+        return self._thread.is_alive() and not self._is_closed
+
+    @property
+    def load(self) -> Load:
+        """What is going on."""
+        with self._changed:
+            running = len(self._running) + len(self._reading)
+            return Load(len(self._waiting), running, self._batch.num_bytes, self._seconds_per_answer)
+
+    def retry_after(self) -> int:
+        """Return in how many seconds a place may be free."""
+        load = self.load
+        ahead = load.waiting / self.limits.max_rows
+        return max(1, min(60, round(load.seconds_per_answer * ahead)))
+
+    def close(self, *, finish: bool = True, timeout: float | None = None) -> bool:
+        """Take nothing new, finish what was taken (or cut it off), end the thread, and return whether it has ended."""
+        with self._changed:
+            self._is_closed = True
+            self._is_cut = self._is_cut or not finish
+            self._changed.notify()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    # The thread.
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while self._wait():
+                try:
+                    self._turn()
+                except Exception as fault:
+                    self._fail_all(fault)
+                self._send()
+            self._batch.clear()
+
+    def _wait(self) -> bool:
+        """Sleep until there is something to do, and return whether there is."""
+        with self._changed:
+            while True:
+                if self._is_cut:
+                    self._cut_off()
+                    return False
+                if self._running or self._reading or self._waiting or self._jobs:
+                    return True
+                self._given_up.clear()
+                if self._is_closed:
+                    return False
+                self._batch.clear()
+                self._changed.wait()
+
+    def _turn(self) -> None:
+        """Let rows leave and join, and make one step."""
+        began = time.perf_counter()
+        self._leave(self._take_given_up())
+        job = self._next_job()
+        if job is not None:
+            self._batch.release()
+            _do(*job)
+            return
+        self._join()
+        self._send()  # first tokens do not wait for the others' step
+        if self._running:
+            choices = self._batch.step()
+            rows = list(self._batch.rows)
+            self._note(rows, choices)
+            if self._on_step is not None:
+                self._on_step(len(rows), time.perf_counter() - began)
+
+    def _take_given_up(self) -> list[_Running]:
+        """Return the running rows that are given up, and forget the waiting ones."""
+        with self._changed:
+            if not self._given_up:
+                return []
+            gone, self._given_up = self._given_up, set()
+            self._waiting = deque(ask for ask in self._waiting if ask not in gone)
+            self._reading = [each for each in self._reading if each.ask not in gone]
+            return [each for each in self._running.values() if each.ask in gone]
+
+    def _next_job(self) -> tuple[Callable[[], Any], Future[Any]] | None:
+        with self._changed:
+            return self._jobs.popleft() if self._jobs and not self._running and not self._reading else None
+
+    def _join(self) -> None:
+        """Read waiting prompts, and let those that are read whole join the batch."""
+        if not self._reading:
+            with self._changed:
+                self._reading = [] if self._jobs else self._next_group()
+        if not self._reading:
+            return
+        try:
+            choices = self._batch.read(
+                [each.row for each in self._reading], self.limits.read_tokens, num_tokens=self._longest
+            )
+        except Exception as fault:
+            self._drop_faulty(fault)
+            return
+        if choices is not None:
+            joined, self._reading = self._reading, []
+            self._running.update((id(each.row), each) for each in joined)
+            self._note([each.row for each in joined], choices)
+
+    def _drop_faulty(self, fault: Exception) -> None:
+        """Fail those of the prompts being read that are at fault; all of them where that can't be told."""
+        faults: list[tuple[_Running, Exception]] = []
+        for each in self._reading:
+            try:
+                self.model.row(each.ask.weights)  # experts may have changed since it was asked
+            except SoupError as own:
+                faults.append((each, own))
+        for each, its in faults or [(each, fault) for each in self._reading]:
+            self._fail([each], its)
+        failed = {id(each) for each, _ in faults}
+        self._reading = [each for each in self._reading if id(each) not in failed] if faults else []
+
+    def _next_group(self) -> list[_Running]:
+        """Take from the queue what can be read together now: there are places, memory, and not too many tokens."""
+        group: list[_Running] = []
+        width = 0  # of the prompts, padded
+        places = self.limits.max_rows - len(self._running)
+        longest = max((len(each.row.tokens) + each.num_left for each in self._running.values()), default=0)
+        while self._waiting and len(group) < places:
+            ask = self._waiting[0]
+            width = max(width, len(ask.tokens))
+            longest = max(longest, len(ask.tokens) + ask.max_new_tokens)
+            num_rows = len(self._running) + len(group) + 1
+            is_alone = num_rows == 1
+            is_much = bool(group) and width * (len(group) + 1) > self.limits.read_tokens
+            if is_much or not (is_alone or self._has_memory(num_rows, longest)):
+                break
+            self._waiting.popleft()
+            row = BatchRow(list(ask.tokens), ask.weights, Chooser(ask.wishes))
+            text = GrowingText(self.model.generator.tokenizer, ask.stops)
+            group.append(_Running(ask, row, text, len(ask.tokens), time.monotonic()))
+        self._longest = longest
+        return group
+
+    def _has_memory(self, num_rows: int, longest: int) -> bool:
+        most = self.limits.cache_bytes
+        return most is None or room_for(num_rows, longest) * self._token_bytes <= most
+
+    def _note(self, rows: Sequence[BatchRow], choices: Sequence[Choice]) -> None:
+        """Turn chosen tokens into pieces, and let rows that are done leave."""
+        done = []
+        for row, choice in zip(rows, choices, strict=True):
+            running = self._running[id(row)]
+            piece = self._piece(running, choice)
+            self._pieces.append((running.ask, piece))
+            if piece.is_last:
+                done.append(running)
+        self._leave(done)
+
+    def _piece(self, running: _Running, choice: Choice) -> Piece:
+        token = choice.token
+        if token in self._stop_ids and not running.ask.ignore_end:
+            return Piece(token, running.text.end(), choice.likely, Finish.STOP)
+        text = running.text.add(token)
+        is_cut = running.num_left <= 0
+        if is_cut:
+            text += running.text.end()
+        finish = Finish.STOP if running.text.is_stopped else Finish.LENGTH if is_cut else None
+        return Piece(token, text, choice.likely, finish)
+
+    def _leave(self, gone: Sequence[_Running]) -> None:
+        if gone:
+            self._batch.remove([each.row for each in gone])
+            for each in gone:
+                del self._running[id(each.row)]
+                took = time.monotonic() - each.began
+                self._seconds_per_answer += 0.1 * (took - self._seconds_per_answer)
+
+    def _send(self) -> None:
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
+            self._deliver(pieces)
+
+    def _fail(self, group: Iterable[_Running], fault: Exception) -> None:
+        _log.error("an answer failed", exc_info=fault)
+        self._pieces.extend((each.ask, Piece(fault=fault)) for each in group)
+
+    def _fail_all(self, fault: Exception) -> None:
+        """Tell everybody in the batch of a fault, and begin with an empty one."""
+        self._fail([*self._running.values(), *self._reading], fault)
+        self._running.clear()
+        self._reading = []
+        self._batch.clear()
+
+    def _cut_off(self) -> None:
+        """End everything that was taken; the lock is held."""
+        fault = ClosedError("the server has ended", where="server", mend="ask again")
+        asks = [*(each.ask for each in (*self._running.values(), *self._reading)), *self._waiting]
+        self._running.clear()
+        self._reading = []
+        self._waiting.clear()
+        for _, future in self._jobs:
+            future.set_exception(fault)
+        self._jobs.clear()
+        if asks:
+            self._deliver([(ask, Piece(fault=fault)) for ask in asks])
+
+
+def token_bytes(model: Any) -> int:
+    """Return how many bytes of keys and values a model keeps for each token."""
+    text = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize)
+
+
+def _do(job: Callable[[], Any], future: Future[Any]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(job())
+    except Exception as fault:
+        future.set_exception(fault)

@@ -1,0 +1,163 @@
+"""How every row of a running batch chooses its next token: each by what its request asks for.
+
+N rows, V vocabulary, L tokens whose log-probabilities are told.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from personalized_soups.generation.sampling import choose_tokens, uniforms
+
+# Draws of one row that are made at once.
+_DRAWS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """How the tokens of an answer are chosen; names and meanings are those of OpenAI's protocol.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_p: draw among the fewest likeliest tokens that have this probability together.
+        seed, place: of the draws, which depend on nothing else (as in SoupModel.generate).
+        presence_penalty: taken from the logits of tokens that the answer has already.
+        frequency_penalty: taken once for each time that it has them.
+        logit_bias: added to the logits of tokens.
+        logprobs: how many likeliest tokens are told of at each place beside the chosen one; None tells nothing.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    place: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the logits are taken as they are."""
+        return not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Likely:
+    """The log-probability of the chosen token, and the likeliest ones with theirs."""
+
+    chosen: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The next token of one row."""
+
+    token: int
+    likely: Likely | None
+
+
+class Chooser:
+    """Chooses the tokens of one answer, one after another."""
+
+    def __init__(self, wishes: Wishes) -> None:
+        self.wishes = wishes
+        self.num_chosen = 0
+        self._draws: list[float] = []
+        self._counts: Counter[int] = Counter()
+
+    def draw(self) -> float:
+        """Return the next number of [0, 1)."""
+        if self.num_chosen >= len(self._draws):
+            count = max(_DRAWS, 2 * len(self._draws))
+            self._draws = uniforms(self.wishes.seed, self.wishes.place, count).tolist()
+        return self._draws[self.num_chosen]
+
+    def adjust(self, logits_V: Tensor) -> None:
+        """Change a row's logits in place by what is asked for."""
+        wishes = self.wishes
+        if wishes.logit_bias:
+            # infinities would meet the model's own and make NaN
+            logits_V.index_add_(
+                0, _index(wishes.logit_bias, logits_V), logits_V.new_tensor(list(wishes.logit_bias.values()))
+            )
+        if self._counts and (wishes.presence_penalty or wishes.frequency_penalty):
+            taken = [wishes.presence_penalty + wishes.frequency_penalty * times for times in self._counts.values()]
+            logits_V.index_add_(0, _index(self._counts, logits_V), logits_V.new_tensor(taken), alpha=-1)
+
+    def note(self, token: int) -> None:
+        """Take the token as chosen."""
+        self.num_chosen += 1
+        if self.wishes.presence_penalty or self.wishes.frequency_penalty:
+            self._counts[token] += 1
+
+
+def choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
+    """Return the next token of every row, and let each chooser know.
+
+    Args:
+        logits_NV: of the model, any float dtype; left as they are.
+        choosers: of the rows.
+    """
+    told = [row for row, each in enumerate(choosers) if each.wishes.logprobs is not None]
+    likely = _log_probabilities(logits_NV, told) if told else None
+    adjusted = [row for row, each in enumerate(choosers) if not each.wishes.is_plain]
+    if adjusted:
+        logits_NV = logits_NV.float().clone()
+        for row in adjusted:
+            choosers[row].adjust(logits_NV[row])
+    tokens = _tokens(logits_NV, choosers)
+    for each, token in zip(choosers, tokens, strict=True):
+        each.note(token)
+    found: list[Choice] = []
+    for row, (each, token) in enumerate(zip(choosers, tokens, strict=True)):
+        row_likely = (
+            None if likely is None or row not in likely else _told(likely[row], token, each.wishes.logprobs or 0)
+        )
+        found.append(Choice(token, row_likely))
+    return found
+
+
+def _tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+    drawn = [row for row, each in enumerate(choosers) if each.wishes.temperature > 0]
+    token_N = (
+        logits_NV.argmax(-1) if len(drawn) < len(choosers) else logits_NV.new_zeros(len(choosers), dtype=torch.int64)
+    )
+    if drawn:
+        device = logits_NV.device
+        some_NV = logits_NV if len(drawn) == len(choosers) else logits_NV[drawn]
+        wishes = [choosers[row].wishes for row in drawn]
+        token_N[drawn] = choose_tokens(
+            some_NV,
+            torch.tensor([choosers[row].draw() for row in drawn], dtype=torch.float32, device=device),
+            torch.tensor([each.temperature for each in wishes], device=device),
+            torch.tensor([each.top_p for each in wishes], device=device) if min(w.top_p for w in wishes) < 1 else None,
+        )
+    return [int(token) for token in token_N.tolist()]
+
+
+def _log_probabilities(logits_NV: Tensor, rows: Sequence[int]) -> dict[int, Tensor]:
+    """Return the model's own log-probabilities, before temperature and penalties, of some rows."""
+    return dict(zip(rows, torch.log_softmax(logits_NV[list(rows)].float(), dim=-1), strict=True))
+
+
+def _told(logprobs_V: Tensor, token: int, count: int) -> Likely:
+    values, indices = logprobs_V.topk(min(count, logprobs_V.shape[0]))
+    top = tuple(zip((int(index) for index in indices.tolist()), map(_finite, values.tolist()), strict=True))
+    return Likely(_finite(logprobs_V[token].item()), top)
+
+
+def _finite(value: float) -> float:
+    # JSON knows no infinity; OpenAI's protocol says -9999 for "very unlikely"
+    return value if math.isfinite(value) else -9999.0
+
+
+def _index(tokens: Mapping[int, object], like: Tensor) -> Tensor:
+    return torch.tensor(list(tokens), dtype=torch.int64, device=like.device)
