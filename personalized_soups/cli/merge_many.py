@@ -75,8 +75,8 @@ def merge_many(
     if out is None:
         raise UsageError("no output is given", where="--out", mend="give --out FOLDER")
     from personalized_soups.adapters.library import ExpertLibrary
-    from personalized_soups.declare.profiles import read_profiles
-    from personalized_soups.merging.many import ManyPlans, each_once
+    from personalized_soups.declare.profiles import each_once, read_profiles
+    from personalized_soups.merging.many import ManyPlans
     from personalized_soups.merging.many import merge_many as merge_all
 
     keywords: dict[str, Any] = {

@@ -5,7 +5,6 @@ U users, E experts.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.adapters.provenance import InputRecord, SoupRecord, read_soup_record
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile, check_sides
+from personalized_soups.declare.profiles import each_once
 from personalized_soups.errors import DeclarationError, OutputExistsError, SoupError, UsageError
 from personalized_soups.files.atomic import check_target, new_folder
 from personalized_soups.files.digest import BackgroundDigests
@@ -320,22 +320,3 @@ def _check_user(profile: Profile) -> None:
             mend="write `user: u1042`: letters, digits and signs but slashes, not beginning with a dot, at most "
             f"{_MAX_NAME_BYTES} bytes",
         )
-
-
-def each_once(profiles: Iterable[Profile]) -> Iterator[Profile]:
-    """Yield the profiles as they come; of their users sixteen bytes each are kept.
-
-    Raises:
-        UsageError: where a second profile is of one user.
-    """
-    seen: set[bytes] = set()
-    for profile in profiles:
-        mark = hashlib.blake2b(profile.user.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if mark in seen:
-            raise UsageError(
-                f"two profiles are of the user {profile.user!r}",
-                where=profile.place("user"),
-                mend="give each user one profile, or name them apart",
-            )
-        seen.add(mark)
-        yield profile

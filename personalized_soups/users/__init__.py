@@ -1,0 +1,1 @@
+"""Everybody's profiles: kept with all their versions in SQLite or PostgreSQL."""
