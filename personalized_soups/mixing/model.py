@@ -400,6 +400,17 @@ class SoupModel:
             self._roster.check_expert(name)
             self._change([], [name])
 
+    def change_experts(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
+        """Take several experts in and out at once, all or nothing; one that is added replaces that of its name.
+
+        Raises:
+            SoupError: as add_expert and remove_expert; nothing has changed then.
+        """
+        with self._current.lock:
+            for name in removed:
+                self._roster.check_expert(name)
+            self._change(list(added), list(removed))
+
     def serve(self, profile: Who) -> None:
         """Serve all rows with a profile where no mixture is set; None makes that the bare base again.
 

@@ -1,0 +1,64 @@
+"""POST /v1/chat/completions and /v1/completions, GET /v1/models."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from personalized_soups.serving.answers import EventStream, Kitchen, Order, submit
+from personalized_soups.serving.formats import ChatOrder, CompletionOrder
+from personalized_soups.serving.protocol import ChatRequest, CompletionRequest
+from personalized_soups.serving.strict_json import StrictRoute
+from personalized_soups.serving.who import SOUP
+from personalized_soups.users.store import ProfileStore
+
+# Stored profiles that are listed among the models: enough to choose from by hand.
+_LISTED = 100
+
+
+def router(kitchen: Kitchen, store: ProfileStore | None) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
+    since = int(time.time())
+
+    async def answered(order: Order, request: Request) -> Response:
+        if order.request.stream:
+            return EventStream(order, request.receive)
+        return await order.whole_response(request.receive)
+
+    @routes.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+        """Answer a conversation with somebody's soup; with `stream`, as server-sent events."""
+        began = time.perf_counter()
+        order = await submit(kitchen, asked, [asked.conversation()], ChatOrder, began)
+        return await answered(order, request)
+
+    @routes.post("/v1/completions", response_model=None)
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        """Go on with texts or tokens, as they are."""
+        began = time.perf_counter()
+        order = await submit(kitchen, asked, asked.prompts(), CompletionOrder, began)
+        return await answered(order, request)
+
+    @routes.get("/v1/models")
+    def models() -> dict[str, Any]:
+        """List the base, and the first stored profiles as `soup:USER`."""
+        names = [kitchen.doorkeeper.base]
+        if store is not None:
+            names += [f"{SOUP}{stored.profile.user}" for stored in store.page(limit=_LISTED)]
+        return {"object": "list", "data": [_model(name, since) for name in names]}
+
+    @routes.get("/v1/models/{model:path}")
+    async def one_model(model: str) -> dict[str, Any]:
+        """Return one model, a stored profile's among them."""
+        guest = await run_in_threadpool(kitchen.doorkeeper.guest, model, None)
+        return _model(guest.model if guest.kind == "base" else model, since)
+
+    return routes
+
+
+def _model(name: str, since: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": since, "owned_by": "personalized_soups"}

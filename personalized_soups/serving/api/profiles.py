@@ -1,0 +1,162 @@
+"""/v1/profiles: the stored profiles, with ETags, so that nobody overwrites what somebody else has written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Response
+from starlette.responses import JSONResponse
+
+from personalized_soups.declare.loader import load_data
+from personalized_soups.declare.profile import Profile
+from personalized_soups.errors import SoupError
+from personalized_soups.serving.faults import ApiError, api_error
+from personalized_soups.serving.strict_json import StrictRoute
+from personalized_soups.users.store import ABSENT, ProfileStore, StoredProfile, UnknownProfile, check_user
+
+_ETAG = re.compile(r'\s*"([0-9]{1,15})"\s*')
+_MAX_VERSION = 2**31
+
+IfMatch = Annotated[str | None, Header(alias="If-Match", description='A version as an ETag: "7"; * is any.')]
+IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description='* writes new ones only; GET: "7".')]
+Version = Annotated[int | None, Query(ge=1, le=_MAX_VERSION)]
+
+
+def router(store: ProfileStore) -> APIRouter:
+    """Return the routes.
+
+    Args:
+        store: whose `check` refuses what cannot be served.
+    """
+    routes = APIRouter(route_class=StrictRoute, tags=["profiles"])
+
+    @routes.get("/v1/profiles")
+    def list_profiles(
+        after: Annotated[str, Query(description="Those that come next after this name.")] = "",
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    ) -> JSONResponse:
+        """List current profiles by user."""
+        found = store.page(after=after, limit=limit + 1)
+        data = [_told(stored) for stored in found[:limit]]
+        return JSONResponse({"object": "list", "data": data, "has_more": len(found) > limit})
+
+    @routes.get("/v1/profiles/{user:path}")
+    def get_profile(
+        user: str,
+        version: Version = None,
+        history: Annotated[bool, Query(description="List all versions, the oldest first.")] = False,
+        if_none_match: IfNoneMatch = None,
+    ) -> Response:
+        """Return a user's current profile, or an older version."""
+        _check(user)
+        if history:
+            return JSONResponse({"object": "list", "data": [_told(stored) for stored in store.history(user)]})
+        stored = store.get(user, version)
+        if if_none_match is not None and str(stored.version) in _versions(if_none_match, weakly=True):
+            return Response(status_code=304, headers=_etag(stored))
+        return JSONResponse(_told(stored), headers=_etag(stored))
+
+    @routes.put("/v1/profiles/{user:path}")
+    def put_profile(
+        user: str, profile: dict[str, Any], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
+    ) -> JSONResponse:
+        """Write a user's next version: `{"weights": {...}}`."""
+        _check(user)
+        declared = _declared(user, profile)
+        condition = _expected(store, user, if_match, if_none_match)
+        try:
+            stored = store.put(declared, expected=condition)
+        except SoupError as fault:
+            raise api_error(fault, param="profile", status=422) from fault
+        return JSONResponse(_told(stored), status_code=201 if stored.version == 1 else 200, headers=_etag(stored))
+
+    @routes.delete("/v1/profiles/{user:path}", status_code=204)
+    def delete_profile(user: str, if_match: IfMatch = None) -> Response:
+        """Erase a user with all versions."""
+        _check(user)
+        store.delete(user, expected=_expected(store, user, if_match, None))
+        return Response(status_code=204)
+
+    return routes
+
+
+def no_store() -> APIRouter:
+    """Return routes that say that there is no store."""
+    routes = APIRouter(tags=["profiles"])
+
+    @routes.api_route("/v1/profiles", methods=["GET"], include_in_schema=False)
+    @routes.api_route("/v1/profiles/{user:path}", methods=["GET", "PUT", "DELETE"], include_in_schema=False)
+    def refuse() -> None:
+        raise ApiError(404, "this server has no store of profiles; start it with --profiles", code="no_store")
+
+    return routes
+
+
+def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_match: str | None) -> int | None:
+    """Return the version at which a user must be; None is any.
+
+    Raises:
+        ApiError: 412 if that can't be, 400 if the condition is none.
+    """
+    if if_none_match is not None:
+        if if_none_match.strip() != "*" or if_match is not None:
+            raise ApiError(400, "the condition is none; write If-None-Match: * alone", param="If-None-Match")
+        return ABSENT
+    if if_match is None:
+        return None
+    try:
+        current = store.get(user).version
+    except UnknownProfile as fault:
+        raise ApiError(412, fault.what, param="If-Match", code="version_conflict") from fault
+    if if_match.strip() != "*" and str(current) not in _versions(if_match):
+        raise ApiError(
+            412,
+            f"{user!r} is at version {current}; read the profile again",
+            param="If-Match",
+            code="version_conflict",
+            headers={"ETag": f'"{current}"'},
+        )
+    return current
+
+
+def _declared(user: str, profile: Mapping[str, Any]) -> Profile:
+    """Return what a body declares.
+
+    Raises:
+        ApiError: 400 if it is no profile, or another user's.
+    """
+    if profile.get("user", user) != user:
+        raise ApiError(400, "the profile names another user than the address", param="user", code="invalid_value")
+    try:
+        return load_data({**profile, "user": user}, Profile, "profile")
+    except SoupError as fault:
+        raise api_error(fault, param="profile") from fault
+
+
+def _check(user: str) -> None:
+    try:
+        check_user(user)
+    except SoupError as fault:
+        raise api_error(fault, param="user") from fault
+
+
+def _told(stored: StoredProfile) -> dict[str, Any]:
+    return {
+        "object": "profile",
+        "user": stored.profile.user,
+        "version": stored.version,
+        "written_at": stored.written_at.isoformat(),
+        "profile": stored.profile.model_dump(exclude_defaults=True),
+    }
+
+
+def _etag(stored: StoredProfile) -> dict[str, str]:
+    return {"ETag": f'"{stored.version}"'}
+
+
+def _versions(header: str, *, weakly: bool = False) -> set[str]:
+    """Return the versions that a condition names."""
+    parts = [part.strip().removeprefix("W/") if weakly else part for part in header.split(",")]
+    return {found[1] for part in parts if (found := _ETAG.fullmatch(part))}

@@ -1,0 +1,180 @@
+"""The server put together: one base, its experts, a store of profiles, and every route, behind the guard."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, RedirectResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Scope
+
+from personalized_soups import __version__
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.errors import SoupError
+from personalized_soups.mixing.model import SoupModel
+from personalized_soups.serving.answers import Kitchen
+from personalized_soups.serving.api import answering, experts, health, profiles
+from personalized_soups.serving.batching import Batcher, Limits
+from personalized_soups.serving.expert_files import ExpertFiles
+from personalized_soups.serving.faults import ApiError, api_error
+from personalized_soups.serving.guard import Guard, Rules
+from personalized_soups.serving.metrics import Metrics
+from personalized_soups.serving.protocol import ChatRequest, CompletionRequest
+from personalized_soups.serving.scales import Scales
+from personalized_soups.serving.strict_json import validation_error
+from personalized_soups.serving.waiting import Desk
+from personalized_soups.serving.who import Doorkeeper
+from personalized_soups.users.store import ProfileStore
+
+PLAYGROUND = Path(__file__).parent / "playground"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a server behaves.
+
+    Args:
+        base: the name under which the base is served.
+        rules: who may ask, and how much.
+        limits: how much is answered at once.
+        default_max_tokens: at how many tokens an answer is cut where a chat says nothing.
+        request_seconds: that a request may take.
+        grace_seconds: that answers which are being made have to come to their end when the server is to.
+        users_in_metrics: tell Prometheus the users' names.
+    """
+
+    base: str
+    rules: Rules = field(default_factory=Rules)
+    limits: Limits = field(default_factory=Limits)
+    default_max_tokens: int = 512
+    request_seconds: float = 600.0
+    grace_seconds: float = 30.0
+    users_in_metrics: bool = False
+
+
+class Server:
+    """Everything that a running server holds; `app` is what uvicorn runs.
+
+    Made in the event loop that serves it. `close` ends its thread.
+
+    Args:
+        model: base and experts, with a tokenizer.
+        settings: of the server.
+        files: of the model's experts.
+        store: of profiles; its `check` should refuse what the model can't honour.
+        catalogue: of the dimensions, for names and scorers.
+
+    Raises:
+        SoupError: if the model can't be served, or a scorer is not there.
+    """
+
+    def __init__(
+        self,
+        model: SoupModel,
+        settings: Settings,
+        *,
+        files: ExpertFiles,
+        store: ProfileStore | None = None,
+        catalogue: Catalogue | None = None,
+    ) -> None:
+        self.settings = settings
+        self.metrics = Metrics(settings.limits.max_rows, by_user=settings.users_in_metrics)
+        scales = Scales(catalogue)
+        desk = Desk(asyncio.get_running_loop())
+        self.batcher = Batcher(model, desk.deliver, settings.limits, on_step=self.metrics.step)
+        kitchen = Kitchen(
+            batcher=self.batcher,
+            doorkeeper=Doorkeeper(model, settings.base, store, files),
+            generator=model.generator,
+            metrics=self.metrics,
+            fingerprint=_fingerprint(model),
+            default_max_tokens=settings.default_max_tokens,
+            request_seconds=settings.request_seconds,
+        )
+        api = FastAPI(
+            title="personalized_soups",
+            version=__version__,
+            description="One base, and a soup of its experts for every request.",
+            docs_url=None,  # its pages would load scripts from elsewhere
+            redoc_url=None,
+            redirect_slashes=False,
+        )
+        api.include_router(answering.router(kitchen, store))
+        api.include_router(
+            experts.router(
+                settings.base, model=model, batcher=self.batcher, files=files, catalogue=catalogue, scales=scales
+            )
+        )
+        api.include_router(profiles.no_store() if store is None else profiles.router(store))
+        api.include_router(health.router(self.batcher, store, self.metrics))
+        _add_playground(api)
+        _add_faults(api)
+        self.app: ASGIApp = Guard(
+            api, settings.rules, retry_after=self.batcher.retry_after, on_response=self._count_response
+        )
+
+    def close(self) -> None:
+        """Cut off what is still being made."""
+        self.batcher.close(finish=False, timeout=self.settings.grace_seconds)
+
+    def _count_response(self, scope: Scope, status: int) -> None:
+        route = scope.get("route")
+        self.metrics.responded(getattr(route, "path", "other"), status)
+
+
+def _fingerprint(model: SoupModel) -> str:
+    """Return what an answer says that it was made with: it changes with the base's name and the experts' files."""
+    told = [str(getattr(model.model, "name_or_path", "")), *(str(each.folder) for each in model.experts.values())]
+    return f"psoups-{__version__}-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:12]}"
+
+
+def _add_playground(api: FastAPI) -> None:
+    @api.get("/", include_in_schema=False)
+    @api.get("/playground", include_in_schema=False)
+    async def to_playground(request: Request) -> Response:
+        return RedirectResponse("playground/")
+
+    @api.get("/favicon.ico", include_in_schema=False)
+    async def favicon() -> Response:
+        return FileResponse(PLAYGROUND / "favicon.svg", media_type="image/svg+xml")
+
+    api.mount("/playground", StaticFiles(directory=PLAYGROUND, html=True), name="playground")
+
+
+def _add_faults(api: FastAPI) -> None:
+    """Let every error be told as OpenAI's protocol tells them."""
+    known = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})
+
+    @api.exception_handler(ApiError)
+    async def on_api_error(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, ApiError)
+        return fault.response()
+
+    @api.exception_handler(SoupError)
+    async def on_soup_error(request: Request, fault: Exception) -> Response:
+        return api_error(fault).response()
+
+    @api.exception_handler(RequestValidationError)
+    async def on_validation(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, RequestValidationError)
+        return validation_error(fault, known).response()
+
+    @api.exception_handler(HTTPException)
+    async def on_http(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, HTTPException)
+        told: dict[int, str] = {
+            404: f"Unknown request URL: {request.method} {request.url.path}",
+            405: f"Not allowed: {request.method} {request.url.path}",
+        }
+        message = told.get(fault.status_code, str(fault.detail))
+        return ApiError(fault.status_code, message, code=None, headers=fault.headers).response()
+
+    @api.exception_handler(Exception)
+    async def on_bug(request: Request, fault: Exception) -> Response:
+        return api_error(fault).response()

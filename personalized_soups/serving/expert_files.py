@@ -1,0 +1,81 @@
+"""The experts' folders while they are served: what has changed since they were loaded is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from personalized_soups.adapters.config import CONFIG_FILE
+from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.adapters.lora import WEIGHTS_FILE
+from personalized_soups.adapters.provenance import EXPERT_FILE
+from personalized_soups.serving.faults import ApiError
+
+Stamp: TypeAlias = tuple[tuple[int, ...] | None, ...]
+
+
+class ExpertFiles:
+    """What the folders of the served experts looked like when they were loaded.
+
+    Args:
+        reopen: opens the library anew.
+    """
+
+    def __init__(self, reopen: Callable[[], ExpertLibrary]) -> None:
+        self._reopen = reopen
+        self._served: Mapping[str, tuple[Path, Stamp]] = {}
+
+    def look(self) -> tuple[ExpertLibrary, Mapping[str, tuple[Path, Stamp]]]:
+        """Return the library as it is, and its stamps, taken before anything is read.
+
+        Raises:
+            SoupError: if the library can't be opened.
+        """
+        library = self._reopen()
+        return library, {name: (expert.folder, _stamp(expert.folder)) for name, expert in library.items()}
+
+    def serve(self, stamps: Mapping[str, tuple[Path, Stamp]]) -> None:
+        """Take it that experts were loaded from what looked like this."""
+        self._served = stamps
+
+    def is_changed(self, name: str) -> bool:
+        """Whether an expert's files are others than those that were loaded, or gone."""
+        folder, stamp = self._served[name]
+        return _stamp(folder) != stamp
+
+    def check(self, names: Iterable[str]) -> None:
+        """Raise if one of these experts has changed.
+
+        Raises:
+            ApiError: 503, naming them.
+        """
+        changed = [name for name in names if name in self._served and self.is_changed(name)]
+        if changed:
+            raise ApiError(
+                503,
+                f"the files of {', '.join(map(repr, changed))} have changed since they were loaded; "
+                "POST /v1/experts/reload serves what is there now",
+                code="experts_changed",
+                headers={"Retry-After": "5"},
+            )
+
+    def difference(
+        self, library: ExpertLibrary, stamps: Mapping[str, tuple[Path, Stamp]]
+    ) -> tuple[list[Expert], list[str]]:
+        """Return the experts to be loaded (new or changed) and the names of those that are gone."""
+        fresh = [expert for name, expert in library.items() if self._served.get(name) != stamps[name]]
+        return fresh, [name for name in self._served if name not in library]
+
+
+def _stamp(folder: Path) -> Stamp:
+    """Return what tells a folder's files from others, without reading them."""
+
+    def of(name: str) -> tuple[int, ...] | None:
+        try:
+            found = (folder / name).stat()
+        except OSError:
+            return None
+        return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    return tuple(of(name) for name in (WEIGHTS_FILE, CONFIG_FILE, EXPERT_FILE))

@@ -1,0 +1,204 @@
+"""A server from its start to its end: the socket first, then the model, and at the end what runs is finished."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from personalized_soups.adapters.library import ExpertLibrary
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.errors import InputError, UsageError
+from personalized_soups.generation.loading import Dtype
+from personalized_soups.mixing.model import SoupModel
+from personalized_soups.serving.app import Server, Settings
+from personalized_soups.serving.expert_files import ExpertFiles
+from personalized_soups.users.store import ProfileStore
+
+# A key of fewer characters can be guessed.
+_MIN_KEY = 16
+
+# Of the memory that is free once the model stands.
+_CACHE_SHARE = 0.5
+
+
+class _Uvicorn(uvicorn.Server):
+    """Ends quietly on a signal: for a server that is no fault."""
+
+    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_started = on_started
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Say that requests are answered from now on."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_started()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Heed SIGINT and SIGTERM, and raise none of them again afterwards."""
+        with super().capture_signals():
+            yield
+            self._captured_signals.clear()
+
+
+def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> socket.socket:
+    """Return a socket that listens; port 0 takes a free one, and so does `or_any` where the port is taken.
+
+    Raises:
+        UsageError: if other machines could reach it and no key is asked for, or the address can't be had.
+    """
+    if not has_key and not _is_loopback(host):
+        raise UsageError(
+            f"{host} can be reached from other machines, and no key would be asked for",
+            where="--host",
+            mend="give --api-key-file, or stay on --host 127.0.0.1",
+        )
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+        listening.listen(2048)
+    except OSError as error:
+        listening.close()
+        if or_any:
+            return listen(host, 0, has_key=has_key)
+        raise UsageError(
+            f"can't listen on {host}:{port}: {error.strerror or error}",
+            where="--host, --port",
+            mend="give another --port; --port 0 takes a free one",
+        ) from error
+    return listening
+
+
+def read_keys(path: Path) -> list[str]:
+    """Return the keys of a file: one a line; empty lines and those that begin with # are passed over.
+
+    Raises:
+        InputError: if it can't be read, others may read it, or it holds none, or one that can be guessed.
+    """
+    try:
+        mode = path.stat().st_mode
+        lines = path.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the keys can't be read: {error}", where=str(path), mend="give a file of ASCII") from error
+    if mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError("other users of this machine can read the keys", where=str(path), mend=f"chmod 600 {path}")
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    mend = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
+    if not keys:
+        raise InputError("the file holds no key", where=str(path), mend=f"make one: {mend}")
+    short = next((number for number, key in enumerate(keys, 1) if len(key) < _MIN_KEY), None)
+    if short is not None:
+        raise InputError(
+            f"key number {short} has fewer than {_MIN_KEY} characters", where=str(path), mend=f"make a long one: {mend}"
+        )
+    return keys
+
+
+def load_model(
+    base: str, experts: Callable[[], ExpertLibrary], *, device: str, dtype: Dtype, same_base: bool
+) -> tuple[SoupModel, ExpertFiles]:
+    """Load base and experts; what changes in the experts' folders from now on is noticed.
+
+    Raises:
+        SoupError: as SoupModel.from_pretrained.
+    """
+    files = ExpertFiles(experts)
+    library, stamps = files.look()
+    model = SoupModel.from_pretrained(base, library, device=device, dtype=dtype, same_base=same_base)
+    files.serve(stamps)
+    return model, files
+
+
+def context_of(model: SoupModel, asked: int | None) -> int:
+    """Return how many tokens prompt and answer may have together: what is asked for, or what the base can.
+
+    Raises:
+        UsageError: if the base can do less than is asked for.
+    """
+    most = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if asked is not None and most is not None and asked > most:
+        raise UsageError(
+            f"a context of {asked} tokens is asked for, the base has {most}",
+            where="--max-context",
+            mend=f"give {most} or fewer",
+        )
+    return asked or most or 4096
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Return how many bytes keys and values may take: half of what is free on the model's device."""
+    if device.type == "cuda":
+        return int(_CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
+    try:
+        told = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = next(int(line.split()[1]) << 10 for line in told.splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = 4 << 30
+    return int(_CACHE_SHARE * free)
+
+
+def serve(
+    model: SoupModel,
+    settings: Settings,
+    listening: socket.socket,
+    *,
+    files: ExpertFiles,
+    store: ProfileStore | None = None,
+    catalogue: Catalogue | None = None,
+    on_started: Callable[[], None] = lambda: None,
+) -> None:
+    """Answer requests until SIGINT or SIGTERM; then take no new ones and finish those that run. Ctrl-C twice cuts off.
+
+    Args:
+        model, settings, files, store, catalogue: as of `app.Server`.
+        listening: the socket.
+        on_started: called once requests are answered.
+    """
+
+    async def run() -> None:
+        server = Server(model, settings, files=files, store=store, catalogue=catalogue)
+        config = uvicorn.Config(
+            server.app,
+            lifespan="off",
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            date_header=True,
+            timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
+            h11_max_incomplete_event_size=1 << 16,
+        )
+        try:
+            await _Uvicorn(config, on_started).serve(sockets=[listening])
+        finally:
+            server.close()
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(run())
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    """Return what makes a fast event loop; None where there is the usual one only."""
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
