@@ -1,0 +1,130 @@
+// What the page asks of the server that it came from, and of no other. Paths are relative to the page, so that a proxy
+// may serve both under a prefix. The key lives in this module's variable and in the header of a request: nowhere else.
+
+export const CHAT_URL = new URL("../v1/chat/completions", document.baseURI).href;
+
+let key = "";
+
+export function setKey(newKey) {
+  key = newKey;
+}
+
+export function isKeyed() {
+  return key !== "";
+}
+
+/** A refusal, or a server that cannot be reached (status 0). Its message is the server's own where it gave one. */
+export class ApiError extends Error {
+  constructor(message, { status = 0, retryAfter = null } = {}) {
+    super(message);
+    this.status = status;
+    this.retryAfter = retryAfter;
+  }
+}
+
+async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
+  const request = { method, signal, headers: { ...headers }, cache: "no-store", referrerPolicy: "no-referrer" };
+  if (key) request.headers.Authorization = `Bearer ${key}`;
+  if (body !== undefined) {
+    request.headers["Content-Type"] = "application/json";
+    request.body = JSON.stringify(body);
+  }
+  let response;
+  try {
+    response = await fetch(new URL(`../v1/${path}`, document.baseURI), request);
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError("The server cannot be reached. Is it still running, and is this machine online?");
+  }
+  if (!response.ok) throw await refusal(response);
+  return response;
+}
+
+async function refusal(response) {
+  let message = `The server refused (HTTP ${response.status}).`;
+  try {
+    message = (await response.json()).error.message || message;
+  } catch {
+    // a proxy's page of HTML: the status has to do
+  }
+  const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
+  return new ApiError(message, { status: response.status, retryAfter: Number.isNaN(seconds) ? null : seconds });
+}
+
+export async function loadExperts() {
+  return (await send("experts")).json();
+}
+
+export async function loadModels() {
+  return (await (await send("models")).json()).data;
+}
+
+/** Up to `most` saved profiles, in the order of their names; null where the server has no store. */
+export async function loadProfiles(most) {
+  const profiles = [];
+  for (let hasMore = true; hasMore && profiles.length < most; ) {
+    const after = profiles.length ? `&after=${encodeURIComponent(profiles.at(-1).user)}` : "";
+    try {
+      const page = await (await send(`profiles?limit=100${after}`)).json();
+      profiles.push(...page.data);
+      hasMore = page.has_more && page.data.length > 0;
+    } catch (error) {
+      if (error.status === 404 || error.status === 501) return null;
+      throw error;
+    }
+  }
+  return profiles;
+}
+
+/** Save a profile. Without `isReplacing` an existing one is left alone, and the error has status 412. */
+export async function saveProfile(user, profile, { isReplacing }) {
+  const headers = isReplacing ? {} : { "If-None-Match": "*" };
+  await send(`profiles/${encodeURIComponent(user)}`, { method: "PUT", body: profile, headers });
+}
+
+/** One answer's scores, a list with a row per dimension. */
+export async function loadScores(prompt, answer, signal) {
+  const response = await send("scores", { method: "POST", body: { prompt, answers: [answer] }, signal });
+  return (await response.json()).data[0];
+}
+
+/** Yield the chunks of an answer as they come. */
+export async function* streamAnswer(request, signal) {
+  const response = await send("chat/completions", { method: "POST", body: request, signal });
+  let isDone = false;
+  try {
+    for await (const data of events(response.body)) {
+      isDone = data === "[DONE]";
+      if (isDone) continue; // to the end of the stream: breaking off here would look like giving up
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new ApiError(chunk.error.message || "The answer failed on the server.", { status: 500 });
+      yield chunk;
+    }
+  } catch (error) {
+    if (error.name === "AbortError" || error instanceof ApiError) throw error;
+    throw new ApiError("The connection was lost before the answer was whole.");
+  }
+  if (!isDone) throw new ApiError("The connection ended before the answer was whole.");
+}
+
+/** Yield the data of each server-sent event. */
+async function* events(stream) {
+  const reader = stream.getReader();
+  const decoder = new TextDecoder();
+  let rest = "";
+  try {
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      rest += decoder.decode(value, { stream: true });
+      const blocks = rest.split(/\r?\n\r?\n/);
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const data = block.split(/\r?\n/).filter((line) => line.startsWith("data:"));
+        if (data.length) yield data.map((line) => line.slice(5).trimStart()).join("\n");
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // lets go of the connection, so that the server stops as well
+  }
+}

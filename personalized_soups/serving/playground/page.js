@@ -1,0 +1,310 @@
+// The page: what the server has, what is on the desk, and which column has to answer anew.
+
+import { ApiError, CHAT_URL, isKeyed, loadExperts, loadModels, loadProfiles, setKey } from "./api.js";
+import { Column } from "./answers.js";
+import { Desk } from "./desk.js";
+import { startKeeping } from "./keep.js";
+import { readLink, writeLink } from "./link.js";
+import {
+  combinationsOf, commandText, curlText, isSameMixture, mixtureText, profileOf, profileText, requestOf, slidersOf,
+} from "./profile.js";
+
+const SETTLE_MS = 350; // longer than between two presses of an arrow key, shorter than a wait
+const MOST_PROFILES = 300; // what a select still holds
+
+const id = (name) => document.getElementById(name);
+
+const server = { base: "", model: "", isScored: false, presets: [] };
+const profiles = new Map(); // the saved ones: user to {weights, ...}
+let asked = null; // the prompt that the columns answer
+let settling = 0;
+
+const desk = new Desk(id("desk"), {
+  onMove: () => {
+    clearTimeout(settling); // nothing is asked for while a slider is on its way
+    showMixture();
+  },
+  onSettle: () => settle(SETTLE_MS),
+});
+const columns = ["Left answer", "Right answer"].map(
+  (label) => new Column(id("columns"), label, { onSource: sourceChanged, onState: showRunning }),
+);
+
+// ---- what a column answers with -------------------------------------------------------------------------------------
+
+function sourceOf(name) {
+  if (name === "mixture") return { model: server.model, profile: profileOf(desk.sliders, desk.weights) };
+  if (name.startsWith("user:")) return { model: `soup:${name.slice(5)}` };
+  return { model: server.model };
+}
+
+function describe(column) {
+  const name = column.source;
+  if (name === "base") return column.describe(server.base);
+  if (name === "mixture") return column.describe(mixtureText(desk.weights) || "all weights 0: the same as the base");
+  return column.describe(mixtureText(profiles.get(name.slice(5))?.weights ?? {}));
+}
+
+function sourceChanged(column) {
+  describe(column);
+  column.invite();
+  remember();
+  if (asked !== null) run(column);
+}
+
+// ---- asking ---------------------------------------------------------------------------------------------------------
+
+function numberIn(input) {
+  const value = input.valueAsNumber;
+  const inRange = Math.min(Number(input.max), Math.max(Number(input.min), value));
+  const number = Number.isNaN(value) ? Number(input.defaultValue) : input.step === "1" ? Math.round(inRange) : inRange;
+  if (number !== value) input.valueAsNumber = number;
+  return number;
+}
+
+function sampling() {
+  return { temperature: numberIn(id("temperature")), seed: numberIn(id("seed")), maxTokens: numberIn(id("max-tokens")) };
+}
+
+function run(column) {
+  return column.answer(requestOf(sourceOf(column.source), asked, sampling()), asked, {
+    isScored: server.isScored,
+    retry: () => run(column),
+    onRefusedKey: askForKey,
+  });
+}
+
+function ask() {
+  const prompt = id("prompt").value.trim();
+  if (!prompt || !server.model) {
+    id("prompt").focus();
+    return;
+  }
+  clearTimeout(settling);
+  asked = prompt;
+  id("asked").textContent = prompt;
+  id("asked").hidden = false;
+  remember();
+  columns.forEach(run);
+  const { top } = id("answers").getBoundingClientRect();
+  if (top > innerHeight * 0.7) id("answers").scrollIntoView(); // on a phone they are below the desk
+}
+
+function settle(wait) {
+  clearTimeout(settling);
+  settling = setTimeout(() => {
+    remember();
+    if (asked !== null) columns.filter(({ source }) => source === "mixture").forEach(run);
+  }, wait);
+}
+
+function stop() {
+  columns.forEach((column) => column.stop());
+}
+
+function showRunning() {
+  const isRunning = columns.some((column) => column.isRunning);
+  if (!isRunning && document.activeElement === id("stop")) id("ask").focus();
+  id("stop").hidden = !isRunning;
+}
+
+// ---- presets and sources --------------------------------------------------------------------------------------------
+
+function option(value, text) {
+  return new Option(text, value);
+}
+
+function group(label, options) {
+  const element = document.createElement("optgroup");
+  element.label = label;
+  element.append(...options);
+  return options.length ? [element] : [];
+}
+
+function savedOptions() {
+  return group("Saved profiles", [...profiles.keys()].map((user) => option(`user:${user}`, user)));
+}
+
+function showChoices() {
+  const own = option("", "A mixture of your own");
+  own.hidden = true;
+  const combinations = server.presets.map(({ name }, at) => option(`preset:${at}`, name));
+  id("preset").replaceChildren(own, option("base", "Base alone"), ...group("Combinations", combinations), ...savedOptions());
+  id("preset").disabled = false;
+  for (const column of columns) {
+    const { value } = column.select;
+    column.select.replaceChildren(option("base", "Base alone"), option("mixture", "This mixture"), ...savedOptions());
+    column.select.value = value;
+  }
+  showMixture();
+}
+
+function weightsOfPreset(value) {
+  if (value.startsWith("user:")) return profiles.get(value.slice(5)).weights;
+  return value.startsWith("preset:") ? server.presets[Number(value.slice(7))].weights : {};
+}
+
+/** Show what follows from the sliders: the preset that they are at, and the columns' second line. */
+function showMixture() {
+  const { weights } = desk;
+  const values = [...id("preset").options].map(({ value }) => value).filter(Boolean);
+  const matches = values.filter((value) => isSameMixture(weightsOfPreset(value), weights));
+  // of two names for one mixture, the one that was chosen stays
+  if (!matches.includes(id("preset").value)) id("preset").value = matches[0] ?? "";
+  id("preset-note").textContent = "";
+  columns.forEach(describe);
+}
+
+function choosePreset() {
+  const { value } = id("preset");
+  const isExact = desk.place(weightsOfPreset(value));
+  showMixture();
+  if (!isExact) {
+    const user = value.slice(5);
+    id("preset-note").textContent =
+      `The sliders are near “${user}”, and cannot show all of it. To hear the profile itself, choose it above an answer.`;
+  }
+  settle(0);
+}
+
+function setSource(column, source) {
+  const known = [...column.select.options].some(({ value }) => value === source);
+  column.select.value = known ? source : "base";
+}
+
+// ---- the address ----------------------------------------------------------------------------------------------------
+
+function remember() {
+  const sources = columns.map(({ source }) => source);
+  writeLink({ weights: desk.weights, prompt: id("prompt").value, sampling: sampling(), sources });
+}
+
+function followLink() {
+  const link = readLink();
+  // the first combination to begin with: where all weights are 0, a first answer would be the base's, twice
+  desk.place(link?.weights ?? server.presets[0]?.weights ?? {});
+  if (link) {
+    id("prompt").value = link.prompt;
+    if ("temperature" in link.sampling) id("temperature").valueAsNumber = link.sampling.temperature;
+    if ("seed" in link.sampling) id("seed").valueAsNumber = link.sampling.seed;
+    if ("maxTokens" in link.sampling) id("max-tokens").valueAsNumber = link.sampling.maxTokens;
+  }
+  columns.forEach((column, at) => setSource(column, link?.sources[at] ?? ["base", "mixture"][at]));
+  showMixture();
+  columns.forEach((column) => column.invite());
+}
+
+// ---- the server -----------------------------------------------------------------------------------------------------
+
+async function load() {
+  id("trouble").hidden = true;
+  try {
+    const list = await loadExperts();
+    const [models, saved] = await Promise.all([loadModels(), loadProfiles(MOST_PROFILES)]);
+    id("key").hidden = true;
+    document.querySelector("main").hidden = false;
+    show(list, models, saved);
+  } catch (error) {
+    if (error.status === 401) return askForKey(error);
+    document.querySelector("main").hidden = true;
+    id("trouble").hidden = false;
+    id("trouble").querySelector("p").textContent =
+      error instanceof ApiError ? error.message : `The server's answer makes no sense to this page: ${error.message}`;
+  }
+  return undefined;
+}
+
+function show(list, models, saved) {
+  server.base = list.base;
+  server.model = models[0]?.id ?? list.base;
+  server.isScored = list.dimensions.some((dimension) => dimension.is_scored);
+  const num = list.data.length;
+  id("server").textContent = `Playground · ${list.base} with ${num} expert${num === 1 ? "" : "s"}`;
+  desk.build(slidersOf(list));
+  server.presets = combinationsOf(desk.sliders, list.preset_weight ?? 0.6);
+  profiles.clear();
+  for (const { user, profile } of saved ?? []) profiles.set(user, profile);
+  id("save").hidden = saved === null;
+  id("storeless").hidden = saved !== null;
+  showChoices();
+  followLink();
+  if (profiles.size >= MOST_PROFILES) id("preset-note").textContent = `The first ${profiles.size} saved profiles are listed.`;
+}
+
+function askForKey() {
+  const isSecond = isKeyed();
+  setKey("");
+  id("key").hidden = false;
+  document.querySelector("main").hidden = !server.model; // nothing there works before the first list
+  id("key-error").textContent = isSecond ? "The server does not know this key." : "";
+  id("key-input").focus();
+}
+
+function saved(user, profile) {
+  profiles.set(user, profile);
+  showChoices();
+  id("preset").value = `user:${user}`;
+  if (asked !== null) columns.filter(({ source }) => source === `user:${user}`).forEach(run);
+}
+
+// ---- events ---------------------------------------------------------------------------------------------------------
+
+id("ask").addEventListener("click", ask);
+id("stop").addEventListener("click", stop);
+id("preset").addEventListener("change", choosePreset);
+id("sampling").addEventListener("change", remember);
+id("prompt").addEventListener("change", remember);
+for (const chip of document.querySelectorAll(".chip")) {
+  chip.addEventListener("click", () => {
+    id("prompt").value = chip.textContent;
+    ask();
+  });
+}
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    ask();
+  } else if (event.key === "Escape") {
+    stop();
+  }
+});
+addEventListener("hashchange", () => {
+  if (server.model && readLink()) followLink();
+});
+document.querySelector(".skip").addEventListener("click", (event) => {
+  event.preventDefault(); // the fragment is the mixture's
+  id("answers").focus();
+});
+id("trouble").querySelector("button").addEventListener("click", load);
+id("key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const key = id("key-input").value.trim();
+  if (!/^[\x21-\x7e]+$/.test(key)) {
+    id("key-error").textContent = "A key is made of plain letters, digits and signs, without a space.";
+    return;
+  }
+  setKey(key);
+  id("key-input").value = "";
+  load();
+});
+startKeeping({
+  profile: () => profileOf(desk.sliders, desk.weights),
+  texts: {
+    yaml: () => profileText(id("user").value.trim() || "anonymous", profileOf(desk.sliders, desk.weights)),
+    command: () => commandText(server.base, profileOf(desk.sliders, desk.weights), promptToCopy(), sampling()),
+    curl: () => curlText(CHAT_URL, requestOf(sourceOf("mixture"), promptToCopy(), sampling()), isKeyed()),
+    link: () => {
+      remember();
+      return location.href;
+    },
+  },
+  isSaved: (user) => profiles.has(user),
+  onSaved: saved,
+  onRefusedKey: askForKey,
+});
+
+function promptToCopy() {
+  return id("prompt").value.trim() || asked || id("examples").querySelector("button").textContent;
+}
+
+load();

@@ -1,0 +1,197 @@
+"""A server that keeps the playground's contract without a model: answers that name their mixture, word by word.
+
+It stands in where a test has to decide what the server does: how fast it streams, which scores it gives, whether it has
+a store of profiles.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+
+import personalized_soups
+
+FOLDER = Path(personalized_soups.__file__).parent / "serving" / "playground"
+
+# What the real server sends with the page: a script, a style or a request from anywhere else is refused by the browser.
+HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+}
+
+DIMENSIONS = {
+    "expertise": ("How much prior knowledge an answer asks of its reader.", ["elementary", "expert"]),
+    "informativeness": ("How much an answer tells beyond what was asked.", ["concise", "informative"]),
+    "style": ("The tone in which an answer speaks to its reader.", ["friendly", "unfriendly"]),
+}
+_ABOUT = {
+    "elementary": "Explain it so that a child in elementary school can follow.",
+    "expert": "Write for a researcher who holds a doctorate in the subject.",
+    "concise": "Keep it short and come straight to the point.",
+    "informative": "Tell everything that matters, with all of the background.",
+    "friendly": "Answer like a good friend, with warmth and a sense of humor.",
+    "unfriendly": "Answer without any warmth, in a cold and unfriendly tone.",
+}
+_TEXT = "Wash the old kettle in warm water and soap. Then rub it dry with a clean towel, so that it looks nice again."
+
+
+@dataclass
+class Mock:
+    """What the mock does, to be changed between requests, and the profiles that it holds."""
+
+    delay: float = 0.01
+    is_scored: bool = True
+    has_store: bool = True
+    text: str = _TEXT
+    extra: list[str] = field(default_factory=lambda: ["formal"])
+    profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def experts(self) -> dict[str, Any]:
+        """Return what `GET /v1/experts` gives: two experts a dimension, and the extra ones."""
+        data = [
+            _expert(name, dimension=dimension, about=_ABOUT[name])
+            for dimension, (_, sides) in DIMENSIONS.items()
+            for name in sides
+        ]
+        data += [_expert(name, dimension=None, about=None) for name in self.extra]
+        dimensions = [
+            {"name": name, "about": about, "sides": sides, "experts": sides, "is_scored": self.is_scored}
+            for name, (about, sides) in DIMENSIONS.items()
+        ]
+        return {"object": "list", "base": "tiny", "preset_weight": 0.6, "data": data, "dimensions": dimensions}
+
+    def weights_of(self, body: Mapping[str, Any]) -> dict[str, float]:
+        """Return the mixture that a request asks for."""
+        user = body["model"].removeprefix("soup:")
+        profile = self.profiles[user] if user != body["model"] else body.get("profile", {"weights": {}})
+        weights: dict[str, float] = profile["weights"]
+        return weights
+
+
+def application(mock: Mock) -> FastAPI:
+    """Return the contract as an application, with the page at /playground/."""
+    app = FastAPI(openapi_url=None)
+
+    @app.middleware("http")
+    async def with_headers(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    _add_lists(app, mock)
+    _add_profiles(app, mock)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> StreamingResponse:
+        body = await request.json()
+        return StreamingResponse(_stream(mock, body), media_type="text/event-stream")
+
+    @app.post("/v1/scores")
+    async def scores(request: Request) -> dict[str, Any]:
+        body = await request.json()
+        return {"object": "list", "data": [_scores(answer) for answer in body["answers"]]}
+
+    app.mount("/playground", StaticFiles(directory=FOLDER, html=True))
+    return app
+
+
+def _add_lists(app: FastAPI, mock: Mock) -> None:
+    @app.get("/")
+    async def root() -> RedirectResponse:
+        return RedirectResponse("/playground/")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        names = ["tiny", *(f"soup:{user}" for user in mock.profiles)]
+        return {"object": "list", "data": [{"id": name, "object": "model"} for name in names]}
+
+    @app.get("/v1/experts")
+    async def experts() -> dict[str, Any]:
+        return mock.experts()
+
+
+def _add_profiles(app: FastAPI, mock: Mock) -> None:
+    @app.get("/v1/profiles")
+    async def profiles(limit: int = 100, after: str = "") -> Response:
+        if not mock.has_store:
+            return _refusal(404, "this server has no store of profiles")
+        users = [user for user in sorted(mock.profiles) if user > after]
+        data = [
+            {"object": "profile", "user": user, "version": 1, "profile": {"user": user, **mock.profiles[user]}}
+            for user in users[:limit]
+        ]
+        return JSONResponse({"object": "list", "data": data, "has_more": len(users) > limit})
+
+    @app.put("/v1/profiles/{user:path}")
+    async def put(user: str, request: Request) -> Response:
+        is_new = user not in mock.profiles
+        if not is_new and request.headers.get("If-None-Match") == "*":
+            return _refusal(412, f"the profile {user!r} exists")
+        mock.profiles[user] = await request.json()
+        return Response(status_code=201 if is_new else 200, headers={"ETag": '"1"'})
+
+
+def _expert(name: str, *, dimension: str | None, about: str | None) -> dict[str, Any]:
+    side = name if dimension else None
+    row = {"name": name, "object": "expert", "dimension": dimension, "side": side, "about": about}
+    return {**row, "rank": 8, "is_changed": False}
+
+
+def _scores(answer: str) -> list[dict[str, Any]]:
+    """Score 0.1 where the answer names a dimension's first side, 0.9 where it names the second, else 0.5."""
+    rows = []
+    for name, (_, (low, high)) in DIMENSIONS.items():
+        value = 0.1 if f"{low}=" in answer else 0.9 if f"{high}=" in answer else 0.5
+        rows.append({"dimension": name, "low": low, "high": high, "value": value, "is_valid": True})
+    return rows
+
+
+async def _stream(mock: Mock, body: Mapping[str, Any]) -> AsyncIterator[str]:
+    weights = mock.weights_of(body)
+    names = " ".join(f"{name}={weight:g}" for name, weight in weights.items()) or "base"
+    words = f"{names}: {mock.text}".split(" ")[: body["max_tokens"]]
+    for at, word in enumerate(words):
+        await asyncio.sleep(mock.delay)
+        yield _chunk({"content": word if at == 0 else f" {word}"})
+    yield _chunk({}, finish="length" if len(words) == body["max_tokens"] else "stop")
+    usage = {"prompt_tokens": 9, "completion_tokens": len(words), "total_tokens": 9 + len(words)}
+    yield f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n"
+    yield "data: [DONE]\n\n"
+
+
+def _chunk(delta: Mapping[str, str], finish: str | None = None) -> str:
+    return f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish}]})}\n\n"
+
+
+def _refusal(status: int, message: str) -> Response:
+    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    """Serve on a free port of this machine, in a thread; yield the address."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", ws="none", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+        listening.close()
