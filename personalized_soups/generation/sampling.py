@@ -16,6 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# What is less is 0 in float32, in which logits are divided.
+_COLDEST = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -68,10 +71,15 @@ def choose_tokens(
             arXiv 1904.09751); 1 draws among all.
     """
     if isinstance(temperature, Tensor):
-        temperature = temperature[:, None]
+        temperature = temperature[:, None].clamp(min=_COLDEST)
     elif temperature == 0:
         return logits_BV.argmax(-1)
-    share_BV = torch.softmax(logits_BV.float() / temperature, dim=-1)
+    else:
+        temperature = max(temperature, _COLDEST)
+    logits_BV = logits_BV.float()
+    # the likeliest is divided as 0: a temperature near 0 makes no infinity of it
+    logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+    share_BV = torch.softmax(logits_BV / temperature, dim=-1)
     if top_p_B is not None:
         share_BV = _nucleus(share_BV, top_p_B)
     cumulated_BV = share_BV.cumsum(-1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from personalized_soups.errors import UsageError
 from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.serving.choosing import Choice, Chooser, choose
@@ -33,6 +34,7 @@ class BatchRow:
     weights: Row
     chooser: Chooser
     num_read: int = field(default=0, init=False)  # tokens whose keys and values its slot has
+    slot: int = field(default=-1, init=False)
 
 
 class Batch:
@@ -43,18 +45,21 @@ class Batch:
 
     Args:
         model: base and experts.
+        cache_bytes: that keys and values may take, once rows fit into that; None is without limit.
 
     Raises:
-        UsageError: if the model's rows cannot be kept in slots.
+        UsageError: if the model's rows cannot be kept in slots, which is tried.
     """
 
-    def __init__(self, model: SoupModel) -> None:
+    def __init__(self, model: SoupModel, cache_bytes: int | None = None) -> None:
         self._model = model
-        self._slots = Slots(model.model.config)
+        self._slots = Slots(model.model.config, cache_bytes)
         self._rows: list[BatchRow] = []
         self._mixture = ExitStack()
         self._is_set = False
         self._keeps_last = bool(model.model._supports_logits_to_keep())
+        self._check_rows()
+        self._token_bytes = token_bytes(model.model)
 
     @property
     def rows(self) -> Sequence[BatchRow]:
@@ -66,13 +71,18 @@ class Batch:
         """Bytes of keys and values."""
         return self._slots.num_bytes
 
+    def fits(self, num_rows: int, num_tokens: int) -> bool:
+        """Return whether there is memory for so many rows of so many tokens."""
+        return self._slots.fits(num_rows, num_tokens, self._token_bytes)
+
     def read(self, rows: Sequence[BatchRow], most: int, *, num_tokens: int = 0) -> list[Choice] | None:
         """Read the next tokens of rows whose prompts are not read yet, at most `most` of each.
 
         Args:
             rows: none of which has joined; they stand behind those that have. Several rows are read whole.
             most: tokens.
-            num_tokens: make room for so many of each row at once, those of the answers among them.
+            num_tokens: make room for so many of each row at once, those of the answers among them, and of the rows
+                that have joined.
 
         Returns:
             The first token of each answer, once the prompts are read; the rows have joined then. None before.
@@ -80,15 +90,22 @@ class Batch:
         self.release()
         chunks = [row.tokens[row.num_read : row.num_read + most] for row in rows]
         first = len(self._rows)
-        self._slots.reserve(first + len(rows), num_tokens)
+        self._slots.fit(first + len(rows), max(num_tokens, *(len(row.tokens) + 1 for row in (*self._rows, *rows))))
+        for slot, row in enumerate(rows, first):
+            if row.num_read and row.slot != slot:  # others have left since its last part was read
+                self._slots.move(row.slot, slot, row.num_read)
+            row.slot = slot
         with self._model.mixture([row.weights for row in rows]):
             logits_NV = self._forward(first, chunks, [row.num_read for row in rows])
+        if any(row.num_read + len(chunk) < len(row.tokens) for row, chunk in zip(rows, chunks, strict=True)):
+            choices = None
+        else:
+            choices = self._chosen(logits_NV, rows)
         for row, chunk in zip(rows, chunks, strict=True):
             row.num_read += len(chunk)
-        if any(row.num_read < len(row.tokens) for row in rows):
-            return None
-        self._rows.extend(rows)
-        return self._chosen(logits_NV, rows)
+        if choices is not None:
+            self._rows.extend(rows)
+        return choices
 
     def step(self) -> list[Choice]:
         """Return the next token of every row, by slot."""
@@ -97,9 +114,10 @@ class Batch:
             self._mixture.enter_context(self._model.mixture([row.weights for row in rows]))
             self._is_set = True
         logits_NV = self._forward(0, [row.tokens[-1:] for row in rows], [row.num_read for row in rows])
+        choices = self._chosen(logits_NV, rows)
         for row in rows:
             row.num_read += 1
-        return self._chosen(logits_NV, rows)
+        return choices
 
     def remove(self, gone: Sequence[BatchRow]) -> None:
         """Let rows go; the last ones take their slots."""
@@ -110,7 +128,8 @@ class Batch:
         for slot in sorted((slot for slot, row in enumerate(self._rows) if id(row) in leaving), reverse=True):
             last = self._rows.pop()
             if slot < len(self._rows):
-                self._slots.move(len(self._rows), slot, last.num_read)
+                self._slots.move(last.slot, slot, last.num_read)
+                last.slot = slot
                 self._rows[slot] = last
 
     def release(self) -> None:
@@ -123,6 +142,33 @@ class Batch:
         self.release()
         self._rows.clear()
         self._slots.clear()
+
+    def _check_rows(self) -> None:
+        """Let two rows of different lengths be read and go on, and see that each is as it is alone.
+
+        Raises:
+            UsageError: if it isn't: the model takes no positions, or no mask of every row's own.
+        """
+        tokens = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
+        model: Any = self._model.model
+        try:
+            with self._model.mixture(None), torch.inference_mode():
+                self._forward(0, [row[:-1] for row in tokens], [0, 0])
+                got_NV = self._forward(0, [row[-1:] for row in tokens], [len(row) - 1 for row in tokens])
+                for row, got_V in zip(tokens, got_NV.double(), strict=True):
+                    ids_1T = torch.tensor([row], device=model.device)
+                    want_V = model(input_ids=ids_1T, use_cache=False).logits[0, -1].double()
+                    # rounding, even of eight bits, is far below; another context is far above
+                    if not (got_V - want_V).norm() <= 0.3 * (want_V - want_V.mean()).norm():
+                        raise ValueError("rows of several lengths come out as other ones")
+        except (TypeError, ValueError, AttributeError, IndexError) as fault:
+            raise UsageError(
+                f"a {type(model).__name__} keeps no rows of their own length: {fault}",
+                where="base",
+                mend="take a model of full or sliding attention, or answer in batches: psoups generate --profiles",
+            ) from fault
+        finally:
+            self.clear()
 
     def _forward(self, first: int, chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
         """Return the logits after each row's last token, `[N, V]`."""
@@ -139,3 +185,11 @@ class Batch:
         for row, choice in zip(rows, found, strict=True):
             row.tokens.append(choice.token)
         return found
+
+
+def token_bytes(model: Any) -> int:
+    """Return how many bytes of keys and values a model keeps for each token."""
+    text = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize)

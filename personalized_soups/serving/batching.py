@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,13 +15,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from personalized_soups.errors import RunError, SoupError
+from personalized_soups.errors import InputError, RunError, UsageError
 from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.serving.batch import Batch, BatchRow
 from personalized_soups.serving.choosing import Choice, Chooser, Likely, Wishes
-from personalized_soups.serving.growing_text import GrowingText
-from personalized_soups.serving.slots import room_for
+from personalized_soups.serving.growing_text import GrowingText, silent_tokens
 
 _log = logging.getLogger(__name__)
 
@@ -145,6 +145,8 @@ class Batcher:
     Args:
         model: base and experts, with a tokenizer.
         deliver: is given, after each step, every piece that it brought with its ask; called by the batcher's thread.
+            It takes all or raises: then pieces are handed to it one by one, and an answer whose piece it does not take
+            is given up.
         limits: how much is done at once.
         on_step: is told the rows of each step and the seconds that it took.
 
@@ -164,9 +166,11 @@ class Batcher:
         self.limits = limits or Limits()
         self._deliver = deliver
         self._on_step = on_step
-        self._batch = Batch(model)
+        self._batch = Batch(model, self.limits.cache_bytes)
         self._stop_ids = model.generator.stop_ids
-        self._token_bytes = token_bytes(model.model)
+        self._silent = silent_tokens(model.generator.tokenizer)
+        self._num_embedded = int(model.model.get_input_embeddings().num_embeddings)
+        self._most_tokens = min(self.limits.max_context, context_of(model.model.config))
         self._changed = threading.Condition()
         # under `_changed`:
         self._waiting: deque[Ask] = deque()
@@ -178,6 +182,7 @@ class Batcher:
         self._running: dict[int, _Running] = {}  # by the row's id
         self._reading: list[_Running] = []
         self._longest = 0  # tokens of a row, with those that may still come
+        self._most_together = self.limits.max_rows  # prompts: fewer while the device's memory is full
         self._pieces: list[tuple[Ask, Piece]] = []
         self._seconds_per_answer = 0.0
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
@@ -187,9 +192,14 @@ class Batcher:
         """Let answers be made; those of one call are taken or refused together.
 
         Raises:
+            InputError: if one of them has no prompt, no room for its answer, or tokens that the model does not know:
+                on a GPU those would end the process.
+            UsageError: if a weight follows the tokens.
             QueueFullError: if there would be more waiting than may.
             ClosedError: if nothing new is taken.
         """
+        for ask in asks:
+            self._check(ask)
         with self._changed:
             if self._is_closed:
                 raise ClosedError("the server is about to end", where="server", mend="ask another one, or later")
@@ -247,28 +257,60 @@ class Batcher:
             self._is_closed = True
             self._is_cut = self._is_cut or not finish
             self._changed.notify()
-        self._thread.join(timeout)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def _check(self, ask: Ask) -> None:
+        tokens = [*ask.tokens, *ask.wishes.logit_bias]
+        if not ask.tokens or ask.max_new_tokens < 1:
+            raise InputError(
+                f"there are {len(ask.tokens)} tokens of a prompt, and {ask.max_new_tokens} may be answered",
+                where="prompt",
+                mend="give at least one, and let at least one be answered",
+            )
+        if min(tokens) < 0 or max(tokens) >= self._num_embedded:
+            raise InputError(
+                f"there are tokens from {min(tokens)} to {max(tokens)}, the base has {self._num_embedded}",
+                where="prompt or logit_bias",
+                mend="encode the prompt with the base's own tokenizer",
+            )
+        if (num_tokens := len(ask.tokens) + ask.max_new_tokens) > self._most_tokens:
+            raise InputError(
+                f"prompt and answer have up to {num_tokens} tokens, {self._most_tokens} may be",
+                where="prompt",
+                mend="shorten it, or ask for a shorter answer",
+            )
+        if ask.weights.is_scheduled:
+            raise UsageError(
+                "a weight is a function of the token's number, and rows of a running batch are at different ones",
+                where="weights",
+                mend="give numbers, or answer with SoupModel.generate",
+            )
 
     # The thread.
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait():
-                try:
-                    self._turn()
-                except Exception as fault:
-                    self._fail_all(fault)
-                self._send()
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    try:
+                        self._turn()
+                    except Exception as fault:
+                        self._fail_all(fault)
+                    self._send()
+        finally:
+            # whatever has ended it, nobody waits in vain
+            with self._changed:
+                self._is_closed = True
+                self._cut_off()
+            self._send()
             self._batch.clear()
 
     def _wait(self) -> bool:
         """Sleep until there is something to do, and return whether there is."""
         with self._changed:
-            while True:
-                if self._is_cut:
-                    self._cut_off()
-                    return False
+            while not self._is_cut:
                 if self._running or self._reading or self._waiting or self._jobs:
                     return True
                 self._given_up.clear()
@@ -276,6 +318,7 @@ class Batcher:
                     return False
                 self._batch.clear()
                 self._changed.wait()
+            return False
 
     def _turn(self) -> None:
         """Let rows leave and join, and make one step."""
@@ -288,12 +331,28 @@ class Batcher:
             return
         self._join()
         self._send()  # first tokens do not wait for the others' step
-        if self._running:
-            choices = self._batch.step()
-            rows = list(self._batch.rows)
-            self._note(rows, choices)
-            if self._on_step is not None:
+        rows = list(self._batch.rows)
+        if rows and self._step(rows) and self._on_step is not None:
+            try:
                 self._on_step(len(rows), time.perf_counter() - began)
+            except Exception:
+                _log.exception("a step could not be told of")
+
+    def _step(self, rows: Sequence[BatchRow]) -> bool:
+        """Let every row have its next token; return whether they have."""
+        try:
+            choices = self._batch.step()
+        except Exception:
+            # one whose expert is gone is at fault alone; nothing has changed for the others
+            faulty = self._faulty(self._running.values())
+            if not faulty:
+                raise
+            for each, fault in faulty:
+                self._fail([each], fault)
+            self._leave([each for each, _ in faulty])
+            return False
+        self._note(rows, choices)
+        return True
 
     def _take_given_up(self) -> list[_Running]:
         """Return the running rows that are given up, and forget the waiting ones."""
@@ -325,27 +384,40 @@ class Batcher:
             return
         if choices is not None:
             joined, self._reading = self._reading, []
+            self._most_together = min(self.limits.max_rows, 2 * self._most_together)
             self._running.update((id(each.row), each) for each in joined)
             self._note([each.row for each in joined], choices)
 
     def _drop_faulty(self, fault: Exception) -> None:
-        """Fail those of the prompts being read that are at fault; all of them where that can't be told."""
-        faults: list[tuple[_Running, Exception]] = []
-        for each in self._reading:
-            try:
-                self.model.row(each.ask.weights)  # experts may have changed since it was asked
-            except SoupError as own:
-                faults.append((each, own))
-        for each, its in faults or [(each, fault) for each in self._reading]:
+        """Fail those of the prompts being read that are at fault; where that can't be told, read fewer together."""
+        faulty = self._faulty(self._reading)
+        if not faulty and len(self._reading) == 1:
+            faulty = [(self._reading[0], fault)]
+        for each, its in faulty:
             self._fail([each], its)
-        failed = {id(each) for each, _ in faults}
-        self._reading = [each for each in self._reading if id(each) not in failed] if faults else []
+        failed = {id(each) for each, _ in faulty}
+        again = [each.ask for each in self._reading if id(each) not in failed]
+        if not faulty:
+            self._most_together = len(again) // 2
+        self._reading = []
+        with self._changed:
+            self._waiting.extendleft(reversed(again))
+
+    def _faulty(self, group: Iterable[_Running]) -> list[tuple[_Running, Exception]]:
+        """Return those whose weights are none of the model's any more: experts may have changed since they asked."""
+        found: list[tuple[_Running, Exception]] = []
+        for each in group:
+            try:
+                self.model.row(each.ask.weights)
+            except Exception as fault:
+                found.append((each, fault))
+        return found
 
     def _next_group(self) -> list[_Running]:
         """Take from the queue what can be read together now: there are places, memory, and not too many tokens."""
         group: list[_Running] = []
         width = 0  # of the prompts, padded
-        places = self.limits.max_rows - len(self._running)
+        places = min(self.limits.max_rows - len(self._running), self._most_together)
         longest = max((len(each.row.tokens) + each.num_left for each in self._running.values()), default=0)
         while self._waiting and len(group) < places:
             ask = self._waiting[0]
@@ -354,31 +426,37 @@ class Batcher:
             num_rows = len(self._running) + len(group) + 1
             is_alone = num_rows == 1
             is_much = bool(group) and width * (len(group) + 1) > self.limits.read_tokens
-            if is_much or not (is_alone or self._has_memory(num_rows, longest)):
+            if is_much or not (is_alone or self._batch.fits(num_rows, longest)):
                 break
             self._waiting.popleft()
             row = BatchRow(list(ask.tokens), ask.weights, Chooser(ask.wishes))
-            text = GrowingText(self.model.generator.tokenizer, ask.stops)
+            text = GrowingText(self.model.generator.tokenizer, ask.stops, self._silent)
             group.append(_Running(ask, row, text, len(ask.tokens), time.monotonic()))
         self._longest = longest
         return group
-
-    def _has_memory(self, num_rows: int, longest: int) -> bool:
-        most = self.limits.cache_bytes
-        return most is None or room_for(num_rows, longest) * self._token_bytes <= most
 
     def _note(self, rows: Sequence[BatchRow], choices: Sequence[Choice]) -> None:
         """Turn chosen tokens into pieces, and let rows that are done leave."""
         done = []
         for row, choice in zip(rows, choices, strict=True):
             running = self._running[id(row)]
-            piece = self._piece(running, choice)
-            self._pieces.append((running.ask, piece))
-            if piece.is_last:
+            try:
+                piece = self._piece(running, choice)
+            except Exception as fault:
+                self._fail([running], fault)
                 done.append(running)
+            else:
+                self._pieces.append((running.ask, piece))
+                if piece.is_last:
+                    done.append(running)
+                    self._took(time.monotonic() - running.began)
         self._leave(done)
 
     def _piece(self, running: _Running, choice: Choice) -> Piece:
+        if not choice.is_sound:
+            raise RunError(
+                "the model's output is no number", where="weights", mend="give smaller weights, such as from 0 to 1"
+            )
         token = choice.token
         if token in self._stop_ids and not running.ask.ignore_end:
             return Piece(token, running.text.end(), choice.likely, Finish.STOP)
@@ -389,21 +467,38 @@ class Batcher:
         finish = Finish.STOP if running.text.is_stopped else Finish.LENGTH if is_cut else None
         return Piece(token, text, choice.likely, finish)
 
+    def _took(self, seconds: float) -> None:
+        before = self._seconds_per_answer
+        self._seconds_per_answer = before + 0.1 * (seconds - before) if before else seconds
+
     def _leave(self, gone: Sequence[_Running]) -> None:
         if gone:
             self._batch.remove([each.row for each in gone])
             for each in gone:
                 del self._running[id(each.row)]
-                took = time.monotonic() - each.began
-                self._seconds_per_answer += 0.1 * (took - self._seconds_per_answer)
 
     def _send(self) -> None:
-        if self._pieces:
-            pieces, self._pieces = self._pieces, []
+        pieces, self._pieces = self._pieces, []
+        if not pieces:
+            return
+        try:
             self._deliver(pieces)
+        except Exception:
+            _log.exception("pieces could not be delivered together")
+            for ask, piece in pieces:
+                self._send_alone(ask, piece)
+
+    def _send_alone(self, ask: Ask, piece: Piece) -> None:
+        try:
+            self._deliver([(ask, piece)])
+        except Exception:
+            _log.exception("a piece could not be delivered: its answer is given up")
+            self.give_up([ask])
 
     def _fail(self, group: Iterable[_Running], fault: Exception) -> None:
         _log.error("an answer failed", exc_info=fault)
+        # its frames hold tensors, and whoever waits may keep it
+        fault.__traceback__ = None
         self._pieces.extend((each.ask, Piece(fault=fault)) for each in group)
 
     def _fail_all(self, fault: Exception) -> None:
@@ -420,25 +515,36 @@ class Batcher:
         self._running.clear()
         self._reading = []
         self._waiting.clear()
-        for _, future in self._jobs:
-            future.set_exception(fault)
-        self._jobs.clear()
-        if asks:
-            self._deliver([(ask, Piece(fault=fault)) for ask in asks])
+        self._pieces.extend((ask, Piece(fault=fault)) for ask in asks)
+        jobs, self._jobs = self._jobs, deque()
+        for _, future in jobs:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(fault)
 
 
-def token_bytes(model: Any) -> int:
-    """Return how many bytes of keys and values a model keeps for each token."""
-    text = model.config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize)
+def context_of(config: Any) -> int:
+    """Return how many tokens a model's rows may have without changing each other's."""
+    text = config.get_text_config(decoder=True)
+    ropes: Any = getattr(text, "rope_parameters", None) or {}
+    most = [
+        getattr(text, "max_position_embeddings", None),
+        # beyond it all rows of a batch are rotated in another way, short ones too
+        *(
+            rope.get("original_max_position_embeddings")
+            for rope in (ropes, *ropes.values())
+            if isinstance(rope, Mapping) and rope.get("rope_type") == "longrope"
+        ),
+    ]
+    return min((each for each in most if isinstance(each, int)), default=sys.maxsize)
 
 
 def _do(job: Callable[[], Any], future: Future[Any]) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
-        future.set_result(job())
-    except Exception as fault:
+        with torch.inference_mode(False):  # what a job makes may be changed elsewhere
+            result = job()
+    except BaseException as fault:
         future.set_exception(fault)
+    else:
+        future.set_result(result)

@@ -18,6 +18,9 @@ from personalized_soups.generation.sampling import choose_tokens, uniforms
 # Draws of one row that are made at once.
 _DRAWS = 256
 
+# Beyond any sense; sums of such numbers are far from float32's end.
+_MOST = 1e6
+
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
@@ -31,6 +34,9 @@ class Wishes:
         frequency_penalty: taken once for each time that it has them.
         logit_bias: added to the logits of tokens.
         logprobs: how many likeliest tokens are told of at each place beside the chosen one; None tells nothing.
+
+    Raises:
+        ValueError: if one of them is out of its range, which would be a fault of everybody's step later.
     """
 
     temperature: float = 0.0
@@ -41,6 +47,21 @@ class Wishes:
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        ranges: tuple[tuple[str, float, float, float], ...] = (
+            ("temperature", self.temperature, 0, _MOST),
+            ("top_p", self.top_p, 0, 1),
+            ("seed", self.seed, 0, 2**64 - 1),
+            ("place", self.place, 0, 2**64 - 1),
+            ("presence_penalty", self.presence_penalty, -_MOST, _MOST),
+            ("frequency_penalty", self.frequency_penalty, -_MOST, _MOST),
+            ("logprobs", self.logprobs or 0, 0, math.inf),
+            *((f"logit_bias of {token}", bias, -_MOST, _MOST) for token, bias in self.logit_bias.items()),
+        )
+        for name, value, low, high in ranges:
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {value}")
 
     @property
     def is_plain(self) -> bool:
@@ -58,10 +79,17 @@ class Likely:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The next token of one row."""
+    """The next token of one row.
+
+    Args:
+        token: that was chosen.
+        likely: its log-probabilities, where they are asked for.
+        is_sound: whether the logits were numbers; a soup may be too much for the model's dtype.
+    """
 
     token: int
     likely: Likely | None
+    is_sound: bool = True
 
 
 class Chooser:
@@ -106,30 +134,30 @@ def choose(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[Choice]:
         logits_NV: of the model, any float dtype; left as they are.
         choosers: of the rows.
     """
-    told = [row for row, each in enumerate(choosers) if each.wishes.logprobs is not None]
-    likely = _log_probabilities(logits_NV, told) if told else None
-    adjusted = [row for row, each in enumerate(choosers) if not each.wishes.is_plain]
-    if adjusted:
-        logits_NV = logits_NV.float().clone()
-        for row in adjusted:
-            choosers[row].adjust(logits_NV[row])
-    tokens = _tokens(logits_NV, choosers)
+    drawn_from_NV = _adjusted(logits_NV, choosers)
+    token_N = _tokens(drawn_from_NV, choosers)
+    # infinity and NaN come through a maximum; all is copied from the device at once
+    tokens, is_sound = torch.stack([token_N, logits_NV.amax(-1).isfinite().long()]).tolist()
+    likely = _likely(logits_NV, tokens, [each.wishes.logprobs for each in choosers])
     for each, token in zip(choosers, tokens, strict=True):
         each.note(token)
-    found: list[Choice] = []
-    for row, (each, token) in enumerate(zip(choosers, tokens, strict=True)):
-        row_likely = (
-            None if likely is None or row not in likely else _told(likely[row], token, each.wishes.logprobs or 0)
-        )
-        found.append(Choice(token, row_likely))
-    return found
+    return [Choice(token, likely.get(row), bool(is_sound[row])) for row, token in enumerate(tokens)]
 
 
-def _tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
+def _adjusted(logits_NV: Tensor, choosers: Sequence[Chooser]) -> Tensor:
+    adjusted = [row for row, each in enumerate(choosers) if not each.wishes.is_plain]
+    if not adjusted:
+        return logits_NV
+    # every row keeps all of its bits, so that it does not matter to the others
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
+    for row in adjusted:
+        choosers[row].adjust(logits_NV[row])
+    return logits_NV
+
+
+def _tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> Tensor:
     drawn = [row for row, each in enumerate(choosers) if each.wishes.temperature > 0]
-    token_N = (
-        logits_NV.argmax(-1) if len(drawn) < len(choosers) else logits_NV.new_zeros(len(choosers), dtype=torch.int64)
-    )
+    token_N = logits_NV.argmax(-1)
     if drawn:
         device = logits_NV.device
         some_NV = logits_NV if len(drawn) == len(choosers) else logits_NV[drawn]
@@ -140,18 +168,21 @@ def _tokens(logits_NV: Tensor, choosers: Sequence[Chooser]) -> list[int]:
             torch.tensor([each.temperature for each in wishes], device=device),
             torch.tensor([each.top_p for each in wishes], device=device) if min(w.top_p for w in wishes) < 1 else None,
         )
-    return [int(token) for token in token_N.tolist()]
+    return token_N
 
 
-def _log_probabilities(logits_NV: Tensor, rows: Sequence[int]) -> dict[int, Tensor]:
-    """Return the model's own log-probabilities, before temperature and penalties, of some rows."""
-    return dict(zip(rows, torch.log_softmax(logits_NV[list(rows)].float(), dim=-1), strict=True))
-
-
-def _told(logprobs_V: Tensor, token: int, count: int) -> Likely:
-    values, indices = logprobs_V.topk(min(count, logprobs_V.shape[0]))
-    top = tuple(zip((int(index) for index in indices.tolist()), map(_finite, values.tolist()), strict=True))
-    return Likely(_finite(logprobs_V[token].item()), top)
+def _likely(logits_NV: Tensor, tokens: Sequence[int], counts: Sequence[int | None]) -> dict[int, Likely]:
+    """Return the model's own log-probabilities, before temperature and penalties, of the rows that ask for them."""
+    found: dict[int, Likely] = {}
+    for count in sorted({count for count in counts if count is not None}):
+        rows = [row for row, its in enumerate(counts) if its == count]
+        logprobs_NV = torch.log_softmax(logits_NV[rows].float(), dim=-1)
+        token_N1 = torch.tensor([tokens[row] for row in rows], device=logits_NV.device)[:, None]
+        values_NL, indices_NL = logprobs_NV.topk(min(count, logprobs_NV.shape[1]))
+        chosen = logprobs_NV.gather(1, token_N1)[:, 0].tolist()
+        for row, own, values, indices in zip(rows, chosen, values_NL.tolist(), indices_NL.tolist(), strict=True):
+            found[row] = Likely(_finite(own), tuple(zip(indices, map(_finite, values), strict=True)))
+    return found
 
 
 def _finite(value: float) -> float:

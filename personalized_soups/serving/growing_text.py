@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 # What stands for bytes that are no whole character yet.
 _HALF = "\ufffd"
+# Tokens that are held back for it: more are no character, which has four bytes, whatever follows.
+_MOST_HELD = 16
+_LONGEST = 4
 
 
 class GrowingText:
@@ -17,10 +20,15 @@ class GrowingText:
 
     Args:
         tokenizer: of the base.
-        stops: strings at which the answer ends; they are not part of it.
+        stops: strings at which the answer ends; they are not part of it. The one that is complete first counts, of two
+            at once the longer one, however the tokens cut them.
+        silent: tokens that say nothing, as `silent_tokens` finds them: decoded with the others they would be decoded
+            again and again.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str] = (), silent: Collection[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stop for stop in stops if stop)
         self._tokens: list[int] = []
@@ -28,15 +36,23 @@ class GrowingText:
         self._before = 0  # ... and from which on they are decoded again: some tokens look at their neighbours
         self._held = ""  # known, and perhaps the beginning of a stop string
         self.is_stopped = False
+        self._silent = silent
 
     def add(self, token: int) -> str:
         """Take the next token, and return what can be told now."""
+        if token in self._silent:
+            return ""
         self._tokens.append(token)
         old = self._decoded(self._before, self._read)
         new = self._decoded(self._before, len(self._tokens))
-        if len(new) <= len(old) or new.endswith(_HALF):
+        end = len(self._tokens)
+        if new.endswith(_HALF):
+            if end - self._read <= _MOST_HELD:
+                return ""
+            end, new = self._settled(new)
+        if len(new) <= len(old):
             return ""
-        self._before, self._read = self._read, len(self._tokens)
+        self._before, self._read = self._read, end
         return self._tell(new[len(old) :])
 
     def end(self) -> str:
@@ -49,17 +65,26 @@ class GrowingText:
             told, self._held = told + self._held, ""
         return told
 
+    def _settled(self, whole: str) -> tuple[int, str]:
+        """Return at which token, and with which text, what nothing that follows can change ends."""
+        for end in range(len(self._tokens) - _LONGEST, self._read, -1):
+            first, second = self._decoded(self._before, end), self._decoded(end, len(self._tokens))
+            # a character that is cut in two there reads as two halves
+            if second and first + second == whole:
+                return end, first
+        return self._read, ""
+
     def _tell(self, text: str) -> str:
         if self.is_stopped:
             return ""
         if not self._stops:
             return text
         text = self._held + text
-        found = [place for stop in self._stops if (place := text.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
         if found:
             self.is_stopped = True
             self._held = ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -70,6 +95,11 @@ class GrowingText:
                 self._tokens[start:stop], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
         )
+
+
+def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the special tokens, which are left out of texts."""
+    return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -21,6 +21,8 @@ _COLUMNS = 64
 _SLOTS = 16
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# Those that heed a mask of every row's own; flash attention takes none.
+_KNOWN_ATTENTION = {"sdpa", "eager"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -74,18 +76,31 @@ class _SlotLayer(CacheLayerMixin):
         return found[0], found[1]
 
     def resize(self, num_slots: int, num_columns: int, num_used: int) -> None:
-        """Take the first columns along into more room."""
+        """Take the first columns of the first slots along into other room."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old: Tensor = getattr(self, name)
                 new = old.new_zeros(num_slots, old.shape[1], num_columns, old.shape[3])
-                new[: old.shape[0], :, :num_used] = old[:, :, :num_used]
+                kept = slice(min(num_slots, old.shape[0]))
+                new[kept, :, :num_used] = old[kept, :, :num_used]
                 setattr(self, name, new)
+
+    def narrow(self, num_slots: int, num_columns: int) -> None:
+        """Be no larger than so: room that others did not get is left aside."""
+        if self.is_initialized:
+            self.keys = self.keys[:num_slots, :, :num_columns]
+            self.values = self.values[:num_slots, :, :num_columns]
 
     def move(self, source: int, target: int, num_columns: int) -> None:
         """Put a slot's first columns into another one."""
         for held in (self.keys, self.values):
             held[target, :, :num_columns] = held[source, :, :num_columns]
+
+    def wipe(self, slots: slice, columns: slice) -> None:
+        """Make it zeros again."""
+        if self.is_initialized:
+            self.keys[slots, :, columns] = 0
+            self.values[slots, :, columns] = 0
 
     @property
     def num_bytes(self) -> int:
@@ -108,20 +123,27 @@ class _SlotLayer(CacheLayerMixin):
 class Slots:
     """The keys and values of a batch: room that grows, written in place; `cache` is what a model is given.
 
+    Columns that a row has not written hold zeros: what is masked is multiplied by 0, which NaN and infinities of a row
+    that has left would survive. So a slot is wiped when it is taken anew.
+
     Args:
         config: of the model, which says how many layers there are and of which kind.
+        most_bytes: that are held, once what is needed fits; None is without limit. While room is made anew, one layer's
+            old room comes on top.
 
     Raises:
-        UsageError: if a layer keeps no keys and values for each token (a recurrent one).
+        UsageError: if a layer keeps no keys and values for each token (a recurrent one), or heeds no mask.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, most_bytes: int | None = None) -> None:
         text = config.get_text_config(decoder=True)
+        _check_attention(text)
         self.kinds = layer_kinds(text)
         self.num_slots = 0
         self.num_columns = 0
-        self._num_used = 0  # columns in which a row has a token
         self.placement = Placement(0, torch.zeros(0, 0, dtype=torch.int64), 0)
+        self._most_bytes = most_bytes
+        self._written: list[int] = []  # of each slot, the columns in which anything stands
         self._window = int(getattr(text, "sliding_window", None) or 0)
         self._is_eager = text._attn_implementation == "eager"
         self._layers = [_SlotLayer(self) for _ in range(text.num_hidden_layers)]
@@ -132,25 +154,79 @@ class Slots:
         """Bytes of all keys and values that there is room for."""
         return sum(layer.num_bytes for layer in self._layers)
 
-    def reserve(self, num_slots: int, num_tokens: int) -> None:
-        """Make room for so many rows of so many tokens. What is held stays."""
+    def fits(self, num_slots: int, num_tokens: int, token_bytes: int) -> bool:
+        """Return whether room for so many rows of so many tokens is within the limit.
+
+        Args:
+            num_slots: rows.
+            num_tokens: of each.
+            token_bytes: of the keys and values of one token.
+        """
+        room = _rounded_slots(num_slots) * _rounded_columns(num_tokens)
+        return self._most_bytes is None or room * token_bytes <= self._most_bytes
+
+    def fit(self, num_slots: int, num_tokens: int) -> None:
+        """Make room for so many rows of so many tokens, and no more where the limit asks for it. What they hold stays.
+
+        Args:
+            num_slots: all that are taken, and those that will be.
+            num_tokens: that the longest of them has and will have.
+        """
+        slots = max(self.num_slots, _rounded_slots(num_slots))
+        columns = max(self.num_columns, _rounded_columns(num_tokens))
+        held = self.num_slots * self.num_columns
+        if self._most_bytes is not None and held and slots * columns * self.num_bytes > self._most_bytes * held:
+            # rows that have left needed more
+            slots, columns = _rounded_slots(num_slots), _rounded_columns(num_tokens)
+        self._resize(slots, columns)
+
+    def _grow(self, num_slots: int, num_tokens: int) -> None:
+        """Make room for so many rows of so many tokens, whatever there is for others."""
         if num_slots > self.num_slots or num_tokens >= self.num_columns:
-            self.num_slots = max(self.num_slots, _rounded_slots(num_slots))
-            self.num_columns = max(self.num_columns, _rounded_columns(num_tokens))
+            self._resize(
+                max(self.num_slots, _rounded_slots(num_slots)), max(self.num_columns, _rounded_columns(num_tokens))
+            )
+
+    def _resize(self, num_slots: int, num_columns: int) -> None:
+        if (num_slots, num_columns) == (self.num_slots, self.num_columns):
+            return
+        written = [min(count, num_columns - 1) for count in self._written[:num_slots]]
+        try:
             for layer in self._layers:
-                layer.resize(self.num_slots, self.num_columns, self._num_used)
+                layer.resize(num_slots, num_columns, max(written, default=0))
+        except Exception:
+            # the device's memory is full: all layers are as large as the smallest one, and what rows hold is in that
+            num_slots, num_columns = min(num_slots, self.num_slots), min(num_columns, self.num_columns)
+            raise
+        finally:
+            for layer in self._layers:
+                layer.narrow(num_slots, num_columns)
+            self.num_slots, self.num_columns = num_slots, num_columns
+            self._written = written[:num_slots] + [0] * (num_slots - len(written))
 
     def clear(self) -> None:
         """Let go of all room."""
-        self.num_slots = self.num_columns = self._num_used = 0
+        self.num_slots = self.num_columns = 0
+        self._written = []
         for layer in self._layers:
             layer.is_initialized = False
             layer.keys = layer.values = torch.zeros(0)
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
         """Put a slot's tokens into another slot."""
+        stale = slice(num_tokens, self._written[target])
         for layer in self._layers:
             layer.move(source, target, num_tokens)
+            if stale.stop > stale.start:
+                layer.wipe(slice(target, target + 1), stale)
+        self._written[target] = num_tokens
+
+    def _wipe(self, slots: slice) -> None:
+        """Wipe what rows that have left wrote into slots."""
+        stale = max(self._written[slots], default=0)
+        if stale:
+            for layer in self._layers:
+                layer.wipe(slots, slice(stale))
 
     def place(self, first: int, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
         """Say where the next forward pass writes, and return what the model is to be told.
@@ -167,8 +243,11 @@ class Slots:
         """
         most = max(lengths)
         width = max(start + length for start, length in zip(starts, lengths, strict=True))
-        self.reserve(first + len(starts), width)
-        self._num_used = max(self._num_used, width)
+        self._grow(first + len(starts), width)
+        rows = slice(first, first + len(starts))
+        for fresh in [rows] if not any(starts) else [slice(first + row, first + row + 1) for row in _zeros(starts)]:
+            self._wipe(fresh)
+        self._written[rows] = [start + length for start, length in zip(starts, lengths, strict=True)]
         ends_N1 = torch.tensor([start + length for start, length in zip(starts, lengths, strict=True)])[:, None]
         positions_NQ = ends_N1 - torch.arange(most, 0, -1)[None, :]
         is_padding_NQ = positions_NQ < torch.tensor(starts)[:, None]
@@ -214,9 +293,25 @@ def layer_kinds(text: Any) -> tuple[str, ...]:
     return tuple(sorted(set(listed)))
 
 
-def room_for(num_slots: int, num_tokens: int) -> int:
-    """Return for how many tokens in all there is room, once there is for so many rows of so many tokens."""
-    return _rounded_slots(num_slots) * _rounded_columns(num_tokens)
+def _check_attention(text: Any) -> None:
+    kind = text._attn_implementation
+    if kind not in _KNOWN_ATTENTION:
+        raise UsageError(
+            f"the model's attention is {kind}, which heeds no mask of every row's own",
+            where="base",
+            mend="load it with attn_implementation='sdpa'",
+        )
+    # GPT-Neo counts its local layers' windows by the column, not by the row
+    if "local" in (getattr(text, "attention_layers", None) or ()):
+        raise UsageError(
+            "the model has layers of local attention, whose rows can't join and leave a batch here",
+            where="base",
+            mend="answer in batches: psoups generate --profiles",
+        )
+
+
+def _zeros(numbers: Sequence[int]) -> list[int]:
+    return [place for place, number in enumerate(numbers) if number == 0]
 
 
 def _rounded_slots(count: int) -> int:
