@@ -58,8 +58,7 @@ class Batch:
         self._mixture = ExitStack()
         self._is_set = False
         self._keeps_last = bool(model.model._supports_logits_to_keep())
-        self._check_rows()
-        self._token_bytes = token_bytes(model.model)
+        self.token_bytes = self._tried()  # of keys and values
 
     @property
     def rows(self) -> Sequence[BatchRow]:
@@ -73,7 +72,7 @@ class Batch:
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
         """Return whether there is memory for so many rows of so many tokens."""
-        return self._slots.fits(num_rows, num_tokens, self._token_bytes)
+        return self._slots.fits(num_rows, num_tokens, self.token_bytes)
 
     def read(self, rows: Sequence[BatchRow], most: int, *, num_tokens: int = 0) -> list[Choice] | None:
         """Read the next tokens of rows whose prompts are not read yet, at most `most` of each.
@@ -143,32 +142,41 @@ class Batch:
         self._rows.clear()
         self._slots.clear()
 
-    def _check_rows(self) -> None:
-        """Let two rows of different lengths be read and go on, and see that each is as it is alone.
+    def _tried(self) -> int:
+        """Let two rows of different lengths be read and go on, see that each is as it is alone, and clear all.
+
+        Returns:
+            How many bytes each token took.
 
         Raises:
             UsageError: if it isn't: the model takes no positions, or no mask of every row's own.
         """
-        tokens = [[1, 2, 3], [4, 5, 6, 7, 8, 9]]
         model: Any = self._model.model
         try:
             with self._model.mixture(None), torch.inference_mode():
-                self._forward(0, [row[:-1] for row in tokens], [0, 0])
-                got_NV = self._forward(0, [row[-1:] for row in tokens], [len(row) - 1 for row in tokens])
-                for row, got_V in zip(tokens, got_NV.double(), strict=True):
-                    ids_1T = torch.tensor([row], device=model.device)
-                    want_V = model(input_ids=ids_1T, use_cache=False).logits[0, -1].double()
-                    # rounding, even of eight bits, is far below; another context is far above
-                    if not (got_V - want_V).norm() <= 0.3 * (want_V - want_V.mean()).norm():
-                        raise ValueError("rows of several lengths come out as other ones")
-        except (TypeError, ValueError, AttributeError, IndexError) as fault:
-            raise UsageError(
-                f"a {type(model).__name__} keeps no rows of their own length: {fault}",
-                where="base",
-                mend="take a model of full or sliding attention, or answer in batches: psoups generate --profiles",
-            ) from fault
+                is_own = self._is_own([[1, 2, 3], [4, 5, 6, 7, 8, 9]])
+            token_bytes = self._slots.num_bytes // (self._slots.num_slots * self._slots.num_columns)
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as fault:
+            raise _unfit(model) from fault
         finally:
             self.clear()
+        if not is_own:
+            raise _unfit(model)
+        return token_bytes
+
+    def _is_own(self, tokens: Sequence[Sequence[int]]) -> bool:
+        model: Any = self._model.model
+        self._forward(0, [row[:-1] for row in tokens], [0] * len(tokens))
+        got_NV = self._forward(0, [row[-1:] for row in tokens], [len(row) - 1 for row in tokens]).double()
+        for row, got_V in zip(tokens, got_NV, strict=True):
+            ids_1T = torch.tensor([row], device=model.device)
+            want_V: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0, -1].double()
+            # rounding, even of eight bits, is far below; another context is far above
+            if not (got_V - want_V).norm() <= 0.3 * (want_V - want_V.mean()).norm():
+                return False
+        return True
 
     def _forward(self, first: int, chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
         """Return the logits after each row's last token, `[N, V]`."""
@@ -187,9 +195,9 @@ class Batch:
         return found
 
 
-def token_bytes(model: Any) -> int:
-    """Return how many bytes of keys and values a model keeps for each token."""
-    text = model.config.get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * model.dtype.itemsize)
+def _unfit(model: Any) -> UsageError:
+    return UsageError(
+        f"rows of several lengths in one batch of a {type(model).__name__} come out as other ones",
+        where="base",
+        mend="take a model of full or sliding attention, or answer in batches: psoups generate --profiles",
+    )

@@ -118,6 +118,28 @@ def test_tokens_follow_the_softmax_and_never_have_probability_zero() -> None:
     assert edges.tolist() == [0, 3]
 
 
+def test_each_row_may_have_a_temperature_and_a_nucleus_of_its_own() -> None:
+    logits_BV = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    draw_B = torch.from_numpy(uniforms(1, 0, 4))
+    temperature_B, top_p_B = torch.tensor([0.5, 1.0, 1.0, 2.0]), torch.tensor([1.0, 1.0, 0.0, 0.8])
+    together = choose_tokens(logits_BV, draw_B, temperature_B, top_p_B)
+    for row in range(4):
+        one = slice(row, row + 1)
+        assert choose_tokens(logits_BV[one], draw_B[one], temperature_B[one], top_p_B[one]) == together[one]
+    # a nucleus of 1 is all tokens, one of 0 the likeliest alone
+    assert torch.equal(choose_tokens(logits_BV[:2], draw_B[:2], temperature_B[:2]), together[:2])
+    assert choose_tokens(logits_BV[1:2], draw_B[1:2], 1.0) == together[1]
+    assert together[2] == logits_BV[2].argmax()
+
+
+def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
+    logits_BV = 20 * torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    draw_B = torch.tensor([0.0, 0.5, 1 - 2.0**-24])
+    for temperature in (1e-3, 1e-38, 1e-300):
+        assert torch.equal(choose_tokens(logits_BV, draw_B, temperature), logits_BV.argmax(-1))
+        assert torch.equal(choose_tokens(logits_BV, draw_B, torch.full((3,), temperature)), logits_BV.argmax(-1))
+
+
 def test_a_folded_adapter_answers_as_one_beside_the_weights(small_base: Path, tmp_path: Path) -> None:
     _write_random_adapter(small_base, tmp_path / "adapter")
     folded, beside = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from personalized_soups import SoupModel
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.batch import Batch, token_bytes
+from personalized_soups.serving.batch import Batch
 from personalized_soups.serving.slots import Slots, layer_kinds
 from tests.serving.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, some_row, true_logits
 
@@ -24,6 +24,9 @@ from tests.serving.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, 
 # terms' size, and a layer makes that at most ten times larger. The eager softmax is of float32, in which ten roundings
 # are 1e-6. A wrong key or position changes logits by 0.01 and more.
 NEAR = {"sdpa": 1e-9, "eager": 1e-5}
+
+# Of a token of the small Llama: keys and values of two layers with two heads of eight numbers in float64.
+BYTES = 2 * 2 * 2 * 8 * 8
 
 KINDS = [
     pytest.param(name, attention, id=f"{name}-{attention}")
@@ -147,17 +150,16 @@ def test_rows_are_as_they_are_alone_whatever_happens(llama: SoupModel, gemma: So
 
 
 def test_room_shrinks_where_the_limit_asks_for_it_and_rows_keep_what_they_have(llama: SoupModel) -> None:
-    per_token = token_bytes(llama.model)
-    world = Slow(llama, most_bytes=4 * 64 * per_token)
+    world = Slow(llama, most_bytes=4 * 64 * BYTES)
     world.rows = [(Row(), [])]
     world.slots.fit(1, 300)  # it is alone, and needs more
     world.check(0, [list(range(6, 246))])
-    assert world.slots.num_bytes == 320 * per_token
+    assert world.slots.num_bytes == 320 * BYTES
     world.rows = [(Row({"warm": 1.0}), [])]
     world.check(0, [[7, 8, 9]])
     world.rows.append((Row(), []))
     world.slots.fit(2, 60)
-    assert world.slots.num_bytes == 2 * 64 * per_token
+    assert world.slots.num_bytes == 2 * 64 * BYTES
     world.check(1, [[9, 8]])
     world.poison()
     for token in range(6, 60):
@@ -189,14 +191,14 @@ def test_room_that_cannot_be_made_leaves_everything_as_it_was(
 
 
 def test_what_is_held_is_what_it_is_said_to_be(llama: SoupModel) -> None:
-    slots = Slots(llama.model.config, 16 * 128 * token_bytes(llama.model))
-    assert slots.fits(16, 127, token_bytes(llama.model))
-    assert not slots.fits(16, 128, token_bytes(llama.model))  # one column is for padding
-    assert not slots.fits(17, 127, token_bytes(llama.model))
+    slots = Slots(llama.model.config, 16 * 128 * BYTES)
+    assert slots.fits(16, 127, BYTES)
+    assert not slots.fits(16, 128, BYTES)  # one column is for padding
+    assert not slots.fits(17, 127, BYTES)
     with llama.mixture([None] * 9):
         told = slots.place(0, [0] * 9, [3] * 9, torch.device("cpu"))
         llama.model(input_ids=torch.full((9, 3), 7), use_cache=True, **told)
-    assert slots.num_bytes == 16 * 64 * token_bytes(llama.model)
+    assert slots.num_bytes == 16 * 64 * BYTES
     slots.clear()
     assert slots.num_bytes == 0
 
