@@ -87,6 +87,11 @@ def sqlstate(error: SQLAlchemyError) -> str | None:
     return getattr(getattr(error, "orig", None), "sqlstate", None)
 
 
+def is_busy(error: DBAPIError) -> bool:
+    """Return whether SQLite says that another connection has the file locked."""
+    return getattr(error.orig, "sqlite_errorcode", 0) & _PRIMARY in _BUSY
+
+
 def _of_sqlite(error: sqlite3.Error, where: str) -> SoupError | None:
     extended = getattr(error, "sqlite_errorcode", None)
     code = None if extended is None else extended & _PRIMARY

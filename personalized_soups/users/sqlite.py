@@ -7,16 +7,17 @@ import os
 import sqlite3
 import stat
 import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
 from sqlalchemy import Connection, QueuePool, bindparam, create_engine, event, func, inspect, literal, select
-from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.exc import InvalidatePoolError, OperationalError
 
 from personalized_soups.errors import FileFormatError, UsageError
 from personalized_soups.users.database import Batch, Database
-from personalized_soups.users.failures import StoreUnavailable
+from personalized_soups.users.failures import StoreUnavailable, is_busy
 from personalized_soups.users.held import Identity, count_bytes, hold, identity_of, release
 from personalized_soups.users.schema import create_tables, profiles, staged, store
 
@@ -32,6 +33,8 @@ _LOG_BYTES = 64 << 20
 
 # A connection whose file was exchanged while it was being opened is opened again.
 _ATTEMPTS = 5
+
+_PAUSE_SECONDS = 0.01
 
 
 class _Connection(sqlite3.Connection):
@@ -133,8 +136,7 @@ class SqliteDatabase(Database):
     def _prepare(self, connection: Connection, *, create: bool) -> None:
         tables = inspect(connection).get_table_names()
         if not tables and create:
-            # not within a transaction; all later connections find it so
-            connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            self._begin_log(connection)
             _locked(connection, _create_if_empty)
         elif store.name not in tables:
             raise FileFormatError(
@@ -143,6 +145,20 @@ class SqliteDatabase(Database):
                 mend="give another file, or none: it is made",
             )
         self.check_schema(connection)
+
+    def _begin_log(self, connection: Connection) -> None:
+        """Have the file written through a log, from now on and by everybody."""
+        deadline = time.monotonic() + self._patience
+        while True:
+            try:
+                connection.exec_driver_sql("PRAGMA journal_mode = WAL")
+            except OperationalError as error:
+                # SQLite does not wait here by itself where others make the same file
+                if not is_busy(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE_SECONDS)
+            else:
+                return
 
     def _connect(self) -> _Connection:
         connection = sqlite3.connect(

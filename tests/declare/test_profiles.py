@@ -1,0 +1,74 @@
+"""A file of profiles is read a line at a time; the quick way and the careful one agree."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from personalized_soups.declare import profiles as profiles_module
+from personalized_soups.declare.loader import load_data
+from personalized_soups.declare.profile import Profile
+from personalized_soups.declare.profiles import each_once, read_profiles
+from personalized_soups.errors import DeclarationError, SoupError, UsageError
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["sum", "ties"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=4,
+)
+KEYS = st.sampled_from([*Profile.model_fields, "weigths"])
+SOUND = st.fixed_dictionaries(
+    {"weights": st.dictionaries(st.text(min_size=1, max_size=3), st.floats(-2, 2), min_size=1, max_size=3)},
+    optional={"user": st.text(min_size=1, max_size=3), "normalize": st.sampled_from(["none", "sum"])},
+)
+
+
+def outcome(table: dict[str, object]) -> object:
+    try:
+        return load_data(table, Profile, "f:1")
+    except SoupError as error:
+        return str(error)
+
+
+@given(st.dictionaries(KEYS, VALUES, max_size=4) | SOUND)
+def test_both_ways_say_the_same(table: dict[str, object]) -> None:
+    try:
+        got: object = profiles_module._profile(json.dumps(table), "f:1")
+    except SoupError as error:
+        got = str(error)
+    assert got == outcome(table)
+    if isinstance(got, Profile):
+        assert got.place("weights", "a") == "f:1: weights.a"
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "where"),
+    [
+        ('{"weights": {"a": 1}, "weights": {"a": 2}}', "'weights' is repeated", ":2"),
+        ('{"weights": {"a": 1, "\\u0061": 2}}', "'a' is repeated", ":2"),
+        ('{"weights": {"a": NaN}}', "finite", ":2: weights.a"),
+        ('{"weights": {"a": "1"}}', "valid number", ":2: weights.a"),
+        ('{"user": "\\ud800", "weights": {"a": 1}}', "hex escape", ":2"),
+        ("[" * 100_000, "not JSON", ":2"),
+    ],
+)
+def test_what_is_wrong_with_a_line_is_told_with_its_place(tmp_path: Path, line: str, what: str, where: str) -> None:
+    path = tmp_path / "users.jsonl"
+    path.write_text('{"user": "u1", "weights": {"a": 1}}\n' + line + "\n")
+    lines = read_profiles(path)
+    assert next(lines) == Profile(user="u1", weights={"a": 1.0})
+    with pytest.raises(DeclarationError, match=what) as error:
+        next(lines)
+    assert error.value.where.endswith(where) or error.value.where.startswith(f"{path}{where}")
+
+
+def test_one_user_twice_is_told_with_the_second_place(tmp_path: Path) -> None:
+    path = tmp_path / "users.jsonl"
+    path.write_text("".join(f'{{"user": "{user}", "weights": {{"a": 1}}}}\n' for user in ("u1", "u2", "u1")))
+    with pytest.raises(UsageError, match="two profiles are of the user 'u1'") as error:
+        list(each_once(read_profiles(path)))
+    assert error.value.where == f"{path}:3: user"
