@@ -105,16 +105,17 @@ SHAPES: Mapping[str, Shape] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The three shapes of one run: most rows, the base four times as deep, and the largest experts."""
+    """The three shapes of one run (most rows, the base four times as deep, and the largest experts), and users kept."""
 
     main: Shape
     deep: Shape
     large: Shape
+    profiles: int
 
 
 SCALES: Mapping[str, Scale] = MappingProxyType(
     {
-        "tiny": Scale(SHAPES["tiny"], SHAPES["tiny-deep"], SHAPES["tiny"]),
-        "1b": Scale(SHAPES["1b"], SHAPES["1b-deep"], SHAPES["8b"]),
+        "tiny": Scale(SHAPES["tiny"], SHAPES["tiny-deep"], SHAPES["tiny"], 2_000),
+        "1b": Scale(SHAPES["1b"], SHAPES["1b-deep"], SHAPES["8b"], 1_000_000),
     }
 )

@@ -47,6 +47,8 @@ BARS = {
     "mixing-shared": ("at least", 0.9),
     "mixing-wrap": ("at least", 5),
     "mixing-gpu": ("at least", 0.9),
+    "profiles-import": ("below", 60),
+    "profiles-lookup": ("below", 1),
 }
 
 
@@ -93,6 +95,8 @@ def test_figures_become_rows(
         report = {"seconds": 0.5 + count / 8 if ours else 10.0, "layers": 16, "error": 1e-7}
         report |= {"tokens_per_second": 96.0 if ours else 24.0, "change_seconds": 3e-4, "user_bytes": 600.0}
         report |= {"parted": 1, "unexplained": 0}
+        report |= {"import_seconds": 24.0, "plain_import_seconds": 8.0}
+        report |= {"lookup_seconds": 1e-4, "plain_lookup_seconds": 2e-5}
         return Run(1.0 if ours else 12.0, 300_000_000, {**report, "bytes_per_second": 4e9})
 
     def install(environment: Path) -> None:
@@ -124,6 +128,8 @@ def test_figures_become_rows(
     assert rows["mixing-peft"]["ratio"] == pytest.approx(4)
     assert rows["mixing-wrap"]["ratio"] == pytest.approx(20)
     assert rows["mixing-change"]["ours"] == pytest.approx(0.3)
+    assert (rows["profiles-import"]["ours"], rows["profiles-import"]["ratio"]) == (24.0, 3.0)
+    assert rows["profiles-lookup"]["ours"] == pytest.approx(0.1)
     assert {name: row["met"] for name, row in rows.items() if row["bar"]} == {
         name: None if name in {"base-mergekit", "live-free-gpu", "live-shared-gpu", "mixing-gpu"} else True
         for name in BARS
