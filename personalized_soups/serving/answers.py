@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from personalized_soups.errors import SoupError
 from personalized_soups.generation.generator import Generator
+from personalized_soups.generation.prompts import encode_prompt
 from personalized_soups.serving.batching import Ask, Batcher, Piece
 from personalized_soups.serving.choosing import Likely
 from personalized_soups.serving.faults import ApiError, api_error
@@ -318,7 +319,7 @@ def _encode(generator: Generator, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
             tokens = list(map(int, generator.tokenizer(prompt)["input_ids"]))
         else:
-            tokens = generator.encoded(prompt)
+            tokens = encode_prompt(generator.tokenizer, prompt)
     except TemplateError as fault:
         raise ApiError(
             400, f"the base's chat template refuses the messages: {fault}", param="messages", code="invalid_value"

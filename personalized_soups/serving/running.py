@@ -173,7 +173,7 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
-            date_header=True,
+            proxy_headers=False,
             timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
             h11_max_incomplete_event_size=1 << 16,
         )

@@ -112,7 +112,7 @@ class Doorkeeper:
         user, version = (versioned["user"], int(versioned["version"])) if versioned else (name, None)
         try:
             stored = self._store.get(user, version)
-        except SoupError as fault:
-            raise api_error(fault, param="model") from fault
+        except SoupError as fault:  # a name that can't be kept is nobody's
+            raise api_error(fault, param="model", status=404) from fault
         weights = self.weights(stored.profile, "model")
         return Guest(weights, "stored", user, f"{SOUP}{user}@{stored.version}")

@@ -51,7 +51,7 @@ def router(kitchen: Kitchen, store: ProfileStore | None) -> APIRouter:
             names += [f"{SOUP}{stored.profile.user}" for stored in store.page(limit=_LISTED)]
         return {"object": "list", "data": [_model(name, since) for name in names]}
 
-    @routes.get("/v1/models/{model:path}")
+    @routes.get("/v1/models/{model:any}")
     async def one_model(model: str) -> dict[str, Any]:
         """Return one model, a stored profile's among them."""
         guest = await run_in_threadpool(kitchen.doorkeeper.guest, model, None)

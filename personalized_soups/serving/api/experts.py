@@ -12,7 +12,7 @@ from pydantic import Field
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import SoupError
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.serving.batching import Batcher
+from personalized_soups.serving.batching import Batcher, ClosedError
 from personalized_soups.serving.expert_files import ExpertFiles
 from personalized_soups.serving.faults import ApiError, api_error
 from personalized_soups.serving.protocol import Asked
@@ -68,8 +68,11 @@ def router(
 
         try:
             await asyncio.wrap_future(batcher.between(reload))
+        except ClosedError as fault:
+            raise api_error(fault) from fault
         except SoupError as fault:
-            raise api_error(fault, status=409) from fault
+            message = f"{fault.where}: {fault.what}; {fault.mend}; those that were loaded are served on"
+            raise ApiError(409, message, code="experts_at_fault") from fault
         return told()
 
     @routes.post("/v1/scores")

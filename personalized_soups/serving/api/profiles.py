@@ -42,7 +42,7 @@ def router(store: ProfileStore) -> APIRouter:
         data = [_told(stored) for stored in found[:limit]]
         return JSONResponse({"object": "list", "data": data, "has_more": len(found) > limit})
 
-    @routes.get("/v1/profiles/{user:path}")
+    @routes.get("/v1/profiles/{user:any}")
     def get_profile(
         user: str,
         version: Version = None,
@@ -58,7 +58,7 @@ def router(store: ProfileStore) -> APIRouter:
             return Response(status_code=304, headers=_etag(stored))
         return JSONResponse(_told(stored), headers=_etag(stored))
 
-    @routes.put("/v1/profiles/{user:path}")
+    @routes.put("/v1/profiles/{user:any}")
     def put_profile(
         user: str, profile: dict[str, Any], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
     ) -> JSONResponse:
@@ -66,13 +66,14 @@ def router(store: ProfileStore) -> APIRouter:
         _check(user)
         declared = _declared(user, profile)
         condition = _expected(store, user, if_match, if_none_match)
+        is_new = _version_of(store, user) is None
         try:
             stored = store.put(declared, expected=condition)
         except SoupError as fault:
             raise api_error(fault, param="profile", status=422) from fault
-        return JSONResponse(_told(stored), status_code=201 if stored.version == 1 else 200, headers=_etag(stored))
+        return JSONResponse(_told(stored), status_code=201 if is_new else 200, headers=_etag(stored))
 
-    @routes.delete("/v1/profiles/{user:path}", status_code=204)
+    @routes.delete("/v1/profiles/{user:any}", status_code=204)
     def delete_profile(user: str, if_match: IfMatch = None) -> Response:
         """Erase a user with all versions."""
         _check(user)
@@ -87,7 +88,7 @@ def no_store() -> APIRouter:
     routes = APIRouter(tags=["profiles"])
 
     @routes.api_route("/v1/profiles", methods=["GET"], include_in_schema=False)
-    @routes.api_route("/v1/profiles/{user:path}", methods=["GET", "PUT", "DELETE"], include_in_schema=False)
+    @routes.api_route("/v1/profiles/{user:any}", methods=["GET", "PUT", "DELETE"], include_in_schema=False)
     def refuse() -> None:
         raise ApiError(404, "this server has no store of profiles; start it with --profiles", code="no_store")
 
@@ -106,10 +107,9 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
         return ABSENT
     if if_match is None:
         return None
-    try:
-        current = store.get(user).version
-    except UnknownProfile as fault:
-        raise ApiError(412, fault.what, param="If-Match", code="version_conflict") from fault
+    current = _version_of(store, user)
+    if current is None:
+        raise ApiError(412, f"there is no profile of {user!r}", param="If-Match", code="version_conflict")
     if if_match.strip() != "*" and str(current) not in _versions(if_match):
         raise ApiError(
             412,
@@ -119,6 +119,14 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
             headers={"ETag": f'"{current}"'},
         )
     return current
+
+
+def _version_of(store: ProfileStore, user: str) -> int | None:
+    """Return a user's current version; None where there is no such user."""
+    try:
+        return store.get(user).version
+    except UnknownProfile:
+        return None
 
 
 def _declared(user: str, profile: Mapping[str, Any]) -> Profile:

@@ -1,0 +1,29 @@
+"""One server for the tests of a module that change nothing in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from personalized_soups.serving.app import Settings
+from personalized_soups.serving.batching import Limits
+from tests.mixing.worlds import write_experts
+from tests.serving.servers import Running, running
+
+
+@pytest.fixture(scope="session")
+def expert_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of three experts of the small base; nothing changes them."""
+    folder = tmp_path_factory.mktemp("served") / "experts"
+    write_experts(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(small_base: Path, expert_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    store = tmp_path_factory.mktemp("store") / "profiles.db"
+    settings = Settings("small", limits=Limits(max_rows=16, max_context=256), default_max_tokens=24)
+    with running(small_base, expert_folders, settings, profiles=store, dtype="auto") as found:
+        yield found

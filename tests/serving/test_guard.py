@@ -1,0 +1,176 @@
+"""Who may ask, and how much: hosts, pages of others, keys, sizes, and what every response carries."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import openai
+import pytest
+
+from personalized_soups.errors import InputError, UsageError
+from personalized_soups.serving.app import Settings
+from personalized_soups.serving.batching import Limits
+from personalized_soups.serving.guard import Rules
+from personalized_soups.serving.running import listen, read_keys
+from tests.serving.servers import Running, running
+
+KEY = "a-key-of-more-than-sixteen-characters"
+RULES = Rules(
+    keys=[KEY, "another-key-that-nobody-guesses"],
+    hosts=["soups.example"],
+    origins=["https://app.example"],
+    max_body=2000,
+    body_seconds=0.5,
+)
+
+
+@pytest.fixture(scope="module")
+def guarded(small_base: Path, expert_folders: Path) -> Iterator[Running]:
+    settings = Settings("small", rules=RULES, limits=Limits(max_context=256))
+    with running(small_base, expert_folders, settings) as found:
+        yield found
+
+
+def _bearer(key: str = KEY) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_a_key_is_asked_for_and_every_key_is_good(guarded: Running) -> None:
+    for key in RULES.keys:
+        assert guarded.client(api_key=key).models.list().data[0].id == "small"
+    for headers in ({}, _bearer("wrong"), _bearer(KEY[:-1]), _bearer(KEY + "x"), {"Authorization": f"Basic {KEY}"},
+                    {"Authorization": KEY}, _bearer("\xff")):  # fmt: skip
+        reply = guarded.ask("GET", "/v1/models", headers=headers)
+        assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
+        assert reply.headers["www-authenticate"] == "Bearer"
+        assert KEY not in reply.body.decode()
+    with pytest.raises(openai.AuthenticationError):
+        guarded.client(api_key="wrong").models.list()
+
+
+@pytest.mark.parametrize("path", ["/v1/experts", "/v1/experts/reload", "/v1/scores", "/v1/profiles/x", "/metrics",
+                                  "/v1/chat/completions", "/playgroundx", "//v1/models"])  # fmt: skip
+def test_nothing_that_tells_or_does_is_open(guarded: Running, path: str) -> None:
+    for method in ("GET", "POST", "PUT", "DELETE"):
+        assert guarded.ask(method, path, {} if method in {"POST", "PUT"} else None).status == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/playground/", "/favicon.ico", "/openapi.json", "/"])
+def test_what_is_open_needs_no_key(guarded: Running, path: str) -> None:
+    assert guarded.ask("GET", path).status in {200, 307}
+
+
+def test_the_playground_gives_nothing_but_its_own_files(guarded: Running) -> None:
+    for path in ("../app.py", "%2e%2e/app.py", "..%2fapp.py", "/etc/passwd", "%00", "nothing.js"):
+        assert guarded.ask("GET", f"/playground/{path}").status in {401, 404}
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:1", "127.0.0.1:8000", "[::1]:8000", "10.1.2.3", "soups.example", "Soups.Example:443"],
+)
+def test_known_names_and_addresses_are_served(guarded: Running, host: str) -> None:
+    assert guarded.ask("GET", "/health", host=host).status == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example", "soups.example.evil", "evil.example:8000", "[::1"]
+)
+def test_other_names_are_refused(guarded: Running, host: str) -> None:
+    reply = guarded.ask("GET", "/health", host=host)
+    assert (reply.status, reply.error["code"]) == (421, "unknown_host")
+
+
+def test_pages_of_others_are_refused_unless_they_are_invited(guarded: Running) -> None:
+    assert guarded.ask("GET", "/health", headers={"Origin": "https://evil.example"}).status == 403
+    assert guarded.ask("GET", "/health", headers={"Origin": "null"}).status == 403
+    own = guarded.ask("GET", "/health", headers={"Origin": f"http://127.0.0.1:{guarded.port}"})
+    assert own.status == 200
+    assert "access-control-allow-origin" not in own.headers
+    invited = guarded.ask("GET", "/v1/models", headers={"Origin": "https://app.example", **_bearer()})
+    assert invited.headers["access-control-allow-origin"] == "https://app.example"
+    assert "Origin" in invited.headers["vary"]
+    before = guarded.ask("OPTIONS", "/v1/models", headers={"Origin": "https://app.example"})
+    assert before.status == 204
+    assert "Authorization" in before.headers["access-control-allow-headers"]
+    assert guarded.ask("OPTIONS", "/v1/models", headers={"Origin": "https://evil.example"}).status == 403
+
+
+@pytest.mark.parametrize("path", ["/health", "/playground/", "/nothing", "/v1/models"])
+def test_every_response_keeps_pages_to_themselves(guarded: Running, path: str) -> None:
+    headers = guarded.ask("GET", path).headers
+    assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["referrer-policy"] == "no-referrer"
+
+
+def test_a_body_that_is_too_large_is_refused_told_or_not(guarded: Running) -> None:
+    large = b'{"model": "' + b"x" * 2000 + b'"}'
+    reply = guarded.ask("POST", "/v1/chat/completions", large, _bearer())
+    assert (reply.status, reply.error["code"]) == (413, "body_too_large")
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as sent:
+        sent.sendall(f"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\n".encode())
+        sent.sendall(b"Transfer-Encoding: chunked\r\n\r\n" + b"400\r\n" + b"x" * 1024 + b"\r\n")
+        sent.sendall(b"400\r\n" + b"x" * 1024 + b"\r\n")
+        assert b" 413 " in sent.recv(1000).split(b"\r\n")[0]
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(guarded: Running) -> None:
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=10) as sent:
+        began = time.monotonic()
+        head = (
+            f"POST /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 9\r\n\r\n"
+        )
+        sent.sendall(head.encode() + b"x")
+        assert b" 408 " in sent.recv(1000).split(b"\r\n")[0]
+        assert time.monotonic() - began < 5
+
+
+def test_only_loopback_is_listened_on_without_a_key() -> None:
+    for host in ("0.0.0.0", "::", "10.0.0.1", "example.com"):
+        with pytest.raises(UsageError, match="no key would be asked for"):
+            listen(host, 0, has_key=False)
+    for host in ("127.0.0.1", "localhost"):
+        listen(host, 0, has_key=False).close()
+    listen("0.0.0.0", 0, has_key=True).close()
+
+
+def test_a_port_that_is_taken_is_told_or_another_one_found() -> None:
+    with listen("127.0.0.1", 0, has_key=False) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"can't listen on 127.0.0.1:{port}"):
+            listen("127.0.0.1", port, has_key=False)
+        with listen("127.0.0.1", port, has_key=False, or_any=True) as other:
+            assert other.getsockname()[1] != port
+
+
+def test_keys_are_read_from_a_file_that_is_private(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"# for the app\n{KEY}\n\n  another-key-of-some-length  \n")
+    path.chmod(0o600)
+    assert read_keys(path) == [KEY, "another-key-of-some-length"]
+    path.chmod(0o644)
+    with pytest.raises(InputError, match="other users of this machine can read the keys"):
+        read_keys(path)
+    path.chmod(0o600)
+    for text, what in (("# none\n", "holds no key"), ("short\n", "fewer than 16")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=what):
+            read_keys(path)
+    path.write_bytes(b"\xff" * 20)
+    with pytest.raises(InputError, match="can't be read"):
+        read_keys(path)
+    with pytest.raises(InputError, match="can't be read"):
+        read_keys(tmp_path / "nothing")
+
+
+def test_any_host_and_origin_where_that_is_asked_for(small_base: Path, expert_folders: Path) -> None:
+    rules = replace(RULES, keys=[], hosts=["*"], origins=["*"])
+    with running(small_base, expert_folders, Settings("small", rules=rules, limits=Limits(max_context=256))) as served:
+        reply = served.ask("GET", "/health", headers={"Origin": "https://anybody.example"}, host="anything.example")
+        assert reply.status == 200
+        assert reply.headers["access-control-allow-origin"] == "https://anybody.example"
