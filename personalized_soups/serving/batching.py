@@ -421,17 +421,18 @@ class Batcher:
         longest = max((len(each.row.tokens) + each.num_left for each in self._running.values()), default=0)
         while self._waiting and len(group) < places:
             ask = self._waiting[0]
-            width = max(width, len(ask.tokens))
-            longest = max(longest, len(ask.tokens) + ask.max_new_tokens)
+            wider = max(width, len(ask.tokens))
+            longer = max(longest, len(ask.tokens) + ask.max_new_tokens)
             num_rows = len(self._running) + len(group) + 1
             is_alone = num_rows == 1
-            is_much = bool(group) and width * (len(group) + 1) > self.limits.read_tokens
-            if is_much or not (is_alone or self._batch.fits(num_rows, longest)):
+            is_much = bool(group) and wider * (len(group) + 1) > self.limits.read_tokens
+            if is_much or not (is_alone or self._batch.fits(num_rows, longer)):
                 break
             self._waiting.popleft()
             row = BatchRow(list(ask.tokens), ask.weights, Chooser(ask.wishes))
             text = GrowingText(self.model.generator.tokenizer, ask.stops, self._silent)
             group.append(_Running(ask, row, text, len(ask.tokens), time.monotonic()))
+            width, longest = wider, longer
         self._longest = longest
         return group
 

@@ -187,12 +187,13 @@ def test_the_model_is_let_go_between_changes(llama: SoupModel) -> None:
     batch = Batch(llama)
     batch.read([_row(Ask([7, 8], Row({"warm": 1.0}), 3))], 99)
     batch.step()
-    assert llama._current.is_set_here
+    is_set = [llama._current.is_set_here]
     batch.release()
-    assert not llama._current.is_set_here
+    is_set.append(llama._current.is_set_here)
     batch.step()
     batch.clear()
-    assert not llama._current.is_set_here
+    is_set.append(llama._current.is_set_here)
+    assert is_set == [True, False, False]
     assert batch.num_bytes == 0
 
 
