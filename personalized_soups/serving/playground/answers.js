@@ -22,7 +22,10 @@ export class Column {
     this.#part("label span").textContent = `${label} comes from`;
     this.select = this.#part("select");
     this.select.addEventListener("change", () => onSource(this));
-    this.#part(".fault button").addEventListener("click", () => this.#retry());
+    this.#part(".fault button").addEventListener("click", () => {
+      this.select.focus(); // the button goes away
+      this.#retry();
+    });
     place.append(this.#root);
   }
 

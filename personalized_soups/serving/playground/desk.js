@@ -72,7 +72,7 @@ export class Desk {
       const position = input.valueAsNumber;
       const leaning = position === 0 ? null : position < 0 && low ? low : high;
       const weight = low ? Math.abs(position) : position;
-      part("output").textContent = weightText(weight);
+      part(".about b").textContent = weightText(weight);
       part(".about span").textContent = (leaning ? leaning.about : about) ?? about ?? "";
       const neither = low ? `0, neither ${low.name} nor ${high.name}` : `${name} 0`;
       input.setAttribute("aria-valuetext", leaning ? `${leaning.name} ${weightText(weight)}` : neither);

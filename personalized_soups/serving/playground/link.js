@@ -26,5 +26,6 @@ export function readLink() {
     const value = Number.parseFloat(fields.get(name) ?? "");
     if (Number.isFinite(value)) sampling[name] = value;
   }
-  return { weights, prompt: fields.get("prompt") ?? "", sampling, sources: [fields.get("column1"), fields.get("column2")] };
+  const sources = [fields.get("column1"), fields.get("column2")];
+  return { weights, prompt: fields.get("prompt") ?? "", sampling, sources };
 }

@@ -6,7 +6,7 @@ import { Desk } from "./desk.js";
 import { startKeeping } from "./keep.js";
 import { readLink, writeLink } from "./link.js";
 import {
-  combinationsOf, commandText, curlText, isSameMixture, mixtureText, profileOf, profileText, requestOf, slidersOf,
+  combinationsOf, commandText, curlText, isPlain, isSameMixture, mixtureText, profileOf, profileText, requestOf, slidersOf,
 } from "./profile.js";
 
 const SETTLE_MS = 350; // longer than between two presses of an arrow key, shorter than a wait
@@ -30,7 +30,7 @@ const columns = ["Left answer", "Right answer"].map(
   (label) => new Column(id("columns"), label, { onSource: sourceChanged, onState: showRunning }),
 );
 
-// ---- what a column answers with -------------------------------------------------------------------------------------
+// ---- what a column answers with ----
 
 function sourceOf(name) {
   if (name === "mixture") return { model: server.model, profile: profileOf(desk.sliders, desk.weights) };
@@ -52,7 +52,7 @@ function sourceChanged(column) {
   if (asked !== null) run(column);
 }
 
-// ---- asking ---------------------------------------------------------------------------------------------------------
+// ---- asking ----
 
 function numberIn(input) {
   const value = input.valueAsNumber;
@@ -108,7 +108,7 @@ function showRunning() {
   id("stop").hidden = !isRunning;
 }
 
-// ---- presets and sources --------------------------------------------------------------------------------------------
+// ---- presets and sources ----
 
 function option(value, text) {
   return new Option(text, value);
@@ -139,16 +139,19 @@ function showChoices() {
   showMixture();
 }
 
-function weightsOfPreset(value) {
-  if (value.startsWith("user:")) return profiles.get(value.slice(5)).weights;
-  return value.startsWith("preset:") ? server.presets[Number(value.slice(7))].weights : {};
+function presetOf(value) {
+  if (value.startsWith("user:")) return profiles.get(value.slice(5));
+  return value.startsWith("preset:") ? server.presets[Number(value.slice(7))] : { weights: {} };
 }
 
 /** Show what follows from the sliders: the preset that they are at, and the columns' second line. */
 function showMixture() {
   const { weights } = desk;
   const values = [...id("preset").options].map(({ value }) => value).filter(Boolean);
-  const matches = values.filter((value) => isSameMixture(weightsOfPreset(value), weights));
+  const matches = values.filter((value) => {
+    const preset = presetOf(value);
+    return isPlain(preset) && isSameMixture(preset.weights, weights);
+  });
   // of two names for one mixture, the one that was chosen stays
   if (!matches.includes(id("preset").value)) id("preset").value = matches[0] ?? "";
   id("preset-note").textContent = "";
@@ -157,7 +160,8 @@ function showMixture() {
 
 function choosePreset() {
   const { value } = id("preset");
-  const isExact = desk.place(weightsOfPreset(value));
+  const preset = presetOf(value);
+  const isExact = desk.place(preset.weights) && isPlain(preset);
   showMixture();
   if (!isExact) {
     const user = value.slice(5);
@@ -172,7 +176,7 @@ function setSource(column, source) {
   column.select.value = known ? source : "base";
 }
 
-// ---- the address ----------------------------------------------------------------------------------------------------
+// ---- the address ----
 
 function remember() {
   const sources = columns.map(({ source }) => source);
@@ -194,9 +198,10 @@ function followLink() {
   columns.forEach((column) => column.invite());
 }
 
-// ---- the server -----------------------------------------------------------------------------------------------------
+// ---- the server ----
 
 async function load() {
+  const isAgain = !id("trouble").hidden || !id("key").hidden;
   id("trouble").hidden = true;
   try {
     const list = await loadExperts();
@@ -204,6 +209,7 @@ async function load() {
     id("key").hidden = true;
     document.querySelector("main").hidden = false;
     show(list, models, saved);
+    if (isAgain) id("prompt").focus(); // what was pressed is gone
   } catch (error) {
     if (error.status === 401) return askForKey(error);
     document.querySelector("main").hidden = true;
@@ -228,7 +234,8 @@ function show(list, models, saved) {
   id("storeless").hidden = saved !== null;
   showChoices();
   followLink();
-  if (profiles.size >= MOST_PROFILES) id("preset-note").textContent = `The first ${profiles.size} saved profiles are listed.`;
+  if (profiles.size < MOST_PROFILES) return;
+  id("preset-note").textContent = `The first ${profiles.size} saved profiles are listed.`;
 }
 
 function askForKey() {
@@ -247,7 +254,7 @@ function saved(user, profile) {
   if (asked !== null) columns.filter(({ source }) => source === `user:${user}`).forEach(run);
 }
 
-// ---- events ---------------------------------------------------------------------------------------------------------
+// ---- events ----
 
 id("ask").addEventListener("click", ask);
 id("stop").addEventListener("click", stop);

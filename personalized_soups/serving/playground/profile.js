@@ -45,9 +45,7 @@ export function weightsOf(sliders, positions) {
 export function positionsOf(sliders, weights) {
   const weightOf = (expert) => (expert && Object.hasOwn(weights, expert.name) ? weights[expert.name] : 0);
   const positions = sliders.map(({ low, high }) => clamped(weightOf(high) - weightOf(low)));
-  const wanted = Object.entries(weights).filter(([, weight]) => weight !== 0);
-  const shown = weightsOf(sliders, positions);
-  const isExact = wanted.length === Object.keys(shown).length && wanted.every(([name, weight]) => shown[name] === rounded(weight));
+  const isExact = isSameMixture(weights, weightsOf(sliders, positions));
   return { positions, isExact };
 }
 
@@ -81,6 +79,12 @@ export function profileOf(sliders, weights) {
     }
   }
   return isOpposed ? { weights, allow_opposed: true } : { weights };
+}
+
+/** Whether a saved profile is its weights and no more: not divided by their sum, not merged by another method. */
+export function isPlain(profile) {
+  const { method = "linear", normalize = "none", options = {}, rank = null } = profile;
+  return method === "linear" && normalize === "none" && rank === null && Object.keys(options).length === 0;
 }
 
 export function weightText(weight) {
