@@ -38,7 +38,7 @@ def hold(path: Path) -> Identity | None:
             return None
         if identity not in _descriptors:
             try:
-                descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = os.open(path, os.O_RDONLY)
             except OSError:
                 return None
             found = os.fstat(descriptor)

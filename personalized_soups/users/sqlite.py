@@ -125,7 +125,7 @@ class SqliteDatabase(Database):
             raise UsageError("there is no such file", where=self.where, mend="psoups profile set makes one")
         try:
             # SQLite's own mode is 0644 at most; the log beside it takes the file's mode
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
             pass  # made by another process meanwhile
         except OSError as error:

@@ -10,6 +10,7 @@ deleted, and new users begin above it; whose it was is not kept.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -37,6 +38,8 @@ __all__ = [
     "ABSENT", "ANY", "MAX_USER_BYTES", "ProfileStore", "StoreFull", "StoreUnavailable", "StoredProfile",
     "UnknownProfile", "VersionConflict", "check_user",
 ]  # fmt: skip
+
+_log = logging.getLogger(__name__)
 
 # What `expected` may say besides a version: whatever is there, or nothing.
 ANY: Final = None
@@ -182,7 +185,10 @@ class ProfileStore:
             connection.execute(schema.DELETE, {"name": user})
 
         self._database.write(work)
-        self._database.erase(user)
+        try:
+            self._database.erase(user)
+        except (StoreUnavailable, StoreFull) as error:  # the rows are gone all the same
+            _log.warning("%s: what was deleted may stand in unused places yet: %s", self._database.where, error.what)
 
     def page(self, *, after: str = "", limit: int = 100) -> list[StoredProfile]:
         """Return the current profiles of at most `limit` users, those that come next after a name by code points."""

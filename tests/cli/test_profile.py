@@ -191,10 +191,15 @@ def test_a_person_is_asked_before_a_user_is_deleted(psoups: Run, monkeypatch: py
     assert psoups("profile", "get", "u1")[0] == 2
 
 
-def test_the_command_loads_no_torch(tmp_path: Path) -> None:
+def test_the_command_loads_no_torch_and_its_help_no_database(tmp_path: Path) -> None:
     code = """
 import sys
 from personalized_soups.cli.app import build_app
+try:
+    build_app()(["profile", "set", "--help"])
+except SystemExit as done:
+    assert not done.code, done.code
+assert {"sqlalchemy", "sqlite3", "psycopg"}.isdisjoint(sys.modules)
 try:
     build_app()(["profile", "set", "u1", "--weights", "a=1"])
 except SystemExit as done:
@@ -202,4 +207,4 @@ except SystemExit as done:
 assert "sqlalchemy" in sys.modules
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -13,7 +13,7 @@ from sqlalchemy import event
 
 from personalized_soups.declare.profile import Profile
 from personalized_soups.users import held
-from personalized_soups.users.store import ProfileStore
+from personalized_soups.users.store import ProfileStore, StoreFull, UnknownProfile
 from tests.users.test_concurrent import start, together
 from tests.users.writers import profile_of
 
@@ -129,3 +129,18 @@ def test_to_search_and_close_one_store_leaves_the_locks_of_another(tmp_path: Pat
         assert Path(f"{path}-wal").stat().st_size > 0
     with ProfileStore.open(path) as store:
         assert {each.profile.user: each.version for each in store.all()} == {"u1": 2, "u3": 2}
+
+
+def test_a_deletion_stands_where_the_bytes_cannot_be_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(_: str) -> None:
+        raise StoreFull("the disk is full", where="disk", mend="free some space")
+
+    with ProfileStore.open(tmp_path / "profiles.db") as store:
+        store.put(profile_of("somebody", 1))
+        monkeypatch.setattr(store._database, "erase", full)
+        store.delete("somebody")
+        assert "the disk is full" in caplog.text
+        with pytest.raises(UnknownProfile):
+            store.get("somebody")
