@@ -23,6 +23,7 @@ def test_no_example_is_forgotten() -> None:
         "formality.yaml",
         "live.py",
         "one_batch.py",
+        "openai_client.py",
         "three_users.py",
     ]
 
@@ -73,6 +74,33 @@ def test_one_live_model_gives_every_user_an_answer(capsys: pytest.CaptureFixture
     answers = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if line)
     assert list(answers) == ["the base", "Ada", "Ben"]
     assert len(set(answers.values())) == 3
+
+
+def test_the_openai_client_gets_a_stored_profiles_answer_and_one_of_the_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from personalized_soups.serving.app import Settings
+    from personalized_soups.serving.batching import Limits
+    from personalized_soups.tiny import BASE_FOLDER
+    from tests.serving.servers import running
+
+    shapes = {f"model.layers.{layer}.mlp.up_proj": (384, 128) for layer in range(4)}
+    for seed, side in enumerate(("elementary", "expert", "concise", "informative", "friendly", "unfriendly")):
+        write_expert(tmp_path / "experts" / side, seed=seed, rank=2, alpha=4, shapes=shapes)
+    settings = Settings("tiny", limits=Limits(max_context=512))
+    with running(BASE_FOLDER, tmp_path / "experts", settings, profiles=tmp_path / "p.db") as served:
+        monkeypatch.setattr(sys, "argv", ["openai_client.py", f"{served.url}/v1"])
+        found = runpy.run_path(str(EXAMPLES / "openai_client.py"), run_name="__main__")
+        found["client"].close()
+        own = served.model.generate(
+            ["How do I clean an old kettle?"] * 2,
+            [{"expert": 0.6, "concise": 0.6, "unfriendly": 0.6}, {"elementary": 0.6, "informative": 0.6, "friendly": 0.6}],
+            temperature=1.0,
+            seed=1,
+            places=[0, 0],
+        )
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert [told["soup:ada@1"].strip(), told["of the moment"].strip()] == own
 
 
 def test_every_command_and_file_that_the_readme_names_is_there() -> None:

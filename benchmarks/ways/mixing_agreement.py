@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import decoding
+from benchmarks.near_ties import is_near_tie, merged
 from benchmarks.ways.presence import found
 
 _NEW_TOKENS = 48
-_BAR = 1e-5  # of the logits' relative error
 
 
 def main(experts: str, base: str, rows: int) -> None:
@@ -36,12 +36,12 @@ def main(experts: str, base: str, rows: int) -> None:
         got = soup.model(input_ids=ids).logits.double()
     worst = 0.0
     for row in range(rows):
-        true = _merged(base, experts, users[row])
+        true = merged(base, experts, users[row])
         with torch.no_grad():
             want = true(input_ids=ids[row : row + 1]).logits[0]
         worst = max(worst, float((got[row] - want).norm() / want.norm()))
     places = _parting(soup, ids, users)
-    unexplained = [row for row, place in places.items() if not _is_near_tie(base, experts, users[row], *place)]
+    unexplained = [row for row, place in places.items() if not is_near_tie(base, experts, users[row], *place)]
     print(json.dumps({"error": worst, "parted": len(places), "unexplained": len(unexplained)}))
 
 
@@ -59,39 +59,6 @@ def _parting(soup: Any, ids: Tensor, users: Sequence[Mapping[str, float]]) -> di
             place = int((alone != batched).nonzero()[0])
             found[row] = alone[:place], (int(batched[place]), int(alone[place]))
     return found
-
-
-def _is_near_tie(
-    base: str, experts: str, weights: Mapping[str, float], before: Tensor, chosen: tuple[int, int]
-) -> bool:
-    true = _merged(base, experts, weights)
-    with torch.no_grad():
-        logits_V = true(input_ids=before[None]).logits[0, -1]
-    owed = 2 * _BAR * float(logits_V.norm())
-    return (
-        abs(float(logits_V[chosen[0]] - logits_V[chosen[1]])) < owed
-        and float(logits_V.max()) - float(logits_V[list(chosen)].max()) < owed
-    )
-
-
-def _merged(base: str, experts: str, weights: Mapping[str, float]) -> Any:
-    model = decoding.load(base, "cpu", "float64")
-    for name, weight in weights.items():
-        _fold(model, Path(experts) / name, weight)
-    return model
-
-
-def _fold(model: torch.nn.Module, expert: Path, weight: float) -> None:
-    from safetensors.torch import load_file
-
-    config = json.loads((expert / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(expert / "adapter_model.safetensors")
-    scaling = config["lora_alpha"] / config["r"]
-    for name, a_RI in tensors.items():
-        if ".lora_A." in name:
-            b_OR = tensors[name.replace(".lora_A.", ".lora_B.")]
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            model.get_parameter(f"{module}.weight").data.addmm_(b_OR.double(), a_RI.double(), alpha=weight * scaling)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,7 @@ where everything is
   {root}/pairs/              the preference pairs; {root}/answers/ has every answer
 
 what to try next
+  psoups playground --experts {root}/experts
   psoups generate --base tiny --adapter "{example}" "How do I clean an old kettle?"
   psoups merge --experts {root}/experts --weights expert=0.3,friendly=0.7 --out my-soup
   psoups inspect my-soup

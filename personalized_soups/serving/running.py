@@ -25,6 +25,9 @@ from personalized_soups.users.store import ProfileStore
 # A key of fewer characters can be guessed.
 _MIN_KEY = 16
 
+# Longer than the minute for which balancers keep theirs: the side that closes first should not be this one.
+_KEEP_ALIVE_SECONDS = 75
+
 # Of the memory that is free once the model stands.
 _CACHE_SHARE = 0.5
 
@@ -174,6 +177,7 @@ def serve(
             access_log=False,
             server_header=False,
             proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
             h11_max_incomplete_event_size=1 << 16,
         )
