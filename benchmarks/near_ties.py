@@ -19,9 +19,7 @@ from benchmarks import decoding
 ERROR = 1e-5
 
 
-def is_near_tie(
-    base: str, experts: str, weights: Mapping[str, float], before: Tensor, chosen: tuple[int, int]
-) -> bool:
+def is_near_tie(base: str, experts: str, weights: Mapping[str, float], before: Tensor, chosen: tuple[int, int]) -> bool:
     """Return whether two tokens are nearer to each other than the logits of two float32 runs may err.
 
     Args:

@@ -63,9 +63,7 @@ def _load(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
         Way("floor", lambda _: script("serving_floor", experts=experts)),
     )
     ours, floor = runs["ours"], runs["floor"]
-    yield filled(
-        rows["serving-rate"], _told("tokens_per_second")(ours), _told("alone_tokens_per_second")(ours)
-    )
+    yield filled(rows["serving-rate"], _told("tokens_per_second")(ours), _told("alone_tokens_per_second")(ours))
     yield filled(rows["serving-parted"], _told("unexplained")(ours))
     yield filled(rows["serving-first"], _told("first_median", 1e3)(ours), _told("first", 1e3)(floor))
     yield filled(rows["serving-first-95"], _told("first_95", 1e3)(ours))
@@ -73,9 +71,7 @@ def _load(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
 
 
 def _page(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
-    runs = context.measure(
-        Way("ours", lambda _: script("playground_paint", experts=context.world.experts(_EMBEDDED)))
-    )
+    runs = context.measure(Way("ours", lambda _: script("playground_paint", experts=context.world.experts(_EMBEDDED))))
     yield filled(rows["playground-paint"], _told("paint", 1e3)(runs["ours"]))
     yield filled(rows["playground-bytes"], _told("num_bytes")(runs["ours"]))
 

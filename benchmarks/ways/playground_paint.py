@@ -24,9 +24,7 @@ def main(experts: str) -> None:
         page = playwright.chromium.launch(executable_path=browser, args=options).new_page()
         page.goto(f"http://127.0.0.1:{port}/playground/", wait_until="networkidle")
         paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-        num_bytes = page.evaluate(
-            "performance.getEntries().reduce((sum, entry) => sum + (entry.transferSize || 0), 0)"
-        )
+        num_bytes = page.evaluate("performance.getEntries().reduce((sum, entry) => sum + (entry.transferSize || 0), 0)")
     print(json.dumps({"seconds": paint / 1e3, "paint": paint / 1e3, "num_bytes": num_bytes}))
 
 

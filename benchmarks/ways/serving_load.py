@@ -33,7 +33,9 @@ def main(experts: str) -> None:
     firsts = sorted(each.first for each in heard)
     parted = {place: each.text for each_round in rounds for place, each in enumerate(each_round)
               if each.text != alone[place].text}  # fmt: skip
-    explained = [place for place, text in parted.items() if is_explained(experts, asking[place], alone[place].text, text)]
+    explained = [
+        place for place, text in parted.items() if is_explained(experts, asking[place], alone[place].text, text)
+    ]
     print(
         json.dumps({
             "seconds": together,

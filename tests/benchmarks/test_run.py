@@ -47,6 +47,13 @@ BARS = {
     "mixing-shared": ("at least", 0.9),
     "mixing-wrap": ("at least", 5),
     "mixing-gpu": ("at least", 0.9),
+    "serving-rate": ("at least", 5),
+    "serving-parted": ("at most", 0),
+    "serving-first": ("at most", 1.5),
+    "serving-first-95": ("below", 500),
+    "serving-alone": ("at most", 1.25),
+    "playground-paint": ("below", 1000),
+    "playground-bytes": ("below", 100_000),
     "profiles-import": ("below", 60),
     "profiles-lookup": ("below", 1),
 }
@@ -96,6 +103,8 @@ def test_figures_become_rows(
         report |= {"tokens_per_second": 96.0 if ours else 24.0, "change_seconds": 3e-4, "user_bytes": 600.0}
         report |= {"parted": 1, "unexplained": 0}
         report |= {"import_seconds": 24.0, "plain_import_seconds": 8.0}
+        report |= {"alone_tokens_per_second": 16.0, "first_median": 0.02, "first_95": 0.03, "first": 0.04}
+        report |= {"alone_seconds_per_token": 0.001, "per_token": 0.002, "paint": 0.3, "num_bytes": 60_000}
         report |= {"lookup_seconds": 1e-4, "plain_lookup_seconds": 2e-5}
         return Run(1.0 if ours else 12.0, 300_000_000, {**report, "bytes_per_second": 4e9})
 
@@ -130,9 +139,12 @@ def test_figures_become_rows(
     assert rows["mixing-change"]["ours"] == pytest.approx(0.3)
     assert (rows["profiles-import"]["ours"], rows["profiles-import"]["ratio"]) == (24.0, 3.0)
     assert rows["profiles-lookup"]["ours"] == pytest.approx(0.1)
+    assert rows["serving-rate"]["ratio"] == pytest.approx(24 / 16)
+    assert rows["serving-first"]["ratio"] == pytest.approx(0.5)
+    assert rows["serving-alone"]["ratio"] == pytest.approx(0.5)
+    unmeasured = {"base-mergekit", "live-free-gpu", "live-shared-gpu", "mixing-gpu"}
     assert {name: row["met"] for name, row in rows.items() if row["bar"]} == {
-        name: None if name in {"base-mergekit", "live-free-gpu", "live-shared-gpu", "mixing-gpu"} else True
-        for name in BARS
+        name: None if name in unmeasured else name != "serving-rate" for name in BARS
     }
     notes = {name: row["note"] for name, row in rows.items() if row["note"]}
     assert notes["base-mergekit"] == "mergekit cannot be installed: no network"

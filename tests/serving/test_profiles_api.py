@@ -184,13 +184,13 @@ def test_a_database_that_goes_away_is_told_and_found_again(failing: tuple[Runnin
         assert str(path.parent) not in reply.body.decode()
         assert int(reply.headers["retry-after"]) >= 1
     assert served.ask("GET", "/ready").status == 503
-    body = {"model": "soup:u", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
-    assert served.ask("POST", "/v1/chat/completions", body).status == 503
-    assert served.ask("POST", "/v1/chat/completions", {**body, "model": "small"}).status == 200
+    asked = {"model": "soup:u", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+    assert served.ask("POST", "/v1/chat/completions", asked).status == 503
+    assert served.ask("POST", "/v1/chat/completions", {**asked, "model": "small"}).status == 200
     away.rename(path.parent)
     assert served.ask("GET", "/ready").status == 200
     assert served.ask("GET", _at("u")).json["profile"]["weights"] == WEIGHTS["weights"]
-    assert served.ask("POST", "/v1/chat/completions", body).status == 200
+    assert served.ask("POST", "/v1/chat/completions", asked).status == 200
 
 
 def test_a_full_disk_is_told_and_loses_nothing(failing: tuple[Running, Path]) -> None:
@@ -217,7 +217,6 @@ def test_a_full_disk_is_told_and_loses_nothing(failing: tuple[Running, Path]) ->
 
 
 def test_without_a_store_that_is_said(small_base: Path, expert_folders: Path) -> None:
-    body: Any
     with running(small_base, expert_folders, Settings("small", limits=Limits(max_context=256))) as served:
         for method, path in (("GET", "/v1/profiles"), ("GET", _at("u")), ("PUT", _at("u")), ("DELETE", _at("u"))):
             reply = served.ask(method, path, WEIGHTS if method == "PUT" else None)
