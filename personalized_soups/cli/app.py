@@ -19,8 +19,8 @@ from personalized_soups.errors import RunError, SoupError
 
 # The order of `psoups --help`: the whole way first, then its stages as one walks them, then the maintainers' tools.
 COMMAND_MODULES = (
-    "quickstart", "pairs", "train", "doctor", "merge", "merge_many", "verify", "generate", "sweep", "serve", "inspect",
-    "profile", "tiny", "quality", "reference",
+    "quickstart", "pairs", "train", "doctor", "merge", "merge_many", "verify", "generate", "sweep", "inspect",
+    "profile", "serve", "playground", "tiny", "quality", "reference",
 )  # fmt: skip
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it

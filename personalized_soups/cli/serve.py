@@ -1,4 +1,4 @@
-"""`psoups serve` and `psoups playground`: one base for many users, behind an API, and a page with sliders."""
+"""`psoups serve`: one base for many users, behind an API and a page with sliders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import EMBEDDED, catalogue_of, resolve_base
+from personalized_soups.cli.bases import catalogue_of, resolve_base
 from personalized_soups.cli.generate import check_dtype
 from personalized_soups.errors import UsageError, check_extra
 
@@ -21,14 +21,17 @@ if TYPE_CHECKING:
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.serving.app import Settings
 
-_PORT = 8000
+PORT = 8000
 _ORIGIN = re.compile(r"https?://[^/?#\s]+")
 
 Base = Annotated[str, typer.Option(help="Base model: a folder, a hub id, or tiny: the embedded one.")]
 Experts = Annotated[list[Path], typer.Option(help="Folder of experts; may be repeated.")]
 Profiles = Annotated[
     str | None,
-    typer.Option(help="Store of profiles: a file (SQLite; made where it is not there), or a postgresql:// URL."),
+    typer.Option(
+        envvar="PSOUPS_PROFILES",
+        help="The store of profiles: a SQLite file, made where there is none, or postgresql://USER@HOST/DATABASE.",
+    ),
 ]
 Dimensions = Annotated[
     Path | None, typer.Option(help="Your own preference catalogue: names and scorers; the shipped one if left out.")
@@ -39,9 +42,8 @@ SameBase = Annotated[bool, typer.Option("--same-base", help="Take different base
 
 
 def register(app: typer.Typer) -> None:
-    """Add the commands to the application."""
+    """Add the command to the application."""
     app.command(name="serve")(serve)
-    app.command(name="playground")(playground)
 
 
 def serve(
@@ -50,7 +52,7 @@ def serve(
     experts: Experts,
     profiles: Profiles = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others than loopback's need keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = _PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = PORT,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of API keys, one a line, that only you may read (chmod 600).")
     ] = None,
@@ -93,8 +95,8 @@ def serve(
     the moment goes with the request: {"model": BASE, "profile": {"weights": {"friendly": 0.6}}, ...}. The page with
     sliders is at /playground. Ctrl-C ends it, once the answers that are being made are done.
     """
-    _serve(
-        _Asked(
+    serve_asked(
+        Asked(
             base,
             experts,
             profiles=profiles,
@@ -123,47 +125,16 @@ def serve(
     )
 
 
-def playground(
-    *,
-    base: Base = EMBEDDED,
-    experts: Experts,
-    profiles: Profiles = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 8000 if left out, or a free one.")] = None,
-    dimensions: Dimensions = None,
-    open_browser: Annotated[bool, typer.Option("--open", help="Open the page in your browser.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    same_base: SameBase = False,
-) -> None:
-    """Serve a page with a slider for each dimension, for this machine alone: the answers of base and mixture beside.
-
-    With --profiles, mixtures can be saved, and compared again.
-    """
-    asked = _Asked(
-        base,
-        experts,
-        profiles=profiles,
-        port=_PORT if port is None else port,
-        dimensions=dimensions,
-        device=device,
-        dtype=dtype,
-        same_base=same_base,
-        takes_any_port=port is None,
-        opens_browser=open_browser,
-    )
-    _serve(asked)
-
-
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """What is asked for on the command line."""
+class Asked:
+    """What is asked for on the command line; the options of `serve` say what each is."""
 
     base: str
     experts: Sequence[Path]
     _: KW_ONLY
     profiles: str | None = None
     host: str = "127.0.0.1"
-    port: int = _PORT
+    port: int = PORT
     api_key_file: Path | None = None
     name: str | None = None
     dimensions: Path | None = None
@@ -187,7 +158,12 @@ class _Asked:
     opens_browser: bool = False
 
 
-def _serve(asked: _Asked) -> None:
+def serve_asked(asked: Asked) -> None:
+    """Load everything and answer requests until the end.
+
+    Raises:
+        SoupError: if something that is asked for is not there, or can't be.
+    """
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
     held = check_dtype(asked.dtype)
     for origin in asked.cors_origin:
@@ -227,7 +203,7 @@ def _serve(asked: _Asked) -> None:
     render.say("ended")
 
 
-def _settings(asked: _Asked, keys: Sequence[str], model: SoupModel) -> Settings:
+def _settings(asked: Asked, keys: Sequence[str], model: SoupModel) -> Settings:
     from personalized_soups.serving.app import Settings
     from personalized_soups.serving.batching import Limits
     from personalized_soups.serving.guard import Rules
@@ -266,7 +242,7 @@ def _name_of(base: str) -> str:
     return Path(base).resolve().name if Path(base).is_dir() else base
 
 
-def _tell(asked: _Asked, settings: Settings, model: SoupModel, port: int) -> None:
+def _tell(asked: Asked, settings: Settings, model: SoupModel, port: int) -> None:
     host = f"[{asked.host}]" if ":" in asked.host else asked.host
     address = f"http://{host}:{port}"
     render.say(f"serving {settings.base} with {len(model.experts)} experts: {', '.join(model.experts)}")
