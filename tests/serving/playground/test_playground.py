@@ -82,7 +82,7 @@ def test_sliders_become_weights(playground: Playground) -> None:
 
 def test_all_sliders_at_zero_are_the_base(playground: Playground) -> None:
     playground.open()
-    playground.slider("expertise").dblclick()
+    playground.slider("expertise").dblclick(position={"x": 20, "y": 18})  # a click would move it there
     playground.page.get_by_role("button", name="Reset informativeness to 0").click()
     playground.page.get_by_role("button", name="Reset style to 0").click()
     playground.ask()
@@ -249,6 +249,7 @@ def test_scores_are_shown_where_there_are_scorers(playground: Playground) -> Non
     playground.ask()
     rows = playground.page.locator("article").nth(1).locator(".scores li")
     expect(rows).to_have_count(3)
+    expect(rows.nth(0)).to_be_visible()
     expect(rows.nth(0)).to_contain_text("elementary")
     expect(rows.nth(0).locator(".value")).to_contain_text(re.compile(r"^[01]\.\d\d"))
 
@@ -258,6 +259,7 @@ def test_an_answer_that_is_not_valid_is_called_so(playground: Playground) -> Non
     playground.page.route("**/v1/scores", lambda route: route.fulfill(json={"object": "list", "data": [[row]]}))
     playground.open()
     playground.ask()
+    expect(playground.page.locator(".scores .value").nth(1)).to_be_visible()
     expect(playground.page.locator(".scores .value").nth(1)).to_have_text("not a valid answer")
 
 
@@ -333,6 +335,7 @@ def test_a_profile_that_somebody_else_saved_meanwhile_is_not_lost(playground: Pl
                  body: JSON.stringify({weights: {expert: 1}})})"""
     )
     _save(playground, "u2")
+    expect(playground.page.locator("#conflict")).to_be_visible()
     expect(playground.page.locator("#conflict-text")).to_contain_text("u2")
 
 
@@ -359,6 +362,7 @@ def test_what_the_sliders_cannot_show_is_said(playground: Playground, mock: Mock
 def test_without_a_store_it_is_said_how_to_have_one(playground: Playground, mock: Mock) -> None:
     mock.has_store = False
     playground.open()
+    expect(playground.page.locator("#storeless")).to_be_visible()
     expect(playground.page.locator("#storeless")).to_contain_text("psoups serve --profiles profiles.db")
     expect(playground.page.locator("#save")).to_be_hidden()
 
@@ -464,6 +468,7 @@ def test_a_busy_server_is_tried_again_by_hand(playground: Playground) -> None:
         "**/chat/completions", lambda route: route.fulfill(status=429, headers={"Retry-After": "7"}, json=body)
     )
     playground.ask()
+    expect(playground.page.locator(".fault").nth(0)).to_be_visible()
     expect(playground.page.locator(".fault").nth(0)).to_contain_text("try again in 7 seconds")
     playground.page.unroute("**/chat/completions")
     playground.page.locator(".fault button").nth(0).click()
@@ -485,6 +490,7 @@ def test_an_answer_that_breaks_off_is_called_so(playground: Playground, body: st
         "**/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body)
     )
     playground.ask()
+    expect(playground.page.locator(".fault").nth(1)).to_be_visible()
     expect(playground.page.locator(".fault").nth(1)).to_contain_text(text)
     assert playground.answer(1) == ("Wash" if "Wash" in body else "")
 
@@ -492,6 +498,7 @@ def test_an_answer_that_breaks_off_is_called_so(playground: Playground, body: st
 def test_a_server_that_is_gone(playground: Playground) -> None:
     playground.page.route("**/v1/**", lambda route: route.abort())
     playground.page.goto(f"{playground.url}/playground/")
+    expect(playground.page.locator("#trouble")).to_be_visible()
     expect(playground.page.locator("#trouble")).to_contain_text("cannot be reached")
     playground.page.unroute("**/v1/**")
     playground.page.get_by_role("button", name="Try again").click()
