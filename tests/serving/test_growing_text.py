@@ -102,6 +102,7 @@ def test_letters_whose_bytes_are_tokens(bytewise: Any, text: str, stops: list[st
 
 @settings(max_examples=200, deadline=None)
 @given(text=WORDS, stops=STOPS, cut=st.integers(1, 5))
+@example(text="aabb", stops=["aabb", "ab"], cut=5)
 def test_how_tokens_cut_the_text_does_not_matter(tokenizer: Any, text: str, stops: list[str], cut: int) -> None:
     growing = GrowingText(tokenizer, stops)
     pieces = [text[start : start + cut] for start in range(0, len(text), cut)]
@@ -110,6 +111,15 @@ def test_how_tokens_cut_the_text_does_not_matter(tokenizer: Any, text: str, stop
         told += growing._tell(piece)
     told += growing.end()
     assert (told, growing.is_stopped) == _cut(text, stops)
+
+
+def test_bytes_that_come_after_special_tokens_are_waited_for(tokenizer: Any) -> None:
+    half, *rest = tokenizer("\U0001f600")["input_ids"]
+    tokens = [*[half] * 20, half, *[1] * 20, *rest]
+    growing = GrowingText(tokenizer)  # which does not know that they are special
+    told = "".join([growing.add(token) for token in tokens]) + growing.end()
+    assert told == _whole(tokenizer, tokens)
+    assert told.endswith("\U0001f600")
 
 
 def test_a_stop_string_is_held_back_only_as_long_as_it_may_come(tokenizer: Any) -> None:

@@ -71,6 +71,7 @@ class Slow:
             assert off < NEAR[self.model.config._attn_implementation] * most
 
     def leave(self, slot: int) -> None:
+        self._spoil(slot)
         last = self.rows.pop()
         if slot < len(self.rows):
             self.slots.move(len(self.rows), slot, len(last[1]))
@@ -78,11 +79,16 @@ class Slow:
 
     def poison(self) -> None:
         """Let everything that rows which have left wrote, and what padding wrote, be NaN."""
+        for slot in range(len(self.rows), self.slots.num_slots):
+            self._spoil(slot)
         for layer in self.slots._layers:
             for held in (layer.keys, layer.values) if layer.is_initialized else ():
-                for slot in range(len(self.rows), self.slots.num_slots):
-                    held[slot, :, : self.slots._written[slot]] = torch.nan
                 held[:, :, -1] = torch.nan
+
+    def _spoil(self, slot: int) -> None:
+        for layer in self.slots._layers:
+            for held in (layer.keys, layer.values) if layer.is_initialized else ():
+                held[slot, :, : self.slots._written[slot]] = torch.nan
 
 
 def _live(world: Slow, random: random.Random, num_events: int, *, longest: int = 9) -> None:
@@ -102,9 +108,13 @@ def _live(world: Slow, random: random.Random, num_events: int, *, longest: int =
             world.rows.append((some_row(random), []))
             for _ in range(3):
                 world.check(len(world.rows) - 1, [tokens(random.randint(1, longest))])
-        elif event < 0.6:
+        elif event < 0.5:  # several tokens of each of the last rows, the first ones of a new row among them
+            first = random.randrange(len(world.rows))
+            world.rows.append((some_row(random), []))
+            world.check(first, [tokens(random.randint(1, 3)) for _ in world.rows[first:]])
+        elif event < 0.65:
             world.leave(random.randrange(len(world.rows)))
-        elif event < 0.7:
+        elif event < 0.72:
             world.slots.fit(len(world.rows) + random.randint(0, 9), random.randint(0, 99) + 99)
         else:
             world.check(0, [tokens(1) for _ in world.rows])
