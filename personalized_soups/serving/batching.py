@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, TypeVar
 
@@ -92,6 +92,9 @@ class Limits:
         read_tokens: tokens of prompts that are read between two steps of the others: more makes prompts wait less, and
             running answers falter more.
         cache_bytes: of keys and values; None is without limit.
+
+    Raises:
+        ValueError: if nothing could be done at all.
     """
 
     max_rows: int = 64
@@ -99,6 +102,11 @@ class Limits:
     max_context: int = 4096
     read_tokens: int = 4096
     cache_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_context", "read_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
 
 
 class QueueFullError(RunError):
@@ -163,14 +171,15 @@ class Batcher:
         on_step: Callable[[int, float], None] | None = None,
     ) -> None:
         self.model = model
-        self.limits = limits or Limits()
+        limits = limits or Limits()
+        most = min(limits.max_context, context_of(model.model.config))
+        self.limits = replace(limits, max_context=most)  # as the model has it
         self._deliver = deliver
         self._on_step = on_step
         self._batch = Batch(model, self.limits.cache_bytes)
         self._stop_ids = model.generator.stop_ids
         self._silent = silent_tokens(model.generator.tokenizer)
         self._num_embedded = int(model.model.get_input_embeddings().num_embeddings)
-        self._most_tokens = min(self.limits.max_context, context_of(model.model.config))
         self._changed = threading.Condition()
         # under `_changed`:
         self._waiting: deque[Ask] = deque()
@@ -275,9 +284,9 @@ class Batcher:
                 where="prompt or logit_bias",
                 mend="encode the prompt with the base's own tokenizer",
             )
-        if (num_tokens := len(ask.tokens) + ask.max_new_tokens) > self._most_tokens:
+        if (num_tokens := len(ask.tokens) + ask.max_new_tokens) > self.limits.max_context:
             raise InputError(
-                f"prompt and answer have up to {num_tokens} tokens, {self._most_tokens} may be",
+                f"prompt and answer have up to {num_tokens} tokens, {self.limits.max_context} may be",
                 where="prompt",
                 mend="shorten it, or ask for a shorter answer",
             )

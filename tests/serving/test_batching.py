@@ -304,6 +304,14 @@ def test_what_would_fail_in_everybodys_step_is_refused(soup: SoupModel, ask: Ask
         assert set(running.heard.pieces) == set(fine)
 
 
+def test_the_limits_are_those_of_the_model(soup: SoupModel) -> None:
+    with Running(soup) as running:
+        assert running.batcher.limits == Limits(max_context=256)
+    for name in ("max_rows", "max_context", "read_tokens"):
+        with pytest.raises(ValueError, match=name):
+            Limits(**{name: 0})
+
+
 def test_weights_that_follow_the_tokens_are_refused(soup: SoupModel) -> None:
     with Running(soup) as running, pytest.raises(UsageError, match="function of the token"):
         running.batcher.submit([Ask([7], Row({"warm": lambda step: 0.5}), 3)])
