@@ -38,7 +38,7 @@ def playground(
     dtype: Dtype = "auto",
     same_base: SameBase = False,
 ) -> None:
-    """Serve a page with a slider for each dimension, for this machine alone: the answers of base and mixture side by side.
+    """Serve a page with a slider for each dimension, for this machine alone; base and mixture answer side by side.
 
     With --profiles, mixtures can be saved, and compared again.
     """

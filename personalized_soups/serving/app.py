@@ -108,7 +108,13 @@ class Server:
         api.include_router(answering.router(kitchen, store))
         api.include_router(
             experts.router(
-                settings.base, model=model, batcher=self.batcher, files=files, catalogue=catalogue, scales=scales
+                settings.base,
+                model=model,
+                batcher=self.batcher,
+                files=files,
+                catalogue=catalogue,
+                scales=scales,
+                has_store=store is not None,
             )
         )
         api.include_router(profiles.no_store() if store is None else profiles.router(store))

@@ -63,7 +63,7 @@ def _said(served: Running, weights: dict[str, float] | None) -> str:
     return str(reply.json["choices"][0]["message"]["content"])
 
 
-def test_experts_and_dimensions_are_listed_in_the_catalogues_order(own: Running) -> None:
+def test_experts_and_dimensions_are_listed_from_low_to_high(own: Running) -> None:
     told = own.ask("GET", "/v1/experts").json
     assert told["base"] == "small"
     assert [each["name"] for each in told["data"]] == ["cold", "plain", "warm"]
@@ -73,7 +73,7 @@ def test_experts_and_dimensions_are_listed_in_the_catalogues_order(own: Running)
     )  # fmt: skip
     assert told["data"][1]["dimension"] is None
     assert told["dimensions"] == [
-        {"name": "heat", "about": "How warm an answer is.", "sides": ["warm", "cold"], "experts": ["warm", "cold"],
+        {"name": "heat", "about": "How warm an answer is.", "sides": ["cold", "warm"], "experts": ["cold", "warm"],
          "is_scored": True}
     ]  # fmt: skip
 

@@ -38,6 +38,7 @@ def router(
     files: ExpertFiles,
     catalogue: Catalogue | None,
     scales: Scales,
+    has_store: bool,
 ) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(route_class=StrictRoute, tags=["soups"])
@@ -47,6 +48,7 @@ def router(
         return {
             "object": "list",
             "base": base,
+            "has_store": has_store,
             "preset_weight": _PRESET_WEIGHT,
             "data": experts,
             "dimensions": _dimensions(experts, catalogue, scales),
@@ -105,7 +107,7 @@ def _expert(name: str, model: SoupModel, files: ExpertFiles, catalogue: Catalogu
 
 
 def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, scales: Scales) -> list[dict[str, Any]]:
-    """Return the dimensions that experts have, in the catalogue's order, with their experts in that of its sides."""
+    """Return the dimensions that experts have, in the catalogue's order, with their experts from low end to high."""
     declared = {} if catalogue is None else catalogue.dimensions
     names = sorted(
         {each["dimension"] for each in experts} - {None},
@@ -113,7 +115,8 @@ def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, 
     )
     found = []
     for name in names:
-        sides = list(declared[name].sides) if name in declared else []
+        declared_sides = declared[name].sides if name in declared else {}
+        sides = sorted(declared_sides, key=lambda side: declared_sides[side].end == "high")  # else as they stand
         own = sorted(
             (each for each in experts if each["dimension"] == name),
             key=lambda each: (sides.index(each["side"]) if each["side"] in sides else len(sides), each["name"]),

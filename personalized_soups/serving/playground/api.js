@@ -55,23 +55,14 @@ export async function loadExperts() {
   return (await send("experts")).json();
 }
 
-export async function loadModels() {
-  return (await (await send("models")).json()).data;
-}
-
-/** Up to `most` saved profiles, in the order of their names; null where the server has no store. */
+/** Up to `most` saved profiles, in the order of their names. */
 export async function loadProfiles(most) {
   const profiles = [];
   for (let hasMore = true; hasMore && profiles.length < most; ) {
     const after = profiles.length ? `&after=${encodeURIComponent(profiles.at(-1).user)}` : "";
-    try {
-      const page = await (await send(`profiles?limit=100${after}`)).json();
-      profiles.push(...page.data);
-      hasMore = page.has_more && page.data.length > 0;
-    } catch (error) {
-      if (error.status === 404 || error.status === 501) return null;
-      throw error;
-    }
+    const page = await (await send(`profiles?limit=100${after}`)).json();
+    profiles.push(...page.data);
+    hasMore = page.has_more && page.data.length > 0;
   }
   return profiles;
 }

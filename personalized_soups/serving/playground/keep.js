@@ -54,6 +54,10 @@ export function startKeeping({ profile, texts, isSaved, onSaved, onRefusedKey })
       say("Give the profile a name first.", true);
       return id("user").focus();
     }
+    if (user === "." || user === "..") {
+      say("Browsers take this name out of an address: choose another.", true);
+      return id("user").focus();
+    }
     if (!wanted) return say("Move a slider first: a profile needs a weight.", true);
     kept = { user, wanted };
     say("");

@@ -1,6 +1,6 @@
 // The page: what the server has, what is on the desk, and which column has to answer anew.
 
-import { ApiError, CHAT_URL, isKeyed, loadExperts, loadModels, loadProfiles, setKey } from "./api.js";
+import { ApiError, CHAT_URL, isKeyed, loadExperts, loadProfiles, setKey } from "./api.js";
 import { Column } from "./answers.js";
 import { Desk } from "./desk.js";
 import { startKeeping } from "./keep.js";
@@ -33,9 +33,9 @@ const columns = ["Left answer", "Right answer"].map(
 // ---- what a column answers with ----
 
 function sourceOf(name) {
-  if (name === "mixture") return { model: server.model, profile: profileOf(desk.sliders, desk.weights) };
+  if (name === "mixture") return { model: server.base, profile: profileOf(desk.sliders, desk.weights) };
   if (name.startsWith("user:")) return { model: `soup:${name.slice(5)}` };
-  return { model: server.model };
+  return { model: server.base };
 }
 
 function describe(column) {
@@ -76,7 +76,7 @@ function run(column) {
 
 function ask() {
   const prompt = id("prompt").value.trim();
-  if (!prompt || !server.model) {
+  if (!prompt || !server.base) {
     id("prompt").focus();
     return;
   }
@@ -205,10 +205,10 @@ async function load() {
   id("trouble").hidden = true;
   try {
     const list = await loadExperts();
-    const [models, saved] = await Promise.all([loadModels(), loadProfiles(MOST_PROFILES)]);
+    const saved = list.has_store ? await loadProfiles(MOST_PROFILES) : null;
     id("key").hidden = true;
     document.querySelector("main").hidden = false;
-    show(list, models, saved);
+    show(list, saved);
     if (isAgain) id("prompt").focus(); // what was pressed is gone
   } catch (error) {
     if (error.status === 401) return askForKey(error);
@@ -220,9 +220,8 @@ async function load() {
   return undefined;
 }
 
-function show(list, models, saved) {
+function show(list, saved) {
   server.base = list.base;
-  server.model = models[0]?.id ?? list.base;
   server.isScored = list.dimensions.some((dimension) => dimension.is_scored);
   const num = list.data.length;
   id("server").textContent = `Playground · ${list.base} with ${num} expert${num === 1 ? "" : "s"}`;
@@ -242,7 +241,7 @@ function askForKey() {
   const isSecond = isKeyed();
   setKey("");
   id("key").hidden = false;
-  document.querySelector("main").hidden = !server.model; // nothing there works before the first list
+  document.querySelector("main").hidden = !server.base; // nothing there works before the first list
   id("key-error").textContent = isSecond ? "The server does not know this key." : "";
   id("key-input").focus();
 }
@@ -276,7 +275,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 addEventListener("hashchange", () => {
-  if (server.model && readLink()) followLink();
+  if (server.base && readLink()) followLink();
 });
 document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the fragment is the mixture's
