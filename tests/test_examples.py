@@ -94,7 +94,10 @@ def test_the_openai_client_gets_a_stored_profiles_answer_and_one_of_the_moment(
         found["client"].close()
         own = served.model.generate(
             ["How do I clean an old kettle?"] * 2,
-            [{"expert": 0.6, "concise": 0.6, "unfriendly": 0.6}, {"elementary": 0.6, "informative": 0.6, "friendly": 0.6}],
+            [
+                {"expert": 0.6, "concise": 0.6, "unfriendly": 0.6},
+                {"elementary": 0.6, "informative": 0.6, "friendly": 0.6},
+            ],
             temperature=1.0,
             seed=1,
             places=[0, 0],

@@ -5,7 +5,7 @@ G gates, E experts of the model, S layers, C columns: the widths of all layers' 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,7 @@ class Gates:
                 layered.append(slot * len(experts) + own[index])
                 scales.append(scale)
                 largest[stack.experts[index]] = max(largest[stack.experts[index]], abs(scale))
+        self._largest = largest
         self._largest_E = torch.tensor(list(largest.values()), dtype=torch.float64)
         device = stacks[0].a_CI.device if stacks else torch.device("cpu")
         self._dtype = stacks[0].a_CI.dtype if stacks else torch.float32
@@ -73,6 +74,11 @@ class Gates:
     def of(self, slot: int) -> Tensor:
         """Return a layer's gates, `[G, width]`, in the stacks' dtype and on their device: `w s` at every rank."""
         return self._views[slot]
+
+    def holds(self, weights: Mapping[str, float]) -> bool:
+        """Return whether every weight, times its expert's scaling, fits into the stacks' dtype."""
+        most = torch.finfo(self._dtype).max
+        return all(abs(weight) * self._largest.get(expert, 0.0) <= most for expert, weight in weights.items())
 
     def check(self, weights_GE: Tensor, layered_GSE: Tensor | None = None) -> None:
         """Raise if a gate, a weight times an expert's scaling, does not fit into the stacks' dtype.

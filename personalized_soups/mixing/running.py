@@ -179,7 +179,9 @@ class Current:
         Raises:
             UsageError, DeclarationError: as Mixture.
         """
-        self._made([row], token_rows=None, rows_each=None)
+        plain = {expert: weight for expert, weight in row.weights.items() if isinstance(weight, float)}
+        if len(plain) < len(row.weights) or not self._layers.gates.holds(plain):
+            self._made([row], token_rows=None, rows_each=None)
 
     def enable(self, is_enabled: bool) -> None:
         """Serve the row, or be the bare base."""

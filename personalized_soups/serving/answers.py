@@ -203,15 +203,22 @@ class EventStream(Response):
         self._receive = receive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        """Send it; what goes wrong before the first part is an error like any other."""
+        is_begun = False
         try:
             async with aclosing(self._parts()) as parts:
                 async for part in parts:
+                    if not is_begun:
+                        is_begun = True
+                        await send(
+                            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+                        )
                     await send({"type": "http.response.body", "body": part, "more_body": True})
         except (HungUpError, OSError):
             return
         except ApiError as fault:
+            if not is_begun:
+                raise
             await send({"type": "http.response.body", "body": _event(fault.body()), "more_body": True})
         await send({"type": "http.response.body", "body": _DONE, "more_body": False})
 

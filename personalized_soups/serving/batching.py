@@ -27,6 +27,14 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+# So long an idle batcher keeps its room: to make it anew takes as long as to read a few prompts.
+_IDLE_SECONDS = 10.0
+
+# An idle batcher begins when nobody has come for a moment, and after so long at the latest.
+_MOMENT_SECONDS = 0.002
+_GATHER_SECONDS = 0.04
+
+
 class Finish(StrEnum):
     """Why an answer is at its end; the words are those of OpenAI's protocol."""
 
@@ -187,6 +195,7 @@ class Batcher:
         self._jobs: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._is_closed = False
         self._is_cut = False
+        self._is_gathering = False
         # of the thread:
         self._running: dict[int, _Running] = {}  # by the row's id
         self._reading: list[_Running] = []
@@ -220,7 +229,8 @@ class Batcher:
                     mend="come back later",
                 )
             self._waiting.extend(asks)
-            self._changed.notify()
+            if not self._is_gathering:
+                self._changed.notify()
 
     def give_up(self, asks: Iterable[Ask]) -> None:
         """Let go of answers that nobody waits for any more; those that are done already are passed over."""
@@ -325,9 +335,26 @@ class Batcher:
                 self._given_up.clear()
                 if self._is_closed:
                     return False
-                self._batch.clear()
-                self._changed.wait()
+                self._batch.release()
+                if not self._changed.wait(_IDLE_SECONDS):
+                    self._batch.clear()
+                    self._changed.wait()
+                self._gather()
             return False
+
+    def _gather(self) -> None:
+        """Let those who ask at once be read at once: wait until nobody has come for a moment. The lock is held.
+
+        A crowd's requests arrive one by one, taken up by a thread that shares Python's lock with this one: to begin
+        with the first would hold up the others, and read their prompts in twos and threes.
+        """
+        end = time.monotonic() + _GATHER_SECONDS
+        num_seen = 0
+        while num_seen < len(self._waiting) < self.limits.max_rows and time.monotonic() < end:
+            num_seen = len(self._waiting)
+            self._is_gathering = True  # nobody notifies
+            self._changed.wait(_MOMENT_SECONDS)
+            self._is_gathering = False
 
     def _turn(self) -> None:
         """Let rows leave and join, and make one step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -11,6 +12,8 @@ from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.adapters.lora import WEIGHTS_FILE
 from personalized_soups.adapters.provenance import EXPERT_FILE
 from personalized_soups.serving.faults import ApiError
+
+_FILES = (WEIGHTS_FILE, CONFIG_FILE, EXPERT_FILE)
 
 Stamp: TypeAlias = tuple[tuple[int, ...] | None, ...]
 
@@ -33,7 +36,7 @@ class ExpertFiles:
             SoupError: if the library can't be opened.
         """
         library = self._reopen()
-        return library, {name: (expert.folder, _stamp(expert.folder)) for name, expert in library.items()}
+        return library, {name: (expert.folder, _stamp(str(expert.folder))) for name, expert in library.items()}
 
     def serve(self, stamps: Mapping[str, tuple[Path, Stamp]]) -> None:
         """Take it that experts were loaded from what looked like this."""
@@ -42,7 +45,7 @@ class ExpertFiles:
     def is_changed(self, name: str) -> bool:
         """Whether an expert's files are others than those that were loaded, or gone."""
         folder, stamp = self._served[name]
-        return _stamp(folder) != stamp
+        return _stamp(str(folder)) != stamp
 
     def check(self, names: Iterable[str]) -> None:
         """Raise if one of these experts has changed.
@@ -68,14 +71,16 @@ class ExpertFiles:
         return fresh, [name for name in self._served if name not in library]
 
 
-def _stamp(folder: Path) -> Stamp:
+def _stamp(folder: str) -> Stamp:
     """Return what tells a folder's files from others, without reading them."""
 
-    def of(name: str) -> tuple[int, ...] | None:
-        try:
-            found = (folder / name).stat()
-        except OSError:
-            return None
-        return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+    return tuple(_stamp_of(f"{folder}/{name}") for name in _FILES)
 
-    return tuple(of(name) for name in (WEIGHTS_FILE, CONFIG_FILE, EXPERT_FILE))
+
+def _stamp_of(path: str) -> tuple[int, ...] | None:
+    # asked for each expert of each request: os.stat of a string takes a third of Path.stat's time
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    return (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

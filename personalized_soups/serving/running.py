@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import socket
 import stat
@@ -173,6 +174,7 @@ def serve(
         config = uvicorn.Config(
             server.app,
             lifespan="off",
+            interface="asgi3",
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -186,8 +188,14 @@ def serve(
         finally:
             server.close()
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(run())
+    # what stands now stays until the end: collecting garbage need not look through a million objects of libraries
+    gc.collect()
+    gc.freeze()
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(run())
+    finally:
+        gc.unfreeze()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

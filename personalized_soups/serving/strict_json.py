@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from personalized_soups.errors import nearest
@@ -42,6 +43,34 @@ class StrictRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             return await usual(StrictRequest(request.scope, request.receive))
+
+        return handler
+
+
+class BodyRoute(APIRoute):
+    """A route whose endpoint takes what the body holds, and the request: `endpoint(asked, request)`, nothing else.
+
+    FastAPI describes it; its general way of finding out what an endpoint wants takes as long as all the rest of taking
+    up a request, and a crowd's requests are taken up one by one.
+    """
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return what parses the body and calls the endpoint."""
+        assert self.body_field is not None
+        model: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]
+        endpoint = self.endpoint
+
+        async def handler(request: Request) -> Response:
+            try:
+                content = from_json(await request.body(), allow_inf_nan=False)
+            except ValueError as fault:
+                raise ApiError(400, f"the body is no valid JSON: {fault}", code="invalid_json") from None
+            try:
+                asked = model.model_validate(content)
+            except ValidationError as fault:
+                raise RequestValidationError(fault.errors()) from None
+            response: Response = await endpoint(asked, request)
+            return response
 
         return handler
 

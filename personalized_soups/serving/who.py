@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from personalized_soups.declare.declared import Places
 from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, SoupError
@@ -80,11 +83,7 @@ class Doorkeeper:
             )
         if profile is None:
             return Guest(Row(), "base", None, self.base)
-        try:
-            declared = load_data({"user": "anonymous", **profile}, Profile, "profile")
-        except DeclarationError as fault:
-            raise api_error(fault, param="profile") from fault
-        return Guest(self.weights(declared, "profile"), "inline", None, self.base)
+        return Guest(self.weights(_declared(profile), "profile"), "inline", None, self.base)
 
     def weights(self, profile: Profile, param: str) -> Row:
         """Return a profile's weights, if they can be served now.
@@ -116,3 +115,20 @@ class Doorkeeper:
             raise api_error(fault, param="model", status=404) from fault
         weights = self.weights(stored.profile, "model")
         return Guest(weights, "stored", user, f"{SOUP}{user}@{stored.version}")
+
+
+def _declared(profile: Mapping[str, Any]) -> Profile:
+    """Return what a request's profile declares.
+
+    Raises:
+        ApiError: 400, if it is none.
+    """
+    try:
+        # most are right: what is wrong is found again, and told, the long way
+        return Profile.model_validate(profile).with_places(Places("profile", {}))
+    except ValidationError:
+        pass
+    try:
+        return load_data(profile, Profile, "profile")
+    except DeclarationError as fault:
+        raise api_error(fault, param="profile") from fault

@@ -11,7 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from personalized_soups.serving.answers import EventStream, Kitchen, Order, submit
 from personalized_soups.serving.formats import ChatOrder, CompletionOrder
 from personalized_soups.serving.protocol import ChatRequest, CompletionRequest
-from personalized_soups.serving.strict_json import StrictRoute
+from personalized_soups.serving.strict_json import BodyRoute
 from personalized_soups.serving.who import SOUP
 from personalized_soups.users.store import ProfileStore
 
@@ -21,7 +21,8 @@ _LISTED = 100
 
 def router(kitchen: Kitchen, store: ProfileStore | None) -> APIRouter:
     """Return the routes."""
-    routes = APIRouter(route_class=StrictRoute, tags=["OpenAI"])
+    routes = APIRouter(route_class=BodyRoute, tags=["OpenAI"])
+    reading = APIRouter(tags=["OpenAI"])
     since = int(time.time())
 
     async def answered(order: Order, request: Request) -> Response:
@@ -43,7 +44,7 @@ def router(kitchen: Kitchen, store: ProfileStore | None) -> APIRouter:
         order = await submit(kitchen, asked, asked.prompts(), CompletionOrder, began)
         return await answered(order, request)
 
-    @routes.get("/v1/models")
+    @reading.get("/v1/models")
     def models() -> dict[str, Any]:
         """List the base, and the first stored profiles as `soup:USER`."""
         names = [kitchen.doorkeeper.base]
@@ -51,12 +52,13 @@ def router(kitchen: Kitchen, store: ProfileStore | None) -> APIRouter:
             names += [f"{SOUP}{stored.profile.user}" for stored in store.page(limit=_LISTED)]
         return {"object": "list", "data": [_model(name, since) for name in names]}
 
-    @routes.get("/v1/models/{model:any}")
+    @reading.get("/v1/models/{model:any}")
     async def one_model(model: str) -> dict[str, Any]:
         """Return one model, a stored profile's among them."""
         guest = await run_in_threadpool(kitchen.doorkeeper.guest, model, None)
         return _model(guest.model if guest.kind == "base" else model, since)
 
+    routes.include_router(reading)
     return routes
 
 
