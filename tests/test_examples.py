@@ -80,7 +80,7 @@ def test_the_openai_client_gets_a_stored_profiles_answer_and_one_of_the_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from personalized_soups.serving.app import Settings
-    from personalized_soups.serving.batching import Limits
+    from personalized_soups.serving.batching.batcher import Limits
     from personalized_soups.tiny import BASE_FOLDER
     from tests.serving.servers import running
 

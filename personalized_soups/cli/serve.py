@@ -205,7 +205,7 @@ def serve_asked(asked: Asked) -> None:
 
 def _settings(asked: Asked, keys: Sequence[str], model: SoupModel) -> Settings:
     from personalized_soups.serving.app import Settings
-    from personalized_soups.serving.batching import Limits
+    from personalized_soups.serving.batching.batcher import Limits
     from personalized_soups.serving.guard import Rules
     from personalized_soups.serving.running import cache_bytes, context_of
 

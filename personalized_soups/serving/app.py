@@ -18,17 +18,17 @@ from personalized_soups import __version__
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import SoupError
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.serving.answers import Kitchen
 from personalized_soups.serving.api import answering, experts, health, profiles
-from personalized_soups.serving.batching import Batcher, Limits
+from personalized_soups.serving.batching.batcher import Batcher, Limits
 from personalized_soups.serving.expert_files import ExpertFiles
-from personalized_soups.serving.faults import ApiError, api_error
 from personalized_soups.serving.guard import Guard, Rules
 from personalized_soups.serving.metrics import Metrics
-from personalized_soups.serving.protocol import ChatRequest, CompletionRequest
+from personalized_soups.serving.protocol.answers import Kitchen
+from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
+from personalized_soups.serving.protocol.strict_json import validation_error
+from personalized_soups.serving.protocol.waiting import Desk
 from personalized_soups.serving.scales import Scales
-from personalized_soups.serving.strict_json import validation_error
-from personalized_soups.serving.waiting import Desk
 from personalized_soups.serving.who import Doorkeeper
 from personalized_soups.users.store import ProfileStore
 

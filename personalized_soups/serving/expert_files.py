@@ -11,7 +11,7 @@ from personalized_soups.adapters.config import CONFIG_FILE
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.adapters.lora import WEIGHTS_FILE
 from personalized_soups.adapters.provenance import EXPERT_FILE
-from personalized_soups.serving.faults import ApiError
+from personalized_soups.serving.protocol.faults import ApiError
 
 _FILES = (WEIGHTS_FILE, CONFIG_FILE, EXPERT_FILE)
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from personalized_soups.serving.faults import ApiError
+from personalized_soups.serving.protocol.faults import ApiError
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 

@@ -16,7 +16,7 @@ from personalized_soups.errors import DeclarationError, SoupError
 from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.serving.expert_files import ExpertFiles
-from personalized_soups.serving.faults import ApiError, api_error
+from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.users.store import ProfileStore
 
 SOUP = "soup:"

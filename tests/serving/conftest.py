@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching import Limits
+from personalized_soups.serving.batching.batcher import Limits
 from tests.mixing.worlds import write_experts
 from tests.serving.servers import Running, running
 

@@ -13,7 +13,7 @@ import pytest
 
 from personalized_soups.errors import InputError, UsageError
 from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching import Limits
+from personalized_soups.serving.batching.batcher import Limits
 from personalized_soups.serving.guard import Rules
 from personalized_soups.serving.running import listen, read_keys
 from tests.serving.servers import Running, running

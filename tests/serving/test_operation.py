@@ -16,7 +16,7 @@ from schemathesis.checks import not_a_server_error
 
 from personalized_soups.declare.profile import Profile
 from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching import Limits
+from personalized_soups.serving.batching.batcher import Limits
 from tests.serving.servers import Running, running
 
 

@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from personalized_soups.serving.answers import EventStream, Kitchen, Order, submit
-from personalized_soups.serving.formats import ChatOrder, CompletionOrder
-from personalized_soups.serving.protocol import ChatRequest, CompletionRequest
-from personalized_soups.serving.strict_json import BodyRoute
+from personalized_soups.serving.protocol.answers import EventStream, Kitchen, Order, submit
+from personalized_soups.serving.protocol.formats import ChatOrder, CompletionOrder
+from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
+from personalized_soups.serving.protocol.strict_json import BodyRoute
 from personalized_soups.serving.who import SOUP
 from personalized_soups.users.store import ProfileStore
 

@@ -12,12 +12,12 @@ from pydantic import Field
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import SoupError
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.serving.batching import Batcher, ClosedError
+from personalized_soups.serving.batching.batcher import Batcher, ClosedError
 from personalized_soups.serving.expert_files import ExpertFiles
-from personalized_soups.serving.faults import ApiError, api_error
-from personalized_soups.serving.protocol import Asked
+from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.requests import Asked
+from personalized_soups.serving.protocol.strict_json import StrictRoute
 from personalized_soups.serving.scales import Scales
-from personalized_soups.serving.strict_json import StrictRoute
 
 # Of each expert in a preset: what the tiny base's quickstart chooses, and a good beginning elsewhere.
 _PRESET_WEIGHT = 0.6

@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Response
 
 from personalized_soups.errors import SoupError
-from personalized_soups.serving.batching import Batcher
-from personalized_soups.serving.faults import ApiError, api_error
+from personalized_soups.serving.batching.batcher import Batcher
 from personalized_soups.serving.metrics import CONTENT_TYPE, Metrics
+from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.users.store import ProfileStore
 
 

@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse
 from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import SoupError
-from personalized_soups.serving.faults import ApiError, api_error
-from personalized_soups.serving.strict_json import StrictRoute
+from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.strict_json import StrictRoute
 from personalized_soups.users.store import ABSENT, ProfileStore, StoredProfile, UnknownProfile, check_user
 
 _ETAG = re.compile(r'\s*"([0-9]{1,15})"\s*')

@@ -16,7 +16,7 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching import Limits
+from personalized_soups.serving.batching.batcher import Limits
 from personalized_soups.serving.guard import Rules
 from personalized_soups.tiny import BASE_FOLDER
 from tests.experts import write_expert

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from starlette.responses import JSONResponse
 
 from personalized_soups.errors import FileFormatError, InputError, SoupError
-from personalized_soups.serving.batching import ClosedError, QueueFullError
+from personalized_soups.serving.batching.batcher import ClosedError, QueueFullError
 from personalized_soups.users.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
 
 _log = logging.getLogger(__name__)

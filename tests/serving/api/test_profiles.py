@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import event
 
 from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching import Limits
+from personalized_soups.serving.batching.batcher import Limits
 from tests.serving.servers import Running, running
 
 WEIGHTS = {"weights": {"warm": 0.5}}

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from personalized_soups import SoupModel
 from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.batching import Ask, Batcher, Limits, Piece
-from personalized_soups.serving.choosing import Wishes
+from personalized_soups.serving.batching.batcher import Ask, Batcher, Limits, Piece
+from personalized_soups.serving.batching.choosing import Wishes
 from tests.experts import write_expert
 
 VOCAB = 320

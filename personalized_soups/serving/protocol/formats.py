@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from personalized_soups.serving.answers import Answer, Order
-from personalized_soups.serving.choosing import Likely
+from personalized_soups.serving.batching.choosing import Likely
+from personalized_soups.serving.protocol.answers import Answer, Order
 
 
 class ChatOrder(Order):

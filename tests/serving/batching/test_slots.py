@@ -16,9 +16,9 @@ from torch import Tensor
 from personalized_soups import SoupModel
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.batch import Batch
-from personalized_soups.serving.slots import Slots, layer_kinds
-from tests.serving.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, some_row, true_logits
+from personalized_soups.serving.batching.batch import Batch
+from personalized_soups.serving.batching.slots import Slots, layer_kinds
+from tests.serving.batching.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, some_row, true_logits
 
 # Two ways of the same sums, of fewer than 1000 terms below 100 in float64: each is off by less than 1000 eps of its
 # terms' size, and a layer makes that at most ten times larger. The eager softmax is of float32, in which ten roundings

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personalized_soups.generation.sampling import choose_tokens, uniforms
-from personalized_soups.serving.choosing import Choice, Chooser, Wishes, choose
+from personalized_soups.serving.batching.choosing import Choice, Chooser, Wishes, choose
 
 V = 40
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.serving.choosing import Choice, Chooser, choose
-from personalized_soups.serving.slots import Slots
+from personalized_soups.serving.batching.choosing import Choice, Chooser, choose
+from personalized_soups.serving.batching.slots import Slots
 
 
 @dataclass(eq=False, slots=True)

@@ -16,7 +16,7 @@ import torch
 
 from personalized_soups.declare.profile import Profile
 from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching import Limits
+from personalized_soups.serving.batching.batcher import Limits
 from personalized_soups.serving.guard import Rules
 from tests.serving.servers import Running, running, send_raw
 

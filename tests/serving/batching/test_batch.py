@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from personalized_soups import SoupModel
 from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.batch import Batch, BatchRow
-from personalized_soups.serving.batching import Ask
-from personalized_soups.serving.choosing import Chooser, Wishes
-from tests.serving.worlds import BASES, Forwards, greedy, small_soup, some_ask, true_logits
+from personalized_soups.serving.batching.batch import Batch, BatchRow
+from personalized_soups.serving.batching.batcher import Ask
+from personalized_soups.serving.batching.choosing import Chooser, Wishes
+from tests.serving.batching.worlds import BASES, Forwards, greedy, small_soup, some_ask, true_logits
 
 
 @pytest.fixture(autouse=True)
@@ -168,7 +168,7 @@ def test_a_read_that_fails_changes_nothing(llama: SoupModel, monkeypatch: pytest
         with pytest.raises(torch.OutOfMemoryError):
             batch.read([_row(Ask(list(range(9, 200)), Row(), 3))], 999)
     with monkeypatch.context() as patch:
-        patch.setattr("personalized_soups.serving.batch.choose", _full)
+        patch.setattr("personalized_soups.serving.batching.batch.choose", _full)
         with pytest.raises(torch.OutOfMemoryError):
             batch.read([_row(Ask([7, 8, 9], Row(), 3))], 999)
         with pytest.raises(torch.OutOfMemoryError):

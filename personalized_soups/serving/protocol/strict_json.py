@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from personalized_soups.errors import nearest
-from personalized_soups.serving.faults import ApiError
+from personalized_soups.serving.protocol.faults import ApiError
 
 
 class StrictRequest(Request):

@@ -13,7 +13,7 @@ import pytest
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load_data
 from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching import Limits
+from personalized_soups.serving.batching.batcher import Limits
 from personalized_soups.serving.scales import Scales
 from tests.experts import write_expert, write_record
 from tests.mixing.worlds import write_experts

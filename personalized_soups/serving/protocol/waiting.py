@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 from starlette.types import Receive
 
-from personalized_soups.serving.batching import Ask, Batcher, Piece
+from personalized_soups.serving.batching.batcher import Ask, Batcher, Piece
 
 
 class HungUpError(Exception):

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from personalized_soups.serving.growing_text import GrowingText, silent_tokens
-from tests.serving.worlds import VOCAB
+from personalized_soups.serving.batching.growing_text import GrowingText, silent_tokens
+from tests.serving.batching.worlds import VOCAB
 
 # Characters of one to four bytes, and what stands for half of one.
 LETTERS = "ab €\u00e9\U0001f600\ufffd\n"

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from personalized_soups import SoupModel
 from personalized_soups.errors import DeclarationError, InputError, RunError, UsageError
 from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.batching import (
+from personalized_soups.serving.batching.batcher import (
     Ask,
     Batcher,
     ClosedError,
@@ -30,10 +30,10 @@ from personalized_soups.serving.batching import (
     QueueFullError,
     context_of,
 )
-from personalized_soups.serving.choosing import Wishes
-from personalized_soups.serving.growing_text import GrowingText
+from personalized_soups.serving.batching.choosing import Wishes
+from personalized_soups.serving.batching.growing_text import GrowingText
 from tests.experts import write_expert
-from tests.serving.worlds import Forwards, Running, greedy, small_model, small_soup, some_ask, some_row
+from tests.serving.batching.worlds import Forwards, Running, greedy, small_model, small_soup, some_ask, some_row
 
 LONG = 60  # tokens of an answer that is not over soon
 
@@ -58,7 +58,7 @@ def changing(tmp_path: Path, tokenizer: Any) -> SoupModel:
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level(logging.CRITICAL, "personalized_soups.serving.batching")
+    caplog.set_level(logging.CRITICAL, "personalized_soups.serving.batching.batcher")
     yield
     assert not [thread for thread in threading.enumerate() if thread.name == "batcher"]
 
@@ -481,7 +481,7 @@ def test_an_answer_whose_text_fails_ends_alone(soup: SoupModel, monkeypatch: pyt
                 raise ValueError("an ill text")
             return super().add(token)
 
-    monkeypatch.setattr("personalized_soups.serving.batching.GrowingText", Ill)
+    monkeypatch.setattr("personalized_soups.serving.batching.batcher.GrowingText", Ill)
     asks[1].stops = ["x"]
     with Running(soup) as running:
         running.answer(asks)

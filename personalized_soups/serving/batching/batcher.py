@@ -18,9 +18,9 @@ import torch
 from personalized_soups.errors import InputError, RunError, UsageError
 from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.serving.batch import Batch, BatchRow
-from personalized_soups.serving.choosing import Choice, Chooser, Likely, Wishes
-from personalized_soups.serving.growing_text import GrowingText, silent_tokens
+from personalized_soups.serving.batching.batch import Batch, BatchRow
+from personalized_soups.serving.batching.choosing import Choice, Chooser, Likely, Wishes
+from personalized_soups.serving.batching.growing_text import GrowingText, silent_tokens
 
 _log = logging.getLogger(__name__)
 

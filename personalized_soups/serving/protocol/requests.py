@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from personalized_soups.generation.prompts import Message
-from personalized_soups.serving.choosing import Wishes
+from personalized_soups.serving.batching.choosing import Wishes
 
 _MAX_SEED = 2**63 - 1
 _MAX_CHOICES = 64

@@ -19,12 +19,12 @@ from starlette.types import Receive, Scope, Send
 from personalized_soups.errors import SoupError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.prompts import encode_prompt
-from personalized_soups.serving.batching import Ask, Batcher, Piece
-from personalized_soups.serving.choosing import Likely
-from personalized_soups.serving.faults import ApiError, api_error
+from personalized_soups.serving.batching.batcher import Ask, Batcher, Piece
+from personalized_soups.serving.batching.choosing import Likely
 from personalized_soups.serving.metrics import Metrics
-from personalized_soups.serving.protocol import AnswerRequest
-from personalized_soups.serving.waiting import HungUpError, Waiter, pieces_of
+from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.requests import AnswerRequest
+from personalized_soups.serving.protocol.waiting import HungUpError, Waiter, pieces_of
 from personalized_soups.serving.who import SOUP, Doorkeeper, Guest
 
 # Longer prompts are encoded on another thread: the event loop streams to everybody else.
