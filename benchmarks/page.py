@@ -17,7 +17,7 @@ from benchmarks.rows import HEAD, Row, shown
 from benchmarks.shapes import SCALES
 from personalized_soups.evaluation.markdown import plain, table
 
-PARTS = ("cpu", "gpu")
+PARTS = ("cpu", "gpu", "serving")
 
 # Columns that hold figures.
 NUMBERS = ("ours", "theirs", "ratio")
@@ -48,7 +48,7 @@ def update(path: Path, result: Mapping[str, Any]) -> list[str]:
         before, found, rest = text.partition(begin)
         block, closed, after = rest.partition(end)
         if not (found and closed):
-            raise SystemExit(f"error: the page has no table of the {part}\n   at: {path}\n mend: restore {begin}{end}")
+            raise SystemExit(f"error: the page has no table called {part}\n   at: {path}\n mend: restore {begin}{end}")
         if all(row.ours is None for row in of_part) and "- processor:" in block:
             continue  # figures that another machine measured are not replaced by none
         text = before + begin + _block(result, of_part) + end + after

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
 
-Part = Literal["cpu", "gpu"]
+Part = Literal["cpu", "gpu", "serving"]
 
 HEAD = ("row", "work", "ours", "against", "theirs", "ratio", "bar", "met")
 
@@ -38,7 +38,7 @@ class Row:
         name: by which it is asked for.
         work: what is done.
         against: what it is compared with.
-        part: whether it belongs to the table of the processor or of the GPU.
+        part: to which table it belongs: merging and mixing on the processor, or on the GPU; serving.
         unit: of `ours` and `theirs`: s, ms, MB, bytes, GB/s, tok/s, or none for errors.
         ours: this project's figure, the median of its runs; none where it is not there.
         theirs: the other's figure; none where the bar is on our figure alone.

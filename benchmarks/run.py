@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _print_table(rows)
     if options.page is not None or options.shape == "1b":
         for part in page.update(options.page or ROOT / "docs" / "benchmarks.md", result):
-            _say(f"the table of the {part} is written into the page")
+            _say(f"the table called {part} is written into the page")
     print(json.dumps(result, allow_nan=False), flush=True)
     return int(any(row.note.startswith("failed") for row in rows))
 
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", choices=sorted(SCALES), default="1b", help="1b: real shapes; tiny: a trial")
     parser.add_argument("--repeats", type=int, default=5, help="fresh processes of each way")
-    parser.add_argument("--only", action="append", help="a row or the first words of several, cpu, gpu")
+    parser.add_argument("--only", action="append", help="a row or the first words of several, cpu, gpu, serving")
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     parser.add_argument("--page", type=Path, help="where the tables go: docs/benchmarks.md")
     return parser

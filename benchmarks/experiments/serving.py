@@ -26,11 +26,12 @@ def experiments(scale: Scale) -> list[Experiment]:
 
 
 _LOAD = (
-    Row("serving-rate", _WORK, "one after another", unit="tok/s", bar=Bar("at least", 5)),
+    Row("serving-rate", _WORK, "one after another", part="serving", unit="tok/s", bar=Bar("at least", 5)),
     Row(
         "serving-parted",
         "the same, greedy answers that part from those alone without a near tie",
         "-",
+        part="serving",
         unit="",
         bar=Bar("at most", 0, unit=""),
     ),
@@ -38,21 +39,44 @@ _LOAD = (
         "serving-first",
         "the same, median time to the first token",
         "all prompts read at once, one step",
+        part="serving",
         unit="ms",
         bar=Bar("at most", 1.5),
     ),
-    Row("serving-first-95", "the same, 95th percentile", "-", unit="ms", bar=Bar("below", 500, unit="ms")),
+    Row(
+        "serving-first-95",
+        "the same, 95th percentile",
+        "-",
+        part="serving",
+        unit="ms",
+        bar=Bar("below", 500, unit="ms"),
+    ),
     Row(
         "serving-alone",
         "one user at a time over HTTP, a token",
         "SoupModel.generate in process",
+        part="serving",
         unit="ms",
         bar=Bar("at most", 1.25),
     ),
 )
 _PAGE = (
-    Row("playground-paint", "the playground, first paint", "-", unit="ms", bar=Bar("below", 1000, unit="ms")),
-    Row("playground-bytes", "the playground, all that it loads", "-", unit="bytes", bar=Bar("below", 100_000, "bytes")),
+    Row(
+        "playground-paint",
+        "the playground, first paint",
+        "-",
+        part="serving",
+        unit="ms",
+        bar=Bar("below", 1000, unit="ms"),
+    ),
+    Row(
+        "playground-bytes",
+        "the playground, all that it loads",
+        "-",
+        part="serving",
+        unit="bytes",
+        bar=Bar("below", 100_000, "bytes"),
+    ),
 )
 
 

@@ -63,7 +63,7 @@ BARS = {
 def page(tmp_path: Path) -> Path:
     """Return a page with empty tables."""
     path = tmp_path / "page.md"
-    blocks = "".join(f"<!-- {part}: begin -->\n<!-- {part}: end -->\nby hand\n" for part in ("cpu", "gpu"))
+    blocks = "".join(f"<!-- {part}: begin -->\n<!-- {part}: end -->\nby hand\n" for part in ("cpu", "gpu", "serving"))
     path.write_text(f"# Page\n{blocks}", encoding="utf-8")
     return path
 
@@ -153,7 +153,7 @@ def test_figures_become_rows(
     assert notes["many-process"] == "failed: exit 1: it broke"
     text = page.read_text(encoding="utf-8")
     assert [name for name in expected if f"| {name} " not in text] == []
-    assert text.count("by hand") == 2
+    assert text.count("by hand") == 3
     assert "Not measured yet." in text
     assert [name for name in expected if name not in told] == []
     assert not (world / "outputs").exists()

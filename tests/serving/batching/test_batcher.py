@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from personalized_soups import SoupModel
 from personalized_soups.errors import DeclarationError, InputError, RunError, UsageError
 from personalized_soups.mixing.mixture import Row
+from personalized_soups.serving.batching import batcher as batcher_module
 from personalized_soups.serving.batching.batcher import (
     Ask,
     Batcher,
@@ -112,6 +113,16 @@ def test_answers_are_those_of_each_alone_whenever_they_come(soup: SoupModel, see
             rest = rest[count:]
             time.sleep(chance.random() * 0.01)
         running.heard.wait_for(asks)
+        _check_alone(soup, running, asks)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_answers_are_those_of_each_alone_on_the_cpu(soup: SoupModel, tmp_path: Path, tokenizer: Any) -> None:
+    there = small_soup(tmp_path, tokenizer=tokenizer).to("cuda")
+    chance = random.Random(0)
+    asks = [some_ask(chance, most=10, longest=24) for _ in range(12)]
+    with Running(there, Limits(read_tokens=9, max_rows=5)) as running:
+        running.answer(asks)
         _check_alone(soup, running, asks)
 
 
@@ -227,9 +238,13 @@ def test_no_more_bytes_are_held_than_may_unless_one_alone_needs_them(soup: SoupM
     assert held[-1][0] <= limit
 
 
-def test_memory_is_let_go_when_nobody_is_answered(soup: SoupModel) -> None:
+def test_memory_is_let_go_when_nobody_has_been_answered_for_a_while(
+    soup: SoupModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "_IDLE_SECONDS", 0.5)
     with Running(soup) as running:
         running.answer(_asks(3))
+        assert running.batcher.load.cache_bytes > 0
         _until(lambda: running.batcher.load.cache_bytes == 0)
         assert running.batcher.load.running == running.batcher.load.waiting == 0
 
@@ -735,3 +750,17 @@ def test_many_threads_ask_and_give_up_and_change_experts_at_once(changing: SoupM
         assert [job.result(30) for job in jobs] == [3] * len(jobs)
     assert jobs
     _check_alone(changing, running, answered)
+
+
+def test_a_crowds_prompts_are_read_together_though_they_come_one_by_one(
+    soup: SoupModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batcher_module, "_MOMENT_SECONDS", 0.3)
+    monkeypatch.setattr(batcher_module, "_GATHER_SECONDS", 10.0)
+    asks = _asks(6)
+    with Running(soup) as running, Forwards(soup) as forwards:
+        for ask in asks:
+            running.batcher.submit([ask])
+            time.sleep(0.01)
+        running.heard.wait_for(asks)
+        assert forwards.shapes[0][0] == len(asks)
