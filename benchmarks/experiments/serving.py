@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 from benchmarks.crowd import USERS
 from benchmarks.experiments.experiment import Context, Experiment, Figures, filled
@@ -14,6 +15,9 @@ from benchmarks.world import Part
 # Of the base that ships with the package.
 _EMBEDDED = SHAPES["embedded"]
 
+_PARTED = "greedy answers that part from those alone without a near tie"
+_FIRST = "time to the first token"
+_READ = "all prompts read at once, one step"
 _WORK = f"{USERS} users at once over HTTP, each another profile"
 
 
@@ -25,57 +29,25 @@ def experiments(scale: Scale) -> list[Experiment]:
     ]
 
 
+_row = partial(Row, part="serving")
+
 _LOAD = (
-    Row("serving-rate", _WORK, "one after another", part="serving", unit="tok/s", bar=Bar("at least", 5)),
-    Row(
-        "serving-parted",
-        "the same, greedy answers that part from those alone without a near tie",
-        "-",
-        part="serving",
-        unit="",
-        bar=Bar("at most", 0, unit=""),
-    ),
-    Row(
-        "serving-first",
-        "the same, median time to the first token",
-        "all prompts read at once, one step",
-        part="serving",
-        unit="ms",
-        bar=Bar("at most", 1.5),
-    ),
-    Row(
-        "serving-first-95",
-        "the same, 95th percentile",
-        "-",
-        part="serving",
-        unit="ms",
-        bar=Bar("below", 500, unit="ms"),
-    ),
-    Row(
+    _row("serving-rate", _WORK, "one after another", unit="tok/s", bar=Bar("at least", 5)),
+    _row("serving-parted", f"the same, {_PARTED}", "-", unit="", bar=Bar("at most", 0, unit="")),
+    _row("serving-first", f"the same, median {_FIRST}", _READ, unit="ms", bar=Bar("at most", 1.5)),
+    _row("serving-first-95", f"the same, 95th percentile of the {_FIRST}", "-", unit="ms", bar=Bar("below", 500, "ms")),
+    _row(
         "serving-alone",
         "one user at a time over HTTP, a token",
         "SoupModel.generate in process",
-        part="serving",
         unit="ms",
         bar=Bar("at most", 1.25),
     ),
 )
 _PAGE = (
-    Row(
-        "playground-paint",
-        "the playground, first paint",
-        "-",
-        part="serving",
-        unit="ms",
-        bar=Bar("below", 1000, unit="ms"),
-    ),
-    Row(
-        "playground-bytes",
-        "the playground, all that it loads",
-        "-",
-        part="serving",
-        unit="bytes",
-        bar=Bar("below", 100_000, "bytes"),
+    _row("playground-paint", "the playground, first paint", "-", unit="ms", bar=Bar("below", 1000, "ms")),
+    _row(
+        "playground-bytes", "the playground, all that it loads", "-", unit="bytes", bar=Bar("below", 100_000, "bytes")
     ),
 )
 
