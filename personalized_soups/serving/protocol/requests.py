@@ -208,7 +208,7 @@ class CompletionRequest(AnswerRequest):
 
     default_max_tokens: ClassVar[int | None] = 16  # the protocol's own
 
-    prompt: str | Tokens | list[str] | list[Tokens]
+    prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1)]
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
     @property
