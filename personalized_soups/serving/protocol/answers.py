@@ -23,7 +23,7 @@ from personalized_soups.serving.batching.batcher import Ask, Batcher, Piece
 from personalized_soups.serving.batching.choosing import Likely
 from personalized_soups.serving.metrics import Metrics
 from personalized_soups.serving.protocol.faults import ApiError, api_error
-from personalized_soups.serving.protocol.requests import AnswerRequest
+from personalized_soups.serving.protocol.requests import AnswerRequest, ChatRequest
 from personalized_soups.serving.protocol.waiting import HungUpError, Waiter, pieces_of
 from personalized_soups.serving.who import SOUP, Doorkeeper, Guest
 
@@ -227,7 +227,7 @@ class EventStream(Response):
         told = order.envelope(order.chunk, order.prefix + secrets.token_hex(12))
         frame = _Frame(told, with_usage=order.request.includes_usage)
         answers = [Answer() for _ in order.asks]
-        lengths = [0] * len(answers)  # of the texts
+        lengths = [0] * len(answers)  # of the tokens' texts, some of which is told later only
         async with aclosing(order.pieces(self._receive)) as source:
             async for pieces in source:
                 part = b""
@@ -238,7 +238,7 @@ class EventStream(Response):
                     answer.num_tokens += 1
                     told_of = order.told_of(piece)
                     likely = order.logprobs(told_of, lengths[index]) if told_of else None
-                    lengths[index] += len(piece.text)
+                    lengths[index] += sum(len(order.token_text(token)) for token, _ in told_of)
                     if piece.text or piece.finish is not None or likely is not None:
                         part += frame.around(order.delta(index, piece.text, likely, piece.finish))
                 if part:
@@ -351,7 +351,7 @@ def _num_new(kitchen: Kitchen, request: AnswerRequest, num_prompt: int, most: in
             400,
             f"This model's maximum context length is {most} tokens; you requested {num_prompt + wanted} "
             f"({num_prompt} in the prompt, {wanted} for the answer)",
-            param="max_tokens" if num_prompt < most else "messages",
+            param="max_tokens" if num_prompt < most else "messages" if isinstance(request, ChatRequest) else "prompt",
             code="context_length_exceeded",
         )
     return wanted
