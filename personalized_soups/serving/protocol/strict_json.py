@@ -61,6 +61,8 @@ class BodyRoute(APIRoute):
         endpoint = self.endpoint
 
         async def handler(request: Request) -> Response:
+            if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+                raise ApiError(400, "the body is not said to be JSON; send Content-Type: application/json")
             try:
                 content = from_json(await request.body(), allow_inf_nan=False)
             except ValueError as fault:

@@ -286,9 +286,17 @@ def test_what_is_no_json_is_a_400(served: Running, body: bytes) -> None:
 
 
 def test_a_request_may_be_a_form_to_nobody(served: Running) -> None:
-    for kind in ("text/plain", "application/x-www-form-urlencoded"):
-        reply = served.ask("POST", "/v1/chat/completions", b'{"model": "small"}', {"Content-Type": kind})
-        assert reply.status == 400
+    for path, more in (
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+        ("completions", {"prompt": "x"}),
+    ):
+        body = {"model": "small", "max_tokens": 1, **more}
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+            reply = served.ask("POST", f"/v1/{path}", body, {"Content-Type": kind})
+            assert (reply.status, "application/json" in reply.error["message"]) == (400, True)
+        assert (
+            served.ask("POST", f"/v1/{path}", body, {"Content-Type": "Application/JSON; charset=utf-8"}).status == 200
+        )
 
 
 def test_unknown_addresses_and_methods_are_told_in_the_same_form(served: Running) -> None:
