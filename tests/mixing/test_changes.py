@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
-from personalized_soups import Profile, SoupModel
+from personalized_soups import ExpertLibrary, Profile, SoupModel
 from personalized_soups.errors import DeclarationError, IncompatibleExpertsError, UsageError
 from tests.experts import SHAPES, write_expert
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
@@ -297,3 +297,72 @@ def test_what_a_user_costs(model: SoupModel) -> None:
     model.remove_expert("plain")
     with pytest.raises(DeclarationError, match="no expert is called 'plain'"), model.mixture(["u7"]):
         pass
+
+
+def test_several_experts_change_at_once_or_not_at_all(
+    model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path
+) -> None:
+    ids = random_ids(1, 6)
+    write_expert(tmp_path / "new" / "warm", seed=77, rank=6)
+    write_expert(tmp_path / "new" / "more", seed=78)
+    fresh = ExpertLibrary.open(tmp_path / "new")
+    model.change_experts(list(fresh.values()), ["cold"])
+    assert list(model.experts) == ["more", "plain", "warm"]
+    with torch.no_grad(), model.mixture([{"warm": 1.0, "more": -0.5}]):
+        got = model(input_ids=ids).logits[0]
+    new = [tmp_path / "new" / "warm", tmp_path / "new" / "more"]
+    assert relative(got, true_logits(small_base, new, {"warm": 1.0, "more": -0.5}, ids[0])) < LOGITS
+    with pytest.raises(UsageError, match="'nobody'"):
+        model.change_experts([], ["nobody"])
+    write_expert(tmp_path / "odd" / "odd", shapes={"model.layers.0.mlp.up_proj": (7, 64)})
+    with pytest.raises(IncompatibleExpertsError):
+        model.change_experts([ExpertLibrary.open(tmp_path / "odd")["odd"]], ["plain"])
+    assert list(model.experts) == ["more", "plain", "warm"]
+    with torch.no_grad(), model.mixture([{"plain": 0.5}]):
+        assert (
+            relative(model(input_ids=ids).logits[0], true_logits(small_base, folders, {"plain": 0.5}, ids[0])) < LOGITS
+        )
+
+
+def test_a_row_is_checked_once_and_taken_as_often_as_you_like(model: SoupModel, small_base: Path) -> None:
+    row = model.row({"warm": 0.7, "cold": -0.2})
+    ids = random_ids(2, 5)
+    with torch.no_grad():
+        with model.mixture([row, model.row(None)]):
+            got = model(input_ids=ids).logits
+        with model.mixture([{"warm": 0.7, "cold": -0.2}, None]):
+            assert torch.equal(got, model(input_ids=ids).logits)
+        with model.mixture(row):  # one for all rows
+            assert torch.equal(got[:1], model(input_ids=ids[:1]).logits)
+    assert model.row({"warm": {"*.mlp.*": 0.5}}).weights == {"warm": {"*.mlp.*": 0.5}}
+    for odd, what in (
+        ({"wam": 1.0}, "'wam'"),
+        ("nobody", "'nobody'"),
+        ({"warm": float("nan")}, "no finite number"),
+        ({"warm": {"*.nothing.*": 0.5}}, "nothing"),
+        (Profile(weights={"warm": 1.0}, method="ties"), "ties"),
+    ):
+        with pytest.raises((DeclarationError, UsageError), match=what):
+            model.row(odd)
+    model.remove_expert("warm")
+    with pytest.raises(DeclarationError, match="'warm'"), model.mixture([row]):
+        pass
+
+
+def test_a_row_that_does_not_fit_into_the_models_numbers_is_refused_before_it_is_set(
+    folders: list[Path], small_base: Path
+) -> None:
+    half = open_model(small_base, folders[0].parent, dtype="float16")
+    most = torch.finfo(torch.float16).max
+    scaling = 8 / 4  # of `cold`: alpha over rank
+    half.row({"cold": 0.99 * most / scaling})
+    for weights in ({"cold": 1.01 * most / scaling}, {"warm": 0.1, "cold": -1.01 * most / scaling}):
+        with pytest.raises(UsageError, match="'cold'"):
+            half.row(weights)
+    # nobody is waited for: another thread has set a mixture
+    with half.mixture([{"warm": 0.1}]):
+        found: list[Any] = []
+        other = threading.Thread(target=lambda: found.append(half.row({"cold": 0.5})))
+        other.start()
+        other.join(10)
+        assert found == [half.row({"cold": 0.5})]
