@@ -1,0 +1,269 @@
+"""How answers are written, byte by byte where a client of ours would not see it: streams, usage, limits, offsets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from starlette.types import Receive
+
+from personalized_soups.mixing.mixture import Row
+from personalized_soups.serving.app import Settings
+from personalized_soups.serving.batching.batcher import Ask, Finish, Limits, Piece
+from personalized_soups.serving.batching.choosing import Likely
+from personalized_soups.serving.protocol.answers import EventStream
+from personalized_soups.serving.protocol.faults import ApiError
+from personalized_soups.serving.protocol.formats import ChatOrder, CompletionOrder
+from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
+from personalized_soups.serving.protocol.waiting import HungUpError
+from personalized_soups.serving.who import Guest
+from tests.serving.servers import Running, running
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+NO_END = {"logit_bias": {"1": -100}}  # the small base's end token
+
+
+def _chat(text: str = "wash it", **options: Any) -> dict[str, Any]:
+    return {"model": "small", "messages": [{"role": "user", "content": text}], "temperature": 0, **NO_END, **options}
+
+
+def _completion(prompt: Any = "wash the", **options: Any) -> dict[str, Any]:
+    return {"model": "small", "prompt": prompt, "temperature": 0, **NO_END, **options}
+
+
+def _whole(served: Running, path: str, body: dict[str, Any]) -> Any:
+    reply = served.ask("POST", path, body)
+    assert reply.status == 200, reply.body
+    return reply.json
+
+
+def _events(body: bytes) -> list[Any]:
+    """Return a stream's events; [DONE] is the last one and stands once."""
+    *lines, done, rest = body.decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    assert all(line.startswith("data: ") and "\n" not in line for line in lines)
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_a_stream_is_written_as_the_protocol_has_it(served: Running) -> None:
+    body = _chat(temperature=1.2, seed=4, n=2, max_tokens=9)
+    whole = _whole(served, CHAT, body)
+    reply = served.ask("POST", CHAT, {**body, "stream": True, "stream_options": {"include_usage": True}})
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-cache", "no")
+    *parts, last = _events(reply.body)
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert all(part["usage"] is None and len(part["choices"]) == 1 for part in parts)
+    same = ("id", "created", "model", "object", "system_fingerprint")
+    assert len({tuple(part[name] for name in same) for part in [*parts, last]}) == 1
+    assert (last["object"], whole["object"]) == ("chat.completion.chunk", "chat.completion")
+    for index, choice in enumerate(whole["choices"]):
+        own = [part["choices"][0] for part in parts if part["choices"][0]["index"] == index]
+        assert choice["index"] == index
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert ["role" in each["delta"] for each in own].count(True) == 1
+        assert "".join(each["delta"].get("content", "") for each in own) == choice["message"]["content"]
+        assert [each["finish_reason"] for each in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
+    assert whole["choices"][0]["message"] != whole["choices"][1]["message"]  # else nothing is shown
+
+
+def test_a_stream_tells_no_usage_unless_it_is_asked_for(served: Running) -> None:
+    for path, body in ((CHAT, _chat(max_tokens=3)), (COMPLETIONS, _completion(max_tokens=3))):
+        for options in ({}, {"stream_options": {"include_usage": False}}):
+            events = _events(served.ask("POST", path, {**body, "stream": True, **options}).body)
+            assert not any("usage" in event for event in events)
+            assert events[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_an_end_without_text_has_an_empty_delta(served: Running) -> None:
+    body = _chat(logit_bias={"1": 100}, stream=True)
+    role, end = (event["choices"][0] for event in _events(served.ask("POST", CHAT, body).body))
+    assert role["delta"]["role"] == "assistant"
+    assert (end["delta"], end["finish_reason"]) == ({}, "stop")
+
+
+def test_usage_counts_each_prompt_once_and_all_answers(served: Running) -> None:
+    one = _whole(served, CHAT, _chat(max_tokens=5))["usage"]
+    assert _whole(served, CHAT, _chat(max_tokens=5, n=3))["usage"] == {
+        "prompt_tokens": one["prompt_tokens"], "completion_tokens": 15, "total_tokens": one["prompt_tokens"] + 15,
+    }  # fmt: skip
+    ids = [[7, 8, 9], [10, 11]]
+    body = _completion(ids, max_tokens=4, n=2)
+    told = {"prompt_tokens": 5, "completion_tokens": 16, "total_tokens": 21}
+    assert _whole(served, COMPLETIONS, body)["usage"] == told
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    assert _events(served.ask("POST", COMPLETIONS, streamed).body)[-1]["usage"] == told
+
+
+def test_answers_to_several_prompts_stand_prompt_by_prompt(served: Running) -> None:
+    prompts = ["wash the", "rub it dry with"]
+    first, second = (
+        _whole(served, COMPLETIONS, _completion(each, max_tokens=6))["choices"][0]["text"] for each in prompts
+    )
+    assert first != second
+    choices = _whole(served, COMPLETIONS, _completion(prompts, max_tokens=6, n=2))["choices"]
+    assert [each["text"] for each in choices] == [first, first, second, second]
+    assert [each["index"] for each in choices] == [0, 1, 2, 3]
+
+
+def test_answers_are_cut_where_nothing_is_said(served: Running) -> None:
+    assert _whole(served, CHAT, _chat())["usage"]["completion_tokens"] == 24  # the server's own
+    assert _whole(served, COMPLETIONS, _completion())["usage"]["completion_tokens"] == 16  # the protocol's
+    newer = _chat(max_completion_tokens=2, max_tokens=7)
+    assert _whole(served, CHAT, newer)["usage"]["completion_tokens"] == 2
+
+
+def test_prompt_and_answer_may_fill_the_context_and_no_more(served: Running) -> None:
+    ids = [7] * 250
+    assert _whole(served, COMPLETIONS, _completion(ids, max_tokens=6))["usage"]["total_tokens"] == 256
+    encoded = served.model.generator.encoded
+    # what a chat that says nothing may have: the room that is left, and at least one token
+    for left in (3, 1):
+        text = next(text for text in ("~" * size for size in range(256)) if len(encoded(text)) == 256 - left)
+        assert _whole(served, CHAT, _chat(text))["usage"]["completion_tokens"] == left
+    for path, body, param in (
+        (COMPLETIONS, _completion(ids, max_tokens=7), "max_tokens"),
+        (CHAT, _chat(max_tokens=256), "max_tokens"),
+        (CHAT, _chat(text + "~"), "messages"),
+        (COMPLETIONS, _completion([7] * 256), "prompt"),
+    ):
+        reply = served.ask("POST", path, body)
+        assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "context_length_exceeded", param)
+
+
+def test_the_first_token_that_there_is_not_is_refused(served: Running) -> None:
+    size = len(served.model.tokenizer)  # type: ignore[arg-type]
+    _whole(served, COMPLETIONS, _completion([size - 1], max_tokens=1, logit_bias={str(size - 1): -1}))
+    for body, param in (
+        (_completion([7, size]), "prompt"),
+        (_completion([7], logit_bias={str(size): 1}), "logit_bias"),
+        (_completion(""), "prompt"),
+        (_completion(["x", ""]), "prompt"),
+        (_completion([]), "prompt"),
+    ):
+        reply = served.ask("POST", COMPLETIONS, body)
+        assert (reply.status, reply.error["param"].split(".")[0]) == (400, param), reply.body
+
+
+def test_a_chat_that_names_no_temperature_has_one(served: Running) -> None:
+    def said(**options: Any) -> str:
+        body = {"model": "small", "messages": [{"role": "user", "content": "wash it"}], "seed": 6, **NO_END, **options}
+        return str(_whole(served, CHAT, body)["choices"][0]["message"]["content"])
+
+    assert said() == said(temperature=1, top_p=1, n=None) != said(temperature=0)
+
+
+@pytest.mark.parametrize("stop", [None, ["e x", " t", "a b"]])
+def test_a_streams_log_probabilities_are_the_whole_ones(served: Running, stop: list[str] | None) -> None:
+    body = _completion(temperature=1.5, seed=3, logprobs=2, max_tokens=30, stop=stop)
+    whole = _whole(served, COMPLETIONS, body)["choices"][0]["logprobs"]
+    found: dict[str, list[Any]] = {name: [] for name in whole}
+    for event in _events(served.ask("POST", COMPLETIONS, {**body, "stream": True}).body):
+        for name, values in (event["choices"][0]["logprobs"] or {}).items():
+            found[name] += values
+    assert found["tokens"] == whole["tokens"]
+    assert found["text_offset"] == whole["text_offset"]
+    assert whole["text_offset"] == [sum(map(len, whole["tokens"][:place])) for place in range(len(whole["tokens"]))]
+    assert found["token_logprobs"] == pytest.approx(whole["token_logprobs"])
+    assert all(len(each) <= 2 for each in whole["top_logprobs"])
+
+
+def test_time_that_is_over_before_a_stream_begins_is_an_error_like_any_other(
+    small_base: Path, expert_folders: Path
+) -> None:
+    settings = Settings("small", limits=Limits(max_context=256), request_seconds=0.0)
+    with running(small_base, expert_folders, settings) as served:
+        for stream in (False, True):
+            reply = served.ask("POST", CHAT, _chat(stream=stream))
+            assert (reply.status, reply.error["code"], reply.error["type"]) == (504, "timeout", "server_error")
+            assert reply.headers["content-type"] == "application/json"
+        served.wait_until(served.is_idle)
+        page = served.ask("GET", "/metrics").body.decode()
+        assert "psoups_request_seconds_count 2.0" in page  # those that failed, too
+        assert "psoups_time_to_first_token_seconds_count 0.0" in page
+
+
+class _Tokenizer:
+    def decode(self, tokens: Sequence[int], **_: Any) -> str:
+        return {3: "\ufffd", 4: "é"}.get(tokens[0], f"t{tokens[0]}")
+
+
+def _kitchen() -> Any:
+    return SimpleNamespace(generator=SimpleNamespace(tokenizer=_Tokenizer(), stop_ids={1}), fingerprint="f")
+
+
+class _Order(ChatOrder):
+    """One answer whose pieces are these; then what is wrong."""
+
+    source: tuple[list[Piece], Exception]
+
+    async def pieces(self, receive: Receive) -> AsyncGenerator[Sequence[tuple[int, Piece]]]:
+        for piece in self.source[0]:
+            yield [(0, piece)]
+        raise self.source[1]
+
+
+def _sent(pieces: list[Piece], fault: Exception) -> list[Any]:
+    """Return what a stream sends of pieces and a fault after them."""
+    asked = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True})
+    order = _Order(_kitchen(), asked, Guest(Row(), "base", None, "m"), [Ask([1], Row(), 4)], 1, 0.0)
+    object.__setattr__(order, "source", (pieces, fault))
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    asyncio.run(EventStream(order, receive)({"type": "http"}, receive, send))
+    return sent
+
+
+def test_a_fault_after_the_beginning_is_the_streams_last_event() -> None:
+    start, *bodies = _sent([Piece(5, "a")], ApiError(422, "it broke", code="odd"))
+    assert start["status"] == 200
+    assert [each["more_body"] for each in bodies] == [True] * (len(bodies) - 1) + [False]
+    events = _events(b"".join(each["body"] for each in bodies))
+    assert [event["choices"][0]["delta"].get("content") for event in events[:-1]] == ["", "a"]
+    assert events[-1] == {"error": {"message": "it broke", "type": "invalid_request_error", "param": None,
+                                    "code": "odd"}}  # fmt: skip
+
+
+def test_a_fault_before_the_beginning_is_left_to_others() -> None:
+    with pytest.raises(ApiError, match="it broke"):
+        _sent([], ApiError(422, "it broke"))
+
+
+def test_nothing_is_sent_to_those_who_have_gone() -> None:
+    assert _sent([], HungUpError()) == []
+    assert b"[DONE]" not in b"".join(each.get("body", b"") for each in _sent([Piece(5, "a")], HungUpError()))
+
+
+def test_log_probabilities_tell_bytes_only_of_whole_characters() -> None:
+    asked = ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
+    )
+    order = ChatOrder(_kitchen(), asked, Guest(Row(), "base", None, "m"), [], 1, 0.0)
+    told = order.logprobs([(3, Likely(-1.0, ((4, -0.5),)))], 0)["content"]
+    assert told == [
+        {"token": "\ufffd", "logprob": -1.0, "bytes": None,
+         "top_logprobs": [{"token": "é", "logprob": -0.5, "bytes": [0xC3, 0xA9]}]}
+    ]  # fmt: skip
+
+
+def test_end_tokens_are_no_part_of_what_is_told() -> None:
+    asked = CompletionRequest.model_validate({"model": "m", "prompt": "x", "logprobs": 0})
+    order = CompletionOrder(_kitchen(), asked, Guest(Row(), "base", None, "m"), [], 1, 0.0)
+    likely = Likely(-1.0, ())
+    assert order.told_of(Piece(1, "", likely, Finish.STOP)) == []
+    assert order.told_of(Piece(5, "t5", likely)) == [(5, likely)]
+    assert order.told_of(Piece(5, "t5")) == []
+    assert order.logprobs([(5, likely), (4, likely)], 10) == {
+        "tokens": ["t5", "é"], "token_logprobs": [-1.0, -1.0], "top_logprobs": [None, None], "text_offset": [10, 12],
+    }  # fmt: skip
