@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from personalized_soups.errors import InputError, UsageError
 from personalized_soups.serving.app import Settings
 from personalized_soups.serving.batching.batcher import Limits
-from personalized_soups.serving.guard import Rules
+from personalized_soups.serving.guard import Guard, Rules
 from personalized_soups.serving.running import listen, read_keys
 from tests.serving.servers import Running, running
 
@@ -48,6 +51,7 @@ def test_a_key_is_asked_for_and_every_key_is_good(guarded: Running) -> None:
         assert (reply.status, reply.error["code"]) == (401, "invalid_api_key")
         assert reply.headers["www-authenticate"] == "Bearer"
         assert KEY not in reply.body.decode()
+    assert guarded.ask("GET", "/v1/models", headers={"Authorization": f"bearer  {KEY} "}).status == 200
     with pytest.raises(openai.AuthenticationError):
         guarded.client(api_key="wrong").models.list()
 
@@ -78,7 +82,8 @@ def test_known_names_and_addresses_are_served(guarded: Running, host: str) -> No
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "localhost.evil.example", "soups.example.evil", "evil.example:8000", "[::1"]
+    "host",
+    ["evil.example", "localhost.evil.example", "soups.example.evil", "notsoups.example", "evil.example:8000", "[::1"],
 )
 def test_other_names_are_refused(guarded: Running, host: str) -> None:
     reply = guarded.ask("GET", "/health", host=host)
@@ -88,15 +93,21 @@ def test_other_names_are_refused(guarded: Running, host: str) -> None:
 def test_pages_of_others_are_refused_unless_they_are_invited(guarded: Running) -> None:
     assert guarded.ask("GET", "/health", headers={"Origin": "https://evil.example"}).status == 403
     assert guarded.ask("GET", "/health", headers={"Origin": "null"}).status == 403
+    for other in ("http://127.0.0.1:1", "http://127.0.0.1", f"http://127.0.0.1:{guarded.port}.evil.example"):
+        assert guarded.ask("GET", "/health", headers={"Origin": other}).status == 403
     own = guarded.ask("GET", "/health", headers={"Origin": f"http://127.0.0.1:{guarded.port}"})
     assert own.status == 200
     assert "access-control-allow-origin" not in own.headers
     invited = guarded.ask("GET", "/v1/models", headers={"Origin": "https://app.example", **_bearer()})
     assert invited.headers["access-control-allow-origin"] == "https://app.example"
     assert "Origin" in invited.headers["vary"]
+    assert invited.headers["access-control-expose-headers"] == "ETag, Retry-After"  # what clients of ours read
+    assert invited.headers["cross-origin-resource-policy"] == "cross-origin"
     before = guarded.ask("OPTIONS", "/v1/models", headers={"Origin": "https://app.example"})
     assert before.status == 204
-    assert "Authorization" in before.headers["access-control-allow-headers"]
+    assert before.headers["access-control-allow-methods"] == "GET, POST, PUT, DELETE"
+    for name in ("Authorization", "Content-Type", "If-Match", "If-None-Match"):
+        assert name in before.headers["access-control-allow-headers"].split(", ")
     assert guarded.ask("OPTIONS", "/v1/models", headers={"Origin": "https://evil.example"}).status == 403
 
 
@@ -104,6 +115,8 @@ def test_pages_of_others_are_refused_unless_they_are_invited(guarded: Running) -
 def test_every_response_keeps_pages_to_themselves(guarded: Running, path: str) -> None:
     headers = guarded.ask("GET", path).headers
     assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'")
+    assert headers["content-security-policy"].endswith("form-action 'none'; frame-ancestors 'none'")
+    assert headers["cross-origin-resource-policy"] == "same-origin"
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["referrer-policy"] == "no-referrer"
 
@@ -130,6 +143,124 @@ def test_a_body_that_does_not_come_is_not_waited_for(guarded: Running) -> None:
         assert time.monotonic() - began < 5
 
 
+async def _echo(scope: Scope, receive: Receive, send: Send) -> None:
+    body = (await receive())["body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _guard(app: ASGIApp = _echo, on_response: Callable[[Scope, int], None] = lambda *_: None, **rules: Any) -> Guard:
+    return Guard(app, Rules(**rules), retry_after=lambda: 7, on_response=on_response)
+
+
+class _Got:
+    """What came of a request, and how many parts of its body were taken."""
+
+    def __init__(self, sent: Sequence[Message], num_taken: int) -> None:
+        self.status = sent[0]["status"]
+        self.headers = {name.decode(): value.decode() for name, value in sent[0]["headers"]}
+        self.body = b"".join(each["body"] for each in sent[1:])
+        self.num_taken = num_taken
+
+
+async def _through(guard: Guard, *parts: bytes | None, path: str = "/v1/x", method: str = "POST", **told: str) -> _Got:
+    """Let one request through, its body in parts; None is a client that hangs up."""
+    left: list[Message] = [
+        {"type": "http.disconnect"}
+        if part is None
+        else {"type": "http.request", "body": part, "more_body": place + 1 < len(parts)}
+        for place, part in enumerate(parts)
+    ]
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return left.pop(0)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = {"host": "localhost", **{name.replace("_", "-"): value for name, value in told.items()}}
+    scope = {"type": "http", "method": method, "path": path,
+             "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}  # fmt: skip
+    await guard(scope, receive, send)
+    return _Got(sent, len(parts) - len(left))
+
+
+def test_a_body_may_have_as_many_bytes_as_it_may_and_not_one_more() -> None:
+    async def test() -> None:
+        guard = _guard(max_body=20)
+        good: list[list[bytes]] = [[b"x" * 20], [b"x" * 15, b"y" * 5], [b"x"] * 20, [b""]]
+        for parts in good:
+            whole = b"".join(parts)
+            for got in (
+                await _through(guard, *parts),
+                await _through(guard, *parts, content_length=str(len(whole))),
+            ):
+                assert (got.status, got.body) == (200, whole)
+        bad: list[list[bytes]] = [[b"x" * 21], [b"x" * 15, b"y" * 6], [b"x"] * 21]
+        for parts in bad:
+            assert (await _through(guard, *parts)).status == 413
+        told = await _through(guard, b"x" * 21, content_length="21")
+        assert (told.status, told.num_taken) == (413, 0)  # not read at all
+        assert told.headers["connection"] == "close"
+
+    asyncio.run(test())
+
+
+def test_nothing_is_read_of_those_who_may_not_ask() -> None:
+    async def test() -> None:
+        seen: list[int] = []
+        guard = _guard(keys=[KEY], on_response=lambda _, status: seen.append(status))
+        assert (await _through(guard, b"x")).num_taken == 0
+        assert (await _through(guard, b"x", host="evil.example")).num_taken == 0
+        assert (await _through(guard, b"x", origin="http://evil.example")).num_taken == 0
+        assert (await _through(guard, b"x", method="OPTIONS")).status == 401  # no page asks before it asks
+        assert (await _through(guard, b"x", authorization=f"Bearer {KEY}")).body == b"x"
+        assert seen == [401, 421, 403, 401, 200]
+
+    asyncio.run(test())
+
+
+def test_half_a_body_is_given_to_nobody() -> None:
+    got = asyncio.run(_through(_guard(), b"x", None))
+    assert (got.status, b"broken_off" in got.body) == (400, True)
+
+
+def test_requests_that_fail_make_room_again() -> None:
+    async def test() -> None:
+        is_held, is_free, fails = asyncio.Event(), asyncio.Event(), [True]
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["path"] == "/v1/long":
+                is_held.set()
+                await is_free.wait()
+            elif fails.pop():
+                raise ZeroDivisionError
+            await _echo(scope, receive, send)
+
+        guard = _guard(app, max_requests=1)
+        with pytest.raises(ZeroDivisionError):
+            await _through(guard, b"")
+        fails += [False, False]
+        assert (await _through(guard, b"")).status == 200
+        long = asyncio.create_task(_through(guard, b"", path="/v1/long"))
+        await is_held.wait()
+        refused = await _through(guard, b"")
+        assert (refused.status, refused.headers["retry-after"]) == (429, "7")
+        is_free.set()
+        assert (await long).status == 200
+        assert (await _through(guard, b"")).status == 200
+
+    asyncio.run(test())
+
+
+def test_a_page_that_is_asked_for_without_its_slash_is_found_behind_a_proxy_too(guarded: Running) -> None:
+    for path in ("/", "/playground"):
+        assert guarded.ask("GET", path).headers["location"] == "playground/"
+    icon = guarded.ask("GET", "/favicon.ico")
+    assert (icon.headers["content-type"], icon.body[:4]) == ("image/svg+xml", b"<svg")
+
+
 def test_only_loopback_is_listened_on_without_a_key() -> None:
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.com"):
         with pytest.raises(UsageError, match="no key would be asked for"):
@@ -153,11 +284,14 @@ def test_keys_are_read_from_a_file_that_is_private(tmp_path: Path) -> None:
     path.write_text(f"# for the app\n{KEY}\n\n  another-key-of-some-length  \n")
     path.chmod(0o600)
     assert read_keys(path) == [KEY, "another-key-of-some-length"]
-    path.chmod(0o644)
-    with pytest.raises(InputError, match="other users of this machine can read the keys"):
-        read_keys(path)
+    for others in (0o040, 0o004, 0o020, 0o002):
+        path.chmod(0o600 | others)
+        with pytest.raises(InputError, match="other users of this machine can read the keys"):
+            read_keys(path)
     path.chmod(0o600)
-    for text, what in (("# none\n", "holds no key"), ("short\n", "fewer than 16")):
+    path.write_text("x" * 16)
+    assert read_keys(path) == ["x" * 16]
+    for text, what in (("# none\n", "holds no key"), ("x" * 15, "fewer than 16"), (f"{KEY}\nshort\n", "key number 2")):
         path.write_text(text)
         with pytest.raises(InputError, match=what):
             read_keys(path)
