@@ -12,11 +12,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from personalized_soups.cli.serve import Asked, _settings, _tell
+from personalized_soups.serving.app import Settings
+from personalized_soups.serving.batching.batcher import Limits
+from personalized_soups.serving.guard import Rules
 from tests.mixing.worlds import write_experts
 
 pytestmark = pytest.mark.slow
@@ -153,6 +158,7 @@ def test_the_playground_is_served_by_itself(small_base: Path, experts: Path) -> 
         (["--host", "0.0.0.0"], "no key would be asked for"),
         (["--max-context", "100000"], "the base has 256"),
         (["--cors-origin", "app.example"], "is no origin"),
+        (["--cors-origin", "https://app.example/page"], "is no origin"),
         (["--api-key-file", "nothing"], "the keys can't be read"),
         (["--profiles", "mysql://x"], "mysql"),
         (["--dimensions", "nothing.yaml"], "nothing.yaml"),
@@ -176,3 +182,43 @@ def test_a_port_that_is_taken_is_told(
         code, _, said = psoups("serve", "--base", str(small_base), "--experts", str(experts), "--port", port)
     assert code == 2
     assert f"can't listen on 127.0.0.1:{port}" in said
+
+
+class _Base:
+    """A base that has no end."""
+
+    def __init__(self) -> None:
+        self.model = self.config = self
+        self.max_position_embeddings = None
+        self.experts = {"warm": None, "cold": None}
+
+    def get_text_config(self, *, decoder: bool) -> _Base:
+        assert decoder
+        return self
+
+
+def test_every_option_goes_where_it_belongs(tmp_path: Path) -> None:
+    base: Any = _Base()
+    asked = Asked(
+        str(tmp_path), [], host="::1", name=None, max_rows=3, max_waiting=5, max_requests=7, max_context=11,
+        default_max_tokens=13, read_tokens=17, cache_memory=0.25, max_body=0.5, request_timeout=19.0, grace=23.0,
+        allow_host=["Soups.Example"], cors_origin=["https://app.example"], users_in_metrics=True,
+    )  # fmt: skip
+    assert _settings(asked, ["a key"], base) == Settings(
+        tmp_path.name,
+        Rules(["a key"], ["::1", "soups.example"], ["https://app.example"], max_body=2**19, max_requests=7),
+        Limits(max_rows=3, max_waiting=5, max_context=11, read_tokens=17, cache_bytes=2**28),
+        default_max_tokens=13, request_seconds=19.0, grace_seconds=23.0, users_in_metrics=True,
+    )  # fmt: skip
+    assert _settings(replace(asked, name="house", base="org/base"), [], base).base == "house"
+    assert _settings(replace(asked, base="org/base", users_in_metrics=False), [], base).base == "org/base"
+
+
+def test_an_address_of_the_newer_kind_is_told_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base: Any = _Base()
+    asked = Asked(str(tmp_path), [], host="::1", cache_memory=1.0)
+    _tell(asked, _settings(asked, [], base), base, 8123)
+    said = capsys.readouterr().err
+    assert "http://[::1]:8123/playground/" in said
+    assert "with 2 experts: warm, cold" in said
+    assert "--profiles" in said

@@ -304,6 +304,48 @@ def test_unknown_addresses_and_methods_are_told_in_the_same_form(served: Running
     assert served.ask("DELETE", "/v1/chat/completions").status == 405
 
 
+def test_a_stored_profile_is_a_model_and_goes_with_no_other(served: Running) -> None:
+    assert served.store is not None
+    served.store.put(Profile(user="bea", weights=WARM["weights"]))
+    assert {"small", "soup:bea"} <= {each.id for each in served.client().models.list()}
+    for name in ("soup:bea", "soup:bea@1"):
+        assert served.client().models.retrieve(name).id == name
+    for name in ("soup:bea@2", "soup:bea@0", "soup:bea@"):
+        with pytest.raises(openai.NotFoundError):
+            served.client().models.retrieve(name)
+    for profile in (PLAIN, {}):
+        with pytest.raises(openai.BadRequestError, match="gives another") as both:
+            _chat(served, model="soup:bea", extra_body={"profile": profile})
+        assert both.value.param == "profile"
+
+
+def test_only_digits_of_ours_are_a_version(served: Running) -> None:
+    assert served.store is not None
+    served.store.put(Profile(user="cy@\u0661", weights=PLAIN["weights"]))
+    assert _chat(served, model="soup:cy@\u0661").model == "soup:cy@\u0661@1"
+
+
+def test_what_is_wrong_with_a_profile_of_the_moment_is_told_at_it(served: Running) -> None:
+    for weights, status in (({"wam": 1.0}, 422), ({}, 400)):
+        body = {"model": "small", "messages": [{"role": "user", "content": "x"}], "profile": {"weights": weights}}
+        reply = served.ask("POST", "/v1/chat/completions", body)
+        assert (reply.status, reply.error["param"]) == (status, "profile")
+    for number in (b"NaN", b"Infinity", b"-Infinity"):
+        raw = (
+            b'{"model": "small", "messages": [{"role": "user", "content": "x"}], "profile": {"weights": {"warm": %s}}}'
+        )
+        reply = served.ask("POST", "/v1/chat/completions", raw % number)
+        assert (reply.status, reply.error["code"]) == (400, "invalid_json")
+
+
+def test_a_name_that_is_not_known_is_told_before_one_that_lacks(served: Running) -> None:
+    reply = served.ask("POST", "/v1/chat/completions", {"model": "small", "mesages": []})
+    assert (reply.error["code"], reply.error["param"]) == ("unknown_parameter", "mesages")
+    assert "did you mean 'messages'" in reply.error["message"]
+    lacks = served.ask("POST", "/v1/chat/completions", {"model": "small"})
+    assert (lacks.error["code"], lacks.error["param"]) == ("missing_required_parameter", "messages")
+
+
 def test_models_are_listed(served: Running) -> None:
     client = served.client()
     assert next(iter(client.models.list())).id == "small"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import threading
 from collections.abc import Iterator
@@ -10,10 +12,13 @@ from typing import Any
 
 import pytest
 
+from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load_data
+from personalized_soups.errors import DeclarationError
 from personalized_soups.serving.app import Settings
 from personalized_soups.serving.batching.batcher import Limits
+from personalized_soups.serving.expert_files import ExpertFiles
 from personalized_soups.serving.scales import Scales
 from tests.experts import write_expert, write_record
 from tests.mixing.worlds import write_experts
@@ -86,7 +91,7 @@ def test_a_changed_expert_is_refused_until_it_is_reloaded(own: Running, folder: 
     told = {each["name"]: each["is_changed"] for each in own.ask("GET", "/v1/experts").json["data"]}
     assert told == {"cold": False, "plain": False, "warm": True}
     refused = own.ask("POST", "/v1/chat/completions", _body({"warm": 2.0}))
-    assert (refused.status, refused.error["code"]) == (503, "experts_changed")
+    assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "experts_changed", "5")
     assert "'warm'" in refused.error["message"]
     assert _said(own, {"cold": 2.0}) == other  # those that have not changed are served
     assert own.ask("POST", "/v1/chat/completions", _body({"new": 1.0})).status == 422
@@ -170,3 +175,89 @@ def test_an_experts_own_record_says_its_dimension(small_base: Path, tmp_path: Pa
         told = served.ask("GET", "/v1/experts").json
         assert (told["data"][0]["dimension"], told["data"][0]["side"]) == ("courage", "brave")
         assert told["dimensions"][0]["experts"] == ["mine"]
+
+
+def test_dimensions_stand_in_the_catalogues_order(small_base: Path, folder: Path) -> None:
+    write_record(folder / "warm", side="brave", dimension="courage")  # of no catalogue
+    sides = {"plain": {"label": "P1A", "instruction": "Be plain."}}
+    heat = {"cold": {"label": "P2A", "instruction": "Be cold."}}
+    declared = {"dimensions": {"zeal": {"about": "z", "sides": sides}, "heat": {"about": "h", "sides": heat}}}
+    settings = Settings("small", limits=Limits(max_context=256))
+    with running(small_base, folder, settings, catalogue=load_data(declared, Catalogue, "catalogue")) as served:
+        told = served.ask("GET", "/v1/experts").json["dimensions"]
+    assert [each["name"] for each in told] == ["zeal", "heat", "courage"]
+    assert [each["experts"] for each in told] == [["plain"], ["cold"], ["warm"]]
+
+
+@pytest.fixture
+def files(folder: Path) -> ExpertFiles:
+    found = ExpertFiles(lambda: ExpertLibrary.open(folder))
+    found.serve(found.look()[1])
+    return found
+
+
+def _difference(files: ExpertFiles) -> tuple[list[str], list[str]]:
+    fresh, gone = files.difference(*files.look())
+    return [expert.name for expert in fresh], gone
+
+
+def test_what_has_not_changed_is_not_loaded_again(files: ExpertFiles) -> None:
+    assert _difference(files) == ([], [])
+    files.check(["cold", "plain", "warm", "nobody"])
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("way", ["as large and as old", "longer", "newer"])
+def test_a_file_that_is_written_is_noticed(files: ExpertFiles, folder: Path, name: str, way: str) -> None:
+    path = folder / "warm" / name
+    before = path.stat()
+    path.write_bytes(path.read_bytes() + (b" " if way == "longer" else b""))
+    if way != "newer":
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert [each for each in ("cold", "plain", "warm") if files.is_changed(each)] == ["warm"]
+    if name.endswith("json"):  # else a library that is damaged
+        assert _difference(files) == (["warm"], [])
+
+
+def test_a_record_that_comes_changes_or_goes_is_noticed(files: ExpertFiles, folder: Path) -> None:
+    for change in (
+        lambda: write_record(folder / "cold", side="cold"),
+        lambda: (folder / "cold" / "expert.json").write_text(json.dumps({"side": "mild"})),
+        (folder / "cold" / "expert.json").unlink,
+    ):
+        change()
+        assert files.is_changed("cold")
+        assert _difference(files) == (["cold"], [])
+        files.serve(files.look()[1])
+        assert not files.is_changed("cold")
+
+
+def test_experts_that_come_and_go_are_told(files: ExpertFiles, folder: Path) -> None:
+    shutil.rmtree(folder / "cold")
+    write_expert(folder / "new", seed=9)
+    assert files.is_changed("cold")
+    assert _difference(files) == (["new"], ["cold"])
+
+
+def _scales(**sides: dict[str, Any]) -> Scales:
+    scorer = {"kind": "markers", "high": ["dear"], "low": ["now"]}
+    declared = {
+        name: {"label": f"P1{letter}", "instruction": "Be so.", **side}
+        for letter, (name, side) in zip("AB", sides.items(), strict=False)
+    }
+    dimension = {"about": "How warm an answer is.", "scorer": scorer, "sides": declared}
+    return Scales(load_data({"dimensions": {"heat": dimension}}, Catalogue, "catalogue"))
+
+
+@pytest.mark.parametrize(("end", "ends"), [("high", ("not warm", "warm")), ("low", ("warm", "not warm"))])
+def test_the_end_that_no_side_is_at_is_named_after_the_other(end: str, ends: tuple[str, str]) -> None:
+    (row,) = _scales(warm={"end": end}).scores("p", "dear")
+    assert ((row["low"], row["high"]), row["value"]) == (ends, 1.0)
+
+
+def test_a_side_with_a_scorer_of_its_own_is_at_no_end() -> None:
+    own = {"scorer": {"kind": "length", "low": 1, "high": 9}}
+    (row,) = _scales(warm={"end": "high"}, cold=own).scores("p", "dear now")
+    assert (row["low"], row["high"], row["value"]) == ("not warm", "warm", 0.5)
+    with pytest.raises(DeclarationError, match="'heat' has a scorer that no side is scored by"):
+        _scales(warm=own)

@@ -55,7 +55,8 @@ def test_conditions_keep_writers_from_each_other(served: Running) -> None:
     assert (late.status, late.headers["etag"]) == (412, second.headers["etag"])
     assert served.ask("PUT", _at("c"), WEIGHTS, {"If-Match": f'"77", {second.headers["etag"]}'}).status == 200
     assert served.ask("PUT", _at("c"), OTHERS, {"If-Match": "*"}).status == 200
-    for odd in ("W/" + second.headers["etag"], "7", '"x"', ""):
+    now = served.ask("GET", _at("c")).headers["etag"]
+    for odd in (f"W/{now}", now.strip('"'), "7", '"x"', ""):
         assert served.ask("PUT", _at("c"), WEIGHTS, {"If-Match": odd}).status == 412
     assert served.ask("PUT", _at("c"), WEIGHTS, {"If-None-Match": '"3"'}).status == 400
     now = served.ask("GET", _at("c")).headers["etag"]
@@ -134,6 +135,7 @@ def test_a_page_of_profiles_says_whether_there_are_more(served: Running) -> None
         ({"weights": {"warm": 1}, "user": "somebody else"}, 400),
         ({"weights": {"warm": 1}, "colour": "red"}, 400),
         (b'{"weights": {"warm": NaN}}', 400),
+        (b'{"weights": {"warm": Infinity}}', 400),
         (b'{"weights": {"warm": 1e400}}', 400),
         (b"[]", 400),
         (b"", 400),
@@ -147,6 +149,12 @@ def test_what_is_no_profile_is_400_and_what_can_not_be_served_422(served: Runnin
         assert served.ask("GET", _at("odd")).status == 404
     else:
         served.ask("DELETE", _at("odd"))
+
+
+def test_numbers_that_are_no_json_are_told_as_such(served: Running) -> None:
+    for number in (b"NaN", b"Infinity", b"-Infinity"):
+        reply = served.ask("PUT", _at("odd"), b'{"weights": {"warm": %s}}' % number)
+        assert (reply.status, reply.error["code"]) == (400, "invalid_json")
 
 
 def test_a_profile_is_served_as_it_is_now(served: Running) -> None:
