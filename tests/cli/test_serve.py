@@ -211,7 +211,8 @@ def test_every_option_goes_where_it_belongs(tmp_path: Path) -> None:
         default_max_tokens=13, request_seconds=19.0, grace_seconds=23.0, users_in_metrics=True,
     )  # fmt: skip
     assert _settings(replace(asked, name="house", base="org/base"), [], base).base == "house"
-    assert _settings(replace(asked, base="org/base", users_in_metrics=False), [], base).base == "org/base"
+    by_nobody = _settings(replace(asked, base="org/base", users_in_metrics=False), [], base)
+    assert (by_nobody.base, by_nobody.users_in_metrics) == ("org/base", False)
 
 
 def test_an_address_of_the_newer_kind_is_told_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,6 +151,12 @@ def test_what_is_no_profile_is_400_and_what_can_not_be_served_422(served: Runnin
         served.ask("DELETE", _at("odd"))
 
 
+def test_a_body_that_is_no_object_is_no_parameters_fault(served: Running) -> None:
+    reply = served.ask("PUT", _at("odd"), b"[]")
+    assert (reply.status, reply.error["param"]) == (400, None)
+    assert served.ask("GET", "/v1/profiles?limit=0").error["param"] == "limit"
+
+
 def test_numbers_that_are_no_json_are_told_as_such(served: Running) -> None:
     for number in (b"NaN", b"Infinity", b"-Infinity"):
         reply = served.ask("PUT", _at("odd"), b'{"weights": {"warm": %s}}' % number)
