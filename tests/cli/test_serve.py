@@ -117,8 +117,8 @@ def test_profiles_outlive_the_server(small_base: Path, experts: Path, tmp_path: 
         request = urllib.request.Request(f"{address}/v1/profiles/ada", body, {"Content-Type": "application/json"})
         request.method = "PUT"
         assert urllib.request.urlopen(request, timeout=30).status == 201
+        request.data = json.dumps({"weights": {"wam": 0.5}}).encode()
         with pytest.raises(urllib.error.HTTPError, match="422"):  # the store refuses what can't be served
-            request.data = json.dumps({"weights": {"wam": 0.5}}).encode()
             urllib.request.urlopen(request, timeout=30)
         process.send_signal(signal.SIGKILL)
         process.wait(20)
