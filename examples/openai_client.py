@@ -1,5 +1,7 @@
 """Two users' answers over OpenAI's protocol, one of them streamed: python examples/openai_client.py [URL]
 
+It needs OpenAI's package: pip install openai
+
 URL is what `psoups serve --base tiny --experts quickstart/experts --profiles profiles.db` tells: http://127.0.0.1:8000/v1
 """
 

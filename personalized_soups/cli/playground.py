@@ -9,7 +9,6 @@ import typer
 from personalized_soups.cli.bases import EMBEDDED
 from personalized_soups.cli.serve import (
     PORT,
-    Asked,
     Base,
     Device,
     Dimensions,
@@ -17,6 +16,7 @@ from personalized_soups.cli.serve import (
     Experts,
     Profiles,
     SameBase,
+    ServeOptions,
     serve_asked,
 )
 
@@ -42,7 +42,7 @@ def playground(
 
     With --profiles, mixtures can be saved, and compared again.
     """
-    asked = Asked(
+    asked = ServeOptions(
         base,
         experts,
         profiles=profiles,

@@ -131,9 +131,20 @@ where everything is
   {root}/merged/             the personal models, by method and combination
   {root}/pairs/              the preference pairs; {root}/answers/ has every answer
 
-what to try next
-  psoups playground --experts {root}/experts
+what to try next{_how_to_find()}
+  psoups playground --experts {root}/experts --profiles profiles.db
   psoups generate --base tiny --adapter "{example}" "How do I clean an old kettle?"
   psoups merge --experts {root}/experts --weights expert=0.3,friendly=0.7 --out my-soup
   psoups inspect my-soup
   with your own base and data: psoups pairs --help, psoups train --help"""
+
+
+def _how_to_find() -> str:
+    """Return the command after which a shell finds `psoups`, where it does not find it now."""
+    import shutil
+    import sys
+
+    activate = Path(sys.executable).with_name("activate")
+    if shutil.which("psoups") is not None or not activate.is_file():
+        return ""
+    return f"\n  source {os.path.relpath(activate)}"

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from personalized_soups.serving.app import Settings
 
 PORT = 8000
+
+# So long a client's write waits for others, such as an import.
+_PATIENCE_SECONDS = 5.0
 _ORIGIN = re.compile(r"https?://[^/?#\s]+")
 
 Base = Annotated[str, typer.Option(help="Base model: a folder, a hub id, or tiny: the embedded one.")]
@@ -96,7 +99,7 @@ def serve(
     sliders is at /playground. Ctrl-C ends it, once the answers that are being made are done.
     """
     serve_asked(
-        Asked(
+        ServeOptions(
             base,
             experts,
             profiles=profiles,
@@ -126,7 +129,7 @@ def serve(
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ServeOptions:
     """What is asked for on the command line; the options of `serve` say what each is."""
 
     base: str
@@ -158,7 +161,7 @@ class Asked:
     opens_browser: bool = False
 
 
-def serve_asked(asked: Asked) -> None:
+def serve_asked(asked: ServeOptions) -> None:
     """Load everything and answer requests until the end.
 
     Raises:
@@ -189,7 +192,9 @@ def serve_asked(asked: Asked) -> None:
         )
         store = None
         if asked.profiles is not None:
-            store = stack.enter_context(ProfileStore.open(asked.profiles, check=lambda each: _check(model, each)))
+            store = stack.enter_context(
+                ProfileStore.open(asked.profiles, check=lambda each: _check(model, each), patience=_PATIENCE_SECONDS)
+            )
         settings = _settings(asked, keys, model)
         serve(
             model,
@@ -199,11 +204,12 @@ def serve_asked(asked: Asked) -> None:
             store=store,
             catalogue=catalogue,
             on_started=lambda: _tell(asked, settings, model, listening.getsockname()[1]),
+            on_ending=lambda number: _tell_end(settings, number),
         )
     render.say("ended")
 
 
-def _settings(asked: Asked, keys: Sequence[str], model: SoupModel) -> Settings:
+def _settings(asked: ServeOptions, keys: Sequence[str], model: SoupModel) -> Settings:
     from personalized_soups.serving.app import Settings
     from personalized_soups.serving.batching.batcher import Limits
     from personalized_soups.serving.guard import Rules
@@ -230,6 +236,7 @@ def _settings(asked: Asked, keys: Sequence[str], model: SoupModel) -> Settings:
         request_seconds=asked.request_timeout,
         grace_seconds=asked.grace,
         users_in_metrics=asked.users_in_metrics,
+        started_with=["--base", asked.base, *(word for folder in asked.experts for word in ("--experts", str(folder)))],
     )
 
 
@@ -242,14 +249,23 @@ def _name_of(base: str) -> str:
     return Path(base).resolve().name if Path(base).is_dir() else base
 
 
-def _tell(asked: Asked, settings: Settings, model: SoupModel, port: int) -> None:
+def _tell_end(settings: Settings, num_answers: int) -> None:
+    if num_answers:
+        render.say(
+            f"finishing {num_answers} answer{'s' if num_answers > 1 else ''}, "
+            f"for {settings.grace_seconds:g} s at most; Ctrl-C again cuts off"
+        )
+
+
+def _tell(asked: ServeOptions, settings: Settings, model: SoupModel, port: int) -> None:
     host = f"[{asked.host}]" if ":" in asked.host else asked.host
     address = f"http://{host}:{port}"
     render.say(f"serving {settings.base} with {len(model.experts)} experts: {', '.join(model.experts)}")
     render.say(f"  playground   {address}/playground/")
     render.say(f"  OpenAI's API {address}/v1")
     if asked.profiles is None:
-        render.say("  no profiles are kept; --profiles profiles.db keeps them")
+        there = "; profiles.db is there, and not used" if Path("profiles.db").exists() else ""
+        render.say(f"  no profiles are kept; --profiles profiles.db keeps them{there}")
     render.say("Ctrl-C ends it, once running answers are done")
     if asked.opens_browser:
         import webbrowser

@@ -38,7 +38,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[in
     if tokenizer.chat_template is not None:
         rendered = tokenizer.apply_chat_template(messages_of(prompt), tokenize=False, add_generation_prompt=True)
         # The template writes the special tokens itself; adding them again would double the first one.
-        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
     if not isinstance(prompt, str):
         raise InputError(
             "a conversation is given, and the tokenizer has no chat template",

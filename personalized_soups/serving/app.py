@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,11 @@ from personalized_soups.serving.scales import Scales
 from personalized_soups.serving.who import Doorkeeper
 from personalized_soups.users.store import ProfileStore
 
+_ROUTES = frozenset({
+    "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/profiles", "/v1/experts", "/v1/experts/reload",
+    "/v1/scores", "/metrics",
+})  # fmt: skip
+
 PLAYGROUND = Path(__file__).parent / "playground"
 
 
@@ -47,6 +52,7 @@ class Settings:
         request_seconds: that a request may take.
         grace_seconds: that answers which are being made have to come to their end when the server is to.
         users_in_metrics: tell Prometheus the users' names.
+        started_with: options of the command line that say what is served, for those to copy who are asked for no key.
     """
 
     base: str
@@ -56,6 +62,7 @@ class Settings:
     request_seconds: float = 600.0
     grace_seconds: float = 30.0
     users_in_metrics: bool = False
+    started_with: Sequence[str] = ()
 
 
 class Server:
@@ -93,7 +100,7 @@ class Server:
             doorkeeper=Doorkeeper(model, settings.base, store, files),
             generator=model.generator,
             metrics=self.metrics,
-            fingerprint=_fingerprint(model),
+            files=files,
             default_max_tokens=settings.default_max_tokens,
             request_seconds=settings.request_seconds,
         )
@@ -115,29 +122,37 @@ class Server:
                 catalogue=catalogue,
                 scales=scales,
                 has_store=store is not None,
+                started_with=() if settings.rules.keys else settings.started_with,
             )
         )
         api.include_router(profiles.no_store() if store is None else profiles.router(store))
         api.include_router(health.router(self.batcher, store, self.metrics))
         _add_playground(api)
         _add_faults(api)
-        self.app: ASGIApp = Guard(
-            api, settings.rules, retry_after=self.batcher.retry_after, on_response=self._count_response
-        )
+        self._guard = Guard(api, settings.rules, retry_after=self.batcher.retry_after, on_response=self._count_response)
+        self.app: ASGIApp = self._guard
+
+    def refuse_bodies(self) -> None:
+        """Wait for no request whose body has not come yet: the server is about to end."""
+        self._guard.refuse_bodies()
 
     def close(self) -> None:
         """Cut off what is still being made."""
         self.batcher.close(finish=False, timeout=self.settings.grace_seconds)
 
     def _count_response(self, scope: Scope, status: int) -> None:
-        route = scope.get("route")
-        self.metrics.responded(getattr(route, "path", "other"), status)
+        self.metrics.responded(_route_of(scope), status)
 
 
-def _fingerprint(model: SoupModel) -> str:
-    """Return what an answer says that it was made with: it changes with the base's name and the experts' files."""
-    told = [str(getattr(model.model, "name_or_path", "")), *(str(each.folder) for each in model.experts.values())]
-    return f"psoups-{__version__}-{hashlib.sha256(chr(0).join(told).encode()).hexdigest()[:12]}"
+def _route_of(scope: Scope) -> str:
+    """Return a request's route, whose parameters are not told; what was refused before it found one has one, too."""
+    route = scope.get("route")
+    if route is not None:
+        return str(getattr(route, "path", "other"))
+    path = scope["path"]
+    if path.startswith("/v1/profiles/"):
+        return "/v1/profiles/{user:any}"
+    return path if path in _ROUTES else "other"
 
 
 def _add_playground(api: FastAPI) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -11,6 +13,8 @@ from personalized_soups.adapters.config import CONFIG_FILE
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.adapters.lora import WEIGHTS_FILE
 from personalized_soups.adapters.provenance import EXPERT_FILE
+from personalized_soups.errors import SoupError
+from personalized_soups.files.digest import digest_file
 from personalized_soups.serving.protocol.faults import ApiError
 
 _FILES = (WEIGHTS_FILE, CONFIG_FILE, EXPERT_FILE)
@@ -28,9 +32,15 @@ class ExpertFiles:
     def __init__(self, reopen: Callable[[], ExpertLibrary]) -> None:
         self._reopen = reopen
         self._served: Mapping[str, tuple[Path, Stamp]] = {}
+        self._fingerprint = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """What the served experts are, by their tensors: 12 hex digits."""
+        return self._fingerprint
 
     def look(self) -> tuple[ExpertLibrary, Mapping[str, tuple[Path, Stamp]]]:
-        """Return the library as it is, and its stamps, taken before anything is read.
+        """Return the library as it is, and its stamps, taken before anything of the experts is read.
 
         Raises:
             SoupError: if the library can't be opened.
@@ -40,12 +50,17 @@ class ExpertFiles:
 
     def serve(self, stamps: Mapping[str, tuple[Path, Stamp]]) -> None:
         """Take it that experts were loaded from what looked like this."""
+        digest = hashlib.sha256()
+        for name, (folder, _) in sorted(stamps.items()):
+            with suppress(OSError, SoupError):  # gone already: it is refused as changed
+                digest.update(f"{name}\0{digest_file(folder / WEIGHTS_FILE)}\0".encode())
+        self._fingerprint = digest.hexdigest()[:12]
         self._served = stamps
 
     def is_changed(self, name: str) -> bool:
-        """Whether an expert's files are others than those that were loaded, or gone."""
-        folder, stamp = self._served[name]
-        return _stamp(str(folder)) != stamp
+        """Whether an expert's files are others than those that were loaded, or gone; so is one that is not known."""
+        known = self._served.get(name)
+        return known is None or _stamp(str(known[0])) != known[1]
 
     def check(self, names: Iterable[str]) -> None:
         """Raise if one of these experts has changed.
@@ -53,7 +68,7 @@ class ExpertFiles:
         Raises:
             ApiError: 503, naming them.
         """
-        changed = [name for name in names if name in self._served and self.is_changed(name)]
+        changed = [name for name in names if self.is_changed(name)]
         if changed:
             raise ApiError(
                 503,

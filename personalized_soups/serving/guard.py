@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import ipaddress
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -15,7 +16,14 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from personalized_soups.serving.protocol.faults import ApiError
+from personalized_soups.serving.protocol.faults import ApiError, api_error
+
+_log = logging.getLogger(__name__)
+
+_USUAL_HEADERS = "Authorization, Content-Type, If-Match, If-None-Match"
+
+# Of a Content-Length that can be meant.
+_MAX_DIGITS = 15
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -30,6 +38,8 @@ _ALWAYS = {
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
+
+_PROBED = ("/health", "/ready")
 
 # Told to everybody: whether the server lives, and a page that knows nothing by itself.
 _OPEN = ("/health", "/ready", "/favicon.ico", "/openapi.json", "/playground")
@@ -80,6 +90,11 @@ class Guard:
         self._retry_after = retry_after
         self._on_response = on_response
         self._num_running = 0
+        self._is_ending = asyncio.Event()
+
+    def refuse_bodies(self) -> None:
+        """Refuse, from now on, requests whose bodies have not come."""
+        self._is_ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or let it through."""
@@ -95,24 +110,26 @@ class Guard:
                 told = MutableHeaders(scope=message)
                 for name, value in _ALWAYS.items():
                     told.setdefault(name, value)
+                if self._rules.origins:
+                    told.add_vary_header("Origin")
                 if origin is not None and self._is_invited(origin):
                     told["Access-Control-Allow-Origin"] = origin
                     told["Access-Control-Expose-Headers"] = "ETag, Retry-After"
                     told["Cross-Origin-Resource-Policy"] = "cross-origin"
-                    told.add_vary_header("Origin")
             await send(message)
 
         try:
-            self._check_host(headers)
+            if scope["path"] not in _PROBED:  # balancers ask by names of their own, and learn nothing
+                self._check_host(headers)
             self._check_origin(headers)
             if scope["method"] == "OPTIONS" and origin is not None:
-                await _preflight(scope, receive, answer)
+                await _preflight(headers, scope, receive, answer)
                 return
             self._check_key(scope["path"], headers)
             body = await self._body(headers, receive)
             self._check_room(scope)
-        except ApiError as fault:
-            await fault.response()(scope, receive, answer)
+        except Exception as fault:
+            await _refusal(fault, headers).response()(scope, receive, answer)
             return
         counts = _is_counted(scope)
         self._num_running += counts
@@ -123,6 +140,8 @@ class Guard:
 
     def _check_host(self, headers: Headers) -> None:
         """Refuse names that are not ours: a foreign page's name that was pointed at this machine (DNS rebinding)."""
+        if len(headers.getlist("host")) > 1 or len(headers.getlist("origin")) > 1:
+            raise ApiError(400, "there is more than one Host or Origin", code="invalid_value")
         host = _host_of(headers.get("host", ""))
         if host in _LOOPBACK or "*" in self._rules.hosts or host in self._rules.hosts or _is_address(host):
             return
@@ -136,7 +155,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or self._is_invited(origin):
             return
-        if origin != "null" and urlsplit(origin).netloc == headers.get("host"):
+        if origin.partition("://")[2] == headers.get("host"):
             return
         raise ApiError(
             403, f"pages of {origin!r} may not ask this server; start it with --cors-origin", code="foreign_origin"
@@ -164,14 +183,14 @@ class Guard:
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         most = self._rules.max_body
         told = headers.get("content-length", "0")
-        if told.isdigit() and int(told) > most:
+        if told.isdigit() and (len(told) > _MAX_DIGITS or int(told) > most):
             raise _too_large(most)
         parts: list[bytes] = []
         size = 0
         try:
             async with asyncio.timeout(self._rules.body_seconds):
                 while True:
-                    message = await receive()
+                    message = await self._received(receive)
                     if message["type"] == "http.disconnect":
                         raise ApiError(400, "the request was broken off", code="broken_off")
                     parts.append(message.get("body", b""))
@@ -185,6 +204,29 @@ class Guard:
                 408, f"the body did not come within {self._rules.body_seconds:g} s", code="body_timeout"
             ) from None
 
+    async def _received(self, receive: Receive) -> Message:
+        """Return the next part of a body.
+
+        Raises:
+            ApiError: 503, if the server is about to end and it is not there.
+        """
+        coming = asyncio.ensure_future(receive())
+        await asyncio.sleep(0)
+        if coming.done():
+            return coming.result()
+        ending = asyncio.ensure_future(self._is_ending.wait())
+        try:
+            await asyncio.wait({coming, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if coming.done():
+                return coming.result()
+            raise ApiError(
+                503, "the server is about to end; ask again", code="shutting_down", headers={"Retry-After": "1"}
+            )
+        finally:
+            ending.cancel()
+            if not coming.done():
+                coming.cancel()
+
     def _check_room(self, scope: Scope) -> None:
         if _is_counted(scope) and self._num_running >= self._rules.max_requests:
             raise ApiError(
@@ -195,15 +237,26 @@ class Guard:
             )
 
 
-async def _preflight(scope: Scope, receive: Receive, send: Send) -> None:
+async def _preflight(headers: Headers, scope: Scope, receive: Receive, send: Send) -> None:
     from starlette.responses import Response
 
     allowed = {
         "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
-        "Access-Control-Allow-Headers": "Authorization, Content-Type, If-Match, If-None-Match",
+        # the openai client for browsers sends headers of its own
+        "Access-Control-Allow-Headers": headers.get("access-control-request-headers", _USUAL_HEADERS),
         "Access-Control-Max-Age": "600",
     }
     await Response(status_code=204, headers=allowed)(scope, receive, send)
+
+
+def _refusal(fault: Exception, headers: Headers) -> ApiError:
+    """Return what is told of a request that is not let through."""
+    if not isinstance(fault, ApiError):
+        _log.error("a request could not be looked at", exc_info=fault)
+    refusal = api_error(fault)
+    if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
+        refusal.headers["Connection"] = "close"  # the rest of its body is not waited for
+    return refusal
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
@@ -229,11 +282,13 @@ def _too_large(most: int) -> ApiError:
 
 
 def _host_of(header: str) -> str:
-    """Return the name in a Host header, without port and brackets, in lower case."""
+    """Return the name in a Host header, without port and brackets, in lower case; none where it is no name."""
+    if "@" in header or "/" in header or "?" in header or "#" in header:
+        return ""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:
-        return header
+        return ""
 
 
 def _is_address(host: str) -> bool:

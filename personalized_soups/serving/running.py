@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import ipaddress
+import math
 import socket
 import stat
 from collections.abc import Callable, Iterator
@@ -20,31 +22,85 @@ from personalized_soups.errors import InputError, UsageError
 from personalized_soups.generation.loading import Dtype
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.serving.app import Server, Settings
+from personalized_soups.serving.batching.batcher import most_tokens
+from personalized_soups.serving.connections import PatientProtocol
 from personalized_soups.serving.expert_files import ExpertFiles
 from personalized_soups.users.store import ProfileStore
 
 # A key of fewer characters can be guessed.
 _MIN_KEY = 16
 
+# Of a base that could do more; --max-context asks for more.
+_USUAL_CONTEXT = 32_768
+
 # Longer than the minute for which balancers keep theirs: the side that closes first should not be this one.
 _KEEP_ALIVE_SECONDS = 75
+
+# In which those whose answers were cut off are told so.
+_LAST_SECONDS = 3
 
 # Of the memory that is free once the model stands.
 _CACHE_SHARE = 0.5
 
 
-class _Uvicorn(uvicorn.Server):
-    """Ends quietly on a signal: for a server that is no fault."""
+def config_of(server: Server) -> uvicorn.Config:
+    """Return how uvicorn is to run a server."""
+    return uvicorn.Config(
+        server.app,
+        lifespan="off",
+        interface="asgi3",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        http=PatientProtocol,
+        ws="none",
+        timeout_graceful_shutdown=math.ceil(server.settings.grace_seconds) + _LAST_SECONDS,
+    )
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
-        super().__init__(config)
+
+def _nothing(*_: object) -> None:
+    """Do nothing."""
+
+
+class Running(uvicorn.Server):
+    """uvicorn with a server of ours in it. It ends quietly on a signal: for a server that is no fault.
+
+    Args:
+        server: what is served.
+        on_started: called once requests are answered.
+        on_ending: called with the number of answers that are still to be finished.
+    """
+
+    def __init__(
+        self, server: Server, *, on_started: Callable[[], None] = _nothing, on_ending: Callable[[int], None] = _nothing
+    ) -> None:
+        super().__init__(config_of(server))
+        self._served = server
         self._on_started = on_started
+        self._on_ending = on_ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say that requests are answered from now on."""
         await super().startup(sockets)
         if self.started:
             self._on_started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finish what runs; what is not done when the time is over is told so, before uvicorn breaks it off."""
+        self._served.refuse_bodies()
+        load = self._served.batcher.load
+        self._on_ending(load.running + load.waiting)
+        ending = asyncio.create_task(self._cut_off())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            ending.cancel()
+
+    async def _cut_off(self) -> None:
+        await asyncio.sleep(self._served.settings.grace_seconds)
+        await asyncio.to_thread(self._served.close)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -73,7 +129,7 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
         listening.listen(2048)
     except OSError as error:
         listening.close()
-        if or_any:
+        if or_any and error.errno == errno.EADDRINUSE:
             return listen(host, 0, has_key=has_key)
         raise UsageError(
             f"can't listen on {host}:{port}: {error.strerror or error}",
@@ -96,10 +152,12 @@ def read_keys(path: Path) -> list[str]:
         raise InputError(f"the keys can't be read: {error}", where=str(path), mend="give a file of ASCII") from error
     if mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
         raise InputError("other users of this machine can read the keys", where=str(path), mend=f"chmod 600 {path}")
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
     mend = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
     if not keys:
         raise InputError("the file holds no key", where=str(path), mend=f"make one: {mend}")
+    if any(" " in key or "\t" in key for key in keys):
+        raise InputError("a key holds white space", where=str(path), mend=f"make one without: {mend}")
     short = next((number for number, key in enumerate(keys, 1) if len(key) < _MIN_KEY), None)
     if short is not None:
         raise InputError(
@@ -126,17 +184,19 @@ def load_model(
 def context_of(model: SoupModel, asked: int | None) -> int:
     """Return how many tokens prompt and answer may have together: what is asked for, or what the base can.
 
+    Where nothing is asked for and the base knows no limit, or a large one, it is 32,768: room is kept for the longest.
+
     Raises:
         UsageError: if the base can do less than is asked for.
     """
-    most = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if asked is not None and most is not None and asked > most:
+    most = most_tokens(model.model.config)
+    if asked is not None and asked > most:
         raise UsageError(
             f"a context of {asked} tokens is asked for, the base has {most}",
             where="--max-context",
             mend=f"give {most} or fewer",
         )
-    return asked or most or 4096
+    return asked or min(most, _USUAL_CONTEXT)
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -159,7 +219,8 @@ def serve(
     files: ExpertFiles,
     store: ProfileStore | None = None,
     catalogue: Catalogue | None = None,
-    on_started: Callable[[], None] = lambda: None,
+    on_started: Callable[[], None] = _nothing,
+    on_ending: Callable[[int], None] = _nothing,
 ) -> None:
     """Answer requests until SIGINT or SIGTERM; then take no new ones and finish those that run. Ctrl-C twice cuts off.
 
@@ -167,24 +228,13 @@ def serve(
         model, settings, files, store, catalogue: as of `app.Server`.
         listening: the socket.
         on_started: called once requests are answered.
+        on_ending: called with the number of answers that are still to be finished.
     """
 
     async def run() -> None:
         server = Server(model, settings, files=files, store=store, catalogue=catalogue)
-        config = uvicorn.Config(
-            server.app,
-            lifespan="off",
-            interface="asgi3",
-            log_level="warning",
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=max(1, round(settings.grace_seconds)),
-            h11_max_incomplete_event_size=1 << 16,
-        )
         try:
-            await _Uvicorn(config, on_started).serve(sockets=[listening])
+            await Running(server, on_started=on_started, on_ending=on_ending).serve(sockets=[listening])
         finally:
             server.close()
 

@@ -22,7 +22,7 @@ from personalized_soups.users.store import ProfileStore
 SOUP = "soup:"
 
 # `soup:u1042@7` is version 7 of u1042's; a user whose name ends so is asked for with a version behind it.
-_VERSIONED = re.compile(r"(?s)(?P<user>.+)@(?P<version>[0-9]{1,15})")
+_VERSIONED = re.compile(r"(?s)(?P<user>.+)@(?P<version>[0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Doorkeeper:
             stored = self._store.get(user, version)
         except SoupError as fault:  # a name that can't be kept is nobody's
             raise api_error(fault, param="model", status=404) from fault
-        weights = self.weights(stored.profile, "model")
+        weights = self.weights(stored.profile.with_places(Places("profile", {})), "model")
         return Guest(weights, "stored", user, f"{SOUP}{user}@{stored.version}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from personalized_soups.cli.serve import Asked, _settings, _tell
+from personalized_soups.cli.serve import ServeOptions, _settings, _tell
 from personalized_soups.serving.app import Settings
 from personalized_soups.serving.batching.batcher import Limits
 from personalized_soups.serving.guard import Rules
@@ -202,16 +202,17 @@ class _Base:
 
 def test_every_option_goes_where_it_belongs(tmp_path: Path) -> None:
     base: Any = _Base()
-    asked = Asked(
-        str(tmp_path), [], host="::1", name=None, max_rows=3, max_waiting=5, max_requests=7, max_context=11,
-        default_max_tokens=13, read_tokens=17, cache_memory=0.25, max_body=0.5, request_timeout=19.0, grace=23.0,
-        allow_host=["Soups.Example"], cors_origin=["https://app.example"], users_in_metrics=True,
+    asked = ServeOptions(
+        str(tmp_path), [Path("a"), Path("b")], host="::1", name=None, max_rows=3, max_waiting=5, max_requests=7,
+        max_context=11, default_max_tokens=13, read_tokens=17, cache_memory=0.25, max_body=0.5, request_timeout=19.0,
+        grace=23.0, allow_host=["Soups.Example"], cors_origin=["https://app.example"], users_in_metrics=True,
     )  # fmt: skip
     assert _settings(asked, ["a key"], base) == Settings(
         tmp_path.name,
         Rules(["a key"], ["::1", "soups.example"], ["https://app.example"], max_body=2**19, max_requests=7),
         Limits(max_rows=3, max_waiting=5, max_context=11, read_tokens=17, cache_bytes=2**28),
         default_max_tokens=13, request_seconds=19.0, grace_seconds=23.0, users_in_metrics=True,
+        started_with=["--base", str(tmp_path), "--experts", "a", "--experts", "b"],
     )  # fmt: skip
     assert _settings(replace(asked, name="house", base="org/base"), [], base).base == "house"
     by_nobody = _settings(replace(asked, base="org/base", users_in_metrics=False), [], base)
@@ -220,7 +221,7 @@ def test_every_option_goes_where_it_belongs(tmp_path: Path) -> None:
 
 def test_an_address_of_the_newer_kind_is_told_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base: Any = _Base()
-    asked = Asked(str(tmp_path), [], host="::1", cache_memory=1.0)
+    asked = ServeOptions(str(tmp_path), [], host="::1", cache_memory=1.0)
     _tell(asked, _settings(asked, [], base), base, 8123)
     said = capsys.readouterr().err
     assert "http://[::1]:8123/playground/" in said

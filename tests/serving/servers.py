@@ -21,6 +21,7 @@ from personalized_soups import SoupModel
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.serving.app import Server, Settings
+from personalized_soups.serving.running import Running as RunningServer
 from personalized_soups.serving.running import listen, load_model
 from personalized_soups.users.store import ProfileStore
 
@@ -117,9 +118,8 @@ def running(
 
     async def serve() -> None:
         server = Server(model, settings, files=files, store=store, catalogue=catalogue)
-        config = uvicorn.Config(server.app, lifespan="off", log_level="warning", timeout_graceful_shutdown=5)
         made.append(server)
-        ended.append(uvicorn.Server(config))
+        ended.append(RunningServer(server))
         started.set()
         try:
             await ended[0].serve(sockets=[listening])

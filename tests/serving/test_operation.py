@@ -21,7 +21,7 @@ from personalized_soups.mixing.mixture import Row
 from personalized_soups.serving.app import Settings
 from personalized_soups.serving.batching.batcher import Limits, Load
 from personalized_soups.serving.metrics import CONTENT_TYPE, Metrics
-from personalized_soups.serving.running import cache_bytes, context_of, serve
+from personalized_soups.serving.running import cache_bytes, config_of, context_of
 from personalized_soups.serving.who import Guest
 from tests.serving.servers import Running, running
 
@@ -180,7 +180,16 @@ class _Base:
 
 
 @pytest.mark.parametrize(
-    ("most", "asked", "context"), [(256, None, 256), (256, 256, 256), (256, 64, 64), (None, None, 4096), (None, 9, 9)]
+    ("most", "asked", "context"),
+    [
+        (256, None, 256),
+        (256, 256, 256),
+        (256, 64, 64),
+        (1 << 17, None, 1 << 15),
+        (1 << 17, 1 << 17, 1 << 17),
+        (None, None, 1 << 15),
+        (None, 9, 9),
+    ],
 )
 def test_the_context_is_what_the_base_can_or_less(most: int | None, asked: int | None, context: int) -> None:
     base: Any = _Base(most)
@@ -204,25 +213,9 @@ def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch: pytest.MonkeyP
         assert cache_bytes(torch.device("cpu")) == 2 << 30
 
 
-def test_running_answers_have_as_long_as_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[Any] = []
-
-    class Fake:
-        app = None
-
-        def __init__(self, *given: Any, **_: Any) -> None:
-            told.append(given[0])
-
-        async def serve(self, sockets: Any) -> None:
-            told.append(sockets)
-
-        def close(self) -> None:
-            told.append("closed")
-
-    monkeypatch.setattr("personalized_soups.serving.running.Server", Fake)
-    monkeypatch.setattr("personalized_soups.serving.running._Uvicorn", Fake)
-    nothing: Any = object()
-    serve(nothing, Settings("m", grace_seconds=23.4), nothing, files=nothing)
-    _, config, sockets, end = told
-    assert (config.timeout_graceful_shutdown, sockets, end) == (23, [nothing], "closed")
+def test_running_answers_have_as_long_as_the_settings_say() -> None:
+    server: Any = type("Fake", (), {"app": None, "settings": Settings("m", grace_seconds=23.4)})()
+    config = config_of(server)
+    # ours ends them first, and tells them so
+    assert config.timeout_graceful_shutdown == 24 + 3
     assert (config.server_header, config.proxy_headers, config.access_log) == (False, False, False)

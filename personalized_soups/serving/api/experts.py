@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter
 from pydantic import Field
 
+from personalized_soups.adapters.library import Expert
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import SoupError
 from personalized_soups.mixing.model import SoupModel
@@ -21,6 +26,11 @@ from personalized_soups.serving.scales import Scales
 
 # Of each expert in a preset: what the tiny base's quickstart chooses, and a good beginning elsewhere.
 _PRESET_WEIGHT = 0.6
+
+# Of all answers that are to be scored at once.
+_MAX_CHARACTERS = 65_536
+
+_log = logging.getLogger(__name__)
 
 
 class ScoresRequest(Asked):
@@ -39,16 +49,20 @@ def router(
     catalogue: Catalogue | None,
     scales: Scales,
     has_store: bool,
+    started_with: Sequence[str],
 ) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(route_class=StrictRoute, tags=["soups"])
+    reloading = _Reloading(model, batcher, files)
+    scoring = CapacityLimiter(1)  # pure Python, beside the batch
 
     def told() -> dict[str, Any]:
-        experts = [_expert(name, model, files, catalogue) for name in model.experts]
+        experts = [_expert(expert, files, catalogue) for expert in list(model.experts.values())]
         return {
             "object": "list",
             "base": base,
             "has_store": has_store,
+            "started_with": list(started_with),
             "preset_weight": _PRESET_WEIGHT,
             "data": experts,
             "dimensions": _dimensions(experts, catalogue, scales),
@@ -62,47 +76,73 @@ def router(
     @routes.post("/v1/experts/reload")
     async def reload_experts() -> dict[str, Any]:
         """Serve what is in the experts' folders now, once the answers that are being made are done."""
-
-        def reload() -> None:
-            library, stamps = files.look()
-            model.change_experts(*files.difference(library, stamps))
-            files.serve(stamps)
-
-        try:
-            await asyncio.wrap_future(batcher.between(reload))
-        except ClosedError as fault:
-            raise api_error(fault) from fault
-        except SoupError as fault:
-            message = f"{fault.where}: {fault.what}; {fault.mend}; those that were loaded are served on"
-            raise ApiError(409, message, code="experts_at_fault") from fault
+        await reloading.done()
         return told()
 
     @routes.post("/v1/scores")
-    def scores(asked: ScoresRequest) -> dict[str, Any]:
+    async def scores(asked: ScoresRequest) -> dict[str, Any]:
         """Score answers in every dimension that has a scorer."""
         if not scales.dimensions:
             raise ApiError(404, "this server's catalogue has no scorers; start it with --dimensions", code="no_scorers")
-        data = [scales.scores(asked.prompt, answer) for answer in asked.answers]
-        return {"object": "list", "data": data}
+        if sum(map(len, asked.answers)) > _MAX_CHARACTERS:
+            raise ApiError(400, f"answers of more than {_MAX_CHARACTERS} characters in all", param="answers")
+
+        def score() -> list[Any]:
+            return [scales.scores(asked.prompt, answer) for answer in asked.answers]
+
+        return {"object": "list", "data": await to_thread.run_sync(score, limiter=scoring)}
 
     return routes
 
 
-def _expert(name: str, model: SoupModel, files: ExpertFiles, catalogue: Catalogue | None) -> dict[str, Any]:
-    expert = model.experts[name]
-    side = expert.side or name
+class _Reloading:
+    """Serves what is in the experts' folders; who asks while one waits for its turn is served by that one."""
+
+    def __init__(self, model: SoupModel, batcher: Batcher, files: ExpertFiles) -> None:
+        self._model = model
+        self._batcher = batcher
+        self._files = files
+        self._pending: Future[None] | None = None
+
+    async def done(self) -> None:
+        """Return once it is done.
+
+        Raises:
+            ApiError: 409 if the experts are at fault, 503 if the server is about to end.
+        """
+        if self._pending is None or self._pending.running() or self._pending.done():
+            self._pending = self._batcher.between(self._reload)
+        try:
+            await asyncio.shield(asyncio.wrap_future(self._pending))
+        except ClosedError as fault:
+            raise api_error(fault) from fault
+        except SoupError as fault:
+            _log.error("the experts can't be reloaded", exc_info=fault)
+            expert = next((name for name in Path(fault.where).parts[::-1] if name in self._model.experts), None)
+            whose = "" if expert is None else f"{expert}: "
+            message = f"{whose}{fault.what}; the server's log says where; those that were loaded are served on"
+            raise ApiError(409, message, code="experts_at_fault") from fault
+
+    def _reload(self) -> None:
+        library, stamps = self._files.look()
+        self._model.change_experts(*self._files.difference(library, stamps))
+        self._files.serve(stamps)
+
+
+def _expert(expert: Expert, files: ExpertFiles, catalogue: Catalogue | None) -> dict[str, Any]:
+    side = expert.side or expert.name
     declared = None if catalogue is None else catalogue.sides.get(side)
     dimension = expert.dimension
     if dimension is None and catalogue is not None:
         dimension = catalogue.dimension_of(side)
     return {
-        "name": name,
+        "name": expert.name,
         "object": "expert",
         "dimension": dimension,
         "side": side if dimension is not None else None,
         "about": None if declared is None else declared.instruction,
         "rank": expert.adapter.config.rank,
-        "is_changed": files.is_changed(name),
+        "is_changed": files.is_changed(expert.name),
     }
 
 
@@ -127,6 +167,7 @@ def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, 
                 "about": declared[name].about if name in declared else None,
                 "sides": list(dict.fromkeys(each["side"] for each in own)),
                 "experts": [each["name"] for each in own],
+                "first": next((side for side in declared_sides if any(each["side"] == side for each in own)), None),
                 "is_scored": name in scales.dimensions,
             }
         )

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import time
+
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Response
 
-from personalized_soups.errors import SoupError
 from personalized_soups.serving.batching.batcher import Batcher
 from personalized_soups.serving.metrics import CONTENT_TYPE, Metrics
-from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.faults import ApiError
 from personalized_soups.users.store import ProfileStore
+
+# So long a store that was there is taken to be there.
+_LOOK_SECONDS = 0.5
 
 
 def router(batcher: Batcher, store: ProfileStore | None, metrics: Metrics) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["operation"])
+    alone = CapacityLimiter(1)
+    looked_at = [-_LOOK_SECONDS]
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> dict[str, str]:
         """Say that the process answers."""
         return {"status": "ok"}
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready")
-    def ready() -> dict[str, str]:
+    async def ready() -> dict[str, str]:
         """Say whether answers can be made, and the store be read."""
         if not batcher.is_alive:
             raise ApiError(503, "no answers are made any more", code="not_ready")
-        if store is not None:
-            try:
-                store.check_reachable()
-            except SoupError as fault:
-                raise api_error(fault) from fault
+        if store is not None and time.monotonic() - looked_at[0] >= _LOOK_SECONDS:
+            await to_thread.run_sync(store.check_reachable, limiter=alone)
+            looked_at[0] = time.monotonic()
         return {"status": "ready"}
 
     @routes.get("/metrics")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Query, Response
 from starlette.responses import JSONResponse
 
@@ -16,8 +18,11 @@ from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.serving.protocol.strict_json import StrictRoute
 from personalized_soups.users.store import ABSENT, ProfileStore, StoredProfile, UnknownProfile, check_user
 
-_ETAG = re.compile(r'\s*"([0-9]{1,15})"\s*')
-_MAX_VERSION = 2**31
+_ETAG = re.compile(r'\s*"([0-9]{1,9})"\s*')
+_MAX_VERSION = 2**31 - 1
+
+# Writers wait for each other: readers, and whoever asks whether the server is ready, do not wait behind them.
+_WRITERS = 8
 
 IfMatch = Annotated[str | None, Header(alias="If-Match", description='A version as an ETag: "7"; * is any.')]
 IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description='* writes new ones only; GET: "7".')]
@@ -31,6 +36,7 @@ def router(store: ProfileStore) -> APIRouter:
         store: whose `check` refuses what cannot be served.
     """
     routes = APIRouter(route_class=StrictRoute, tags=["profiles"])
+    writers = CapacityLimiter(_WRITERS)
 
     @routes.get("/v1/profiles")
     def list_profiles(
@@ -54,15 +60,18 @@ def router(store: ProfileStore) -> APIRouter:
         if history:
             return JSONResponse({"object": "list", "data": [_told(stored) for stored in store.history(user)]})
         stored = store.get(user, version)
-        if if_none_match is not None and str(stored.version) in _versions(if_none_match, weakly=True):
+        if if_none_match is not None and _is_known(if_none_match, stored.version):
             return Response(status_code=304, headers=_etag(stored))
         return JSONResponse(_told(stored), headers=_etag(stored))
 
     @routes.put("/v1/profiles/{user:any}")
-    def put_profile(
+    async def put_profile(
         user: str, profile: dict[str, Any], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
     ) -> JSONResponse:
         """Write a user's next version: `{"weights": {...}}`."""
+        return await to_thread.run_sync(partial(put, user, profile, if_match, if_none_match), limiter=writers)
+
+    def put(user: str, profile: dict[str, Any], if_match: str | None, if_none_match: str | None) -> JSONResponse:
         _check(user)
         declared = _declared(user, profile)
         condition = _expected(store, user, if_match, if_none_match)
@@ -74,11 +83,14 @@ def router(store: ProfileStore) -> APIRouter:
         return JSONResponse(_told(stored), status_code=201 if is_new else 200, headers=_etag(stored))
 
     @routes.delete("/v1/profiles/{user:any}", status_code=204)
-    def delete_profile(user: str, if_match: IfMatch = None) -> Response:
+    async def delete_profile(user: str, if_match: IfMatch = None) -> Response:
         """Erase a user with all versions."""
+        await to_thread.run_sync(partial(delete, user, if_match), limiter=writers)
+        return Response(status_code=204)
+
+    def delete(user: str, if_match: str | None) -> None:
         _check(user)
         store.delete(user, expected=_expected(store, user, if_match, None))
-        return Response(status_code=204)
 
     return routes
 
@@ -158,6 +170,10 @@ def _told(stored: StoredProfile) -> dict[str, Any]:
         "written_at": stored.written_at.isoformat(),
         "profile": stored.profile.model_dump(exclude_defaults=True),
     }
+
+
+def _is_known(if_none_match: str, version: int) -> bool:
+    return if_none_match.strip() == "*" or str(version) in _versions(if_none_match, weakly=True)
 
 
 def _etag(stored: StoredProfile) -> dict[str, str]:

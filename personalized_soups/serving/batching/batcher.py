@@ -180,7 +180,7 @@ class Batcher:
     ) -> None:
         self.model = model
         limits = limits or Limits()
-        most = min(limits.max_context, context_of(model.model.config))
+        most = min(limits.max_context, most_tokens(model.model.config))
         self.limits = replace(limits, max_context=most)  # as the model has it
         self._deliver = deliver
         self._on_step = on_step
@@ -196,6 +196,7 @@ class Batcher:
         self._is_closed = False
         self._is_cut = False
         self._is_gathering = False
+        self._is_turn_of_answers = False  # a job has been done, and others wait behind those who wait for answers
         # of the thread:
         self._running: dict[int, _Running] = {}  # by the row's id
         self._reading: list[_Running] = []
@@ -224,7 +225,7 @@ class Batcher:
             free = self.limits.max_rows - len(self._running) - len(self._reading)
             if len(self._waiting) + len(asks) > self.limits.max_waiting + max(0, free):
                 raise QueueFullError(
-                    f"{len(self._waiting)} answers wait already, of {self.limits.max_waiting} that may",
+                    f"all places are taken, and {len(self._waiting)} answers wait: no room for {len(asks)} more",
                     where="queue",
                     mend="come back later",
                 )
@@ -241,7 +242,7 @@ class Batcher:
     def between(self, job: Callable[[], T]) -> Future[T]:
         """Call something once no answer is being made, on the batcher's thread: experts change here.
 
-        Running answers are finished first, waiting ones wait.
+        Running answers are finished first, waiting ones wait; between two calls some of these are answered.
         """
         future: Future[T] = Future()
         with self._changed:
@@ -355,6 +356,7 @@ class Batcher:
             self._is_gathering = True  # nobody notifies
             self._changed.wait(_MOMENT_SECONDS)
             self._is_gathering = False
+        self._is_turn_of_answers = False  # a job has been done, and others wait behind those who wait for answers
 
     def _turn(self) -> None:
         """Let rows leave and join, and make one step."""
@@ -402,13 +404,19 @@ class Batcher:
 
     def _next_job(self) -> tuple[Callable[[], Any], Future[Any]] | None:
         with self._changed:
-            return self._jobs.popleft() if self._jobs and not self._running and not self._reading else None
+            is_free = not (self._running or self._reading or (self._waiting and self._is_turn_of_answers))
+            if not self._jobs or not is_free:
+                return None
+            self._is_turn_of_answers = True
+            return self._jobs.popleft()
 
     def _join(self) -> None:
         """Read waiting prompts, and let those that are read whole join the batch."""
         if not self._reading:
             with self._changed:
-                self._reading = [] if self._jobs else self._next_group()
+                if self._is_turn_of_answers or not self._jobs:
+                    self._reading = self._next_group()
+                    self._is_turn_of_answers = False
         if not self._reading:
             return
         try:
@@ -559,7 +567,7 @@ class Batcher:
                 future.set_exception(fault)
 
 
-def context_of(config: Any) -> int:
+def most_tokens(config: Any) -> int:
     """Return how many tokens a model's rows may have without changing each other's."""
     text = config.get_text_config(decoder=True)
     ropes: Any = getattr(text, "rope_parameters", None) or {}

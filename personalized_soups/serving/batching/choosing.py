@@ -100,6 +100,7 @@ class Chooser:
         self.num_chosen = 0
         self._draws: list[float] = []
         self._counts: Counter[int] = Counter()
+        self._bias: tuple[Tensor, Tensor] | None = None  # tokens and what is added, made once
 
     def draw(self) -> float:
         """Return the next number of [0, 1)."""
@@ -112,10 +113,9 @@ class Chooser:
         """Change a row's logits in place by what is asked for."""
         wishes = self.wishes
         if wishes.logit_bias:
-            # infinities would meet the model's own and make NaN
-            logits_V.index_add_(
-                0, _index(wishes.logit_bias, logits_V), logits_V.new_tensor(list(wishes.logit_bias.values()))
-            )
+            if self._bias is None:
+                self._bias = _index(wishes.logit_bias, logits_V), logits_V.new_tensor(list(wishes.logit_bias.values()))
+            logits_V.index_add_(0, *self._bias)
         if self._counts and (wishes.presence_penalty or wishes.frequency_penalty):
             taken = [wishes.presence_penalty + wishes.frequency_penalty * times for times in self._counts.values()]
             logits_V.index_add_(0, _index(self._counts, logits_V), logits_V.new_tensor(taken), alpha=-1)

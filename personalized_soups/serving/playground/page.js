@@ -185,8 +185,7 @@ function remember() {
 
 function followLink() {
   const link = readLink();
-  // the first combination to begin with: where all weights are 0, a first answer would be the base's, twice
-  desk.place(link?.weights ?? server.presets[0]?.weights ?? {});
+  desk.place(link?.weights ?? (server.begin ?? server.presets[0])?.weights ?? {});
   if (link) {
     id("prompt").value = link.prompt;
     if ("temperature" in link.sampling) id("temperature").valueAsNumber = link.sampling.temperature;
@@ -222,11 +221,15 @@ async function load() {
 
 function show(list, saved) {
   server.base = list.base;
+  server.startedWith = list.started_with?.length ? list.started_with : ["--base", list.base, "--experts", "experts"];
+  const firsts = new Set(list.dimensions.map(({ first }) => first));
   server.isScored = list.dimensions.some((dimension) => dimension.is_scored);
   const num = list.data.length;
   id("server").textContent = `Playground · ${list.base} with ${num} expert${num === 1 ? "" : "s"}`;
   desk.build(slidersOf(list));
   server.presets = combinationsOf(desk.sliders, list.preset_weight ?? 0.6);
+  // the catalogue's own first sides to begin with: where all weights are 0, a first answer would be the base's, twice
+  server.begin = server.presets.find(({ weights }) => Object.keys(weights).every((name) => firsts.has(name)));
   profiles.clear();
   for (const { user, profile } of saved ?? []) profiles.set(user, profile);
   id("save").hidden = saved === null;
@@ -297,7 +300,7 @@ startKeeping({
   profile: () => profileOf(desk.sliders, desk.weights),
   texts: {
     yaml: () => profileText(id("user").value.trim() || "anonymous", profileOf(desk.sliders, desk.weights)),
-    command: () => commandText(server.base, profileOf(desk.sliders, desk.weights), promptToCopy(), sampling()),
+    command: () => commandText(server.startedWith, profileOf(desk.sliders, desk.weights), promptToCopy(), sampling()),
     curl: () => curlText(CHAT_URL, requestOf(sourceOf("mixture"), promptToCopy(), sampling()), isKeyed()),
     link: () => {
       remember();

@@ -136,11 +136,12 @@ export function shellText(word) {
   return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
 }
 
-export function commandText(base, profile, prompt, sampling) {
-  const words = ["psoups", "generate", "--base", base];
+/** `startedWith` is `--base ... --experts ...` as the server was started; a base alone takes no experts. */
+export function commandText(startedWith, profile, prompt, sampling) {
+  const words = ["psoups", "generate", ...(profile ? startedWith : startedWith.slice(0, 2))];
   if (profile) {
     const weights = Object.entries(profile.weights).map(([name, weight]) => `${name}=${weight}`);
-    words.push("--experts", "experts", "--weights", weights.join(","));
+    words.push("--weights", weights.join(","));
     if (profile.allow_opposed) words.push("--allow-opposed");
   }
   words.push("--temperature", `${sampling.temperature}`, "--seed", `${sampling.seed}`);

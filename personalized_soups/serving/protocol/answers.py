@@ -13,14 +13,16 @@ from functools import partial
 from typing import Any, ClassVar
 
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from personalized_soups import __version__
 from personalized_soups.errors import SoupError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.prompts import encode_prompt
 from personalized_soups.serving.batching.batcher import Ask, Batcher, Piece
 from personalized_soups.serving.batching.choosing import Likely
+from personalized_soups.serving.expert_files import ExpertFiles
 from personalized_soups.serving.metrics import Metrics
 from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.serving.protocol.requests import AnswerRequest, ChatRequest
@@ -42,7 +44,7 @@ class Kitchen:
         doorkeeper: knows for whom.
         generator: encodes prompts.
         metrics: count.
-        fingerprint: of base and experts.
+        files: of the experts, which the fingerprint tells.
         default_max_tokens: where a request says nothing.
         request_seconds: that a request may take.
     """
@@ -51,7 +53,7 @@ class Kitchen:
     doorkeeper: Doorkeeper
     generator: Generator
     metrics: Metrics
-    fingerprint: str
+    files: ExpertFiles
     default_max_tokens: int
     request_seconds: float
 
@@ -124,7 +126,7 @@ class Order(ABC):
             "object": kind,
             "created": self.created,
             "model": self.guest.model,
-            "system_fingerprint": self.kitchen.fingerprint,
+            "system_fingerprint": f"psoups-{__version__}-{self.kitchen.files.fingerprint}",
         }
 
     def usage(self, num_answer_tokens: int) -> dict[str, Any]:
@@ -183,7 +185,7 @@ class Order(ABC):
         body = self.envelope(self.whole, self.prefix + secrets.token_hex(12))
         body["choices"] = [self.choice(index, answer) for index, answer in enumerate(answers)]
         body["usage"] = self.usage(sum(answer.num_tokens for answer in answers))
-        return JSONResponse(body)
+        return Response(_json(body), media_type="application/json")
 
 
 class EventStream(Response):
@@ -274,6 +276,7 @@ async def submit(
     Raises:
         ApiError: if the request can't be honoured, or too much waits already.
     """
+    _check_number(kitchen, len(prompts) * request.num_choices)
     find = partial(kitchen.doorkeeper.guest, request.model, request.profile)
     guest = await run_in_threadpool(find) if request.model.startswith(SOUP) else find()
     encoded = await _encoded(kitchen.generator, prompts)
@@ -302,6 +305,20 @@ async def submit(
     return kind(kitchen, request, guest, asks, num_prompt_tokens, began)
 
 
+def _check_number(kitchen: Kitchen, num_answers: int) -> None:
+    """Raise if a request asks for more answers than there will ever be places for: before anything is made of it.
+
+    Raises:
+        ApiError: 400.
+    """
+    limits = kitchen.batcher.limits
+    most = limits.max_rows + limits.max_waiting
+    if num_answers > most:
+        raise ApiError(
+            400, f"{num_answers} answers are asked for at once; at most {most} may be", param="n", code="invalid_value"
+        )
+
+
 async def _encoded(generator: Generator, prompts: Sequence[Any]) -> list[list[int]]:
     def encode() -> list[list[int]]:
         return [_encode(generator, prompt) for prompt in prompts]
@@ -324,15 +341,15 @@ def _encode(generator: Generator, prompt: Any) -> list[int]:
         return list(prompt)
     try:
         if isinstance(prompt, str):
-            tokens = list(map(int, generator.tokenizer(prompt)["input_ids"]))
+            tokens = list(map(int, generator.tokenizer(prompt, verbose=False)["input_ids"]))
         else:
             tokens = encode_prompt(generator.tokenizer, prompt)
     except TemplateError as fault:
         raise ApiError(
             400, f"the base's chat template refuses the messages: {fault}", param="messages", code="invalid_value"
         ) from fault
-    except SoupError as fault:
-        raise api_error(fault, param="messages") from fault
+    except SoupError as fault:  # where the base lies is nobody's business
+        raise ApiError(400, f"{fault.what}; {fault.mend}", param="messages", code="invalid_value") from fault
     if not tokens:
         raise ApiError(400, "the prompt is empty", param="prompt", code="invalid_value")
     return tokens

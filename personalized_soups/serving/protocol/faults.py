@@ -73,37 +73,44 @@ def api_error(fault: Exception, *, param: str | None = None, status: int = 400, 
     if not isinstance(fault, SoupError):
         return ApiError(500, "the server failed; its log says how", code="internal_error")
     if isinstance(fault, StoreUnavailable | FileFormatError):
-        _log.error("the store of profiles can't be used", exc_info=fault)
-    headers = {"Retry-After": str(retry_after)}
-    if isinstance(fault, VersionConflict):
-        headers = {} if fault.current is None else {"ETag": f'"{fault.current}"'}
+        _log.error("the store of profiles can't be used: %s (%s)", fault.what, fault.where)
     for told in _TOLD:
         if isinstance(fault, told.kinds):
+            headers = {"Retry-After": str(retry_after)} if told.is_passing else {}
+            if isinstance(fault, VersionConflict) and fault.current is not None:
+                headers["ETag"] = f'"{fault.current}"'
             message = told.message or f"{fault.what}; {fault.mend}"
             return ApiError(told.status, message, param=param, code=told.code, headers=headers)
     if fault.exit_code != InputError.exit_code:
         return ApiError(500, f"{fault.what}; {fault.mend}", code="run_failed")
-    return ApiError(status, f"{fault.where}: {fault.what}; {fault.mend}", param=param, code="invalid_value")
+    # places in the request help; those on this machine are nobody's business
+    where = f"{fault.where}: " if fault.where.startswith(("profile", "weights", "user")) else ""
+    return ApiError(status, f"{where}{fault.what}; {fault.mend}", param=param, code="invalid_value")
 
 
 class _Told(NamedTuple):
-    """What is told of some kinds of faults; where no message stands, what they say and the mend."""
+    """What is told of some kinds of faults; where no message stands, what they say and the mend.
+
+    `is_passing`: the same request may do better later.
+    """
 
     kinds: tuple[type[SoupError], ...]
     status: int
     code: str
     message: str | None = None
+    is_passing: bool = False
 
 
 # Where a store's database is, is nobody's business.
 _TOLD = (
-    _Told((QueueFullError,), 429, "queue_full"),
-    _Told((ClosedError,), 503, "shutting_down"),
+    _Told((QueueFullError,), 429, "queue_full", is_passing=True),
+    _Told((ClosedError,), 503, "shutting_down", is_passing=True),
     _Told(
         (StoreUnavailable, FileFormatError),
         503,
         "store_unavailable",
         "the store of profiles can't be used now; the server's log says why",
+        is_passing=True,
     ),
     _Told((StoreFull,), 507, "store_full", "the disk of the store of profiles is full; nothing was written"),
     _Told((VersionConflict,), 412, "version_conflict"),

@@ -14,6 +14,7 @@ from personalized_soups.serving.batching.choosing import Wishes
 _MAX_SEED = 2**63 - 1
 _MAX_CHOICES = 64
 _MAX_STOPS = 16
+_MAX_BIASED = 1024
 
 # What clients may send that changes nothing here, with the values that are harmless; others are refused by name.
 _HARMLESS: Mapping[str, tuple[Any, ...]] = {
@@ -42,13 +43,13 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class Asked(BaseModel):
     """A part of a request."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class StreamOptions(Asked):
     """What a stream brings beside the answer."""
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -65,6 +66,14 @@ class ChatMessage(Asked):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, given: Any) -> Any:
+        """Take an answer's message as it was sent: `refusal`, `tool_calls` and the like are there, and empty."""
+        if not isinstance(given, Mapping):
+            return given
+        return {name: value for name, value in given.items() if name in cls.model_fields or value not in (None, [])}
 
     def plain(self) -> Message:
         """Return it as chat templates take it."""
@@ -123,6 +132,8 @@ class AnswerRequest(Asked):
         wrong = next((name for name in bias or {} if not (name.isascii() and name.isdigit() and len(name) < 10)), None)
         if wrong is not None:
             raise PydanticCustomError("no_token", "{name} is no token id", {"name": repr(wrong)})
+        if len(bias or {}) > _MAX_BIASED:
+            raise PydanticCustomError("too_many", "at most {most} tokens", {"most": _MAX_BIASED})
         return bias
 
     @model_validator(mode="after")
@@ -155,14 +166,14 @@ class AnswerRequest(Asked):
     @property
     def includes_usage(self) -> bool:
         """Whether a stream ends with the usage."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def wishes(self, seed: int, place: int) -> Wishes:
         """Return how the tokens of answer number `place` are chosen; `seed` where the request has none."""
         return Wishes(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
-            seed=seed if self.seed is None else self.seed % (1 << 63),
+            seed=seed if self.seed is None else self.seed % (1 << 64),
             place=place,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ from pydantic_core import from_json
 
 from personalized_soups.errors import nearest
 from personalized_soups.serving.protocol.faults import ApiError
+
+# How pydantic says which of several types it tried.
+_UNION_TAG = re.compile(r"str|[a-z-]+\[.*\]|constrained-.*")
 
 
 class StrictRequest(Request):
@@ -86,7 +90,11 @@ def validation_error(fault: RequestValidationError, known: Sequence[str]) -> Api
     """
     errors = fault.errors()
     first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    place = [str(part) for part in first["loc"] if part not in {"body", "path", "query", "header"}]
+    place = [
+        part
+        for part in map(str, first["loc"])
+        if part not in {"body", "path", "query", "header"} and not _UNION_TAG.fullmatch(part)
+    ]
     param = ".".join(place) or None
     match first["type"]:
         case "json_invalid":

@@ -88,12 +88,14 @@ async def pieces_of(
     waiter: Waiter = asks[0].waiter[0]
     watch = asyncio.create_task(_watch(receive, waiter))
     open_answers = set(range(len(asks)))
+    deadline = asyncio.get_running_loop().time() + seconds
     try:
-        async with asyncio.timeout(seconds):
-            while open_answers:
+        while open_answers:
+            # not around the yield: whoever is given the pieces is not to be broken off
+            async with asyncio.timeout_at(deadline):
                 pieces = await waiter.next()
-                open_answers.difference_update(index for index, piece in pieces if piece.is_last)
-                yield pieces
+            open_answers.difference_update(index for index, piece in pieces if piece.is_last)
+            yield pieces
     finally:
         watch.cancel()
         if open_answers:

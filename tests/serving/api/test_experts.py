@@ -19,6 +19,7 @@ from personalized_soups.errors import DeclarationError
 from personalized_soups.serving.app import Settings
 from personalized_soups.serving.batching.batcher import Limits
 from personalized_soups.serving.expert_files import ExpertFiles
+from personalized_soups.serving.protocol.faults import ApiError
 from personalized_soups.serving.scales import Scales
 from tests.experts import write_expert, write_record
 from tests.mixing.worlds import write_experts
@@ -79,7 +80,7 @@ def test_experts_and_dimensions_are_listed_from_low_to_high(own: Running) -> Non
     assert told["data"][1]["dimension"] is None
     assert told["dimensions"] == [
         {"name": "heat", "about": "How warm an answer is.", "sides": ["cold", "warm"], "experts": ["cold", "warm"],
-         "is_scored": True}
+         "first": "warm", "is_scored": True}
     ]  # fmt: skip
 
 
@@ -203,7 +204,9 @@ def _difference(files: ExpertFiles) -> tuple[list[str], list[str]]:
 
 def test_what_has_not_changed_is_not_loaded_again(files: ExpertFiles) -> None:
     assert _difference(files) == ([], [])
-    files.check(["cold", "plain", "warm", "nobody"])
+    files.check(["cold", "plain", "warm"])
+    with pytest.raises(ApiError, match="'nobody' have changed"):  # who is not known is not taken for unchanged
+        files.check(["cold", "nobody"])
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

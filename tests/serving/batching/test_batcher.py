@@ -29,7 +29,7 @@ from personalized_soups.serving.batching.batcher import (
     Limits,
     Piece,
     QueueFullError,
-    context_of,
+    most_tokens,
 )
 from personalized_soups.serving.batching.choosing import Wishes
 from personalized_soups.serving.batching.growing_text import GrowingText
@@ -335,14 +335,14 @@ def test_weights_that_follow_the_tokens_are_refused(soup: SoupModel) -> None:
 def test_a_context_beyond_which_rows_would_turn_each_other_is_not_taken() -> None:
     from transformers import LlamaConfig, Phi3Config
 
-    assert context_of(LlamaConfig(max_position_embeddings=300)) == 300
+    assert most_tokens(LlamaConfig(max_position_embeddings=300)) == 300
     rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
         "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
     }  # fmt: skip
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
     config = Phi3Config(**sizes, max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=rope)
-    assert context_of(config) == 64
+    assert most_tokens(config) == 64
 
 
 # Giving up.

@@ -363,7 +363,7 @@ def test_without_a_store_it_is_said_how_to_have_one(playground: Playground, mock
     mock.has_store = False
     playground.open()
     expect(playground.page.locator("#storeless")).to_be_visible()
-    expect(playground.page.locator("#storeless")).to_contain_text("psoups serve --profiles profiles.db")
+    expect(playground.page.locator("#storeless")).to_contain_text("--profiles profiles.db")
     expect(playground.page.locator("#save")).to_be_hidden()
 
 

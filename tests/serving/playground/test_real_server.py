@@ -125,7 +125,7 @@ def test_the_copied_curl_runs_and_the_command_is_one_that_there_is(playground: P
     assert events[-1] == "[DONE]"
     chunks: list[Any] = [json.loads(event) for event in events[:-1]]
     text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks if chunk["choices"])
-    weights = {"elementary": 0.6, "concise": 0.6, "unfriendly": 0.6}  # the page's first preset
+    weights = {"elementary": 0.6, "concise": 0.6, "friendly": 0.6}  # the page's first preset
     assert text.strip() == _own(real, weights)
     command = shlex.split(texts["command"])
     assert command[:2] == ["psoups", "generate"]
@@ -155,7 +155,7 @@ def test_a_key_is_asked_for_and_opens_the_desk(
         opened.page.wait_for_selector("#desk[aria-busy=false]")
         opened.ask(PROMPT)
         assert opened.answer(1)
-        assert opened.page.get_by_text("psoups serve --profiles").is_visible()  # there is no store
+        assert opened.page.get_by_text("--profiles profiles.db").is_visible()  # there is no store
         stored = opened.page.evaluate("JSON.stringify([localStorage, sessionStorage, document.cookie, location.href])")
         assert KEY not in stored
         context.close()

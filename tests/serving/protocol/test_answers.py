@@ -194,7 +194,9 @@ class _Tokenizer:
 
 
 def _kitchen() -> Any:
-    return SimpleNamespace(generator=SimpleNamespace(tokenizer=_Tokenizer(), stop_ids={1}), fingerprint="f")
+    return SimpleNamespace(
+        generator=SimpleNamespace(tokenizer=_Tokenizer(), stop_ids={1}), files=SimpleNamespace(fingerprint="f")
+    )
 
 
 class _Order(ChatOrder):

@@ -45,7 +45,7 @@ def test_a_zero_is_a_value_and_not_a_default() -> None:
 
 
 def test_a_negative_seed_is_one_of_its_own() -> None:
-    assert _chat(seed=-1).wishes(5, 0).seed == 2**63 - 1
+    assert _chat(seed=-1).wishes(5, 0).seed == 2**64 - 1
     assert _chat(seed=2**63 - 1).wishes(5, 0).seed == 2**63 - 1
 
 
