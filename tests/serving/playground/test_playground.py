@@ -723,3 +723,14 @@ def test_the_first_paint_is_there_within_a_second(playground: Playground) -> Non
         firsts.append(min(paints))
         playground.page.goto("about:blank")
     assert min(firsts) < 1000
+
+
+@pytest.mark.parametrize("width", [320, 390, 800, 1280])
+def test_a_long_name_breaks_nothing(playground: Playground, mock: Mock, width: int) -> None:
+    name = "somebody-" * 22
+    mock.profiles[name] = {"weights": {"friendly": 0.5}}
+    playground.page.set_viewport_size({"width": width, "height": 900})
+    playground.open()
+    playground.page.locator("article select").nth(0).select_option(f"user:{name}")
+    playground.page.locator("#preset").select_option(f"user:{name}")
+    assert playground.page.evaluate("document.documentElement.scrollWidth") <= width
