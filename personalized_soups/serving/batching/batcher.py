@@ -31,7 +31,7 @@ T = TypeVar("T")
 _IDLE_SECONDS = 10.0
 
 # An idle batcher begins when nobody has come for a moment, and after so long at the latest.
-_MOMENT_SECONDS = 0.002
+_MOMENT_SECONDS = 0.001
 _GATHER_SECONDS = 0.04
 
 
