@@ -1,0 +1,165 @@
+"""Gate and second product of a batch's soups, added to what the base computed: one launch for layers that share a y.
+
+The first product, `A x` over all experts, is one call of cuBLAS. With torch operations alone the gate's product and the
+low-rank activations would each make a trip to memory, and the sum another one.
+
+G gates, N rows of the input (a multiple of G), K ranks, C columns of the first product, O out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from personalized_soups.kernels import launching
+
+# tl.dot takes no fewer rows; more of them share one read of B where there are more.
+_LEAST_ROWS = 16
+_MOST_ROWS = 64
+_OUTPUTS = 64
+_RANKS = 32
+# Numbers of 16 bytes in 8-bit dtypes, the narrowest: what Triton calls divisible.
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BlockDiagonal:
+    """The second factors of one layer, or of several layers whose outputs are columns of one tensor.
+
+    Args:
+        blocks: each layer's B, `[K_l, O_l]` contiguous, one behind the other in one buffer.
+        first_outputs: for each layer, the column of y where its outputs begin.
+        columns_K: int64, the column of `A x` that belongs to each rank; None where rank k has column k.
+        tiles: int64 `[T, 6]`, what each program of the kernel computes (see kernels/source.py).
+        is_aligned: whether all numbers in `tiles` that are offsets are multiples of 16.
+    """
+
+    blocks: tuple[Tensor, ...]
+    first_outputs: tuple[int, ...]
+    columns_K: Tensor | None  # noqa: N815
+    tiles: Tensor
+    is_aligned: bool
+
+    @classmethod
+    def of(cls, blocks: Sequence[Tensor], first_outputs: Sequence[int], columns_K: Tensor | None = None) -> Self:
+        """Return the layers' factors with their tiles; the blocks are kept, not copied."""
+        rows: list[tuple[int, ...]] = []
+        first_rank = 0
+        for block, first_output in zip(blocks, first_outputs, strict=True):
+            num_ranks, num_outputs = block.shape
+            offset = (block.data_ptr() - blocks[0].data_ptr()) // block.element_size()
+            for start in range(0, num_outputs, _OUTPUTS):
+                rows.append((
+                    first_output + start, min(_OUTPUTS, num_outputs - start),
+                    first_rank, first_rank + num_ranks, offset + start, num_outputs,
+                ))  # fmt: skip
+            first_rank += num_ranks
+        is_aligned = all(value % _ALIGNMENT == 0 for row in rows for value in (row[0], row[4], row[5]))
+        tiles = torch.tensor(rows, dtype=torch.int64, device=blocks[0].device).reshape(len(rows), 6)
+        return cls(tuple(blocks), tuple(first_outputs), columns_K, tiles, is_aligned)
+
+    @property
+    def num_ranks(self) -> int:
+        """K, the ranks of all layers together."""
+        return sum(block.shape[0] for block in self.blocks)
+
+
+def add_gated(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> None:
+    """Add `(low[:, columns] * gate) B` to y in place, for every layer of `factors`.
+
+    On a GPU by one kernel: the sum is taken in float32 and rounded once. Elsewhere, and where the kernel fails, by torch
+    operations, which round the gated activations as the kernel does.
+
+    Args:
+        y_NO: rows may be apart (a view of a wider tensor), its columns not; it is changed.
+        low_NC: `A x` in y's dtype; rows may be apart, and may be those of the tensor that y is a view of.
+        gate_GK: of G gates, each for N / G rows that follow each other; rows may be apart, columns not.
+        factors: in y's dtype and on its device.
+
+    Source: Punica's BGMV (arXiv 2310.18547) with a gate in place of an adapter's index.
+    """
+    if torch.compiler.is_compiling() and y_NO.is_cuda:
+        # an operator of its own: the compiler neither traces into the launch nor emits the kernel's source again
+        _add_gated_operator(
+            y_NO, low_NC, gate_GK, list(factors.blocks), list(factors.first_outputs), factors.columns_K, factors.tiles,
+            factors.is_aligned,
+        )  # fmt: skip
+        return
+    _run(
+        y_NO, low_NC, gate_GK, factors.blocks, factors.first_outputs, factors.columns_K, factors.tiles,
+        is_aligned=factors.is_aligned,
+    )  # fmt: skip
+
+
+def launch(
+    y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, b: Tensor, columns_K: Tensor | None, tiles: Tensor, *, is_aligned: bool
+) -> None:
+    """Launch the kernel; `b` is the first block, the other arguments are as in `add_gated` and BlockDiagonal."""
+    from personalized_soups.kernels.source import add_gated_kernel
+
+    num_rows = y_NO.shape[0]
+    if num_rows == 0:
+        return
+    rows = min(_MOST_ROWS, max(_LEAST_ROWS, 1 << (num_rows - 1).bit_length()))
+    add_gated_kernel[-(-num_rows // rows), tiles.shape[0]](
+        y_NO, low_NC, gate_GK, b, tiles if columns_K is None else columns_K, tiles,
+        num_rows, num_rows // gate_GK.shape[0], y_NO.stride(0), low_NC.stride(0), gate_GK.stride(0),
+        HAS_COLUMNS=columns_K is not None, IS_ALIGNED=is_aligned, ROWS=rows, OUTPUTS=_OUTPUTS, RANKS=_RANKS,
+        **launching.OPTIONS,
+    )  # fmt: skip
+
+
+def _run(
+    y_NO: Tensor,
+    low_NC: Tensor,
+    gate_GK: Tensor,
+    blocks: Sequence[Tensor],
+    first_outputs: Sequence[int],
+    columns_K: Tensor | None,
+    tiles: Tensor,
+    *,
+    is_aligned: bool,
+) -> None:
+    if launching.is_usable(y_NO) and launching.launched(
+        lambda: launch(y_NO, low_NC, gate_GK, blocks[0], columns_K, tiles, is_aligned=is_aligned), y_NO
+    ):
+        return
+    gated_NK = gated(low_NC, gate_GK, columns_K)
+    start = 0
+    for block_KO, first in zip(blocks, first_outputs, strict=True):
+        num_ranks, num_outputs = block_KO.shape
+        part_NO = y_NO if y_NO.shape[1] == num_outputs else y_NO.narrow(1, first, num_outputs)
+        part_NO.addmm_(gated_NK.narrow(1, start, num_ranks), block_KO)
+        start += num_ranks
+
+
+def gated(low_NC: Tensor, gate_GK: Tensor, columns_K: Tensor | None) -> Tensor:
+    """Return `low[:, columns] * gate`, `[N, K]`, a new tensor in low's dtype."""
+    low_NK = low_NC if columns_K is None else low_NC.index_select(1, columns_K)
+    if low_NK.shape[0] == gate_GK.shape[0]:
+        return low_NK * gate_GK
+    low_GMK = low_NK.unflatten(0, (gate_GK.shape[0], -1))
+    return (low_GMK * gate_GK[:, None, :]).flatten(0, 1)
+
+
+@torch.library.custom_op("personalized_soups::add_gated", mutates_args=("y_NO",))
+def _add_gated_operator(
+    y_NO: Tensor,
+    low_NC: Tensor,
+    gate_GK: Tensor,
+    blocks: list[Tensor],
+    first_outputs: list[int],
+    columns_K: Tensor | None,
+    tiles: Tensor,
+    is_aligned: bool,  # noqa: FBT001
+) -> None:
+    _run(y_NO, low_NC, gate_GK, blocks, first_outputs, columns_K, tiles, is_aligned=is_aligned)
+
+
+@_add_gated_operator.register_fake
+def _(*_arguments: object) -> None:
+    """Compute nothing: y keeps its shape."""

@@ -1,0 +1,43 @@
+"""A matrix whose columns are scaled on a GPU, in one pass over memory.
+
+O rows, K columns.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from personalized_soups.kernels import launching
+
+# Numbers of a program's tile: 32 for each of its 128 threads.
+_TILE = 4096
+_MOST_COLUMNS = 512
+
+
+def scale_columns(pristine_OK: Tensor, scales_K: Tensor, out_OK: Tensor) -> bool:
+    """Write `out[o, k] = pristine[o, k] scales[k]` with a kernel, and return whether it ran.
+
+    Multiplied in float32 and rounded once to `out`. Nothing has changed where it returns False.
+
+    Args:
+        pristine_OK: float32, contiguous.
+        scales_K: float32, contiguous, on the same device.
+        out_OK: float32, float16 or bfloat16 on the same device, contiguous.
+    """
+    return launching.is_usable(pristine_OK) and launching.launched(
+        lambda: launch(pristine_OK, scales_K, out_OK), pristine_OK
+    )
+
+
+def launch(pristine_OK: Tensor, scales_K: Tensor, out_OK: Tensor) -> None:
+    """Launch the kernel; arguments as `scale_columns` takes them."""
+    from personalized_soups.kernels.source import scale_columns_kernel
+
+    num_rows, num_columns = pristine_OK.shape
+    if num_rows * num_columns == 0:
+        return
+    columns = min(_MOST_COLUMNS, 1 << (num_columns - 1).bit_length())
+    rows = _TILE // columns
+    scale_columns_kernel[-(-num_rows // rows), -(-num_columns // columns)](
+        out_OK, pristine_OK, scales_K, num_rows, num_columns, ROWS=rows, COLUMNS=columns, **launching.OPTIONS,
+    )  # fmt: skip

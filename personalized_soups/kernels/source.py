@@ -1,0 +1,109 @@
+"""The source of every Triton kernel. Only this file imports Triton, and only a launch imports this file.
+
+Triton's compiler reads the annotations of a kernel's parameters and accepts `tl.constexpr` alone, so nothing else is
+annotated here. Triton's interpreter (TRITON_INTERPRET=1) skips that check: `tests/kernels` therefore runs every kernel
+in the interpreter and also compiles it for real GPUs.
+
+N rows of the input, K ranks, O out features, E experts, U users, P numbers of one expert.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_gated_kernel(
+    y, low, gate, b, columns, tiles,
+    num_rows, rows_each, y_stride, low_stride, gate_stride,
+    HAS_COLUMNS: tl.constexpr, IS_ALIGNED: tl.constexpr,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """y[n, o] += sum_k low[n, columns[k]] gate[n // rows_each, k] b[k, o]; one program for ROWS rows of one tile.
+
+    A row of `tiles` says which outputs the program adds to, and which ranks and which part of `b` belong to them: first
+    column of y, number of outputs, first rank, end of the ranks, first number of b, numbers from one rank to the next.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    # int64: offsets may pass 2^31
+    tile = tiles + tl.program_id(1).to(tl.int64) * 6
+    first_output = tl.load(tile)
+    num_outputs = tl.load(tile + 1).to(tl.int32)
+    first_rank = tl.load(tile + 2).to(tl.int32)
+    end_rank = tl.load(tile + 3).to(tl.int32)
+    first_b = tl.load(tile + 4)
+    b_stride = tl.load(tile + 5)
+    if IS_ALIGNED:
+        # lets the compiler load 16 bytes at a time, which numbers read from memory do not
+        first_output = tl.multiple_of(first_output, 16)
+        first_b = tl.multiple_of(first_b, 16)
+        b_stride = tl.multiple_of(b_stride, 16)
+    output = tl.arange(0, OUTPUTS)
+    is_row = row < num_rows
+    is_output = output < num_outputs
+    wide_row = row.to(tl.int64)
+    gate_row = (row // rows_each).to(tl.int64)
+    total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
+    for start in range(first_rank, end_rank, RANKS):
+        rank = start + tl.arange(0, RANKS)
+        is_rank = rank < end_rank
+        column = tl.load(columns + rank, mask=is_rank, other=0) if HAS_COLUMNS else rank
+        is_low = is_row[:, None] & is_rank[None, :]
+        low_tile = tl.load(low + wide_row[:, None] * low_stride + column[None, :], mask=is_low, other=0.0)
+        gate_tile = tl.load(gate + gate_row[:, None] * gate_stride + rank[None, :], mask=is_low, other=0.0)
+        b_row = (rank - first_rank).to(tl.int64)
+        b_tile = tl.load(
+            b + first_b + b_row[:, None] * b_stride + output[None, :],
+            mask=is_rank[:, None] & is_output[None, :],
+            other=0.0,
+        )
+        gated = (low_tile.to(tl.float32) * gate_tile.to(tl.float32)).to(b_tile.dtype)
+        # ieee: float32 is multiplied as float32, not as TF32
+        total = tl.dot(gated, b_tile, total, input_precision="ieee")
+    place = y + wide_row[:, None] * y_stride + first_output + output[None, :]
+    is_here = is_row[:, None] & is_output[None, :]
+    before = tl.load(place, mask=is_here, other=0.0).to(tl.float32)
+    tl.store(place, (before + total).to(y.dtype.element_ty), mask=is_here)
+
+
+@triton.jit
+def weighted_sums_kernel(
+    out, experts, weights,
+    num_values, num_users, num_experts, out_stride, experts_stride, weights_stride,
+    USERS: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
+    """out[u, p] = sum_e weights[u, e] experts[e, p]; one program for USERS users and VALUES numbers.
+
+    Every expert's number is read from memory once for all users of the program; the weights stay in the cache.
+    """
+    value = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
+    user = tl.program_id(1) * USERS + tl.arange(0, USERS)
+    is_value = value < num_values
+    is_user = user < num_users
+    total = tl.zeros((USERS, VALUES), dtype=tl.float32)
+    expert_start = experts
+    for expert in range(num_experts):
+        values = tl.load(expert_start + value, mask=is_value, other=0.0).to(tl.float32)
+        weight = tl.load(weights + user * weights_stride + expert, mask=is_user, other=0.0)
+        total += weight[:, None] * values[None, :]
+        expert_start += experts_stride
+    place = out + user.to(tl.int64)[:, None] * out_stride + value[None, :]
+    tl.store(place, total.to(out.dtype.element_ty), mask=is_user[:, None] & is_value[None, :])
+
+
+@triton.jit
+def scale_columns_kernel(
+    out, pristine, scales,
+    num_rows, num_columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """out[o, k] = pristine[o, k] scales[k]; one program for a tile of ROWS x COLUMNS."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    is_column = column < num_columns
+    scale = tl.load(scales + column, mask=is_column, other=0.0)
+    place = row[:, None] * num_columns + column[None, :]
+    is_here = (row < num_rows)[:, None] & is_column[None, :]
+    values = tl.load(pristine + place, mask=is_here, other=0.0)
+    tl.store(out + place, (values * scale[None, :]).to(out.dtype.element_ty), mask=is_here)

@@ -1,0 +1,45 @@
+"""Weighted sums of the experts' numbers on a GPU, for one user or many, in one pass over memory.
+
+E experts, U users, P numbers of one expert.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from personalized_soups.kernels import launching
+
+# A program's sums stay in registers: 4,096 float32 numbers over 128 threads.
+_TILE = 4096
+_MOST_USERS = 16
+
+
+def weighted_sums(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> bool:
+    """Write `out[u] = sum_e weights[u, e] experts[e]` with a kernel, and return whether it ran.
+
+    Summed in float32 in the order of the experts and rounded once to `out`. Nothing has changed where it returns False.
+
+    Args:
+        weights_UE: float32, contiguous, on the experts' device.
+        experts_EP: float32, float16 or bfloat16; numbers of one expert follow each other.
+        out_UP: float32, float16 or bfloat16 on the same device; numbers of one user follow each other.
+    """
+    return launching.is_usable(experts_EP) and launching.launched(
+        lambda: launch(weights_UE, experts_EP, out_UP), experts_EP
+    )
+
+
+def launch(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> None:
+    """Launch the kernel; arguments as `weighted_sums` takes them."""
+    from personalized_soups.kernels.source import weighted_sums_kernel
+
+    (num_users, num_values), num_experts = out_UP.shape, experts_EP.shape[0]
+    if num_users * num_values == 0:
+        return
+    users = min(_MOST_USERS, 1 << (num_users - 1).bit_length())
+    values = _TILE // users
+    weighted_sums_kernel[-(-num_values // values), -(-num_users // users)](
+        out_UP, experts_EP, weights_UE,
+        num_values, num_users, num_experts, out_UP.stride(0), experts_EP.stride(0), weights_UE.stride(0),
+        USERS=users, VALUES=values, **launching.OPTIONS,
+    )  # fmt: skip
