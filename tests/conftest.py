@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+
+from tests.optional import missing_package, missing_packages
 
 # Before any test imports a library that reads them; subprocesses inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +29,47 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _WORDS = "wash the old kettle with warm water and soap then rub it dry with a clean towel so that it looks nice again"
+
+Report = TypeVar("Report", pytest.CollectReport, pytest.TestReport)
+
+_MISSING = pytest.StashKey[frozenset[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
+    parser.addoption("--require-extras", action="store_true", help="fail where a package of an extra is missing")
+    if not pluginmanager.has_plugin("timeout"):
+        # --strict-config rejects options that nobody declares, and pyproject.toml sets this one
+        parser.addini("timeout", "seconds for each test; without pytest-timeout nothing ends a test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_MISSING] = frozenset() if config.getoption("--require-extras") else missing_packages()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    call = getattr(report, "call", None)  # pytest keeps the error here and a text of it in the report
+    return _skipped(report, call and call.excinfo, collector)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    return _skipped(report, call.excinfo, item)
+
+
+def _skipped(report: Report, error: Any, node: pytest.Item | pytest.Collector) -> Report:
+    """Make a skip of a failure that a missing package of an extra caused; the reason names the package."""
+    package = missing_package(error and error.value, node.config.stash[_MISSING]) if report.failed else None
+    if package is not None:
+        report.outcome = "skipped"
+        report.longrepr = (str(node.path), 0, f"Skipped: {package} is not installed")
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import matplotlib.image
 import numpy as np
 import pytest
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     Draw = Callable[[Results, Path], Path]
-
-matplotlib = pytest.importorskip("matplotlib")
 
 
 def _texts(axes: Axes) -> list[str]:

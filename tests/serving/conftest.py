@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-from personalized_soups.serving.app import Settings
 from personalized_soups.serving.batching.batcher import Limits
 from tests.mixing.worlds import write_experts
-from tests.serving.servers import Running, running
+
+if TYPE_CHECKING:
+    # needs a web server, which may be missing: pytest imports this file before it can skip a test
+    from tests.serving.servers import Running
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +26,9 @@ def expert_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(small_base: Path, expert_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    from personalized_soups.serving.app import Settings
+    from tests.serving.servers import running
+
     store = tmp_path_factory.mktemp("store") / "profiles.db"
     settings = Settings("small", limits=Limits(max_rows=16, max_context=256), default_max_tokens=24)
     with running(small_base, expert_folders, settings, profiles=store, dtype="auto") as found:

@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from sqlalchemy import create_engine, text
 
-from personalized_soups.users.store import ProfileStore
 from tests.users.postgres import NOT_INSTALLED, Server, find_programs, running_server
 
-Open = Callable[..., ProfileStore]
+if TYPE_CHECKING:
+    # needs SQLAlchemy, which may be missing: pytest imports this file before it can skip a test
+    from personalized_soups.users.store import ProfileStore
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -21,6 +21,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session")
 def server() -> Iterator[Server]:
     """Return a PostgreSQL server of this session's own."""
+    from sqlalchemy import create_engine, text
+
     programs = find_programs()
     if programs is None:
         pytest.skip(NOT_INSTALLED)
@@ -38,6 +40,8 @@ def server() -> Iterator[Server]:
 @pytest.fixture
 def postgres_url(server: Server) -> str:
     """Return the URL of an empty database."""
+    from sqlalchemy import create_engine, text
+
     engine = create_engine(_psycopg(server.url("psoups")), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
         connection.execute(text("DROP TABLE IF EXISTS psoups_profiles, psoups_store"))
@@ -55,6 +59,8 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 @pytest.fixture
 def store(where: str) -> Iterator[ProfileStore]:
+    from personalized_soups.users.store import ProfileStore
+
     with ProfileStore.open(where) as store:
         yield store
 

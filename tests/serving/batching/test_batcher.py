@@ -34,7 +34,16 @@ from personalized_soups.serving.batching.batcher import (
 from personalized_soups.serving.batching.choosing import Wishes
 from personalized_soups.serving.batching.growing_text import GrowingText
 from tests.experts import write_expert
-from tests.serving.batching.worlds import Forwards, Running, greedy, small_model, small_soup, some_ask, some_row
+from tests.serving.batching.worlds import (
+    Forwards,
+    Running,
+    check_alone,
+    greedy,
+    small_model,
+    small_soup,
+    some_ask,
+    some_row,
+)
 
 LONG = 60  # tokens of an answer that is not over soon
 
@@ -69,18 +78,6 @@ def _asks(count: int, seed: int = 0, **options: Any) -> list[Ask]:
     return [some_ask(chance, **options) for _ in range(count)]
 
 
-def _check_alone(soup: SoupModel, running: Running, asks: Sequence[Ask]) -> None:
-    """Hold answers to those of transformers' generate (in float64 no two tokens are as likely)."""
-    for ask in asks:
-        running.heard.check_ended_once(ask)
-        tokens = running.heard.tokens(ask)
-        assert tokens == greedy(soup, ask)
-        last = running.heard.pieces[ask][-1]
-        assert last.finish == (Finish.STOP if tokens[-1] == 1 else Finish.LENGTH)
-        text = soup.generator.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert running.heard.text(ask) == text
-
-
 def _held(soup: SoupModel, running: Running, ask: Ask) -> tuple[Forwards, threading.Event]:
     """Submit an ask, and let the batcher wait in its first step until the event is set."""
     forwards, go = Forwards(soup), threading.Event()
@@ -113,17 +110,7 @@ def test_answers_are_those_of_each_alone_whenever_they_come(soup: SoupModel, see
             rest = rest[count:]
             time.sleep(chance.random() * 0.01)
         running.heard.wait_for(asks)
-        _check_alone(soup, running, asks)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_answers_are_those_of_each_alone_on_the_cpu(soup: SoupModel, tmp_path: Path, tokenizer: Any) -> None:
-    there = small_soup(tmp_path, tokenizer=tokenizer).to("cuda")
-    chance = random.Random(0)
-    asks = [some_ask(chance, most=10, longest=24) for _ in range(12)]
-    with Running(there, Limits(read_tokens=9, max_rows=5)) as running:
-        running.answer(asks)
-        _check_alone(soup, running, asks)
+        check_alone(soup, running, asks)
 
 
 def test_draws_are_those_of_generate(soup: SoupModel) -> None:
@@ -229,7 +216,7 @@ def test_no_more_bytes_are_held_than_may_unless_one_alone_needs_them(soup: SoupM
         # before each pass, and so after all room is made but for the very first
         forwards.before = lambda _: held.append((running.batcher.load.cache_bytes, running.batcher.load.running))
         running.answer(asks)
-    _check_alone(soup, running, asks)
+    check_alone(soup, running, asks)
     beyond = [rows for size, rows in held if size > limit]
     assert beyond == [1] * len(beyond)
     assert beyond  # the long one
@@ -275,7 +262,7 @@ def test_too_many_are_refused_together_and_those_before_are_answered(soup: SoupM
         go.set()
         running.heard.wait_for(asks[:3])
         forwards.__exit__()
-        _check_alone(soup, running, asks[:3])
+        check_alone(soup, running, asks[:3])
         assert not running.heard.pieces.keys() & set(asks[3:])
 
 
@@ -363,7 +350,7 @@ def test_who_gives_up_frees_a_place_and_harms_nobody(soup: SoupModel, seed: int)
             running.batcher.give_up(some)
         kept = [ask for ask in asks if ask not in gone]
         running.heard.wait_for(kept)
-        _check_alone(soup, running, kept)
+        check_alone(soup, running, kept)
         for ask in gone & running.heard.pieces.keys():  # as far as they came
             assert greedy(soup, ask)[: len(running.heard.tokens(ask))] == running.heard.tokens(ask)
         _until(lambda: running.batcher.load.running == running.batcher.load.waiting == 0)
@@ -389,7 +376,7 @@ def test_who_gives_up_while_waiting_reading_or_running_is_let_go(soup: SoupModel
         assert passed.wait(30)
         running.heard.wait_for([kept])
         forwards.__exit__()
-        _check_alone(soup, running, [kept])
+        check_alone(soup, running, [kept])
         assert read not in running.heard.pieces
         assert waited not in running.heard.pieces
         assert not running.heard.is_done(ran)
@@ -404,7 +391,7 @@ def test_what_is_given_up_and_not_there_does_not_pile_up(soup: SoupModel) -> Non
         _until(lambda: not running.batcher._given_up)
         running.answer(_asks(1, seed=9))
         running.answer(done_again := _asks(3))
-        _check_alone(soup, running, done_again)
+        check_alone(soup, running, done_again)
 
 
 # Faults.
@@ -430,7 +417,7 @@ def test_a_fault_of_a_step_ends_those_that_run_and_no_others(soup: SoupModel) ->
             assert isinstance(fault, RuntimeError)
             assert fault.__traceback__ is None  # it would hold tensors
             assert len(running.heard.tokens(ask)) == 3
-        _check_alone(soup, running, later)
+        check_alone(soup, running, later)
         assert running.batcher.is_alive
 
 
@@ -447,7 +434,7 @@ def test_prompts_for_which_memory_is_lacking_are_read_fewer_at_a_time(soup: Soup
             ask.tokens = [*ask.tokens, 7]
         forwards.before = fail
         running.answer(asks)
-        _check_alone(soup, running, asks)
+        check_alone(soup, running, asks)
         assert list(running.heard.pieces) == asks
 
 
@@ -466,7 +453,7 @@ def test_a_prompt_that_fails_alone_ends_alone(soup: SoupModel) -> None:
         running.heard.check_ended_once(asks[3])
         (piece,) = running.heard.pieces[asks[3]]
         assert isinstance(piece.fault, IndexError)
-        _check_alone(soup, running, asks[:3] + asks[4:])
+        check_alone(soup, running, asks[:3] + asks[4:])
 
 
 def test_a_fault_at_any_time_leaves_nobody_waiting(soup: SoupModel) -> None:
@@ -484,7 +471,7 @@ def test_a_fault_at_any_time_leaves_nobody_waiting(soup: SoupModel) -> None:
     assert 0 < len(fine) < len(asks)
     for ask in asks:
         running.heard.check_ended_once(ask)
-    _check_alone(soup, running, fine)
+    check_alone(soup, running, fine)
 
 
 def test_an_answer_whose_text_fails_ends_alone(soup: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -502,7 +489,7 @@ def test_an_answer_whose_text_fails_ends_alone(soup: SoupModel, monkeypatch: pyt
         running.answer(asks)
         running.heard.check_ended_once(asks[1])
         assert isinstance(running.heard.pieces[asks[1]][-1].fault, ValueError)
-        _check_alone(soup, running, [asks[0], *asks[2:]])
+        check_alone(soup, running, [asks[0], *asks[2:]])
 
 
 def test_a_soup_of_which_nothing_comes_is_told_of(soup: SoupModel) -> None:
@@ -520,7 +507,7 @@ def test_a_soup_of_which_nothing_comes_is_told_of(soup: SoupModel) -> None:
         (piece,) = running.heard.pieces[asks[2]]
         assert isinstance(piece.fault, RunError)
         assert "smaller weights" in piece.fault.mend
-        _check_alone(soup, running, [*asks[:2], asks[3]])
+        check_alone(soup, running, [*asks[:2], asks[3]])
 
 
 def test_a_listener_that_fails_loses_its_own_pieces_only(soup: SoupModel) -> None:
@@ -545,7 +532,7 @@ def test_a_listener_that_fails_loses_its_own_pieces_only(soup: SoupModel) -> Non
         assert ill not in running.heard.pieces  # it was given up
         _until(lambda: running.batcher.load.running == 0)
         running.answer(later := _asks(2, seed=18))
-        _check_alone(soup, running, later)
+        check_alone(soup, running, later)
 
 
 def test_one_who_counts_steps_and_fails_harms_nobody(soup: SoupModel) -> None:
@@ -556,7 +543,7 @@ def test_one_who_counts_steps_and_fails_harms_nobody(soup: SoupModel) -> None:
 
     with Running(soup, on_step=fail) as running:
         running.answer(asks)
-        _check_alone(soup, running, asks)
+        check_alone(soup, running, asks)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -609,7 +596,7 @@ def test_jobs_are_done_when_nothing_runs_and_waiting_ones_go_on_afterwards(chang
         assert states == [(0, True)]
         running.heard.wait_for(waiting)
         forwards.__exit__()
-        _check_alone(changing, running, waiting)
+        check_alone(changing, running, waiting)
         assert running.batcher.between(lambda: 4).result(30) == 4  # of an idle one
 
 
@@ -630,7 +617,7 @@ def test_an_ask_whose_expert_is_gone_fails_alone(changing: SoupModel) -> None:
         for ask in (asks[1], asks[4]):
             (piece,) = running.heard.pieces[ask]
             assert isinstance(piece.fault, DeclarationError)
-        _check_alone(changing, running, [ask for ask in asks if "warm" not in ask.weights.weights])
+        check_alone(changing, running, [ask for ask in asks if "warm" not in ask.weights.weights])
 
 
 def test_a_running_row_whose_expert_is_taken_away_fails_alone(changing: SoupModel) -> None:
@@ -663,7 +650,7 @@ def test_what_was_taken_is_finished(soup: SoupModel) -> None:
     job = running.batcher.between(lambda: 5)
     assert running.batcher.close(timeout=30)
     assert job.result(0) == 5
-    _check_alone(soup, running, asks)
+    check_alone(soup, running, asks)
     assert not running.batcher.is_alive
     with pytest.raises(ClosedError):
         running.batcher.submit(asks)
@@ -702,7 +689,7 @@ def test_it_may_be_closed_by_its_own_thread(soup: SoupModel) -> None:
     with Running(soup) as running:
         running.heard.on_pieces = close
         running.answer(asks)
-        _check_alone(soup, running, asks)
+        check_alone(soup, running, asks)
 
 
 def test_a_batcher_refuses_a_model_without_slots(tokenizer: Any) -> None:
@@ -749,7 +736,7 @@ def test_many_threads_ask_and_give_up_and_change_experts_at_once(changing: SoupM
         running.heard.wait_for(answered, seconds=60)
         assert [job.result(30) for job in jobs] == [3] * len(jobs)
     assert jobs
-    _check_alone(changing, running, answered)
+    check_alone(changing, running, answered)
 
 
 def test_a_crowds_prompts_are_read_together_though_they_come_one_by_one(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from personalized_soups import SoupModel
 from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.batching.batcher import Ask, Batcher, Limits, Piece
+from personalized_soups.serving.batching.batcher import Ask, Batcher, Finish, Limits, Piece
 from personalized_soups.serving.batching.choosing import Wishes
 from tests.experts import write_expert
 
@@ -186,6 +186,18 @@ class Running:
     def answer(self, asks: Sequence[Ask]) -> None:
         self.batcher.submit(asks)
         self.heard.wait_for(asks)
+
+
+def check_alone(soup: SoupModel, running: Running, asks: Sequence[Ask]) -> None:
+    """Compare answers with those of transformers' generate: in float64 no two tokens are equally likely."""
+    for ask in asks:
+        running.heard.check_ended_once(ask)
+        tokens = running.heard.tokens(ask)
+        assert tokens == greedy(soup, ask)
+        last = running.heard.pieces[ask][-1]
+        assert last.finish == (Finish.STOP if tokens[-1] == 1 else Finish.LENGTH)
+        text = soup.generator.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert running.heard.text(ask) == text
 
 
 class Forwards:

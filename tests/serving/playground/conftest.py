@@ -6,12 +6,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Request, sync_playwright
 
-from tests.serving.playground.mock import Mock, application, served
+if TYPE_CHECKING:
+    # need packages that may be missing: pytest imports this file before it can skip a test
+    from playwright.sync_api import Browser, BrowserContext, Page, Request
+
+    from tests.serving.playground.mock import Mock
 
 _NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable"]
 _ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -76,6 +79,8 @@ class Playground:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Yield a Chromium. It lasts a module: as long as it runs, no other event loop can be started in this thread."""
+    from playwright.sync_api import sync_playwright
+
     executable = next(filter(None, map(shutil.which, _NAMES)), None)
     if executable is None:
         pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
@@ -88,6 +93,8 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture(scope="module")
 def mock_server() -> Iterator[tuple[Mock, str]]:
     """Yield the module's one server, and its address."""
+    from tests.serving.playground.mock import Mock, application, served
+
     mock = Mock()
     with served(application(mock)) as url:
         yield mock, url
@@ -96,7 +103,7 @@ def mock_server() -> Iterator[tuple[Mock, str]]:
 @pytest.fixture
 def mock(mock_server: tuple[Mock, str]) -> Mock:
     """Return what the server does, as new; a test may change it before it opens the page, or after."""
-    vars(mock_server[0]).update(vars(Mock()))
+    vars(mock_server[0]).update(vars(type(mock_server[0])()))
     return mock_server[0]
 
 
