@@ -4,26 +4,31 @@
 #   make test          formatting, lint, types, layers, the whole test suite
 #   make mutants       deliberate faults, one at a time: each must turn the suite red; about ten minutes
 #   make bench         what merging and mixing cost here, beside PEFT, mergekit and cp; about 25 minutes and 25 GB of disk
+#   make gpu           tests and benchmark rows that need a GPU: six minutes at most; installs nothing, see PYTHON
+#   make matrix        the suite with the lowest versions that pyproject.toml allows, with a GPU machine's, with the newest
 #
 # TORCH_INDEX: another package index for torch, e.g. to keep a multi-gigabyte CUDA build off a machine without a GPU:
 #   make quickstart TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# PYTHON: the interpreter that .venv is made with (3.11 or newer).
+# PYTHON: the interpreter that .venv is made with (3.11 or newer); `make gpu` runs with it, by default with that of .venv
+#   if there is one, else with python3.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
 BENCH ?=
+GPU ?=
+MATRIX ?=
 MUTANTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test lint types layers format tiny quality bench mutants reference wheel clean
+.PHONY: quickstart test lint types layers format tiny quality bench gpu matrix mutants reference wheel clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/psoups quickstart
 
 test: lint types layers
-	$(BIN)/pytest
+	$(BIN)/pytest --require-extras
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -50,6 +55,14 @@ quality: $(VENV)/.run
 # Fresh processes, medians of five, about 25 minutes; writes the tables into docs/. BENCH passes options: make bench BENCH='--shape tiny'.
 bench: $(VENV)/.run
 	$(BIN)/python -m benchmarks.run $(BENCH)
+
+# No prerequisites: a GPU machine has its own environment, and often no network. GPU passes options.
+gpu:
+	@$(or $(if $(filter file,$(origin PYTHON)),$(wildcard $(BIN)/python),$(PYTHON)),python3) -m benchmarks.gpu $(GPU)
+
+# An environment for each row of the table in tests/matrix.py, made once; MATRIX passes options: make matrix MATRIX=lowest.
+matrix: $(VENV)/.dev
+	$(BIN)/python -m tests.matrix $(MATRIX)
 
 # Each fault in a copy of its own; MUTANTS passes options: make mutants MUTANTS='--jobs 2 --only merging'.
 mutants: $(VENV)/.dev

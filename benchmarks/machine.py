@@ -1,14 +1,34 @@
-"""The machine that was measured, in words."""
+"""The machine that was measured, in words, and how fast it copies memory.
+
+python -m benchmarks.machine    prints both as one JSON object
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from benchmarks.measure import run_process, script
+from benchmarks.world import World
+
 _PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
+
+_COPIED_BYTES = 512 << 20
+# Kinds of memory copies, with the arguments of benchmarks/ways/memory_copy.py.
+ON_CPU: Mapping[str, Mapping[str, object]] = {
+    "memory copy, 1 thread": {"threads": 1},
+    "memory copy, 2 threads": {"threads": 2},
+}
+ON_GPU: Mapping[str, Mapping[str, object]] = {
+    "memory copy on the GPU": {"source": "cuda", "target": "cuda"},
+    "pinned memory to the GPU": {"target": "cuda"},
+    "GPU to pinned memory": {"source": "cuda"},
+}
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -27,6 +47,16 @@ def describe(folder: Path) -> dict[str, str]:
         device = torch.cuda.get_device_properties(0)
         described["gpu"] = f"{device.name}, {device.total_memory / 2**30:.0f} GiB"
     return described
+
+
+def copy_rates(copies: Mapping[str, Mapping[str, object]], say: Callable[[str], None]) -> dict[str, str]:
+    """Return the rate of each kind of memory copy, in words: no work on this machine can move bytes faster."""
+    rates = {}
+    for name, arguments in copies.items():
+        say(name)
+        report = run_process(script("memory_copy", num_bytes=_COPIED_BYTES, **arguments)).report
+        rates[name] = f"{report['bytes_per_second'] / 1e9:.3g} GB/s"
+    return rates
 
 
 def load() -> float:
@@ -55,3 +85,14 @@ def _file_system(folder: Path) -> str:
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text(encoding="utf-8").splitlines()]
     above = [(len(place), kind) for place, kind in mounts if folder.resolve().is_relative_to(place)]
     return max(above, default=(0, "unknown"))[1]
+
+
+def main() -> None:
+    """Print the description, and the rates of the GPU or, without one, of the processor."""
+    described = describe(World.default().folder)
+    copies = ON_GPU if "gpu" in described else ON_CPU
+    print(json.dumps({**described, **copy_rates(copies, lambda _: None)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,14 @@
 """`make bench`: measure every row, print the table, write it into docs/benchmarks.md; the last line is one JSON object.
 
 python -m benchmarks.run [--shape tiny] [--repeats 1] [--only base] [--json] [--page docs/benchmarks.md]
+python -m benchmarks.run --only gpu --prepare    writes the models and experts that the rows need, and measures nothing
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,15 +18,13 @@ from pathlib import Path
 from benchmarks import machine, page
 from benchmarks.experiments.every import experiments
 from benchmarks.experiments.experiment import Context, Experiment
-from benchmarks.measure import ROOT, run_process, script
+from benchmarks.measure import ROOT
 from benchmarks.rows import HEAD, Row
 from benchmarks.shapes import SCALES
 from benchmarks.world import Part, World, check_space
 
 # A table that is no terminal's is not folded to 80 columns.
 _WIDTH = 190
-
-_FLOOR_BYTES = 512 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,19 +34,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = _chosen(experiments(scale), options.only)
     start, load = time.monotonic(), machine.load()
     context = Context(World.default(), scale, options.repeats, _say)
+    if options.prepare:
+        _prepare(context.world, chosen)
+        os.sync()  # the first row would wait for it
+        return 0
     described = machine.describe(context.world.folder)
     has_gpu = "gpu" in described
     rows = _rows(context, chosen, has_gpu=has_gpu)
     result = {
         "shape": options.shape,
         "repeats": options.repeats,
-        "machine": {**described, **_floors(context, has_gpu=has_gpu)},
+        "machine": {**described, **_copy_rates(options, has_gpu=has_gpu)},
         "load": [load, machine.load()],
         "seconds": round(time.monotonic() - start),
         "rows": [row.as_json() for row in rows],
     }
     if not options.json:
-        _print_table(rows)
+        print_table(rows)
     if options.page is not None or options.shape == "1b":
         for part in page.update(options.page or ROOT / "docs" / "benchmarks.md", result):
             _say(f"the table called {part} is written into the page")
@@ -60,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--repeats", type=int, default=5, help="fresh processes of each way")
     parser.add_argument("--only", action="append", help="a row or the first words of several, cpu, gpu, serving")
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
+    parser.add_argument("--no-copies", action="store_true", help="do not measure how fast memory is copied")
+    parser.add_argument("--prepare", action="store_true", help="write the models and experts, measure nothing")
     parser.add_argument("--page", type=Path, help="where the tables go: docs/benchmarks.md")
     return parser
 
@@ -102,25 +108,14 @@ def _prepare(world: World, chosen: Sequence[Experiment]) -> None:
         world.build(part)
 
 
-def _floors(context: Context, *, has_gpu: bool) -> dict[str, str]:
-    """Return what this machine does at best, in words: the floor under every figure."""
-    copies: dict[str, dict[str, object]] = {
-        "memory copy, 1 thread": {"threads": 1},
-        "memory copy, 2 threads": {"threads": 2},
-    }
-    if has_gpu:
-        copies["memory copy on the GPU"] = {"source": "cuda", "target": "cuda"}
-        copies["pinned memory to the GPU"] = {"target": "cuda"}
-        copies["GPU to pinned memory"] = {"source": "cuda"}
-    floors = {}
-    for name, arguments in copies.items():
-        context.say(name)
-        report = run_process(script("memory_copy", num_bytes=_FLOOR_BYTES, **arguments)).report
-        floors[name] = f"{report['bytes_per_second'] / 1e9:.3g} GB/s"
-    return floors
+def _copy_rates(options: argparse.Namespace, *, has_gpu: bool) -> dict[str, str]:
+    if options.no_copies:
+        return {}
+    return machine.copy_rates({**machine.ON_CPU, **(machine.ON_GPU if has_gpu else {})}, _say)
 
 
-def _print_table(rows: Sequence[Row]) -> None:
+def print_table(rows: Sequence[Row]) -> None:
+    """Print rows as a table, and their notes below it."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
