@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu import MARK, gpu_tests
+from benchmarks.gpu.plan import MARK, gpu_tests
 from tests.optional import missing_package, packages_of_extras
 
 ROOT = Path(__file__).parents[1]

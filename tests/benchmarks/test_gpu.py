@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu, run
+from benchmarks import run
 from benchmarks.experiments.every import experiments
-from benchmarks.gpu import Outcome, Stage
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import plan, report, stages
+from benchmarks.gpu.stages import Outcome, Stage
 from benchmarks.shapes import SCALES
 
 SCALE = SCALES["tiny"]
@@ -30,11 +33,11 @@ def page(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("shape", sorted(SCALES))
 def test_every_row_has_a_stage_and_all_stages_end_within_six_minutes(shape: str) -> None:
-    stages = gpu.stages(SCALES[shape], shape)
-    assert sorted(row for stage in stages for row in stage.rows) == sorted(GPU_ROWS)
-    assert len({stage.name for stage in stages}) == len(stages)
-    assert sum(stage.seconds for stage in stages) <= gpu.TOTAL_SECONDS < 360
-    assert {"card", "inputs", *gpu.gpu_tests()} - {gpu.KERNELS} <= {stage.name for stage in stages}
+    planned = plan.stages(SCALES[shape], shape)
+    assert sorted(row for stage in planned for row in stage.rows) == sorted(GPU_ROWS)
+    assert len({stage.name for stage in planned}) == len(planned)
+    assert sum(stage.seconds for stage in planned) <= plan.TOTAL_SECONDS < 360
+    assert {"card", "inputs", *plan.gpu_tests()} - {plan.KERNELS} <= {stage.name for stage in planned}
 
 
 def test_folders_of_gpu_tests_are_found_wherever_the_mark_is(tmp_path: Path) -> None:
@@ -48,15 +51,15 @@ def test_folders_of_gpu_tests_are_found_wherever_the_mark_is(tmp_path: Path) -> 
     for name, text in files.items():
         (tmp_path / "tests" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tests" / name).write_text(text)
-    assert gpu.gpu_tests(tmp_path / "tests") == ["tests/deep", "tests/shared", "tests/test_alone.py"]
+    assert plan.gpu_tests(tmp_path / "tests") == ["tests/deep", "tests/shared", "tests/test_alone.py"]
 
 
 def test_without_a_gpu_it_says_so_and_returns_2(
-    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    before = page.read_text(encoding="utf-8")
-    assert gpu.main(["--page", str(page)]) == 2
+    monkeypatch.setattr(report, "main", lambda: pytest.fail("it runs"))
+    assert command.main() == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     what, where, mend = printed.err.splitlines()
@@ -64,18 +67,20 @@ def test_without_a_gpu_it_says_so_and_returns_2(
     assert what.endswith(" finds no CUDA device")
     assert where.startswith("   at: ")
     assert mend.startswith(" mend: run `make gpu` on a machine with an NVIDIA GPU")
-    assert page.read_text(encoding="utf-8") == before
+    monkeypatch.setitem(sys.modules, "torch", None)  # an import of it fails
+    assert command.main() == 2
+    assert capsys.readouterr().err.startswith("error: PyTorch is not installed\n   at: ")
 
 
 def test_a_stage_passes_or_fails_by_its_exit_code_and_reports_its_last_line() -> None:
-    passed = gpu.run_stage(_python('print("words"); print(\'{"rows": [1]}\')'), 60)
+    passed = stages.run_stage(_python('print("words"); print(\'{"rows": [1]}\')'), 60)
     assert (passed.state, passed.report, passed.output) == ("passed", {"rows": [1]}, ["words"])
-    failed = gpu.run_stage(_python('print("{}"); raise RuntimeError("it broke")'), 60)
+    failed = stages.run_stage(_python('print("{}"); raise RuntimeError("it broke")'), 60)
     assert (failed.state, failed.reason) == ("failed", "RuntimeError: it broke")
 
 
 def test_a_stage_is_ended_at_its_limit() -> None:
-    outcome = gpu.run_stage(_python("import time; time.sleep(600)"), 0.2)
+    outcome = stages.run_stage(_python("import time; time.sleep(600)"), 0.2)
     assert (outcome.state, outcome.reason) == ("timed out", "no result within 0 s")
     assert outcome.seconds < 60
 
@@ -104,7 +109,7 @@ child.wait()
         raise subprocess.TimeoutExpired("stage", timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait)
-    assert gpu.run_stage(_python(code), 1).state == "timed out"
+    assert stages.run_stage(_python(code), 1).state == "timed out"
     end = time.monotonic() + 30
     while _is_running(int(note.read_text())):
         assert time.monotonic() < end, "the child still runs"
@@ -119,7 +124,7 @@ def test_a_stage_of_tests_counts_them_and_names_what_was_skipped(tmp_path: Path)
         "def test_bad(): assert False\n"
         "def test_left_out(): pytest.skip('fastapi is not installed')\n"
     )
-    outcome = gpu.run_stage(Stage("some", (*gpu.PYTEST, "-c", "/dev/null", str(file)), 60), 60)
+    outcome = stages.run_stage(Stage("some", (*plan.PYTEST, "-c", "/dev/null", str(file)), 60), 60)
     assert outcome.state == "failed"
     assert outcome.counts == {"failed": 1, "passed": 1, "skipped": 1}
     assert [line.partition(": ")[2] for line in outcome.skipped] == ["fastapi is not installed"]
@@ -134,8 +139,8 @@ def test_what_a_stage_leaves_over_goes_to_the_next(monkeypatch: pytest.MonkeyPat
             stage.name, "passed", seconds={"quick": 4.0, "hangs": limit + 0.5, "last": 1.0}[stage.name], limit=limit
         )
 
-    monkeypatch.setattr(gpu, "run_stage", run_stage)
-    gpu.run_stages([Stage("quick", (), 10), Stage("hangs", (), 20), Stage("last", (), 30)])
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    stages.run_stages([Stage("quick", (), 10), Stage("hangs", (), 20), Stage("last", (), 30)])
     assert limits == [10, 26, 30]
 
 
@@ -157,9 +162,8 @@ def test_a_row_without_a_result_says_why_and_the_others_are_written(
         found = [replace(rows[name], ours=9.0, theirs=10.0, ratio=0.9).as_json() for name in stage.rows]
         return replace(good, report={"rows": found} if found else {})
 
-    monkeypatch.setattr(gpu, "missing_card", lambda: None)
-    monkeypatch.setattr(gpu, "run_stage", run_stage)
-    code = gpu.main(["--shape", "tiny", "--page", str(page)])
+    monkeypatch.setattr(stages, "run_stage", run_stage)
+    code = report.main(["--shape", "tiny", "--page", str(page)])
     printed = capsys.readouterr()
     result = json.loads(printed.out.splitlines()[-1])
     assert code == 1
@@ -188,15 +192,14 @@ def test_a_run_of_some_stages_is_possible_and_all_good_ones_return_0(
         ran.append(stage.name)
         return Outcome(stage.name, "passed", 1.0, limit)
 
-    monkeypatch.setattr(gpu, "missing_card", lambda: None)
-    monkeypatch.setattr(gpu, "run_stage", run_stage)
+    monkeypatch.setattr(stages, "run_stage", run_stage)
     before = page.read_text(encoding="utf-8")
-    assert gpu.main(["--shape", "tiny", "--only", "tests/merging", "--page", str(page)]) == 0
+    assert report.main(["--shape", "tiny", "--only", "tests/merging", "--page", str(page)]) == 0
     assert page.read_text(encoding="utf-8") == before  # it may have figures of the other rows
     assert ran == ["card", "tests/merging"]
     assert {row["note"] for row in json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]} == {"not run"}
     with pytest.raises(SystemExit, match="no stage is called nothing"):
-        gpu.main(["--only", "nothing", "--page", str(page)])
+        report.main(["--only", "nothing", "--page", str(page)])
 
 
 def test_the_inputs_are_written_without_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

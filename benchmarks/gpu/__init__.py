@@ -1,0 +1,1 @@
+"""`make gpu`: what needs a GPU, stage by stage."""
