@@ -1,7 +1,8 @@
-"""This project: the product of users' weights and experts' tensors alone, module by module as merge_many takes them.
+"""This project: the product of users' weights and experts' tensors alone.
 
-The experts come from memory. The sums of a block stay in a buffer of the thread's own, out of which merge_many writes
-them to the users' files: they are no second time in memory.
+The experts come from memory. On a CPU they are taken module by module, and the sums of a block stay in a buffer of the
+thread's own, out of which merge_many writes them to the users' files: they are no second time in memory. On a GPU one
+product takes all of them, as its launches would otherwise be what is measured.
 
 E experts, U users.
 """
@@ -26,15 +27,20 @@ def main(experts: int, users: int, values: int, device: str = "cpu") -> None:
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
     sums = found("personalized_soups.methods.product", "BlockSums")()  # what merge_many multiplies with
+    weighted_sums = found("personalized_soups.methods.product", "weighted_sums")
     in_order = found("personalized_soups.merging.parallel", "in_order")
     num_workers = found("personalized_soups.merging.parallel", "num_workers")
+    size = values if device == "cuda" else _MODULE
     modules = [
-        [torch.randn(min(_MODULE, values - start), device=device) for _ in range(experts)]
-        for start in range(0, values, _MODULE)
+        [torch.randn(min(size, values - start), device=device) for _ in range(experts)]
+        for start in range(0, values, size)
     ]
     w_UE = torch.rand(users, experts, dtype=torch.float64)
 
     def computed(tensors: list[torch.Tensor]) -> None:
+        if device == "cuda":
+            weighted_sums(w_UE, tensors)
+            return
         for _block in sums.blocks(w_UE, tensors):
             pass
 

@@ -111,9 +111,9 @@ def merge(
         return
     if into_base is None:
         from personalized_soups.merging.adapter import MergedAdapter
-        from personalized_soups.merging.plan import resolve_device
+        from personalized_soups.merging.plan import arithmetic_device
 
-        MergedAdapter(plan, library, resolve_device(device)).write(out, overwrite, durable)
+        MergedAdapter(plan, library, arithmetic_device(plan, device)).write(out, overwrite, durable)
     else:
         from personalized_soups.merging.folding.into_base import fold_plans
 

@@ -29,7 +29,9 @@ Energy = Annotated[
     float | None, typer.Option(help="Truncate each module to the least rank that keeps this share of its energy.")
 ]
 Target = Annotated[str, typer.Option("--for", help="peft, or vllm: one rank for all modules, nothing in patterns.")]
-Device = Annotated[str, typer.Option(help="auto (the CPU), cpu or cuda.")]
+Device = Annotated[
+    str, typer.Option(help="auto (the CPU), cpu or cuda. Sums of factors are computed on the CPU in any case.")
+]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the experts' own if left out.")]
 Base = Annotated[
     str | None,

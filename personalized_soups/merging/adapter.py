@@ -19,7 +19,7 @@ from personalized_soups.errors import UsageError
 from personalized_soups.files.atomic import check_target, new_folder
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.merging.adapter_writer import AdapterWriter, MergedModule, common_ranks
-from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
+from personalized_soups.merging.plan import MergePlan, arithmetic_device, plan_merge
 from personalized_soups.merging.soup import Soups
 from personalized_soups.merging.trained import WholeTensors, on_base
 from personalized_soups.methods.table import Method
@@ -133,7 +133,8 @@ def merge(
         energy: keep this share of each module's squared norm at the least rank, in place of a rank.
         dtype: float32, bfloat16 or float16; the experts' own where left out.
         target: `peft`, or `vllm`, where every module has one rank and nothing stands in patterns.
-        device: where the arithmetic is done: auto (the CPU), cpu, cuda.
+        device: where the arithmetic is done: auto (the CPU), cpu, cuda. Sums of factors that are not truncated are
+            computed on the CPU in any case, since a GPU cannot win there.
         same_base: take it that all experts have one base.
         base: the base model's folder, or a hub id in the local cache; needed where an expert holds what is relative to
             the base: DoRA's magnitudes, biases, saved modules, trained tokens.
@@ -153,7 +154,7 @@ def merge(
         same_base=same_base,
         base=base,
     )
-    return MergedAdapter(plan, library, resolve_device(device))
+    return MergedAdapter(plan, library, arithmetic_device(plan, device))
 
 
 def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path, str]) -> tuple[InputRecord, ...]:

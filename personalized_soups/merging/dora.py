@@ -84,7 +84,8 @@ class Dora:
         num_rows = max(1, _BLOCK // base_MN.shape[1])
         found = []
         for start in range(0, base_MN.shape[0], num_rows):
-            rows = base_MN[start : start + num_rows].to(a_RI.device, kind, copy=True)
+            # in the base's own dtype to the device: torch would change it on the CPU and transfer twice the bytes
+            rows = base_MN[start : start + num_rows].to(a_RI.device).to(kind, copy=True)
             add_parts(rows, parts, factors.scaling, start)
             found.append(squared_norms(rows, placement.output_axis).cpu())
         squared_O = torch.cat(found) if placement.output_axis == 0 else torch.stack(found).sum(dim=0)

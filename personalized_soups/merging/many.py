@@ -28,7 +28,14 @@ from personalized_soups.merging.folding.base import BaseModel
 from personalized_soups.merging.folding.into_base import fold_plans
 from personalized_soups.merging.one_basis import ProductWriter, is_plain_product
 from personalized_soups.merging.parallel import in_order, num_workers
-from personalized_soups.merging.plan import MergePlan, PlannedExpert, dimensions_of, plan_merge, resolve_device
+from personalized_soups.merging.plan import (
+    MergePlan,
+    PlannedExpert,
+    arithmetic_device,
+    dimensions_of,
+    plan_merge,
+    resolve_device,
+)
 from personalized_soups.merging.soup import ModuleSoup
 from personalized_soups.merging.trained import on_base
 
@@ -133,7 +140,8 @@ def merge_many(
         profiles: each with a `user` of its own, which names the folder.
         out: the folder of folders; it may be there.
         into_base: fold every soup into this base model; it is read once a batch.
-        device: where the arithmetic is done: auto (the CPU), cpu, cuda.
+        device: where the arithmetic is done: auto (the CPU), cpu, cuda. Adapters that are sums of factors, not
+            truncated, are computed on the CPU in any case, since a GPU cannot win there.
         overwrite: replace folders that hold another soup.
         progress: called with the number of users that are done, now and again.
         keywords: method, options, rank, energy, dtype, target, same_base, base: as in merge.
@@ -143,7 +151,7 @@ def merge_many(
             another soup, or two profiles name one user.
     """
     plans = ManyPlans(library, into_base=into_base is not None, **keywords)
-    target = resolve_device(device)
+    resolve_device(device)  # told before any work is done
     folder = Path(out)
     model = None if into_base is None else BaseModel.open(into_base).fingerprint
     kept = written = 0
@@ -154,7 +162,7 @@ def merge_many(
             ]
             kept += len(batch) - len(left)
             if left and into_base is None:
-                _write_adapters(library, left, folder, target, digests, overwrite=overwrite)
+                _write_adapters(library, left, folder, arithmetic_device(left[0], device), digests, overwrite=overwrite)
             elif left:
                 fold_plans(
                     library,

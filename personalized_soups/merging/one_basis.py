@@ -16,7 +16,7 @@ from personalized_soups.methods.product import BlockSums
 
 
 def is_plain_product(soups: Soups) -> bool:
-    """Return whether every module of every soup is A and one product of the B's, and nothing else, on the CPU."""
+    """Return whether every module of every soup is A and one product of the B's, and nothing else."""
     plan = soups.plan
     return (
         len(soups.plans) > 1
@@ -24,7 +24,6 @@ def is_plain_product(soups: Soups) -> bool:
         and (plan.method.family, plan.encoding) == ("linear", "stacked")
         and plan.shares_basis
         and plan.layout.is_plain
-        and soups.bank.device.type == "cpu"
         and all(module.rank == plan.rank and module.like.blocks == 1 for module in plan.modules)
     )
 

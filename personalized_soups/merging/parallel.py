@@ -13,10 +13,21 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# For a base in 16 bits each of them holds 16 MiB of pinned memory, and on the GPU 24 MiB and the terms of one tensor.
+_MOST_FILE_THREADS = 4
+
 
 def num_workers(device: torch.device) -> int:
     """Return how many threads share a merge's arithmetic: torch's own count on a CPU, one where a GPU does it."""
     return torch.get_num_threads() if device.type == "cpu" else 1
+
+
+def num_file_threads(device: torch.device) -> int:
+    """Return how many threads fold tensors into files: those that compute on a CPU, a few that feed a GPU.
+
+    One thread cannot feed it: a copy into pinned memory and a write take several times as long as their transfers.
+    """
+    return torch.get_num_threads() if device.type == "cpu" else min(_MOST_FILE_THREADS, torch.get_num_threads())
 
 
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:

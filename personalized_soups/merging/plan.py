@@ -275,6 +275,20 @@ def resolve_device(device: str) -> torch.device:
     return torch.device(device)
 
 
+def arithmetic_device(plan: MergePlan, device: str) -> torch.device:
+    """Return where a plan is computed: on `device`, except for sums of factors, which are computed on the CPU.
+
+    A GPU cannot win there: the sums must come back to be written, and the CPU forms them in the buffer from which it
+    writes, at about the speed of a copy. DoRA needs products with the base as well, and keeps its device.
+
+    Raises:
+        UsageError: as resolve_device.
+    """
+    target = resolve_device(device)
+    is_sum_of_factors = plan.encoding == "stacked" and not plan.layout.use_dora
+    return torch.device("cpu") if is_sum_of_factors else target
+
+
 def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
     if dtype is None:
         return

@@ -6,8 +6,10 @@ R rank, I in features, O out features, E experts, U users.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -66,6 +68,7 @@ class Soups:
     plans: Sequence[MergePlan]
     bank: ExpertBank
     dora: Dora | None = None
+    _turn: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     @property
     def plan(self) -> MergePlan:
@@ -90,6 +93,14 @@ class Soups:
             InputError: naming file and tensor where an expert holds NaN or infinity; as Dora.gains.
         """
         stack = self.bank.read(module.name)
+        with self._one_at_a_time():
+            return self._of_read(module, stack)
+
+    def _one_at_a_time(self) -> AbstractContextManager[object]:
+        """Several modules at once on a GPU would take several times the memory and no less time."""
+        return nullcontext() if self.bank.device.type == "cpu" else self._turn
+
+    def _of_read(self, module: PlannedModule, stack: StackedModule) -> list[ModuleSoup]:
         if module.like.blocks > 1:
             # a mixture of experts has a low-rank change in each of its blocks, of all soups or of none
             blocks = [self._of_stack(module, each) for each in _blocks(stack, module.like.blocks)]

@@ -59,8 +59,8 @@ class WholeTensors:
                 for index, each in members
             ]
             row_bytes = base_MN.shape[1] * dtype.itemsize
-            for _, start, block in folded_blocks(base_MN, [terms], self.bank.device, dtype):
-                yield layout.whole_name(target), start * row_bytes, block.reshape(-1)
+            for block in folded_blocks(base_MN, [terms], self.bank.device, dtype):
+                yield layout.whole_name(target), block.start * row_bytes, block.rows_BN.reshape(-1)
         for module, rows in layout.tokens.items():
             yield layout.rows_name(module), 0, self._rows(f"{module}.weight", rows).to(dtype).reshape(-1)
 

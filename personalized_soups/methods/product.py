@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from personalized_soups.kernels import weighted_sums as kernel
+
 # Numbers of each expert that are multiplied at once: with six experts and sixteen users 5 MiB, near enough to a core.
 _CHUNK = 1 << 16
 
@@ -48,9 +50,10 @@ class BlockSums(threading.local):
 def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """Return `out[u] = sum_e weights[u, e] tensors[e]`, every tensor flattened.
 
-    Each tensor is read once, whatever the number of users is; a stack of them is never formed whole. The sums are taken
-    in the tensors' own dtype, float32 or float64: `|err| <= (E + 1) u sum |w| |x|` with its unit roundoff u (Higham,
-    Accuracy and Stability, section 3.1; one more for the rounded weight).
+    Each tensor is read once, whatever the number of users is. On a CPU a stack of them is never formed whole; on a GPU
+    it is, so that tensors of any size take two launches. The sums are taken in the tensors' own dtype, float32 or
+    float64: `|err| <= (E + 1) u sum |w| |x|` with its unit roundoff u (Higham, Accuracy and Stability, section 3.1; one
+    more for the rounded weight).
 
     Args:
         weights_UE: on any device and in any floating dtype; rounded to the tensors'.
@@ -60,6 +63,8 @@ def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         ValueError: if there are no tensors, or not as many as weights.
     """
     flat, weights = _checked(weights_UE, tensors)
+    if flat[0].device.type != "cpu":
+        return sums_of_stack(weights, torch.stack(flat))
     size = flat[0].numel()
     out = flat[0].new_empty(weights.shape[0], size)
     chunk = flat[0].new_empty(len(flat), min(_CHUNK, size))
@@ -69,6 +74,18 @@ def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
         torch.stack([each[start:end] for each in flat], out=part)
         torch.mm(weights, part, out=out[:, start:end])
     return out
+
+
+def sums_of_stack(weights_UE: Tensor, stack_EP: Tensor) -> Tensor:
+    """Return `weights @ stack`: on a GPU by a kernel that writes the sums as it reads the stack, else by torch.
+
+    Both in one dtype and on one device, contiguous.
+    """
+    out_UP = stack_EP.new_empty(weights_UE.shape[0], stack_EP.shape[1])
+    # the kernel adds up in float32
+    if stack_EP.dtype != torch.float32 or not kernel.weighted_sums(weights_UE, stack_EP, out_UP):
+        torch.mm(weights_UE, stack_EP, out=out_UP)
+    return out_UP
 
 
 def _checked(weights_UE: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:

@@ -342,6 +342,28 @@ def test_a_device_that_is_not_there_is_a_usage_error(tmp_path: Path, device: str
         merge(library, profile_of(WEIGHTS), device=device)
 
 
+@pytest.mark.parametrize(
+    ("device", "options", "where"),
+    [
+        ("cpu", {"rank": 5}, "cpu"),
+        ("cuda", {}, "cpu"),
+        ("cuda", {"method": "factor_average"}, "cpu"),
+        ("cuda", {"rank": 5}, "cuda"),
+        ("cuda", {"method": "ties", "rank": 5}, "cuda"),
+    ],
+)
+def test_sums_of_factors_are_computed_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, options: dict[str, Any], where: str
+) -> None:
+    """A GPU could only slow them down; methods that have more to compute get it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    library, _ = library_of(tmp_path / "experts")
+    merged = merge(library, profile_of(WEIGHTS), device=device, **options)
+    assert merged.device.type == where
+    if where == "cpu":
+        assert record_in(merged.write(tmp_path / "out")).device == "cpu"
+
+
 def test_three_small_experts_merge_in_milliseconds(tmp_path: Path) -> None:
     """A loose ceiling: a merge is a few multiplications, so a hundred times that is a fault and not a slow machine."""
     import time

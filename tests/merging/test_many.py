@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 
 from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
@@ -65,6 +66,16 @@ def test_a_row_of_many_is_the_merge_of_one(
         alone = merge(library, profile, **options).write(tmp_path / "alone" / profile.user)
         for path in alone.iterdir():
             assert (tmp_path / "out" / profile.user / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_sums_of_factors_need_no_gpu(tmp_path: Path, shared: ExpertLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    merge_many(shared, profiles_of(3), tmp_path / "cpu")
+    merge_many(shared, profiles_of(3), tmp_path / "cuda", device="cuda")
+    for path in (tmp_path / "cpu").rglob("*.*"):
+        assert (tmp_path / "cuda" / path.relative_to(tmp_path / "cpu")).read_bytes() == path.read_bytes()
+    with pytest.raises(UsageError, match="no device 'cuda:1'"):
+        merge_many(shared, profiles_of(3), tmp_path / "more", device="cuda:1")
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "factor_ties", "knots"])

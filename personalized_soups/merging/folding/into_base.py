@@ -34,7 +34,7 @@ from personalized_soups.merging.adapter import check_output_apart, input_records
 from personalized_soups.merging.folding.base import CONFIG, BaseModel, copy_others
 from personalized_soups.merging.folding.blocks import folded_blocks
 from personalized_soups.merging.folding.changes import Changes
-from personalized_soups.merging.parallel import in_order, num_workers
+from personalized_soups.merging.parallel import in_order, num_file_threads
 from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
 from personalized_soups.merging.soup import Soups
 from personalized_soups.methods.finite import all_finite
@@ -179,7 +179,7 @@ def check_fits(library: ExpertLibrary, plan: MergePlan, base: Path | str) -> Non
 def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Sink]) -> Iterator[int]:
     """Give every tensor of a shard to the sink of each soup, changed by it; yield the bytes done, piece by piece.
 
-    Tensors are computed on several threads where the device is a CPU; each one's bytes do not depend on their number.
+    Several threads work on a tensor each; its bytes do not depend on their number.
 
     Args:
         source: one shard of the base.
@@ -198,7 +198,7 @@ def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Si
                 sink.copy(names, source)
         return sum(source.entry(name).end - source.entry(name).start for name in names)
 
-    return in_order(done, _pieces(source, changes), num_workers(changes.soups.bank.device))
+    return in_order(done, _pieces(source, changes), num_file_threads(changes.soups.bank.device))
 
 
 def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Mapping[int, Sink]) -> None:
@@ -213,9 +213,10 @@ def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Ma
                 sinks[soup].write(written, source.raw(name))
             continue
         device = changes.soups.bank.device
-        for number, start, block in folded_blocks(base_MN, [terms[soup] for soup in wanted], device):
-            _check_finite(written, block, base_MN[start : start + block.shape[0]])
-            sinks[wanted[number]].write(written, block.reshape(-1), start * row_bytes)
+        for block in folded_blocks(base_MN, [terms[soup] for soup in wanted], device):
+            if not block.is_finite():
+                _raise_not_finite(written, base_MN[block.start : block.start + block.rows_BN.shape[0]])
+            sinks[wanted[block.soup]].write(written, block.rows_BN.reshape(-1), block.start * row_bytes)
 
 
 def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]]:
@@ -271,16 +272,15 @@ def _write_shard(
         yield from fold_shard(source, changes, sinks)
 
 
-def _check_finite(name: str, merged: Tensor, before: Tensor) -> None:
-    if not all_finite(merged):
-        damaged = not all_finite(before)
-        raise InputError(
-            f"{name}: the base itself holds NaN or infinity"
-            if damaged
-            else f"{name}: the soup has values beyond {before.dtype}",
-            where=name,
-            mend="give a sound base" if damaged else "take smaller weights, or a base in float32 or bfloat16",
-        )
+def _raise_not_finite(name: str, before: Tensor) -> None:
+    damaged = not all_finite(before)
+    raise InputError(
+        f"{name}: the base itself holds NaN or infinity"
+        if damaged
+        else f"{name}: the soup has values beyond {before.dtype}",
+        where=name,
+        mend="give a sound base" if damaged else "take smaller weights, or a base in float32 or bfloat16",
+    )
 
 
 def untied_tables(changes: Changes) -> dict[str, object]:

@@ -36,7 +36,7 @@ from personalized_soups.merging.adapter_writer import adapter_config, adapter_re
 from personalized_soups.merging.folding.base import BaseModel
 from personalized_soups.merging.folding.changes import Changes
 from personalized_soups.merging.folding.into_base import model_record
-from personalized_soups.merging.plan import MergePlan, plan_merge, resolve_device
+from personalized_soups.merging.plan import MergePlan, arithmetic_device, plan_merge, resolve_device
 from personalized_soups.merging.soup import Soups
 from personalized_soups.merging.verify.adapter import AdapterComparison
 from personalized_soups.merging.verify.model import compare_model
@@ -85,12 +85,12 @@ def verify(
     folder = Path(folder)
     record = _record_of(folder)
     library = _library(record, experts)
-    target = resolve_device(device)
+    resolve_device(device)  # told before any work is done
     faults = list(of_files(folder, record))
     with BackgroundDigests([path for expert in library.values() for path in expert.adapter.files]) as digests:
         try:
             plan = _plan(record, library, base)
-            job = _Job(folder, record, plan, library, target, digests)
+            job = _Job(folder, record, plan, library, arithmetic_device(plan, device), digests)
             compared, found = job.adapter(base, progress) if record.kind == "adapter" else job.model(base, progress)
         except _UNPLANNABLE as error:
             faults += of_inputs(record, library, digests.results())

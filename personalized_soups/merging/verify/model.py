@@ -28,7 +28,7 @@ from personalized_soups.merging.folding.blocks import (
 )
 from personalized_soups.merging.folding.changes import Changes
 from personalized_soups.merging.folding.into_base import fold_shard, shard_specs
-from personalized_soups.merging.parallel import num_workers
+from personalized_soups.merging.parallel import num_file_threads
 from personalized_soups.merging.verify.adapter import same_bytes
 from personalized_soups.merging.verify.verification import Comparison, Difference, Distance, Fault
 
@@ -95,7 +95,7 @@ class _ComparingSink:
         }
         self._distances: dict[str, Distance] = {}
         self._lock = threading.Lock()
-        self._magnitudes = lru_cache(maxsize=num_workers(changes.soups.bank.device))(self._magnitudes_of)
+        self._magnitudes = lru_cache(maxsize=num_file_threads(changes.soups.bank.device))(self._magnitudes_of)
 
     def differences(self) -> list[Difference]:
         """Return every tensor that differs, in the order of the file."""

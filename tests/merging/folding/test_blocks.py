@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import pytest
@@ -8,8 +8,20 @@ import torch
 from torch import Tensor
 
 from personalized_soups.merging.folding import blocks
-from personalized_soups.merging.folding.blocks import Dense, Product, Rescale, Term, Toward, TowardRows, folded_blocks
+from personalized_soups.merging.folding.blocks import (
+    Dense,
+    FoldedBlock,
+    Product,
+    Queue,
+    Rescale,
+    Term,
+    Toward,
+    TowardRows,
+    folded_blocks,
+    queued_blocks,
+)
 from personalized_soups.merging.parallel import in_order
+from tests.merging.folding.queues import EagerQueue, LazyQueue
 
 CPU = torch.device("cpu")
 
@@ -20,9 +32,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 def folded(base: Tensor, *soups: Sequence[Term], device: torch.device = CPU) -> list[Tensor]:
     """Return every soup's whole tensor."""
-    out = [torch.full_like(base, float("nan")) for _ in soups]
-    for soup, start, block in folded_blocks(base, soups, device):
-        out[soup][start : start + block.shape[0]] = block
+    return joined(base, len(soups), folded_blocks(base, soups, device))
+
+
+def joined(base: Tensor, num_soups: int, found: Iterable[FoldedBlock]) -> list[Tensor]:
+    out = [torch.full_like(base, float("nan")) for _ in range(num_soups)]
+    for block in found:
+        out[block.soup][block.start : block.start + block.rows_BN.shape[0]] = block.rows_BN
     return out
 
 
@@ -57,6 +73,48 @@ def test_every_term_adds_what_float64_says(monkeypatch: pytest.MonkeyPatch, bloc
     want = base.double().numpy() + added
     # a dozen roundings in float32, each of a partial sum that is below 40
     assert np.abs(got.double().numpy() - want).max() < 12 * 2.0**-24 * 40
+
+
+@pytest.mark.parametrize("queue", [EagerQueue, LazyQueue])
+@pytest.mark.parametrize("num_soups", [1, 2, 3])
+@pytest.mark.parametrize("block", [16, 7 * 16, 1 << 20])
+def test_blocks_of_a_queue_are_those_of_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, block: int, num_soups: int, queue: Callable[[], Queue]
+) -> None:
+    """The GPU's path but for the stream: no buffer may be used again before both sides are done with it."""
+    monkeypatch.setitem(blocks._BLOCK, "cpu", block)
+    base = random(41, 16).bfloat16()
+    soups = [terms_of_every_kind(41, 16)[0][: 5 - number] for number in range(num_soups)]
+    found = joined(base, num_soups, queued_blocks(base, soups, CPU, base.dtype, queue()))
+    for got, want in zip(found, folded(base, *soups), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_two_blocks_are_under_way_and_none_is_left() -> None:
+    base, queue = random(41, 16), LazyQueue()
+    found = queued_blocks(base, [[], [], []], CPU, base.dtype, queue)
+    next(found)
+    assert (queue.most, len(queue.waiting)) == (2, 1)
+    found.close()  # type: ignore[attr-defined]
+    assert not queue.waiting
+
+
+@pytest.mark.parametrize(("value", "is_finite"), [(1.0, True), (65504.0, True), (float("inf"), False)])
+def test_a_block_brings_along_whether_it_is_finite(
+    monkeypatch: pytest.MonkeyPatch, value: float, *, is_finite: bool
+) -> None:
+    """A float16 sum of many large numbers overflows, where none of them does: the sum is taken in float32."""
+    monkeypatch.setitem(blocks._BLOCK, "cpu", 16)
+    base = torch.ones(4, 16, dtype=torch.float16)
+    base[2] = value
+    looked_at: list[Tensor] = []
+    monkeypatch.setattr(blocks, "all_finite", lambda rows: looked_at.append(rows) or bool(rows.isfinite().all()))
+    found = [block.is_finite() for block in queued_blocks(base, [[]], CPU, base.dtype, EagerQueue())]
+    assert found == [True, True, is_finite, True]
+    assert len(looked_at) == (not is_finite)
+    # finite numbers whose sum is not
+    rows = torch.full((2, 1), 3e38)
+    assert FoldedBlock(0, 0, rows, rows.sum()).is_finite()
 
 
 @pytest.mark.gpu

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from personalized_soups import ExpertLibrary, Profile, merge_into_base
 from personalized_soups.adapters.fingerprint import base_fingerprint
@@ -20,8 +23,11 @@ from personalized_soups.errors import (
     UnsupportedAdapterError,
     UsageError,
 )
+from personalized_soups.merging.folding import blocks, into_base
+from personalized_soups.merging.folding.blocks import FoldedBlock, queued_blocks
 from tests import oracles
 from tests.experts import SHAPES, write_expert, write_record
+from tests.merging.folding.queues import EagerQueue, LazyQueue
 
 NAMES = ("one", "two", "three")
 WEIGHTS = (0.7, -0.4, 1.3)
@@ -326,6 +332,28 @@ def test_a_value_beyond_the_bases_dtype_is_refused(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", "F16")
     with pytest.raises(InputError, match=r"values beyond torch\.float16"):
         merge_into_base(ExpertLibrary.open(tmp_path / "experts"), Profile(weights={"one": 1.0}), base, tmp_path / "out")
+
+
+@pytest.mark.parametrize("queue", [EagerQueue, LazyQueue])
+def test_a_queue_writes_the_same_model(
+    tmp_path: Path, library: ExpertLibrary, monkeypatch: pytest.MonkeyPatch, queue: Any
+) -> None:
+    """The GPU's path, threads and all, on a device that is the CPU."""
+    monkeypatch.setitem(blocks._BLOCK, "cpu", 640)
+    base = write_base(tmp_path / "base", "BF16")
+    wanted = merge_into_base(library, PROFILE, base, tmp_path / "wanted")
+
+    def queued(base_MN: Tensor, soups: Any, device: torch.device) -> Iterator[FoldedBlock]:
+        return queued_blocks(base_MN, soups, device, base_MN.dtype, queue())
+
+    monkeypatch.setattr(into_base, "folded_blocks", queued)
+    found = merge_into_base(library, PROFILE, base, tmp_path / "found")
+    for path in wanted.glob("*.safetensors"):
+        assert (found / path.name).read_bytes() == path.read_bytes()
+    write_expert(tmp_path / "large" / "one", alpha=1e7)
+    large = ExpertLibrary.open(tmp_path / "large")
+    with pytest.raises(InputError, match=r"values beyond torch\.float16"):
+        merge_into_base(large, Profile(weights={"one": 1.0}), write_base(tmp_path / "half", "F16"), tmp_path / "out")
 
 
 @pytest.mark.gpu
