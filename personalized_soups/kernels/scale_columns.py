@@ -5,6 +5,8 @@ O rows, K columns.
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from personalized_soups.kernels import launching
@@ -39,5 +41,6 @@ def launch(pristine_OK: Tensor, scales_K: Tensor, out_OK: Tensor) -> None:
     columns = min(_MOST_COLUMNS, 1 << (num_columns - 1).bit_length())
     rows = _TILE // columns
     scale_columns_kernel[-(-num_rows // rows), -(-num_columns // columns)](
-        out_OK, pristine_OK, scales_K, num_rows, num_columns, ROWS=rows, COLUMNS=columns, **launching.OPTIONS,
+        out_OK, pristine_OK, scales_K, num_rows, num_columns,
+        ROWS=rows, COLUMNS=columns, ALIGNMENT=math.gcd(num_columns, 16), **launching.OPTIONS,
     )  # fmt: skip

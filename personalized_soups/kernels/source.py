@@ -77,8 +77,9 @@ def weighted_sums_kernel(
 
     Every expert's number is read from memory once for all users of the program; the weights stay in the cache.
     """
-    value = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
-    user = tl.program_id(1) * USERS + tl.arange(0, USERS)
+    # two dimensions from the start: a conversion from one to two would go through shared memory for every expert
+    value = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)[None, :]
+    user = tl.program_id(1) * USERS + tl.arange(0, USERS)[:, None]
     is_value = value < num_values
     is_user = user < num_users
     total = tl.zeros((USERS, VALUES), dtype=tl.float32)
@@ -86,19 +87,23 @@ def weighted_sums_kernel(
     for expert in range(num_experts):
         values = tl.load(expert_start + value, mask=is_value, other=0.0).to(tl.float32)
         weight = tl.load(weights + user * weights_stride + expert, mask=is_user, other=0.0)
-        total += weight[:, None] * values[None, :]
+        total += weight * values
         expert_start += experts_stride
-    place = out + user.to(tl.int64)[:, None] * out_stride + value[None, :]
-    tl.store(place, total.to(out.dtype.element_ty), mask=is_user[:, None] & is_value[None, :])
+    place = out + user.to(tl.int64) * out_stride + value
+    tl.store(place, total.to(out.dtype.element_ty), mask=is_user & is_value)
 
 
 @triton.jit
 def scale_columns_kernel(
     out, pristine, scales,
     num_rows, num_columns,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """out[o, k] = pristine[o, k] scales[k]; one program for a tile of ROWS x COLUMNS."""
+    """out[o, k] = pristine[o, k] scales[k]; one program for a tile of ROWS x COLUMNS.
+
+    ALIGNMENT divides the number of columns. Triton itself notices only multiples of 16, and 16 bytes are 4 numbers.
+    """
+    num_columns = num_columns // ALIGNMENT * ALIGNMENT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < num_columns

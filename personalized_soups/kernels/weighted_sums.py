@@ -9,8 +9,10 @@ from torch import Tensor
 
 from personalized_soups.kernels import launching
 
-# A program's sums stay in registers: 4,096 float32 numbers over 128 threads.
+# A program's sums stay in registers: 4,096 float32 numbers over 128 threads, or 8,192 for 16 users, since each thread
+# reads 4 numbers of an expert at once.
 _TILE = 4096
+_LEAST_VALUES = 512
 _MOST_USERS = 16
 
 
@@ -29,6 +31,11 @@ def weighted_sums(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> boo
     )
 
 
+def weighted_sum(weights_E: Tensor, experts_EP: Tensor, out_P: Tensor) -> bool:
+    """Do the same for one user."""
+    return launching.is_usable(experts_EP) and weighted_sums(weights_E[None], experts_EP, out_P[None])
+
+
 def launch(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> None:
     """Launch the kernel; arguments as `weighted_sums` takes them."""
     from personalized_soups.kernels.source import weighted_sums_kernel
@@ -37,7 +44,7 @@ def launch(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> None:
     if num_users * num_values == 0:
         return
     users = min(_MOST_USERS, 1 << (num_users - 1).bit_length())
-    values = _TILE // users
+    values = max(_TILE // users, _LEAST_VALUES)
     weighted_sums_kernel[-(-num_values // values), -(-num_users // users)](
         out_UP, experts_EP, weights_UE,
         num_values, num_users, num_experts, out_UP.stride(0), experts_EP.stride(0), weights_UE.stride(0),

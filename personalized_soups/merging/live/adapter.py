@@ -6,7 +6,7 @@ E experts, K rank of the live adapter.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from personalized_soups.merging.live.buffers import (
     shared_buffers,
 )
 from personalized_soups.merging.live.checks import check_model, check_plain
+from personalized_soups.merging.live.coefficients import coefficients_on
 from personalized_soups.merging.plan import MergePlan, dimensions_of, plan_merge, resolve_device, torch_dtype
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.table import Method, method_named
@@ -77,8 +78,7 @@ class LiveAdapter:
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = _buffers(ExpertBank(list(self._experts.values()), device=self.device), self._plan)
             widths = [sum(product.widths) for product in self._buffers.products]
-            self._coefficients = _Coefficients(sum(widths), self.device)
-        self._parts = self._coefficients.on_device.split(widths)
+            self._coefficients = coefficients_on(self.device, widths)
         self._attached: list[tuple[weakref.ref[nn.Parameter], int]] = []
         self._profile: Profile | None = None
 
@@ -169,13 +169,14 @@ class LiveAdapter:
 
     def _run(self, coefficients: Sequence[Sequence[float]]) -> None:
         products = self._buffers.products
-        self._coefficients.write(
+        numbers = (
             (number, width)
-            for product, numbers in zip(products, coefficients, strict=True)
-            for number, width in zip(numbers, product.widths, strict=True)
+            for product, each in zip(products, coefficients, strict=True)
+            for number, width in zip(each, product.widths, strict=True)
         )
-        for product, part in zip(products, self._parts, strict=True):
-            product.run(part)
+        with self._coefficients.written(numbers) as parts:
+            for product, part in zip(products, parts, strict=True):
+                product.run(part)
 
     def _checked_weights(self, profile: Profile) -> list[float]:
         """Return one weight per expert, in order, after the checks that plan_merge makes of a profile."""
@@ -218,29 +219,6 @@ class LiveAdapter:
                 where="LiveAdapter.attach",
                 mend="move and cast the model first, then attach; delete_adapter frees it of the copy",
             )
-
-
-class _Coefficients:
-    """float32 numbers that the host writes and the device reads: by one copy from pinned memory, on the CPU by none."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        is_cuda = device.type == "cuda"
-        self._on_host = torch.zeros(count, pin_memory=is_cuda)
-        self._numbers = self._on_host.numpy()
-        self._copied = torch.cuda.Event() if is_cuda else None
-        self.on_device = torch.zeros(count, device=device) if is_cuda else self._on_host
-
-    def write(self, numbers: Iterable[tuple[float, int]]) -> None:
-        """Write each number as many times as it says; the copy is queued on the current stream."""
-        if self._copied is not None:
-            self._copied.synchronize()  # the device may not have read the last numbers yet
-        start = 0
-        for number, width in numbers:
-            self._numbers[start : start + width] = number
-            start += width
-        if self._copied is not None:
-            self.on_device.copy_(self._on_host, non_blocking=True)
-            self._copied.record(torch.cuda.current_stream(self.on_device.device))
 
 
 def _checked_method(name: str) -> Method:

@@ -17,10 +17,15 @@ from torch import Tensor
 
 from personalized_soups.bank import ExpertBank
 from personalized_soups.errors import UsageError
+from personalized_soups.kernels.scale_columns import scale_columns
+from personalized_soups.kernels.weighted_sums import weighted_sum
 from personalized_soups.merging.plan import PlannedModule
 from personalized_soups.methods.factors import Factors
 
 Shape = tuple[int, int]
+
+# Rows of a RowSum are a multiple of this long: the kernel then reads and writes 16 bytes at a time.
+_ROW_UNIT = 16
 
 
 class Product(Protocol):
@@ -44,30 +49,37 @@ class Product(Protocol):
 
 
 class RowSum:
-    """`live_P = sum_e c_e experts_EP`: one matrix-vector product; takes one number per expert.
+    """`live_P = sum_e c_e experts_EP`; takes one number per expert.
 
-    A matrix-vector product, since a matrix-matrix product may be computed in TF32 where the user has allowed it.
+    One kernel on a GPU, elsewhere a matrix-vector product: a matrix-matrix product may be computed in TF32 where the
+    user has allowed it.
     """
 
     def __init__(self, experts_EP: Tensor, dtype: torch.dtype) -> None:
         num_experts, num_values = experts_EP.shape
         self.live = experts_EP.new_zeros(num_values, dtype=dtype)
         self.widths = (1,) * num_experts
+        self._experts_EP = experts_EP
         self._experts_PE = experts_EP.T
-        # no BLAS takes coefficients that are more exact than its matrix: a 16-bit soup is summed here first
-        self._sum_P = self.live if dtype == torch.float32 else torch.zeros_like(self.live, dtype=torch.float32)
+        # no BLAS takes coefficients that are more exact than its matrix: it sums a 16-bit soup in float32 first
+        has_scratch = dtype != torch.float32 and not experts_EP.is_cuda
+        self._sum_P = torch.zeros_like(self.live, dtype=torch.float32) if has_scratch else None
         self._peaks: list[float] = torch.linalg.vector_norm(experts_EP, math.inf, dim=1).tolist()
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all of its tensors."""
-        return _num_bytes(self._experts_PE, self.live, self._sum_P)
+        return _num_bytes(self._experts_EP, self.live, *([] if self._sum_P is None else [self._sum_P]))
 
     def run(self, coefficients: Tensor) -> None:
         """Write the product into `live`."""
-        torch.mv(self._experts_PE, coefficients, out=self._sum_P)
-        if self._sum_P is not self.live:
-            self.live.copy_(self._sum_P)
+        if weighted_sum(coefficients, self._experts_EP, self.live):
+            return
+        if self.live.dtype == torch.float32:
+            torch.mv(self._experts_PE, coefficients, out=self.live)
+        else:
+            # without a kernel, a GPU takes the memory anew each time from what torch has at hand
+            self.live.copy_(torch.mv(self._experts_PE, coefficients, out=self._sum_P))
 
     def bound(self, coefficients: Sequence[float]) -> float:
         """Return a number that no magnitude in the product exceeds: the sum of the experts' largest."""
@@ -94,6 +106,8 @@ class ColumnScale:
 
     def run(self, coefficients: Tensor) -> None:
         """Write the product into `live`."""
+        if scale_columns(self._pristine_OK, coefficients, self.live):
+            return
         torch.mul(self._pristine_OK, coefficients, out=self._scaled_OK)
         if self._scaled_OK is not self.live:
             self.live.copy_(self._scaled_OK)
@@ -227,8 +241,12 @@ def _with_fixed_a(
 def _expert_rows(
     bank: ExpertBank, modules: Sequence[PlannedModule], shapes: Sequence[Shape], part: Callable[[Factors], Tensor]
 ) -> Tensor:
-    """Return experts_EP in float32: one row an expert, that part of its factors; zeros where it has none."""
-    rows_EP = torch.zeros(len(bank.experts), sum(map(math.prod, shapes)), device=bank.device)
+    """Return experts_EP in float32: one row an expert, that part of its factors; zeros where it has none.
+
+    Zeros behind them make the rows' length a multiple of _ROW_UNIT.
+    """
+    num_values = sum(map(math.prod, shapes))
+    rows_EP = torch.zeros(len(bank.experts), num_values + -num_values % _ROW_UNIT, device=bank.device)
     for index, expert in enumerate(bank.experts):
         for module, target in zip(modules, _views(rows_EP[index], shapes), strict=True):
             if module.name in expert.adapter.modules:
@@ -238,8 +256,9 @@ def _expert_rows(
 
 
 def _views(values_P: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """Return a vector's consecutive parts as matrices of these shapes; they share its memory."""
-    parts = values_P.split([math.prod(shape) for shape in shapes])
+    """Return a vector's first parts, one behind the other, as matrices of these shapes; they share its memory."""
+    sizes = [math.prod(shape) for shape in shapes]
+    parts = values_P[: sum(sizes)].split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

@@ -342,6 +342,21 @@ def test_a_model_that_has_adapters_gets_one_more(tmp_path: Path, small_base: Pat
         live.attach(model)
 
 
+def test_rows_end_where_a_kernel_can_read_them_widely(tmp_path: Path) -> None:
+    """Experts of any size lie 64 bytes apart or a multiple of that; the modules are where they would be otherwise."""
+    shapes = {"model.layers.0.mlp.up_proj": (7, 5), "model.layers.0.mlp.down_proj": (5, 7)}
+    library = write_experts(tmp_path, shapes=shapes, rank=3, a_seed=1)
+    live = LiveAdapter(library)
+    (product,) = live._buffers.products
+    assert (product.live.numel(), live.num_bytes) == (48, 4 * (3 * (7 + 5) + (3 + 1) * 48))
+    weights = (0.7, -0.4, 1.3)
+    live.set(profile_of(weights))
+    want = oracles.soup([library[name].folder for name in NAMES], weights)
+    for module, each in live._buffers.factors.items():
+        assert each.b_OR.is_contiguous()
+        assert oracles.relative_error((each.b_OR.double() @ each.a_RI.double()).numpy(), want[module]) < 1e-6
+
+
 def test_num_bytes_counts_what_the_buffers_hold(tmp_path: Path) -> None:
     library = write_experts(tmp_path / "free", rank=(2, 5, 3))
     width, height = (sum(shape[side] for shape in SHAPES.values()) for side in (1, 0))

@@ -1,0 +1,89 @@
+"""The numbers of a profile on their way to the products of a live soup, which may run on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from itertools import cycle
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Each number, and how many times it is written.
+Numbers = Iterable[tuple[float, int]]
+
+
+class Coefficients(Protocol):
+    """float32 numbers that the host writes and products read."""
+
+    def written(self, numbers: Numbers) -> AbstractContextManager[Sequence[Tensor]]:
+        """Write all numbers, and lend them to the products that are started within: a part for each product."""
+        ...
+
+
+def coefficients_on(device: torch.device, widths: Sequence[int]) -> Coefficients:
+    """Return the coefficients of products that take so many numbers each."""
+    return _ForGpu(device, widths) if device.type == "cuda" else _ForCpu(widths)
+
+
+class _ForCpu:
+    """The products read what the host has written."""
+
+    def __init__(self, widths: Sequence[int]) -> None:
+        values = torch.zeros(sum(widths))
+        self._array = values.numpy()
+        self._parts = values.split(list(widths))
+
+    @contextmanager
+    def written(self, numbers: Numbers) -> Iterator[Sequence[Tensor]]:
+        _fill(self._array, numbers)
+        yield self._parts
+
+
+class _ForGpu:
+    """Two slots, used in turn, and a stream that copies them to the GPU.
+
+    The numbers of the next `set` are copied while the products of this one run, so that no transfer stands between the
+    products of the two. The host waits only for the `set` before the last, whose slot it needs.
+    """
+
+    def __init__(self, device: torch.device, widths: Sequence[int]) -> None:
+        self._slots = cycle([_Slot(device, widths), _Slot(device, widths)])
+        self._stream = torch.cuda.Stream(device)
+        # the slots are filled with zeros by the current stream, which may not have come to that yet
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+
+    @contextmanager
+    def written(self, numbers: Numbers) -> Iterator[Sequence[Tensor]]:
+        slot = next(self._slots)
+        current = torch.cuda.current_stream(self._stream.device)
+        slot.was_read.synchronize()
+        _fill(slot.array, numbers)
+        with torch.cuda.stream(self._stream):
+            slot.on_device.copy_(slot.on_host, non_blocking=True)
+        current.wait_stream(self._stream)
+        try:
+            yield slot.parts
+        finally:
+            slot.was_read.record(current)
+
+
+class _Slot:
+    """The numbers of one `set`: in pinned memory of the host, and on the GPU."""
+
+    def __init__(self, device: torch.device, widths: Sequence[int]) -> None:
+        self.on_host = torch.zeros(sum(widths), pin_memory=True)
+        self.array = self.on_host.numpy()
+        self.on_device = torch.zeros(sum(widths), device=device)
+        self.parts = self.on_device.split(list(widths))
+        self.was_read = torch.cuda.Event()
+
+
+def _fill(array: NDArray[np.float32], numbers: Numbers) -> None:
+    start = 0
+    for number, width in numbers:
+        array[start : start + width] = number
+        start += width
