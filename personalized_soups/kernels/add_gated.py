@@ -35,7 +35,7 @@ class BlockDiagonal:
         first_outputs: for each layer, the column of y where its outputs begin.
         columns_K: int64, the column of `A x` that belongs to each rank; None where rank k has column k.
         tiles: int64 `[T, 6]`, what each program of the kernel computes (see kernels/source.py).
-        is_aligned: whether all numbers in `tiles` that are offsets are multiples of 16.
+        is_aligned: whether all offsets and numbers of outputs in `tiles` are multiples of 16.
     """
 
     blocks: tuple[Tensor, ...]
@@ -52,89 +52,56 @@ class BlockDiagonal:
         for block, first_output in zip(blocks, first_outputs, strict=True):
             num_ranks, num_outputs = block.shape
             offset = (block.data_ptr() - blocks[0].data_ptr()) // block.element_size()
-            for start in range(0, num_outputs, _OUTPUTS):
-                rows.append((
-                    first_output + start, min(_OUTPUTS, num_outputs - start),
-                    first_rank, first_rank + num_ranks, offset + start, num_outputs,
-                ))  # fmt: skip
+            ranks = (first_rank, first_rank + num_ranks)
+            rows += [
+                (first_output + start, min(_OUTPUTS, num_outputs - start), *ranks, offset + start, num_outputs)
+                for start in range(0, num_outputs, _OUTPUTS)
+            ]
             first_rank += num_ranks
-        is_aligned = all(value % _ALIGNMENT == 0 for row in rows for value in (row[0], row[4], row[5]))
+        is_aligned = all(row[place] % _ALIGNMENT == 0 for row in rows for place in (0, 1, 4, 5))
         tiles = torch.tensor(rows, dtype=torch.int64, device=blocks[0].device).reshape(len(rows), 6)
         return cls(tuple(blocks), tuple(first_outputs), columns_K, tiles, is_aligned)
-
-    @property
-    def num_ranks(self) -> int:
-        """K, the ranks of all layers together."""
-        return sum(block.shape[0] for block in self.blocks)
 
 
 def add_gated(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> None:
     """Add `(low[:, columns] * gate) B` to y in place, for every layer of `factors`.
 
-    On a GPU by one kernel: the sum is taken in float32 and rounded once. Elsewhere, and where the kernel fails, by torch
-    operations, which round the gated activations as the kernel does.
+    On a GPU by one kernel, which sums in float32 and rounds once. Elsewhere, and where the kernel fails, by torch
+    operations. The gated activations are rounded to y's dtype either way.
 
     Args:
-        y_NO: rows may be apart (a view of a wider tensor), its columns not; it is changed.
+        y_NO: rows may be apart (a view of a wider tensor), columns not; it is changed.
         low_NC: `A x` in y's dtype; rows may be apart, and may be those of the tensor that y is a view of.
         gate_GK: of G gates, each for N / G rows that follow each other; rows may be apart, columns not.
         factors: in y's dtype and on its device.
 
-    Source: Punica's BGMV (arXiv 2310.18547) with a gate in place of an adapter's index.
+    Source: Punica's BGMV (arXiv 2310.18547), with a gate in place of an adapter's number.
     """
-    if torch.compiler.is_compiling() and y_NO.is_cuda:
+    if _is_traced_on_gpu(y_NO):
         # an operator of its own: the compiler neither traces into the launch nor emits the kernel's source again
-        _add_gated_operator(
-            y_NO, low_NC, gate_GK, list(factors.blocks), list(factors.first_outputs), factors.columns_K, factors.tiles,
-            factors.is_aligned,
-        )  # fmt: skip
-        return
-    _run(
-        y_NO, low_NC, gate_GK, factors.blocks, factors.first_outputs, factors.columns_K, factors.tiles,
-        is_aligned=factors.is_aligned,
-    )  # fmt: skip
+        blocks, first_outputs = list(factors.blocks), list(factors.first_outputs)
+        add_gated_operator(
+            y_NO, low_NC, gate_GK, blocks, first_outputs, factors.columns_K, factors.tiles, factors.is_aligned
+        )
+    else:
+        _add_gated(y_NO, low_NC, gate_GK, factors)
 
 
-def launch(
-    y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, b: Tensor, columns_K: Tensor | None, tiles: Tensor, *, is_aligned: bool
-) -> None:
-    """Launch the kernel; `b` is the first block, the other arguments are as in `add_gated` and BlockDiagonal."""
+def launch(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> None:
+    """Launch the kernel; arguments as `add_gated` takes them."""
     from personalized_soups.kernels.source import add_gated_kernel
 
     num_rows = y_NO.shape[0]
     if num_rows == 0:
         return
     rows = min(_MOST_ROWS, max(_LEAST_ROWS, 1 << (num_rows - 1).bit_length()))
+    columns_K, tiles = factors.columns_K, factors.tiles
     add_gated_kernel[-(-num_rows // rows), tiles.shape[0]](
-        y_NO, low_NC, gate_GK, b, tiles if columns_K is None else columns_K, tiles,
+        y_NO, low_NC, gate_GK, factors.blocks[0], tiles if columns_K is None else columns_K, tiles,
         num_rows, num_rows // gate_GK.shape[0], y_NO.stride(0), low_NC.stride(0), gate_GK.stride(0),
-        HAS_COLUMNS=columns_K is not None, IS_ALIGNED=is_aligned, ROWS=rows, OUTPUTS=_OUTPUTS, RANKS=_RANKS,
+        HAS_COLUMNS=columns_K is not None, IS_ALIGNED=factors.is_aligned, ROWS=rows, OUTPUTS=_OUTPUTS, RANKS=_RANKS,
         **launching.OPTIONS,
     )  # fmt: skip
-
-
-def _run(
-    y_NO: Tensor,
-    low_NC: Tensor,
-    gate_GK: Tensor,
-    blocks: Sequence[Tensor],
-    first_outputs: Sequence[int],
-    columns_K: Tensor | None,
-    tiles: Tensor,
-    *,
-    is_aligned: bool,
-) -> None:
-    if launching.is_usable(y_NO) and launching.launched(
-        lambda: launch(y_NO, low_NC, gate_GK, blocks[0], columns_K, tiles, is_aligned=is_aligned), y_NO
-    ):
-        return
-    gated_NK = gated(low_NC, gate_GK, columns_K)
-    start = 0
-    for block_KO, first in zip(blocks, first_outputs, strict=True):
-        num_ranks, num_outputs = block_KO.shape
-        part_NO = y_NO if y_NO.shape[1] == num_outputs else y_NO.narrow(1, first, num_outputs)
-        part_NO.addmm_(gated_NK.narrow(1, start, num_ranks), block_KO)
-        start += num_ranks
 
 
 def gated(low_NC: Tensor, gate_GK: Tensor, columns_K: Tensor | None) -> Tensor:
@@ -142,12 +109,28 @@ def gated(low_NC: Tensor, gate_GK: Tensor, columns_K: Tensor | None) -> Tensor:
     low_NK = low_NC if columns_K is None else low_NC.index_select(1, columns_K)
     if low_NK.shape[0] == gate_GK.shape[0]:
         return low_NK * gate_GK
-    low_GMK = low_NK.unflatten(0, (gate_GK.shape[0], -1))
+    low_GMK = low_NK.view(gate_GK.shape[0], -1, gate_GK.shape[1])
     return (low_GMK * gate_GK[:, None, :]).flatten(0, 1)
 
 
+def _is_traced_on_gpu(y_NO: Tensor) -> bool:
+    return torch.compiler.is_compiling() and y_NO.is_cuda
+
+
+def _add_gated(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> None:
+    if launching.is_usable(y_NO) and launching.launched(lambda: launch(y_NO, low_NC, gate_GK, factors), y_NO):
+        return
+    gated_NK = gated(low_NC, gate_GK, factors.columns_K)
+    start = 0
+    for block_KO, first in zip(factors.blocks, factors.first_outputs, strict=True):
+        num_ranks, num_outputs = block_KO.shape
+        part_NO = y_NO if y_NO.shape[1] == num_outputs else y_NO.narrow(1, first, num_outputs)
+        part_NO.addmm_(gated_NK.narrow(1, start, num_ranks), block_KO)
+        start += num_ranks
+
+
 @torch.library.custom_op("personalized_soups::add_gated", mutates_args=("y_NO",))
-def _add_gated_operator(
+def add_gated_operator(  # noqa: PLR0917 - an operator's arguments have places
     y_NO: Tensor,
     low_NC: Tensor,
     gate_GK: Tensor,
@@ -155,11 +138,12 @@ def _add_gated_operator(
     first_outputs: list[int],
     columns_K: Tensor | None,
     tiles: Tensor,
-    is_aligned: bool,  # noqa: FBT001
+    is_aligned: bool,
 ) -> None:
-    _run(y_NO, low_NC, gate_GK, blocks, first_outputs, columns_K, tiles, is_aligned=is_aligned)
+    """Do what `add_gated` does, as an operator that torch.compile takes as one node; BlockDiagonal's fields apart."""
+    _add_gated(y_NO, low_NC, gate_GK, BlockDiagonal(tuple(blocks), tuple(first_outputs), columns_K, tiles, is_aligned))
 
 
-@_add_gated_operator.register_fake
+@add_gated_operator.register_fake
 def _(*_arguments: object) -> None:
     """Compute nothing: y keeps its shape."""

@@ -37,6 +37,7 @@ def add_gated_kernel(
     if IS_ALIGNED:
         # lets the compiler load 16 bytes at a time, which numbers read from memory do not
         first_output = tl.multiple_of(first_output, 16)
+        num_outputs = tl.multiple_of(num_outputs, 16)
         first_b = tl.multiple_of(first_b, 16)
         b_stride = tl.multiple_of(b_stride, 16)
     output = tl.arange(0, OUTPUTS)

@@ -12,12 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from personalized_soups.mixing import fused
+from personalized_soups.kernels.add_gated import BlockDiagonal, add_gated, gated
 from personalized_soups.mixing.stack import Span, Stack
 
 
 def mixed(
-    x: Tensor, y: Tensor, stack: Stack, spans: Sequence[Span], gate_GC: Tensor, *, bias_O: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    stack: Stack,
+    spans: Sequence[Span],
+    gate_GC: Tensor,
+    *,
+    bias_O: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> Tensor:
     """Return `y + B (g * A x)` where row b of the input has the gate `g_b = w_b s`, with DoRA and lora_bias.
 
@@ -31,6 +38,7 @@ def mixed(
         spans: the parts of the stack that the batch uses.
         gate_GC: `[G, stack.width]`, in x's dtype and on its device.
         bias_O: the base layer's bias: DoRA scales W x without it.
+        low: `A x` of the only span, `[..., C]`, where it is computed already; its rows may be apart.
 
     Returns:
         y's shape, dtype and device.
@@ -38,15 +46,8 @@ def mixed(
     num_gates, num_ranks = gate_GC.shape[0], sum(stack.ranks)
     y = _with_gains(y, stack, gate_GC, num_ranks, bias_O)
     for span in spans:
-        low = functional.linear(x, span.a_CI)
-        gate_GK = gate_GC[:, span.start : span.stop]
-        if fused.is_usable(y, low):
-            fused.add_gated(y.view(-1, y.shape[-1]), low.view(-1, low.shape[-1]), gate_GK, span.b_KO, span.columns)
-            continue
-        if span.columns is not None:
-            low = low.index_select(-1, span.columns)
-        low_GMK = low.reshape(num_gates, -1, span.stop - span.start) * gate_GK[:, None, :]
-        y = _plus_product(y, low_GMK.flatten(0, 1), span.b_KO)
+        low_of_span = functional.linear(x, span.a_CI) if low is None else low
+        y = _plus_gated(y, low_of_span, gate_GC[:, span.start : span.stop], span.factors)
     if stack.biases_DO is not None:
         added_GO = gate_GC[:, num_ranks + len(stack.gained) :] @ stack.biases_DO
         y = (y.reshape(num_gates, -1, y.shape[-1]) + added_GO[:, None, :].to(y.dtype)).view_as(y)
@@ -63,9 +64,11 @@ def _with_gains(y: Tensor, stack: Stack, gate_GC: Tensor, num_ranks: int, bias_O
     return torch.addcmul(y_GMO, product.reshape(y_GMO.shape), more_GO[:, None, :].to(y.dtype)).view_as(y)
 
 
-def _plus_product(y: Tensor, low_NK: Tensor, b_KO: Tensor) -> Tensor:
-    """Return `y + low B`: in place, and rounded once, where y may be changed."""
-    y_NO = y.reshape(-1, y.shape[-1])
-    if torch.is_grad_enabled() or y.dtype != low_NK.dtype or not y.is_contiguous():
-        return (y_NO + (low_NK @ b_KO).to(y.dtype)).view_as(y)
-    return y_NO.addmm_(low_NK, b_KO).view_as(y)
+def _plus_gated(y: Tensor, low: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> Tensor:
+    """Return `y + (low * gate) B`: in place, and rounded once, where y may be changed."""
+    y_NO, low_NC = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
+    if torch.is_grad_enabled() or y.dtype != low.dtype or not y.is_contiguous():
+        (b_KO,) = factors.blocks
+        return (y_NO + (gated(low_NC, gate_GK, factors.columns_K) @ b_KO).to(y.dtype)).view_as(y)
+    add_gated(y_NO, low_NC, gate_GK, factors)
+    return y

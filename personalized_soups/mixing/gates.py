@@ -6,12 +6,16 @@ G gates, E experts of the model, S layers, C columns: the widths of all layers' 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.stack import Stack
+
+if TYPE_CHECKING:
+    from personalized_soups.mixing.groups import HeldProduct
 
 
 class Gates:
@@ -28,6 +32,7 @@ class Gates:
         used: the experts of which at least one gate is not zero.
         token_rows: int64, of the batch's shape, the gate of every token; None where a row has one for all its tokens.
         num_tokens: tokens of the batch that is running, which the model's forward tells.
+        held: the product of a group of layers of which not every layer has taken its part yet.
     """
 
     def __init__(self) -> None:
@@ -36,14 +41,25 @@ class Gates:
         self.used: frozenset[str] = frozenset()
         self.token_rows: Tensor | None = None
         self.num_tokens = 0
+        self.held: HeldProduct | None = None
         self._views: tuple[Tensor, ...] = ()
         self._buffers: dict[int, Tensor] = {}
         self.lay_out((), ())
 
-    def lay_out(self, experts: Sequence[str], stacks: Sequence[Stack]) -> None:
-        """Take the layers' stacks, in the order of their slots, and forget the buffers of others."""
+    def lay_out(self, experts: Sequence[str], stacks: Sequence[Stack], sizes: Sequence[int] | None = None) -> None:
+        """Take the layers' stacks, in the order of their slots, and forget the buffers of others.
+
+        `sizes` says how many layers, one after another, are computed as a group; each by itself where it is left out.
+        """
         self.experts = tuple(experts)
-        self._widths = [stack.width for stack in stacks]
+        widths = [stack.width for stack in stacks]
+        self._widths: list[int] = []
+        # for each slot: its group, the column of the group's gates where its own begin, and how many those are
+        self._places: list[tuple[int, int, int]] = []
+        for size in [1] * len(stacks) if sizes is None else sizes:
+            own = widths[len(self._places) : len(self._places) + size]
+            self._places += [(len(self._widths), sum(own[:place]), width) for place, width in enumerate(own)]
+            self._widths.append(sum(own))
         place = {expert: index for index, expert in enumerate(experts)}
         largest = dict.fromkeys(experts, 0.0)
         columns: list[int] = []
@@ -73,7 +89,35 @@ class Gates:
 
     def of(self, slot: int) -> Tensor:
         """Return a layer's gates, `[G, width]`, in the stacks' dtype and on their device: `w s` at every rank."""
-        return self._views[slot]
+        group, start, width = self._places[slot]
+        view = self._views[group]
+        return view if view.shape[1] == width else view.narrow(1, start, width)
+
+    def of_group(self, slot: int) -> Tensor:
+        """Return the gates of all layers of a group, one layer's behind another's, by the slot of one of them."""
+        return self._views[self._places[slot][0]]
+
+    def fitted(self, x: Tensor, gate_GC: Tensor, layer: str) -> Tensor:
+        """Return a layer's gates such that each is for as many rows of its input as every other.
+
+        Args:
+            x: the layer's input, `[..., I]`.
+            gate_GC: what `of` or `of_group` returned.
+            layer: its name.
+
+        Raises:
+            UsageError: if x is not of the rows, or the tokens, that the mixture is for.
+        """
+        if self.token_rows is not None:
+            self._check_tokens(x, self.token_rows, layer)
+            return gate_GC.index_select(0, self.token_rows.to(gate_GC.device).flatten())
+        if self.rows_each is not None:
+            self._check_rows(x, gate_GC.shape[0], self.rows_each, layer)
+        return gate_GC
+
+    def clear(self) -> None:
+        """Let go of a product that no layer will take any more."""
+        self.held = None
 
     def holds(self, weights: Mapping[str, float]) -> bool:
         """Return whether every weight, times its expert's scaling, fits into the stacks' dtype."""
@@ -117,6 +161,34 @@ class Gates:
         buffer_GC.copy_(spread_GC.mul_(self._scales_C))  # rounded to the stacks' dtype here, once
         is_used = (weights_GE != 0).any(dim=0).tolist()
         self.used = frozenset(name for name, one in zip(self.experts, is_used, strict=True) if one)
+
+    def _check_tokens(self, x: Tensor, token_rows: Tensor, layer: str) -> None:
+        is_flat = x.dim() < 3
+        if x.shape[:-1] != (token_rows.flatten().shape if is_flat else token_rows.shape):
+            raise UsageError(
+                f"{layer} is given tokens of the shape {list(x.shape[:-1])}, rows has {list(token_rows.shape)}",
+                where="rows",
+                mend="give rows=... of the shape of input_ids",
+            )
+
+    def _check_rows(self, x: Tensor, num_gates: int, rows_each: int, layer: str) -> None:
+        if x.dim() < 3:
+            # laid out flat: a layer that sees some of the tokens alone cannot tell whose they are
+            have, want = x.shape[0], self.num_tokens
+            if have % num_gates == 0 and (have == want or torch.compiler.is_compiling()):
+                return
+            raise UsageError(
+                f"{layer} is given {have} tokens laid out flat, the batch has {want}",
+                where=layer,
+                mend="run one profile at a time; a layer to which some of the tokens are sent can't be mixed",
+            )
+        if x.shape[0] != num_gates * rows_each:
+            raise UsageError(
+                f"the mixture is for {num_gates} prompts of {rows_each} rows each, the batch has {x.shape[0]} rows",
+                where="profiles",
+                mend="give one profile for each prompt; with beams or several answers a prompt, "
+                "mixture(..., rows_each=N)",
+            )
 
     def _buffer(self, num_gates: int) -> Tensor:
         capacity = 1 << (num_gates - 1).bit_length()

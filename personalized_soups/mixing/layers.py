@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from personalized_soups.adapters.library import Expert
 from personalized_soups.merging.parallel import in_order, num_workers
 from personalized_soups.mixing.experts import Members, bare_layer, check_experts
 from personalized_soups.mixing.gates import Gates
+from personalized_soups.mixing.groups import LayerGroup, arranged, group_of, storages_of, units
 from personalized_soups.mixing.layer import MixedLinear
 from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.stack import Member, Stack
@@ -35,6 +36,8 @@ class MixedLayers:
         self.gates = Gates()
         self._model = model
         self._layers: dict[str, MixedLinear] = {}
+        self._sizes: list[int] = []
+        self._groups: list[LayerGroup] = []
         self._experts: dict[str, Expert] = {}
         self._stamps: dict[str, int] = {}
         # what another model computed is never taken for this one's
@@ -56,13 +59,14 @@ class MixedLayers:
 
     @property
     def by_name(self) -> Mapping[str, MixedLinear]:
-        """The wrapped layers, by their names in the base."""
+        """The wrapped layers, by their names in the base, in the order of their slots."""
         return MappingProxyType(self._layers)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all stacks."""
-        return sum(layer.stack.num_bytes for layer in self._layers.values())
+        """Bytes of all stacks, and of the room that groups keep for more."""
+        stacks = sum(layer.stack.num_bytes for layer in self._layers.values())
+        return stacks + sum(group.num_spare_bytes for group in self._groups)
 
     def change(self, added: Sequence[Expert], removed: Iterable[str] = (), *, same_base: bool = False) -> None:
         """Take experts in and out; one that is added takes the place of that of its name. All or nothing.
@@ -83,25 +87,62 @@ class MixedLayers:
 
         stacks = list(in_order(stack_of, names, num_workers(torch.device("cpu"))))
         # nothing can fail from here on
+        gone_layers = {self._layers[name] for name, stack in zip(names, stacks, strict=True) if stack is None}
+        for group in self._groups:
+            if not gone_layers.isdisjoint(group.layers):
+                group.release()
+        self._groups = [group for group in self._groups if gone_layers.isdisjoint(group.layers)]
         for name, stack in zip(names, stacks, strict=True):
             self._put(name, stack)
         self._experts = dict(sorted({**kept, **{expert.name: expert for expert in added}}.items()))
         self._stamps = {name: self._stamps.get(name, 0) for name in self._experts}
         for expert in added:
             self.restamp(expert.name)
-        self._layers = dict(sorted(self._layers.items()))
-        for slot, layer in enumerate(self._layers.values()):
-            layer.slot = slot
-        self._lay_out()
+        self._regroup()
         self._hook_up()
 
     def follow(self) -> None:
-        """Let the gates be where the stacks are, and in their dtype: models are moved and cast."""
-        if not self._is_followed():
+        """Let groups and gates be where the stacks and the base's weights are: models are moved, cast and loaded."""
+        self.gates.clear()
+        if not all(group.is_current() for group in self._groups):
+            self._regroup()
+        elif not self._is_followed():
             self._lay_out()
 
+    def _regroup(self) -> None:
+        """Let layers that read the same input be computed together, as far as they can be, and give all their slots."""
+        found = [unit for names in arranged(self._layers) for unit in units([self._layers[name] for name in names])]
+        before = {group.layers: group for group in self._groups if group.has_these_bases()}
+        for group in self._groups:
+            if group.layers not in found or group.layers not in before:
+                group.release()
+        # a tensor that was made in inference mode could not be changed outside of it
+        with torch.inference_mode(False), torch.no_grad():
+            self._groups = list(self._grouped(found, before))
+        self._layers = {layer.name: layer for unit in found for layer in unit}
+        for slot, layer in enumerate(self._layers.values()):
+            layer.slot = slot
+        self._sizes = list(map(len, found))
+        self._lay_out()
+
+    def _grouped(
+        self, found: Sequence[tuple[MixedLinear, ...]], before: Mapping[tuple[MixedLinear, ...], LayerGroup]
+    ) -> Iterator[LayerGroup]:
+        storages = storages_of(self._model)
+
+        def grouped(unit: tuple[MixedLinear, ...]) -> LayerGroup | None:
+            group = before.get(unit)
+            if group is None:
+                return group_of(unit, self.gates, storages)
+            if not group.has_these_stacks():
+                group.hold()
+            return group
+
+        workers = num_workers(torch.device("cpu"))
+        return (group for group in in_order(grouped, found, workers) if group is not None)
+
     def _lay_out(self) -> None:
-        self.gates.lay_out(list(self._experts), [layer.stack for layer in self._layers.values()])
+        self.gates.lay_out(list(self._experts), [layer.stack for layer in self._layers.values()], self._sizes)
 
     def restamp(self, name: str) -> None:
         """Let an expert count as another one."""
@@ -147,6 +188,7 @@ class MixedLayers:
         """Count the tokens, and see whether the model was moved or cast while weights are set."""
         if torch.compiler.is_compiling():
             return
+        self.gates.clear()
         given = keywords.get("input_ids", arguments[0] if arguments else None)
         if given is not None:
             self.gates.num_tokens = given.numel()

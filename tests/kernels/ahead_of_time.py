@@ -1,6 +1,6 @@
 """Compile every launch of every kernel for real GPUs, on a machine that has none; exit status 1 where one fails.
 
-python -m tests.kernels.ahead_of_time [CAPABILITY ...]      default: 90, then one variant of each dtype for 80 and 100
+python -m tests.kernels.ahead_of_time [CAPABILITY [DTYPE]]      e.g. 90 bf16; all of 80, 90 and 100 where left out
 
 The launches are recorded, not listed: each launcher is called with tensors of the shapes that models have, and what it
 would launch is compiled with the specialisations that Triton makes of those arguments (integers that are 1 or divisible
@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor
 from personalized_soups.kernels import add_gated, scale_columns, source, weighted_sums
 from personalized_soups.kernels.add_gated import BlockDiagonal
 
+# Every launch is compiled for Hopper, and of each kernel's flags one for Ampere and Blackwell.
 FULL = 90
-OTHERS = (80, 100)
+CAPABILITIES = (80, 90, 100)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHORT = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
@@ -76,9 +78,7 @@ class _Recorder:
                 signature.append((name, "i32" if value < 2**31 else "i64"))
                 divisible += [place] if value % 16 == 0 else []
         options = tuple(keywords.items())
-        self._seen[
-            Launch(self._kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), options)
-        ] = None
+        self._seen[Launch(self._kernel.__name__, tuple(signature), tuple(constants), tuple(divisible), options)] = None
 
 
 def recorded(calls: Iterator[Callable[[], None]]) -> list[Launch]:
@@ -93,19 +93,17 @@ def recorded(calls: Iterator[Callable[[], None]]) -> list[Launch]:
     finally:
         for name, kernel in kernels.items():
             setattr(source, name, kernel)
-    missing = kernels.keys() - {launch.kernel for launch in seen}
-    assert not missing, f"never launched: {missing}"
     return list(seen)
 
 
-def compiled(launch: Launch, capability: int) -> int:
-    """Compile a launch for a compute capability (90 is Hopper's 9.0) and return the bytes of the machine code."""
+def built(launch: Launch, capability: int) -> Any:
+    """Compile a launch for a compute capability (90 is Hopper's 9.0) and return what Triton makes of it."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = getattr(source, launch.kernel)
-    built = triton.compile(
+    return triton.compile(
         ASTSource(
             fn=kernel,
             signature=dict(launch.signature),
@@ -115,7 +113,6 @@ def compiled(launch: Launch, capability: int) -> int:
         target=GPUTarget("cuda", capability, 32),
         options=dict(launch.options),
     )
-    return len(built.asm["cubin"])
 
 
 def _gated_calls(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
@@ -136,68 +133,78 @@ def _gated_calls(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
                 columns = torch.arange(num_ranks) if has_columns else None
                 factors = BlockDiagonal.of(blocks, starts, columns)
                 gate = torch.empty(gates, num_ranks + 8, dtype=dtype)[:, :num_ranks]
-                yield lambda product=product, total=total, gate=gate, factors=factors: add_gated.launch(  # type: ignore[misc]
-                    product, product[:, total:], gate, factors.blocks[0], factors.columns_K, factors.tiles,
-                    is_aligned=factors.is_aligned,
-                )  # fmt: skip
+                yield (
+                    lambda product=product, total=total, gate=gate, factors=factors: add_gated.launch(  # type: ignore[misc]
+                        product, product[:, total:], gate, factors
+                    )
+                )
 
 
 def _sum_calls(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
-    # the 8B shape's B's of one expert, an odd number of values, and more than 2^31 numbers
+    # the 8B shape's B's of one expert, and an odd number of values
     for values in (22_020_096, 1001):
         for users in (1, 3, 16, 40):
             for experts in (1, 6, 40):
                 experts_EP = torch.empty(experts, values)
                 weights_UE = torch.empty(users, experts)
                 out_UP = torch.empty(users, values, dtype=dtype)
-                yield lambda a=weights_UE, b=experts_EP, c=out_UP: weighted_sums.launch(a, b, c)  # type: ignore[misc]
+                yield partial(weighted_sums.launch, weights_UE, experts_EP, out_UP)
 
 
 def _scale_calls(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
-    for rows, columns in ((22_020_096 // 16, 96), (1001, 33), (5, 912), (7, 1)):
+    for rows, columns in ((22_020_096 // 16, 96), (5000, 24), (5000, 12), (1001, 33), (5, 912), (7, 1)):
         pristine_OK, scales_K = torch.empty(rows, columns), torch.empty(columns)
         out_OK = torch.empty(rows, columns, dtype=dtype)
-        yield lambda a=pristine_OK, b=scales_K, c=out_OK: scale_columns.launch(a, b, c)  # type: ignore[misc]
+        yield partial(scale_columns.launch, pristine_OK, scales_K, out_OK)
 
 
 def calls(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
-    """Yield calls of every launcher for models in a dtype: real shapes, odd ones, and those of one row, gate or rank."""
+    """Yield calls of every launcher for models in a dtype: real shapes, odd ones, and ones of one row or rank."""
     yield from _gated_calls(dtype)
     yield from _sum_calls(dtype)
     yield from _scale_calls(dtype)
 
 
 def launches(dtype: torch.dtype) -> list[Launch]:
-    """Return the different launches for models in a dtype."""
-    return recorded(calls(dtype))
+    """Return the different launches for models in a dtype, at least one of every kernel."""
+    found = recorded(calls(dtype))
+    missing = {name for name in vars(source) if name.endswith("_kernel")} - {launch.kernel for launch in found}
+    assert not missing, f"never launched: {missing}"
+    return found
 
 
 def _few(found: list[Launch]) -> list[Launch]:
-    """Return one launch of each kernel and each set of constexprs that are flags."""
-    chosen = {}
+    """Return one launch of each kernel and each set of its flags."""
+    chosen: dict[tuple[str, tuple[Any, ...]], Launch] = {}
     for launch in found:
         flags = tuple((name, value) for name, value in launch.constants if isinstance(value, bool))
         chosen.setdefault((launch.kernel, flags), launch)
     return list(chosen.values())
 
 
-def main(capabilities: list[int]) -> int:
-    """Compile and print a line for each launch; return 1 where one failed."""
-    warnings.simplefilter("error")
+def failures(capability: int, dtype: torch.dtype) -> int:
+    """Compile, write a line for each launch, and return how many failed."""
+    every = launches(dtype)
     failed = 0
-    for dtype in DTYPES:
-        every = launches(dtype)
-        for capability in capabilities or (FULL, *OTHERS):
-            for launch in every if capabilities or capability == FULL else _few(every):
-                told = ", ".join(f"{name}={value}" for name, value in launch.constants)
-                line = f"sm_{capability} {_SHORT[dtype]} {launch.kernel} {told} divisible {list(launch.divisible)}"
-                try:
-                    print(f"ok {line}: {compiled(launch, capability)} bytes", flush=True)
-                except Exception as error:
-                    failed += 1
-                    print(f"failed {line}: {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
-    return int(failed > 0)
+    for launch in every if capability == FULL else _few(every):
+        constants = ", ".join(f"{name}={value}" for name, value in launch.constants)
+        line = f"sm_{capability} {_SHORT[dtype]} {launch.kernel} {constants} divisible {list(launch.divisible)}"
+        try:
+            outcome = f"{len(built(launch, capability).asm['cubin'])} bytes"
+        except Exception as error:  # whatever Triton, LLVM or ptxas raise
+            failed += 1
+            outcome = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        sys.stdout.write(f"{line}: {outcome}\n")
+    return failed
+
+
+def main(arguments: list[str]) -> int:
+    """Compile what the arguments name; return 1 where a launch failed."""
+    warnings.simplefilter("error")
+    capabilities = [int(arguments[0])] if arguments else CAPABILITIES
+    dtypes = [dtype for dtype in DTYPES if _SHORT[dtype] in arguments[1:] or len(arguments) < 2]
+    return int(sum(failures(capability, dtype) for capability in capabilities for dtype in dtypes) > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main([int(word) for word in sys.argv[1:]]))
+    sys.exit(main(sys.argv[1:]))
