@@ -245,7 +245,8 @@ def beside_shapes(like: LoraModule, layout: Layout) -> dict[str, tuple[int, ...]
 
 
 def _rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
-    rounded = tensor.to("cpu", torch_dtype(plan.dtype)).contiguous()
+    # rounded before it is transferred: truncated factors are float64
+    rounded = tensor.to(torch_dtype(plan.dtype)).to("cpu").contiguous()
     if not all_finite(rounded):
         raise _too_large(f"{name}: the soup has values up to {tensor.abs().max().item():g}", plan)
     return rounded

@@ -76,7 +76,7 @@ class LiveAdapter:
         self._side_of = {name: each.side for name, each in self._experts.items() if each.side is not None}
         # a buffer that was made in inference mode could not be changed outside of it
         with torch.inference_mode(False), torch.no_grad():
-            self._buffers = _buffers(ExpertBank(list(self._experts.values()), device=self.device), self._plan)
+            self._buffers = _buffers(ExpertBank(list(self._experts.values())), self._plan, self.device)
             widths = [sum(product.widths) for product in self._buffers.products]
             self._coefficients = coefficients_on(self.device, widths)
         self._attached: list[tuple[weakref.ref[nn.Parameter], int]] = []
@@ -244,10 +244,10 @@ def _plan_of_all(
     return plan_merge(library, everyone, method=method, dtype=dtype, same_base=same_base)
 
 
-def _buffers(bank: ExpertBank, plan: MergePlan) -> LiveBuffers:
+def _buffers(bank: ExpertBank, plan: MergePlan, device: torch.device) -> LiveBuffers:
     dtype = torch_dtype(plan.dtype)
     if plan.method.family == "factor":
-        return factor_buffers(bank, plan.modules, plan.rank, FACTOR_RULES[plan.method.name], dtype)
+        return factor_buffers(bank, plan.modules, plan.rank, FACTOR_RULES[plan.method.name], dtype, device=device)
     if plan.shares_basis:
-        return shared_buffers(bank, plan.modules, plan.rank, dtype)
-    return free_buffers(bank, plan.modules, dtype)
+        return shared_buffers(bank, plan.modules, plan.rank, dtype, device=device)
+    return free_buffers(bank, plan.modules, dtype, device=device)

@@ -154,7 +154,9 @@ FACTOR_RULES: Mapping[str, FactorRule] = MappingProxyType({
 })  # fmt: skip
 
 
-def free_buffers(bank: ExpertBank, modules: Sequence[PlannedModule], dtype: torch.dtype) -> LiveBuffers:
+def free_buffers(
+    bank: ExpertBank, modules: Sequence[PlannedModule], dtype: torch.dtype, *, device: torch.device
+) -> LiveBuffers:
     """Return `linear` of free experts: A is the experts' stack and stays; B's columns are scaled.
 
     Every module has the one rank K, so that the B's of all modules stand below one another in one buffer: an expert
@@ -167,19 +169,23 @@ def free_buffers(bank: ExpertBank, modules: Sequence[PlannedModule], dtype: torc
     ranks = [max(module.rank for module in expert.adapter.modules.values()) for expert in bank.experts]
     starts = list(accumulate(ranks, initial=0))
     heights = [module.out_features for module in modules]
-    pristine_OK = torch.zeros(sum(heights), starts[-1], device=bank.device)
-    a_stacks = [torch.zeros(starts[-1], module.in_features, device=bank.device) for module in modules]
-    for module, a_KI, b_OK in zip(modules, a_stacks, pristine_OK.split(heights), strict=True):
+    pristine_OK = torch.empty(sum(heights), starts[-1], device=device)
+    a_stacks = [torch.zeros(starts[-1], module.in_features) for module in modules]
+    for module, a_KI, part_OK in zip(modules, a_stacks, pristine_OK.split(heights), strict=True):
+        b_OK = torch.zeros(module.out_features, starts[-1])
         for index in bank.members(module.name):
             each = bank.factors(index, module.name)
             columns = slice(starts[index], starts[index] + each.rank)
             a_KI[columns] = each.a_RI
             b_OK[:, columns] = each.b_OR.double() * each.scaling
+        part_OK.copy_(b_OK)
     product = ColumnScale(pristine_OK, ranks, dtype)
     return _with_fixed_a(modules, a_stacks, product.live.split(heights), product)
 
 
-def shared_buffers(bank: ExpertBank, modules: Sequence[PlannedModule], rank: int, dtype: torch.dtype) -> LiveBuffers:
+def shared_buffers(
+    bank: ExpertBank, modules: Sequence[PlannedModule], rank: int, dtype: torch.dtype, *, device: torch.device
+) -> LiveBuffers:
     """Return `linear` of experts with one basis: A is theirs and stays; B is the sum of theirs, scalings included.
 
     Modules of a lower rank are padded with zeros, as in a merged adapter.
@@ -189,8 +195,9 @@ def shared_buffers(bank: ExpertBank, modules: Sequence[PlannedModule], rank: int
         UsageError: where an A does not fit into `dtype`.
     """
     shapes = _b_shapes(modules, rank)
-    product = RowSum(_expert_rows(bank, modules, shapes, lambda each: each.b_OR.double() * each.scaling), dtype)
-    a_stacks = [torch.zeros(rank, module.in_features, device=bank.device) for module in modules]
+    rows_EP = _expert_rows(bank, modules, shapes, lambda each: each.b_OR.double() * each.scaling, device)
+    product = RowSum(rows_EP, dtype)
+    a_stacks = [torch.zeros(rank, module.in_features) for module in modules]
     for module, a_KI in zip(modules, a_stacks, strict=True):
         each = bank.factors(0, module.name)
         a_KI[: each.rank] = each.a_RI
@@ -198,7 +205,13 @@ def shared_buffers(bank: ExpertBank, modules: Sequence[PlannedModule], rank: int
 
 
 def factor_buffers(
-    bank: ExpertBank, modules: Sequence[PlannedModule], rank: int, rule: FactorRule, dtype: torch.dtype
+    bank: ExpertBank,
+    modules: Sequence[PlannedModule],
+    rank: int,
+    rule: FactorRule,
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
 ) -> LiveBuffers:
     """Return a method that sums A's and B's apart, each in a buffer and with coefficients of its own.
 
@@ -206,8 +219,8 @@ def factor_buffers(
         InputError: where an expert holds NaN or infinity.
     """
     a_shapes, b_shapes = [(rank, module.in_features) for module in modules], _b_shapes(modules, rank)
-    a_product = RowSum(_expert_rows(bank, modules, a_shapes, rule.a), dtype)
-    b_product = RowSum(_expert_rows(bank, modules, b_shapes, rule.b), dtype)
+    a_product = RowSum(_expert_rows(bank, modules, a_shapes, rule.a, device), dtype)
+    b_product = RowSum(_expert_rows(bank, modules, b_shapes, rule.b, device), dtype)
     pairs = zip(_views(a_product.live, a_shapes), _views(b_product.live, b_shapes), strict=True)
     factors = {module.name: Factors(a_KI, b_OK) for module, (a_KI, b_OK) in zip(modules, pairs, strict=True)}
     num_bytes = a_product.num_bytes + b_product.num_bytes
@@ -233,25 +246,33 @@ def _with_fixed_a(
 ) -> LiveBuffers:
     for a_KI in a_stacks:
         check_fits(a_KI.abs().max().item(), product.live.dtype)
-    rounded = [a_KI.to(product.live.dtype) for a_KI in a_stacks]
+    rounded = [a_KI.to(product.live.dtype).to(product.live.device) for a_KI in a_stacks]
     factors = {module.name: Factors(a_KI, b_OK) for module, a_KI, b_OK in zip(modules, rounded, b_views, strict=True)}
     return LiveBuffers(factors, (product,), lambda weights: (weights,), product.num_bytes + _num_bytes(*rounded))
 
 
 def _expert_rows(
-    bank: ExpertBank, modules: Sequence[PlannedModule], shapes: Sequence[Shape], part: Callable[[Factors], Tensor]
+    bank: ExpertBank,
+    modules: Sequence[PlannedModule],
+    shapes: Sequence[Shape],
+    part: Callable[[Factors], Tensor],
+    device: torch.device,
 ) -> Tensor:
     """Return experts_EP in float32: one row an expert, that part of its factors; zeros where it has none.
 
     Zeros behind them make the rows' length a multiple of _ROW_UNIT.
     """
     num_values = sum(map(math.prod, shapes))
-    rows_EP = torch.zeros(len(bank.experts), num_values + -num_values % _ROW_UNIT, device=bank.device)
+    rows_EP = torch.zeros(len(bank.experts), num_values + -num_values % _ROW_UNIT, device=device)
     for index, expert in enumerate(bank.experts):
-        for module, target in zip(modules, _views(rows_EP[index], shapes), strict=True):
+        # put together on the CPU: a GPU gets a row at once and not each module by itself
+        row_P = rows_EP[index] if device.type == "cpu" else torch.zeros(rows_EP.shape[1])
+        for module, target in zip(modules, _views(row_P, shapes), strict=True):
             if module.name in expert.adapter.modules:
                 values = part(bank.factors(index, module.name))
                 target[: values.shape[0], : values.shape[1]] = values
+        if device.type != "cpu":
+            rows_EP[index] = row_P
     return rows_EP
 
 

@@ -108,7 +108,12 @@ def test_a_block_brings_along_whether_it_is_finite(
     base = torch.ones(4, 16, dtype=torch.float16)
     base[2] = value
     looked_at: list[Tensor] = []
-    monkeypatch.setattr(blocks, "all_finite", lambda rows: looked_at.append(rows) or bool(rows.isfinite().all()))
+
+    def all_finite(rows: Tensor) -> bool:
+        looked_at.append(rows)
+        return bool(rows.isfinite().all())
+
+    monkeypatch.setattr(blocks, "all_finite", all_finite)
     found = [block.is_finite() for block in queued_blocks(base, [[]], CPU, base.dtype, EagerQueue())]
     assert found == [True, True, is_finite, True]
     assert len(looked_at) == (not is_finite)
