@@ -76,11 +76,13 @@ def weighted_sums_kernel(
 ):  # fmt: skip
     """out[u, p] = sum_e weights[u, e] experts[e, p]; one program for USERS users and VALUES numbers.
 
-    Every expert's number is read from memory once for all users of the program; the weights stay in the cache.
+    Programs of the same numbers and other users follow each other: the first one reads the experts from memory, the
+    others find them in the cache, where the weights stay as well.
     """
+    num_tiles = (num_users + USERS - 1) // USERS
     # two dimensions from the start: a conversion from one to two would go through shared memory for every expert
-    value = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)[None, :]
-    user = tl.program_id(1) * USERS + tl.arange(0, USERS)[:, None]
+    value = (tl.program_id(0) // num_tiles).to(tl.int64) * VALUES + tl.arange(0, VALUES)[None, :]
+    user = (tl.program_id(0) % num_tiles) * USERS + tl.arange(0, USERS)[:, None]
     is_value = value < num_values
     is_user = user < num_users
     total = tl.zeros((USERS, VALUES), dtype=tl.float32)

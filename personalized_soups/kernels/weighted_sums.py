@@ -9,11 +9,12 @@ from torch import Tensor
 
 from personalized_soups.kernels import launching
 
-# A program's sums stay in registers: 4,096 float32 numbers over 128 threads, or 8,192 for 16 users, since each thread
-# reads 4 numbers of an expert at once.
+# A thread's sums stay in registers, and few of them: what hides the latency of memory is how many threads read at once.
+# Of 128 threads each reads 4 numbers together, or twice 4, and holds them for up to 8 users.
 _TILE = 4096
 _LEAST_VALUES = 512
-_MOST_USERS = 16
+_MOST_VALUES = 1024
+_MOST_USERS = 8
 
 
 def weighted_sums(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> bool:
@@ -44,8 +45,8 @@ def launch(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> None:
     if num_users * num_values == 0:
         return
     users = min(_MOST_USERS, 1 << (num_users - 1).bit_length())
-    values = max(_TILE // users, _LEAST_VALUES)
-    weighted_sums_kernel[-(-num_values // values), -(-num_users // users)](
+    values = max(_LEAST_VALUES, min(_MOST_VALUES, _TILE // users))
+    weighted_sums_kernel[(-(-num_values // values) * -(-num_users // users),)](
         out_UP, experts_EP, weights_UE,
         num_values, num_users, num_experts, out_UP.stride(0), experts_EP.stride(0), weights_UE.stride(0),
         USERS=users, VALUES=values, **launching.OPTIONS,

@@ -22,7 +22,7 @@ UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 TINY = {torch.float32: 2.0**-150, torch.float16: 2.0**-25}
 
 # one tile and several, whole tiles and odd ends, nothing at all
-VALUES = [1, 7, 512, 4096, 4097, 9000, 0]
+VALUES = [1, 7, 512, 1024, 1025, 5000, 0]
 USERS = [1, 2, 3, 16, 17, 40]
 EXPERTS = [1, 6, 7, 40]
 
