@@ -67,8 +67,9 @@ def _with_gains(y: Tensor, stack: Stack, gate_GC: Tensor, num_ranks: int, bias_O
 def _plus_gated(y: Tensor, low: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> Tensor:
     """Return `y + (low * gate) B`: in place, and rounded once, where y may be changed."""
     y_NO, low_NC = y.reshape(-1, y.shape[-1]), low.reshape(-1, low.shape[-1])
-    if torch.is_grad_enabled() or y.dtype != low.dtype or not y.is_contiguous():
-        (b_KO,) = factors.blocks
+    (b_KO,) = factors.blocks
+    # under autocast y is narrower than the factors
+    if torch.is_grad_enabled() or not y.dtype == low.dtype == b_KO.dtype or not y.is_contiguous():
         return (y_NO + (gated(low_NC, gate_GK, factors.columns_K) @ b_KO).to(y.dtype)).view_as(y)
     add_gated(y_NO, low_NC, gate_GK, factors)
     return y

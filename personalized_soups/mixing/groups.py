@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -134,7 +135,6 @@ class LayerGroup:
             return
         first = self._starts[-1]
         if self._num_low <= len(self._rows_MI) - first:
-            self._rows_MI[first:].zero_()
             a_CI = self._rows_MI[first : first + self._num_low].copy_(a_CI)
             self._factors_MI = self._rows_MI[: first + self._padded(self._num_low)]
         else:
@@ -160,7 +160,8 @@ class LayerGroup:
         for base, pointers in zip(self._bases, self._pointers, strict=True):
             for tensor, pointer in zip((base.weight, base.bias), pointers, strict=True):
                 if isinstance(tensor, Tensor) and tensor.data_ptr() == pointer:
-                    tensor.data = tensor.data.clone()
+                    with suppress(torch.OutOfMemoryError):  # a view is as right
+                        tensor.data = tensor.data.clone()
         for layer in self.layers:
             layer.group = None
 

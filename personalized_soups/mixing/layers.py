@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, count
 from types import MappingProxyType
@@ -130,16 +131,28 @@ class MixedLayers:
     ) -> Iterator[LayerGroup]:
         storages = storages_of(self._model)
 
-        def grouped(unit: tuple[MixedLinear, ...]) -> LayerGroup | None:
-            group = before.get(unit)
-            if group is None:
-                return group_of(unit, self.gates, storages)
-            if not group.has_these_stacks():
-                group.hold()
+        def grouped(unit: tuple[MixedLinear, ...]) -> LayerGroup | torch.OutOfMemoryError | None:
+            try:
+                group = before.get(unit)
+                if group is None:
+                    return group_of(unit, self.gates, storages)
+                if not group.has_these_stacks():
+                    group.hold()
+            except torch.OutOfMemoryError as error:
+                return error
             return group
 
-        workers = num_workers(torch.device("cpu"))
-        return (group for group in in_order(grouped, found, workers) if group is not None)
+        made = list(in_order(grouped, found, num_workers(torch.device("cpu"))))
+        if failed := sum(isinstance(each, torch.OutOfMemoryError) for each in made):
+            warnings.warn(
+                f"the GPU has no room to move the weights of {failed} of {len(found)} groups of layers into one buffer "
+                "each: their layers are computed one by one, which is slower and gives the same answers",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        if any(layer.stack.a_CI.is_cuda for unit in found for layer in unit):
+            torch.cuda.empty_cache()  # where the weights stood before
+        return (group for group in made if isinstance(group, LayerGroup))
 
     def _lay_out(self) -> None:
         self.gates.lay_out(list(self._experts), [layer.stack for layer in self._layers.values()], self._sizes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -178,6 +180,31 @@ def test_torch_compile_keeps_one_graph_with_the_operator_in_it(
     operators = [str(node.target) for node in graphs[0].graph.nodes if "add_gated" in str(node.target)]
     groups = {layer.group for layer in model.layers.by_name.values()}
     assert operators == ["personalized_soups.add_gated.default"] * len(groups)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_calls_the_operator_and_copies_no_product(
+    tmp_path: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: the operator is called by its name, on the very buffer that the product was written to."""
+    from torch._inductor.utils import run_and_get_code
+
+    folders = write_experts(tmp_path / "experts")
+    model = open_model(small_base, folders[0].parent)
+    monkeypatch.setattr(kernel, "_is_traced_on_gpu", lambda _: torch.compiler.is_compiling())
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model.model, fullgraph=True, dynamic=False)
+    ids = random_ids(4, 5)
+    with torch.no_grad(), model.mixture(ROWS):
+        got, (code,) = run_and_get_code(lambda: compiled(input_ids=ids, use_cache=False).logits)
+    for row, weights in enumerate(ROWS):
+        assert relative(got[row], true_logits(small_base, folders, weights, ids[row])) < LOGITS
+    calls = re.findall(r"add_gated\.default\((buf\d+), reinterpret_tensor\((buf\d+),", code)
+    assert len(calls) == len({layer.group for layer in model.layers.by_name.values()})
+    for y, low in calls:
+        assert y == low
+        assert re.search(rf"extern_kernels\.mm\(.*, out={y}\)", code)
 
 
 def test_the_operator_does_what_torchs_own_checks_ask_of_one() -> None:

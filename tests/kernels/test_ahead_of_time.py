@@ -20,7 +20,7 @@ def _compiled(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-m", "tests.kernels.ahead_of_time", *arguments],
-        cwd=ROOT,
+        cwd=path,  # which is looked through first
         env={**environment, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
@@ -30,7 +30,13 @@ def _compiled(*arguments: str, path: Path = ROOT) -> subprocess.CompletedProcess
 
 @needs_triton
 @pytest.mark.parametrize("dtype", ahead_of_time.DTYPES)
-@pytest.mark.parametrize("capability", ahead_of_time.CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability",
+    [
+        pytest.param(each, marks=pytest.mark.slow if each == ahead_of_time.FULL else ())
+        for each in ahead_of_time.CAPABILITIES
+    ],
+)
 def test_every_launch_compiles(capability: int, dtype: torch.dtype) -> None:
     done = _compiled(str(capability), NAMES[dtype])
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]

@@ -1,0 +1,583 @@
+"""Layers that read the same input are one product: as right as each by itself, whatever is done to the base meanwhile.
+
+A group holds its base's weights in a buffer of its own. What could leave that buffer stale, or be skipped by the one
+product, is tried here one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from personalized_soups import SoupModel
+from personalized_soups.mixing import groups
+from personalized_soups.mixing.groups import LayerGroup, arranged
+from tests.experts import SHAPES, write_expert
+from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
+
+ROWS: list[dict[str, float] | None] = [{"cold": 0.6, "warm": 0.5}, None, {"plain": 1.3}, {"cold": -0.7, "warm": 1.1}]
+IDS = random_ids(len(ROWS), 7)
+Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    return write_experts(tmp_path / "experts")
+
+
+@pytest.fixture
+def model(folders: list[Path], small_base: Path) -> SoupModel:
+    return open_model(small_base, folders[0].parent)
+
+
+def group_of(model: SoupModel, name: str = Q) -> LayerGroup:
+    group = model.layers.by_name[name].group
+    assert group is not None
+    return group
+
+
+def logits(model: SoupModel, ids: Tensor = IDS, rows: Any = ROWS) -> Tensor:
+    with torch.no_grad(), model.mixture(rows):
+        found: Tensor = model(input_ids=ids).logits
+    return found
+
+
+def ungrouped(model: SoupModel) -> Tensor:
+    """Return the logits that the layers give each by itself."""
+    layers = model.layers.by_name.values()
+    before = [layer.group for layer in layers]
+    for layer in layers:
+        layer.group = None
+    try:
+        with torch.no_grad(), model.mixture(ROWS):
+            for layer in layers:
+                layer.group = None
+            found: Tensor = model(input_ids=IDS).logits
+    finally:
+        for layer, group in zip(layers, before, strict=True):
+            layer.group = group
+    return found
+
+
+def check_right(model: SoupModel, base: Path, folders: list[Path], limit: float = LOGITS) -> None:
+    got = logits(model)
+    for row, weights in enumerate(ROWS):
+        assert relative(got[row], true_logits(base, folders, weights, IDS[row])) < limit
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the products with a weight or an A, by the rows of what is multiplied."""
+    found: list[int] = []
+    real = nn.functional.linear
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        found.append(len(weight))
+        return real(x, weight, bias)
+
+    monkeypatch.setattr(nn.functional, "linear", counted)
+    return found
+
+
+def test_layers_that_read_alike_are_one_group(model: SoupModel) -> None:
+    found = {name: layer.group for name, layer in model.layers.by_name.items()}
+    assert found[Q] is found[K] is not None
+    assert len({id(group) for group in found.values()}) == 6  # q and k, up, down, of two blocks
+    assert all(group is not None and group.has_weights for group in found.values())
+    # slots of a group follow each other
+    slots = [layer.slot for layer in group_of(model).layers]
+    assert slots == list(range(slots[0], slots[0] + 2))
+
+
+def test_names_are_arranged_in_the_order_of_their_calls() -> None:
+    names = [f"m.{leaf}" for leaf in ("up_proj", "k_proj", "o_proj", "q_proj", "gate_proj", "v_proj")]
+    assert arranged([*names, "n.k_proj", "plain"]) == [
+        ["m.gate_proj", "m.up_proj"],
+        ["m.q_proj", "m.k_proj", "m.v_proj"],
+        ["m.o_proj"],
+        ["n.k_proj"],
+        ["plain"],
+    ]
+
+
+@pytest.mark.parametrize("write", [write_experts, write_shared])
+@pytest.mark.parametrize("way", ["one product", "two products", "A's alone"])
+def test_each_way_of_computing_a_group_is_right(
+    tmp_path: Path,
+    small_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    products: list[int],
+    *,
+    write: Callable[[Path], list[Path]],
+    way: str,
+) -> None:
+    """A's in the buffer of the weights; A's that do not fit there, as a second product; A's alone."""
+    if way == "two products":
+        monkeypatch.setattr(groups, "_ROOM", 0)
+        monkeypatch.setattr(groups, "_FEW_NUMBERS", 0)
+    if way == "A's alone":
+        monkeypatch.setattr(groups, "_MOST_NUMBERS_ON_CPU", 0)
+    folders = write(tmp_path / "experts")
+    model = open_model(small_base, folders[0].parent)
+    check_right(model, small_base, folders)
+    products.clear()
+    logits(model)
+    low = sum(len(layer.stack.a_CI) for layer in group_of(model).layers)
+    padded = -(-low // 16) * 16
+    expected = {"one product": [96 + padded], "two products": [96, low], "A's alone": [low, 64, 32]}[way]
+    assert products[: len(expected)] == expected
+
+
+def test_a_batch_that_uses_few_ranks_multiplies_no_others(
+    model: SoupModel, small_base: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, products: list[int]
+) -> None:
+    monkeypatch.setattr(groups, "_MOST_NUMBERS_ON_CPU", 0)
+    monkeypatch.setattr("personalized_soups.mixing.stack._WORTH_A_GAP", 0)
+    model = open_model(small_base, folders[0].parent)
+    got = logits(model, IDS[:1], [{"warm": 1.0}])
+    assert relative(got[0], true_logits(small_base, folders, {"warm": 1.0}, IDS[0])) < LOGITS
+    assert products[:4] == [64, 3, 32, 3]  # q and its A of rank 3, k and its own
+    products.clear()
+    logits(model, IDS[:1], [{"warm": 1.0, "cold": 1.0}])
+    assert products[0] == 2 * (4 + 3) + 2  # both A's at once; `plain` adapts one of the two layers
+
+
+@pytest.mark.parametrize("change", ["to", "half", "weight", "data", "assign"])
+def test_a_weight_that_is_replaced_is_seen(
+    model: SoupModel, small_base: Path, folders: list[Path], tmp_path: Path, change: str
+) -> None:
+    before = logits(model)
+    layer = model.model.get_submodule(Q).base_layer
+    if change == "to":
+        model.model.to(torch.float64)
+        check_right(model, small_base, folders, limit=1e-6)
+        assert group_of(model).is_current()
+        model.model.to(torch.float32)
+    elif change == "half":
+        model.model.half()
+        assert relative(logits(model), before) < 0.05
+        model.model.float()
+        assert relative(logits(model), before) < 0.05
+        return
+    elif change == "weight":
+        layer.weight = nn.Parameter(layer.weight.detach() * 2)
+    elif change == "data":
+        layer.weight.data = layer.weight.data * 2
+    else:
+        changed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        changed[f"{Q}.weight"] *= 2
+        model.load_state_dict(changed, assign=True)
+    # seen at once, and by the group that the next mixture makes
+    with torch.no_grad(), model.mixture(ROWS):
+        at_once = model(input_ids=IDS).logits
+    want = ungrouped(model)
+    assert relative(at_once, want) < LOGITS
+    assert relative(logits(model), want) < LOGITS
+    assert group_of(model).is_current()
+    if change != "to":
+        assert relative(want, before) > 1e-3
+
+
+def test_a_weight_that_is_replaced_within_a_mixture_is_seen(model: SoupModel) -> None:
+    layer = model.model.get_submodule(Q).base_layer
+    with torch.no_grad(), model.mixture(ROWS):
+        model(input_ids=IDS)
+        layer.weight.data = layer.weight.data * 2
+        within = model(input_ids=IDS).logits
+    assert relative(within, ungrouped(model)) < LOGITS
+
+
+def test_a_state_that_is_loaded_goes_into_the_buffer(model: SoupModel) -> None:
+    before = logits(model)
+    group = group_of(model)
+    changed = {
+        name: tensor * 2 if name == f"{Q}.weight" else tensor.clone() for name, tensor in model.state_dict().items()
+    }
+    model.load_state_dict(changed)
+    assert group_of(model) is group
+    assert group.is_current()
+    assert relative(logits(model), before) > 1e-3
+    assert relative(logits(model), ungrouped(model)) < LOGITS
+
+
+def test_what_is_compiled_sees_a_weight_that_is_replaced(model: SoupModel) -> None:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model.model, backend="eager", fullgraph=True, dynamic=False)
+
+    def run() -> Tensor:
+        with torch.no_grad(), model.mixture(ROWS):
+            found: Tensor = compiled(input_ids=IDS, use_cache=False).logits
+        return found
+
+    before = run()
+    layer = model.model.get_submodule(Q).base_layer
+    layer.weight.data = layer.weight.data * 2
+    after = run()
+    assert relative(after, before) > 1e-3
+    assert relative(after, ungrouped(model)) < LOGITS
+
+
+def _doubled(_module: nn.Module, _x: Any, y: Tensor) -> Tensor:
+    return 2 * y
+
+
+@pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward", "global"])
+@pytest.mark.parametrize("is_early", [True, False])
+def test_hooks_on_the_bases_layers_are_called(
+    folders: list[Path], small_base: Path, kind: str, *, is_early: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32).eval()
+    layer = base.get_submodule(K)
+    calls = 0
+
+    def put_on() -> Any:
+        def seen(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        if kind == "hook":
+            return layer.register_forward_hook(_doubled)
+        if kind == "pre-hook":
+            return layer.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 2,))
+        if kind == "global":
+            return nn.modules.module.register_module_forward_hook(
+                lambda module, _x, _y: seen() if module is layer else None
+            )
+        own = layer.forward
+        layer.forward = lambda x: 2 * own(x)  # as accelerate does it
+        return None
+
+    handle = put_on() if is_early else None
+    model = SoupModel(base, folders[0].parent)
+    plain = logits(model) if not is_early else None
+    handle = handle if is_early else put_on()
+    try:
+        with torch.no_grad(), model.mixture(ROWS):
+            got = model(input_ids=IDS).logits
+        if kind == "global":
+            assert calls == 1
+        else:
+            assert relative(got, ungrouped(model)) < LOGITS
+            if plain is not None:
+                assert relative(got, plain) > 1e-3
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_a_compiled_model_calls_a_hook_that_comes_later(model: SoupModel) -> None:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model.model, backend="eager", dynamic=False)
+
+    def run() -> Tensor:
+        with torch.no_grad(), model.mixture(ROWS):
+            found: Tensor = compiled(input_ids=IDS, use_cache=False).logits
+        return found
+
+    before = run()
+    model.model.get_submodule(K).base_layer.register_forward_hook(_doubled)
+    torch._dynamo.reset()
+    assert relative(run(), before) > 1e-3
+    assert relative(run(), ungrouped(model)) < LOGITS
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_product_is_for_the_same_input_alone(model: SoupModel, mode: Any) -> None:
+    """Layers of one group that are given other inputs, in any order, and more than once."""
+    q, k = (model.model.get_submodule(name) for name in (Q, K))
+    with mode(), model.mixture(ROWS):
+        one, other = torch.randn(2, len(ROWS), 3, 64)
+        want = {}
+        for name, layer in (("q", q), ("k", k)):
+            group, layer.group = layer.group, None
+            want[name] = layer(one), layer(other)
+            layer.group = group
+        for call in "q1 k2 . k2 q1 . q1 q2 k1 k2 . q1 q1 k1 k1 . k1 q2 k2 q1".replace(" .", "").split():
+            layer, place = (q if call[0] == "q" else k), int(call[1]) - 1
+            assert relative(layer((one, other)[place]), want[call[0]][place]) < LOGITS, call
+
+
+def test_an_input_that_changes_between_two_layers_is_another_one(model: SoupModel) -> None:
+    q, k = (model.model.get_submodule(name) for name in (Q, K))
+    with torch.no_grad(), model.mixture(ROWS):
+        x = torch.randn(len(ROWS), 3, 64)
+        q(x)
+        before = k(x)
+        q(x)
+        x += 1
+        after = k(x)
+        k.group = None
+        assert relative(after, k(x)) < LOGITS
+        assert relative(after, before) > 1e-2
+
+
+def test_the_next_pass_over_the_same_input_multiplies_anew(model: SoupModel) -> None:
+    """In inference mode nothing counts changes in place: a product must not outlive the pass that it was made for."""
+    q = model.model.get_submodule(Q)
+    with torch.inference_mode(), model.mixture(ROWS):
+        x = torch.randn(len(ROWS), 3, 64)
+        before = q(x)  # and k is never asked
+        x += 1
+        after = q(x)
+        q.group = None
+        assert relative(after, q(x)) < LOGITS
+        assert relative(after, before) > 1e-2
+
+
+def test_nothing_of_a_pass_that_fails_is_kept(model: SoupModel) -> None:
+    k = model.model.get_submodule(K)
+    seen: list[weakref.ref[Tensor]] = []
+
+    def fail(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(weakref.ref(inputs[0]))
+        raise ZeroDivisionError
+
+    handle = k.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError), torch.no_grad(), model.mixture(ROWS):
+        model(input_ids=IDS)
+    assert model.layers.gates.held is None
+    handle.remove()
+    gc.collect()
+    assert seen[0]() is None
+    # nor where the mixture goes on
+    with torch.no_grad(), model.mixture(ROWS):
+        handle = k.register_forward_pre_hook(fail)
+        with pytest.raises(ZeroDivisionError):
+            model(input_ids=IDS)
+        handle.remove()
+        got = model(input_ids=IDS).logits
+        assert model.layers.gates.held is None
+    assert torch.equal(got, logits(model))
+
+
+def test_two_threads_in_one_mixture_take_their_own_products(model: SoupModel) -> None:
+    batches = [random_ids(len(ROWS), 5, seed=seed) for seed in range(2)]
+    wrong: list[int] = []
+    with torch.no_grad(), model.mixture(ROWS):
+        want = [model(input_ids=ids).logits for ids in batches]
+
+        def run(place: int) -> None:
+            with torch.no_grad():
+                wrong.extend(
+                    place for _ in range(20) if not torch.equal(model(input_ids=batches[place]).logits, want[place])
+                )
+
+        threads = [threading.Thread(target=run, args=(place,)) for place in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert wrong == []
+
+
+def test_the_base_has_its_own_bits_when_no_mixture_is_set(model: SoupModel, small_base: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    bare = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = bare(input_ids=IDS).logits
+        logits(model)
+        assert torch.equal(model(input_ids=IDS).logits, want)
+        assert group_of(model).has_weights
+        unloaded = model.unload()
+        assert torch.equal(unloaded(input_ids=IDS).logits, want)
+    for mine, theirs in zip(unloaded.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+        assert mine.untyped_storage().nbytes() == mine.nbytes  # its own again
+    copy.deepcopy(unloaded)
+
+
+def test_what_is_saved_is_the_bases_bytes(model: SoupModel, small_base: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    state = model.state_dict()
+    assert state[f"{Q}.weight"].untyped_storage().data_ptr() == state[f"{K}.weight"].untyped_storage().data_ptr()
+    save_file(state, tmp_path / "state.safetensors")
+    model.save_pretrained(tmp_path / "saved")
+    want = load_file(small_base / "model.safetensors")
+    for file in (tmp_path / "state.safetensors", tmp_path / "saved" / "model.safetensors"):
+        got = load_file(file)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    assert model.model.get_submodule(Q).weight is model.model.get_submodule(Q).base_layer.weight
+
+
+def test_experts_that_come_and_go_move_no_weight(
+    model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path, products: list[int]
+) -> None:
+    """They take the room behind the weights, and beyond that a second product."""
+    group, address = group_of(model), model.model.get_submodule(Q).weight.data_ptr()
+    more = [write_expert(tmp_path / "more" / f"more{number}", seed=20 + number, rank=40) for number in range(2)]
+    for expert in (*more, None):
+        if expert is not None:
+            model.add_expert(expert)
+        else:
+            for folder in more:
+                model.remove_expert(folder.name)
+        assert group_of(model) is group
+        assert model.model.get_submodule(Q).weight.data_ptr() == address
+        weights = dict.fromkeys(model.experts, 0.3)
+        products.clear()
+        got = logits(model, IDS[:1], [weights])
+        named = [*folders, *(more[: len(weights) - 3])]
+        assert relative(got[0], true_logits(small_base, named, weights, IDS[0])) < LOGITS
+        assert (products[0] == 96) is (expert is not None)  # weights alone: the A's do not fit behind them any more
+        held = sum(layer.stack.num_bytes for layer in model.layers.by_name.values())
+        assert model.layers.num_bytes >= held
+
+
+def test_room_is_counted(model: SoupModel) -> None:
+    layers = model.layers.by_name.values()
+    stacks = sum(layer.stack.num_bytes for layer in layers)
+    spare = {id(layer.group): layer.group.num_spare_bytes for layer in layers if layer.group is not None}
+    assert all(spare.values())
+    assert model.layers.num_bytes == stacks + sum(spare.values())
+
+
+def _base_with(small_base: Path, change: Callable[[nn.Module], None]) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32).eval()
+    change(base.get_submodule(Q))
+    return base
+
+
+def _mapped(layer: Any) -> None:
+    whole = torch.empty(2 * layer.weight.numel())
+    part = whole[layer.weight.numel() :].view_as(layer.weight)
+    layer.weight = nn.Parameter(part.copy_(layer.weight.detach()))
+
+
+def _subclass(layer: Any) -> None:
+    class Other(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x)
+
+    layer.__class__ = Other
+
+
+def _parametrised(layer: Any) -> None:
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+@pytest.mark.parametrize("change", [_mapped, _subclass, _parametrised])
+def test_layers_that_are_more_than_a_linear_map_keep_their_weights(
+    folders: list[Path], small_base: Path, change: Callable[[nn.Module], None]
+) -> None:
+    base = _base_with(small_base, change)
+    model = SoupModel(base, folders[0].parent)
+    assert not group_of(model).has_weights
+    assert group_of(model, "model.layers.1.self_attn.q_proj").has_weights
+    check_right(model, small_base, folders)
+
+
+def test_a_tied_weight_stays_where_it_is(folders: list[Path], small_base: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32).eval()
+    other = base.get_submodule("model.layers.1.self_attn.q_proj")
+    other.weight = nn.Parameter(base.get_submodule(Q).weight.data)  # another parameter over the same numbers
+    model = SoupModel(base, folders[0].parent)
+    assert not group_of(model).has_weights
+    with torch.no_grad():
+        model.model.get_submodule(Q).weight.mul_(2)
+    assert torch.equal(model.model.get_submodule(Q).weight, other.weight)
+    assert relative(logits(model), ungrouped(model)) < LOGITS
+
+
+def test_biases_move_with_their_weights(tmp_path: Path) -> None:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=320, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=2, eos_token_id=1,
+    )  # fmt: skip
+    base: Any = Qwen2ForCausalLM(config).eval()
+    for name, parameter in base.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    base.save_pretrained(tmp_path / "base")
+    folders = write_experts(tmp_path / "experts")
+    model = open_model(tmp_path / "base", folders[0].parent)
+    bare = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert group_of(model).has_weights
+    check_right(model, tmp_path / "base", folders)
+    for name, parameter in model.unload().named_parameters():
+        assert torch.equal(parameter, bare[name])
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+def test_a_layer_with_dora_is_computed_by_itself(tmp_path: Path, small_base: Path) -> None:
+    from tests.mixing.test_variants import _true, _write_dora
+
+    one = {Q: SHAPES[Q]}
+    folders = {
+        "dora": _write_dora(tmp_path / "experts" / "dora", small_base, 1, shapes=one),
+        "plain": write_expert(tmp_path / "experts" / "plain", seed=3),
+    }
+    model = open_model(small_base, tmp_path / "experts")
+    assert model.layers.by_name[Q].group is None
+    assert group_of(model, K).layers == (model.layers.by_name[K],)
+    rows: list[dict[str, float] | None] = [{"plain": 0.9}, None, {"plain": -0.4}]
+    got = logits(model, IDS[:3], rows)
+    plain = {"plain": folders["plain"]}
+    for row, weights in enumerate(rows):
+        assert relative(got[row], _true(small_base, plain, weights, IDS[row], turned=False)) < LOGITS
+
+
+def test_gradients_and_autocast_take_each_layer_by_itself(model: SoupModel, products: list[int]) -> None:
+    want = logits(model)
+    products.clear()
+    with model.mixture(ROWS):
+        embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
+        got = model(inputs_embeds=embedded).logits
+    assert products[:4] == [64, 9, 32, 7]  # q and its A's, k and its A's
+    assert relative(got.detach(), want) < LOGITS
+    got.square().sum().backward()
+    assert embedded.grad is not None
+    products.clear()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.mixture(ROWS):
+        half = model(input_ids=IDS).logits
+    assert products[:4] == [64, 9, 32, 7]
+    assert relative(half, want) < 0.05
+
+
+def test_packed_sequences_and_beams_have_their_gates_in_groups(model: SoupModel) -> None:
+    rows = torch.tensor([[0, 0, 2, 3, 1, 1, 3]] * 2)
+    ids = random_ids(2, 7)
+    with torch.no_grad(), model.mixture(ROWS, rows=rows):
+        packed = model(input_ids=ids).logits
+        for layer in model.layers.by_name.values():
+            layer.group = None
+        assert relative(model(input_ids=ids).logits, packed) < LOGITS
+
+
+def test_a_base_that_has_no_room_for_a_copy_is_mixed_without_one(
+    folders: list[Path], small_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = LayerGroup._take_weights
+    calls = 0
+
+    def full(group: LayerGroup) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        real(group)
+
+    monkeypatch.setattr(LayerGroup, "_take_weights", full)
+    with pytest.warns(RuntimeWarning, match="no room"):
+        model = open_model(small_base, folders[0].parent)
+    check_right(model, small_base, folders)
