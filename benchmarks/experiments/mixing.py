@@ -33,6 +33,7 @@ def experiments(scale: Scale) -> list[Experiment]:
         Experiment(_FREE, _free, (Part(main, "base"), Part(main, "free")), 0),
         Experiment(_SHARED, _shared, (Part(main, "base"), Part(main, "shared")), 0),
         Experiment(_WRAPPING, _wrapping, (Part(main, "base"), Part(main, "free")), 0),
+        Experiment(_LINEAR, _linear, (Part(scale.large, "free"),), 0, needs_gpu=True),
         Experiment(_GPU, _gpu, (Part(scale.large, "free"),), 0, needs_gpu=True),
     ]
 
@@ -70,6 +71,17 @@ _FREE = (
 )
 _SHARED = (Row("mixing-shared", f"{_WORK}, shared basis", "the bare base", unit="tok/s", bar=Bar("at least", 0.9)),)
 _WRAPPING = (Row("mixing-wrap", "six experts into a loaded base", "PEFT, load_adapter", bar=Bar("at least", 5)),)
+_LINEAR = (
+    Row(
+        "mixing-gpu-linear",
+        f"the linear layers of a decode step, {ROWS} rows, bfloat16, one CUDA graph: weights and A's in one product",
+        "the bare base's",
+        part="gpu",
+        unit="ms",
+    ),
+    Row("mixing-gpu-linear-two", "the same, A's in a second product", "the bare base's", part="gpu", unit="ms"),
+    Row("mixing-gpu-linear-layers", "the same, each layer by itself", "the bare base's", part="gpu", unit="ms"),
+)
 _GPU = (
     Row(
         "mixing-gpu",
@@ -126,6 +138,15 @@ def _wrapping(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
         Way("peft", lambda _: script("peft_wrapping", **folders), reads),
     )
     yield filled(rows["mixing-wrap"], spans(runs["ours"]), spans(runs["peft"]))
+
+
+def _linear(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
+    experts = context.world.experts(context.scale.large)
+    arguments = {"config": context.scale.large.config(), "device": "cuda", "dtype": "bfloat16", "experts": experts}
+    (runs,) = context.measure(Way("ways", lambda _: script("linear_layers", **arguments), [experts])).values()
+    bare = _reported("bare", 1e3)(runs)
+    for name, way in (("", "one"), ("-two", "two"), ("-layers", "layers")):
+        yield filled(rows[f"mixing-gpu-linear{name}"], _reported(way, 1e3)(runs), bare)
 
 
 def _gpu(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
