@@ -72,7 +72,9 @@ ScorerSpec = Annotated[
 class Side(Declared):
     """One pole of a dimension; its expert bears its name."""
 
-    label: str = Field(min_length=1, description="The paper's label, such as P1A, or any label of your own.")
+    label: str | None = Field(
+        default=None, min_length=1, description="A short label, such as the paper's P1A; unique in the catalogue."
+    )
     instruction: str = Field(min_length=1, description="The instruction that states the preference in a prompt.")
     end: Literal["low", "high"] = Field(default="high", description="The end of the scorer's scale that is wanted.")
     scorer: ScorerSpec | None = Field(default=None, description="Wins over the dimension's scorer.")
@@ -95,7 +97,7 @@ class Catalogue(Declared):
     def _check_unique(self) -> Self:
         for what, names in (
             ("side", [name for dimension in self.dimensions.values() for name in dimension.sides]),
-            ("label", [side.label for dimension in self.dimensions.values() for side in dimension.sides.values()]),
+            ("label", self._labels),
         ):
             repeated = [name for name, count in Counter(names).items() if count > 1]
             if repeated:
@@ -126,14 +128,24 @@ class Catalogue(Declared):
         return next((name for name, dimension in self.dimensions.items() if expert in dimension.sides), None)
 
     def side_by_label(self, label: str) -> tuple[str, Side]:
-        """Return the name of the side with a label such as P1A, and the side."""
+        """Return the name of the side with a label such as P1A, and the side.
+
+        Raises:
+            DeclarationError: if no side has that label.
+        """
         for name, side in self.sides.items():
             if side.label == label:
                 return name, side
-        labels = [side.label for side in self.sides.values()]
-        raise DeclarationError(
-            f"unknown label {label!r}", where=self.place("dimensions"), mend=choose_from(label, labels)
-        )
+        place = self.place("dimensions")
+        if not self._labels:
+            mend = f"use a side's name: {choose_from(label, self.sides)}"
+            raise DeclarationError("no side of this catalogue has a label", where=place, mend=mend)
+        raise DeclarationError(f"unknown label {label!r}", where=place, mend=choose_from(label, self._labels))
+
+    @property
+    def _labels(self) -> list[str]:
+        sides = [side for dimension in self.dimensions.values() for side in dimension.sides.values()]
+        return [side.label for side in sides if side.label is not None]
 
     def scorer_of(self, name: str) -> MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer:
         """Return what scores the side called `name`: its own scorer, else its dimension's."""

@@ -13,7 +13,7 @@ dimensions:
     about: How much is said.
     scorer: {kind: length, low: 2, high: 20}
     sides:
-      concise: {label: P2A, instruction: Be brief., end: low}
+      concise: {instruction: Be brief., end: low}
       informative: {label: P2B, instruction: Tell all.}
 """
 RECIPE = """

@@ -34,7 +34,7 @@ def psoups() -> Catalogue:
 
 
 def catalogue(scorer: dict[str, Any] | None = None, **sides: dict[str, Any]) -> Catalogue:
-    named = {name: {"label": name, "instruction": "Do so.", **side} for name, side in (sides or {"a": {}}).items()}
+    named = {name: {"instruction": "Do so.", **side} for name, side in (sides or {"a": {}}).items()}
     dimension = {"about": "x", "sides": named, **({"scorer": scorer} if scorer else {})}
     return load_data({"dimensions": {"d": dimension}}, Catalogue, "test")
 
@@ -133,6 +133,36 @@ dimensions:
     for name, label, what in (("a", "B", "the side 'a'"), ("b", "A", "the label 'A'")):
         with pytest.raises(DeclarationError, match=f"{what} occurs more than once"):
             load_text(text % (name, label), Catalogue, "file.yaml")
+
+
+def test_a_label_is_optional() -> None:
+    text = """
+dimensions:
+  d:
+    about: x
+    sides:
+      a: {instruction: x}
+      b: {instruction: y}
+      c: {label: C, instruction: z}
+      e: {label: null, instruction: z}
+"""
+    found = load_text(text, Catalogue, "file.yaml")
+    assert [side.label for side in found.sides.values()] == [None, None, "C", None]
+    assert found.side_by_label("C") == ("c", found.sides["c"])
+    with pytest.raises(DeclarationError, match="unknown label 'D'") as caught:
+        found.side_by_label("D")
+    assert caught.value.mend == "choose from: C"
+
+
+def test_where_no_side_has_a_label_the_fix_is_a_sides_name() -> None:
+    with pytest.raises(DeclarationError, match="no side of this catalogue has a label") as caught:
+        catalogue(a={}, b={}).side_by_label("A")
+    assert caught.value.mend == "use a side's name: choose from: a, b"
+
+
+def test_an_empty_label_is_refused() -> None:
+    with pytest.raises(DeclarationError, match="at least 1"):
+        catalogue(a={"label": ""})
 
 
 @pytest.mark.parametrize("name", ["a b", "a=b", "a,b", "../a", "-a", "a/b"])
