@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,9 +104,14 @@ def _prepare(world: World, chosen: Sequence[Experiment]) -> None:
     parts: list[Part] = list(dict.fromkeys(part for each in chosen for part in each.parts))
     needed, free = check_space(world, parts, max((each.scratch_bytes for each in chosen), default=0))
     _say(f"{world.folder}: {needed / 1e9:.1f} GB more are needed on the disk, {free / 1e9:.1f} GB are free")
-    for part in world.missing(parts):
+
+    def build(part: Part) -> None:
         _say(f"write {part.shape.name}/{part.kind} ({part.num_bytes / 1e9:.2f} GB)")
         world.build(part)
+
+    # random numbers come from one thread for each part
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(build, world.missing(parts)))
 
 
 def _copy_rates(options: argparse.Namespace, *, has_gpu: bool) -> dict[str, str]:
