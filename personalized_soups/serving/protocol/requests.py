@@ -16,26 +16,43 @@ _MAX_CHOICES = 64
 _MAX_STOPS = 16
 _MAX_BIASED = 1024
 
-# What clients may send that changes nothing here, with the values that are harmless; others are refused by name.
-_HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
+# Together with the fields of the requests below, these two tables sort every parameter of OpenAI's chat completions and
+# completions: honoured (a field), passed over, or refused. A test compares them with the types of the openai package.
+
+# Parameters that cannot change an answer of this server, whatever their value: notes, caches, billing, speed.
+PASSED_OVER = frozenset({
+    "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
+    "prompt_cache_retention", "safety_identifier", "service_tier", "store",
+})  # fmt: skip
+
+# Parameters that would change the answer, each with the values that ask for what happens anyway; null always does.
+REFUSED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
-    "prediction": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "web_search_options": (),
-    "echo": (False,),
     "best_of": (1,),
+    "echo": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "reasoning_effort": (),
+    "response_format": ({"type": "text"},),
     "suffix": ("",),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
 
-# What is only noted at the other end.
-_IGNORED = ("metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+# Keys of a message that say more than its text: calls, other media, reasoning, an answer to be continued. They may be
+# there and empty. All other keys are passed over: they are a client's own notes (`id`, `createdAt`, ...).
+REFUSED_KEYS = frozenset({
+    # OpenAI's own
+    "audio", "function_call", "refusal", "tool_call_id", "tool_calls",
+    # of other servers and of the libraries that speak to them
+    "attachments", "documents", "experimental_attachments", "files", "images", "partial", "prefix", "reasoning",
+    "reasoning_content", "reasoning_details", "thinking", "thinking_blocks", "tools", "videos",
+})  # fmt: skip
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -46,6 +63,11 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+def _unsupported(name: str) -> PydanticCustomError:
+    """Return the error for a name of the protocol that would change the answer; `validation_error` reads the name."""
+    return PydanticCustomError("unsupported", "{name} is not supported by this server; leave it out", {"name": name})
+
+
 class StreamOptions(Asked):
     """What a stream brings beside the answer."""
 
@@ -54,7 +76,9 @@ class StreamOptions(Asked):
 
 
 class TextPart(Asked):
-    """A part of a message's content."""
+    """A part of a message's content; other keys than these two are passed over (`cache_control`, ...)."""
+
+    model_config = ConfigDict(extra="ignore")
 
     type: Literal["text"]
     text: str
@@ -63,22 +87,39 @@ class TextPart(Asked):
 class ChatMessage(Asked):
     """One message of a conversation."""
 
+    model_config = ConfigDict(extra="ignore")
+
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
     name: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_empty(cls, given: Any) -> Any:
-        """Take an answer's message as it was sent: `refusal`, `tool_calls` and the like are there, and empty."""
-        if not isinstance(given, Mapping):
-            return given
-        return {name: value for name, value in given.items() if name in cls.model_fields or value not in (None, [])}
+    def _check_keys(cls, given: Any) -> Any:
+        """Refuse what the message says beside its text; an answer's own message has those keys, empty."""
+        if isinstance(given, Mapping):
+            for name in given:
+                if name in REFUSED_KEYS and given[name] not in _EMPTY:
+                    raise _unsupported(name)
+        return given
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _check_parts(cls, content: Any) -> Any:
+        for part in content if isinstance(content, list) else ():
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if isinstance(kind, str) and kind != "text":
+                raise PydanticCustomError(
+                    "unsupported", "content of type {kind} is not supported by this server; send text",
+                    {"kind": repr(kind)},
+                )  # fmt: skip
+        return content
 
     def plain(self) -> Message:
         """Return it as chat templates take it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+        message = {"role": "system" if self.role == "developer" else self.role, "content": content}
+        return message if self.name is None else {**message, "name": self.name}
 
 
 class AnswerRequest(Asked):
@@ -105,18 +146,15 @@ class AnswerRequest(Asked):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_harmless(cls, given: Any) -> Any:
+    def _sort_parameters(cls, given: Any) -> Any:
         if not isinstance(given, Mapping):
             return given
         kept = {}
         for name, value in given.items():
-            if name in _HARMLESS and name not in cls.model_fields:
-                if value is not None and value not in _HARMLESS[name]:
-                    raise PydanticCustomError(
-                        "unsupported", "{name} is not supported by this server; leave it out", {"name": name}
-                    )
-            elif name not in _IGNORED:
+            if name in cls.model_fields or not (name in PASSED_OVER or name in REFUSED):
                 kept[name] = value
+            elif name in REFUSED and value is not None and value not in REFUSED[name]:
+                raise _unsupported(name)
         return kept
 
     @field_validator("stop")

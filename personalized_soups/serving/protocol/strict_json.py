@@ -95,6 +95,8 @@ def validation_error(fault: RequestValidationError, known: Sequence[str]) -> Api
         for part in map(str, first["loc"])
         if part not in {"body", "path", "query", "header"} and not _UNION_TAG.fullmatch(part)
     ]
+    if first["type"] == "unsupported" and "name" in first["ctx"]:  # found by the whole that it is a part of
+        place.append(first["ctx"]["name"])
     param = ".".join(place) or None
     match first["type"]:
         case "json_invalid":

@@ -168,6 +168,14 @@ def test_a_chat_is_a_conversation_and_its_parts_are_joined(served: Running) -> N
     assert _content(answer).strip() == served.model.generate([same], [None], max_new_tokens=6)[0]
 
 
+def test_what_clients_send_beside_the_question_changes_no_answer(served: Running) -> None:
+    noted: dict[str, Any] = {
+        "prompt_cache_retention": "24h", "prompt_cache_options": None, "moderation": None, "safety_identifier": "u",
+        "messages": [{"role": "user", "content": PROMPT, "id": 1}],
+    }  # fmt: skip
+    assert _content(_chat(served, extra_body=noted)) == _content(_chat(served))
+
+
 def test_many_users_at_once_get_each_their_solo_answer(served: Running) -> None:
     users = [(f"wash the {'old ' * (place % 5)}kettle", {"warm": 0.25 * place, "plain": 1.0}) for place in range(24)]
     solo = [_content(_chat(served, prompt, extra_body={"profile": {"weights": w}})) for prompt, w in users]
@@ -264,6 +272,9 @@ def test_faults_are_the_clients_own_exceptions(served: Running) -> None:
         ({"max_tokens": "many"}, "max_tokens"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"profile": []}, "profile"),
+        ({"moderation": {"model": "omni"}}, "moderation"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{"id": "c"}]}]}, "messages.0.tool_calls"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content"),
     ],
 )
 def test_values_that_cannot_be_are_told_by_name(served: Running, body: dict[str, Any], param: str | None) -> None:
