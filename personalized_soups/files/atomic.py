@@ -13,9 +13,28 @@ from pathlib import Path, PurePosixPath
 from personalized_soups.errors import InputError, RunError, UsageError
 from personalized_soups.files.journal import Journal
 from personalized_soups.files.swap import MARKERS, check_replaceable, files_below, publish, settle, sync, sync_folder
-from personalized_soups.files.workplace import FULL_DISK, NO_ROOM, Workplace, claimed, remove, workplace_of
+from personalized_soups.files.workplace import (
+    FULL_DISK,
+    NO_ROOM,
+    Workplace,
+    abandoned,
+    claimed,
+    remove,
+    scratch_file,
+    scratches_of,
+    workplace_of,
+)
 
-__all__ = ["MARKERS", "Resumable", "check_replaceable", "check_target", "files_below", "new_folder", "resumable_folder"]
+__all__ = [
+    "MARKERS",
+    "Resumable",
+    "check_replaceable",
+    "check_target",
+    "files_below",
+    "new_file",
+    "new_folder",
+    "resumable_folder",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -123,7 +142,7 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> None:
         SoupError: as new_folder does.
     """
     target = _absolute(target)
-    if os.path.lexists(workplace_of(target)):
+    if _has_leftovers(target):
         with _ready(target, overwrite=overwrite):
             pass
     else:
@@ -131,14 +150,54 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> None:
 
 
 @contextmanager
+def new_file(target: Path | str) -> Iterator[Path]:
+    """Yield an empty scratch file beside `target`; it replaces `target` in one step when the block ends well.
+
+    Nothing is left behind when the block raises; what killed runs left is taken away by the next one.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    target = _absolute(target)
+    _clear_abandoned(target)
+    with scratch_file(target) as scratch:
+        try:
+            yield scratch
+            scratch.replace(target)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+@contextmanager
 def _ready(target: Path, *, overwrite: bool) -> Iterator[Workplace]:
-    """Yield the workplace of a target that can be written, where a swap that was cut short is settled."""
-    if not os.path.lexists(workplace_of(target)):  # else it may hold a swap to settle first
+    """Yield the workplace of a target that can be written, where what killed runs left is settled."""
+    if not _has_leftovers(target):  # else there may be a swap to settle first
         check_replaceable(target, overwrite=overwrite)
     with claimed(target) as place:
+        if not place.is_locked:
+            _clear_abandoned(target)
         settle(place, target)
+        if not os.path.lexists(place.journal) and not os.path.lexists(place.old):  # there is nothing to go on with
+            place.clear_dead()
         check_replaceable(target, overwrite=overwrite)
         yield place
+
+
+def _has_leftovers(target: Path) -> bool:
+    return os.path.lexists(workplace_of(target)) or bool(scratches_of(target))
+
+
+def _clear_abandoned(target: Path) -> None:
+    """Take away what killed runs left in scratch folders and files with names of their own; never a living run's."""
+    for scratch in scratches_of(target):
+        with abandoned(scratch) as is_dead:
+            if not is_dead:
+                continue
+            if scratch.is_dir():
+                settle(Workplace(scratch, is_locked=False), target)
+                shutil.rmtree(scratch, ignore_errors=True)
+            else:
+                scratch.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -7,10 +7,13 @@ It has one thread and no torch, so that it can fork; test_kills.py starts it and
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +22,7 @@ from typing import Any
 
 from personalized_soups.errors import SoupError
 from personalized_soups.files import swap
-from personalized_soups.files.atomic import new_folder, resumable_folder
+from personalized_soups.files.atomic import new_file, new_folder, resumable_folder
 
 PIECES = ("one", "two/a", "two/b", "three", "four")
 
@@ -57,13 +60,25 @@ def make_resumable(target: Path, what: str, *, overwrite: bool, tell: Callable[[
         (work.folder / "soup.json").write_text(json.dumps({"files": [*PIECES, "soup.json"]}))
 
 
-MAKERS = {"plain": make_plain, "resumable": make_resumable}
+def make_file(target: Path, what: str, *, overwrite: bool, tell: Callable[[str], None]) -> None:
+    with new_file(target) as scratch, scratch.open("w") as file:
+        tell("working")
+        for part in range(3):
+            file.write(f"{what} {part}\n")
+            file.flush()
+
+
+MAKERS = {"plain": make_plain, "resumable": make_resumable, "file": make_file}
 
 
 def state(target: Path) -> str:
     """Return `absent`, or what the folder is where it is whole, or its files where it is not."""
     if not os.path.lexists(target):
         return "absent"
+    if target.is_file():
+        text = target.read_text()
+        whole = [what for what in ("old", "new") if text == "".join(f"{what} {part}\n" for part in range(3))]
+        return whole[0] if whole else f"broken: {text}"
     held = {p.relative_to(target).as_posix(): p.read_text() for p in target.rglob("*") if p.is_file()}
     for what in ("old", "new"):
         files = json.dumps({"files": [*PIECES, "soup.json"]})
@@ -130,7 +145,7 @@ def report(kind: str, folder: Path, killed: Callable[..., tuple[int, list[str]]]
     target = folder / "out"
     make = MAKERS[kind]
     if old:
-        make_plain(target, "old", overwrite=False, tell=lambda _: None)
+        (make_file if kind == "file" else make_plain)(target, "old", overwrite=False, tell=lambda _: None)
     code, told = killed(moment, lambda tell: make(target, "new", overwrite=old, tell=tell))
     found = {"moment": moment, "code": code, "told": told, "after_kill": state(target)}
     again: list[str] = []
@@ -177,7 +192,20 @@ def main(mode: str, kind: str, old: str, *, count: int, folder: Path) -> None:
             report(kind, folder / str(number), killed_after, dice.uniform(0, 1.3 * usual), old == "old")
 
 
+def locking_only_files(flock: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """Return `flock` as NFS has it: a lock needs a descriptor that can write, which a folder has not."""
+
+    def flock_of_nfs(descriptor: int, how: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, how)
+
+    return flock_of_nfs
+
+
 if __name__ == "__main__":
     if sys.argv[4] == "two renames":  # as on a system that cannot exchange two folders
         vars(swap)["exchange"] = lambda *_: False
+    if sys.argv[4] == "file locks":
+        vars(fcntl)["flock"] = locking_only_files(fcntl.flock)
     main(*sys.argv[1:4], count=int(sys.argv[5]), folder=Path(sys.argv[6]))

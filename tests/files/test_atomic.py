@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 
 from personalized_soups.errors import OutputExistsError, RunError, UsageError
 from personalized_soups.files import swap
-from personalized_soups.files.atomic import new_folder
+from personalized_soups.files.atomic import new_file, new_folder
+from personalized_soups.files.workplace import held
+from tests.files.killing import locking_only_files
 
 
 def left_in(folder: Path) -> list[str]:
@@ -284,6 +287,134 @@ def test_what_a_killed_run_left_is_taken_away(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out") as scratch:
         assert left_in(scratch) == []
     assert left_in(tmp_path) == ["out"]
+
+
+def test_a_refused_run_takes_away_what_a_killed_one_left_too(tmp_path: Path) -> None:
+    target = written(tmp_path / "out", "old")
+    half = tmp_path / ".out.partial" / "new"
+    half.mkdir(parents=True)
+    (half / "half.safetensors").write_bytes(b"half")
+    with pytest.raises(OutputExistsError, match="there already"), new_folder(target):
+        pytest.fail("the block must not be entered")
+    assert left_in(tmp_path) == ["out"]
+    assert what_is(target) == "old"
+
+
+def test_a_refused_run_keeps_what_another_can_go_on_with(tmp_path: Path) -> None:
+    target = written(tmp_path / "out", "old")
+    place = tmp_path / ".out.partial"
+    (place / "new").mkdir(parents=True)
+    (place / "new" / "one").write_text("finished")
+    (place / "journal").write_text('{"identity": "x"}\n"one"\n')
+    with pytest.raises(OutputExistsError, match="there already"), new_folder(target):
+        pytest.fail("the block must not be entered")
+    assert (place / "new" / "one").read_text() == "finished"
+    assert left_in(place) == ["journal", "new"]
+
+
+def test_where_only_files_can_be_locked_a_living_runs_scratch_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", locking_only_files(fcntl.flock))
+    dead = tmp_path / ".out.0123abcd.partial" / "new"
+    dead.mkdir(parents=True)
+    (dead / "half").write_text("half")
+    (tmp_path / ".out.notes.partial").mkdir()  # somebody else's
+    living = new_folder(tmp_path / "out")
+    scratch = living.__enter__()
+    (scratch / "soup.json").write_text('{"is": "first"}')
+    assert not dead.parent.exists()
+    written(tmp_path / "out", "second")
+    assert (scratch / "soup.json").read_text() == '{"is": "first"}'
+    with pytest.raises(OutputExistsError, match="there already"):
+        living.__exit__(None, None, None)
+    assert what_is(tmp_path / "out") == "second"
+    assert left_in(tmp_path) == [".out.notes.partial", "out"]
+
+
+def test_the_old_folder_in_a_dead_runs_own_scratch_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kill between the two renames of a swap leaves it where folders are neither exchanged nor locked."""
+    monkeypatch.setattr(fcntl, "flock", locking_only_files(fcntl.flock))
+    target = written(tmp_path / "out", "old")
+    dead = tmp_path / ".out.0123abcd.partial"
+    (dead / "new").mkdir(parents=True)
+    target.rename(dead / "old")
+    with pytest.raises(OutputExistsError, match="there already"), new_folder(target):
+        pytest.fail("the block must not be entered")
+    assert what_is(target) == "old"
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_a_scratch_that_is_taken_for_dead_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", locking_only_files(fcntl.flock))
+    opened = os.open
+    taken: list[str] = []
+
+    def late(path: str | Path, *arguments: int, **options: int) -> int:
+        if Path(path).name == "lock" and not taken:
+            taken.append(str(path))
+            shutil.rmtree(Path(path).parent)
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", late)
+    with new_folder(tmp_path / "out") as scratch:
+        assert str(scratch.parent) not in taken[0]
+        assert [path for path in tmp_path.iterdir() if path.name.endswith(".partial")] == [scratch.parent]
+    assert left_in(tmp_path) == ["out"]
+
+
+def test_a_new_file_replaces_the_old_one_at_the_end_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "pairs.jsonl"
+    target.write_text("old")
+    with pytest.raises(IsADirectoryError), new_file(target) as scratch:
+        scratch.write_text(tmp_path.read_text())
+    assert target.read_text() == "old"
+    with new_file(target) as scratch:
+        scratch.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert left_in(tmp_path) == ["pairs.jsonl"]
+
+
+def test_a_new_file_leaves_a_living_runs_scratch_and_clears_a_dead_ones(tmp_path: Path) -> None:
+    target = tmp_path / "pairs.jsonl"
+    (tmp_path / ".pairs.jsonl.0123abcd.partial").write_text("dead")
+    with new_file(target) as living:
+        living.write_text("first")
+        with new_file(target) as other:
+            other.write_text("second")
+        assert target.read_text() == "second"
+        assert left_in(tmp_path) == sorted([living.name, "pairs.jsonl"])
+    assert target.read_text() == "first"
+    assert left_in(tmp_path) == ["pairs.jsonl"]
+
+
+def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
+    check_held(tmp_path)
+
+
+def test_a_folder_is_held_by_a_file_where_folders_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", locking_only_files(fcntl.flock))
+    check_held(tmp_path)
+
+
+def check_held(tmp_path: Path) -> None:
+    folder, out = tmp_path / "deep" / ".x.training", tmp_path / "deep" / "x"
+    with held(folder, out):
+        with pytest.raises(OutputExistsError, match="another run is writing it") as caught, held(folder, out):
+            pytest.fail("the block must not be entered")
+        assert caught.value.where == str(out)
+    assert left_in(tmp_path) == []
+    with held(folder, out):
+        (folder / "checkpoint").mkdir()
+    assert (folder / "checkpoint").is_dir()
+    with held(folder, out):
+        shutil.rmtree(folder)
+    assert left_in(tmp_path / "deep") == []
 
 
 def test_a_link_or_file_where_the_scratch_shall_be_is_not_followed(tmp_path: Path) -> None:

@@ -61,6 +61,26 @@ def test_where_folders_cannot_be_exchanged_one_moment_has_neither_and_the_next_r
         check_rerun(each, overwrite=True)
 
 
+@pytest.mark.parametrize(("kind", "old"), [("plain", "old"), ("resumable", "none")])
+def test_where_only_files_can_be_locked_the_next_run_clears_what_a_kill_left(
+    tmp_path: Path, kind: str, old: str
+) -> None:
+    found = findings(tmp_path, "events", kind, old, "file locks")
+    assert len(found) >= 30
+    assert {each["after_kill"] for each in found} == {"old" if old == "old" else "absent", "new"}
+    for each in found:
+        check_rerun(each, overwrite=old == "old")
+
+
+@pytest.mark.parametrize("old", ["old", "none"])
+def test_a_new_file_is_absent_or_whole_and_the_next_run_clears_what_a_kill_left(tmp_path: Path, old: str) -> None:
+    found = findings(tmp_path, "events", "file", old, "one step")
+    assert len(found) >= 6
+    assert {each["after_kill"] for each in found} == {"old" if old == "old" else "absent", "new"}
+    for each in found:
+        check_rerun(each, overwrite=True)
+
+
 @pytest.mark.parametrize("mode", ["events", "random"])
 @pytest.mark.parametrize("old", ["old", "none"])
 def test_what_was_marked_before_the_kill_is_not_written_again(tmp_path: Path, mode: str, old: str) -> None:
