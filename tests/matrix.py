@@ -65,8 +65,8 @@ def rows() -> list[Row]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [
         Row("lowest", lowest(project), _OTHER_VERSIONS),
-        # what the GPU machine has
-        Row("card", {**pinned, "torch": "2.11.*", "transformers": "5.17.*"}, _OTHER_VERSIONS),
+        # what the GPU machine has; torch brings triton 3.6, whose interpreter does not run under NumPy 2.4
+        Row("card", {**pinned, "torch": "2.11.*", "transformers": "5.17.*", "numpy": "2.3.*"}, _OTHER_VERSIONS),
         Row("newest", pinned, {}),
     ]
 
