@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from personalized_soups.errors import OutputExistsError, UsageError
+from personalized_soups.files import workplace
 
 MARK = "complete.json"
 _RUN = "run.json"
@@ -20,6 +23,22 @@ _RUN = "run.json"
 def partial_folder(out: Path) -> Path:
     """Return the folder of the checkpoints of the expert that will be written to `out`: hidden, beside it."""
     return out.parent / f".{out.name}.training"
+
+
+@contextmanager
+def held(out: Path) -> Iterator[None]:
+    """Hold the folder of the checkpoints while the block runs, so that one run at a time trains into `out`.
+
+    A run that is killed holds it no longer. What a kill within `remove` left is taken away.
+
+    Raises:
+        OutputExistsError: if another run holds it.
+        UsageError: if no folder can be made there.
+    """
+    partial = partial_folder(out)
+    with workplace.held(partial, out):
+        shutil.rmtree(_done(partial), ignore_errors=True)
+        yield
 
 
 def mark_complete(checkpoint: Path) -> None:
@@ -81,10 +100,14 @@ def remove_if_useless(partial: Path) -> None:
 
 def remove(partial: Path) -> None:
     """Remove the folder: the expert is written. First out of sight by one rename, so that no half of it is left."""
-    gone = partial.with_name(f"{partial.name}.done")
+    gone = _done(partial)
     shutil.rmtree(gone, ignore_errors=True)
     partial.replace(gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def _done(partial: Path) -> Path:
+    return partial.with_name(f"{partial.name}.done")
 
 
 def _check_same_run(partial: Path, run: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, TypeAlias
 from blake3 import blake3
 
 from personalized_soups.errors import InputError
+from personalized_soups.files.atomic import new_file
 
 FIELDS = ("prompt", "chosen", "rejected")
 _NOT_TAKEN = ("images", "image", "tools", "chat_template_kwargs")
@@ -84,13 +84,9 @@ def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines, UTF-8: beside the file, then one rename, so that it is never half there."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+    """Write JSON lines, UTF-8, all or nothing."""
+    with new_file(path) as scratch:
         scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:

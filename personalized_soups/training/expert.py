@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,8 @@ def train_expert(
         progress: hears of every step.
 
     Raises:
-        SoupError: input at fault, a folder in the way, a diverging loss, a full disk or GPU.
+        SoupError: input at fault, a folder in the way, another run that writes to `out`, a diverging loss, a full disk
+            or GPU.
     """
     progress = progress or Silent()
     dimension = catalogue.side(side)[0] if catalogue is not None else None
@@ -104,16 +105,18 @@ def train_expert(
         files=(ADAPTER_CONFIG, ADAPTER_TENSORS),
     )
     order = _Order(side, base, out, recipe, preferences, record)
-    if resume and on_first_process(lambda: _is_same(read_expert_record(out), record)):
-        partial = checkpoints.partial_folder(out)
-        # a kill between the expert's last rename and the end leaves checkpoints that nobody needs
-        on_first_process(lambda: checkpoints.remove(partial) if partial.exists() else None)
-        if is_first_process():
-            progress.note(side, f"{out} is this expert already")
-        return out
-    on_first_process(lambda: _check_free(out, resume=resume))
-    with _clear_faults(order):
-        _train(order, device=device, resume=resume, progress=progress)
+    with ExitStack() as stack:
+        on_first_process(lambda: stack.enter_context(checkpoints.held(out)))
+        if resume and on_first_process(lambda: _is_same(read_expert_record(out), record)):
+            partial = checkpoints.partial_folder(out)
+            # a kill between the expert's last rename and the end leaves checkpoints that nobody needs
+            on_first_process(lambda: checkpoints.remove(partial))
+            if is_first_process():
+                progress.note(side, f"{out} is this expert already")
+            return out
+        on_first_process(lambda: _check_free(out, resume=resume))
+        with _clear_faults(order):
+            _train(order, device=device, resume=resume, progress=progress)
     return out
 
 

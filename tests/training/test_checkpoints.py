@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,3 +89,42 @@ def test_a_folder_without_a_complete_checkpoint_is_removed(tmp_path: Path) -> No
     _checkpoint(partial, 10, complete=False)
     checkpoints.remove_if_useless(partial)
     assert not partial.exists()
+
+
+_HOLDING = """
+import sys
+from pathlib import Path
+from personalized_soups.training import checkpoints
+with checkpoints.held(Path(sys.argv[1])):
+    checkpoints.partial_folder(Path(sys.argv[1])).joinpath("run.json").touch()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused_while_the_first_lives_and_no_lock_outlives_a_kill(tmp_path: Path) -> None:
+    out = tmp_path / "friendly"
+    first = subprocess.Popen(
+        [sys.executable, "-c", _HOLDING, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(OutputExistsError, match="another run is writing it") as caught, checkpoints.held(out):
+            pytest.fail("the block must not be entered")
+        assert (caught.value.where, caught.value.exit_code) == (str(out), 2)
+        with checkpoints.held(tmp_path / "concise"):
+            pass
+    finally:
+        first.kill()
+        first.communicate()
+    with checkpoints.held(out):
+        assert checkpoints.partial_folder(out).is_dir()
+
+
+def test_what_a_kill_within_the_removal_left_is_taken_away(tmp_path: Path) -> None:
+    out = tmp_path / "friendly"
+    (tmp_path / ".friendly.training.done" / "checkpoint-3").mkdir(parents=True)
+    with checkpoints.held(out):
+        pass
+    assert list(tmp_path.iterdir()) == []

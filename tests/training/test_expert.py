@@ -16,7 +16,7 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.shipped import recipes_folder
 from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, UsageError
+from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, SoupError, UsageError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.loading import load_tokenizer
 from personalized_soups.training import checkpoints
@@ -284,6 +284,39 @@ def test_input_at_fault_is_said_before_anything_is_written(
     with pytest.raises(InputError, match="max_length"):
         train_expert("concise", base=small_base, data=pairs_file, out=out, recipe=short, device="cpu")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_training_into_the_same_folder_is_refused_and_the_first_goes_on(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, expert: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "concise"
+
+    def train(progress: Heard | None = None, *, resume: bool = False) -> Path:
+        return train_expert(
+            "concise",
+            base=small_base,
+            data=pairs_file,
+            out=out,
+            recipe=recipe,
+            catalogue=CATALOGUE,
+            device="cpu",
+            resume=resume,
+            progress=progress,
+        )
+
+    refused: list[SoupError] = []
+
+    class Second(Heard):
+        def advance(self, side: str, report: StepReport) -> None:
+            for resume in (False, True) if report.step == 5 else ():  # there is a checkpoint by now
+                with pytest.raises(OutputExistsError, match="another run is writing it") as caught:
+                    train(resume=resume)
+                refused.append(caught.value)
+
+    train(Second())
+    assert [error.where for error in refused] == [str(out)] * 2
+    assert _bytes(out) == _bytes(expert)
+    assert [path.name for path in tmp_path.iterdir()] == ["concise"]
 
 
 def test_a_folder_in_the_way_is_left_alone(
