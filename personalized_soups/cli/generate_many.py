@@ -55,7 +55,8 @@ def generate_many(options: ManyOptions) -> None:
         )
     for profile in profiles:
         library.check(profile)
-    requests = Requests(read_asked_prompts(options.prompts), profiles)
+    prompts = read_asked_prompts(options.prompts)
+    requests = Requests(prompts, profiles)
     with ExitStack() as stack:
         kept = None
         if options.out is not None:
@@ -70,6 +71,7 @@ def generate_many(options: ManyOptions) -> None:
             dtype=options.dtype,
             same_base=options.same_base,
         )
+        model.generator.check(prompts)
         if first:
             render.say(f"{first} of {len(requests)} answers are there: going on")
         bar = stack.enter_context(render.progress("answering", len(requests), done=first))

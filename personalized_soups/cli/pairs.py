@@ -140,11 +140,13 @@ def _sample(
 ) -> list[Sampled]:
     from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.generation.generator import Generator
-    from personalized_soups.generation.prompts import read_prompts
+    from personalized_soups.generation.prompts import read_asked_prompts
     from personalized_soups.training.kept import sample_kept
 
-    asked = read_prompts(prompts)
+    lines = read_asked_prompts(prompts)
+    asked = [line.prompt for line in lines]
     generator = Generator.open(base, device=device, dtype=dtype)
+    generator.check(lines)
     with ExitStack() as shown:
         bars: list[render.Bar] = []
 

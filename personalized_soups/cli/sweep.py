@@ -70,7 +70,7 @@ def sweep(
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.files.digest import digest_file
     from personalized_soups.files.lines import growing_lines, is_whole
-    from personalized_soups.generation.prompts import read_prompts
+    from personalized_soups.generation.prompts import read_asked_prompts
     from personalized_soups.studies.sweep import ANSWERS, PICTURE, RESULTS, Sweep, draw_sweep, score_sweep
 
     library = ExpertLibrary.open(*experts)
@@ -79,7 +79,8 @@ def sweep(
             raise UsageError(f"no expert is called {name!r}", where=library.where, mend=choose_from(name, library))
     chosen = ExpertLibrary({name: library[name].folder for name in (side_a, side_b)}, where=library.where)
     swept = Sweep(side_a, side_b, steps, scale)
-    asked = read_prompts(prompts)
+    lines = read_asked_prompts(prompts)
+    asked = [line.prompt for line in lines]
     side = library[side_b].side or side_b
     catalogue = _catalogue_that_scores(side, base, dimensions)
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -109,6 +110,7 @@ def sweep(
             model = SoupModel.from_pretrained(
                 resolve_base(base), chosen, device=device, dtype=held, same_base=same_base
             )
+            model.generator.check(lines)
             for old in (RESULTS, PICTURE):  # of other answers than those that come now
                 (out / old).unlink(missing_ok=True)
             _answer(model, swept, asked, kept, batch_size=batch_size, quiet=as_json, sampling=sampling)

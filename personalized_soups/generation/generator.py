@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
@@ -22,7 +22,7 @@ from personalized_soups.generation.loading import (
     load_base,
     load_tokenizer,
 )
-from personalized_soups.generation.prompts import Prompt, encode_prompt, prompt_text
+from personalized_soups.generation.prompts import AskedPrompt, Prompt, check_tokens, encode_prompt, prompt_place
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import DrawnTokens, Sampling, pad_left, uniforms
 from personalized_soups.generation.streaming import TokenStream
@@ -60,7 +60,9 @@ class Generator:
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.stop_ids = _stop_ids(model, tokenizer)
+        self.stop_ids = stop_ids(model, tokenizer)
+        self.num_embeddings = num_embeddings(model)
+        self.pad_id = pad_id(tokenizer, self.num_embeddings)
         self._forgetting_lock = threading.Lock()
         self._num_forgetting = 0
         self._own_configs: list[tuple[Any, Any]] = []
@@ -187,7 +189,7 @@ class Generator:
         from transformers import GenerationConfig
 
         device = self.model.device
-        ids_BT, mask_BT = pad_left(prompts, int(self.tokenizer.pad_token_id), device)
+        ids_BT, mask_BT = pad_left(prompts, self.pad_id, device)
         draws = np.stack([uniforms(seed, row, sampling.max_new_tokens) for row in rows])
         drawn = DrawnTokens(
             torch.from_numpy(draws).to(device), temperature=sampling.temperature, prompt_width=ids_BT.shape[1]
@@ -197,7 +199,7 @@ class Generator:
             num_beams=1,
             max_new_tokens=sampling.max_new_tokens,
             eos_token_id=sorted(self.stop_ids),
-            pad_token_id=int(self.tokenizer.pad_token_id),
+            pad_token_id=self.pad_id,
         )
         with quiet_transformers(), torch.no_grad(), self.forgetting_own_generation():
             out_BT = self.model.generate(
@@ -231,21 +233,35 @@ class Generator:
                     for part, config in self._own_configs:
                         part.generation_config = config
 
-    def encoded(self, prompt: Prompt) -> list[int]:
+    def encoded(self, prompt: Prompt, *, where: str | None = None) -> list[int]:
         """Return the token ids after which the answer begins.
 
+        Args:
+            prompt: a text or a chat.
+            where: its place, for errors; its first words if left out.
+
         Raises:
-            InputError: if there are more of them than the model has positions, or as encode_prompt.
+            InputError: if there are none or more than the model has positions, if the model has no embedding for one
+                of them, or as encode_prompt.
         """
-        tokens = encode_prompt(self.tokenizer, prompt)
+        place = where or prompt_place(prompt)
+        tokens = encode_prompt(self.tokenizer, prompt, where=where)
+        if not tokens:
+            raise InputError("the prompt has no tokens", where=place, mend="write what is to be answered")
+        check_tokens(tokens, self.tokenizer, self.num_embeddings, where=place)
         most = getattr(self.model.config, "max_position_embeddings", None)
         if isinstance(most, int) and len(tokens) >= most:
             raise InputError(
                 f"the prompt has {len(tokens)} tokens, the model reads fewer than {most}",
-                where=f"the prompt that begins {prompt_text(prompt)[:40]!r}",
+                where=place,
                 mend="shorten it, or take a base model with a longer context",
             )
         return tokens
+
+    def check(self, prompts: Iterable[AskedPrompt]) -> None:
+        """Raise InputError, naming file and line, for the first prompt that can't be answered."""
+        for asked in prompts:
+            self.encoded(asked.prompt, where=asked.where)
 
     def text(self, tokens: Sequence[int]) -> str:
         """Return what the tokens before the first stop token say."""
@@ -254,11 +270,27 @@ class Generator:
         return str(text).strip()
 
 
-def _stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Return the ids that end an answer: the tokenizer's end token and those of the model's generation config."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
     return frozenset({int(tokenizer.eos_token_id), *map(int, listed)})
+
+
+def num_embeddings(model: Any) -> int | None:
+    """Return how many tokens the model has an embedding for, None where it does not say."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    return None if weight is None or weight.ndim != 2 else int(weight.shape[0])
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> int:
+    """Return the id that fills shorter rows: the tokenizer's, or 0 where the base has no embedding for that one.
+
+    A padding token is often added to a tokenizer alone. Filled places are masked, so any token will do.
+    """
+    own = int(tokenizer.pad_token_id)
+    return own if num_embeddings is None or own < num_embeddings else 0
 
 
 def _forget_own_generation(model: Any) -> list[tuple[Any, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
+
+# What a template may raise besides jinja's own: it computes with what it is given, as Python would; transformers raises
+# ValueError where several templates are there and none is the default.
+_TEMPLATE_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
@@ -29,14 +34,59 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+@contextmanager
+def template_faults(where: str) -> Iterator[None]:
+    """Turn what a chat template raises within the block into an InputError."""
+    from jinja2.exceptions import TemplateError, TemplateSyntaxError
+
+    try:
+        yield
+    except TemplateSyntaxError as fault:
+        raise InputError(
+            f"the base's chat template can't be read: {fault.message} (line {fault.lineno})",
+            where=where,
+            mend="mend the template: chat_template.jinja, or tokenizer_config.json, in the base's folder",
+        ) from fault
+    except (TemplateError, *_TEMPLATE_FAULTS) as fault:
+        raise InputError(
+            f"the base's chat template refuses the messages: {str(fault) or type(fault).__name__}",
+            where=where,
+            mend="give the messages the roles, order and keys that the template takes, or use another chat template",
+        ) from fault
+
+
+def check_tokens(
+    tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None, *, where: str
+) -> None:
+    """Raise InputError if a token has no row in the base's embedding; None as their number checks nothing."""
+    if num_embeddings is not None and tokens and max(tokens) >= num_embeddings:
+        token = max(tokens)
+        raise InputError(
+            f"there is no token {token} ({tokenizer.convert_ids_to_tokens(token)!r}); the base has {num_embeddings}",
+            where=where,
+            mend="use the tokenizer that the base was made with, or resize the base's embedding to the tokenizer",
+        )
+
+
+def prompt_place(prompt: Prompt) -> str:
+    """Return how an error names a prompt that stands in no file."""
+    return f"the prompt that begins {prompt_text(prompt)[:40]!r}"
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, where: str | None = None) -> list[int]:
     """Return the token ids after which the answer begins.
 
+    Args:
+        tokenizer: the base's.
+        prompt: a text or a chat.
+        where: the prompt's place, for errors; its first words if left out.
+
     Raises:
-        InputError: if the prompt is a chat and the tokenizer has no chat template.
+        InputError: if the chat template refuses the prompt, or the prompt is a chat and there is no template.
     """
     if tokenizer.chat_template is not None:
-        rendered = tokenizer.apply_chat_template(messages_of(prompt), tokenize=False, add_generation_prompt=True)
+        with template_faults(where or prompt_place(prompt)):
+            rendered = tokenizer.apply_chat_template(messages_of(prompt), tokenize=False, add_generation_prompt=True)
         # The template writes the special tokens itself; adding them again would double the first one.
         return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
     if not isinstance(prompt, str):

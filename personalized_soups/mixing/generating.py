@@ -121,14 +121,14 @@ def transformers_answers(
     """
     from transformers import GenerationConfig
 
-    tokenizer, model = generator.tokenizer, generator.model
+    model = generator.model
     options = {name: value for name, value in options.items() if name != "generation_config" or value is not None}
     given = options.get("generation_config") or GenerationConfig()
     usual: dict[str, Any] = {"generation_config": given}
     if given.eos_token_id is None:
         usual["eos_token_id"] = sorted(generator.stop_ids)
     if given.pad_token_id is None:
-        usual["pad_token_id"] = int(tokenizer.pad_token_id)
+        usual["pad_token_id"] = generator.pad_id
     is_cut = any((options.get(name) or getattr(given, name)) is not None for name in ("max_length", "max_new_tokens"))
     if max_new_tokens is not None or not is_cut:
         usual["max_new_tokens"] = max_new_tokens or 256
@@ -137,7 +137,7 @@ def transformers_answers(
     for start in range(0, len(prompts), batch_size):
         asked = slice(start, start + batch_size)
         encoded = [generator.encoded(prompt) for prompt in prompts[asked]]
-        ids_BT, mask_BT = pad_left(encoded, int(tokenizer.pad_token_id), model.device)
+        ids_BT, mask_BT = pad_left(encoded, generator.pad_id, model.device)
         own = profiles if isinstance(profiles, AsSet) else profiles[asked]
         width = partial(int, ids_BT.shape[1] + (max_new_tokens or given.max_new_tokens or 256))
         # what changes the model or torch's generators comes last: other threads wait for the mixture

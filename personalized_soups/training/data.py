@@ -1,15 +1,16 @@
-"""Preference pairs in TRL's format, read from JSON lines; every fault names its file and line.
+"""Preference pairs in TRL's formats, read from JSON lines; every fault names its file and line.
 
 Standard: `{"prompt": "...", "chosen": "...", "rejected": "..."}`. Conversational: the same fields as lists of messages,
-`[{"role": "user", "content": "..."}]`. Other fields, of a pair or of a message, are left aside, except those by which
-TRL would change the text.
+`[{"role": "user", "content": "..."}]`, perhaps with `tools`. Implicit: no `prompt`; what `chosen` and `rejected` share
+at their beginning is the prompt. Other fields of a pair are ignored, except those by which TRL would change the text.
+Further keys of a message are kept for the chat template.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,9 +19,22 @@ from blake3 import blake3
 
 from personalized_soups.errors import InputError
 from personalized_soups.files.atomic import new_file
+from personalized_soups.training.messages import Message, check_answer, read_messages, spoken
 
 FIELDS = ("prompt", "chosen", "rejected")
-_NOT_TAKEN = ("images", "image", "tools", "chat_template_kwargs")
+_NOT_TAKEN = ("images", "image", "chat_template_kwargs")
+# Names that data sets give to a prompt. Beside one of them, a beginning that two texts share is no prompt.
+_PROMPT_NAMES = (
+    "question",
+    "instruction",
+    "input",
+    "query",
+    "context",
+    "system",
+    "history",
+    "conversation",
+    "messages",
+)
 _MEND = 'write {"prompt": ..., "chosen": ..., "rejected": ...} in every line'
 
 Pair: TypeAlias = dict[str, Any]
@@ -33,14 +47,20 @@ class Preferences:
     Args:
         path: the file they were read from.
         blake3: the digest of its bytes, in hex.
-        pairs: prompt, chosen and rejected of each pair, in the order of the file.
+        pairs: prompt, chosen, rejected and perhaps `tools` of each pair, in the order of the file.
         conversational: whether they are lists of messages rather than plain text.
+        lines: the number of each pair's line.
     """
 
     path: Path
     blake3: str
     pairs: tuple[Pair, ...]
     conversational: bool
+    lines: tuple[int, ...]
+
+    def place(self, index: int) -> str:
+        """Return file and line of a pair."""
+        return f"{self.path}:{self.lines[index]}"
 
 
 def read_preferences(path: Path) -> Preferences:
@@ -48,7 +68,8 @@ def read_preferences(path: Path) -> Preferences:
 
     Raises:
         InputError: naming file and line: not readable, empty, not UTF-8, not JSON, a field missing or of the wrong
-            kind, an empty answer, equal answers, plain text and conversations mixed.
+            kind, an empty answer, equal answers, an answer that is not the assistant's alone, plain text and
+            conversations mixed.
     """
     try:
         content = path.read_bytes()
@@ -61,6 +82,7 @@ def read_preferences(path: Path) -> Preferences:
             "the file is UTF-16, not UTF-8", where=f"{path}:1", mend="save it as UTF-8: iconv -f utf-16 -t utf-8"
         )
     pairs: list[Pair] = []
+    lines: list[int] = []
     formats: set[bool] = set()
     for number, line in _lines(content):
         where = f"{path}:{number}"
@@ -73,9 +95,11 @@ def read_preferences(path: Path) -> Preferences:
                 mend="write all fields of all lines as strings, or all as lists of messages",
             )
         pairs.append(pair)
+        lines.append(number)
     if not pairs:
         raise InputError("the file holds no pair", where=str(path), mend=_MEND)
-    return Preferences(path, blake3(content).hexdigest(), tuple(pairs), conversational=formats == {True})
+    digest = blake3(content).hexdigest()
+    return Preferences(path, digest, tuple(pairs), conversational=formats == {True}, lines=tuple(lines))
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
@@ -97,6 +121,24 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _pair(line: bytes, where: str) -> Pair:
+    row = _row(line, where)
+    prompt = row.get("prompt", "")
+    are_lists = isinstance(row["chosen"], list) and isinstance(row["rejected"], list)
+    if isinstance(prompt, list) or (are_lists and isinstance(prompt, str)):
+        pair = _conversation(row, where)
+        is_equal = spoken(pair["chosen"]) == spoken(pair["rejected"])
+    else:
+        pair = _texts(row, where)
+        is_equal = pair["chosen"] == pair["rejected"]
+    _check_encodable(pair, where)
+    if is_equal:
+        raise InputError(
+            "`chosen` and `rejected` are equal: the pair says nothing", where=where, mend="take the line out"
+        )
+    return pair
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as fault:
@@ -109,24 +151,9 @@ def _pair(line: bytes, where: str) -> Pair:
         raise InputError(f"not a JSON object: {fault}", where=where, mend=_MEND) from fault
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object, found {_kind(row)}", where=where, mend=_MEND)
-    _check_fields(row, where)
-    check = _check_conversation if isinstance(row["prompt"], list) else _check_text
-    for field in FIELDS:
-        check(row[field], field, where)
-    pair = {field: _bare(row[field]) for field in FIELDS}
-    _check_encodable(pair, where)
-    if pair["chosen"] == pair["rejected"]:
-        raise InputError(
-            "`chosen` and `rejected` are equal: the pair says nothing", where=where, mend="take the line out"
-        )
-    return pair
-
-
-def _check_fields(row: dict[str, Any], where: str) -> None:
-    missing = [field for field in FIELDS if field not in row]
-    if missing:
-        found = ", ".join(repr(field) for field in row) or "none"
-        raise InputError(f"the field {missing[0]!r} is missing; found: {found}", where=where, mend=_MEND)
+    for field in ("chosen", "rejected"):
+        if field not in row:
+            raise _missing(field, row, where)
     for field in _NOT_TAKEN:
         if row.get(field):
             raise InputError(
@@ -134,13 +161,109 @@ def _check_fields(row: dict[str, Any], where: str) -> None:
                 where=where,
                 mend=f"take {field!r} out, or the line",
             )
+    return row
 
 
-def _bare(value: str | list[dict[str, str]]) -> str | list[dict[str, str]]:
-    """Return a field without what is left aside: of each message its role and its text."""
-    if isinstance(value, str):
-        return value
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+def _missing(field: str, row: Mapping[str, Any], where: str, because: str = "") -> InputError:
+    found = ", ".join(repr(name) for name in row) or "none"
+    return InputError(f"the field {field!r} is missing{because}; found: {found}", where=where, mend=_MEND)
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> Pair:
+    """Return a pair of conversations; a prompt that both answers hold is taken out of them."""
+    for field in FIELDS:
+        if field in row and not isinstance(row[field], list) and isinstance(row.get("prompt"), list):
+            raise InputError(
+                f"`{field}` is {_kind(row[field])}, `prompt` is a list of messages",
+                where=where,
+                mend="write all three as strings, or all three as lists of messages",
+            )
+    given = read_messages(row["prompt"], "prompt", where) if isinstance(row.get("prompt"), list) else None
+    chosen = read_messages(row["chosen"], "chosen", where)
+    rejected = read_messages(row["rejected"], "rejected", where)
+    prompt = _shared_messages(row, chosen, rejected, where) if given is None else given
+    num_shared = len(prompt)
+    if given is not None and (given[0]["role"] == "assistant" or not _both_begin_with(given, chosen, rejected)):
+        num_shared = 0  # the answers stand alone
+    pair: Pair = {"prompt": prompt, "chosen": chosen[num_shared:], "rejected": rejected[num_shared:]}
+    for field in ("chosen", "rejected"):
+        check_answer(pair[field], field, where)
+    tools = _tools(row, where)
+    return {**pair, "tools": tools} if tools else pair
+
+
+def _shared_messages(
+    row: Mapping[str, Any], chosen: list[Message], rejected: list[Message], where: str
+) -> list[Message]:
+    """Return the messages that both conversations begin with, at most all but one: the rule of TRL's extract_prompt.
+
+    Some data sets repeat the last of them as a text, under `prompt`.
+    """
+    prompt = chosen[: _num_shared(chosen, rejected)]
+    if "prompt" not in row:
+        if not prompt:
+            raise _missing("prompt", row, where, ", and `chosen` and `rejected` share no message to take it from")
+        return prompt
+    if not prompt or prompt[-1]["role"] != "user" or prompt[-1]["content"].strip() != row["prompt"].strip():
+        raise InputError(
+            "`chosen` is a list of messages, and `prompt` is text that is not the message before both answers",
+            where=where,
+            mend="write all three as strings, or all three as lists of messages",
+        )
+    return prompt
+
+
+def _both_begin_with(prompt: list[Message], chosen: list[Message], rejected: list[Message]) -> bool:
+    return all(answer[: len(prompt)] == prompt and len(answer) > len(prompt) for answer in (chosen, rejected))
+
+
+def _num_shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
+    shortest = min(len(chosen), len(rejected))
+    return next((place for place in range(shortest) if chosen[place] != rejected[place]), shortest - 1)
+
+
+def _texts(row: dict[str, Any], where: str) -> Pair:
+    """Return a pair of plain texts; without a prompt, the beginning that they share: TRL's extract_prompt."""
+    if row.get("tools"):
+        raise InputError(
+            "the field 'tools' is not taken with plain text: only a chat template can render it",
+            where=where,
+            mend="write all three as lists of messages, or take 'tools' out",
+        )
+    if "prompt" not in row:
+        row = {**row, **_implicit_texts(row, where)}
+    for field in FIELDS:
+        _check_text(row[field], field, where)
+    return {field: row[field] for field in FIELDS}
+
+
+def _implicit_texts(row: Mapping[str, Any], where: str) -> Pair:
+    chosen, rejected = row["chosen"], row["rejected"]
+    named = [name for name in row if name in _PROMPT_NAMES and row[name]]
+    if named:
+        raise _missing("prompt", row, where, f" ({named[0]!r} may be it)")
+    if not isinstance(chosen, str) or not isinstance(rejected, str):
+        raise _missing("prompt", row, where)
+    num_shared = _num_shared(chosen, rejected) if chosen and rejected else 0
+    if num_shared and chosen[num_shared - 1] == " ":
+        num_shared -= 1  # a space begins the word after it
+    if not chosen[:num_shared].strip():
+        raise _missing("prompt", row, where, ", and `chosen` and `rejected` share no beginning to take it from")
+    return {"prompt": chosen[:num_shared], "chosen": chosen[num_shared:], "rejected": rejected[num_shared:]}
+
+
+def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return the tools that a conversation may call: a list of JSON schemas, or its JSON text, as TRL takes them."""
+    tools = row.get("tools") or []
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        tools = None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
+        raise InputError(
+            "`tools` is not a list of JSON schemas", where=where, mend="write one object for each tool, or take it out"
+        )
+    return tools
 
 
 def _check_encodable(pair: Pair, where: str) -> None:
@@ -165,31 +288,6 @@ def _check_text(value: object, field: str, where: str) -> None:
         )
     if not value.strip():
         raise InputError(f"`{field}` is empty", where=where, mend="fill it in, or take the line out")
-
-
-def _check_conversation(value: object, field: str, where: str) -> None:
-    if not isinstance(value, list):
-        raise InputError(
-            f"`{field}` is {_kind(value)}, `prompt` is a list of messages",
-            where=where,
-            mend="write all three as strings, or all three as lists of messages",
-        )
-    if not value:
-        raise InputError(f"`{field}` is empty", where=where, mend="give it at least one message")
-    is_text: Callable[[object], bool] = lambda part: isinstance(part, str) and bool(part.strip())  # noqa: E731
-    for message in value:
-        if not isinstance(message, dict) or not is_text(message.get("role")) or not is_text(message.get("content")):
-            raise InputError(
-                f"`{field}` has a message without a role or without text: {json.dumps(message)[:80]}",
-                where=where,
-                mend='write each message as {"role": "user", "content": "..."}',
-            )
-    if field != "prompt" and value[0]["role"] != "assistant":
-        raise InputError(
-            f"`{field}` begins with a message of the role {value[0]['role']!r}: an answer is the assistant's",
-            where=where,
-            mend='write {"role": "assistant", "content": "..."}, and what was said before it under `prompt`',
-        )
 
 
 def _kind(value: object) -> str:

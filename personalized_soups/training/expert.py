@@ -126,11 +126,11 @@ def _train(order: _Order, *, device: str, resume: bool, progress: TrainingProgre
 
     partial = checkpoints.partial_folder(order.out)
     with quiet_training():
-        trainer = _build(order, partial=partial, device=device, progress=progress)
+        trainer, changes = _build(order, partial=partial, device=device, progress=progress)
         fingerprint = on_first_process(lambda: base_fingerprint(order.base))
         base = BaseRecord(name=str(order.base), fingerprint=fingerprint)
         record = order.record.model_copy(update={"base": base})
-        run = {**record.model_dump(mode="json"), "num_processes": trainer.args.world_size}
+        run = {**record.model_dump(mode="json"), "num_processes": trainer.args.world_size, **changes}
         checkpoint = on_first_process(lambda: checkpoints.prepare(partial, run, resume=resume))
         trainer.add_callback(Reporting(order.side, progress))
         trainer.add_callback(Marking())
@@ -148,9 +148,14 @@ def _train(order: _Order, *, device: str, resume: bool, progress: TrainingProgre
         progress.end(order.side)
 
 
-def _build(order: _Order, *, partial: Path, device: str, progress: TrainingProgress) -> ExpertTrainer:
+def _build(
+    order: _Order, *, partial: Path, device: str, progress: TrainingProgress
+) -> tuple[ExpertTrainer, dict[str, Any]]:
+    """Return the trainer, and what decides about resuming beside the record."""
     import torch
 
+    from personalized_soups.generation.generator import num_embeddings, pad_id, stop_ids
+    from personalized_soups.training.encoding import check_pairs, encode_pairs
     from personalized_soups.training.trainer import ExpertTrainer, trainer_config
 
     chosen = choose_device(device)
@@ -161,6 +166,7 @@ def _build(order: _Order, *, partial: Path, device: str, progress: TrainingProgr
             where=str(order.preferences.path),
             mend="write the pairs as plain text, or give the tokenizer a chat template",
         )
+    encoded = encode_pairs(order.preferences, tokenizer, max_length=order.recipe.dpo.max_length)
     model = load_base(order.base, device=torch.device("cpu"), dtype=order.recipe.dtype)
     config = trainer_config(
         order.recipe,
@@ -170,18 +176,18 @@ def _build(order: _Order, *, partial: Path, device: str, progress: TrainingProgr
         model_dtype=model.dtype,
         seed=order.record.seed or 0,
     )
-    trainer = ExpertTrainer(
-        order.recipe, model=model, tokenizer=tokenizer, preferences=order.preferences, config=config
-    )
-    rows: Any = trainer.train_dataset
-    too_long = len(order.preferences.pairs) - len(rows)
-    if too_long and config.process_index == 0:
-        limit = order.recipe.dpo.max_length
-        progress.note(order.side, f"{too_long} pairs are left out: their prompt alone fills dpo.max_length ({limit})")
-    if not order.preferences.conversational and tokenizer.chat_template is not None and config.process_index == 0:
-        text = "the pairs are plain text and are trained as they are, without the tokenizer's chat template"
-        progress.note(order.side, text)
-    return trainer
+    check_pairs(encoded, tokenizer, num_embeddings(model))
+    pad = pad_id(tokenizer, num_embeddings(model))
+    if pad != tokenizer.pad_token_id:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    trainer = ExpertTrainer(order.recipe, model=model, tokenizer=tokenizer, pairs=encoded, config=config)
+    if config.process_index == 0:
+        notes = encoded.notes(tokenizer, stop_ids(model, tokenizer))
+        if not order.preferences.conversational and tokenizer.chat_template is not None:
+            notes.append("the pairs are plain text and are trained as they are, without the tokenizer's chat template")
+        for note in notes:
+            progress.note(order.side, note)
+    return trainer, encoded.changes()
 
 
 def _write(model: Any, record: ExpertRecord, out: Path) -> None:

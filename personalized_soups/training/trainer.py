@@ -19,10 +19,10 @@ from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.errors import InputError, RunError
+from personalized_soups.errors import RunError
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.training import checkpoints
-from personalized_soups.training.data import Preferences
+from personalized_soups.training.encoding import EncodedPairs
 from personalized_soups.training.order import LikeLengthOrder
 from personalized_soups.training.progress import StepReport, TrainingProgress
 from personalized_soups.training.shared_basis import freeze_basis, set_shared_basis
@@ -42,7 +42,7 @@ class ExpertTrainer(DPOTrainer):
         recipe: of the side that is trained, overrides put in.
         model: the base; it is wrapped in place.
         tokenizer: the base's.
-        preferences: the pairs.
+        pairs: the pairs as token ids.
         config: from `trainer_config`.
     """
 
@@ -52,11 +52,10 @@ class ExpertTrainer(DPOTrainer):
         *,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        preferences: Preferences,
+        pairs: EncodedPairs,
         config: DPOConfig,
     ) -> None:
         self._recipe = recipe
-        self._data = preferences.path
         self._order: LikeLengthOrder | None = None
         # TRL turns off all dropout or none; the base's own stays off and LoRA's, added later, is the recipe's.
         disable_dropout_in_model(model)
@@ -64,7 +63,7 @@ class ExpertTrainer(DPOTrainer):
             model,
             args=config,
             # In memory and without a cache on disk: nothing of one training is met by another.
-            train_dataset=datasets.Dataset.from_list(sorted(preferences.pairs, key=_num_characters)),
+            train_dataset=datasets.Dataset.from_dict(pairs.columns()),
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
@@ -87,15 +86,9 @@ class ExpertTrainer(DPOTrainer):
     def create_model_card(self, *args: Any, **options: Any) -> None:
         """Write no model card: expert.json says what there is to say."""
 
-    def _prepare_dataset(self, *args: Any, **options: Any) -> Any:
-        rows = super()._prepare_dataset(*args, **options)
-        if len(rows) == 0:  # TRL leaves out pairs whose prompt fills the length, and trains on nothing without a word
-            raise InputError(
-                f"every prompt alone fills dpo.max_length ({self._recipe.dpo.max_length} tokens)",
-                where=str(self._data),
-                mend="raise dpo.max_length in the recipe",
-            )
-        return rows
+    def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
+        """Return the dataset as it is: encode_pairs has made TRL's token ids."""
+        return dataset
 
     def _send_telemetry(self) -> None:
         """Send nothing to anybody."""
@@ -249,8 +242,3 @@ def quiet_training() -> Iterator[None]:
             del os.environ["TQDM_DISABLE"]
         else:
             os.environ["TQDM_DISABLE"] = tqdm
-
-
-def _num_characters(pair: dict[str, Any]) -> int:
-    """Return a measure of a pair's length, so that batches of the reference pass hold little padding."""
-    return max(len(str(pair["chosen"])), len(str(pair["rejected"])))

@@ -370,6 +370,113 @@ def test_plain_text_is_trained_as_it_is_and_said_so(small_base: Path, recipe: Tr
     assert "without the tokenizer's chat template" in heard.notes[0]
 
 
+def _base_with(base: Path, folder: Path, template: str) -> Path:
+    shutil.copytree(base, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+def test_a_template_that_refuses_the_messages_names_file_and_line(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    template = (small_base / "chat_template.jinja").read_text()
+    guard = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    base = _base_with(small_base, tmp_path / "base", guard + template)
+    lines = pairs_file.read_text().splitlines()
+    pair = json.loads(lines[3])
+    pair["prompt"].insert(0, {"role": "system", "content": "Be brief."})
+    lines[3] = json.dumps(pair)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(lines))
+    with pytest.raises(InputError, match="refuses the messages: System role not supported") as caught:
+        train_expert("x", base=base, data=data, out=tmp_path / "x", recipe=recipe, device="cpu")
+    assert caught.value.where == f"{data}:4"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "pairs.jsonl"]
+
+
+def test_what_is_left_out_or_cut_and_a_missing_end_are_told_before_the_training(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    template = (small_base / "chat_template.jinja").read_text().replace("{{ eos_token }}", "")
+    base = _base_with(small_base, tmp_path / "base", template)
+    data = tmp_path / "pairs.jsonl"
+    pair = json.loads(pairs_file.read_text().splitlines()[0])
+    shared = "wash the kettle with soap " * 30
+    for field in ("chosen", "rejected"):
+        pair[field] = [{"role": "assistant", "content": shared + field}]
+    one_step = recipe.replaced(optimizer=recipe.optimizer.replaced(epochs=None, max_steps=1))
+
+    class Ordered(Heard):
+        def begin(self, side: str, *, step: int, num_steps: int) -> None:
+            self.notes.append("the steps begin")
+
+    data.write_text(pairs_file.read_text() + json.dumps(pair) + "\n")
+    heard = Ordered()
+    out = train_expert("x", base=base, data=data, out=tmp_path / "x", recipe=one_step, device="cpu", progress=heard)
+    assert heard.notes[0] == (
+        f"1 pairs are left out: once cut to dpo.max_length (64) their answers are equal (the first is {data}:20)"
+    )
+    assert heard.notes[1].startswith("19 of 19 chosen answers have no end token behind them in the chat template")
+    assert heard.notes[2:] == ["the steps begin"]
+    record = read_expert_record(out)
+    assert record is not None
+    assert record.data is not None
+    assert record.data.num_pairs == 20  # what the file holds; the digest is of its bytes
+    data.write_text(json.dumps(pair) + "\n")
+    with pytest.raises(InputError, match="no pair is left"):
+        train_expert("y", base=base, data=data, out=tmp_path / "y", recipe=recipe, device="cpu")
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_pair_that_is_equal_once_cut_changes_no_byte(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    """It says nothing, so the expert is the one that the other pairs make."""
+    one_step = recipe.replaced(optimizer=recipe.optimizer.replaced(epochs=None, max_steps=2))
+    pair = json.loads(pairs_file.read_text().splitlines()[0])
+    for field in ("chosen", "rejected"):
+        pair[field] = [{"role": "assistant", "content": "wash the kettle with soap " * 30 + field}]
+    found = []
+    for number, more in enumerate(("", json.dumps(pair) + "\n")):
+        data = tmp_path / f"{number}.jsonl"
+        data.write_text(pairs_file.read_text() + more)
+        out = train_expert("x", base=small_base, data=data, out=tmp_path / str(number), recipe=one_step, device="cpu")
+        found.append((out / "adapter_model.safetensors").read_bytes())
+    assert found[0] == found[1]
+
+
+def test_a_token_beyond_the_bases_embedding_names_file_and_line(
+    small_base: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<kettle>"])
+    tokenizer.save_pretrained(base)
+    data = tmp_path / "pairs.jsonl"
+    plain = {"prompt": "wash the", "chosen": " towel", "rejected": " <kettle>"}
+    data.write_text("\n" + json.dumps(plain) + "\n")
+    with pytest.raises(InputError, match=r"there is no token .*<kettle>") as caught:
+        train_expert("x", base=base, data=data, out=tmp_path / "x", recipe=recipe, device="cpu")
+    assert caught.value.where == f"{data}:2"
+
+
+def test_a_padding_token_that_only_the_tokenizer_has_changes_no_byte(
+    expert: Path, small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens({"pad_token": "<|another pad|>"})
+    tokenizer.save_pretrained(base)
+    out = train_expert("concise", base=base, data=pairs_file, out=tmp_path / "x", recipe=recipe, device="cpu")
+    theirs = load_file(expert / "adapter_model.safetensors")
+    assert all(
+        torch.allclose(tensor, theirs[name], atol=1e-6)
+        for name, tensor in load_file(out / "adapter_model.safetensors").items()
+    )
+
+
 def test_a_diverging_training_fails_with_a_mend(
     small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
 ) -> None:
