@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.errors import OutputExistsError, UsageError, check_extra
+from personalized_soups.errors import InputError, OutputExistsError, SoupError, UsageError, check_extra
 
 if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile
@@ -164,31 +164,49 @@ def delete_profile(
 def import_profiles(
     file: Annotated[Path, typer.Argument(help="JSON Lines: one profile a line, each with its user.")],
     *,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Skip lines that are at fault, name them all, and write the others.")
+    ] = False,
     profiles: Profiles = DEFAULT,
     experts: Experts = None,
     as_json: AsJson = False,
 ) -> None:
     """Write all profiles of a file.
 
-    Where a line is at fault nothing is written. What is there already, with nothing different, stays as it is.
+    If a line is at fault, nothing is written unless you give --skip-bad. Profiles that are already in the store are not
+    written again.
     """
     check_extra("serve", "sqlalchemy")
     from personalized_soups.declare.profiles import read_profiles
 
     total = 0
+    skipped: list[SoupError] = []
 
     def tell(done: int) -> None:
         nonlocal total
         total = done
         bar.update(done)
 
+    def skip(fault: SoupError) -> None:
+        skipped.append(fault)
+        render.say(" ".join(f"skipped {fault.where}: {fault.what}; {fault.mend}".split()))
+
+    on_bad = skip if skip_bad else None
     with _opened(profiles, experts, create=True) as store, render.progress("importing", quiet=as_json) as bar:
-        written = store.put_many(read_profiles(file), on_done=tell)
-    record = {"profiles": total, "written": written, "there already": total - written}
+        written = store.put_many(read_profiles(file, on_bad=on_bad), on_done=tell, on_bad=on_bad)
+    if skipped and not total:
+        raise InputError(
+            f"no line of the file is a profile that can be written; {len(skipped)} are at fault",
+            where=str(file),
+            mend="fix the lines that are named above",
+        )
+    record: dict[str, Any] = {"profiles": total, "written": written, "there already": total - written}
     if as_json:
-        render.show_json({name.replace(" ", "_"): value for name, value in record.items()})
+        shown = {name.replace(" ", "_"): value for name, value in record.items()}
+        faults = [{"where": fault.where, "what": fault.what, "mend": fault.mend} for fault in skipped]
+        render.show_json({**shown, "skipped": faults} if skip_bad else shown)
     else:
-        render.show_record(record)
+        render.show_record({**record, "skipped": len(skipped)} if skip_bad else record)
 
 
 def export_profiles(

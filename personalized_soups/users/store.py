@@ -26,7 +26,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 
 from personalized_soups.declare.declared import Places
 from personalized_soups.declare.profile import Profile
-from personalized_soups.declare.profiles import each_once
+from personalized_soups.declare.profiles import OnBad, SeenUsers
 from personalized_soups.errors import DeclarationError, FileFormatError, UsageError
 from personalized_soups.users import schema
 from personalized_soups.users.database import Batch, Database
@@ -219,7 +219,13 @@ class ProfileStore:
             yield from page
             after = page[-1].profile.user
 
-    def put_many(self, profiles: Iterable[Profile], *, on_done: Callable[[int], None] | None = None) -> int:
+    def put_many(
+        self,
+        profiles: Iterable[Profile],
+        *,
+        on_done: Callable[[int], None] | None = None,
+        on_bad: OnBad | None = None,
+    ) -> int:
         """Write all of these profiles or, where one of them is at fault, none; return how many were written.
 
         Those that are there already, with nothing different, are not written and not counted. Readers are not kept
@@ -227,20 +233,35 @@ class ProfileStore:
 
         Args:
             profiles: read once; at most one of each user. Of each, sixteen bytes are kept in memory.
-            on_done: called with the number of profiles that have been checked.
+            on_done: called with the number of profiles that have been checked and are no fault.
+            on_bad: called with the error of each profile that is at fault: it is passed over, all others are written.
 
         Raises:
             DeclarationError: if a profile does not stand the store's check.
             UsageError: if two profiles are of one user.
         """
         return self._database.write_staged(
-            self._batches(each_once(profiles), on_done),
+            self._batches(self._documents(profiles, on_bad), on_done),
             lambda connection: connection.execute(schema.ADD_STAGED, {"now": _now()}).rowcount,
         )
 
-    def _batches(self, profiles: Iterator[Profile], on_done: Callable[[int], None] | None) -> Iterator[Batch]:
+    def _documents(self, profiles: Iterable[Profile], on_bad: OnBad | None) -> Iterator[tuple[str, str]]:
+        """Yield user and document of every profile that is no fault and the first of its user."""
+        seen = SeenUsers()
+        for profile in profiles:
+            try:
+                document = self._checked(profile)  # before it is noted: a bad profile does not take its user's place
+                seen.add(profile)
+            except (DeclarationError, UsageError) as error:
+                if on_bad is None:
+                    raise
+                on_bad(error)
+            else:
+                yield profile.user, document
+
+    def _batches(self, documents: Iterator[tuple[str, str]], on_done: Callable[[int], None] | None) -> Iterator[Batch]:
         done = 0
-        while batch := [(profile.user, self._checked(profile)) for profile in islice(profiles, _BATCH)]:
+        while batch := list(islice(documents, _BATCH)):
             yield batch
             done += len(batch)
             if on_done is not None:

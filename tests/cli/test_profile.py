@@ -158,6 +158,51 @@ def test_a_fault_in_the_last_line_leaves_the_store_as_it_was(psoups: Run, tmp_pa
     assert [each["user"] for each in json.loads(psoups("profile", "list", "--json")[1])] == ["u1"]
 
 
+def test_bad_lines_are_skipped_and_all_named_where_that_is_asked_for(psoups: Run, tmp_path: Path) -> None:
+    write_expert(tmp_path / "experts" / "expert", seed=0)
+    good = '{"user": "u%d", "weights": {"expert": 2}}'
+    lines = [good % 1, "{", good % 2, '{"user": "u9", "weigths": {"expert": 1}}', good % 1,
+             '{"user": "u3", "weights": {"export": 1}}', good % 3, ""]  # fmt: skip
+    (tmp_path / "users.jsonl").write_bytes("\n".join(lines).encode() + b"\xff\n" + (good % 4).encode())
+    ask = ("profile", "import", "users.jsonl", "--experts", "experts")
+    code, out, err = psoups(*ask)
+    assert (code, out, "users.jsonl:2" in err) == (2, "", True)
+    assert json.loads(psoups("profile", "list", "--json")[1]) == []  # all or nothing without the option
+
+    code, out, err = psoups(*ask, "--skip-bad", "--json")
+    told = json.loads(out)
+    skipped = told.pop("skipped")
+    assert (code, told) == (0, {"profiles": 4, "written": 4, "there_already": 0})
+    reasons = {2: "not JSON", 4: "weigths", 5: "two profiles are of the user 'u1'", 6: "'export'", 8: "not UTF-8"}
+    assert [each["where"].split(":")[:2] for each in skipped] == [["users.jsonl", str(number)] for number in reasons]
+    for each, reason in zip(skipped, reasons.values(), strict=True):
+        assert reason in each["what"]
+        assert each["mend"]
+        (line,) = [line for line in err.splitlines() if line.startswith(f"skipped {each['where']}: ")]
+        assert reason in line
+    stored = json.loads(psoups("profile", "list", "--json")[1])
+    assert [(each["user"], each["version"]) for each in stored] == [(f"u{number}", 1) for number in range(1, 5)]
+
+    # once the lines are mended the same file is imported again: what is there already is not written twice
+    lines[1:2] = [good % 5]
+    (tmp_path / "users.jsonl").write_text("\n".join([*lines, good % 4]))
+    code, out, err = psoups(*ask, "--skip-bad")
+    record = " ".join(out.split())
+    assert (code, record) == (0, "profiles 5 written 1 there already 4 skipped 3")
+    assert err.count("skipped users.jsonl:") == 3
+
+
+def test_a_file_without_a_good_line_is_refused_and_its_lines_are_named(psoups: Run, tmp_path: Path) -> None:
+    (tmp_path / "users.jsonl").write_text("{\n\n[]\n")
+    code, out, err = psoups("profile", "import", "users.jsonl", "--skip-bad")
+    assert (code, out, err.count("skipped users.jsonl:"), "no line of the file" in err) == (2, "", 2, True)
+    (tmp_path / "users.jsonl").write_text("")
+    code, out, _ = psoups("profile", "import", "users.jsonl", "--skip-bad", "--json")
+    assert (code, json.loads(out)["skipped"]) == (0, [])
+    code, _, err = psoups("profile", "import", "missing.jsonl", "--skip-bad")
+    assert (code, "cannot be read" in err) == (2, True)
+
+
 def test_profiles_are_checked_against_experts(psoups: Run, tmp_path: Path) -> None:
     for seed, name in enumerate(("elementary", "expert")):
         write_expert(tmp_path / "experts" / name, seed=seed)

@@ -72,3 +72,34 @@ def test_one_user_twice_is_told_with_the_second_place(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="two profiles are of the user 'u1'") as error:
         list(each_once(read_profiles(path)))
     assert error.value.where == f"{path}:3: user"
+
+
+def test_a_byte_that_is_not_utf8_is_told_with_its_own_line(tmp_path: Path) -> None:
+    # far behind the first block that is read at once
+    path = tmp_path / "users.jsonl"
+    lines = [b'{"user": "u%d", "weights": {"a": 1}}\n' % number for number in range(1, 2001)]
+    path.write_bytes(b"".join([*lines[:1500], b'{"user": "\xff", "weights": {"a": 1}}\n', *lines[1500:]]))
+    read = read_profiles(path)
+    assert [profile.user for _, profile in zip(range(1500), read, strict=False)][-1] == "u1500"
+    with pytest.raises(DeclarationError, match="not UTF-8: byte 0xff") as error:
+        next(read)
+    assert error.value.where == f"{path}:1501"
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
+    path = tmp_path / "users.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"user": "u1", "weights": {"a": 1}}\r\n{"user": "u2", "weights": {"a": 1}}\r\n')
+    assert [profile.user for profile in read_profiles(path)] == ["u1", "u2"]
+
+
+def test_lines_at_fault_are_passed_over_where_that_is_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "users.jsonl"
+    good = '{"user": "u%d", "weights": {"a": 1}}'
+    lines = [good % 1, "{", good % 2, "", "[]", good % 1, '{"user": "u4"}', good % 3]
+    path.write_bytes("\n".join(lines).encode() + b'\n"\xc3\n' + (good % 4).encode() + b"\n\xff")
+    told: list[SoupError] = []
+    assert [profile.user for profile in read_profiles(path, on_bad=told.append)] == ["u1", "u2", "u1", "u3", "u4"]
+    assert [error.where.removeprefix(f"{path}:").split(":")[0] for error in told] == ["2", "5", "7", "9", "11"]
+    with pytest.raises(DeclarationError, match="cannot be read"):
+        list(read_profiles(tmp_path, on_bad=told.append))
+    assert len(told) == 5

@@ -283,6 +283,23 @@ def test_a_document_of_a_newer_version_is_told_with_its_user(store: ProfileStore
         store.get("u1")
 
 
+def test_faults_are_passed_over_and_told_where_that_is_asked_for(where: str) -> None:
+    def check(profile: Profile) -> None:
+        if "bad" in profile.weights:
+            raise DeclarationError("no such expert", where=profile.user, mend="take another")
+
+    told: list[str] = []
+    profiles = [of("u1"), Profile(user="u2", weights={"bad": 1.0}), of("u\0"), of("u1", 2), of("u2", 3), of("u3")]
+    with ProfileStore.open(where, check=check) as store:
+        written = store.put_many(profiles, on_bad=lambda error: told.append(error.what))
+        # the first profile of u2 was no good: the second one is not its double
+        assert [(each.profile.user, each.profile) for each in store.all()] == [
+            (user, profile) for user, profile in (("u1", profiles[0]), ("u2", profiles[4]), ("u3", profiles[5]))
+        ]
+    assert written == 3
+    assert told == ["no such expert", "the user's name 'u\\x00' holds NUL", "two profiles are of the user 'u1'"]
+
+
 # SQLite's files
 
 
