@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from personalized_soups.errors import FileFormatError, InputError, choose_from
-from personalized_soups.files.regular import opened, unreadable
+from personalized_soups.files.regular import check_no_lfs_pointer, opened, unreadable
 
 # The reference implementation refuses longer headers, too.
 MAX_HEADER_BYTES = 100_000_000
@@ -205,14 +205,24 @@ def shown(name: str) -> str:
     return name if name.isprintable() and len(name) <= 300 else ascii(name[:300])
 
 
-def parse_json(data: bytes, path: Path) -> Any:
-    """Return what JSON bytes say; repeated keys and NaN are refused.
+def parse_json(data: bytes, path: Path, *, constants: bool = False) -> Any:
+    """Return what JSON bytes say; repeated keys are refused.
+
+    Args:
+        data: the file's bytes.
+        path: where they come from, for errors.
+        constants: take NaN and Infinity, which are no JSON and which transformers writes into config.json all the same.
 
     Raises:
         FileFormatError: naming the fault.
     """
+    check_no_lfs_pointer(data, path)
     try:
-        parsed = json.loads(data.decode("utf-8"), object_pairs_hook=_no_repeats, parse_constant=_refuse_constant)
+        parsed = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_repeats,
+            parse_constant=float if constants else _refuse_constant,
+        )
         if b"\\u" in data:  # the only way in for half a surrogate pair, which no file could be written with
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
@@ -234,7 +244,9 @@ def _parse(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, Tensor
     parsed = parse_json(header, path)
     if not isinstance(parsed, dict):
         raise _fault(path, f"the header is a {type(parsed).__name__}, not an object")
-    metadata = parsed.pop("__metadata__", {})
+    metadata = parsed.pop("__metadata__", None)
+    if metadata is None:  # safetensors reads null as an absent table
+        metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _fault(path, "__metadata__ is not a table of strings")
     entries = sorted((_entry(name, fields, path) for name, fields in parsed.items()), key=lambda e: (e.start, e.end))

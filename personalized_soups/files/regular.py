@@ -14,13 +14,18 @@ from personalized_soups.errors import FileFormatError, InputError
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _PIECE = 1 << 20
 
+# What `git clone` leaves in the place of a file that Git LFS keeps, where git-lfs is not installed or was told to skip
+# it: https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md. Pointers are shorter than 1024 bytes.
+_LFS_BEGINNINGS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+_LFS_MAX_BYTES = 1024
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
     """Yield a descriptor of a regular file, open for reading; links are followed.
 
     Raises:
-        FileFormatError: if it is something else than a regular file.
+        FileFormatError: if it is something else than a regular file, or a Git LFS pointer.
         InputError: if it cannot be opened.
     """
     try:
@@ -28,10 +33,13 @@ def opened(path: Path) -> Iterator[int]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise unreadable(path, error) from error
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise FileFormatError(
                 "this is not a regular file", where=str(path), mend="give a file on a disk, no folder, pipe or device"
             )
+        if status.st_size < _LFS_MAX_BYTES:
+            _check_no_pointer(descriptor, path)
         yield descriptor
     finally:
         os.close(descriptor)
@@ -60,6 +68,29 @@ def read_small(path: Path, max_bytes: int) -> bytes:
             mend="give the file that a tool wrote, not one of another kind",
         )
     return b"".join(pieces)
+
+
+def check_no_lfs_pointer(data: bytes, path: Path) -> None:
+    """Raise if a file's bytes, or their beginning, are a Git LFS pointer instead of the file.
+
+    Raises:
+        FileFormatError: with the command that fetches the file.
+    """
+    if data.startswith(_LFS_BEGINNINGS):
+        raise FileFormatError(
+            "this is a Git LFS pointer, not the file itself",
+            where=str(path),
+            mend="run `git lfs pull` in the repository that it is in, or download the file",
+        )
+
+
+def _check_no_pointer(descriptor: int, path: Path) -> None:
+    try:
+        beginning = os.read(descriptor, max(map(len, _LFS_BEGINNINGS)))
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    check_no_lfs_pointer(beginning, path)
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:

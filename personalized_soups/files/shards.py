@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
-from personalized_soups.errors import FileFormatError, choose_from
+from personalized_soups.errors import FileFormatError, InputError, choose_from
 from personalized_soups.files.reader import PICKLES, SafetensorsFile, TensorEntry, check_no_pickle, parse_json, shown
 from personalized_soups.files.regular import read_small
 
@@ -33,35 +34,32 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path | str, *, stem: str = "model") -> Self:
-        """Open every weight file of `folder` and check that the index and the files agree.
+        """Open every weight file of `folder`, by the rules of transformers.
+
+        A whole file takes precedence over an index of other files. The index says which files there are, and these say
+        which tensors they hold: where the index names others, a warning says so.
 
         Args:
             folder: where the files are.
             stem: their names' beginning, `adapter_model` for an adapter.
 
         Raises:
-            FileFormatError: if there is no safetensors file, a shard is missing or damaged, or the index lies.
+            FileFormatError: if there is no safetensors file, a shard is missing or damaged, or a tensor is in two.
         """
         folder = Path(folder)
         whole = f"{stem}.safetensors"
         index = folder / f"{whole}.index.json"
-        if os.path.lexists(index):
-            names = _indexed(index)
-        elif os.path.lexists(folder / whole):
-            names = None
-        else:
-            raise _no_weights(folder)
+        names = _index_of(folder, whole)
         files = {whole} if names is None else set(names.values())
         shards = {file: SafetensorsFile.open(folder / file) for file in sorted(files)}
         shard_of: dict[str, str] = {}
         for file, shard in shards.items():
             for name in shard.entries:
                 if name in shard_of:
-                    raise _fault(index, f"{shown(name)}: stands in {shard_of[name]} and in {file}")
+                    raise _fault(index, f"{shown(name)}: it is in {shard_of[name]} and in {file}")
                 shard_of[name] = file
         if names is not None and names != shard_of:
-            name = next(iter(dict(names.items() ^ shard_of.items())))
-            raise _fault(index, f"{shown(name)}: the index says {names.get(name)}, it stands in {shard_of.get(name)}")
+            warnings.warn(_differences(index, names, shard_of), RuntimeWarning, stacklevel=2)
         return cls(folder, MappingProxyType(shards), names is not None, MappingProxyType(shard_of))
 
     def __iter__(self) -> Iterator[str]:
@@ -105,22 +103,67 @@ class Checkpoint:
             ) from None
 
 
+def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
+    """Return the index of a folder's weight files, or None where a whole file is to be read."""
+    index = folder / f"{whole}.index.json"
+    if not os.path.lexists(index):
+        if not os.path.lexists(folder / whole):
+            raise _no_weights(folder)
+        return None
+    if not (folder / whole).is_file():
+        return _indexed(index)
+    # transformers reads the whole file and does not open the index
+    try:
+        names = _indexed(index)
+    except (FileFormatError, InputError):
+        names = {}
+    if set(names.values()) == {whole}:
+        return names
+    warnings.warn(
+        f"{folder} has {whole} and {index.name}, which names other files: {whole} is read, as by transformers, and the "
+        "index is not. Remove the one that is out of date.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+    return None
+
+
 def _indexed(index: Path) -> dict[str, str]:
+    """Return the file of each tensor, by an index."""
     parsed = parse_json(read_small(index, _MAX_INDEX_BYTES), index)
     names = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(names, dict) or not names:
         raise _fault(index, "the index has no weight_map")
-    checked = set()
+    plain: dict[Any, str] = {}
     for name, file in names.items():
+        if isinstance(file, str) and file in plain:
+            continue
         # a name with a folder in it could point anywhere on the disk
-        if not isinstance(file, str) or not _is_plain(file):
+        beside = file.removeprefix("./") if isinstance(file, str) else ""
+        if not _is_plain(beside):
             raise _fault(index, f"{shown(name)}: the index names {reprlib.repr(file)}, not a file beside it")
-        if file not in checked:
-            check_no_pickle(index.with_name(file))
-            if not os.path.lexists(index.with_name(file)):
-                raise _fault(index, f"the shard {shown(file)} is missing; {shown(name)} stands in it")
-            checked.add(file)
-    return names
+        check_no_pickle(index.with_name(beside))
+        if not os.path.lexists(index.with_name(beside)):
+            raise _fault(index, f"the shard {shown(beside)} is missing; {shown(name)} should be in it")
+        plain[file] = beside
+    return {name: plain[file] for name, file in names.items()}
+
+
+def _differences(index: Path, names: Mapping[str, str], shard_of: Mapping[str, str]) -> str:
+    """Return the warning about an index that does not name what the shards hold."""
+    kinds = {
+        "names {}, which no shard holds": sorted(names.keys() - shard_of.keys()),
+        "does not name {}, which a shard holds": sorted(shard_of.keys() - names.keys()),
+        "names another shard for {} than the one that holds it": sorted(
+            name for name in names.keys() & shard_of.keys() if names[name] != shard_of[name]
+        ),
+    }
+    found = [kind.format(_some(differing)) for kind, differing in kinds.items() if differing]
+    return f"{index}: the index {', and '.join(found)}. What the shards hold is read."
+
+
+def _some(names: Sequence[str]) -> str:
+    return shown(names[0]) + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _is_plain(file: str) -> bool:

@@ -20,6 +20,7 @@ def strictly_read(content: bytes) -> Tensors | None:
         return None
     header = strictly_parsed(content[8 : 8 + length])
     metadata = header.pop("__metadata__", {}) if isinstance(header, dict) else None
+    metadata = {} if metadata is None and isinstance(header, dict) else metadata
     if not isinstance(metadata, dict) or any(type(value) is not str for value in metadata.values()):
         return None
     if not all(is_sound_entry(entry) for entry in header.values()):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from personalized_soups.errors import FileFormatError, InputError, SoupError
 from personalized_soups.files.reader import SafetensorsFile, parse_json
@@ -71,6 +72,47 @@ def test_a_tensor_at_an_odd_place_is_still_right(tmp_path: Path) -> None:
 def test_a_file_without_tensors_is_sound(tmp_path: Path) -> None:
     oracles.write_file(tmp_path / "none.safetensors", b"{}", b"")
     assert dict(SafetensorsFile.open(tmp_path / "none.safetensors").entries) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        header(a=entry()) + b"  \n\t",
+        b"  " + header(a=entry()),
+        header(a=entry(), __metadata__=None),
+        header(__metadata__={}, a=entry()),
+        header(a=entry(), z=entry(shape=(0, 3), offsets=(8, 8)), y=entry(shape=(0,), offsets=(0, 0))),
+    ],
+)
+def test_what_safetensors_reads_is_read(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "odd.safetensors"
+    oracles.write_file(path, text, np.array([1.5, -2.25], dtype="<f4").tobytes())
+    file = SafetensorsFile.open(path)
+    read = load_file(path)
+    assert file.entries.keys() == read.keys()
+    for name, want in read.items():
+        assert file.tensor(name).shape == want.shape
+        assert file.tensor(name).tolist() == want.tolist()
+    assert file.metadata == {}
+
+
+@pytest.mark.parametrize("site", ["git-lfs", "hawser"])  # the specification allows both
+@pytest.mark.parametrize("extra", [b"", b"ext-0-foo sha256:0123\n" * 30])
+def test_a_git_lfs_pointer_is_named_with_the_command(tmp_path: Path, site: str, extra: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(oracles.LFS_POINTER.replace(b"git-lfs", site.encode()) + extra)
+    with pytest.raises(FileFormatError, match="this is a Git LFS pointer") as caught:
+        SafetensorsFile.open(path)
+    assert caught.value.where == str(path)
+    assert "git lfs pull" in caught.value.mend
+    with pytest.raises(FileFormatError, match="this is a Git LFS pointer"):
+        parse_json(path.read_bytes(), path)
+
+
+def test_numbers_beyond_json_are_read_where_python_writes_them(tmp_path: Path) -> None:
+    with pytest.raises(FileFormatError, match="Infinity is no JSON number"):
+        parse_json(b"[Infinity]", tmp_path / "x.json")
+    assert parse_json(b"[0.0, Infinity, -Infinity]", tmp_path / "x.json", constants=True) == [0, np.inf, -np.inf]
 
 
 def test_a_type_that_torch_lacks_can_be_copied_and_not_computed(tmp_path: Path) -> None:
