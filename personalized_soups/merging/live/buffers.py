@@ -75,11 +75,14 @@ class RowSum:
         """Write the product into `live`."""
         if weighted_sum(coefficients, self._experts_EP, self.live):
             return
-        if self.live.dtype == torch.float32:
-            torch.mv(self._experts_PE, coefficients, out=self.live)
-        else:
+        sum_P = self.live if self.live.dtype == torch.float32 else self._sum_P
+        if sum_P is None:
             # without a kernel, a GPU takes the memory anew each time from what torch has at hand
-            self.live.copy_(torch.mv(self._experts_PE, coefficients, out=self._sum_P))
+            sum_P = torch.empty_like(self.live, dtype=torch.float32)
+        # not torch.mv: before torch 2.11 that allocates the whole result, whatever `out` says
+        torch.addmv(sum_P, self._experts_PE, coefficients, beta=0, out=sum_P)
+        if sum_P is not self.live:
+            self.live.copy_(sum_P)
 
     def bound(self, coefficients: Sequence[float]) -> float:
         """Return a number that no magnitude in the product exceeds: the sum of the experts' largest."""

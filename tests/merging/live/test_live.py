@@ -194,10 +194,10 @@ class Operations(TorchDispatchMode):
     [
         ("free", "float32", ["aten.mul.out"]),
         ("free", "bfloat16", ["aten.mul.out", "aten.copy_.default"]),
-        ("shared", "float32", ["aten.mv.out"]),
-        ("shared", "bfloat16", ["aten.mv.out", "aten.copy_.default"]),
-        ("average", "float32", ["aten.mv.out", "aten.mv.out"]),
-        ("peft", "float32", ["aten.mv.out", "aten.mv.out"]),
+        ("shared", "float32", ["aten.addmv.out"]),
+        ("shared", "bfloat16", ["aten.addmv.out", "aten.copy_.default"]),
+        ("average", "float32", ["aten.addmv.out", "aten.addmv.out"]),
+        ("peft", "float32", ["aten.addmv.out", "aten.addmv.out"]),
     ],
 )
 def test_the_operations_of_set_do_not_grow_with_the_modules(
