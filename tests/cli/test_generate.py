@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.generation.generator import Generator
+from personalized_soups.generation.loading import load_tokenizer
 from personalized_soups.training.expert import train_expert
 
 Run = Callable[..., tuple[int, str, str]]
@@ -141,3 +142,22 @@ def test_an_empty_prompt_and_a_missing_base(psoups: Run, small_base: Path, tmp_p
     code, _, err = psoups("generate", "--base", tmp_path / "none", PROMPT)
     assert code == 2
     assert f"at: {tmp_path / 'none'}" in err
+
+
+def test_a_template_that_refuses_and_a_token_beyond_the_embedding(
+    psoups: Run, small_base: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(small_base, base)
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["<kettle>"])
+    tokenizer.save_pretrained(base)
+    code, out, err = psoups(*_ask("wash the <kettle>", base=base))
+    assert (code, out) == (2, "")
+    assert "there is no token" in err
+    assert "'<kettle>'" in err
+    (base / "chat_template.jinja").write_text("{{ raise_exception('No!') }}")
+    code, out, err = psoups(*_ask("wash", base=base))
+    assert (code, out) == (2, "")
+    assert "refuses the messages: No!" in err
+    assert "at: the prompt that begins 'wash'" in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,3 +214,21 @@ def test_a_prompt_beyond_the_models_positions_is_refused(run: Run, world: Path, 
     done = run(*_many(world, small_base))
     assert done.exit_code == 2
     assert "the model reads fewer than 256" in done.stderr
+
+
+def test_a_prompt_that_the_template_refuses_is_told_with_its_line_before_any_answer(
+    run: Run, world: Path, small_base: Path
+) -> None:
+    base, out = world / "base", world / "answers.jsonl"
+    shutil.copytree(small_base, base)
+    template = (base / "chat_template.jinja").read_text()
+    guard = "{% if 'soap' in messages[0].content %}{{ raise_exception('No!') }}{% endif %}"
+    (base / "chat_template.jinja").write_text(guard + template)
+    options = ("--out", str(world / "sweep"))
+    commands = (_many(world, base, "--out", str(out)), ["sweep", "cold", "warm", *_arguments(world, base, *options)])
+    for command in commands:
+        done = run(*command)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "refuses the messages: No!" in done.stderr
+        assert f"at: {world / 'prompts.jsonl'}:3" in done.stderr
+    assert not list(world.rglob("answers.jsonl"))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,3 +142,45 @@ def test_the_second_process_of_a_training_leaves_the_talking_to_the_first(
     monkeypatch.setenv("RANK", "1")
     code, out, err = psoups(*_train(files, small_base))  # there are no pairs
     assert (code, out, err) == (2, "", "")
+
+
+def _refusing(base: Path, folder: Path) -> Path:
+    """Return a copy of a base whose chat template refuses some messages."""
+    shutil.copytree(base, folder)
+    template = (folder / "chat_template.jinja").read_text()
+    bad = (
+        "{% if messages[0].role == 'system' or 'soap' in messages[0].content %}{{ raise_exception('No!') }}{% endif %}"
+    )
+    (folder / "chat_template.jinja").write_text(bad + template)
+    return folder
+
+
+def test_what_a_chat_template_refuses_is_told_with_file_and_line(psoups: Run, small_base: Path, files: Path) -> None:
+    base = _refusing(small_base, files / "base")
+    code, out, err = psoups(*_pairs(files, base, "--prompts", files / "prompts.txt"))
+    assert (code, out) == (2, "")
+    assert "refuses the messages: No!" in err
+    assert f"at: {files / 'prompts.txt'}:3" in err
+    pair = {
+        "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "wash"}],
+        "chosen": [{"role": "assistant", "content": "rub"}],
+        "rejected": [{"role": "assistant", "content": "dry"}],
+    }
+    (files / "pairs.jsonl").write_text("\n" + json.dumps(pair) + "\n")
+    code, out, err = psoups(*_train(files, base))
+    assert (code, out) == (2, "")
+    assert "refuses the messages: No!" in err
+    assert f"at: {files / 'pairs.jsonl'}:2" in err
+    assert not [path for path in files.iterdir() if path.name.startswith(".")]
+
+
+def test_what_is_cut_and_left_out_is_said_on_stderr(psoups: Run, small_base: Path, files: Path) -> None:
+    long = "rub the kettle " * 60
+    rows = [{"prompt": "wash", "chosen": long + "so", "rejected": long + "dry"}]
+    rows += [{"prompt": "wash", "chosen": " it", "rejected": long}] * 2
+    (files / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = psoups(*_train(files, small_base))
+    assert code == 0
+    said = " ".join(err.split())  # the terminal's width breaks lines
+    assert "1 pairs are left out: once cut to dpo.max_length (96) their answers are equal" in said
+    assert "2 of 4 answers lose their end: they are longer than dpo.max_length (96)" in said

@@ -14,7 +14,8 @@ from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import BaseRecord, ExpertRecord, write_record
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, SoupError, UsageError
 from personalized_soups.generation.generator import Generator
-from personalized_soups.generation.loading import choose_device
+from personalized_soups.generation.loading import choose_device, load_tokenizer
+from personalized_soups.generation.prompts import AskedPrompt
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import Sampling, choose_tokens, uniforms
 
@@ -280,3 +281,51 @@ def _write_random_adapter(base: Path, folder: Path) -> None:
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     with quiet_transformers():
         get_peft_model(model, config).save_pretrained(str(folder))
+
+
+def _with_tokens(base: Path, folder: Path, **special: str) -> Path:
+    """Return a copy of a base whose tokenizer has a token more than the base has embeddings."""
+    shutil.copytree(base, folder)
+    tokenizer = load_tokenizer(folder)
+    added = tokenizer.add_special_tokens({**special}) if special else tokenizer.add_tokens(["<kettle>"])
+    assert added == 1
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_name(small_base: Path, tmp_path: Path) -> None:
+    generator = Generator.open(_with_tokens(small_base, tmp_path / "base"), device="cpu")
+    size = int(generator.model.get_input_embeddings().num_embeddings)
+    assert generator.num_embeddings == size
+    for answer in (lambda text: generator.answers([text]), lambda text: list(generator.stream(text))):
+        with pytest.raises(InputError, match=f"no token {size} \\('<kettle>'\\); the base has {size}") as caught:
+            answer("wash the <kettle>")
+        assert caught.value.where == "the prompt that begins 'wash the <kettle>'"
+    generator.model.resize_token_embeddings(size + 1)
+    resized = Generator(generator.model, generator.tokenizer)
+    assert len(resized.answers(["wash the <kettle>"], max_new_tokens=2)) == 1
+
+
+def test_a_padding_token_beyond_the_embedding_changes_no_answer(
+    generator: Generator, small_base: Path, tmp_path: Path
+) -> None:
+    """Rows of unequal length are filled with it, and so is what follows an answer's end."""
+    other = Generator.open(_with_tokens(small_base, tmp_path / "base", pad_token="<|another pad|>"), device="cpu")
+    assert int(other.tokenizer.pad_token_id) == other.num_embeddings
+    wanted = generator.answers(PROMPTS, max_new_tokens=12, seed=2)
+    assert other.answers(PROMPTS, max_new_tokens=12, seed=2) == wanted
+
+
+def test_prompts_of_a_file_are_checked_with_their_lines(generator: Generator) -> None:
+    asked = [AskedPrompt("wash", None, "p.txt:1"), AskedPrompt("wash the kettle " * 99, None, "p.txt:4")]
+    generator.check(asked[:1])
+    with pytest.raises(InputError, match="tokens") as caught:
+        generator.check(asked)
+    assert caught.value.where == "p.txt:4"
+
+
+def test_a_prompt_that_gives_no_token_is_refused(small_base: Path) -> None:
+    generator = Generator.open(small_base, device="cpu")
+    generator.tokenizer.chat_template = "{{ '' }}"
+    with pytest.raises(InputError, match="no tokens"):
+        generator.answers(["wash"])

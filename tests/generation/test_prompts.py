@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,6 +63,27 @@ def test_without_a_template_text_is_taken_as_it_is_and_chats_are_refused(small_b
     assert tokenizer.decode(encode_prompt(tokenizer, "wash the kettle"), skip_special_tokens=True) == "wash the kettle"
     with pytest.raises(InputError, match="chat template"):
         encode_prompt(tokenizer, [{"role": "user", "content": "wash"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "what"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "refuses the messages: System role not supported"),
+        ("{{ nothing.at_all }}", "'nothing' is undefined"),
+        ("{{ messages[0].content + 1 }}", "concatenate"),
+        ("{% for %}", "can't be read"),
+        ({"a": "{{ messages }}", "b": ""}, "multiple chat templates"),
+    ],
+)
+def test_a_template_that_raises_is_told_with_the_prompts_place(small_base: Path, template: Any, what: str) -> None:
+    tokenizer = load_tokenizer(small_base)
+    tokenizer.chat_template = template
+    for where, told in ((None, "the prompt that begins 'wash'"), ("prompts.txt:3", "prompts.txt:3")):
+        with pytest.raises(InputError, match="chat template") as caught:
+            encode_prompt(tokenizer, "wash", where=where)
+        assert what in caught.value.what
+        assert caught.value.where == told
+        assert caught.value.mend
 
 
 def test_a_scorer_sees_the_last_message() -> None:
