@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_TENSORS = "adapter_model.safetensors"
+
+_CONFIG = "config.json"
+# Options of from_pretrained that decide where on the hub, or in its cache, a model is looked for.
+_PLACES = ("cache_dir", "local_files_only", "revision", "token")
 
 # What transformers raises for files that are not what they should be: whatever its reading happens to stumble over.
 _LOADING_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
@@ -65,10 +70,10 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    check_base(base)
+    place = check_base(base)
     try:
         with quiet_transformers():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base))
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(base), **place)
     except _LOADING_FAULTS as fault:
         raise _no_base(base, "tokenizer", fault) from fault
     if tokenizer.eos_token is None:
@@ -94,9 +99,9 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
     """
     from transformers import AutoModelForCausalLM
 
-    check_base(base)
     if dtype not in get_args(Dtype):
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", mend=choose_from(str(dtype), get_args(Dtype)))
+    options |= check_base(base, **{name: options[name] for name in _PLACES if name in options})
     for file in sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []:
         SafetensorsFile.open(file)
     wanted: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
@@ -218,20 +223,100 @@ def check_adapter_folder(folder: Path) -> None:
         )
 
 
-def check_base(base: str | Path) -> None:
-    """Raise InputError if `base` is a folder that can hold no model, or a path (not a hub id) that is not there."""
+def check_base(base: str | Path, **place: Any) -> dict[str, Any]:
+    """Raise InputError if `base` is no folder with a model, and no model that the hub or its local cache has.
+
+    A folder is looked for first, then the cache; the hub is asked once, where transformers would ask for half a minute
+    and longer. Return options for from_pretrained: `local_files_only` where the cache must do, as the hub does not
+    answer. `place` are from_pretrained's own of `_PLACES`.
+    """
     folder = Path(base)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
+    if os.path.isdir(base):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
+        if not (folder / _CONFIG).is_file():
             raise InputError(
                 "no model here: config.json is missing",
                 where=str(base),
                 mend="give the folder that holds config.json and the safetensors files",
             )
-    elif isinstance(base, Path) or str(base).startswith((".", "/", "~")) or str(base).count("/") > 1:
+        return {}
+    if isinstance(base, Path) or str(base).startswith((".", "/", "~")) or str(base).count("/") > 1:
         raise InputError(
             "there is no such folder", where=str(base), mend="check the path, or give a hub id: owner/name"
         )
+    return _check_hub(base, **place)
+
+
+def _check_hub(
+    base: str,
+    *,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Any]:
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
+
+    # httpx's or httpx2's, by the version of huggingface_hub
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
+
+    try:
+        is_cached = isinstance(try_to_load_from_cache(base, _CONFIG, cache_dir=cache_dir, revision=revision), str)
+        url = hf_hub_url(base, _CONFIG, revision=revision)
+    except HFValidationError as fault:
+        raise InputError(
+            "there is no such folder, and the name is no hub id",
+            where=base,
+            mend="check the path, or give a hub id: owner/name",
+        ) from fault
+    if local_files_only or is_offline_mode():
+        if is_cached:
+            return {}
+        name = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
+        raise _unreachable(base, url, f"{name} keeps this run from the Hugging Face hub")
+    try:
+        # one try, unlike transformers' own
+        get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except (HTTPError, OSError) as fault:
+        refusal = _refusal(base, url, fault)
+        if is_cached:
+            return {} if refusal else {"local_files_only": True}
+        if refusal is None:
+            refusal = _unreachable(base, url, f"the Hugging Face hub can't be reached: {_first_line(fault)}")
+        raise refusal from fault
+    return {}
+
+
+def _refusal(base: str, url: str, fault: Exception) -> InputError | None:
+    """Return the error for a hub that has answered, and does not give the model; None where it has not answered."""
+    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    mend = "check the path, or the hub id: owner/name"
+    if isinstance(fault, GatedRepoError):
+        what = "the hub gives this model only to those who have accepted its conditions"
+        mend = f"give a model folder; or accept the conditions at {_page(base, url)}, then run: hf auth login"
+    elif isinstance(fault, RepositoryNotFoundError):
+        what = "there is no such folder, and the hub has no such model, or a private one"
+        mend = f"{mend}; for a private model run: hf auth login"
+    elif isinstance(fault, EntryNotFoundError):
+        what = "there is no such folder, and the hub's files of that name hold no config.json"
+    elif isinstance(fault, HfHubHTTPError) and fault.response.status_code < 500:
+        what = f"there is no such folder, and the hub refuses the model: {_first_line(fault)}"
+    else:
+        return None
+    return InputError(what, where=base, mend=mend)
+
+
+def _unreachable(base: str, url: str, reason: str) -> InputError:
+    return InputError(
+        f"there is no such folder, no such model in the local cache, and {reason}",
+        where=base,
+        mend="give a model folder (config.json, safetensors, tokenizer); or, for a hub id (owner/name), run where "
+        f"{_page(base, url)} can be reached, or download it there and copy the folder: hf download {base}",
+    )
+
+
+def _page(base: str, url: str) -> str:
+    return f"{url.partition(f'/{base}/')[0]}/{base}"
 
 
 def _no_base(base: str | Path, part: str, fault: Exception) -> InputError:

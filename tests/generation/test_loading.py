@@ -1,0 +1,91 @@
+"""Where a base is looked for: a folder, the local cache, the hub. The hub is a server of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from personalized_soups.errors import InputError
+from personalized_soups.generation.generator import Generator
+from personalized_soups.generation.loading import check_base
+from personalized_soups.mixing.model import SoupModel
+from tests.experts import write_expert
+from tests.hub import MODEL, Hub, used_hub
+
+
+@pytest.fixture
+def hub(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with used_hub(small_base, tmp_path / "cache", monkeypatch) as hub:
+        yield hub
+
+
+def test_a_soup_model_asks_the_hub_once_and_says_both_ways(hub: Hub, tmp_path: Path) -> None:
+    write_expert(tmp_path / "experts" / "one")
+    hub.way = "closes"
+    with pytest.raises(InputError, match=r"no such folder.*hub can't be reached") as caught:
+        SoupModel.from_pretrained("nofolder", tmp_path / "experts", device="cpu")
+    assert caught.value.where == "nofolder"
+    assert "model folder" in caught.value.mend
+    assert f"{hub.address}/nofolder can be reached" in caught.value.mend
+    assert hub.asked_for_model == ["HEAD /nofolder/resolve/main/config.json"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "what", "mend"),
+    [
+        ((404, "RepoNotFound"), "the hub has no such model, or a private one", "hf auth login"),
+        ((401, "RepoNotFound"), "the hub has no such model, or a private one", "hf auth login"),
+        ((403, "GatedRepo"), "accepted its conditions", "/owner/other, then run: hf auth login"),
+        ((404, "EntryNotFound"), "no config.json", "owner/name"),
+        ((429, ""), "the hub refuses the model: 429", "check the path"),
+    ],
+)
+def test_what_the_hub_answers_is_said(hub: Hub, answer: tuple[int, str], what: str, mend: str) -> None:
+    hub.way, hub.refusal = "refuses", answer
+    with pytest.raises(InputError) as caught:
+        check_base("owner/other")
+    assert what in caught.value.what
+    assert mend in caught.value.mend
+    assert len(hub.asked_for_model) == 1
+
+
+def test_a_model_in_the_cache_is_loaded_where_the_hub_does_not_answer(hub: Hub) -> None:
+    from_hub = Generator.open(MODEL, device="cpu").answers(["wash"], max_new_tokens=4, greedy=True)
+    assert f"GET /{MODEL}/resolve/main/model.safetensors" in hub.requests
+    for way in ("closes", "hangs"):
+        hub.way = way
+        hub.requests.clear()
+        assert Generator.open(MODEL, device="cpu").answers(["wash"], max_new_tokens=4, greedy=True) == from_hub
+        assert hub.asked_for_model == [f"HEAD /{MODEL}/resolve/main/config.json"] * 2  # for the tokenizer, the model
+
+
+def test_a_folder_of_that_name_comes_first(
+    hub: Hub, small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "model").symlink_to(small_base)
+    monkeypatch.chdir(tmp_path)
+    Generator.open(MODEL, device="cpu")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(("name", "told"), [("HF_HUB_OFFLINE", {}), ("local_files_only", {"local_files_only": True})])
+def test_the_hub_is_not_asked_where_that_is_forbidden(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str, told: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", name == "HF_HUB_OFFLINE")
+    with pytest.raises(InputError, match=f"{name} keeps this run from the Hugging Face hub") as caught:
+        check_base("nofolder", **told)
+    assert "hf download nofolder" in caught.value.mend
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["no folder", "a..b", "x" * 300, ""])
+def test_what_is_no_hub_id_is_not_asked_for(hub: Hub, name: str) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        check_base(name)
+    assert hub.requests == []
