@@ -66,6 +66,8 @@ PAGE = (
     .order_by(profiles.c.user)
     .limit(bindparam("limit"))
 )
+# `pattern` is in lower case. lower() changes ASCII letters alone: SQLite's always, PostgreSQL's by the collation "C".
+SEARCH = PAGE.where(func.lower(profiles.c.user).like(bindparam("pattern"), escape="\\"))
 RETIRED = select(store.c.retired)
 ADD = insert(profiles)
 DELETE = delete(profiles).where(profiles.c.user == bindparam("name"))

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from itertools import islice
 from pathlib import Path
+from string import ascii_lowercase, ascii_uppercase
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -53,6 +54,7 @@ PATIENCE_SECONDS = 30.0
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BATCH = 5000
 _PAGE = 1000
+_ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
@@ -190,10 +192,28 @@ class ProfileStore:
         except (StoreUnavailable, StoreFull) as error:  # the rows are gone all the same
             _log.warning("%s: what was deleted may stand in unused places yet: %s", self._database.where, error.what)
 
-    def page(self, *, after: str = "", limit: int = 100) -> list[StoredProfile]:
-        """Return the current profiles of at most `limit` users, those that come next after a name by code points."""
+    def page(self, *, after: str = "", limit: int = 100, search: str = "") -> list[StoredProfile]:
+        """Return the current profiles of at most `limit` users, those that come next after a name by code points.
+
+        Args:
+            after: the name; the empty one begins with the first user.
+            limit: how many at most.
+            search: only users whose name contains this text; "a" and "A" are the same, beyond ASCII case counts. The
+                whole store is read for it.
+
+        Raises:
+            DeclarationError: if `after` is no Unicode text.
+        """
+        if _holds_surrogates(after):
+            raise _no_unicode(after, "after")
+        if "\0" in search or _holds_surrogates(search):
+            return []  # no name holds them
+        # PostgreSQL takes no NUL; what follows "a" and what follows "a", NUL and more is the same, as no name holds NUL
+        given: dict[str, Any] = {"after": after.partition("\0")[0], "limit": limit}
+        if search:
+            given["pattern"] = "%" + re.sub(r"([\\%_])", r"\\\1", search.translate(_ASCII_LOWER)) + "%"
         with self._database.reading() as connection:
-            rows = connection.execute(schema.PAGE, {"after": after, "limit": limit}).all()
+            rows = connection.execute(schema.SEARCH if search else schema.PAGE, given).all()
         return [self._stored(row) for row in rows]
 
     def history(self, user: str) -> list[StoredProfile]:
@@ -334,17 +354,21 @@ def check_user(user: str, where: str = "user") -> None:
     if "\0" in user:
         raise DeclarationError(f"the user's name {user[:40]!r} holds NUL", where=where, mend="take it out")
     if _holds_surrogates(user):
-        raise DeclarationError(
-            f"the user's name {user[:40]!r} is no Unicode text: it holds half of a surrogate pair",
-            where=where,
-            mend="decode the name as UTF-8",
-        )
+        raise _no_unicode(user, where)
     if len(user) * 4 > MAX_USER_BYTES and (size := len(user.encode())) > MAX_USER_BYTES:
         raise DeclarationError(
             f"the user's name {user[:40]!r}... takes {size} bytes, more than {MAX_USER_BYTES}",
             where=where,
             mend="take a shorter name, such as a number or a hash",
         )
+
+
+def _no_unicode(user: str, where: str) -> DeclarationError:
+    return DeclarationError(
+        f"the user's name {user[:40]!r} is no Unicode text: it holds half of a surrogate pair",
+        where=where,
+        mend="decode the name as UTF-8",
+    )
 
 
 def _holds_surrogates(text: str) -> bool:

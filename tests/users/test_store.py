@@ -300,6 +300,31 @@ def test_faults_are_passed_over_and_told_where_that_is_asked_for(where: str) -> 
     assert told == ["no such expert", "the user's name 'u\\x00' holds NUL", "two profiles are of the user 'u1'"]
 
 
+def test_a_search_finds_names_that_contain_a_text(store: ProfileStore) -> None:
+    names = [*TRICKS, "Ada", "adam", "x_ada_y", "a%b", "a_b", "a\\b", "aXb", "ÉTÉ", "été"]
+    store.put_many(of(user) for user in names)
+
+    def lowered(text: str) -> str:
+        return "".join(chr(ord(each) + 32) if "A" <= each <= "Z" else each for each in text)
+
+    for text in ["ada", "ADA", "%", "_", "\\", "a_", "été", "É", "xb", "none of them", "'", "\n", "😀", *TRICKS]:
+        found = [each.profile.user for each in store.page(search=text, limit=1000)]
+        assert found == sorted(name for name in set(names) if lowered(text) in lowered(name)), text
+    assert [each.profile.user for each in store.page(search="ada", after="Ada", limit=1)] == ["adam"]
+    assert store.page(search="ada", after="x_ada_y") == []
+
+
+def test_what_no_name_can_hold_is_found_nowhere(store: ProfileStore) -> None:
+    store.put(of("u1"))
+    for odd in ("\0", "a\0", "\ud800"):
+        assert store.page(search=odd) == []
+    for after in ("\0", "u\0", "u0\0z"):
+        assert [each.profile.user for each in store.page(after=after)] == ["u1"]
+    assert store.page(after="u1\0") == []
+    with pytest.raises(DeclarationError, match="no Unicode text"):
+        store.page(after="\ud800")
+
+
 # SQLite's files
 
 

@@ -16,7 +16,14 @@ from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import SoupError
 from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.serving.protocol.strict_json import StrictRoute
-from personalized_soups.users.store import ABSENT, ProfileStore, StoredProfile, UnknownProfile, check_user
+from personalized_soups.users.store import (
+    ABSENT,
+    MAX_USER_BYTES,
+    ProfileStore,
+    StoredProfile,
+    UnknownProfile,
+    check_user,
+)
 
 _ETAG = re.compile(r'\s*"([0-9]{1,9})"\s*')
 _MAX_VERSION = 2**31 - 1
@@ -42,9 +49,12 @@ def router(store: ProfileStore) -> APIRouter:
     def list_profiles(
         after: Annotated[str, Query(description="Those that come next after this name.")] = "",
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        search: Annotated[
+            str, Query(max_length=MAX_USER_BYTES, description='Only names that contain this text; "a" and "A" are one.')
+        ] = "",
     ) -> JSONResponse:
         """List current profiles by user."""
-        found = store.page(after=after, limit=limit + 1)
+        found = store.page(after=after, limit=limit + 1, search=search)
         data = [_told(stored) for stored in found[:limit]]
         return JSONResponse({"object": "list", "data": data, "has_more": len(found) > limit})
 

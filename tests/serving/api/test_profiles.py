@@ -118,6 +118,12 @@ def test_a_page_of_profiles_says_whether_there_are_more(served: Running) -> None
     assert ([each["user"] for each in page["data"]], page["has_more"]) == (["zz1", "zz2"], True)
     rest = served.ask("GET", "/v1/profiles?after=zz2&limit=1000").json
     assert ([each["user"] for each in rest["data"]], rest["has_more"]) == (["zz3", "zz4"], False)
+    found = served.ask("GET", "/v1/profiles?search=Z2&limit=1").json
+    assert [[each["user"] for each in found["data"]], found["has_more"]] == [["zz2"], False]
+    found = served.ask("GET", "/v1/profiles?search=zZ&after=zz0&limit=1").json
+    assert [[each["user"] for each in found["data"]], found["has_more"]] == [["zz1"], True]
+    assert served.ask("GET", "/v1/profiles?search=%00").json["data"] == []
+    assert served.ask("GET", f"/v1/profiles?search={'x' * 257}").status == 400
     for odd in ("limit=0", "limit=1001", "limit=x"):
         assert served.ask("GET", f"/v1/profiles?{odd}").status == 400
 
