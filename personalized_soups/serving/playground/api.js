@@ -67,10 +67,33 @@ export async function loadProfiles(most) {
   return profiles;
 }
 
-/** Save a profile. Without `isReplacing` an existing one is left alone, and the error has status 412. */
-export async function saveProfile(user, profile, { isReplacing }) {
-  const headers = isReplacing ? {} : { "If-None-Match": "*" };
+/** One page of saved profiles by name: `{data, has_more}`. */
+export async function findProfiles({ search, after, limit }, signal) {
+  return (await send(`profiles?${new URLSearchParams({ search, after, limit })}`, { signal })).json();
+}
+
+/** One saved profile as it is now. */
+export async function loadProfile(user) {
+  return (await send(`profiles/${encodeURIComponent(user)}`)).json();
+}
+
+/** All versions of a profile, the oldest first. */
+export async function loadVersions(user) {
+  return (await (await send(`profiles/${encodeURIComponent(user)}?history=true`)).json()).data;
+}
+
+/**
+ * Save a profile. Without `isReplacing` an existing one is left alone, and the error has status 412; so it has where
+ * `version` is given, and the profile is at another one.
+ */
+export async function saveProfile(user, profile, { isReplacing = false, version = null }) {
+  const headers = version !== null ? { "If-Match": `"${version}"` } : isReplacing ? {} : { "If-None-Match": "*" };
   await send(`profiles/${encodeURIComponent(user)}`, { method: "PUT", body: profile, headers });
+}
+
+/** Delete a profile with all versions, if it is still at this one; else the error has status 412. */
+export async function deleteProfile(user, version) {
+  await send(`profiles/${encodeURIComponent(user)}`, { method: "DELETE", headers: { "If-Match": `"${version}"` } });
 }
 
 /** One answer's scores, a list with a row per dimension. */

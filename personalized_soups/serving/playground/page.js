@@ -1,6 +1,6 @@
 // The page: what the server has, what is on the desk, and which column has to answer anew.
 
-import { ApiError, CHAT_URL, isKeyed, loadExperts, loadProfiles, setKey } from "./api.js";
+import { ApiError, CHAT_URL, isKeyed, loadExperts, loadProfile, loadProfiles, setKey } from "./api.js";
 import { Column } from "./answers.js";
 import { Desk } from "./desk.js";
 import { startKeeping } from "./keep.js";
@@ -8,6 +8,7 @@ import { readLink, writeLink } from "./link.js";
 import {
   combinationsOf, commandText, curlText, isPlain, isSameMixture, mixtureText, profileOf, profileText, requestOf, slidersOf,
 } from "./profile.js";
+import { SavedProfiles } from "./saved.js";
 
 const SETTLE_MS = 350; // longer than between two presses of an arrow key, shorter than a wait
 const MOST_PROFILES = 300; // what a select still holds
@@ -87,7 +88,7 @@ function ask() {
   remember();
   columns.forEach(run);
   const { top } = id("answers").getBoundingClientRect();
-  if (top > innerHeight * 0.7) id("answers").scrollIntoView(); // on a phone they are below the desk
+  if (top > innerHeight * 0.7 || top < 0) id("answers").scrollIntoView(); // asked from afar, or on a very small screen
 }
 
 function settle(wait) {
@@ -134,7 +135,7 @@ function showChoices() {
   for (const column of columns) {
     const { value } = column.select;
     column.select.replaceChildren(option("base", "Base alone"), option("mixture", "This mixture"), ...savedOptions());
-    column.select.value = value;
+    setSource(column, value);
   }
   showMixture();
 }
@@ -169,6 +170,7 @@ function choosePreset() {
       `The sliders are near “${user}”, and cannot show all of it. To hear the profile itself, choose it above an answer.`;
   }
   settle(0);
+  return isExact;
 }
 
 function setSource(column, source) {
@@ -205,9 +207,11 @@ async function load() {
   try {
     const list = await loadExperts();
     const saved = list.has_store ? await loadProfiles(MOST_PROFILES) : null;
+    if (saved) saved.push(...(await loadLinked(saved)));
     id("key").hidden = true;
     document.querySelector("main").hidden = false;
     show(list, saved);
+    if (saved) savedProfiles.list();
     if (isAgain) id("prompt").focus(); // what was pressed is gone
   } catch (error) {
     if (error.status === 401) return askForKey(error);
@@ -233,11 +237,12 @@ function show(list, saved) {
   profiles.clear();
   for (const { user, profile } of saved ?? []) profiles.set(user, profile);
   id("save").hidden = saved === null;
+  id("saved").hidden = saved === null;
   id("storeless").hidden = saved !== null;
   showChoices();
   followLink();
   if (profiles.size < MOST_PROFILES) return;
-  id("preset-note").textContent = `The first ${profiles.size} saved profiles are listed.`;
+  id("preset-note").textContent = `The first ${profiles.size} saved profiles are listed; search below for the others.`;
 }
 
 function askForKey() {
@@ -249,11 +254,43 @@ function askForKey() {
   id("key-input").focus();
 }
 
+/** The saved profiles that the page's address names: they may stand behind the first ones. */
+async function loadLinked(saved) {
+  const sources = (readLink()?.sources ?? []).filter((source) => source?.startsWith("user:"));
+  const users = new Set(sources.map((source) => source.slice(5)));
+  for (const { user } of saved) users.delete(user);
+  const found = await Promise.all([...users].map((user) => loadProfile(user).catch(() => null)));
+  return found.filter((stored) => stored?.profile); // a profile that is gone is the base
+}
+
 function saved(user, profile) {
-  profiles.set(user, profile);
-  showChoices();
+  changed(user, profile);
   id("preset").value = `user:${user}`;
-  if (asked !== null) columns.filter(({ source }) => source === `user:${user}`).forEach(run);
+  savedProfiles.list();
+}
+
+/** Take note of a profile's new version; null: it is deleted. */
+function changed(user, profile) {
+  const showing = columns.filter(({ source }) => source === `user:${user}`);
+  if (profile) profiles.set(user, profile);
+  else profiles.delete(user);
+  showChoices();
+  if (profile && asked !== null) showing.forEach(run);
+  if (!profile) showing.forEach(sourceChanged); // they answer as the base now
+}
+
+/** Move the sliders to a saved profile; an older version is no choice of its own. */
+function use(user, profile, version) {
+  if (version === null) {
+    profiles.set(user, profile);
+    showChoices();
+    id("preset").value = `user:${user}`;
+    return choosePreset();
+  }
+  const isExact = desk.place(profile.weights) && isPlain(profile);
+  showMixture();
+  settle(0);
+  return isExact;
 }
 
 // ---- events ----
@@ -267,6 +304,7 @@ for (const chip of document.querySelectorAll(".chip")) {
   chip.addEventListener("click", () => {
     id("prompt").value = chip.textContent;
     ask();
+    if (!chip.checkVisibility()) id("answers").focus({ preventScroll: true }); // on a phone they go, once one is asked
   });
 }
 document.addEventListener("keydown", (event) => {
@@ -296,6 +334,7 @@ id("key").addEventListener("submit", (event) => {
   id("key-input").value = "";
   load();
 });
+const savedProfiles = new SavedProfiles({ use, changed, refusedKey: askForKey });
 startKeeping({
   profile: () => profileOf(desk.sliders, desk.weights),
   texts: {

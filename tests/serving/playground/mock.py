@@ -60,6 +60,15 @@ class Mock:
     text: str = _TEXT
     extra: list[str] = field(default_factory=lambda: ["formal"])
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    older: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    def versions(self, user: str) -> list[dict[str, Any]]:
+        """Return all versions of a profile as the server tells them, the oldest first."""
+        return [
+            {"object": "profile", "user": user, "version": number, "written_at": f"2026-01-{number:02}T10:00:00+00:00",
+             "profile": {"user": user, **profile}}
+            for number, profile in enumerate([*self.older.get(user, []), self.profiles[user]], 1)
+        ]  # fmt: skip
 
     def experts(self) -> dict[str, Any]:
         """Return what `GET /v1/experts` gives: two experts a dimension, and the extra ones."""
@@ -128,23 +137,49 @@ def _add_lists(app: FastAPI, mock: Mock) -> None:
 
 def _add_profiles(app: FastAPI, mock: Mock) -> None:
     @app.get("/v1/profiles")
-    async def profiles(limit: int = 100, after: str = "") -> Response:
+    async def profiles(limit: int = 100, after: str = "", search: str = "") -> Response:
         if not mock.has_store:
             return _refusal(404, "this server has no store of profiles")
-        users = [user for user in sorted(mock.profiles) if user > after]
-        data = [
-            {"object": "profile", "user": user, "version": 1, "profile": {"user": user, **mock.profiles[user]}}
-            for user in users[:limit]
-        ]
+        users = [user for user in sorted(mock.profiles) if user > after and search.lower() in user.lower()]
+        data = [mock.versions(user)[-1] for user in users[:limit]]
         return JSONResponse({"object": "list", "data": data, "has_more": len(users) > limit})
+
+    @app.get("/v1/profiles/{user:path}")
+    async def get(user: str, history: bool = False) -> Response:
+        if user not in mock.profiles:
+            return _refusal(404, f"there is no profile of {user!r}")
+        versions = mock.versions(user)
+        return JSONResponse({"object": "list", "data": versions} if history else versions[-1])
+
+    _add_writing(app, mock)
+
+
+def _add_writing(app: FastAPI, mock: Mock) -> None:
+    def refused(user: str, request: Request) -> Response | None:
+        condition = request.headers.get("If-Match")
+        current = f'"{len(mock.versions(user))}"' if user in mock.profiles else None
+        if current is not None and request.headers.get("If-None-Match") == "*":
+            return _refusal(412, f"the profile {user!r} exists")
+        return None if condition in {None, current} else _refusal(412, f"{user!r} is at version {current}")
 
     @app.put("/v1/profiles/{user:path}")
     async def put(user: str, request: Request) -> Response:
+        if (refusal := refused(user, request)) is not None:
+            return refusal
         is_new = user not in mock.profiles
-        if not is_new and request.headers.get("If-None-Match") == "*":
-            return _refusal(412, f"the profile {user!r} exists")
+        if not is_new:
+            mock.older.setdefault(user, []).append(mock.profiles[user])
         mock.profiles[user] = await request.json()
-        return Response(status_code=201 if is_new else 200, headers={"ETag": '"1"'})
+        etag = f'"{len(mock.versions(user))}"'
+        return Response(status_code=201 if is_new else 200, headers={"ETag": etag})
+
+    @app.delete("/v1/profiles/{user:path}")
+    async def delete(user: str, request: Request) -> Response:
+        if (refusal := refused(user, request)) is not None:
+            return refusal
+        del mock.profiles[user]
+        mock.older.pop(user, None)
+        return Response(status_code=204)
 
 
 def _expert(name: str, *, dimension: str | None, about: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -367,6 +368,157 @@ def test_without_a_store_it_is_said_how_to_have_one(playground: Playground, mock
     expect(playground.page.locator("#save")).to_be_hidden()
 
 
+# ---- the list of saved profiles -------------------------------------------------------------------------------------
+
+
+def _row(playground: Playground, user: str) -> Any:
+    return playground.page.locator(f'#found li[data-user="{user}"]')
+
+
+def _opened_row(playground: Playground, user: str) -> Any:
+    row = _row(playground, user)
+    row.locator("summary").click()
+    expect(row.locator(".versions > li").nth(0)).to_be_visible()
+    return row
+
+
+def _users(playground: Playground) -> list[str]:
+    users: list[str] = playground.page.eval_on_selector_all("#found > li", "rows => rows.map(row => row.dataset.user)")
+    return users
+
+
+def test_profiles_behind_the_first_ones_are_found_and_used(playground: Playground, mock: Mock) -> None:
+    names = [f"u{number:03}" for number in range(305)]
+    mock.profiles = {name: {"weights": {"friendly": 0.5}} for name in names}
+    mock.profiles["u304"] = {"weights": {"expert": 0.25}}
+    playground.open()
+    expect(playground.page.locator("#preset-note")).to_contain_text("search below for the others")
+    assert _users(playground) == names[:10]
+    playground.page.locator("#more").click()
+    expect(_row(playground, "u010").locator("summary")).to_be_focused()
+    assert _users(playground) == names[:20]
+    playground.page.fill("#find", "U30")
+    expect(playground.page.locator("#found > li")).to_have_count(5)
+    expect(playground.page.locator("#found-note")).to_have_text("5 profiles")
+    expect(playground.page.locator("#more")).to_be_hidden()
+    assert playground.page.locator('#preset option[value="user:u304"]').count() == 0
+    _opened_row(playground, "u304").get_by_role("button", name="Use version 1 of u304").click()
+    expect(playground.page.locator("#preset")).to_have_value("user:u304")
+    assert playground.slider("expertise").input_value() == "0.25"
+    playground.page.locator("article select").nth(0).select_option("user:u304")
+    playground.ask()
+    assert [body["model"] for body in playground.asked()] == ["soup:u304", "tiny"]
+    playground.page.reload()  # the address names it
+    expect(playground.page.locator("article select").nth(0)).to_have_value("user:u304")
+    playground.page.fill("#find", "nobody")
+    expect(playground.page.locator("#found-note")).to_have_text("No name contains “nobody”.")
+    assert _users(playground) == []
+
+
+def test_a_late_answer_to_an_earlier_search_is_not_shown(playground: Playground, mock: Mock) -> None:
+    mock.profiles = {name: {"weights": {"friendly": 0.5}} for name in ("ada", "bea")}
+    playground.open()
+    late: list[Route] = []
+    playground.page.route("**/v1/profiles?search=a&*", lambda route: late.append(route))  # noqa: PLW0108 # no builtin
+    with playground.page.expect_request("**/v1/profiles?search=a&*"):
+        playground.page.fill("#find", "a")
+    playground.page.fill("#find", "be")
+    expect(playground.page.locator("#found > li")).to_have_count(1)
+    for route in late:
+        route.continue_()
+    playground.settled()
+    assert _users(playground) == ["bea"]
+
+
+def test_versions_are_listed_used_and_restored(playground: Playground, mock: Mock) -> None:
+    mock.older["ada"] = [{"weights": {"expert": 0.3}}, {"weights": {"friendly": 0.4}, "normalize": "sum"}]
+    mock.profiles["ada"] = {"weights": {"concise": 0.5}}
+    playground.open()
+    playground.page.locator("article select").nth(0).select_option("user:ada")
+    row = _opened_row(playground, "ada")
+    assert [text.split("\n")[0] for text in row.locator(".versions b").all_inner_texts()] == [
+        "Version 3", "Version 2", "Version 1",
+    ]  # fmt: skip
+    expect(row.locator(".versions li").nth(1)).to_contain_text("friendly 0.40 · divided by their sum")
+    expect(row.get_by_role("button", name="Restore version 3")).to_have_count(0)  # it is the current one
+    row.get_by_role("button", name="Use version 2 of ada").click()
+    expect(row.get_by_role("status")).to_contain_text("cannot show all of it")
+    row.get_by_role("button", name="Use version 1 of ada").click()
+    expect(row.get_by_role("status")).to_have_text("Version 1 is on the sliders.")
+    assert playground.slider("expertise").input_value() == "0.3"
+    assert _puts(playground) == []
+    playground.ask()
+    row.get_by_role("button", name="Restore version 2 of ada").click()
+    expect(row.get_by_role("status")).to_have_text("Version 4 is a copy of version 2.")
+    (put,) = _puts(playground)
+    assert put.headers["if-match"] == '"3"'
+    assert mock.profiles["ada"]["weights"] == {"friendly": 0.4}
+    assert mock.profiles["ada"]["normalize"] == "sum"
+    assert len(mock.versions("ada")) == 4
+    playground.settled()
+    assert [body["model"] for body in playground.asked()].count("soup:ada") == 2  # its column answers anew
+    assert playground.complaints == []
+
+
+def test_a_profile_is_deleted_only_on_a_word(playground: Playground, mock: Mock) -> None:
+    mock.profiles = {name: {"weights": {"friendly": 0.5}} for name in ("ada", "bea")}
+    playground.open()
+    playground.page.locator("article select").nth(0).select_option("user:ada")
+    row = _opened_row(playground, "ada")
+    row.get_by_role("button", name="Delete ada").click()
+    expect(row.get_by_role("button", name="Keep it")).to_be_focused()
+    row.get_by_role("button", name="Keep it").click()
+    expect(row.get_by_role("button", name="Delete ada")).to_be_focused()
+    assert set(mock.profiles) == {"ada", "bea"}
+    row.get_by_role("button", name="Delete ada").click()
+    with playground.page.expect_request(lambda request: request.method == "DELETE") as sent:
+        row.get_by_role("button", name="Delete it").click()
+    assert sent.value.headers["if-match"] == '"1"'
+    expect(row).to_have_count(0)
+    expect(playground.page.locator("#found-note")).to_have_text("“ada” is deleted.")
+    expect(playground.page.locator("#find")).to_be_focused()
+    assert set(mock.profiles) == {"bea"}
+    assert playground.page.locator("article select").nth(0).input_value() == "base"
+    assert playground.page.locator('option[value="user:ada"]').count() == 0
+    assert playground.complaints == []
+
+
+@pytest.mark.parametrize("step", ["Restore version 1 of ada", "Delete ada"])
+def test_what_somebody_else_wrote_meanwhile_is_neither_replaced_nor_deleted(
+    playground: Playground, mock: Mock, step: str
+) -> None:
+    mock.older["ada"] = [{"weights": {"expert": 0.3}}]
+    mock.profiles["ada"] = {"weights": {"concise": 0.5}}
+    playground.open()
+    row = _opened_row(playground, "ada")
+    mock.older["ada"].append(mock.profiles["ada"])
+    mock.profiles["ada"] = {"weights": {"friendly": 1.0}}  # version 3
+    row.get_by_role("button", name=step).click()
+    if step.startswith("Delete"):
+        row.get_by_role("button", name="Delete it").click()
+    expect(row.get_by_role("status")).to_contain_text("has changed meanwhile")
+    expect(row.locator(".versions > li").nth(0)).to_contain_text("Version 3")
+    assert mock.profiles["ada"] == {"weights": {"friendly": 1.0}}
+
+
+def test_the_list_is_there_for_the_keyboard(playground: Playground, mock: Mock) -> None:
+    mock.profiles = {name: {"weights": {"friendly": 0.5}} for name in ("ada", "bea")}
+    playground.open()
+    page = playground.page
+    page.locator("#find").focus()
+    page.keyboard.type("be")
+    expect(page.locator("#found > li")).to_have_count(1)
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(_row(playground, "bea").locator(".versions > li")).to_have_count(1)
+    page.keyboard.press("Tab")
+    assert _focused(page) == "Use version 1 of bea"
+    page.keyboard.press("Enter")
+    expect(page.locator("#preset")).to_have_value("user:bea")
+    page.keyboard.press("Tab")
+    assert _focused(page) == "Delete bea"
+
+
 # ---- copies ---------------------------------------------------------------------------------------------------------
 
 AWKWARD = 'Say "it\'s $HOME", `ls`; \\ now\nand émile 🫖'
@@ -516,7 +668,10 @@ def test_names_and_answers_stay_text(playground: Playground, mock: Mock) -> None
     playground.open()
     playground.slider("<img").fill("0.5")
     playground.page.locator("article select").nth(0).select_option(label=NASTY)
+    playground.page.locator("#found summary").click()
+    playground.page.locator("#found .delete").click()
     playground.ask(NASTY)
+    assert NASTY in playground.page.locator("#found").inner_text()
     assert NASTY in playground.answer(1)
     assert NASTY in playground.page.locator("#desk").inner_text()
     assert playground.page.locator("#asked").inner_text() == NASTY
@@ -583,8 +738,21 @@ def test_every_control_has_a_name_and_focus_can_be_seen(playground: Playground, 
     mock.profiles["ada"] = {"weights": {"expert": 0.6}}
     playground.open()
     playground.page.locator("#sampling summary").click()
+    _opened_row(playground, "ada").locator(".delete").click()
     playground.ask()
-    roles = ["button", "textbox", "combobox", "slider", "spinbutton", "link", "img", "article", "group", "list"]
+    roles = [
+        "searchbox",
+        "button",
+        "textbox",
+        "combobox",
+        "slider",
+        "spinbutton",
+        "link",
+        "img",
+        "article",
+        "group",
+        "list",
+    ]
     for role in roles:
         for control in playground.page.get_by_role(role).all():  # type: ignore[arg-type]
             snapshot = control.aria_snapshot().split("\n")[0]
@@ -636,9 +804,12 @@ _CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_stands_out(playground: Playground, scheme: Any) -> None:
+def test_text_stands_out(playground: Playground, mock: Mock, scheme: Any) -> None:
     playground.page.emulate_media(color_scheme=scheme)
+    mock.older["ada"] = [{"weights": {"expert": 0.3}}]
+    mock.profiles["ada"] = {"weights": {"friendly": 0.5}}
     playground.open()
+    _opened_row(playground, "ada").locator(".delete").click()
     playground.page.locator("#preset").select_option(label="elementary + informative + unfriendly")
     _save(playground, "")  # complains, in red
     playground.page.route("**/chat/completions", _fail_the_base)
@@ -698,20 +869,80 @@ def test_nothing_overflows(playground: Playground, mock: Mock, width: int) -> No
     assert cut == []
 
 
-def test_targets_are_large_enough_for_a_finger(playground: Playground) -> None:
-    context = playground.context.browser
-    assert context is not None
-    phone = context.new_context(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-    page = phone.new_page()
-    page.goto(f"{playground.url}/playground/")
-    page.wait_for_selector("#desk[aria-busy=false]")
+@pytest.fixture
+def phone(playground: Playground) -> Iterator[Page]:
+    """Yield the page on a phone, not opened yet."""
+    browser = playground.context.browser
+    assert browser is not None
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True, reduced_motion="reduce"
+    )
+    yield context.new_page()
+    context.close()
+
+
+def _open_on(phone: Page, playground: Playground) -> None:
+    phone.goto(f"{playground.url}/playground/")
+    phone.wait_for_selector("#desk[aria-busy=false]")
+
+
+@pytest.mark.parametrize("how", ["an example", "the keyboard"])
+def test_on_a_phone_both_answers_are_seen_above_the_sliders(playground: Playground, phone: Page, how: str) -> None:
+    _open_on(phone, playground)
+    if how == "an example":
+        phone.get_by_role("button", name=PROMPT).tap()
+    else:
+        phone.fill("#prompt", PROMPT)
+        phone.locator("#ask").tap()
+    phone.wait_for_selector(".scores >> nth=1")
+    boxes = phone.evaluate("[...document.querySelectorAll('.answer > p')].map((each) => each.getBoundingClientRect())")
+    slider = phone.evaluate("document.querySelector('input[type=range]').getBoundingClientRect()")
+    assert [box["height"] > 40 for box in boxes] == [True, True]
+    assert 0 <= boxes[0]["top"] < boxes[0]["bottom"] < boxes[1]["top"] < boxes[1]["bottom"] <= 844
+    assert boxes[1]["bottom"] < slider["top"]
+    assert phone.evaluate("document.activeElement !== document.body")  # what was pressed may be gone
+
+
+def test_on_a_phone_the_answers_places_are_seen_from_the_start(playground: Playground, phone: Page) -> None:
+    _open_on(phone, playground)
+    assert phone.evaluate("scrollY") == 0
+    bottoms = phone.evaluate(
+        "[...document.querySelectorAll('article')].map((each) => each.getBoundingClientRect().bottom)"
+    )
+    assert max(bottoms) <= 844
+
+
+@pytest.mark.parametrize("width", [320, 390, 800, 1000, 1280])
+def test_what_follows_in_the_page_follows_for_the_keyboard(playground: Playground, width: int) -> None:
+    playground.page.set_viewport_size({"width": width, "height": 844})
+    playground.open()
+    places = playground.page.evaluate(
+        """[...document.querySelectorAll('main > section')].map((each) => {
+            const { left, top } = each.getBoundingClientRect();
+            return [each.getAttribute('aria-labelledby'), Math.round(left), Math.round(top)];
+        })"""
+    )
+    assert [name for name, *_ in places] == [
+        "prompt-title", "answers-title", "desk-title", "keep-title", "saved-title",
+    ]  # fmt: skip
+    for column in {left for _, left, _ in places}:
+        tops = [top for _, left, top in places if left == column]
+        assert tops == sorted(tops)
+
+
+def test_targets_are_large_enough_for_a_finger(playground: Playground, mock: Mock, phone: Page) -> None:
+    mock.older["ada"] = [{"weights": {"expert": 0.3}}]
+    mock.profiles["ada"] = {"weights": {"friendly": 0.5}}
+    page = phone
+    _open_on(phone, playground)
+    page.locator("#found summary").tap()
+    page.locator("#found .delete").tap()
     heights = page.evaluate(
         """[...document.querySelectorAll('button, input, select, textarea, summary')]
             .filter((each) => each.checkVisibility({ visibilityProperty: true }))
             .map((each) => [each.outerHTML, each.getBoundingClientRect().height])"""
     )
-    phone.close()
-    assert len(heights) > 15
+    assert len(heights) > 20
     assert [pair for pair in heights if pair[1] < (24 if "reset" in pair[0] else 44)] == []
 
 
@@ -733,4 +964,5 @@ def test_a_long_name_breaks_nothing(playground: Playground, mock: Mock, width: i
     playground.open()
     playground.page.locator("article select").nth(0).select_option(f"user:{name}")
     playground.page.locator("#preset").select_option(f"user:{name}")
+    _opened_row(playground, name).locator(".delete").click()
     assert playground.page.evaluate("document.documentElement.scrollWidth") <= width

@@ -14,11 +14,13 @@ from playwright.sync_api import expect
 
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load
+from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.serving.app import Settings
 from personalized_soups.serving.batching.batcher import Limits
 from personalized_soups.serving.guard import Rules
 from personalized_soups.tiny import BASE_FOLDER
+from personalized_soups.users.store import UnknownProfile
 from tests.experts import write_expert
 from tests.serving.playground.conftest import Playground
 from tests.serving.servers import Running, running
@@ -108,6 +110,27 @@ def test_a_mixture_is_saved_and_compared_with_another_one(playground: Playground
     assert playground.answer(0).strip() == _own(real, {"informative": 0.9})
     assert playground.answer(1).strip() == _own(real, {"concise": 0.9})
     assert [body["model"] for body in playground.asked()] == ["soup:ada", "soup:née / 😀"]
+    assert playground.complaints == []
+
+
+def test_saved_profiles_are_found_restored_and_deleted(playground: Playground, real: Running) -> None:
+    assert real.store is not None
+    name = "Zoë / 1"
+    for weight in (0.25, 0.5):
+        real.store.put(Profile(user=name, weights={"expert": weight}))
+    playground.open()
+    page = playground.page
+    page.fill("#find", "zo")
+    expect(page.locator("#found > li")).to_have_count(1)
+    page.locator("#found summary").click()
+    page.get_by_role("button", name=f"Restore version 1 of {name}").click()
+    expect(page.locator("#found [role=status]")).to_contain_text("is a copy of version 1")
+    assert [each.profile.weights["expert"] for each in real.store.history(name)] == [0.25, 0.5, 0.25]
+    page.get_by_role("button", name=f"Delete {name}").click()
+    page.get_by_role("button", name="Delete it").click()
+    expect(page.locator("#found > li")).to_have_count(0)
+    with pytest.raises(UnknownProfile):
+        real.store.get(name)
     assert playground.complaints == []
 
 
