@@ -126,25 +126,25 @@ class EncodedPairs:
         limit = f"dpo.max_length ({self.max_length})"
         num_cut = sum(pair.num_cut(self.max_length) for pair in self.pairs)
         notes = [
-            (len(self.filled), f"{len(self.filled)} pairs are left out: their prompt alone fills {limit}"),
+            (len(self.filled), f"{_pairs(self.filled)} left out: the prompt alone fills {limit}"),
             (
                 len(self.equal_once_cut),
-                f"{len(self.equal_once_cut)} pairs are left out: once cut to {limit} their answers are equal "
+                f"{_pairs(self.equal_once_cut)} left out: once cut to {limit} both answers are equal "
                 f"({_first(self.equal_once_cut)})",
             ),
             (
                 len(self.equal),
-                f"{len(self.equal)} pairs are left out: both answers are the same tokens ({_first(self.equal)})",
+                f"{_pairs(self.equal)} left out: both answers are the same tokens ({_first(self.equal)})",
             ),
-            (num_cut, f"{num_cut} of {2 * len(self.pairs)} answers lose their end: they are longer than {limit}"),
+            (num_cut, f"{num_cut} of {2 * len(self.pairs)} answers are longer than {limit} and lose their end"),
             (
                 len(self.reshaped),
-                f"in {len(self.reshaped)} pairs the chat template renders the prompt differently once an answer "
-                f"follows; from there on it is trained as part of the answer ({_first(self.reshaped)})",
+                f"{_pairs(self.reshaped)} trained on a part of the prompt, too: the chat template renders it "
+                f"differently once an answer follows ({_first(self.reshaped)})",
             ),
         ]
         notes += [
-            (num, f"the chat template does not render the key {key!r} of messages ({num} pairs): it is not trained")
+            (num, f"the chat template does not render the key {key!r} of messages (pairs: {num}); it is ignored")
             for key, num in sorted(self.unrendered.items())
         ]
         return [text for num, text in notes if num] + self._end_notes(tokenizer, stop_ids)
@@ -158,8 +158,8 @@ class EncodedPairs:
         mend = "; write {{ eos_token }} there in the template" if self.is_chat else ""
         behind = " in the chat template" if self.is_chat else ""
         return [
-            f"{len(endless)} of {len(self.pairs)} chosen answers have no end token behind them{behind} ({names}): the "
-            f"expert does not learn where an answer ends{mend}"
+            f"no end token ({names}) follows {len(endless)} of {len(self.pairs)} chosen answers{behind}: the expert "
+            f"does not learn to end an answer{mend}"
         ]
 
 
@@ -332,6 +332,10 @@ def _ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Coll
     """Return whether the last token that is more than white space ends an answer."""
     last = next((token for token in reversed(ids) if str(tokenizer.decode([token])).strip()), None)
     return last in stop_ids
+
+
+def _pairs(places: Sequence[str]) -> str:
+    return "1 pair is" if len(places) == 1 else f"{len(places)} pairs are"
 
 
 def _first(places: Sequence[str]) -> str:

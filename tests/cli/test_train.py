@@ -182,5 +182,5 @@ def test_what_is_cut_and_left_out_is_said_on_stderr(psoups: Run, small_base: Pat
     code, _, err = psoups(*_train(files, small_base))
     assert code == 0
     said = " ".join(err.split())  # the terminal's width breaks lines
-    assert "1 pairs are left out: once cut to dpo.max_length (96) their answers are equal" in said
-    assert "2 of 4 answers lose their end: they are longer than dpo.max_length (96)" in said
+    assert "1 pair is left out: once cut to dpo.max_length (96) both answers are equal" in said
+    assert "2 of 4 answers are longer than dpo.max_length (96) and lose their end" in said

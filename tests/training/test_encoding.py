@@ -257,10 +257,10 @@ def test_pairs_that_are_equal_once_cut_are_left_out_and_counted(small_base: Path
     assert [(p + c)[:24] == (p + r)[:24] for p, c, r in every] == [True, False, False, True]
     notes = encoded.notes(tokenizer, {int(tokenizer.eos_token_id)})
     assert len(notes) == 3
-    assert notes[0] == "1 pairs are left out: their prompt alone fills dpo.max_length (24)"
-    assert notes[1].startswith("2 pairs are left out: once cut to dpo.max_length (24) their answers are equal (")
+    assert notes[0] == "1 pair is left out: the prompt alone fills dpo.max_length (24)"
+    assert notes[1].startswith("2 pairs are left out: once cut to dpo.max_length (24) both answers are equal (")
     assert "pairs.jsonl:1)" in notes[1]
-    assert notes[2] == "1 of 4 answers lose their end: they are longer than dpo.max_length (24)"
+    assert notes[2] == "1 of 4 answers are longer than dpo.max_length (24) and lose their end"
     assert encoded.changes() == {"num_equal_pairs": 2}
     assert _encoded(tmp_path, rows[1:3], tokenizer, max_length=24).changes() == {}
 
@@ -290,7 +290,7 @@ def test_nothing_but_equal_pairs_is_refused(small_base: Path, tmp_path: Path) ->
     assert "renders differently" in caught.value.mend
     one_left = _encoded(tmp_path, [_chat("a", "Rub", "rub"), _chat()], _tokenizer(small_base, trimming))
     assert any(
-        note.startswith("1 pairs are left out: both answers are the same") for note in one_left.notes(tokenizer, {1})
+        note.startswith("1 pair is left out: both answers are the same") for note in one_left.notes(tokenizer, {1})
     )
 
 
@@ -364,7 +364,7 @@ def test_an_answer_without_an_end_token_is_told(
     tokenizer = _tokenizer(small_base, template)
     rows = [_chat("a", "rub", "dry"), _chat("b", "rub it", "dry it")]
     notes = _encoded(tmp_path, rows, tokenizer).notes(tokenizer, {int(tokenizer.eos_token_id)})
-    wanted = f"{num_endless} of 2 chosen answers have no end token behind them in the chat template ('<|eos|>')"
+    wanted = f"no end token ('<|eos|>') follows {num_endless} of 2 chosen answers in the chat template"
     assert [note.partition(":")[0] for note in notes] == ([wanted] if num_endless else [])
 
 
@@ -381,7 +381,7 @@ def test_a_prompt_that_changes_once_an_answer_follows_is_told(small_base: Path, 
     tokenizer = _tokenizer(small_base, num + str(_tokenizer(small_base).chat_template))
     encoded = _encoded(tmp_path, [_chat()], tokenizer)
     (note,) = encoded.notes(tokenizer, {int(tokenizer.eos_token_id)})
-    assert note.startswith("in 1 pairs the chat template renders the prompt differently")
+    assert note.startswith("1 pair is trained on a part of the prompt, too: the chat template")
     thinking = str(_tokenizer(small_base).chat_template).replace(
         "<|assistant|>{% endif %}", "<|assistant|>hm{% endif %}"
     )

@@ -414,9 +414,9 @@ def test_what_is_left_out_or_cut_and_a_missing_end_are_told_before_the_training(
     heard = Ordered()
     out = train_expert("x", base=base, data=data, out=tmp_path / "x", recipe=one_step, device="cpu", progress=heard)
     assert heard.notes[0] == (
-        f"1 pairs are left out: once cut to dpo.max_length (64) their answers are equal (the first is {data}:20)"
+        f"1 pair is left out: once cut to dpo.max_length (64) both answers are equal (the first is {data}:20)"
     )
-    assert heard.notes[1].startswith("19 of 19 chosen answers have no end token behind them in the chat template")
+    assert heard.notes[1].startswith("no end token ('<|eos|>') follows 19 of 19 chosen answers in the chat template")
     assert heard.notes[2:] == ["the steps begin"]
     record = read_expert_record(out)
     assert record is not None
