@@ -9,6 +9,7 @@ from pathlib import Path
 
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.modules import LoraModule
+from personalized_soups.adapters.names import composite_core
 from personalized_soups.adapters.provenance import BaseRecord
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.errors import IncompatibleExpertsError
@@ -20,7 +21,7 @@ _MAX_SHOWN = 8
 def disagreements(experts: Sequence[Expert], *, same_base: bool = False) -> list[IncompatibleExpertsError]:
     """Return everything in which experts disagree, from their headers and records alone; empty if they fit."""
     found = [] if same_base else _of_bases(experts)
-    return found + _of_shapes(experts)
+    return found + other_names(experts) + _of_shapes(experts)
 
 
 def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[IncompatibleExpertsError]:
@@ -76,6 +77,48 @@ def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
             mend="merge experts of one base; if these are one base under several names, pass --same-base",
         )
     ]
+
+
+def other_names(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
+    """Return a fault if experts name the modules of one base differently; empty if none do.
+
+    Their soup would hold both names, and a model that loads it would leave out those that it does not know. Such names
+    differ only in wrappers and in the attributes under which a class of transformers keeps the model proper
+    (`model.layers`, `model.language_model.layers`). Where one expert has both names, the base has both modules.
+    """
+    targets = [_targets_by_core(expert) for expert in experts]
+    has_both = {core for own in targets for core, names in own.items() if len(names) > 1}
+    found = []
+    for (one, own), (other, others) in combinations(zip(experts, targets, strict=True), 2):
+        apart = sorted(
+            core for core in own.keys() & others.keys() if own[core] != others[core] and core not in has_both
+        )
+        if apart:
+            (first,), (second,) = own[apart[0]], others[apart[0]]
+            more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
+            found.append(f"{one.name} has {first}, {other.name} has {second}{more}")
+    if not found:
+        return []
+    more = f"; and {len(found) - _MAX_SHOWN} more pairs" if len(found) > _MAX_SHOWN else ""
+    return [
+        IncompatibleExpertsError(
+            "the experts have different names for the same modules, so a model that loads their soup would leave out "
+            "those that it does not know: " + "; ".join(found[:_MAX_SHOWN]) + more,
+            where=", ".join(expert.name for expert in experts),
+            mend="save the experts again from the base as one class loads it (AutoModelForCausalLM or "
+            "AutoModelForImageTextToText, not both) and without wrappers (`model.module`), or rename one's tensors",
+        )
+    ]
+
+
+def _targets_by_core(expert: Expert) -> dict[str, set[str]]:
+    adapter = expert.adapter
+    targets = [each.base_name for each in adapter.modules.values()]
+    targets += [each.target for each in adapter.trained.values()]
+    found: dict[str, set[str]] = {}
+    for target in targets:
+        found.setdefault(composite_core(target), set()).add(target)
+    return found
 
 
 def _of_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:

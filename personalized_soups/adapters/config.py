@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from personalized_soups.adapters.names import is_wrapped, without_wrappers
 from personalized_soups.adapters.patterns import Patterns
 from personalized_soups.adapters.variants import HARMLESS, MOVING_INITS, OTHER_INIT, PLAIN_INITS, READ, REFUSED
 from personalized_soups.errors import FileFormatError, InputError, UnsupportedAdapterError
@@ -180,7 +181,8 @@ def _targets(table: Mapping[str, Any]) -> tuple[str, ...] | None:
     narrowed = any(table.get(key) not in (None, []) for key in ("exclude_modules", "layers_to_transform"))
     if narrowed or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         return None
-    return tuple(sorted(targets))
+    # names in which a training tool left a wrapper are none of the base's
+    return None if any(map(is_wrapped, targets)) else tuple(sorted(targets))
 
 
 def _pattern(path: Path, table: Mapping[str, Any], key: str) -> tuple[dict[str, Any], Patterns]:
@@ -207,7 +209,7 @@ def _names(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
         raise _out_of_place(path, f"{key} is not a list of names: {str(value)[:80]}")
     if len(value) > _MAX_NAMES:
         raise _out_of_place(path, f"{key} has {len(value)} names, more than {_MAX_NAMES}")
-    return tuple(value)
+    return tuple(map(without_wrappers, value))
 
 
 def _tokens(path: Path, value: Any) -> tuple[int, ...] | dict[str, tuple[int, ...]]:

@@ -15,6 +15,8 @@ from personalized_soups.adapters.names import (
     Kind,
     TensorName,
     base_weight_name,
+    is_wrapped,
+    name_in_training,
     parameters_of,
     unknown_name,
     wrapping_order,
@@ -100,9 +102,10 @@ def modules_of(header: Header) -> dict[str, LoraModule]:
     """Return the low-rank changes by name, sorted.
 
     Raises:
-        FileFormatError: if factors are incomplete, or of other shapes than configured.
+        FileFormatError: if factors are incomplete, or of other shapes than configured, or two tensors are one.
         UnsupportedAdapterError: if it is not known what they change.
     """
+    _check_distinct(header)
     groups: dict[TensorName, dict[str, str]] = {}
     for name, parts in header.names.items():
         if any(parts.role in pair for pair in _PAIRS):
@@ -128,7 +131,7 @@ def _module(header: Header, place: TensorName, pair: Mapping[str, str], num_pair
     name = place.path if parameter is None else f"{place.path}.{parameter}"
     roles = _roles(header, name, pair)
     a, b = (header.entry(pair[role]) for role in roles)
-    rank = header.config.rank_of(name)
+    rank, scaling = _rank_and_scaling(header, name, a.name)
     blocks = a.shape[0] // rank if parameter is not None and a.shape else 1
     _check_factors(header, name, a, b, rank * blocks)
     return LoraModule(
@@ -136,7 +139,7 @@ def _module(header: Header, place: TensorName, pair: Mapping[str, str], num_pair
         rank=rank,
         in_features=math.prod(a.shape[1:]),
         out_features=b.shape[0],
-        scaling=header.config.scaling_of(name),
+        scaling=scaling,
         base_name=base_weight_name(name) if parameter is None else name,
         a_name=a.name,
         b_name=b.name,
@@ -144,6 +147,34 @@ def _module(header: Header, place: TensorName, pair: Mapping[str, str], num_pair
         blocks=blocks,
         kernel=a.shape[2:],
     )
+
+
+def _check_distinct(header: Header) -> None:
+    """Raise if two tensors of the file have one meaning: `model._orig_mod.x` and `model.x`."""
+    first: dict[TensorName, str] = {}
+    for name, parts in header.names.items():
+        if (other := first.setdefault(parts, name)) != name:
+            raise header.fault(f"{other} and {name} are one tensor, once training tools' wrappers are left out")
+
+
+def _rank_and_scaling(header: Header, name: str, a_name: str) -> tuple[int, float]:
+    """Return what the configuration says of a module.
+
+    PEFT applies rank_pattern and alpha_pattern to the names in training, in which a wrapper was or was not yet.
+    """
+    config = header.config
+    found = config.rank_of(name), config.scaling_of(name)
+    if not is_wrapped(a_name) or not (config.rank_pattern or config.alpha_pattern):
+        return found
+    parameter = name.removeprefix(header.names[a_name].path)
+    seen = f"{name_in_training(a_name)}{parameter}"
+    in_training = config.rank_of(seen), config.scaling_of(seen)
+    if in_training != found and not any(map(is_wrapped, (*config.rank_pattern, *config.alpha_pattern))):
+        raise header.refused(
+            f"rank_pattern and alpha_pattern say other things of {seen} than of {name}",
+            "write the patterns without `^`, as the ends of names",
+        )
+    return in_training
 
 
 def _parameter(header: Header, place: TensorName, num_pairs: int) -> str | None:

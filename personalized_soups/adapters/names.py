@@ -3,6 +3,10 @@
 PEFT names a tensor by its place in the wrapped model: what it wraps is called `base_layer` there, so that
 `mlp.experts.base_layer.lora_A` is the A of the inner of two wrappers of `mlp.experts` (target_parameters), and
 `mha.base_layer.out_proj.lora_A` that of `mha.out_proj`, inside of the wrapped `mha`.
+
+Training tools wrap modules, too, and leave the wrapper's attribute in the names: `_orig_mod` of torch.compile in
+`model._orig_mod.layers.0`. Such steps are removed wherever they are. Two of them, `module` and `_module`, are ordinary
+names as well: they stay in a module's name, and only a base model or other experts decide what they are.
 """
 
 from __future__ import annotations
@@ -15,6 +19,29 @@ from typing import Literal
 from personalized_soups.errors import UnsupportedAdapterError
 
 PREFIX = "base_model.model."
+
+# The attributes in which training tools keep the module that they wrap. No model has a module of such a name.
+WRAPPERS = frozenset({
+    "_orig_mod",  # torch.compile: torch._dynamo.eval_frame.OptimizedModule
+    "_fsdp_wrapped_module",  # FSDP of torch, fairscale and torch_xla
+    "_fpw_module",  # the same, of fairscale and of torch before 1.13
+    "_checkpoint_wrapped_module",  # torch.distributed.algorithms._checkpoint (activation checkpointing, offloading)
+    "_forward_module",  # Lightning Fabric
+    "_orig_module",  # torch.distributed._composable.replicate, torch_xla's FSDPv2
+})  # fmt: skip
+
+# Wrappers whose attributes are ordinary names, too: DataParallel, DistributedDataParallel, DeepSpeed's engine and
+# torch's AveragedModel (`module`), Opacus (`_module`).
+MAYBE_WRAPPERS = frozenset({"module", "_module"})
+
+# The attributes under which the classes of transformers keep the model proper (base_model_prefix, and the language
+# model of a multimodal model). A class for another task, or the bare model, names the same tensors without them or with
+# others. Names of towers that stand beside others of their kind (vision_model, encoder, talker) are not among them.
+_MODEL_STEPS = frozenset({"model", "transformer", "language_model", "base_model", "gpt_neox", "backbone"})
+
+# Experts of one base are taken to mean one module where only these steps differ, which refuses them; nothing is placed
+# in a base by them.
+_COMPOSITE_STEPS = _MODEL_STEPS | {"text_model", "thinker", "vlm", "bert", "roberta", "bloom", "rwkv"}
 
 Kind = Literal["linear", "transposed", "embedding", "conv", "parameter"]
 Role = Literal["A", "B", "embedding A", "embedding B", "bias of B", "magnitude", "tokens", "whole"]
@@ -29,6 +56,7 @@ _EMBEDDING_B = ".lora_embedding_B"
 _MAGNITUDE = ".lora_magnitude_vector"
 _B_BIAS = ".lora_B.bias"
 _TOKENS = ".token_adapter.trainable_tokens_delta"
+_TOKENS_BASE = ".token_adapter.base_layer."
 _ENDINGS: Mapping[str, Role] = MappingProxyType({
     _A: "A",
     _B: "B",
@@ -74,10 +102,12 @@ def parse_name(tensor: str, *, where: str) -> TensorName:
     """
     if len(tensor) > _MAX_NAME:
         raise unknown_name(f"{tensor[:80]}...", where=where)
-    path = tensor.removeprefix(PREFIX)
+    # an embedding of which tokens are trained is wrapped, too
+    whole = _from_prefix(without_wrappers(tensor)).replace(_TOKENS_BASE, f".{_WRAPPED}.")
+    path = whole.removeprefix(PREFIX)
     ending = next((ending for ending in _ENDINGS if path.endswith(ending)), "")
     steps = path.removesuffix(ending).split(".")
-    if path == tensor or not all(steps) or (not ending and any(_is_own(step) for step in steps)):
+    if path == whole or not all(steps) or (not ending and any(_is_own(step) for step in steps)):
         raise unknown_name(tensor, where=where)
     last = [] if ending else [steps.pop()]
     depth = 0
@@ -91,6 +121,51 @@ def parse_name(tensor: str, *, where: str) -> TensorName:
         depth=depth,
         around=".".join(_unwrapped(around)) or None,
     )
+
+
+def without_wrappers(name: str, *, maybe: bool = False) -> str:
+    """Return a name without the steps that training tools leave in it.
+
+    Args:
+        name: of a module or a tensor.
+        maybe: remove also the steps that are ordinary names (`module`), of which only a base can say what they are.
+    """
+    gone = WRAPPERS | MAYBE_WRAPPERS if maybe else WRAPPERS
+    # the last step is the module's or tensor's own name
+    *around, last = name.split(".")
+    return ".".join([*(step for step in around if step not in gone), last])
+
+
+def is_wrapped(name: str) -> bool:
+    """Return whether a name, or a regular expression for names, has a step that a training tool left in it."""
+    return any(wrapper in name for wrapper in WRAPPERS)
+
+
+def name_in_training(tensor: str) -> str:
+    """Return the name of the module of a LoRA factor with all wrappers: how PEFT saw it if they were there already."""
+    ending = next((ending for ending in _ENDINGS if tensor.endswith(ending)), "")
+    return ".".join(_unwrapped(tensor.removesuffix(ending).partition(PREFIX)[2].split(".")))
+
+
+def core_name(name: str, steps: frozenset[str] = _MODEL_STEPS) -> str:
+    """Return the part of a name that all classes of a model have in common, without any wrapper.
+
+    `model.language_model.layers.0.mlp.up_proj`, `model.layers.0.mlp.up_proj` and `layers.0.mlp.up_proj` have one core.
+    """
+    parts = without_wrappers(name, maybe=True).split(".")
+    while len(parts) > 1 and parts[0] in steps:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def composite_core(name: str) -> str:
+    """Return the core of a name for comparing the experts of one base; see _COMPOSITE_STEPS."""
+    return core_name(name, _COMPOSITE_STEPS)
+
+
+def are_model_steps(path: str) -> bool:
+    """Return whether a path (`model.language_model`) leads to the model proper and to nothing beside it."""
+    return all(step in _MODEL_STEPS for step in path.split(".")) if path else True
 
 
 def unknown_name(tensor: str, *, where: str) -> UnsupportedAdapterError:
@@ -160,6 +235,21 @@ def wrapping_order(parameters: Sequence[str]) -> list[str]:
         if set(parameters) <= set(order):
             return sorted(parameters, key=order.index, reverse=True)
     return list(parameters) if len(parameters) == 1 else []
+
+
+def _from_prefix(tensor: str) -> str:
+    """Return a tensor's name from PEFT's prefix on, where nothing but wrappers is before it or within it.
+
+    PEFT's model holds its tuner, and the tuner the base: a `module` outside of these two can only be a wrapper.
+    """
+    steps = tensor.split(".")
+    outer, inner = PREFIX.removesuffix(".").split(".")
+    for place, step in enumerate((outer, inner)):
+        while place < len(steps) and steps[place] in MAYBE_WRAPPERS:
+            del steps[place]
+        if place >= len(steps) or steps[place] != step:
+            return tensor
+    return ".".join(steps)
 
 
 def _unwrapped(steps: Sequence[str]) -> list[str]:

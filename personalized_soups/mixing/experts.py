@@ -18,7 +18,7 @@ from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.placement import place
 from personalized_soups.bank import ExpertBank, StackedModule
-from personalized_soups.errors import IncompatibleExpertsError, SoupError, UnsupportedAdapterError
+from personalized_soups.errors import IncompatibleExpertsError, SoupError, UnsupportedAdapterError, choose_from
 from personalized_soups.merging.checks import faults_of, raise_all
 from personalized_soups.merging.dora import Dora, turned
 from personalized_soups.mixing.gates import Gates
@@ -183,12 +183,16 @@ def _unmixable(expert: Expert) -> list[SoupError]:
 
 
 def _unfit(expert: Expert, model: nn.Module, gates: Gates) -> list[SoupError]:
-    found = []
+    found: list[str] = []
+    first: dict[int, str] = {}
     for module in expert.adapter.modules.values():
         layer = bare_layer(model, module.name, gates)
         want = (module.out_features, module.in_features)
         if layer is None:
-            found.append(f"{module.name} is missing")
+            nearest = f" ({choose_from(module.name, _layers(model))})" if len(found) < _MAX_SHOWN else ""
+            found.append(f"{module.name} is missing{nearest}")
+        elif (other := first.setdefault(id(layer), module.name)) != module.name:
+            found.append(f"{other} and {module.name} are one layer of the model")
         elif isinstance(layer, MixedLinear):
             found.append(f"{module.name} is wrapped by another SoupModel: unload() that one first")
         elif (shape := _shape(layer)) is not None and shape != want:
@@ -204,6 +208,11 @@ def _unfit(expert: Expert, model: nn.Module, gates: Gates) -> list[SoupError]:
             mend="give the base that it was trained on",
         )
     ]
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Return the names of the layers that hold weights of their own."""
+    return [name for name, each in model.named_modules() if name and getattr(each, "weight", None) is not None]
 
 
 def _shape(layer: Any) -> tuple[int, int] | None:

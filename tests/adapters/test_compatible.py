@@ -97,3 +97,65 @@ def test_other_kinds_and_other_shapes_of_what_is_trained_are_disagreements(tmp_p
         "score.weight (replaced): one has [2, 6], other has [3, 6]",
         "w: one has parameter [5, 6], other has [5, 6]",
     ]
+
+
+Q = "layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "agree"),
+    [
+        # one base as two classes load it, or with a wrapper whose name is an ordinary one
+        (f"model.{Q}", f"model.language_model.{Q}", False),
+        (f"model.{Q}", f"language_model.model.{Q}", False),
+        (f"model.{Q}", Q, False),
+        (f"transformer.{Q}", Q, False),
+        (f"thinker.model.{Q}", f"model.{Q}", False),
+        (f"module.model.{Q}", f"model.{Q}", False),
+        ("model.layers.0.module.self_attn.q_proj", f"model.{Q}", False),
+        ("model.lm_head", "lm_head", False),
+        # wrappers whose names nothing else has
+        (f"_orig_mod.model.{Q}", f"model.{Q}", True),
+        ("model.layers.0._checkpoint_wrapped_module.self_attn.q_proj", f"model.{Q}", True),
+        # modules that are two
+        (f"model.{Q}", "model.layers.0.self_attn.v_proj", True),
+        (f"model.{Q}", "model.layers.1.self_attn.q_proj", True),
+        (f"model.{Q}", f"model.visual.{Q}", True),
+        (f"model.encoder.{Q}", f"model.decoder.{Q}", True),
+        (f"text_model.encoder.{Q}", f"vision_model.encoder.{Q}", True),
+        (f"thinker.model.{Q}", f"talker.model.{Q}", True),
+        (f"lm_q.{Q}", f"lm_p.{Q}", True),
+        (f"lm_q.{Q}", Q, True),
+        # both are called so, in one base
+        (f"module.{Q}", f"module.{Q}", True),
+    ],
+)
+def test_other_names_for_the_same_modules_are_a_disagreement(tmp_path: Path, one: str, other: str, agree: bool) -> None:
+    shared = {"score": (4, 4)}
+    for beside in ({}, shared):
+        experts = [
+            expert(tmp_path / f"{name}{len(beside)}", shapes={module: (4, 4), **beside})
+            for name, module in (("one", one), ("other", other))
+        ]
+        for same_base in (False, True):
+            faults = disagreements(experts, same_base=same_base)
+            assert (not faults) == agree
+            for fault in faults:
+                assert f"one{len(beside)} has {one}.weight, other{len(beside)} has {other}.weight" in fault.what
+
+
+def test_two_modules_of_one_base_may_end_alike(tmp_path: Path) -> None:
+    """An expert that has both shows that the base has both."""
+    names = (f"module.model.{Q}", f"model.{Q}")
+    experts = [expert(tmp_path / str(place), shapes={name: (4, 4)}) for place, name in enumerate(names)]
+    assert disagreements(experts)
+    assert not disagreements([*experts, expert(tmp_path / "both", shapes=dict.fromkeys(names, (4, 4)))])
+
+
+def test_other_names_of_what_is_trained_whole_are_a_disagreement(tmp_path: Path) -> None:
+    experts = [
+        trained_expert(tmp_path / name, {f"{start}score.weight": (2, 6)}, modules_to_save=["score"])
+        for name, start in (("one", ""), ("other", "module."))
+    ]
+    (fault,) = disagreements(experts)
+    assert "one has score.weight, other has module.score.weight" in fault.what

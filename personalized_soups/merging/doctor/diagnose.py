@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
-from personalized_soups.adapters.compatible import disagreements
+from personalized_soups.adapters.compatible import disagreements, other_names
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.bank import ExpertBank
 from personalized_soups.declare.profile import Profile, check_sides
@@ -77,9 +77,10 @@ class _Examination:
 
     def run(self, num_rows: int, progress: Progress | None) -> Diagnosis:
         sound = list(self._sound())
-        shapes = {fault.what for fault in disagreements(sound, same_base=True)}
+        names = {fault.what for fault in other_names(sound)}
+        shapes = {fault.what for fault in disagreements(sound, same_base=True)} - names
         for fault in disagreements(sound, same_base=self.same_base):
-            self._error("shape" if fault.what in shapes else "base", fault)
+            self._error("names" if fault.what in names else "shape" if fault.what in shapes else "base", fault)
         self._check_base(sound)
         self._check_profile(sound)
         bank = ExpertBank(sound)
@@ -87,7 +88,7 @@ class _Examination:
         self._check_finite(bank, measures)
         group = self._group(bank, measures)
         self.findings += surprises(group)
-        fits = bool(group.chosen) and not any(finding.kind == "shape" for finding in self.findings)
+        fits = bool(group.chosen) and not any(finding.kind in {"shape", "names"} for finding in self.findings)
         rank = _stacked_rank(group) if fits else None
         if rank is not None:
             self.findings.append(_of_rank(rank))

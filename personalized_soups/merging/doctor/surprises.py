@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -230,8 +230,19 @@ def _modules(group: Group) -> Iterator[Finding]:
     experts = [group.bank.experts[index] for index in group.chosen]
     every = {name for expert in experts for name in expert.adapter.modules}
     for expert in experts:
-        missing = sorted(every - set(expert.adapter.modules))
-        if missing:
+        own = set(expert.adapter.modules)
+        missing = sorted(every - own)
+        others = {name for other in experts if other is not expert for name in other.adapter.modules}
+        if alike := _alike(own, others):
+            yield Finding(
+                "warning",
+                "modules",
+                f"{expert.name} shares no module with the other experts, but {len(alike)} of its names end like theirs "
+                f"({', '.join(alike[0])})",
+                str(expert.folder),
+                "check that they are modules of one base and of one class of it; a base that has both needs nothing",
+            )
+        elif missing:
             more = ", ..." if len(missing) > _MAX_SHOWN else ""
             yield Finding(
                 "note",
@@ -249,6 +260,25 @@ def _modules(group: Group) -> Iterator[Finding]:
                 str(expert.folder),
                 "give the base where these are merged; they are not measured here",
             )
+
+
+def _alike(own: Set[str], others: Set[str]) -> list[tuple[str, str]]:
+    """Return the names of modules that end like another expert's from the first numbered layer on, with that name.
+
+    Empty where the expert has a module that another one has.
+    """
+    if not own or not own.isdisjoint(others):
+        return []
+    tails = {_from_layer(name): name for name in sorted(others)}
+    found = [(name, tails[_from_layer(name)]) for name in sorted(own) if _from_layer(name) in tails]
+    return [pair for pair in found if "." in _from_layer(pair[0])]
+
+
+def _from_layer(module: str) -> str:
+    """Return the end of a name from its first numbered layer on: `layers.0.mlp.up_proj`; its last step without one."""
+    steps = module.split(".")
+    start = next((place - 1 for place, step in enumerate(steps) if step.isdigit() and place), len(steps) - 1)
+    return ".".join(steps[start:])
 
 
 def _headers(group: Group) -> Iterator[Finding]:

@@ -12,10 +12,13 @@ from typing import Any, Self
 from personalized_soups.adapters.compatible import strangers
 from personalized_soups.adapters.fingerprint import base_fingerprint, base_folder
 from personalized_soups.adapters.library import Expert
+from personalized_soups.adapters.names import core_name
 from personalized_soups.errors import InputError, UnsupportedAdapterError
 from personalized_soups.files.atomic import MARKERS, files_below
 from personalized_soups.files.reader import PICKLES, parse_json
 from personalized_soups.files.shards import INDEX, Checkpoint
+from personalized_soups.merging.folding.renaming import renamings
+from personalized_soups.merging.folding.stored_names import StoredNames
 
 CONFIG = "config.json"
 
@@ -75,25 +78,34 @@ class BaseModel:
             return None
         return inputs[0], outputs[0] if outputs else f"{_head_of(inputs[0])}.weight"
 
-    def find(self, tensor: str) -> str | None:
-        """Return the name under which the checkpoint holds a tensor of the model, or None.
+    @cached_property
+    def names(self) -> StoredNames:
+        """The names of the tensors in the files, and what finds a tensor of the model in memory among them."""
+        model_type = self.config.get("model_type")
+        return StoredNames(
+            self.checkpoint,
+            model_type if isinstance(model_type, str) else None,
+            lambda: renamings(self.folder, self.config, self.checkpoint),
+        )
 
-        Checkpoints of a bare model (GPT-2's own) leave out the first part of the names, `transformer.`.
-        """
-        if tensor in self.checkpoint:
-            return tensor
-        bare = tensor.partition(".")[2]
-        return bare if bare in self.checkpoint else None
+    def find(self, tensor: str) -> str | None:
+        """Return the name under which the checkpoint holds a tensor of the model in memory, or None."""
+        return None if self._is_without_head(tensor) else self.names.find(tensor)
 
     def source(self, tensor: str) -> str | None:
         """Return the name under which the checkpoint holds what a tensor of the model is: another's where they are one.
 
         None where the checkpoint has neither.
         """
-        stored = self.find(tensor)
-        if stored is None and self.tied is not None and tensor == self.tied[1]:
+        if self.tied is not None and self._is_without_head(tensor):
             return self.tied[0]
-        return stored
+        return self.find(tensor)
+
+    def written_name(self, tensor: str) -> str:
+        """Return the name under which a tensor of the model in memory is written."""
+        if self.tied is not None and self._is_without_head(tensor):
+            return self.tied[1]
+        return self.find(tensor) or tensor
 
     def check_fingerprints(self, experts: list[Expert]) -> None:
         """Raise if an expert records the fingerprint of another base.
@@ -119,6 +131,11 @@ class BaseModel:
             if not (is_weights or is_hidden or name in MARKERS) and (self.folder / relative).is_file():
                 found.append(name)
         return found
+
+    def _is_without_head(self, tensor: str) -> bool:
+        """Return whether a tensor is the output embedding of a tied model whose files have none."""
+        is_head = core_name(tensor).removesuffix(".weight") in _OUTPUTS
+        return is_head and self.tied is not None and self.tied[1] not in self.checkpoint
 
     @property
     def _is_causal(self) -> bool:

@@ -154,14 +154,14 @@ class _Search:
         return False
 
     def _is_tied(self, target: str) -> bool:
-        return self.model.tied is not None and (self.model.find(target) or target) in self.model.tied
+        return self.model.tied is not None and self.model.written_name(target) in self.model.tied
 
     def _written(self, target: str) -> tuple[str, ...]:
         """Return the written tensors that a change of `target` belongs to: both embeddings where they stay one."""
         if self._is_tied(target) and self.unties is None and self.model.tied is not None:
-            is_copy = (self.model.find(target) or target) == self.model.tied[1]
+            is_copy = self.model.written_name(target) == self.model.tied[1]
             return () if is_copy else tuple(name for name in self.model.tied if name in self.model.checkpoint)
-        return (self.model.find(target) or target,)
+        return (self.model.written_name(target),)
 
     def _change(self, name: str) -> Change:
         return self.changes.setdefault(name, Change())

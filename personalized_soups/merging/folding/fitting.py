@@ -6,7 +6,7 @@ from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.placement import Placement, place
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank import ExpertBank
-from personalized_soups.errors import IncompatibleExpertsError, choose_from
+from personalized_soups.errors import IncompatibleExpertsError
 from personalized_soups.merging.dora import Dora
 from personalized_soups.merging.folding.base import BaseModel
 
@@ -21,6 +21,8 @@ class Fitting:
         self._bank = bank
         self._model = model
         self._faults: list[str] = []
+        self._targets: dict[str, str] = {}
+        self._lacks_names = False
 
     def placements(self) -> dict[str, Placement]:
         """Return where each module stands, without those that stand nowhere or in doubt."""
@@ -71,14 +73,24 @@ class Fitting:
             raise IncompatibleExpertsError(
                 "the experts do not fit the base: " + "; ".join(faults[:_MAX_SHOWN]) + more,
                 where=str(self._model.folder),
-                mend=f"give the base that they were trained on ({base_name or 'they do not name it'})",
+                mend=f"give the base that they were trained on ({base_name or 'they do not name it'})"
+                + ("; if it is this one, save it again with the class that they were trained on" * self._lacks_names),
             )
+
+    def _check_alone(self, target: str) -> None:
+        """Note if another name of the experts' leads to the same tensor: the base cannot have been theirs."""
+        stored = self._model.find(target)
+        other = target if stored is None else self._targets.setdefault(stored, target)
+        if other != target:
+            self._faults.append(f"{other} and {target} are both {stored} in the base: one tensor cannot be both")
 
     def _shape(self, target: str) -> tuple[int, ...] | None:
         source = self._model.source(target)
         if source is None:
-            self._faults.append(f"{target} is not in the base ({choose_from(target, self._model.checkpoint)})")
+            self._faults.append(f"{target} is not in the base ({self._model.names.why_not(target)})")
+            self._lacks_names = True
             return None
+        self._check_alone(target)
         entry = self._model.checkpoint.entry(source)
         if entry.dtype not in _FLOATS:
             allowed = ", ".join(sorted(_FLOATS))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from personalized_soups import ExpertLibrary, Profile, merge
+from personalized_soups.errors import IncompatibleExpertsError
 from tests import oracles
 from tests.experts import SHAPES, write_config, write_expert, write_record
 from tests.merging.doctor.diagnosing import (
@@ -218,3 +219,31 @@ def test_tensors_trained_whole_are_noted_and_looked_at(experts: Path) -> None:
     tensors[f"{Q_PROJ}.lora_magnitude_vector"][1][3] = math.nan
     oracles.write_tensors(folder / WEIGHTS_FILE, tensors)
     assert "lora_magnitude_vector" in only(diagnosed(experts), "not finite", "error").what
+
+
+@pytest.mark.parametrize("start", ["model.language_model.", "module.model.", "wrapped.model."])
+def test_experts_that_name_one_base_differently_are_never_nothing_to_be_done(tmp_path: Path, start: str) -> None:
+    apart = {f"{start}{name.removeprefix('model.')}": shape for name, shape in SHAPES.items()}
+    write_expert(tmp_path / "one", seed=1)
+    write_expert(tmp_path / "two", seed=2, shapes=apart)
+    found = diagnosed(tmp_path)
+    names = found.of_kind("names")
+    if start == "wrapped.model.":  # no wrapper that is known: it may be another part of the base
+        assert not names
+    else:
+        told = only(found, "names", "error").what
+        assert f"one has {min(SHAPES)}.weight, two has {min(apart)}.weight (and 7 more)" in told
+        assert found.rank is None
+        with pytest.raises(IncompatibleExpertsError, match="different names for the same modules"):
+            merge(ExpertLibrary.open(tmp_path), Profile(weights={"one": 1.0, "two": 1.0}))
+    modules = found.of_kind("modules")
+    assert [finding.severity for finding in modules] == ["warning"] * 2
+    for finding, own, other in zip(modules, (SHAPES, apart), (apart, SHAPES), strict=True):
+        assert f"8 of its names end like theirs ({min(own)}, {min(other)})" in finding.what
+
+
+def test_experts_for_other_layers_are_noted(tmp_path: Path) -> None:
+    for name, number in (("one", "0"), ("two", "1")):
+        own = {module: shape for module, shape in SHAPES.items() if f".{number}." in module}
+        write_expert(tmp_path / name, seed=int(number), shapes=own)
+    assert [finding.severity for finding in diagnosed(tmp_path).of_kind("modules")] == ["note"] * 2

@@ -1,0 +1,139 @@
+"""What transformers makes of the names in a base's files when it loads them: its own tables, run on names alone.
+
+The names depend on the class that loads the files: AutoModelForCausalLM takes the language model out of a multimodal
+checkpoint. A model of each class is built without memory (torch's device `meta`), as the tables are found by a model's
+parts. transformers is imported here and nowhere else in merging, and only for a base whose names decide nothing.
+
+Source: transformers.core_model_loading.convert_and_load_state_dict_in_model (5.23), transformers.conversion_mapping.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Which class an adapter was trained on is not in its configuration; these load nearly all bases of LoRA adapters.
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModel",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Renaming:
+    """The names of one class.
+
+    Args:
+        stored_by_name: the name in the files of each tensor in memory that is one tensor of the files, unchanged.
+        made_of: the names in the files of what each other tensor in memory is computed from.
+        tables: transformers' own, for the names that files of other versions have.
+    """
+
+    stored_by_name: Mapping[str, str]
+    made_of: Mapping[str, tuple[str, ...]]
+    tables: _Tables
+
+    def stored(self, tensor: str) -> str | None:
+        """Return the name in the files of a tensor in memory, given by its name there or in other versions' files."""
+        if tensor in self.stored_by_name:
+            return self.stored_by_name[tensor]
+        if tensor in self.made_of:
+            return None
+        name, is_converted = self.tables(tensor)
+        return None if is_converted else self.stored_by_name.get(name)
+
+
+def renamings(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> tuple[Renaming, ...]:
+    """Return what the classes of transformers that load a base make of its names; empty where it knows none.
+
+    Args:
+        folder: the base's, with config.json.
+        config: what config.json holds.
+        names: of the tensors in the files.
+    """
+    if not isinstance(config.get("model_type"), str):
+        return ()
+    names = list(names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # remarks on the configuration are no concern of a merge
+        return tuple(_renaming(model, names) for model in _models(folder, config))
+
+
+class _Tables:
+    """The transforms that transformers applies to the names in files for one model."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers import conversion_mapping, core_model_loading
+
+        transforms = conversion_mapping.get_model_conversion_mapping(model)
+        self._renamings = [each for each in transforms if isinstance(each, core_model_loading.WeightRenaming)]
+        self._converters = [each for each in transforms if isinstance(each, core_model_loading.WeightConverter)]
+        self._rename = core_model_loading.rename_source_key
+        self._prefix = model.base_model_prefix
+        self._tensors = model.state_dict()
+
+    def __call__(self, name: str) -> tuple[str, bool]:
+        """Return a name as transformers' tables have it, and whether a tensor is computed on the way."""
+        renamed, pattern = self._rename(name, self._renamings, self._converters)
+        return renamed, pattern is not None
+
+    def loaded_as(self, name: str) -> tuple[list[str], bool]:
+        """Return the tensors in memory that a tensor of the files goes into, and whether it is computed with."""
+        tensors = self._tensors
+        renamed, pattern = self._rename(name, self._renamings, self._converters, self._prefix, tensors)
+        if renamed not in tensors and name in tensors:
+            renamed, pattern = self._rename(name, [], [], self._prefix, tensors)
+        if pattern is None:
+            return ([renamed] if renamed in tensors else []), False
+        converter = next(each for each in self._converters if pattern in each.source_patterns)
+        first, *others = converter.target_patterns
+        targets = [renamed, *(renamed.replace(first, other) for other in others)]
+        return [target for target in targets if target in tensors], True
+
+
+def _renaming(model: Any, names: Sequence[str]) -> Renaming:
+    from transformers.core_model_loading import dot_natural_key
+
+    tables = _Tables(model)
+    stored: dict[str, str] = {}
+    made_of: dict[str, list[str]] = {}
+    # in the order of loading: some tables look at what came before
+    for name in sorted(names, key=dot_natural_key):
+        targets, is_computed = tables.loaded_as(name)
+        for target in targets:
+            if is_computed or target in stored:
+                made_of.setdefault(target, []).append(name)
+            else:
+                stored[target] = name
+    # a tensor that two of the files go into is neither of them
+    for target in made_of.keys() & stored.keys():
+        made_of[target].append(stored.pop(target))
+    return Renaming(stored, {target: tuple(sorted(own)) for target, own in made_of.items()}, tables)
+
+
+def _models(folder: Path, config: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield a model of each class, without memory. What transformers cannot build, it could not load either."""
+    import torch
+    import transformers
+
+    try:
+        loaded = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception:  # a model of its own code, or of a newer version
+        return
+    seen: set[type] = set()
+    for name in (*map(str, config.get("architectures") or ()), *_AUTO_CLASSES):
+        try:
+            model_class: Any = getattr(transformers, name)
+            with torch.device("meta"):
+                model = (model_class.from_config if name in _AUTO_CLASSES else model_class._from_config)(loaded)
+        except Exception:  # no such class, or none for this kind of model
+            continue
+        if type(model) not in seen:
+            seen.add(type(model))
+            yield model
