@@ -76,31 +76,42 @@ def _profile(path: Path | None, weights: str | None) -> Profile | None:
 
 
 def _show(found: Diagnosis) -> None:
-    columns = ["expert", "dimension", "rank", "scaling", "modules", "dtype", "|dW|", "|dW|/|W|", "weight"]
     if found.experts:
-        rows = [
-            [
-                one.name,
-                one.dimension,
-                one.rank,
-                one.scaling,
-                one.num_modules,
-                one.dtype,
-                one.norm,
-                one.relative,
-                one.weight,
-            ]
-            for one in found.experts
-        ]
-        shown = [index for index in range(len(columns)) if index < 7 or any(row[index] is not None for row in rows)]
-        render.show_table([columns[index] for index in shown], [[row[index] for index in shown] for row in rows])
+        _show_experts(found)
     if found.pairs:
-        render.show_table(
-            ["pair", "", "cosine", "inputs overlap", "outputs overlap", "opposite signs"],
-            [[each.one, each.other, each.cosine, each.inputs, each.outputs, each.opposed] for each in found.pairs],
-            title=f"Pairs (signs by {found.rows_looked_at})",
-        )
+        columns = ["pair", "cosine", "inputs overlap", "outputs overlap", "opposite signs"]
+        rows = [
+            [f"{pair.one}, {pair.other}", pair.cosine, pair.inputs, pair.outputs, pair.opposed] for pair in found.pairs
+        ]
+        render.show_table(columns, rows, title=f"Pairs (signs by {found.rows_looked_at})")
     render.show_table(
         ["", "what", "where", "mend"],
         [[each.severity, each.what, each.where, each.mend] for each in found.findings],
+    )
+
+
+def _show_experts(found: Diagnosis) -> None:
+    """Print a row for each expert; in what all of them are alike is said once, above."""
+    rows: list[dict[str, render.Cell]] = [
+        {
+            "expert": one.name,
+            "dimension": one.dimension,
+            "rank": one.rank,
+            "scaling": one.scaling,
+            "modules": one.num_modules,
+            "dtype": one.dtype,
+            "|dW|": one.norm,
+            "|dW|/|W|": one.relative,
+            "weight": one.weight,
+        }
+        for one in found.experts
+    ]
+    empty = {name for name in ("|dW|/|W|", "weight") if all(row[name] is None for row in rows)}
+    shared = [name for name in ("rank", "scaling", "modules", "dtype") if len({row[name] for row in rows}) == 1]
+    alike = shared if len(rows) > 1 else []
+    columns = [name for name in rows[0] if name not in empty and name not in alike]
+    render.show_table(
+        columns,
+        [[row[name] for name in columns] for row in rows],
+        title=f"All experts: {', '.join(f'{name} {rows[0][name]}' for name in alike)}" if alike else None,
     )

@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | bool | None
 
-# A column of no longer cells is not broken into lines; its neighbours give way.
-_SHORT = 34
+# A column of text is made no narrower than this: a table with one is shown row by row instead.
+_LEAST_TEXT = 20
+# Blanks around the two columns of a record: one at both ends, three between.
+_FRAME = 5
 # Between two lines of progress where stderr is no terminal (a log file, CI).
 _LOG_SECONDS = 10.0
 
@@ -65,16 +67,17 @@ def show_table(
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    told = [[_cell(value) for value in row] for row in rows]
+    widths = _widths(columns, told, shutil.get_terminal_size().columns)
+    if widths is None:
+        _show_stacked(columns, told, title=title)
+        return
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    widths = [max((len(_cell(row[index])) for row in rows), default=0) for index in range(len(columns))]
-    # what cannot be wrapped is cut off where all of it is wider than the terminal
-    fits = sum(min(width, _SHORT) + 2 for width in widths) <= shutil.get_terminal_size().columns
-    for index, column in enumerate(columns):
+    for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
-        keeps = fits and widths[index] <= _SHORT
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=keeps)
-    for row in rows:
-        table.add_row(*(_cell(value) for value in row))
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", width=width)
+    for row in told:
+        table.add_row(*row)
     _print_rich(table)
 
 
@@ -83,15 +86,90 @@ def show_record(record: Mapping[str, Any], *, title: str | None = None, as_json:
     if as_json:
         show_json(record)
         return
+    _show_pairs([[(key, _cell(value)) for key, value in record.items()]], title=title)
+
+
+def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
+    """Return the width of each column such that all fit and no word is broken; None where there are none.
+
+    Headings are the first to be broken into lines, then the columns with most text.
+    """
+    cells = [[row[index] for row in rows] for index in range(len(columns))]
+    room = available - 2 - 2 * (len(columns) - 1)  # a blank at both ends, two between columns
+    widths = [max(map(_longest_line, [column, *below])) for column, below in zip(columns, cells, strict=True)]
+    if sum(widths) <= room:
+        return widths
+    widths = [
+        max(_longest_word(column), *map(_longest_line, below), 0) for column, below in zip(columns, cells, strict=True)
+    ]
+    least = [
+        max(_longest_word(column), *map(_longest_word, below), min(width, _LEAST_TEXT))
+        for column, below, width in zip(columns, cells, widths, strict=True)
+    ]
+    if sum(least) > room:
+        return None
+    while sum(widths) > room:
+        widest = max((index for index in range(len(widths)) if widths[index] > least[index]), key=widths.__getitem__)
+        widths[widest] -= 1
+    return widths
+
+
+def _show_stacked(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None) -> None:
+    """Print a table that is too wide for the terminal: row by row, each as a record."""
+    names = [" ".join(column.split()) for column in columns]
+    _show_pairs([list(zip(names, row, strict=True)) for row in rows], title=title)
+
+
+def _show_pairs(records: Sequence[Sequence[tuple[str, str]]], *, title: str | None) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    keys = max((_longest_line(key) for record in records for key, _ in record), default=0)
+    available = shutil.get_terminal_size().columns - keys - _FRAME
+    told = [[(key, _wrapped(value, available)) for key, value in record] for record in records]
+    values = max((_longest_line(value) for record in told for _, value in record), default=0)
     table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column(overflow="fold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in record.items():
-        table.add_row(key, _cell(value))
-    _print_rich(table)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for number, record in enumerate(told):
+        if number:
+            table.add_row("", "")
+        for key, value in record:
+            table.add_row(key, value)
+    _print_rich(table, least=keys + values + _FRAME)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Break a text into lines of `width` cells between words; a longer word, such as a path, stays in one piece.
+
+    The terminal breaks it then, and it can be copied.
+    """
+    lines: list[str] = []
+    for line in text.split("\n"):
+        if _longest_line(line) <= width:
+            lines.append(line)
+            continue
+        begun = ""
+        for word in line.split():
+            longer = f"{begun} {word}" if begun else word
+            if begun and _longest_line(longer) > width:
+                lines.append(begun)
+                longer = word
+            begun = longer
+        lines.append(begun)
+    return "\n".join(lines)
+
+
+def _longest_line(text: str) -> int:
+    from rich.cells import cell_len
+
+    return max(map(cell_len, text.split("\n")), default=0)
+
+
+def _longest_word(text: str) -> int:
+    from rich.cells import cell_len
+
+    return max(map(cell_len, text.split()), default=0)
 
 
 @contextmanager
@@ -185,8 +263,10 @@ def _cell(value: object) -> str:
     return str(value)
 
 
-def _print_rich(renderable: object) -> None:
+def _print_rich(renderable: object, *, least: int = 0) -> None:
+    """Print what rich lays out, `least` cells wide where the terminal is narrower."""
     from rich.console import Console
 
+    width = max(shutil.get_terminal_size().columns, least)
     # markup off: names such as `[a]` are the user's own, not styles
-    Console(markup=False, highlight=False).print(renderable)
+    Console(markup=False, highlight=False, width=width).print(renderable, crop=False)
