@@ -13,9 +13,10 @@ from personalized_soups.adapters.names import PREFIX, TensorName, unknown_name
 # PEFT saves input and output embeddings beside the factors where one is adapted, or was resized for new tokens.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
-# bias="all" saves whatever ends in `.bias`, so also the copies that a module of modules_to_save keeps of its own.
+# A module of modules_to_save keeps the base's own and the trained one under these names. PEFT saves the trained one
+# without them, and all three where it saves more than it has to: whatever ends in `.bias` (bias="all"), and everything
+# that an embedding holds (one that was resized, or save_embedding_layers=True). It reads only the one without them.
 _WRAPPERS = ("original_module", "modules_to_save")
-_COPIES = tuple(f".{wrapper}.bias" for wrapper in _WRAPPERS)
 
 Origin = Literal["bias", "lora_bias", "modules_to_save", "trainable_token_indices", "use_dora", "saved embedding"]
 
@@ -112,10 +113,10 @@ def _origin(header: Header, parts: TensorName, modules: Mapping[str, LoraModule]
     module, _, attribute = parts.path.rpartition(".")
     steps = module.split(".")
     owners = [".".join(steps[: end + 1]) for end in range(len(steps))]
-    if any(owner.endswith(config.modules_to_save) for owner in owners):
-        return "modules_to_save"
     if any(step in _WRAPPERS for step in steps):
         return None
+    if any(owner.endswith(config.modules_to_save) for owner in owners):
+        return "modules_to_save"
     if attribute == "bias" and (config.bias == "all" or (config.bias == "lora_only" and parts.depth)):
         return "bias"
     is_embedding = steps[-1] in _EMBEDDINGS or (module in modules and modules[module].kind == "embedding")
@@ -126,9 +127,11 @@ def _origin(header: Header, parts: TensorName, modules: Mapping[str, LoraModule]
 
 def _is_copy(header: Header, name: str) -> bool:
     """Return whether a tensor is one that modules_to_save keeps beside the trained one, which is in the file, too."""
-    if header.config.bias != "all":
-        return False
-    return any(name.endswith(end) and f"{name.removesuffix(end)}.bias" in header.names for end in _COPIES)
+    steps = name.split(".")
+    return any(
+        step in _WRAPPERS and ".".join([*steps[:place], *steps[place + 1 :]]) in header.names
+        for place, step in enumerate(steps)
+    )
 
 
 def _check_complete(header: Header, trained: Iterable[TrainedTensor], modules: Mapping[str, LoraModule]) -> None:

@@ -39,3 +39,16 @@ def tied_copies(adapter: LoraAdapter) -> dict[str, str]:
         if is_repeat and torch.equal(adapter.trained_tensor(copy.name), adapter.trained_tensor(kept.name)):
             found[copy.name] = kept.name
     return found
+
+
+def are_tied_tokens(of_input: tuple[int, ...] | None, of_output: tuple[int, ...] | None) -> bool:
+    """Return whether tokens that were trained in the input embedding are those of the output embedding, too.
+
+    On a base whose configuration ties the two. Tokens of the output embedding alone, or others than the input's, are
+    its own: the two embeddings are then no longer alike. Source: peft.utils.other.set_additional_trainable_modules.
+
+    Args:
+        of_input: the tokens that one adapter trained in the input embedding, in its order; None where it trained none.
+        of_output: those of the output embedding.
+    """
+    return of_input is not None and of_output in (None, of_input)

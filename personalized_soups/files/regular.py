@@ -19,6 +19,9 @@ _PIECE = 1 << 20
 _LFS_BEGINNINGS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _LFS_MAX_BYTES = 1024
 
+# The kinds of files that transformers loads a configuration or a tokenizer from.
+_LOADED = frozenset({".json", ".model", ".jinja", ".txt", ".tiktoken"})
+
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
@@ -82,6 +85,19 @@ def check_no_lfs_pointer(data: bytes, path: Path) -> None:
             where=str(path),
             mend="run `git lfs pull` in the repository that it is in, or download the file",
         )
+
+
+def check_no_lfs_pointers(folder: Path) -> None:
+    """Raise if a file of a model folder from which a model or tokenizer is loaded is a Git LFS pointer.
+
+    Raises:
+        FileFormatError: naming the first of them, with the command that fetches it.
+        InputError: if one cannot be opened.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _LOADED and path.is_file():
+            with opened(path):
+                pass
 
 
 def _check_no_pointer(descriptor: int, path: Path) -> None:

@@ -225,7 +225,8 @@ def _targets(experts: Sequence[Expert], modules: Sequence[str]) -> tuple[str, ..
     """Return `target_modules` that match the adapted modules of the base and no others.
 
     Where every expert lists its targets, the union of the lists matches the union of the modules; where one gives a
-    regular expression, or leaves out layers, the modules' full names do.
+    regular expression, leaves out layers, or has modules that it does not list (the output embedding, under
+    ensure_weight_tying), the modules' full names do.
     """
     listed: set[str] = set()
     for expert in experts:
@@ -233,4 +234,6 @@ def _targets(experts: Sequence[Expert], modules: Sequence[str]) -> tuple[str, ..
         if targets is None:
             return tuple(sorted(modules))
         listed.update(targets)
+    if not all(any(f".{name}".endswith(f".{target}") for target in listed) for name in modules):
+        return tuple(sorted(modules))
     return tuple(sorted(listed))

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from personalized_soups.adapters.trained import TrainedTensor
+from personalized_soups.adapters.tying import are_tied_tokens
 from personalized_soups.bank import ExpertBank
 from personalized_soups.errors import UnsupportedAdapterError
 from personalized_soups.files.writer import NAMES_OF_DTYPES, TensorSpec
 from personalized_soups.merging.dora import is_same
-from personalized_soups.merging.folding.base import BaseModel
+from personalized_soups.merging.folding.base import BaseModel, is_input_embedding
 from personalized_soups.merging.folding.blocks import Toward, as_matrix, folded_blocks
 from personalized_soups.merging.folding.fitting import Fitting
 from personalized_soups.merging.plan import MergePlan, torch_dtype
@@ -94,7 +95,8 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
 
     Raises:
         IncompatibleExpertsError: naming everything that is not in the base or of another shape there.
-        UnsupportedAdapterError: if an embedding that an expert saved is not the base's, and DoRA is on top of it.
+        UnsupportedAdapterError: if an embedding that an expert saved is not the base's, and DoRA is on top of it; if
+            PEFT cannot hold the tokens that experts trained beside what others did.
     """
     plan = plans[0]
     if plan.base_folder is None:
@@ -111,17 +113,53 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
     fitting.check(plan.base.name)
     replaced = {target: each for target, each in found["replaced"].items() if not _is_bases(bank, model, each)}
     _check_under_dora(plan, bank, replaced)
-    if model.tied is not None and found["rows"] and any(model.find(target) in model.tied for target in replaced):
-        raise UnsupportedAdapterError(
-            "one expert saves an embedding whole, another trains tokens, and the base's two embeddings are one tensor: "
-            "PEFT cannot hold this in one adapter",
-            where=", ".join(expert.name for expert in bank.experts),
-            mend="fold the soup into the base model: --into-base BASE",
-        )
+    _check_rows(plan, bank, model, replaced)
     return (
         Soups(plans, bank, dora),
         [WholeTensors(each, bank, model, replaced, found["rows"]) for each in plans],
     )
+
+
+def _check_rows(plan: MergePlan, bank: ExpertBank, model: BaseModel, replaced: _ByTarget) -> None:
+    """Raise if PEFT would read the trained tokens of the merged adapter otherwise than those of the experts."""
+    tokens = plan.layout.tokens
+    what = None
+    if any(f"{module}.weight" in replaced for module in tokens):
+        what = "an embedding that is not the base's is saved whole, and tokens of it are trained"
+    elif model.tied is not None:
+        tied = {module: rows for module, rows in tokens.items() if model.source(f"{module}.weight") in model.tied}
+        if tied and any(model.source(target) in model.tied for target in replaced):
+            what = (
+                "one expert saves an embedding whole, another trains tokens, and the base's two embeddings are one "
+                "tensor"
+            )
+        elif not _keep_their_tokens(bank, tied):
+            what = (
+                "the base's two embeddings are one tensor, and the experts together train other tokens of the output "
+                "embedding than of the input embedding"
+            )
+    if what is not None:
+        raise UnsupportedAdapterError(
+            f"{what}: PEFT cannot hold this in one adapter",
+            where=", ".join(expert.name for expert in bank.experts),
+            mend="fold the soup into the base model: --into-base BASE",
+        )
+
+
+def _keep_their_tokens(bank: ExpertBank, tokens: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether `tokens` of tied embeddings, by module, mean for every expert what its own tokens mean."""
+    merged = _are_tied(tokens)
+    for expert in bank.experts:
+        trained = [each for each in expert.adapter.trained.values() if each.kind == "rows"]
+        own = {module: each.rows for each in trained for module in tokens if each.target == f"{module}.weight"}
+        if own and _are_tied(own) != merged:
+            return False
+    return True
+
+
+def _are_tied(tokens: Mapping[str, tuple[int, ...]]) -> bool:
+    of = {is_input_embedding(f"{module}.weight"): rows for module, rows in tokens.items()}
+    return are_tied_tokens(of.get(True), of.get(False))
 
 
 def _is_bases(bank: ExpertBank, model: BaseModel, members: Sequence[tuple[int, TrainedTensor]]) -> bool:

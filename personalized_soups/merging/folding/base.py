@@ -16,9 +16,11 @@ from personalized_soups.adapters.names import core_name
 from personalized_soups.errors import InputError, UnsupportedAdapterError
 from personalized_soups.files.atomic import MARKERS, files_below
 from personalized_soups.files.reader import PICKLES, parse_json
+from personalized_soups.files.regular import check_no_lfs_pointers
 from personalized_soups.files.shards import INDEX, Checkpoint
 from personalized_soups.merging.folding.renaming import renamings
 from personalized_soups.merging.folding.stored_names import StoredNames
+from personalized_soups.merging.folding.tie_flag import says_tied
 
 CONFIG = "config.json"
 
@@ -45,11 +47,12 @@ class BaseModel:
 
         Raises:
             InputError: if it is not there or has no config.json.
-            FileFormatError: if its weight files are damaged or pickles.
+            FileFormatError: if its weight files are damaged or pickles, or a file is a Git LFS pointer.
             UnsupportedAdapterError: if it is quantised.
         """
         folder = base_folder(base)
         config = _model_config(folder)
+        check_no_lfs_pointers(folder)
         if quantization := config.get("quantization_config"):
             kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UnsupportedAdapterError(
@@ -69,14 +72,20 @@ class BaseModel:
     @cached_property
     def tied(self) -> tuple[str, str] | None:
         """The names of the input and the output embedding where they are one tensor, which stands under the first."""
-        stated = [table["tie_word_embeddings"] for table in self._tables if "tie_word_embeddings" in table]
-        inputs = [name for name in self.checkpoint if _module(name) in _INPUTS and len(self._shape(name)) == 2]
-        outputs = [name for name in self.checkpoint if _module(name) in _OUTPUTS]
-        # where the configuration says nothing, a causal model without a head of its own has the embedding for one
-        says = any(stated) if stated else not outputs and self._is_causal
-        if not says or len(inputs) != 1:
+        inputs, outputs = self._embeddings
+        if len(inputs) != 1 or not self._says_tied:
             return None
-        return inputs[0], outputs[0] if outputs else f"{_head_of(inputs[0])}.weight"
+        # files of another shape than the embedding's are not loaded as one tensor, whatever the configuration says
+        same = [name for name in outputs if self._shape(name) == self._shape(inputs[0])]
+        if outputs and not same:
+            return None
+        return inputs[0], same[0] if same else f"{_head_of(inputs[0])}.weight"
+
+    @cached_property
+    def output_for_both(self) -> str | None:
+        """The name of the output embedding where transformers makes the input embedding, which is missing, of it."""
+        inputs, outputs = self._embeddings
+        return outputs[0] if not inputs and len(outputs) == 1 and self._says_tied else None
 
     @cached_property
     def names(self) -> StoredNames:
@@ -125,7 +134,7 @@ class BaseModel:
         for name in sorted(files_below(self.folder)):
             relative = Path(name)
             is_weights = relative.suffix.lower() in _OTHER_WEIGHTS or (
-                relative.name.endswith(".index.json") and name != INDEX
+                relative.name.endswith(".index.json") and (name != INDEX or not self.checkpoint.has_index)
             )
             is_hidden = any(part.startswith(".") for part in relative.parts)
             if not (is_weights or is_hidden or name in MARKERS) and (self.folder / relative).is_file():
@@ -142,8 +151,15 @@ class BaseModel:
         return any("LM" in str(name) for name in self.config.get("architectures") or ())
 
     @property
-    def _tables(self) -> list[Mapping[str, Any]]:
-        return [self.config, *(value for value in self.config.values() if isinstance(value, dict))]
+    def _embeddings(self) -> tuple[list[str], list[str]]:
+        inputs = [name for name in self.checkpoint if is_input_embedding(name) and len(self._shape(name)) == 2]
+        return inputs, [name for name in self.checkpoint if _module(name) in _OUTPUTS]
+
+    @cached_property
+    def _says_tied(self) -> bool:
+        says = says_tied(self.config)
+        # where nothing says it, a causal model without a head of its own has the embedding for one
+        return not self._embeddings[1] and self._is_causal if says is None else says
 
     def _shape(self, name: str) -> tuple[int, ...]:
         return self.checkpoint.entry(name).shape
@@ -154,6 +170,11 @@ def copy_others(base: BaseModel, folder: Path) -> None:
     for name in base.other_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / name, folder / name)
+
+
+def is_input_embedding(tensor: str) -> bool:
+    """Return whether a tensor is a model's input embedding, by its name."""
+    return _module(tensor) in _INPUTS
 
 
 def _module(tensor: str) -> str:
@@ -167,7 +188,7 @@ def _head_of(embedding: str) -> str:
 def _model_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        config = parse_json(path.read_bytes(), path)
+        config = parse_json(path.read_bytes(), path, constants=True)
     except FileNotFoundError:
         raise InputError(
             "the folder has no config.json: it is no model folder",

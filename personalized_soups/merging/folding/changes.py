@@ -15,9 +15,10 @@ from torch import Tensor
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.placement import Placement
 from personalized_soups.adapters.trained import TrainedTensor
-from personalized_soups.adapters.tying import tied_copies
+from personalized_soups.adapters.tying import are_tied_tokens, tied_copies
+from personalized_soups.errors import UnsupportedAdapterError
 from personalized_soups.merging.dora import Dora
-from personalized_soups.merging.folding.base import BaseModel
+from personalized_soups.merging.folding.base import BaseModel, is_input_embedding
 from personalized_soups.merging.folding.blocks import (
     Dense,
     Product,
@@ -107,8 +108,12 @@ class Changes:
         """Return what each soup adds to a tensor out of those that experts trained whole; as terms."""
         device = self.soups.bank.device
         terms: list[list[Term]] = [[] for _ in self.soups.plans]
-        for expert, each in self.changes.get(name, Change()).trained:
+        trained = self.changes.get(name, Change()).trained
+        for expert, each in trained:
             value = self.soups.bank.experts[expert].adapter.trained_tensor(each.name, None)
+            rows = [row for other, held in trained if other == expert and held.kind == "rows" for row in held.rows]
+            if each.kind == "replaced" and rows:
+                value = _without_rows(value, rows, base_MN)
             for own, plan in zip(terms, self.soups.plans, strict=True):
                 own.append(_whole(each, value, base_MN, plan.weights[expert], device))
         return terms
@@ -125,9 +130,11 @@ class _Search:
         self._experts = soups.bank.experts
         self._fitting = Fitting(soups.bank, model)
         self._copies = [tied_copies(expert.adapter) if model.tied else {} for expert in self._experts]
+        self._rows = [self._rows_of(expert) for expert in self._experts]
         self.unties = model.tied[1] if model.tied is not None and self._needs_two() else None
 
     def run(self) -> None:
+        self._check_output_for_both()
         placements = self._fitting.placements()
         dora = self._fitting.dora(placements)
         self.dora = dora if dora.magnitudes else None
@@ -143,6 +150,8 @@ class _Search:
 
     def _needs_two(self) -> bool:
         """Return whether the soups change one of the two embeddings that are one tensor, and not the other alike."""
+        if any(len(names) == 1 for targets in self._rows for names in targets.values()):
+            return True
         for expert, copies in zip(self._experts, self._copies, strict=True):
             modules = expert.adapter.modules.values()
             whole = [each for each in expert.adapter.trained.values() if each.kind == "replaced"]
@@ -152,6 +161,36 @@ class _Search:
             if of_tied - repeated:
                 return True
         return False
+
+    def _rows_of(self, expert: Expert) -> dict[str, tuple[str, ...]]:
+        """Return the embeddings in which an expert's trained tokens are set, by the name of their rows in its file.
+
+        Only those of a base whose embeddings are one tensor.
+        """
+        tied = self.model.tied
+        rows = [each for each in expert.adapter.trained.values() if each.kind == "rows" and self._is_tied(each.target)]
+        if tied is None or not rows:
+            return {}
+        tokens = {is_input_embedding(each.target): each.rows for each in rows}
+        names = (tied, ()) if are_tied_tokens(tokens.get(True), tokens.get(False)) else (tied[:1], tied[1:])
+        return {each.name: names[0] if is_input_embedding(each.target) else names[1] for each in rows}
+
+    def _check_output_for_both(self) -> None:
+        """Raise if the soups change an output embedding of which transformers makes the input embedding, too.
+
+        What is folded into it would change both.
+        """
+        head = self.model.output_for_both
+        for expert in self._experts if head is not None else ():
+            targets = [module.base_name for module in expert.adapter.modules.values()]
+            targets += [each.target for each in expert.adapter.trained.values()]
+            if any(self.model.find(target) == head for target in targets):
+                raise UnsupportedAdapterError(
+                    f"{expert.name} changes {head}, and the base's files hold no input embedding: both are one tensor, "
+                    "which this version changes only where it has the name of the input embedding",
+                    where=str(self.model.folder),
+                    mend="save the base again: AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(NEW)",
+                )
 
     def _is_tied(self, target: str) -> bool:
         return self.model.tied is not None and self.model.written_name(target) in self.model.tied
@@ -168,9 +207,12 @@ class _Search:
 
     def _add_trained(self, index: int, expert: Expert, each: TrainedTensor) -> None:
         self._fitting.check_trained(expert, each)
-        # trained tokens are those of both embeddings, which PEFT keeps alike where they are one tensor
-        names = self.model.tied if each.kind == "rows" and self._is_tied(each.target) and self.unties else None
-        for name in names or self._written(each.target):
+        names = self._rows[index].get(each.name) if each.kind == "rows" else None
+        if names is None:
+            names = self._written(each.target)
+        elif self.unties is None:
+            names = tuple(name for name in names if name in self.model.checkpoint)
+        for name in names:
             self._change(name).trained.append((index, each))
 
 
@@ -185,6 +227,16 @@ def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[T
     if soup.scale_O is not None:
         terms.append(Rescale(soup.scale_O.to(soup.factors.a_RI.device), placement.output_axis))
     return terms
+
+
+def _without_rows(value: Tensor, rows: list[int], base_MN: Tensor) -> Tensor:
+    """Return an embedding that an expert saved, with the base's own in the rows whose tokens it trained, too.
+
+    PEFT lays these over the embedding, so the embedding itself adds nothing to them. A new tensor.
+    """
+    kept = value.to(torch.promote_types(value.dtype, base_MN.dtype), copy=True)
+    kept[rows] = base_MN[rows].to(kept.dtype)
+    return kept
 
 
 def _whole(each: TrainedTensor, value: Tensor, base_MN: Tensor, weight: float, device: torch.device) -> Term:

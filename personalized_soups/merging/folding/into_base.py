@@ -295,10 +295,11 @@ def untied_tables(changes: Changes) -> dict[str, object]:
     config["tie_word_embeddings"] = False
     tables: dict[str, object] = {CONFIG: config}
     index = changes.model.folder / INDEX
-    if index.is_file() and changes.unties not in changes.model.checkpoint:
+    if changes.model.checkpoint.has_index and changes.unties not in changes.model.checkpoint:
         table = json.loads(index.read_bytes())
         source = changes.model.checkpoint.entry(changes.model.tied[0])
-        table["weight_map"][changes.unties] = table["weight_map"][changes.model.tied[0]]
+        # the index itself may not name the tensor
+        table["weight_map"][changes.unties] = changes.model.checkpoint.shard_of(changes.model.tied[0]).path.name
         if "total_size" in table.get("metadata", {}):
             table["metadata"]["total_size"] += source.end - source.start
         tables[INDEX] = table
