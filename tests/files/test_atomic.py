@@ -391,6 +391,27 @@ def test_a_new_file_leaves_a_living_runs_scratch_and_clears_a_dead_ones(tmp_path
     assert left_in(tmp_path) == ["pairs.jsonl"]
 
 
+def test_a_scratch_file_that_is_gone_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may take it for a dead one's between the opening and the locking of it."""
+    flock = fcntl.flock
+    is_first = True
+
+    def late(descriptor: int, how: int) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            for path in tmp_path.iterdir():
+                path.unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with new_file(tmp_path / "pairs.jsonl") as scratch:
+        assert scratch.exists()
+    assert left_in(tmp_path) == ["pairs.jsonl"]
+
+
 def test_a_folder_is_held_by_one_run_at_a_time(tmp_path: Path) -> None:
     check_held(tmp_path)
 
