@@ -6,6 +6,7 @@ G gates, E experts of the model, S layers, C columns: the widths of all layers' 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,26 +47,31 @@ class Gates:
         self._buffers: dict[int, Tensor] = {}
         self.lay_out((), ())
 
-    def lay_out(self, experts: Sequence[str], stacks: Sequence[Stack], sizes: Sequence[int] | None = None) -> None:
+    def lay_out(
+        self, experts: Sequence[str], stacks: Sequence[Stack], units: Sequence[Sequence[int]] | None = None
+    ) -> None:
         """Take the layers' stacks, in the order of their slots, and forget the buffers of others.
 
-        `sizes` says how many layers, one after another, are computed as a group; each by itself where it is left out.
+        `units` says which slots stand one behind the other, for layers that are computed as a group; each by itself
+        where it is left out.
         """
         self.experts = tuple(experts)
-        widths = [stack.width for stack in stacks]
-        self._widths: list[int] = []
-        # for each slot: its group, the column of the group's gates where its own begin, and how many those are
-        self._places: list[tuple[int, int, int]] = []
-        for size in [1] * len(stacks) if sizes is None else sizes:
-            own = widths[len(self._places) : len(self._places) + size]
-            self._places += [(len(self._widths), sum(own[:place]), width) for place, width in enumerate(own)]
-            self._widths.append(sum(own))
+        order = [[slot] for slot in range(len(stacks))] if units is None else units
+        self._widths = [sum(stacks[slot].width for slot in unit) for unit in order]
+        # for each slot: its unit, the column of the unit's gates where its own begin, and how many those are
+        self._places: dict[int, tuple[int, int, int]] = {}
+        for number, unit in enumerate(order):
+            start = 0
+            for slot in unit:
+                self._places[slot] = (number, start, stacks[slot].width)
+                start += stacks[slot].width
         place = {expert: index for index, expert in enumerate(experts)}
         largest = dict.fromkeys(experts, 0.0)
         columns: list[int] = []
         layered: list[int] = []
         scales: list[float] = []
-        for slot, stack in enumerate(stacks):
+        for slot in chain.from_iterable(order):
+            stack = stacks[slot]
             own = [place[expert] for expert in stack.experts]
             for index, scale in stack.gate_columns():
                 columns.append(own[index])
@@ -89,8 +95,8 @@ class Gates:
 
     def of(self, slot: int) -> Tensor:
         """Return a layer's gates, `[G, width]`, in the stacks' dtype and on their device: `w s` at every rank."""
-        group, start, width = self._places[slot]
-        view = self._views[group]
+        unit, start, width = self._places[slot]
+        view = self._views[unit]
         return view if view.shape[1] == width else view.narrow(1, start, width)
 
     def of_group(self, slot: int) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from personalized_soups.kernels.add_gated import BlockDiagonal, add_gated
 from personalized_soups.mixing.gates import Gates
+from personalized_soups.mixing.stack import Stack
 
 if TYPE_CHECKING:
     from personalized_soups.mixing.layer import MixedLinear
@@ -54,6 +55,9 @@ _FEW_NUMBERS = 1 << 17
 # one product for weights and A's was no faster than two (docs/decisions.md), moving the weights takes 5 seconds, and a
 # memory-mapped base would become private memory.
 _MOST_NUMBERS_ON_CPU = 1 << 20
+
+# Who changes what all linear layers do, changes it here too.
+_FORWARD = nn.Linear.forward
 
 
 class HeldProduct:
@@ -89,106 +93,58 @@ class LayerGroup:
     """Layers of one parent that read the same input, and what they multiply it with while a mixture is set.
 
     Args:
-        layers: wrapped ones of one device and dtype, without DoRA and lora_bias; their slots follow each other.
-        gates: of the model.
-        has_weights: hold the base's weights and biases too, which become views of the group's buffers. The layers'
-            bases are then as `is_plain` says.
+        layers: wrapped ones of one device and dtype, without DoRA and lora_bias.
+        gates: of the model, whose columns for these layers follow each other.
     """
 
-    def __init__(self, layers: Sequence[MixedLinear], gates: Gates, *, has_weights: bool) -> None:
+    # whether `take` returns a layer's whole output, and not its `A x` alone
+    has_weights = False
+
+    def __init__(self, layers: Sequence[MixedLinear], gates: Gates) -> None:
         self.layers = tuple(layers)
-        self.has_weights = has_weights
         self._gates = gates
-        self._step = _rows_to_align(layers[0].stack.a_CI)
-        self._heights = tuple(layer.stack.b_KO.shape[1] for layer in layers) if has_weights else ()
-        # where each layer's outputs begin among the columns of the product, and then A x
-        self._starts = tuple(accumulate(map(self._padded, self._heights), initial=0))
-        self._bases: tuple[nn.Module, ...] = ()
-        self._pointers: tuple[tuple[int, int], ...] = ()
-        self._rows_MI: Tensor | None = None
-        self._bias_M: Tensor | None = None
-        if has_weights:
-            self._take_weights()
-        self.hold()
-        for place, layer in enumerate(layers):
-            layer.group, layer.place = self, place
+        self._stacks: tuple[Stack, ...] = ()
 
     @property
     def num_spare_bytes(self) -> int:
-        """Bytes of the buffer that hold neither weights nor A's: padding, and room for experts that may come."""
-        if self._rows_MI is None:
-            return 0
-        held = sum(self._heights) + (self._num_low if self._a_CI is None else 0)
-        return (len(self._rows_MI) - held) * self._rows_MI.shape[1] * self._rows_MI.element_size()
+        """Bytes of buffers that hold neither weights nor factors."""
+        return 0
+
+    def join(self) -> None:
+        """Let the layers ask this group."""
+        for place, layer in enumerate(self.layers):
+            layer.group, layer.place = self, place
 
     def hold(self) -> None:
-        """Hold the layers' stacks as they are now: their A's become views of one tensor, and with weights their B's."""
-        stacks = [layer.stack for layer in self.layers]
-        # copied first: a stack may be a view of the place that another one takes
-        a_CI = torch.cat([stack.a_CI for stack in stacks])
-        self._num_low = len(a_CI)
-        self._a_CI: Tensor | None = None
-        if self._rows_MI is None:
-            self._factors_MI, self._offsets_M = a_CI, None
-            self._hold_as(a_CI, [stack.b_KO for stack in stacks])
-            self._sizes = [len(stack.a_CI) for stack in stacks]
-            return
-        first = self._starts[-1]
-        if self._num_low <= len(self._rows_MI) - first:
-            a_CI = self._rows_MI[first : first + self._num_low].copy_(a_CI)
-            self._factors_MI = self._rows_MI[: first + self._padded(self._num_low)]
-        else:
-            self._factors_MI, self._a_CI = self._rows_MI[:first], a_CI
-        self._offsets_M = None if self._bias_M is None else self._bias_M[: len(self._factors_MI)]
-        b_P = torch.cat([stack.b_KO.flatten() for stack in stacks])
-        parts = b_P.split([stack.b_KO.numel() for stack in stacks])
-        self._hold_as(a_CI, [part.view_as(stack.b_KO) for part, stack in zip(parts, stacks, strict=True)])
-        blocks = [stack.b_KO for stack in self._stacks]
-        self._blocks = BlockDiagonal.of(blocks, self._starts[:-1], self._columns())
-        sizes = [size for height in self._heights for size in (height, self._padded(height) - height)]
-        self._sizes = [*sizes, len(self._factors_MI) - first]
-
-    def _hold_as(self, a_CI: Tensor, b_KOs: Sequence[Tensor]) -> None:
-        """Let the layers have these stacks: one A's behind another's, and each B."""
-        parts = a_CI.split([len(layer.stack.a_CI) for layer in self.layers])
-        for layer, part, b_KO in zip(self.layers, parts, b_KOs, strict=True):
-            layer.put(replace(layer.stack, a_CI=part, b_KO=b_KO))
-        self._stacks = tuple(layer.stack for layer in self.layers)
-
-    def release(self) -> None:
-        """Let the layers go, each with a weight and a bias of its own again; their stacks stay what they are."""
-        for base, pointers in zip(self._bases, self._pointers, strict=True):
-            for tensor, pointer in zip((base.weight, base.bias), pointers, strict=True):
-                if isinstance(tensor, Tensor) and tensor.data_ptr() == pointer:
-                    with suppress(torch.OutOfMemoryError):  # a view is as right
-                        tensor.data = tensor.data.clone()
-        for layer in self.layers:
-            layer.group = None
-
-    def is_current(self) -> bool:
-        """Return whether the layers hold these stacks, and their bases compute by these weights and nothing else."""
-        return self.has_these_stacks() and self.has_these_bases()
+        """Hold the layers' stacks as they are now. Nothing has changed where memory runs out."""
+        raise NotImplementedError
 
     def has_these_stacks(self) -> bool:
         """Return whether the layers hold the stacks that they had when the group held them last."""
-        return all(layer.stack is stack for layer, stack in zip(self.layers, self._stacks, strict=True))
+        return len(self._stacks) == len(self.layers) and all(
+            layer.stack is stack for layer, stack in zip(self.layers, self._stacks, strict=True)
+        )
 
     def has_these_bases(self) -> bool:
-        """Return whether the layers' bases compute by the views of the group's buffers, and by nothing else.
+        """Return whether the bases' layers still compute what the group computes for them."""
+        return True
 
-        `to`, `half` and `load_state_dict(assign=True)` put another tensor in the place of a view; a hook that is put on
-        a base's layer would be skipped by the group's product.
-        """
-        return all(
-            layer._modules["base_layer"] is base and _pointers_of(base) == pointers and not is_hooked(base)
-            for layer, base, pointers in zip(self.layers, self._bases, self._pointers, strict=False)
-        )
+    def is_current(self) -> bool:
+        """Return whether the group computes what its layers would compute each by itself."""
+        return self.has_these_stacks() and self.has_these_bases()
+
+    def dissolve(self) -> None:
+        """Let the layers go and hold nothing any more; what shows a part of a buffer keeps showing it."""
+        for layer in self.layers:
+            if layer.group is self:
+                layer.group = None
+        self._stacks = ()
 
     def take(self, place: int, x: Tensor) -> Tensor | None:
         """Return a layer's part of the product with x; None where the layer has to compute by itself.
 
-        With the weights: the layer's output with the soups added, `[..., O]`. Without: its `A x`, `[..., C]`. Either is
-        a view of the product, whose rows are wider.
+        With weights: the layer's output with the soups added, `[..., O]`. Without: its `A x`, `[..., R]`, where R is
+        the number of its distinct A rows. Either is a view of the product, whose rows are wider.
 
         Raises:
             UsageError: if the batch has other rows than the mixture that is set.
@@ -196,7 +152,7 @@ class LayerGroup:
         held = self._gates.held
         part = None if held is None else held.take(self, x, place)
         if part is None or held is None:
-            parts = self._multiplied(x, self.layers[place].name)
+            parts = self._parts(x, self.layers[place].name) if self._is_usable(x) else None
             if parts is None or len(parts) == 1:
                 return None if parts is None else parts[0]
             held = HeldProduct(self, x, parts)
@@ -204,83 +160,171 @@ class LayerGroup:
         self._gates.held = held if held.num_left else None
         return part
 
-    def _multiplied(self, x: Tensor, name: str) -> Sequence[Tensor] | None:
-        """Return every layer's part; None where each layer has to compute by itself."""
-        if not self._is_usable(x):
-            return None
-        product: Tensor = functional.linear(x, self._factors_MI, self._offsets_M)
-        parts: Sequence[Tensor] = product.split(self._sizes, dim=-1)
-        if not self.has_weights:
-            return parts
-        y_NM = product.view(-1, product.shape[-1])
-        first = self._starts[-1]
-        if self._a_CI is None:
-            low_NC = y_NM[:, first : first + self._num_low]
-        else:
-            low_NC = functional.linear(x, self._a_CI).view(-1, self._num_low)
-        gate_GK = self._gates.of_group(self.layers[0].slot)
-        if gate_GK.device != x.device:
-            gate_GK = gate_GK.to(x.device)
-        add_gated(y_NM, low_NC, self._gates.fitted(x, gate_GK, name), self._blocks)
-        return parts[: 2 * len(self.layers) : 2]
+    def _parts(self, x: Tensor, name: str) -> Sequence[Tensor]:
+        """Return every layer's part of the product with x; `name` is that of the layer that asks."""
+        raise NotImplementedError
 
     def _is_usable(self, x: Tensor) -> bool:
-        like = self._factors_MI
-        # a product for all layers is changed in place, which autograd and autocast do not expect
+        # parts are changed in place, which autograd and autocast do not expect
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return False
-        if x.dtype != like.dtype or x.device != like.device:
+        like = self._stacks[0].a_CI if self._stacks else None
+        if like is None or x.dtype != like.dtype or x.device != like.device:
             return False
-        if torch.compiler.is_compiling():  # a mixture's beginning looks whether groups are current
-            return True
-        used = self._gates.used
-        if not used or not self.is_current() or _has_any_global_hook():
+        if not self.has_these_bases() or _has_any_global_hook():
             return False
-        return self._is_lean or self._is_mostly(used)
+        # what is compiled computes all experts, and takes stacks by their attributes
+        return torch.compiler.is_compiling() or (self.has_these_stacks() and self._is_worth(self._gates.used))
 
-    @property
-    def _is_lean(self) -> bool:
-        """Whether experts that nobody uses cost next to nothing: they are a small part of one product."""
-        return self.has_weights and self._a_CI is None
-
-    def _is_mostly(self, used: Collection[str]) -> bool:
-        """Return whether most ranks are those of experts in `used`."""
+    def _is_worth(self, used: Collection[str]) -> bool:
+        """Return whether most ranks are those of experts that the batch uses: the product has all of them."""
         ranks = Counter[bool]()
         for stack in self._stacks:
             for expert, rank in zip(stack.experts, stack.ranks, strict=True):
                 ranks[expert in used] += rank
-        return ranks[True] >= ranks[False]
+        return bool(used) and ranks[True] >= ranks[False]
 
-    def _take_weights(self) -> None:
-        """Move the bases' weights and biases into buffers of the group, with room for A's behind the weights."""
-        self._bases = tuple(layer.base_layer for layer in self.layers)
-        like = self.layers[0].stack.a_CI
-        num_low = sum(len(layer.stack.a_CI) for layer in self.layers)
-        most = _most_low(self._starts[-1], like.shape[1])
+
+class FactorGroup(LayerGroup):
+    """A group of any layers, quantised ones too: their A's are one product, and each computes the rest by itself."""
+
+    def hold(self) -> None:
+        """Hold the layers' stacks as they are now: their A's become views of one tensor."""
+        stacks = [layer.stack for layer in self.layers]
+        self._a_CI = torch.cat([stack.a_CI for stack in stacks])
+        self._sizes = [len(stack.a_CI) for stack in stacks]
+        for layer, a_CI in zip(self.layers, self._a_CI.split(self._sizes), strict=True):
+            layer.put(replace(layer.stack, a_CI=a_CI))
+        self._stacks = tuple(layer.stack for layer in self.layers)
+
+    def _parts(self, x: Tensor, name: str) -> Sequence[Tensor]:
+        low: Tensor = functional.linear(x, self._a_CI)
+        parts: Sequence[Tensor] = low.split(self._sizes, dim=-1)
+        return parts
+
+
+class WeightGroup(LayerGroup):
+    """A group of plain `nn.Linear`s, whose weights are views of one buffer, with the A's behind them.
+
+    The buffer's rows are [W_1, padding, W_2, padding, ..., A_1, A_2, ..., padding]; biases have a buffer like it. Where
+    the A's do not fit behind the weights they are a tensor of their own, and a second product.
+    """
+
+    has_weights = True
+
+    def __init__(self, layers: Sequence[MixedLinear], gates: Gates) -> None:
+        super().__init__(layers, gates)
+        self._bases: tuple[Any, ...] = tuple(layer.base_layer for layer in layers)
+        like = layers[0].stack.a_CI
+        self._alignment = _rows_to_align(like)
+        self._heights = tuple(len(base.weight) for base in self._bases)
+        *starts, self._first_a = accumulate(map(self._padded, self._heights), initial=0)
+        self._starts = tuple(starts)
+        num_a = sum(len(layer.stack.a_CI) for layer in layers)
+        most = max(int(_ROOM * self._first_a), _FEW_NUMBERS // like.shape[1])
         # twice what there is now: experts may come, and the weights shall not move again for them
-        room = self._padded(min(most, 2 * num_low)) if num_low <= most else 0
-        self._rows_MI = like.new_zeros(self._starts[-1] + room, like.shape[1])
-        if any(base.bias is not None for base in self._bases):
-            self._bias_M = like.new_zeros(len(self._rows_MI))
-        for base, start, height in zip(self._bases, self._starts, self._heights, strict=False):
-            for parameter, buffer in ((base.weight, self._rows_MI), (base.bias, self._bias_M)):
-                if isinstance(parameter, Tensor) and buffer is not None:
-                    parameter.data = buffer[start : start + height].copy_(parameter.data)
-        self._pointers = tuple(map(_pointers_of, self._bases))
+        room = self._padded(min(most, 2 * num_a)) if num_a <= most else 0
+        self._rows_MI = like.new_zeros(self._first_a + room, like.shape[1])
+        has_bias = any(base.bias is not None for base in self._bases)
+        self._bias_M = like.new_zeros(len(self._rows_MI)) if has_bias else None
+        self._parameters: tuple[tuple[nn.Parameter | None, ...], ...] = tuple(
+            (base.weight, base.bias) for base in self._bases
+        )
+        self._pointers: tuple[tuple[int, int], ...] = ()
+        self._factors_MI = self._rows_MI
 
-    def _columns(self) -> Tensor | None:
-        """Return which column of the group's `A x` each rank has, None where rank k has column k."""
-        if all(stack.columns_K is None for stack in self._stacks):
-            return None
-        found, start = [], 0
-        for stack in self._stacks:
-            own = stack.columns_K
-            found.append(start + (torch.arange(len(stack.b_KO), device=stack.b_KO.device) if own is None else own))
-            start += len(stack.a_CI)
-        return torch.cat(found)
+    @property
+    def num_spare_bytes(self) -> int:
+        """Bytes of the buffer that hold neither weights nor A's: padding, and room for experts that may come."""
+        num_a = sum(len(stack.a_CI) for stack in self._stacks) if self._a_CI is None else 0
+        return (
+            (len(self._rows_MI) - sum(self._heights) - num_a) * self._rows_MI.stride(0) * self._rows_MI.element_size()
+        )
+
+    def move_weights(self) -> None:
+        """Copy the bases' weights and biases into the buffers, of which they become views."""
+        for parameters, start, height in zip(self._parameters, self._starts, self._heights, strict=True):
+            for parameter, buffer in zip(parameters, (self._rows_MI, self._bias_M), strict=True):
+                if parameter is not None and buffer is not None:
+                    parameter.data = buffer[start : start + height].copy_(parameter.data)
+        self._pointers = tuple((_address(weight), _address(bias)) for weight, bias in self._parameters)
+
+    def hold(self) -> None:
+        """Hold the layers' stacks as they are now: their A's and B's become views of the group's buffers."""
+        stacks = [layer.stack for layer in self.layers]
+        # everything is allocated before anything is written; and a stack may show the place that another one takes
+        a_CI = torch.cat([stack.a_CI for stack in stacks])
+        b_P = torch.cat([stack.b_KO.flatten() for stack in stacks])
+        parts = b_P.split([stack.b_KO.numel() for stack in stacks])
+        blocks = [part.view_as(stack.b_KO) for part, stack in zip(parts, stacks, strict=True)]
+        self._blocks = BlockDiagonal.of(blocks, self._starts, _columns_of(stacks))
+        if self._first_a + len(a_CI) <= len(self._rows_MI):
+            a_CI = self._rows_MI[self._first_a : self._first_a + len(a_CI)].copy_(a_CI)
+            self._a_CI = None
+            self._factors_MI = self._rows_MI[: self._first_a + self._padded(len(a_CI))]
+        else:
+            self._a_CI = a_CI
+            self._factors_MI = self._rows_MI[: self._first_a]
+        self._offsets_M = None if self._bias_M is None else self._bias_M[: len(self._factors_MI)]
+        a_parts = a_CI.split([len(stack.a_CI) for stack in stacks])
+        for layer, stack, a_part, b_KO in zip(self.layers, stacks, a_parts, blocks, strict=True):
+            layer.put(replace(stack, a_CI=a_part, b_KO=b_KO))
+        self._stacks = tuple(layer.stack for layer in self.layers)
+        self._num_a = len(a_CI)
+        # each layer's outputs, each with its padding behind it, and then the A's
+        outputs = [size for height in self._heights for size in (height, self._padded(height) - height)]
+        self._sizes = [*outputs, len(self._factors_MI) - self._first_a]
+
+    def dissolve(self) -> None:
+        """Let the layers go, those whose weight is still a view with a weight of its own again."""
+        super().dissolve()
+        for parameters, pointers in zip(self._parameters, self._pointers, strict=False):
+            for parameter, pointer in zip(parameters, pointers, strict=True):
+                if parameter is not None and _address(parameter) == pointer:
+                    with suppress(RuntimeError):  # no memory: a view is as right
+                        parameter.data = parameter.data.clone()
+        self._rows_MI = self._factors_MI = self._rows_MI[:0].clone()
+        self._a_CI = self._bias_M = self._offsets_M = None
+        self._pointers = ()
+
+    def has_these_bases(self) -> bool:
+        """Return whether the layers' bases compute by the views of the group's buffers, and by nothing else.
+
+        `to`, `half` and `load_state_dict(assign=True)` put another tensor in the place of a view; a hook that is put on
+        a base's layer would be skipped by the group's product.
+        """
+        if not self._pointers:
+            return False
+        for layer, base, (weight, bias) in zip(self.layers, self._bases, self._parameters, strict=True):
+            held: Any = layer._modules["base_layer"]
+            if held is not base or is_hooked(held):
+                return False
+            if held._parameters["weight"] is not weight or held._parameters["bias"] is not bias:
+                return False
+        # a compiler sees no addresses: there, the next mixture notices a `parameter.data = ...`
+        return torch.compiler.is_compiling() or all(
+            (_address(weight), _address(bias)) == pointers
+            for (weight, bias), pointers in zip(self._parameters, self._pointers, strict=True)
+        )
+
+    def _is_worth(self, used: Collection[str]) -> bool:
+        """Return whether a batch is computed by the group: A's behind the weights cost next to nothing."""
+        return (bool(used) and self._a_CI is None) or super()._is_worth(used)
+
+    def _parts(self, x: Tensor, name: str) -> Sequence[Tensor]:
+        product: Tensor = functional.linear(x, self._factors_MI, self._offsets_M)
+        y_NM = product.view(-1, product.shape[-1])
+        if self._a_CI is None:
+            low_NC = y_NM[:, self._first_a : self._first_a + self._num_a]
+        else:
+            low_NC = functional.linear(x, self._a_CI).view(-1, self._num_a)
+        gate_GK = self._gates.of_group(self.layers[0].slot).to(low_NC.device, low_NC.dtype)
+        add_gated(y_NM, low_NC, self._gates.fitted(x, gate_GK, name), self._blocks)
+        parts: Sequence[Tensor] = product.split(self._sizes, dim=-1)
+        return parts[: 2 * len(self.layers) : 2]
 
     def _padded(self, num_rows: int) -> int:
-        return -(-num_rows // self._step) * self._step
+        return -(-num_rows // self._alignment) * self._alignment
 
 
 def arranged(names: Collection[str]) -> list[list[str]]:
@@ -297,34 +341,49 @@ def arranged(names: Collection[str]) -> list[list[str]]:
 
 
 def units(layers: Sequence[MixedLinear]) -> list[tuple[MixedLinear, ...]]:
-    """Part layers that may read the same input into those that can be computed together, and each other by itself.
+    """Part layers that may read the same input into those that can be a group, and each other by itself.
 
-    Together can be plain stacks of one width, dtype and device.
+    A group is of plain stacks of one width, dtype and device.
     """
 
-    def kind(layer: MixedLinear) -> tuple[bool, int, torch.dtype, torch.device]:
-        stack = layer.stack
-        is_plain = stack.gains_DO is None and stack.biases_DO is None
-        return is_plain, stack.a_CI.shape[1], stack.a_CI.dtype, stack.a_CI.device
+    def kind(layer: MixedLinear) -> tuple[int, torch.dtype, torch.device]:
+        a_CI = layer.stack.a_CI
+        return a_CI.shape[1], a_CI.dtype, a_CI.device
 
-    plain = [layer for layer in layers if kind(layer)[0]]
+    plain = [layer for layer in layers if _is_plain_stack(layer.stack)]
     together = tuple(layer for layer in plain if kind(layer) == kind(plain[0]))
     alone = [(layer,) for layer in layers if layer not in together]
     return [together, *alone] if together else list(alone)
 
 
-def group_of(unit: Sequence[MixedLinear], gates: Gates, storages: Mapping[int, int]) -> LayerGroup | None:
-    """Return a new group of the layers of a unit; None where they are no faster together than each by itself.
+def new_group(unit: Sequence[MixedLinear], gates: Gates, storages: Mapping[int, int]) -> LayerGroup | None:
+    """Return a group of the layers of a unit, which hold it; None where they are no faster than each by itself.
 
     Args:
         unit: of `units`.
         gates: of the model.
         storages: of the model, as `storages_of` counts them.
+
+    Raises:
+        RuntimeError: if memory runs out; the layers are as they were.
     """
-    if unit[0].stack.gains_DO is not None or unit[0].stack.biases_DO is not None:
+    if not _is_plain_stack(unit[0].stack):
         return None
-    has_weights = takes_weights(unit, storages)
-    return LayerGroup(unit, gates, has_weights=has_weights) if has_weights or len(unit) > 1 else None
+    group: LayerGroup
+    if takes_weights(unit, storages):
+        group = weights = WeightGroup(unit, gates)
+        weights.move_weights()
+    elif len(unit) > 1:
+        group = FactorGroup(unit, gates)
+    else:
+        return None
+    try:
+        group.hold()
+    except RuntimeError:
+        group.dissolve()
+        raise
+    group.join()
+    return group
 
 
 def takes_weights(layers: Sequence[MixedLinear], storages: Mapping[int, int]) -> bool:
@@ -332,7 +391,7 @@ def takes_weights(layers: Sequence[MixedLinear], storages: Mapping[int, int]) ->
 
     Args:
         layers: of a unit.
-        storages: for each storage of the model, by its address, how many parameters are in it.
+        storages: for each storage of the model, by its address, how often it is among the parameters.
     """
     if not all(is_plain(layer.base_layer, layer.stack.a_CI, storages) for layer in layers):
         return False
@@ -356,13 +415,17 @@ def is_plain(base: nn.Module, like: Tensor, storages: Mapping[int, int]) -> bool
 def is_hooked(base: nn.Module) -> bool:
     """Return whether calling a layer does more than its forward: hooks, or a forward that was put in its place."""
     hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-    return any(hooks) or "forward" in base.__dict__
+    return any(hooks) or "forward" in base.__dict__ or type(base).forward is not _FORWARD
 
 
 def storages_of(model: nn.Module) -> Counter[int]:
-    """Return how many parameters and buffers of a model are in each storage, by its address."""
-    tensors = (tensor for tensor in (*model.parameters(), *model.buffers()) if type(tensor.data) is Tensor)
-    return Counter(tensor.untyped_storage().data_ptr() for tensor in tensors if not tensor.is_meta)
+    """Return how often each storage, by its address, is among a model's parameters and buffers.
+
+    A parameter counts once for each of its names: a layer may be in several modules, or under several names.
+    """
+    named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    tensors = (tensor for _, tensor in named if type(tensor.data) is Tensor and not tensor.is_meta)
+    return Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
 
 def _may_move(tensor: nn.Parameter, like: Tensor, storages: Mapping[int, int]) -> bool:
@@ -372,12 +435,24 @@ def _may_move(tensor: nn.Parameter, like: Tensor, storages: Mapping[int, int]) -
         return False
     storage = tensor.untyped_storage()
     is_alone = storage.nbytes() == tensor.nbytes and storages.get(storage.data_ptr(), 0) == 1
-    return is_alone and tensor.is_contiguous()
+    # every CUDA tensor counts as shared
+    return is_alone and tensor.is_contiguous() and (tensor.is_cuda or not tensor.is_shared())
 
 
-def _most_low(num_rows: int, in_features: int) -> int:
-    """Return how many rows of A's may stand behind so many rows of weights."""
-    return max(int(_ROOM * num_rows), _FEW_NUMBERS // in_features)
+def _is_plain_stack(stack: Stack) -> bool:
+    return stack.gains_DO is None and stack.biases_DO is None
+
+
+def _columns_of(stacks: Sequence[Stack]) -> Tensor | None:
+    """Return which column of the group's `A x` each rank has, None where rank k has column k."""
+    if all(stack.columns_K is None for stack in stacks):
+        return None
+    found, start = [], 0
+    for stack in stacks:
+        own = stack.columns_K
+        found.append(start + (torch.arange(len(stack.b_KO), device=stack.b_KO.device) if own is None else own))
+        start += len(stack.a_CI)
+    return torch.cat(found)
 
 
 def _rows_to_align(like: Tensor) -> int:
@@ -386,10 +461,8 @@ def _rows_to_align(like: Tensor) -> int:
     return max(_ALIGNED_COLUMNS, _ALIGNED_BYTES // math.gcd(_ALIGNED_BYTES, row_bytes))
 
 
-def _pointers_of(base: nn.Module) -> tuple[int, int]:
-    """Return the addresses of a layer's weight and bias, 0 where there is none."""
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    return 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _version(x: Tensor) -> int:

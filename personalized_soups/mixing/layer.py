@@ -101,6 +101,11 @@ class MixedLinear(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         with torch.inference_mode(False), torch.no_grad():
             probe = fn(self.stack.a_CI[:1])
+            if self.group is not None and (probe.dtype, probe.device) != (
+                self.stack.a_CI.dtype,
+                self.stack.a_CI.device,
+            ):
+                self.group.dissolve()  # its buffers would keep the memory that is to be freed
             self.put(self.stack.moved(probe.dtype, probe.device))
         return self
 

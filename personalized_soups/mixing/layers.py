@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, count
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from personalized_soups.adapters.library import Expert
 from personalized_soups.merging.parallel import in_order, num_workers
 from personalized_soups.mixing.experts import Members, bare_layer, check_experts
 from personalized_soups.mixing.gates import Gates
-from personalized_soups.mixing.groups import LayerGroup, arranged, group_of, storages_of, units
+from personalized_soups.mixing.groups import LayerGroup, arranged, new_group, storages_of, units
 from personalized_soups.mixing.layer import MixedLinear
 from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.stack import Member, Stack
@@ -37,7 +37,7 @@ class MixedLayers:
         self.gates = Gates()
         self._model = model
         self._layers: dict[str, MixedLinear] = {}
-        self._sizes: list[int] = []
+        self._units: list[list[int]] = []
         self._groups: list[LayerGroup] = []
         self._experts: dict[str, Expert] = {}
         self._stamps: dict[str, int] = {}
@@ -91,7 +91,7 @@ class MixedLayers:
         gone_layers = {self._layers[name] for name, stack in zip(names, stacks, strict=True) if stack is None}
         for group in self._groups:
             if not gone_layers.isdisjoint(group.layers):
-                group.release()
+                group.dissolve()
         self._groups = [group for group in self._groups if gone_layers.isdisjoint(group.layers)]
         for name, stack in zip(names, stacks, strict=True):
             self._put(name, stack)
@@ -99,8 +99,8 @@ class MixedLayers:
         self._stamps = {name: self._stamps.get(name, 0) for name in self._experts}
         for expert in added:
             self.restamp(expert.name)
-        self._regroup()
         self._hook_up()
+        self._regroup()
 
     def follow(self) -> None:
         """Let groups and gates be where the stacks and the base's weights are: models are moved, cast and loaded."""
@@ -111,51 +111,62 @@ class MixedLayers:
             self._lay_out()
 
     def _regroup(self) -> None:
-        """Let layers that read the same input be computed together, as far as they can be, and give all their slots."""
-        found = [unit for names in arranged(self._layers) for unit in units([self._layers[name] for name in names])]
-        before = {group.layers: group for group in self._groups if group.has_these_bases()}
-        for group in self._groups:
-            if group.layers not in found or group.layers not in before:
-                group.release()
-        # a tensor that was made in inference mode could not be changed outside of it
+        """Let layers that read the same input be computed together, as far as they can be, and give all their slots.
+
+        Slots follow the layers' names alone: a mixture that is set holds weights by slot.
+        """
+        names = arranged(self._layers)
+        found = [unit for alike in names for unit in units([self._layers[name] for name in alike])]
+        # a tensor that is made in inference mode could not be changed, or trained, outside of it
         with torch.inference_mode(False), torch.no_grad():
-            self._groups = list(self._grouped(found, before))
-        self._layers = {layer.name: layer for unit in found for layer in unit}
+            before = {group.layers: group for group in self._groups if group.has_these_bases()}
+            for group in self._groups:
+                if group.layers not in found or group.layers not in before:
+                    group.dissolve()
+            self._groups = [before[unit] for unit in found if unit in before]
+            failed = self._group(found, before)
+        self._layers = {name: self._layers[name] for alike in names for name in alike}
         for slot, layer in enumerate(self._layers.values()):
             layer.slot = slot
-        self._sizes = list(map(len, found))
+        self._units = [[layer.slot for layer in unit] for unit in found]
         self._lay_out()
-
-    def _grouped(
-        self, found: Sequence[tuple[MixedLinear, ...]], before: Mapping[tuple[MixedLinear, ...], LayerGroup]
-    ) -> Iterator[LayerGroup]:
-        storages = storages_of(self._model)
-
-        def grouped(unit: tuple[MixedLinear, ...]) -> LayerGroup | torch.OutOfMemoryError | None:
-            try:
-                group = before.get(unit)
-                if group is None:
-                    return group_of(unit, self.gates, storages)
-                if not group.has_these_stacks():
-                    group.hold()
-            except torch.OutOfMemoryError as error:
-                return error
-            return group
-
-        made = list(in_order(grouped, found, num_workers(torch.device("cpu"))))
-        if failed := sum(isinstance(each, torch.OutOfMemoryError) for each in made):
+        if failed:
             warnings.warn(
-                f"the GPU has no room to move the weights of {failed} of {len(found)} groups of layers into one buffer "
-                "each: their layers are computed one by one, which is slower and gives the same answers",
+                f"memory ran out for {failed} of {len(found)} groups of layers: their layers are computed one by one, "
+                "which is slower and gives the same answers",
                 RuntimeWarning,
                 stacklevel=2,
             )
-        if any(layer.stack.a_CI.is_cuda for unit in found for layer in unit):
+
+    def _group(
+        self, found: Sequence[tuple[MixedLinear, ...]], before: Mapping[tuple[MixedLinear, ...], LayerGroup]
+    ) -> int:
+        """Make the groups that are missing, let the others hold the stacks that are new, and return how many failed."""
+        storages = storages_of(self._model)
+
+        def grouped(unit: tuple[MixedLinear, ...]) -> LayerGroup | RuntimeError | None:
+            group = before.get(unit)
+            try:
+                if group is None:
+                    return new_group(unit, self.gates, storages)
+                if not group.has_these_stacks():
+                    group.hold()
+            except RuntimeError as error:  # torch's own, where memory runs out, on a GPU or not
+                if group is not None:
+                    group.dissolve()
+                return error
+            return group
+
+        # on a GPU by the caller alone, on the caller's stream
+        is_on_gpu = any(layer.stack.a_CI.is_cuda for unit in found for layer in unit)
+        made = list(in_order(grouped, found, 1 if is_on_gpu else num_workers(torch.device("cpu"))))
+        if is_on_gpu:
             torch.cuda.empty_cache()  # where the weights stood before
-        return (group for group in made if isinstance(group, LayerGroup))
+        self._groups = [group for group in made if isinstance(group, LayerGroup)]
+        return sum(isinstance(each, RuntimeError) for each in made)
 
     def _lay_out(self) -> None:
-        self.gates.lay_out(list(self._experts), [layer.stack for layer in self._layers.values()], self._sizes)
+        self.gates.lay_out(list(self._experts), [layer.stack for layer in self._layers.values()], self._units)
 
     def restamp(self, name: str) -> None:
         """Let an expert count as another one."""

@@ -510,11 +510,13 @@ class SoupModel:
             self._roster.check_new([expert.name for expert in added])
             if self._base is not None and not self._same_base:
                 check_known_base(added, self._base)
-            # a buffer that was made in inference mode could not be changed outside of it
-            with torch.inference_mode(False), torch.no_grad():
-                self._held.change(added, removed, same_base=self._same_base)
-            self._roster.put(self.experts)
-            self._current.forget(self.experts)
+            try:
+                # a buffer that was made in inference mode could not be changed outside of it
+                with torch.inference_mode(False), torch.no_grad():
+                    self._held.change(added, removed, same_base=self._same_base)
+            finally:  # experts may have changed and a warning of it have become an error
+                self._roster.put(self.experts)
+                self._current.forget(self.experts)
 
 
 def _library(experts: Experts) -> ExpertLibrary:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from personalized_soups import SoupModel
 from personalized_soups.mixing import groups
-from personalized_soups.mixing.groups import LayerGroup, arranged
+from personalized_soups.mixing.groups import LayerGroup, WeightGroup, arranged
 from tests.experts import SHAPES, write_expert
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
 
@@ -564,20 +565,191 @@ def test_packed_sequences_and_beams_have_their_gates_in_groups(model: SoupModel)
         assert relative(model(input_ids=ids).logits, packed) < LOGITS
 
 
-def test_a_base_that_has_no_room_for_a_copy_is_mixed_without_one(
-    folders: list[Path], small_base: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["buffers", "A's", "B's"])
+def test_memory_that_runs_out_leaves_every_layer_right(
+    model: SoupModel,
+    folders: list[Path],
+    small_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    place: str,
 ) -> None:
-    real = LayerGroup._take_weights
-    calls = 0
+    """When groups are made, and when an expert comes to one layer of a group: the others' A's stay what they are."""
+    real_cat, real_init, calls = torch.cat, WeightGroup.__init__, 0
 
-    def full(group: LayerGroup) -> None:
+    def full(*arguments: Any, **keywords: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        real(group)
+        if calls > (1 if place == "B's" else 0):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")  # what a CPU raises
+        return (real_init if place == "buffers" else real_cat)(*arguments, **keywords)
 
-    monkeypatch.setattr(LayerGroup, "_take_weights", full)
-    with pytest.warns(RuntimeWarning, match="no room"):
-        model = open_model(small_base, folders[0].parent)
+    one = write_expert(tmp_path / "more" / "one", seed=9, shapes={Q: SHAPES[Q]})
+    with monkeypatch.context() as patched:
+        if place == "buffers":
+            patched.setattr(WeightGroup, "__init__", full)
+        else:
+            patched.setattr("personalized_soups.mixing.groups.torch.cat", full)
+        with pytest.warns(RuntimeWarning, match="memory ran out"):
+            made = open_model(small_base, folders[0].parent)
+        calls = 0
+        if place != "buffers":
+            with pytest.warns(RuntimeWarning, match="memory ran out"):
+                model.add_expert(one)
+    check_right(made, small_base, folders)
     check_right(model, small_base, folders)
+    if place != "buffers":
+        assert list(model.experts) == ["cold", "one", "plain", "warm"]
+        got = logits(model, IDS[:1], [{"one": 1.0, "cold": 0.5}])
+        want = true_logits(small_base, [*folders, one], {"one": 1.0, "cold": 0.5}, IDS[0])
+        assert relative(got[0], want) < LOGITS
+    for parameter in made.unload().parameters():
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile.module.`:UserWarning")  # it runs a global hook once more
+@pytest.mark.parametrize("change", ["data", "assign", "hook", "global hook"])
+def test_what_is_compiled_and_served_sees_changes_of_the_base(model: SoupModel, change: str) -> None:
+    """Where a profile is served no mixture begins, so what is compiled has to look by itself."""
+    model.serve({"cold": 0.6, "warm": 0.5})
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model.model, backend="eager", dynamic=False)
+
+    def run(called: Any) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = called(input_ids=IDS, use_cache=False).logits
+        return found
+
+    before = run(compiled)
+    layer = model.model.get_submodule(Q).base_layer
+    handle = None
+    if change == "data":
+        layer.weight = nn.Parameter(layer.weight.detach() * 2)
+    elif change == "assign":
+        changed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        changed[f"{Q}.weight"] *= 2
+        model.load_state_dict(changed, assign=True)
+    elif change == "hook":
+        layer.register_forward_hook(_doubled)
+        torch._dynamo.reset()  # guards on hooks are off by default, whatever the layer is
+    else:
+        handle = nn.modules.module.register_module_forward_hook(
+            lambda module, _x, y: 2 * y if module is model.model.get_submodule(Q).base_layer else None
+        )
+        torch._dynamo.reset()
+    try:
+        after = run(compiled)
+        assert relative(after, before) > 1e-3
+        assert relative(after, run(model.model)) < LOGITS
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def test_weights_by_layer_keep_their_layers_while_layers_are_cast(model: SoupModel) -> None:
+    """A mixture that is set holds weights by slot, so that slots must not move with dtypes."""
+    k = model.model.get_submodule(K)
+    with torch.no_grad(), model.mixture({"warm": {"*.k_proj": 1.0}}):
+        want = model(input_ids=IDS).logits
+        k.to(torch.float64)
+        with model.mixture(None):
+            pass
+        k.to(torch.float32)
+        assert relative(model(input_ids=IDS).logits, want) < LOGITS
+
+
+def test_layers_of_several_dtypes_have_gates_of_their_own(model: SoupModel) -> None:
+    block = model.model.model.layers[1].mlp
+    up, down = (model.model.get_submodule(f"model.layers.1.mlp.{name}_proj") for name in ("up", "down"))
+    block.double()
+    with torch.no_grad(), model.mixture(ROWS):
+        x = torch.randn(len(ROWS), 3, 64, dtype=torch.float64)
+        got = down(up(x))
+        up.group = down.group = None
+        assert relative(got, down(up(x))) < LOGITS
+
+
+def test_one_layer_under_two_names_keeps_its_weight(tmp_path: Path, small_base: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = write_expert(tmp_path / "experts" / "warm", seed=3, shapes={Q: SHAPES[Q], K: SHAPES[K]})
+    base: Any = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32).eval()
+    other = base.model.layers[1].self_attn
+    other.k_proj = base.get_submodule(K)
+    model = SoupModel(base, folder.parent)
+    assert not group_of(model).has_weights
+    with torch.no_grad(), model.mixture("warm"):
+        before = model(input_ids=IDS).logits
+        other.k_proj.weight.mul_(2)
+        after = model(input_ids=IDS).logits
+        for layer in model.layers.by_name.values():
+            layer.group = None
+        assert relative(after, model(input_ids=IDS).logits) < LOGITS
+    assert relative(after, before) > 1e-3
+
+
+def test_a_class_that_is_patched_is_called(model: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = logits(model), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * real(self, x))
+    assert relative(logits(model), before) > 1e-3
+    assert relative(logits(model), ungrouped(model)) < LOGITS
+
+
+def test_what_inference_mode_lets_go_can_be_trained(model: SoupModel) -> None:
+    handle = model.model.get_submodule(Q).base_layer.register_forward_hook(lambda *_: None)
+    with torch.inference_mode(), model.mixture(ROWS):
+        model(input_ids=IDS)
+    handle.remove()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert model.model.get_submodule(K).weight.grad is not None
+
+
+def test_a_model_that_is_moved_keeps_nothing_of_what_it_was(model: SoupModel) -> None:
+    layers = model.layers.by_name.values()
+    buffers = [weakref.ref(layer.group._rows_MI) for layer in layers if isinstance(layer.group, WeightGroup)]
+    assert len(buffers) == len(list(layers))
+    model.model.double()
+    gc.collect()
+    assert not any(buffer() is not None for buffer in buffers)
+    assert all(layer.weight.untyped_storage().nbytes() == layer.weight.nbytes for layer in layers)
+    assert model.layers.num_bytes == sum(layer.stack.num_bytes for layer in layers)
+
+
+def test_weights_that_others_share_stay_where_they_are(small_base: Path, folders: list[Path]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base: Any = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float32).eval()
+    base.share_memory()
+    model = SoupModel(base, folders[0].parent)
+    assert all(parameter.is_shared() for parameter in model.model.parameters())
+    check_right(model, small_base, folders)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_functions_of_the_weights_are_computed_by_each_layer(model: SoupModel) -> None:
+    q = model.model.get_submodule(Q)
+    weights = torch.stack([q.base_layer.weight.detach() * factor for factor in (1.0, 2.0)])
+    with torch.no_grad(), model.mixture(ROWS):
+        x = torch.randn(len(ROWS), 3, 64)
+        call = torch.func.functional_call
+        got = torch.func.vmap(lambda weight: call(q, {"base_layer.weight": weight}, (x,)))(weights)
+        assert relative(got[0], q(x)) < LOGITS
+        assert relative(got[1], q(x)) > 1e-2
+
+
+def test_a_warning_that_is_an_error_leaves_experts_and_names_agreed(
+    model: SoupModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_group: LayerGroup) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    more = write_expert(tmp_path / "more" / "anew", seed=9)
+    monkeypatch.setattr(WeightGroup, "hold", full)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeWarning, match="memory ran out"):
+            model.add_expert(more)
+    assert "anew" in model.experts
+    assert model.row("anew").weights == {"anew": 1.0}
+    assert relative(logits(model), ungrouped(model)) < LOGITS
