@@ -236,6 +236,8 @@ class WeightGroup(LayerGroup):
     @property
     def num_spare_bytes(self) -> int:
         """Bytes of the buffer that hold neither weights nor A's: padding, and room for experts that may come."""
+        if not self._pointers:
+            return 0
         num_a = sum(len(stack.a_CI) for stack in self._stacks) if self._a_CI is None else 0
         return (
             (len(self._rows_MI) - sum(self._heights) - num_a) * self._rows_MI.stride(0) * self._rows_MI.element_size()

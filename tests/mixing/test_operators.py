@@ -80,7 +80,7 @@ def test_a_decoder_layer_takes_four_products_for_seven(
     assert added(model, bare) == {"mm": 4 - 7, "mul": 4, "addmm_": 7}
     with model.mixture(list(ROWS)):
         views = sum(step(model.model)[name] for name in VIEWS) - sum(bare[name] for name in VIEWS)
-    assert views / LAYERS <= 17
+    assert views / LAYERS <= 21  # 17 with torch 2.13, 21 with 2.8
     assert step(model.model) == bare
     # each layer by itself
     for layer in model.layers.by_name.values():
