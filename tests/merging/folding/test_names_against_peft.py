@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +180,30 @@ def test_the_folded_model_is_what_peft_merges_into_the_loaded_base(tmp_path: Pat
     assert got.keys() == want.keys()
     for tensor, value in want.items():
         # two products of rank 2, each rounded to float32 a few times, in the norm of what is added up
+        room = 16 * 2.0**-24 * float(before[tensor].norm() + (value - before[tensor]).norm())
+        assert float((got[tensor].double() - value.double()).norm()) <= room, tensor
+
+
+@pytest.mark.parametrize("are_old", [False, True])
+def test_an_adapter_with_the_names_of_older_files_is_placed_by_them(tmp_path: Path, are_old: bool) -> None:
+    """The base's files may have the old or the new names. PEFT 0.21.2 itself loads six of these eight modules."""
+    case = CASES["old names of two towers"]
+    assert case.stored is not None
+    base = write_base(tmp_path / "base", case if are_old else replace(case, stored=None))
+    folder = tmp_path / "experts" / "one"
+    model = load(base, case)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    want = trained(folder, model, case.targets)
+    prefix = "base_model.model."
+    tensors = {name.removeprefix(prefix): value for name, value in load_file(folder / ADAPTER).items()}
+    renames = {f"{prefix}{renamed(name, case.stored)}": value for name, value in tensors.items()}
+    assert not any(f"{prefix}{name}" in renames for name in tensors)
+    save_file(renames, folder / ADAPTER)
+    out = merge_into_base(
+        ExpertLibrary.open(tmp_path / "experts"), Profile(weights={"one": 1.0}), base, tmp_path / "out"
+    )
+    got = load(out, case).state_dict()
+    for tensor, value in want.items():
         room = 16 * 2.0**-24 * float(before[tensor].norm() + (value - before[tensor]).norm())
         assert float((got[tensor].double() - value.double()).norm()) <= room, tensor
 
