@@ -22,6 +22,9 @@ CONFIG_FILE = "adapter_config.json"
 
 _MAX_CONFIG_BYTES = 16 << 20
 
+# LoraConfig's own.
+_DEFAULT_RANK = 8
+
 # Each of them is held against every tensor of the adapter.
 _MAX_NAMES = 1000
 
@@ -73,7 +76,7 @@ class AdapterConfig:
         alpha_pattern, alpha_keys = _pattern(path, table, "alpha_pattern")
         return cls(
             path=path,
-            rank=_whole_number(path, table, "r"),
+            rank=_positive(path, "r", table.get("r", _DEFAULT_RANK)),
             lora_alpha=_number(path, "lora_alpha", table.get("lora_alpha", 8)),
             use_rslora=_flag(path, table, "use_rslora"),
             rank_pattern={key: _positive(path, "rank_pattern", value) for key, value in rank_pattern.items()},
@@ -151,7 +154,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_init(path: Path, init: Any) -> None:
-    if isinstance(init, (bool, str)) and init in PLAIN_INITS:
+    # PEFT initialises nothing where the value is falsy, and takes gaussian in capitals, too
+    if init is None or (isinstance(init, (bool, str)) and init in PLAIN_INITS):
+        return
+    if init == 0 or (isinstance(init, str) and init.lower() == "gaussian"):
         return
     mends = [mend for name, mend in MOVING_INITS.items() if isinstance(init, str) and init.lower().startswith(name)]
     raise _refused(
@@ -227,12 +233,6 @@ def _indices(path: Path, value: Any) -> tuple[int, ...]:
     return tuple(value)
 
 
-def _whole_number(path: Path, table: Mapping[str, Any], key: str) -> int:
-    if key not in table:
-        raise _out_of_place(path, f"the key {key!r} is missing")
-    return _positive(path, key, table[key])
-
-
 def _positive(path: Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 1 << 31:
         raise _out_of_place(path, f"{key}: {str(value)[:80]!r} is not a positive whole number")
@@ -246,7 +246,9 @@ def _number(path: Path, key: str, value: Any) -> float:
 
 
 def _flag(path: Path, table: Mapping[str, Any], key: str) -> bool:
-    value = table.get(key, False)
+    value = table.get(key)
+    if value is None or (type(value) is int and value in {0, 1}):  # as PEFT reads them
+        return bool(value)
     if not isinstance(value, bool):
         raise _out_of_place(path, f"{key}: {str(value)[:80]!r} is neither true nor false")
     return value

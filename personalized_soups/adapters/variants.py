@@ -28,12 +28,15 @@ HARMLESS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A variant of LoRA that is not merged: its name, why, what to do, and what the key says where it is off."""
+    """A variant of LoRA that is not merged: its name, why, what to do, and what the key says where it is off.
+
+    An empty table is the variant with its defaults (peft.tuners.lora.config._get_lora_subconfig), but for a few keys.
+    """
 
     name: str
     why: str
     mend: str
-    off: tuple[Any, ...] = (None, {})
+    off: tuple[Any, ...] = (None,)
 
 
 _CONVERT = (
@@ -52,7 +55,7 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType({
     ),
     "megatron_config": Refusal(
         "Megatron's parallel layers", "each process saves its own slice of the factors",
-        _RETRAIN.format("megatron_config"),
+        _RETRAIN.format("megatron_config"), (None, {}),
     ),
     "use_qalora": Refusal(
         "QALoRA", "A acts on sums over groups of a quantised layer's inputs",
@@ -60,7 +63,7 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType({
     ),
     "loftq_config": Refusal(
         "LoftQ", "its factors hold what the quantised base lost, so they fit that base alone",
-        "train the expert with init_lora_weights=True (QLoRA) on the base itself",
+        "train the expert with init_lora_weights=True (QLoRA) on the base itself", (None, {}),
     ),
     "kasa_config": Refusal(
         "KaSA", "it cuts the base's smallest singular values off and scales each rank by a trained number",
@@ -77,7 +80,7 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType({
     ),
     "use_bdlora": Refusal(
         "BD-LoRA", "its factors are saved as the blocks of a block-diagonal matrix", _RETRAIN.format("use_bdlora"),
-        (None, False, {}),
+        (None, False),
     ),
 })  # fmt: skip
 

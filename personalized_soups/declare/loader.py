@@ -23,6 +23,7 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from personalized_soups.declare.declared import Declared, KeyPath, Places, dotted
 from personalized_soups.declare.faults import declaration_error
 from personalized_soups.errors import DeclarationError
+from personalized_soups.files.regular import check_no_lfs_pointer
 
 T = TypeVar("T", bound=Declared)
 
@@ -92,6 +93,7 @@ def read_text(path: Path) -> str:
         raise DeclarationError(
             f"the file cannot be read: {error.strerror}", where=str(path), mend="give a readable YAML or JSON file"
         ) from error
+    check_no_lfs_pointer(data, path)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import BaseRecord, read_expert_record, read_soup_record
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, UsageError, choose_from
 from personalized_soups.files.reader import SafetensorsFile
+from personalized_soups.files.regular import check_no_lfs_pointers
 from personalized_soups.generation.quiet import quiet_transformers
 
 if TYPE_CHECKING:
@@ -238,6 +239,7 @@ def check_base(base: str | Path, **place: Any) -> dict[str, Any]:
                 where=str(base),
                 mend="give the folder that holds config.json and the safetensors files",
             )
+        check_no_lfs_pointers(folder)
         return {}
     if isinstance(base, Path) or str(base).startswith((".", "/", "~")) or str(base).count("/") > 1:
         raise InputError(

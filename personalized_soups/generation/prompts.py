@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from personalized_soups.errors import InputError
+from personalized_soups.files.regular import check_no_lfs_pointer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,11 +138,13 @@ def read_asked_prompts(path: Path) -> list[AskedPrompt]:
         InputError: as read_prompts, and where a user is no name.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        content = path.read_bytes()
     except OSError as fault:
         raise InputError(
             f"the prompts can't be read: {fault.strerror}", where=str(path), mend="check the path"
         ) from fault
+    check_no_lfs_pointer(content, path)
+    lines = content.split(b"\n")
     prompts = [_prompt_of(line, path=path, number=number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
         raise InputError("the file holds no prompt", where=str(path), mend="write one prompt a line")

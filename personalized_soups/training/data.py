@@ -19,6 +19,7 @@ from blake3 import blake3
 
 from personalized_soups.errors import InputError
 from personalized_soups.files.atomic import new_file
+from personalized_soups.files.regular import check_no_lfs_pointer
 from personalized_soups.training.messages import Message, check_answer, read_messages, spoken
 
 FIELDS = ("prompt", "chosen", "rejected")
@@ -77,6 +78,7 @@ def read_preferences(path: Path) -> Preferences:
         raise InputError(
             f"the preference data can't be read: {fault.strerror}", where=str(path), mend="check the path"
         ) from fault
+    check_no_lfs_pointer(content, path)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(
             "the file is UTF-16, not UTF-8", where=f"{path}:1", mend="save it as UTF-8: iconv -f utf-16 -t utf-8"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from personalized_soups.adapters.lora import LoraAdapter
@@ -40,6 +40,14 @@ def saved(folder: Path, model: nn.Module, *, seed: int = 0, **config: Any) -> Sa
         wrapped.save_pretrained(str(folder))
         merged = wrapped.merge_and_unload().state_dict()
     return Saved(folder, base, {name: tensor.clone() for name, tensor in merged.items()})
+
+
+def reloaded(folder: Path, model: nn.Module) -> Tensors:
+    """Return what PEFT makes of a base and an adapter folder."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged: Tensors = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().state_dict()
+    return merged
 
 
 def rebuilt(folder: Path, base: Tensors) -> Tensors:

@@ -10,6 +10,7 @@ import pytest
 
 from personalized_soups.adapters.config import AdapterConfig
 from personalized_soups.errors import FileFormatError, InputError, UnsupportedAdapterError
+from tests import oracles
 from tests.experts import write_config
 
 
@@ -33,7 +34,6 @@ def test_initialisations_that_leave_the_base_alone_are_taken(tmp_path: Path, ini
         ("lora_ga", "convert it to plain LoRA"),
         ("loftq", "train the expert with"),
         ("tomorrow", "train the expert with"),
-        (None, "train the expert with"),
         (1, "train the expert with"),
     ],
 )
@@ -42,6 +42,73 @@ def test_every_other_initialisation_is_refused_by_name(tmp_path: Path, init: Any
         opened(tmp_path, init_lora_weights=init)
     assert caught.value.mend.startswith(mend)
     assert caught.value.where == str(tmp_path / "adapter_config.json")
+
+
+# What PEFT reads as well as what it writes itself.
+ODD: dict[str, dict[str, Any]] = {
+    "flags of null": dict.fromkeys(["use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"]),
+    "flags of 0": dict.fromkeys(["use_rslora", "use_dora", "fan_in_fan_out", "lora_bias", "ensure_weight_tying"], 0),
+    "a flag of 1": {"use_rslora": 1},
+    "no initialisation": {"init_lora_weights": None},
+    "initialisation 0": {"init_lora_weights": 0},
+    "capitals": {"init_lora_weights": "Gaussian"},
+    "no rank": {"r": ...},
+    "no alpha": {"lora_alpha": ...},
+    "alpha of a fraction": {"lora_alpha": 6.5},
+    "nothing else": dict.fromkeys(["modules_to_save", "trainable_token_indices", "layer_replication", "task_type"]),
+}
+# What PEFT refuses, or reads as something else than it seems to say.
+WRONG: dict[str, dict[str, Any]] = {
+    "a flag of text": {"use_rslora": "false"},
+    "a rank that is no whole number": {"r": 8.0},
+    "a rank of null": {"r": None},
+    "alpha of text": {"lora_alpha": "6"},
+    "alpha of null": {"lora_alpha": None},
+    "modules of text": {"modules_to_save": "norm"},
+    "a type in small letters": {"peft_type": "lora"},
+    "KaSA with its defaults": {"kasa_config": {}},
+    "Arrow with its defaults": {"arrow_config": {}},
+    "VeLoRA with its defaults": {"velora_config": {}},
+    "MonteCLoRA with its defaults": {"monteclora_config": {}},
+    "BD-LoRA with its defaults": {"use_bdlora": {}},
+}
+
+
+def test_what_peft_reads_is_read_alike(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from tests.adapters.peft_oracle import rebuilt, reloaded, saved
+    from tests.adapters.test_against_peft import llama
+
+    base = llama().state_dict()
+
+    def make() -> Any:
+        model = llama()
+        model.load_state_dict(base)
+        return model
+
+    case = saved(tmp_path, make(), target_modules=["q_proj"], r=8)
+    path = tmp_path / "adapter_config.json"
+    written = json.loads(path.read_text())
+    for name, odd in ODD.items():
+        path.write_text(json.dumps({key: value for key, value in {**written, **odd}.items() if value is not ...}))
+        want, got = reloaded(tmp_path, make()), rebuilt(tmp_path, case.base)
+        for tensor, merged in want.items():
+            # PEFT rounds the product, its scaling and the sum to float32, each once an element of rank 8
+            room = 16 * 2.0**-24 * float((case.base[tensor].double().abs() + merged.double().abs()).norm())
+            assert float((got[tensor] - merged.double()).norm()) <= room, (name, tensor)
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_means_something_else_to_peft_is_refused(tmp_path: Path, kind: str) -> None:
+    with pytest.raises((FileFormatError, UnsupportedAdapterError), match=next(iter(WRONG[kind]))):
+        opened(tmp_path, **WRONG[kind])
+
+
+def test_a_git_lfs_pointer_is_named_with_the_command(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(oracles.LFS_POINTER)
+    with pytest.raises(FileFormatError, match="this is a Git LFS pointer") as caught:
+        AdapterConfig.open(tmp_path)
+    assert "git lfs pull" in caught.value.mend
 
 
 REFUSED = {
