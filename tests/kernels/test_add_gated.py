@@ -196,7 +196,8 @@ def test_inductor_calls_the_operator_and_copies_no_product(
     torch._dynamo.reset()
     compiled: Any = torch.compile(model.model, fullgraph=True, dynamic=False)
     ids = random_ids(4, 5)
-    with torch.no_grad(), model.mixture(ROWS):
+    # by this process: a pool of compilers takes longer to start than to compile
+    with torch._inductor.config.patch(compile_threads=1), torch.no_grad(), model.mixture(ROWS):
         got, (code,) = run_and_get_code(lambda: compiled(input_ids=ids, use_cache=False).logits)
     for row, weights in enumerate(ROWS):
         assert relative(got[row], true_logits(small_base, folders, weights, ids[row])) < LOGITS

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,29 +13,14 @@ from torch import Tensor
 from personalized_soups.kernels import launching, scale_columns, weighted_sums
 from personalized_soups.merging.live.buffers import ColumnScale, Product, RowSum
 from personalized_soups.methods.product import sums_of_stack
+from tests.kernels.interpreter import needs_triton, num_passed
 
-HERE = Path(__file__).parent
 LAUNCHERS = [weighted_sums, scale_columns]
-
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton has no build for this platform"
-)
 
 
 @needs_triton
 def test_the_kernels_in_tritons_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "interpreted_sums.py")],
-        cwd=HERE.parent.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-2000:]
-    counted = re.search(r"(\d+) passed", done.stdout)
-    assert counted is not None
-    assert int(counted[1]) == 126
+    assert num_passed("interpreted_sums.py") == 126
 
 
 @pytest.fixture
