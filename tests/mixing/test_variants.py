@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from personalized_soups import ExpertLibrary, SoupModel
 from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
+from personalized_soups.mixing.experts import check_experts
+from personalized_soups.mixing.gates import Gates
 from tests import oracles
 from tests.experts import SHAPES, write_adapter, write_expert
 from tests.mixing.worlds import LOGITS, float64_model, open_model, random_ids, relative
@@ -214,6 +216,24 @@ def test_an_expert_of_other_shapes_does_not_fit(tmp_path: Path, small_base: Path
         open_model(small_base, tmp_path / "experts")
     with pytest.raises(IncompatibleExpertsError, match=r"layers\.9\.self_attn\.q_proj is missing"):
         open_model(small_base, tmp_path / "others")
+
+
+def test_a_name_that_the_model_does_not_have_is_shown_with_the_models(tmp_path: Path, small_base: Path) -> None:
+    apart = "model.language_model.layers.0.self_attn.q_proj"
+    write_expert(tmp_path / "experts" / "far", shapes={apart: (64, 64)})
+    with pytest.raises(IncompatibleExpertsError) as caught:
+        open_model(small_base, tmp_path / "experts")
+    assert f"{apart} is missing (did you mean 'model.layers.0.self_attn.q_proj'?)" in caught.value.what
+
+
+def test_two_modules_of_an_expert_on_one_layer_are_refused(tmp_path: Path) -> None:
+    """PEFT wraps a layer that a model has under two names once."""
+    layer = nn.Linear(8, 8)
+    model = nn.ModuleDict({"one": layer, "two": layer})
+    write_expert(tmp_path / "experts" / "far", shapes={"one": (8, 8), "two": (8, 8)})
+    experts = list(ExpertLibrary.open(tmp_path / "experts").values())
+    with pytest.raises(IncompatibleExpertsError, match="one and two are one layer of the model"):
+        check_experts(experts, model, Gates(), same_base=True)
 
 
 def test_an_expert_that_records_another_base_is_refused(tmp_path: Path, small_base: Path) -> None:

@@ -286,11 +286,10 @@ def test_every_model_whose_names_overlap_is_known() -> None:
     """transformers has a renaming of its own for names of which one is a source and another's target."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import GroupWeightRename
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     groups = {
         kind: [each for each in get_checkpoint_conversion_mapping(kind) or [] if isinstance(each, GroupWeightRename)]
-        for kind in CONFIG_MAPPING_NAMES
+        for kind in transformers.CONFIG_MAPPING
     }
     assert {kind for kind, own in groups.items() if own} == SHIFTED_NAMES
     block = "vision_tower.encoder.blocks.0.mlp"
