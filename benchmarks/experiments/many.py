@@ -19,7 +19,7 @@ from benchmarks.experiments.experiment import (
     scaled,
     spans,
 )
-from benchmarks.measure import Run, Way, script
+from benchmarks.measure import Way, script
 from benchmarks.profiles import random_weights, write_lines
 from benchmarks.rows import Bar, Row
 from benchmarks.shapes import BYTES_OF, NUM_EXPERTS, Scale
@@ -54,14 +54,6 @@ _ARITHMETIC = (
         bar=Bar("at least", 0.75),
     ),
 )
-_GPU = (
-    Row(
-        "many-gpu",
-        f"merge_many, {_USERS} profiles, without imports",
-        "bytes over PCIe bandwidth",
-        part="gpu",
-    ),
-)
 _GPU_ARITHMETIC = (
     Row(
         "many-gpu-arithmetic",
@@ -83,7 +75,6 @@ def experiments(scale: Scale) -> list[Experiment]:
     return [
         Experiment(_ROWS, _run, parts, scratch),
         Experiment(_ARITHMETIC, _run_arithmetic, (), 0),
-        Experiment(_GPU, _run_gpu, parts, scratch, needs_gpu=True),
         Experiment(_GPU_ARITHMETIC, _run_gpu_arithmetic, (), 0, needs_gpu=True),
     ]
 
@@ -141,16 +132,6 @@ def _copy(name: str, num_bytes: int, threads: int) -> Way:
     return Way(name, lambda _: script("memory_copy", num_bytes=num_bytes, threads=threads))
 
 
-def _run_gpu(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
-    shape = context.scale.main
-    experts = context.world.experts(shape, "shared")
-    runs = context.measure(
-        Way("ours", lambda out: script("ours_many", experts=experts, count=_USERS, out=out, device="cuda"), [experts]),
-        Way("back", lambda _: script("memory_copy", num_bytes=_BANDWIDTH_BYTES, source="cuda")),
-    )
-    yield filled(rows["many-gpu"], spans(runs["ours"]), _coming_back(runs["back"], shape.expert_bytes * _USERS))
-
-
 def _run_gpu_arithmetic(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
     values = context.scale.main.expert_bytes // BYTES_OF["F32"]
     product = {"experts": NUM_EXPERTS, "users": _USERS, "values": values, "device": "cuda"}
@@ -160,9 +141,3 @@ def _run_gpu_arithmetic(context: Context, rows: Mapping[str, Row]) -> Iterator[R
         Way("copy", lambda _: script("memory_copy", **on_gpu)),
     )
     yield filled(rows["many-gpu-arithmetic"], rates(runs["product"]), rates(runs["copy"]))
-
-
-def _coming_back(runs: list[Run] | Exception, num_bytes: int) -> Figures:
-    if isinstance(runs, Exception):
-        return runs
-    return [num_bytes / run.report["bytes_per_second"] for run in runs]

@@ -40,12 +40,11 @@ class Share:
 
 _SHARES = {
     "base-gpu": Share(25, 1),  # reads and writes 2 GB in each run
-    "many-gpu": Share(15, 1),
     "many-gpu-arithmetic": Share(20, 2),
     "live-free-gpu": Share(25, 2),
     "live-shared-gpu": Share(25, 2),
-    "mixing-gpu-linear": Share(20, 1),
-    "mixing-gpu": Share(80, 1),  # compiles a model of 32 layers into CUDA graphs, ours and the bare one
+    "mixing-gpu-linear": Share(30, 1),
+    "mixing-gpu": Share(85, 1),  # compiles a model of 32 layers into CUDA graphs, ours and the bare one
 }
 _DEFAULT_SHARE = Share(20, 1)
 

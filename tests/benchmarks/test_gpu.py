@@ -155,7 +155,7 @@ def test_a_row_without_a_result_says_why_and_the_others_are_written(
             return replace(good, report={"processor": "some", "gpu": "NVIDIA Test, 1 GiB"})
         if stage.name == "mixing-gpu":
             return replace(good, state="timed out", seconds=limit, limit=85.0)
-        if stage.name == "many-gpu":
+        if stage.name == "live-free-gpu":
             return replace(good, state="failed", output=["Traceback", "OSError: no such file", ""])
         if stage.name == "tests/merging":
             return replace(good, skipped=["tests/merging/test_x.py:1: hypothesis is not installed"])
@@ -170,15 +170,15 @@ def test_a_row_without_a_result_says_why_and_the_others_are_written(
     assert [row["name"] for row in result["rows"]] == GPU_ROWS
     notes = {row["name"]: row["note"] for row in result["rows"] if row["note"]}
     assert notes == {
-        "many-gpu": "failed: OSError: no such file",
+        "live-free-gpu": "failed: OSError: no such file",
         "mixing-gpu": "failed: no result within 85 s",
     }
     states = {stage["name"]: stage["state"] for stage in result["stages"]}
-    assert {name for name, state in states.items() if state != "passed"} == {"many-gpu", "mixing-gpu"}
+    assert {name for name, state in states.items() if state != "passed"} == {"live-free-gpu", "mixing-gpu"}
     text = page.read_text(encoding="utf-8")
     assert "- gpu: NVIDIA Test, 1 GiB" in text
     assert "- mixing-gpu: failed: no result within 85 s" in text
-    assert text.count("| 9 GB/s ") == 3  # both of LiveAdapter, and merge_many's arithmetic
+    assert text.count("| 9 GB/s ") == 2  # LiveAdapter's other kind, and merge_many's arithmetic
     assert "GPU: NVIDIA Test, 1 GiB" in printed.err
     assert "these packages are not installed: hypothesis" in printed.err
 
