@@ -117,7 +117,8 @@ class SoupModel:
         library = _library(experts)
         chosen = choose_device(device)
         tokenizer = load_tokenizer(base)
-        if not same_base:
+        # what the hub holds has no fingerprint before it is downloaded: then the model's own check comes after
+        if not same_base and Path(base).is_dir():
             check_known_base(list(library.values()), base)
         model = load_base(base, device=chosen, dtype=dtype, **options).eval()
         return cls(model, library, tokenizer=tokenizer, base=base, same_base=same_base)

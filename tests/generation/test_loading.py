@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
-from personalized_soups.errors import InputError
+from personalized_soups.adapters.fingerprint import base_fingerprint
+from personalized_soups.errors import IncompatibleExpertsError, InputError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.loading import check_base
 from personalized_soups.mixing.model import SoupModel
@@ -61,6 +63,18 @@ def test_a_model_in_the_cache_is_loaded_where_the_hub_does_not_answer(hub: Hub) 
         hub.requests.clear()
         assert Generator.open(MODEL, device="cpu").answers(["wash"], max_new_tokens=4, greedy=True) == from_hub
         assert hub.asked_for_model == [f"HEAD /{MODEL}/resolve/main/config.json"] * 2  # for the tokenizer, the model
+
+
+def test_experts_that_record_a_base_are_held_against_the_hubs(hub: Hub, small_base: Path, tmp_path: Path) -> None:
+    """Its fingerprint can be known once the model is there, not before."""
+    own, other = (write_expert(tmp_path / name / "warm", seed=1) for name in ("own", "other"))
+    for folder, fingerprint in ((own, base_fingerprint(small_base)), (other, "ab" * 32)):
+        record = {"side": "warm", "base": {"name": "b", "fingerprint": fingerprint}}
+        (folder / "expert.json").write_text(json.dumps(record))
+    assert list(SoupModel.from_pretrained(MODEL, own.parent, device="cpu").experts) == ["warm"]
+    assert any(request.startswith("GET ") and request.endswith("/model.safetensors") for request in hub.requests)
+    with pytest.raises(IncompatibleExpertsError, match="warm was trained on"):
+        SoupModel.from_pretrained(MODEL, other.parent, device="cpu")
 
 
 def test_a_folder_of_that_name_comes_first(
