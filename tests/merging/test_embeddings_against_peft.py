@@ -287,3 +287,23 @@ def test_a_head_of_another_shape_is_never_the_embedding(tmp_path: Path, rows: in
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     want = ("model.embed_tokens.weight", "lm_head.weight") if rows == V else None
     assert BaseModel.open(base).tied == want
+
+
+@pytest.mark.parametrize("change", ["one less", "one more"])
+def test_a_base_is_folded_whose_index_differs_from_its_shards(tmp_path: Path, change: str) -> None:
+    base = tmp_path / "base"
+    model: Any = llama(V, tied=True)
+    quietly(lambda: model.save_pretrained(base, max_shard_size="6KB"))
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    if change == "one less":
+        del index["weight_map"]["model.embed_tokens.weight"]
+    else:
+        index["weight_map"]["model.layers.9.gone"] = next(iter(index["weight_map"].values()))
+    path.write_text(json.dumps(index))
+    # the output embedding gets a tensor of its own, so that the index is written anew
+    expert = write_expert(tmp_path / "expert", base, KINDS["tokens of the head"])
+    library, profile = ExpertLibrary.open(expert), Profile(weights={"expert": 1.0})
+    with pytest.warns(RuntimeWarning, match="What the shards hold is read"):
+        folded = merge_into_base(library, profile, base, tmp_path / "out")
+    check(effects(loaded(folded)), effects(loaded(base, expert)), effects(loaded(base)))
