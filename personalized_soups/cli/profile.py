@@ -291,13 +291,10 @@ def _new_file(path: Path, *, overwrite: bool) -> Iterator[TextIO]:
         raise OutputExistsError(
             "the output is there already", where=str(path), mend="name another file, or pass --overwrite"
         )
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with scratch.open("x", encoding="utf-8", newline="\n") as file:
-            yield file
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    from personalized_soups.files.atomic import new_file
+
+    with new_file(path) as scratch, scratch.open("w", encoding="utf-8", newline="\n") as file:
+        yield file
 
 
 def _fields(profile: Profile) -> dict[str, Any]:
