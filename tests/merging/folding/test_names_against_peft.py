@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from personalized_soups import ExpertLibrary, Profile, merge_into_base
 from personalized_soups.errors import IncompatibleExpertsError
+from personalized_soups.merging.folding.base import BaseModel
 from personalized_soups.merging.folding.stored_names import SHIFTED_NAMES
 from tests import oracles
 
@@ -280,6 +281,15 @@ def test_parameters_that_transformers_computes_from_several_tensors_are_refused_
     ) as caught:
         merge_into_base(library, Profile(weights={"one": 1.0}), tmp_path / "base", tmp_path / "out")
     assert "model.layers.0.mlp.experts.0.gate_proj.weight" in caught.value.what
+
+
+def test_a_tensor_that_transformers_computes_from_a_single_one_is_not_that_one(tmp_path: Path) -> None:
+    moe = {"num_experts": 1, "moe_intermediate_size": 8, "num_experts_per_tok": 1, "decoder_sparse_step": 1}
+    config = transformers.Qwen3MoeConfig(**text("qwen3_moe", **moe))
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    model = BaseModel.open(tmp_path)
+    assert "model.layers.0.mlp.experts.0.down_proj.weight" in model.checkpoint
+    assert model.find("model.layers.0.mlp.experts.down_proj") is None
 
 
 def test_every_model_whose_names_overlap_is_known() -> None:
