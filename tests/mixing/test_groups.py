@@ -601,6 +601,9 @@ def test_memory_that_runs_out_leaves_every_layer_right(
     check_right(model, small_base, folders)
     if place != "buffers":
         assert list(model.experts) == ["cold", "one", "plain", "warm"]
+        # what was compiled before would go on with what a group held
+        assert model.layers.by_name[Q].group is model.layers.by_name[K].group is None
+        assert model.model.get_submodule(Q).weight.untyped_storage().nbytes() == 4 * 64 * 64
         got = logits(model, IDS[:1], [{"one": 1.0, "cold": 0.5}])
         want = true_logits(small_base, [*folders, one], {"one": 1.0, "cold": 0.5}, IDS[0])
         assert relative(got[0], want) < LOGITS
