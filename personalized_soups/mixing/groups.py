@@ -56,7 +56,7 @@ _FEW_NUMBERS = 1 << 17
 # memory-mapped base would become private memory.
 _MOST_NUMBERS_ON_CPU = 1 << 20
 
-# Who changes what all linear layers do, changes it here too.
+# `is_hooked` compares with it: code that patches nn.Linear.forward must be called.
 _FORWARD = nn.Linear.forward
 
 
@@ -259,18 +259,23 @@ class WeightGroup(LayerGroup):
         b_P = torch.cat([stack.b_KO.flatten() for stack in stacks])
         parts = b_P.split([stack.b_KO.numel() for stack in stacks])
         blocks = [part.view_as(stack.b_KO) for part, stack in zip(parts, stacks, strict=True)]
-        self._blocks = BlockDiagonal.of(blocks, self._starts, _columns_of(stacks))
-        if self._first_a + len(a_CI) <= len(self._rows_MI):
-            a_CI = self._rows_MI[self._first_a : self._first_a + len(a_CI)].copy_(a_CI)
-            self._a_CI = None
-            self._factors_MI = self._rows_MI[: self._first_a + self._padded(len(a_CI))]
-        else:
-            self._a_CI = a_CI
-            self._factors_MI = self._rows_MI[: self._first_a]
-        self._offsets_M = None if self._bias_M is None else self._bias_M[: len(self._factors_MI)]
-        a_parts = a_CI.split([len(stack.a_CI) for stack in stacks])
-        for layer, stack, a_part, b_KO in zip(self.layers, stacks, a_parts, blocks, strict=True):
-            layer.put(replace(stack, a_CI=a_part, b_KO=b_KO))
+        factors = BlockDiagonal.of(blocks, self._starts, _columns_of(stacks))
+        end = self._first_a + len(a_CI)
+        is_within = end <= len(self._rows_MI)
+        held_CI = self._rows_MI[self._first_a : end] if is_within else a_CI
+        a_parts = held_CI.split([len(stack.a_CI) for stack in stacks])
+        fresh = [
+            replace(stack, a_CI=a_part, b_KO=b_KO) for stack, a_part, b_KO in zip(stacks, a_parts, blocks, strict=True)
+        ]
+        wholes = [stack.whole() for stack in fresh]
+        if is_within:
+            held_CI.copy_(a_CI)
+        self._blocks, self._a_CI = factors, None if is_within else a_CI
+        num_rows = self._first_a + (self._padded(len(a_CI)) if is_within else 0)
+        self._factors_MI = self._rows_MI[:num_rows]
+        self._offsets_M = None if self._bias_M is None else self._bias_M[:num_rows]
+        for layer, stack, whole in zip(self.layers, fresh, wholes, strict=True):
+            layer.put(stack, whole)
         self._stacks = tuple(layer.stack for layer in self.layers)
         self._num_a = len(a_CI)
         # each layer's outputs, each with its padding behind it, and then the A's

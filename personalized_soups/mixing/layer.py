@@ -47,10 +47,10 @@ class MixedLinear(nn.Module):
         self._register_load_state_dict_pre_hook(self._named_as_held)  # type: ignore[no-untyped-call]
         self.put(stack)
 
-    def put(self, stack: Stack) -> None:
-        """Hold another stack."""
+    def put(self, stack: Stack, whole: Span | None = None) -> None:
+        """Hold another stack; `whole` is its `whole()`, where that is made already."""
+        self._whole = (stack.whole() if whole is None else whole,)
         self.stack = stack
-        self._whole = (stack.whole(),)
         self._spans: dict[frozenset[str], tuple[Span, ...]] = {}
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:

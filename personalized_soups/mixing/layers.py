@@ -87,7 +87,7 @@ class MixedLayers:
             return self._stack_of(name, fresh.of(name) if name in fresh.modules else [], gone)
 
         stacks = list(in_order(stack_of, names, num_workers(torch.device("cpu"))))
-        # nothing can fail from here on
+        # from here on nothing raises, except a warning that the user has turned into an error
         gone_layers = {self._layers[name] for name, stack in zip(names, stacks, strict=True) if stack is None}
         for group in self._groups:
             if not gone_layers.isdisjoint(group.layers):
