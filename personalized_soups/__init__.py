@@ -13,10 +13,10 @@ from personalized_soups.errors import SoupError
 if TYPE_CHECKING:
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.declare.profile import Profile, load_profile
-    from personalized_soups.merging.adapter import merge
-    from personalized_soups.merging.folding.into_base import merge_into_base
     from personalized_soups.merging.live.adapter import LiveAdapter
-    from personalized_soups.merging.many import merge_many
+    from personalized_soups.merging.writing.adapter import merge
+    from personalized_soups.merging.writing.into_base import merge_into_base
+    from personalized_soups.merging.writing.many import merge_many
     from personalized_soups.mixing.model import SoupModel
 
 __version__ = "0.1.0"
@@ -40,9 +40,9 @@ _HOME = {
     "Profile": "personalized_soups.declare.profile",
     "SoupModel": "personalized_soups.mixing.model",
     "load_profile": "personalized_soups.declare.profile",
-    "merge": "personalized_soups.merging.adapter",
-    "merge_into_base": "personalized_soups.merging.folding.into_base",
-    "merge_many": "personalized_soups.merging.many",
+    "merge": "personalized_soups.merging.writing.adapter",
+    "merge_into_base": "personalized_soups.merging.writing.into_base",
+    "merge_many": "personalized_soups.merging.writing.many",
 }
 
 

@@ -79,8 +79,8 @@ def test_one_live_model_gives_every_user_an_answer(capsys: pytest.CaptureFixture
 def test_the_openai_client_gets_a_stored_profiles_answer_and_one_of_the_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from personalized_soups.serving.app import Settings
-    from personalized_soups.serving.batching.batcher import Limits
+    from personalized_soups.serving.engine.batcher import Limits
+    from personalized_soups.serving.web.app import Settings
     from personalized_soups.tiny import BASE_FOLDER
     from tests.serving.servers import running
 
@@ -107,11 +107,15 @@ def test_the_openai_client_gets_a_stored_profiles_answer_and_one_of_the_moment(
 
 
 def test_every_command_and_file_that_the_readme_names_is_there() -> None:
-    from personalized_soups.cli.app import COMMAND_MODULES
+    from personalized_soups.cli.app import COMMAND_GROUPS
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     commands = set(re.findall(r"psoups ([a-z]+)", readme))
-    assert {"pairs", "train", "merge", "generate", "inspect"} <= commands <= set(COMMAND_MODULES)
+    assert (
+        {"pairs", "train", "merge", "generate", "inspect"}
+        <= commands
+        <= {name for names in COMMAND_GROUPS.values() for name in names}
+    )
     linked = [target for target in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in target]
     assert [target for target in linked if not (ROOT / target).exists()] == []
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

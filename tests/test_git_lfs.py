@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from personalized_soups import ExpertLibrary, Profile, merge_into_base
+from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.declare.profile import load_profile
@@ -16,11 +17,10 @@ from personalized_soups.errors import FileFormatError
 from personalized_soups.files.digest import digest_file
 from personalized_soups.generation.loading import load_base, load_tokenizer
 from personalized_soups.generation.prompts import read_prompts
-from personalized_soups.merging.folding.base import BaseModel
 from personalized_soups.training.data import read_preferences
 from tests import oracles
 from tests.experts import write_expert
-from tests.merging.folding.test_into_base import write_base
+from tests.merging.writing.test_into_base import write_base
 
 
 def load_weights(folder: Path) -> Any:

@@ -78,7 +78,7 @@ def test_the_suite_is_collected_without_the_optional_packages() -> None:
     # a reason names one of the absent packages
     reasons = {f"Skipped: {name} is not installed" for name in ABSENT}
     assert {reason for reason in found["skipped"].values() if reason not in reasons} == set()
-    assert found["skipped"]["tests/users/test_store.py"] in reasons
+    assert found["skipped"]["tests/users/profiles/test_store.py"] in reasons
     # files with tests for a GPU are collected, and `make gpu` runs their folders
     collected = {node.partition("::")[0] for node in found["tests"]}
     for_gpu = {node.partition("::")[0] for node, is_gpu in found["tests"].items() if is_gpu}
@@ -100,7 +100,7 @@ def test_the_suite_is_collected_without_the_optional_packages() -> None:
 def test_an_extra_can_be_required() -> None:
     found = _collected(("sqlalchemy",), "--require-extras", "tests/users")
     assert found["code"] == pytest.ExitCode.INTERRUPTED
-    assert "tests/users/test_store.py" in found["failed"]
+    assert "tests/users/profiles/test_store.py" in found["failed"]
     assert found["skipped"] == {}
 
 

@@ -28,8 +28,8 @@ def main(experts: int, users: int, values: int, device: str = "cpu") -> None:
         give_up("no GPU here")
     sums = found("personalized_soups.methods.product", "BlockSums")()  # what merge_many multiplies with
     weighted_sums = found("personalized_soups.methods.product", "weighted_sums")
-    in_order = found("personalized_soups.merging.parallel", "in_order")
-    num_workers = found("personalized_soups.merging.parallel", "num_workers")
+    in_order = found("personalized_soups.launching.threads", "in_order")
+    num_workers = found("personalized_soups.launching.threads", "num_workers")
     size = values if device == "cuda" else _MODULE
     modules = [
         [torch.randn(min(size, values - start), device=device) for _ in range(experts)]

@@ -8,7 +8,7 @@ import time
 
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
-from personalized_soups.merging.adapter import merge
+from personalized_soups.merging.writing.adapter import merge
 
 
 def main(experts: str, weights: dict[str, float], out: str, rank: int | None = None) -> None:

@@ -11,7 +11,7 @@ import torch
 from benchmarks.ways.presence import give_up
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
-from personalized_soups.merging.folding.into_base import merge_into_base
+from personalized_soups.merging.writing.into_base import merge_into_base
 
 
 def main(experts: str, weights: dict[str, float], base: str, out: str, device: str = "cpu") -> None:

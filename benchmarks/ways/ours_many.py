@@ -16,7 +16,7 @@ from personalized_soups.declare.profile import Profile
 
 def main(experts: str, count: int, out: str, device: str = "cpu") -> None:
     """Print the seconds from the opening of the experts to the last folder; CUDA is started before."""
-    merge_many = found("personalized_soups.merging.many", "merge_many")
+    merge_many = found("personalized_soups.merging.writing.many", "merge_many")
     if device == "cuda":
         if not torch.cuda.is_available():
             give_up("no GPU here")

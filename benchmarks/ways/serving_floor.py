@@ -19,9 +19,11 @@ def main(experts: str) -> None:
     import torch
 
     soup = found("personalized_soups.mixing.model", "SoupModel")
-    batch_of = found("personalized_soups.serving.batching.batch", "Batch")
-    row_of = found("personalized_soups.serving.batching.batch", "BatchRow")
-    chooser, wishes = (found("personalized_soups.serving.batching.choosing", name) for name in ("Chooser", "Wishes"))
+    batch_of = found("personalized_soups.serving.engine.batch", "Batch")
+    row_of = found("personalized_soups.serving.engine.batch", "BatchRow")
+    chooser, wishes = (
+        found("personalized_soups.serving.engine.token_sampler", name) for name in ("TokenSampler", "SamplingParams")
+    )
     model = soup.from_pretrained(found("personalized_soups.tiny", "BASE_FOLDER"), experts, device="cpu", same_base=True)
     asking = users()
     first = []

@@ -7,7 +7,9 @@ pydantic) inside its command functions only, so that `psoups --help` answers at 
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -17,17 +19,38 @@ from personalized_soups import __version__
 from personalized_soups.cli import render
 from personalized_soups.errors import RunError, SoupError
 
-# The order of `psoups --help`: the whole way first, then its stages as one walks them, then the maintainers' tools.
-COMMAND_MODULES = (
-    "quickstart", "pairs", "train", "doctor", "merge", "merge_many", "verify", "generate", "sweep", "inspect",
-    "profile", "serve", "playground", "tiny", "quality", "reference",
-)  # fmt: skip
+# The groups of `psoups --help` and their commands, in the order in which they appear. Each group is a folder of cli/.
+COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "study": ("quickstart", "quality", "tiny"),
+        "train": ("pairs", "train"),
+        "merge": ("doctor", "merge", "merge_many", "verify", "inspect"),
+        "generate": ("generate", "sweep"),
+        "serve": ("serve", "playground", "profile"),
+    }
+)
+_GROUP_TITLES = {
+    "study": "Run the whole pipeline",
+    "train": "Train experts",
+    "merge": "Merge experts, and check merges",
+    "generate": "Generate text",
+    "serve": "Serve users",
+}
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class SoupGroup(TyperGroup):
     """The group of all commands; turns errors into messages and exit codes, and keeps a bug's traceback."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands under the title of their group; a command without a group stays hidden."""
+        for group, names in COMMAND_GROUPS.items():
+            commands = {name: self.commands[name] for name in (module.replace("_", "-") for module in names)}
+            limit = formatter.width - 6 - max(map(len, commands))
+            rows = [(name, command.get_short_help_str(limit)) for name, command in commands.items()]
+            with formatter.section(_GROUP_TITLES[group]):
+                formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the chosen command; exit 2 for usage or input, 1 for a failed run, 130 for Ctrl-C."""
@@ -69,8 +92,10 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
     app.callback()(_root)
-    for name in COMMAND_MODULES:
-        import_module(f"personalized_soups.cli.{name}").register(app)
+    for group, names in COMMAND_GROUPS.items():
+        for name in names:
+            import_module(f"personalized_soups.cli.{group}.{name}").register(app)
+    import_module("personalized_soups.cli.reference").register(app)
     return app
 
 

@@ -22,7 +22,7 @@ from personalized_soups.generation.loading import (
     load_base,
     load_tokenizer,
 )
-from personalized_soups.generation.prompts import AskedPrompt, Prompt, check_tokens, encode_prompt, prompt_place
+from personalized_soups.generation.prompts import Prompt, PromptRequest, check_tokens, encode_prompt, prompt_place
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import DrawnTokens, Sampling, pad_left, uniforms
 from personalized_soups.generation.streaming import TokenStream
@@ -258,7 +258,7 @@ class Generator:
             )
         return tokens
 
-    def check(self, prompts: Iterable[AskedPrompt]) -> None:
+    def check(self, prompts: Iterable[PromptRequest]) -> None:
         """Raise InputError, naming file and line, for the first prompt that can't be answered."""
         for asked in prompts:
             self.encoded(asked.prompt, where=asked.where)

@@ -114,7 +114,7 @@ def check_text(prompt: str, *, where: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class AskedPrompt:
+class PromptRequest:
     """A prompt of a file, the user who asks it where the line names one, and the line's place."""
 
     prompt: str
@@ -131,7 +131,7 @@ def read_prompts(path: Path) -> list[str]:
     return [asked.prompt for asked in read_asked_prompts(path)]
 
 
-def read_asked_prompts(path: Path) -> list[AskedPrompt]:
+def read_asked_prompts(path: Path) -> list[PromptRequest]:
     """Return the prompts of a file, as read_prompts does; a JSON line may name its `user`, too.
 
     Raises:
@@ -151,7 +151,7 @@ def read_asked_prompts(path: Path) -> list[AskedPrompt]:
     return prompts
 
 
-def _prompt_of(line: bytes, *, path: Path, number: int) -> AskedPrompt:
+def _prompt_of(line: bytes, *, path: Path, number: int) -> PromptRequest:
     where = f"{path}:{number}"
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -161,7 +161,7 @@ def _prompt_of(line: bytes, *, path: Path, number: int) -> AskedPrompt:
         ) from fault
     if path.suffix != ".jsonl":
         check_text(text, where=where)
-        return AskedPrompt(text, None, where)
+        return PromptRequest(text, None, where)
     try:
         row = json.loads(text)
         prompt, user = row["prompt"], row.get("user")
@@ -176,4 +176,4 @@ def _prompt_of(line: bytes, *, path: Path, number: int) -> AskedPrompt:
         raise InputError(
             f"the user is {user!r}, which is no name", where=where, mend='write "user": "u1042", or leave it out'
         )
-    return AskedPrompt(prompt, user, where)
+    return PromptRequest(prompt, user, where)

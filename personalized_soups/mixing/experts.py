@@ -17,10 +17,10 @@ from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.placement import place
-from personalized_soups.bank import ExpertBank, StackedModule
+from personalized_soups.bank.expert_bank import ExpertBank, StackedModule
 from personalized_soups.errors import IncompatibleExpertsError, SoupError, UnsupportedAdapterError, choose_from
-from personalized_soups.merging.checks import faults_of, raise_all
-from personalized_soups.merging.dora import Dora, turned
+from personalized_soups.merging.computing.dora import Dora, turned
+from personalized_soups.merging.planning.checks import faults_of, raise_all
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.layer import MixedLinear
 from personalized_soups.mixing.stack import Member

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from personalized_soups.errors import UsageError
+from personalized_soups.mixing.held_product import HeldProduct
 from personalized_soups.mixing.stack import Stack
-
-if TYPE_CHECKING:
-    from personalized_soups.mixing.groups import HeldProduct
 
 
 class Gates:

@@ -15,9 +15,9 @@ from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.prompts import Prompt, check_text
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import pad_left
+from personalized_soups.mixing.active_mixture import Mixture, NextStep
 from personalized_soups.mixing.fitting import fitting_rows
 from personalized_soups.mixing.mixture import Who
-from personalized_soups.mixing.running import Mixture, NextStep
 
 
 class AsSet(Enum):

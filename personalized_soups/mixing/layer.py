@@ -6,7 +6,7 @@ G gates, C columns of a layer's gates, I in features, O out features.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,21 @@ from personalized_soups.mixing.arithmetic import mixed
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.stack import Span, Stack
 
-if TYPE_CHECKING:
-    from personalized_soups.mixing.groups import LayerGroup
-
 # Sets of used experts whose spans are remembered.
 _KEPT_SPANS = 32
+
+
+class Group(Protocol):
+    """Layers that read the same input and share one product; `groups.LayerGroup` is one."""
+
+    # whether `take` returns a layer's whole output, and not its `A x` alone
+    has_weights: bool
+
+    def take(self, place: int, x: Tensor) -> Tensor | None:
+        """Return the part of the layer at `place`; None where that layer must compute by itself."""
+
+    def dissolve(self) -> None:
+        """Let every layer compute by itself from now on."""
 
 
 class MixedLinear(nn.Module):
@@ -41,7 +51,7 @@ class MixedLinear(nn.Module):
         self.name = name
         self.gates = gates
         self.slot = -1  # its place among the gates, which the model gives
-        self.group: LayerGroup | None = None  # takes itself the layers that it computes
+        self.group: Group | None = None  # takes itself the layers that it computes
         self.place = 0  # in the group
         self.train(base_layer.training)
         self._register_load_state_dict_pre_hook(self._named_as_held)  # type: ignore[no-untyped-call]

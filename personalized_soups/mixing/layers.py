@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from personalized_soups.adapters.library import Expert
-from personalized_soups.merging.parallel import in_order, num_workers
+from personalized_soups.launching.threads import in_order, num_workers
 from personalized_soups.mixing.experts import Members, bare_layer, check_experts
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.groups import LayerGroup, arranged, new_group, storages_of, units

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError, choose_from
-from personalized_soups.generation.prompts import AskedPrompt
+from personalized_soups.generation.prompts import PromptRequest
 from personalized_soups.mixing.model import SoupModel
 
 
@@ -31,7 +31,7 @@ class Requests:
         UsageError: if a prompt names a user without a profile, or two profiles one user.
     """
 
-    def __init__(self, prompts: Sequence[AskedPrompt], profiles: Sequence[Profile]) -> None:
+    def __init__(self, prompts: Sequence[PromptRequest], profiles: Sequence[Profile]) -> None:
         self._prompts = prompts
         self._profiles = profiles
         place: dict[str, int] = {}

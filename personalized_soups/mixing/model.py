@@ -18,6 +18,7 @@ from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.loading import Dtype, choose_device, load_base, load_tokenizer
 from personalized_soups.generation.prompts import Prompt
+from personalized_soups.mixing.active_mixture import ActiveMixture, Mixture
 from personalized_soups.mixing.experts import check_known_base
 from personalized_soups.mixing.generating import (
     AS_SET,
@@ -35,8 +36,7 @@ from personalized_soups.mixing.generating import (
 from personalized_soups.mixing.layers import MixedLayers
 from personalized_soups.mixing.mixture import LayerWeights, Row, Who
 from personalized_soups.mixing.prefixes import PrefixCache, new_past
-from personalized_soups.mixing.roster import Names, Roster
-from personalized_soups.mixing.running import Current, Mixture
+from personalized_soups.mixing.profile_registry import Names, ProfileRegistry
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,8 +86,8 @@ class SoupModel:
         self._base = base
         self._same_base = same_base
         self._held = MixedLayers(model)
-        self._roster = Roster()
-        self._current = Current(self._held, self._roster.scaled)
+        self._registry = ProfileRegistry()
+        self._active = ActiveMixture(self._held, self._registry.scaled)
         self._change(list(_library(experts).values()))
 
     @classmethod
@@ -131,7 +131,7 @@ class SoupModel:
     @property
     def profiles(self) -> Mapping[str, Row]:
         """The weights that names stand for, some hundred bytes each; add_profile and remove_profile change them."""
-        return self._roster.profiles
+        return self._registry.profiles
 
     @property
     def layers(self) -> MixedLayers:
@@ -185,7 +185,7 @@ class SoupModel:
         """
         is_single = profiles is None or isinstance(profiles, str | Profile | Mapping | Row)
         listed: list[Who] = [profiles] if is_single else list(profiles)  # type: ignore[arg-type, list-item]
-        with self._current.mixture(
+        with self._active.mixture(
             lambda: [self._row(who) for who in listed],
             token_rows=rows,
             rows_each=None if is_single and rows is None else rows_each,
@@ -292,7 +292,7 @@ class SoupModel:
             prefixes: what earlier prompts of the same soup left is not read again, and this one is left for the next:
                 for chats, whose prompts begin alike.
         """
-        if self._current.is_set_here and not isinstance(profile, AsSet):
+        if self._active.is_set_here and not isinstance(profile, AsSet):
             raise UsageError(
                 "a mixture is set, and the stream's own would wait for its end",
                 where="profile",
@@ -300,7 +300,7 @@ class SoupModel:
             )
         tokens = self.generator.encoded(prompt)
         # what this thread has set it keeps set: the thread that generates has not to wait for it
-        own = self._current.innermost if self._current.is_set_here else None
+        own = self._active.innermost if self._active.is_set_here else None
 
         @contextmanager
         def around(_: Sequence[int]) -> Iterator[Within]:
@@ -311,7 +311,7 @@ class SoupModel:
                 if prefixes is None:
                     yield Within(processors_of(mixture))
                     return
-                row = self._roster.scaled(self._current.served) if mixture is None else mixture.rows[0]
+                row = self._registry.scaled(self._active.served) if mixture is None else mixture.rows[0]
                 version = self._held.version_of(row)
                 prefix = prefixes.longest(version, tokens)
                 past = new_past(self.model) if prefix is None else prefix.past
@@ -335,8 +335,8 @@ class SoupModel:
         Raises:
             DeclarationError, UsageError: as `mixture` would for this row.
         """
-        row = self._roster.row(profile)
-        self._current.check(self._roster.scaled(row))
+        row = self._registry.row(profile)
+        self._active.check(self._registry.scaled(row))
         return row
 
     def version(self, profile: Who) -> str:
@@ -345,7 +345,7 @@ class SoupModel:
         Two prompts' caches may be exchanged where tokens and versions are equal. Of a schedule it tells step 0, with
         which the prompt is read.
         """
-        with self._current.lock:
+        with self._active.lock:
             return self._held.version_of(self._row(profile))
 
     def add_profile(self, profile: Profile, name: str | None = None) -> None:
@@ -362,8 +362,8 @@ class SoupModel:
                 where="profile",
                 mend="give Profile(user='u1042', weights={...})",
             )
-        with self._current.lock:
-            self._roster.add(profile, name or profile.user)
+        with self._active.lock:
+            self._registry.add(profile, name or profile.user)
 
     def remove_profile(self, name: str) -> None:
         """Forget a profile.
@@ -371,8 +371,8 @@ class SoupModel:
         Raises:
             UsageError: if nobody is called so.
         """
-        with self._current.lock:
-            self._roster.remove(name)
+        with self._active.lock:
+            self._registry.remove(name)
 
     def add_expert(self, expert: Expert | Path | str, name: str | None = None) -> str:
         """Hold one more expert, or another one in place of that of its name, and return the name.
@@ -397,8 +397,8 @@ class SoupModel:
         Raises:
             UsageError: if there is no such expert; within a mixture of this thread's.
         """
-        with self._current.lock:
-            self._roster.check_expert(name)
+        with self._active.lock:
+            self._registry.check_expert(name)
             self._change([], [name])
 
     def change_experts(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
@@ -407,9 +407,9 @@ class SoupModel:
         Raises:
             SoupError: as add_expert and remove_expert; nothing has changed then.
         """
-        with self._current.lock:
+        with self._active.lock:
             for name in removed:
-                self._roster.check_expert(name)
+                self._registry.check_expert(name)
             self._change(list(added), list(removed))
 
     def serve(self, profile: Who) -> None:
@@ -418,8 +418,8 @@ class SoupModel:
         Raises:
             DeclarationError, UsageError: as `mixture`.
         """
-        with self._current.lock:
-            self._current.serve(self._roster.row(profile))
+        with self._active.lock:
+            self._active.serve(self._registry.row(profile))
 
     def set_adapters(self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights] = 1.0) -> None:
         """Serve all rows with these experts where no mixture is set: diffusers' call, with its meaning of weights.
@@ -431,8 +431,8 @@ class SoupModel:
         Raises:
             UsageError: if an expert is unknown, or there are not as many weights as names.
         """
-        with self._current.lock:
-            self._current.serve(self._roster.row_of_adapters(names, weights))
+        with self._active.lock:
+            self._active.serve(self._registry.row_of_adapters(names, weights))
 
     def set_scale(self, name: str, scale: float) -> None:
         """Multiply an expert's weight by `scale` wherever it is used from now on; 1 undoes it.
@@ -441,34 +441,34 @@ class SoupModel:
             UsageError: if there is no such expert.
             DeclarationError: if the scale is no finite number.
         """
-        with self._current.lock:
-            self._roster.set_scale(name, scale)
+        with self._active.lock:
+            self._registry.set_scale(name, scale)
             self._held.restamp(name)
-            self._current.settle()
+            self._active.settle()
 
     def get_active_adapters(self) -> list[str]:
         """Return the experts that serve where no mixture is set."""
-        return list(self._current.served.weights)
+        return list(self._active.served.weights)
 
     @property
     def served(self) -> Row:
         """The weights that serve where no mixture is set; none are the bare base."""
-        return self._current.served
+        return self._active.served
 
     def disable_adapters(self) -> None:
         """Be the bare base where no mixture is set, until enable_adapters or set_adapters."""
-        self._current.enable(False)
+        self._active.enable(False)
 
     def enable_adapters(self) -> None:
         """Serve again what set_adapters asked for."""
-        self._current.enable(True)
+        self._active.enable(True)
 
     def delete_adapters(self, names: Names) -> None:
         """Let go of experts: diffusers' name for remove_expert."""
         listed = [names] if isinstance(names, str) else list(names)
-        with self._current.lock:
+        with self._active.lock:
             for name in listed:
-                self._roster.check_expert(name)
+                self._registry.check_expert(name)
             self._change([], listed)
 
     def unload(self) -> Any:
@@ -494,21 +494,21 @@ class SoupModel:
     def _mix(self, profiles: Sequence[Who] | AsSet, rows_each: int) -> AbstractContextManager[Mixture | None]:
         """Set a mixture, or leave what is set as it is."""
         if isinstance(profiles, AsSet):
-            return self._current.as_set()
+            return self._active.as_set()
         return self.mixture(list(profiles), rows_each=rows_each)
 
     def _row(self, who: Who) -> Row:
-        return self._roster.scaled(self._roster.row(who))
+        return self._registry.scaled(self._registry.row(who))
 
     def _change(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
-        with self._current.lock:
-            if self._current.innermost is not None:
+        with self._active.lock:
+            if self._active.innermost is not None:
                 raise UsageError(
                     "experts cannot change while a mixture is set",
                     where="mixture",
                     mend="leave the block first; other threads wait for it by themselves",
                 )
-            self._roster.check_new([expert.name for expert in added])
+            self._registry.check_new([expert.name for expert in added])
             if self._base is not None and not self._same_base:
                 check_known_base(added, self._base)
             try:
@@ -516,8 +516,8 @@ class SoupModel:
                 with torch.inference_mode(False), torch.no_grad():
                     self._held.change(added, removed, same_base=self._same_base)
             finally:  # experts may have changed and a warning of it have become an error
-                self._roster.put(self.experts)
-                self._current.forget(self.experts)
+                self._registry.put(self.experts)
+                self._active.forget(self.experts)
 
 
 def _library(experts: Experts) -> ExpertLibrary:

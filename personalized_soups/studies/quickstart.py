@@ -27,7 +27,7 @@ from personalized_soups.studies.outcome import (
 )
 from personalized_soups.studies.study import Combination, Stage, Study, TrainingBar
 from personalized_soups.studies.workers import AnswerJob, Workers, start_workers
-from personalized_soups.training.several import ExpertJob, train_experts
+from personalized_soups.training.parallel import ExpertJob, train_experts
 
 
 def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False) -> tuple[Results, Examples]:
@@ -165,7 +165,7 @@ class _Run:
     def merge(self, weights: Mapping[MethodName, float]) -> None:
         """Merge a personal adapter for each combination, by each method at its best weight."""
         from personalized_soups.adapters.library import ExpertLibrary
-        from personalized_soups.merging.adapter import merge
+        from personalized_soups.merging.writing.adapter import merge
 
         library = ExpertLibrary.open(self.folder.experts)
         wanted = [(method, sides) for method in weights for sides in self.study.combinations]

@@ -18,8 +18,8 @@ from pathlib import Path
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
 from personalized_soups.generation.generator import Generator
-from personalized_soups.merging.adapter import merge
-from personalized_soups.training.interrupts import ctrl_c_ignored
+from personalized_soups.launching.interrupts import ctrl_c_ignored
+from personalized_soups.merging.writing.adapter import merge
 
 
 @dataclass(frozen=True, slots=True)

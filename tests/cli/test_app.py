@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from personalized_soups.cli import app as app_module
-from personalized_soups.cli.app import COMMAND_MODULES, SoupGroup, build_app
+from personalized_soups.cli.app import COMMAND_GROUPS, SoupGroup, build_app
 from personalized_soups.errors import InputError, RunError, SoupError
 
 HEAVY = ("torch", "transformers", "peft", "trl", "numpy", "pydantic", "ruamel", "rich", "safetensors")
@@ -22,6 +22,8 @@ import sys
 {statement}
 print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """
+
+COMMANDS = [name for names in COMMAND_GROUPS.values() for name in names]
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -67,7 +69,7 @@ except SystemExit as done:
     assert time.perf_counter() - started < 5
 
 
-@pytest.mark.parametrize("name", COMMAND_MODULES)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_every_command_loads_nothing_heavy(name: str) -> None:
     statement = f"""
 from personalized_soups.cli.app import build_app
@@ -84,7 +86,18 @@ def test_every_row_of_the_table_is_a_module_with_commands() -> None:
     import typer.main
 
     command = typer.main.get_command(build_app())
-    assert set(getattr(command, "commands", {})) == {name.replace("_", "-") for name in COMMAND_MODULES}
+    assert set(getattr(command, "commands", {})) == {"reference", *(name.replace("_", "-") for name in COMMANDS)}
+
+
+def test_help_lists_every_command_once_under_its_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_app()(["--help"])
+    listed = [
+        line.split()[0]
+        for line in capsys.readouterr().out.partition("Run the whole")[2].splitlines()
+        if line.startswith("  ")
+    ]
+    assert listed == [name.replace("_", "-") for name in COMMANDS]
 
 
 @pytest.mark.parametrize(("kind", "code"), [(InputError, 2), (RunError, 1)])

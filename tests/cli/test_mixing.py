@@ -17,7 +17,7 @@ import pytest
 
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
-from personalized_soups.merging.adapter import merge
+from personalized_soups.merging.writing.adapter import merge
 from tests.mixing.worlds import write_experts
 
 Run = Callable[..., "Done"]

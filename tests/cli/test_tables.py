@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 
-from personalized_soups.cli import quickstart, render, sweep
+from personalized_soups.cli import render
+from personalized_soups.cli.generate import sweep
+from personalized_soups.cli.study import quickstart
 from tests.cli.conftest import Run
 from tests.evaluation.conftest import results as quickstart_results  # noqa: F401 # a fixture
 from tests.experts import write_expert
-from tests.merging.folding.test_into_base import write_base
+from tests.merging.writing.test_into_base import write_base
 
 SIDES = ("elementary", "expert", "concise", "informative", "friendly", "unfriendly")
 LONG = (

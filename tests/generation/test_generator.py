@@ -15,7 +15,7 @@ from personalized_soups.adapters.provenance import BaseRecord, ExpertRecord, wri
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, SoupError, UsageError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.loading import choose_device, load_tokenizer
-from personalized_soups.generation.prompts import AskedPrompt
+from personalized_soups.generation.prompts import PromptRequest
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import Sampling, choose_tokens, uniforms
 
@@ -317,7 +317,7 @@ def test_a_padding_token_beyond_the_embedding_changes_no_answer(
 
 
 def test_prompts_of_a_file_are_checked_with_their_lines(generator: Generator) -> None:
-    asked = [AskedPrompt("wash", None, "p.txt:1"), AskedPrompt("wash the kettle " * 99, None, "p.txt:4")]
+    asked = [PromptRequest("wash", None, "p.txt:1"), PromptRequest("wash the kettle " * 99, None, "p.txt:4")]
     generator.check(asked[:1])
     with pytest.raises(InputError, match="tokens") as caught:
         generator.check(asked)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
+from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.errors import UnsupportedAdapterError
-from personalized_soups.merging.folding.base import BaseModel
 from tests.adapters.test_against_peft import ATTENTION
 
 pytest.importorskip("peft")

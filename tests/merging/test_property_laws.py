@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
-from personalized_soups.merging.many import merge_many
+from personalized_soups.merging.writing.many import merge_many
 from personalized_soups.methods.table import METHODS
 from tests import oracles
 from tests.experts import write_adapter

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from personalized_soups.serving.batching.batcher import Limits
+from personalized_soups.serving.engine.batcher import Limits
 from tests.mixing.worlds import write_experts
 
 if TYPE_CHECKING:
     # needs a web server, which may be missing: pytest imports this file before it can skip a test
-    from tests.serving.servers import Running
+    from tests.serving.servers import RunningServer
 
 
 @pytest.fixture(scope="session")
@@ -25,8 +25,8 @@ def expert_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(small_base: Path, expert_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    from personalized_soups.serving.app import Settings
+def served(small_base: Path, expert_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    from personalized_soups.serving.web.app import Settings
     from tests.serving.servers import running
 
     store = tmp_path_factory.mktemp("store") / "profiles.db"

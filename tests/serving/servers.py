@@ -20,10 +20,9 @@ from openai import OpenAI
 from personalized_soups import SoupModel
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.dimension import Catalogue
-from personalized_soups.serving.app import Server, Settings
-from personalized_soups.serving.running import Running as RunningServer
-from personalized_soups.serving.running import listen, load_model
-from personalized_soups.users.store import ProfileStore
+from personalized_soups.serving.web.app import Server, Settings
+from personalized_soups.serving.web.server import UvicornServer, listen, load_model
+from personalized_soups.users.profiles.store import ProfileStore
 
 
 class Reply(NamedTuple):
@@ -43,7 +42,7 @@ class Reply(NamedTuple):
 
 
 @dataclass
-class Running:
+class RunningServer:
     port: int
     server: Server
     model: SoupModel
@@ -101,7 +100,7 @@ def running(
     profiles: str | Path | None = None,
     catalogue: Catalogue | None = None,
     dtype: Any = "float32",
-) -> Iterator[Running]:
+) -> Iterator[RunningServer]:
     """Serve until the block ends."""
     model, files = load_model(
         str(base), lambda: ExpertLibrary.open(experts), device="cpu", dtype=dtype, same_base=False
@@ -119,7 +118,7 @@ def running(
     async def serve() -> None:
         server = Server(model, settings, files=files, store=store, catalogue=catalogue)
         made.append(server)
-        ended.append(RunningServer(server))
+        ended.append(UvicornServer(server))
         started.set()
         try:
             await ended[0].serve(sockets=[listening])
@@ -129,7 +128,7 @@ def running(
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     assert started.wait(30)
-    served = Running(listening.getsockname()[1], made[0], model, store)
+    served = RunningServer(listening.getsockname()[1], made[0], model, store)
     try:
         served.wait_until(lambda: ended[0].started)
         yield served

@@ -16,15 +16,15 @@ from personalized_soups.declare.loader import dump
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import InputError
 from personalized_soups.training import checkpoints
+from personalized_soups.training.parallel import ExpertJob, train_experts
 from personalized_soups.training.processes import together
 from personalized_soups.training.progress import Silent, StepReport
-from personalized_soups.training.several import ExpertJob, train_experts
 
 # Kills itself, as the system would, where the last argument says: while step N is reported, or when checkpoint N is
 # written and not marked yet.
 _KILLED = """
 import os, signal, sys
-from personalized_soups.cli import train
+from personalized_soups.cli.train.train import train
 from personalized_soups.training import checkpoints
 
 place, _, steps = sys.argv.pop().partition(":")
@@ -208,7 +208,7 @@ import sys
 from pathlib import Path
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.training.several import ExpertJob, train_experts
+from personalized_soups.training.parallel import ExpertJob, train_experts
 
 if __name__ == "__main__":
     base, data, recipe, out = map(Path, sys.argv[1:])

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
+from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.compatible import disagreements, other_names
 from personalized_soups.adapters.library import Expert, ExpertLibrary
-from personalized_soups.bank import ExpertBank
+from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile, check_sides
 from personalized_soups.errors import InputError, SoupError
 from personalized_soups.files.digest import digest_file
-from personalized_soups.merging.checks import faults_of, unmet_needs
+from personalized_soups.merging.computing.changes import Changes
+from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.doctor.diagnosis import Diagnosis, ExpertFacts, Finding, Pair
 from personalized_soups.merging.doctor.measures import Measures, base_norms
 from personalized_soups.merging.doctor.surprises import Group, surprises
-from personalized_soups.merging.folding.base import BaseModel
-from personalized_soups.merging.folding.changes import Changes
-from personalized_soups.merging.plan import dimensions_of, plan_merge, vllm_max_lora_rank
-from personalized_soups.merging.soup import Soups
+from personalized_soups.merging.planning.checks import faults_of, unmet_needs
+from personalized_soups.merging.planning.plan import dimensions_of, plan_merge, vllm_max_lora_rank
 from personalized_soups.methods.table import method_named
 
 Progress = Callable[[int, int], None]

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.placement import blocks_of
-from personalized_soups.bank import ExpertBank
+from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.errors import InputError
-from personalized_soups.merging.folding.base import BaseModel
 from personalized_soups.methods.blocks import row_blocks
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.overlap import inner_products, opposed_energies, row_overlaps

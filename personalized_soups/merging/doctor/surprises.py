@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from personalized_soups.adapters.library import Expert
-from personalized_soups.bank import ExpertBank
+from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.merging.doctor.diagnosis import Finding, Pile
 from personalized_soups.merging.doctor.measures import Measures
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from personalized_soups.adapters.library import ExpertLibrary
-from personalized_soups.bank import ExpertBank
+from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile, check_sides
 from personalized_soups.errors import DeclarationError, UsageError
 from personalized_soups.merging.live.buffers import (
@@ -26,7 +26,7 @@ from personalized_soups.merging.live.buffers import (
 )
 from personalized_soups.merging.live.checks import check_model, check_plain
 from personalized_soups.merging.live.coefficients import coefficients_on
-from personalized_soups.merging.plan import MergePlan, dimensions_of, plan_merge, resolve_device, torch_dtype
+from personalized_soups.merging.planning.plan import MergePlan, dimensions_of, plan_merge, resolve_device, torch_dtype
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.table import Method, method_named
 

@@ -15,11 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from personalized_soups.bank import ExpertBank
+from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.errors import UsageError
 from personalized_soups.kernels.scale_columns import scale_columns
 from personalized_soups.kernels.weighted_sums import weighted_sum
-from personalized_soups.merging.plan import PlannedModule
+from personalized_soups.merging.planning.plan import PlannedModule
 from personalized_soups.methods.factors import Factors
 
 Shape = tuple[int, int]

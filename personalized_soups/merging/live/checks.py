@@ -10,7 +10,7 @@ from torch import nn
 
 from personalized_soups.adapters.library import Expert
 from personalized_soups.errors import IncompatibleExpertsError, UnsupportedAdapterError, UsageError
-from personalized_soups.merging.plan import MergePlan
+from personalized_soups.merging.planning.plan import MergePlan
 
 _MAX_SHOWN = 5
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.compatible import is_same_base
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.library import ExpertLibrary
@@ -19,7 +20,7 @@ from personalized_soups.adapters.provenance import (
     SoupRecord,
     read_soup_record,
 )
-from personalized_soups.bank import ExpertBank
+from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import (
@@ -31,13 +32,9 @@ from personalized_soups.errors import (
 )
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.files.reader import SafetensorsFile
-from personalized_soups.merging.adapter import MergedAdapter, input_records
-from personalized_soups.merging.adapter_writer import adapter_config, adapter_record, common_ranks
-from personalized_soups.merging.folding.base import BaseModel
-from personalized_soups.merging.folding.changes import Changes
-from personalized_soups.merging.folding.into_base import model_record
-from personalized_soups.merging.plan import MergePlan, arithmetic_device, plan_merge, resolve_device
-from personalized_soups.merging.soup import Soups
+from personalized_soups.merging.computing.changes import Changes
+from personalized_soups.merging.computing.module_soups import Soups
+from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, plan_merge, resolve_device
 from personalized_soups.merging.verify.adapter import AdapterComparison
 from personalized_soups.merging.verify.model import compare_model
 from personalized_soups.merging.verify.record import (
@@ -50,6 +47,9 @@ from personalized_soups.merging.verify.record import (
     of_record,
 )
 from personalized_soups.merging.verify.verification import Comparison, Fault, Verification
+from personalized_soups.merging.writing.adapter import MergedAdapter, input_records
+from personalized_soups.merging.writing.adapter_writer import adapter_config, adapter_record, common_ranks
+from personalized_soups.merging.writing.into_base import model_record
 
 Progress = Callable[[int, int], None]
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from personalized_soups.files.reader import BITS, TORCH_DTYPES, SafetensorsFile
 from personalized_soups.files.writer import TensorSpec
-from personalized_soups.merging.folding.blocks import (
+from personalized_soups.launching.threads import num_file_threads
+from personalized_soups.merging.computing.blocks import (
     Dense,
     Product,
     Rescale,
@@ -26,11 +27,10 @@ from personalized_soups.merging.folding.blocks import (
     TowardRows,
     arithmetic_dtype,
 )
-from personalized_soups.merging.folding.changes import Changes
-from personalized_soups.merging.folding.into_base import fold_shard, shard_specs
-from personalized_soups.merging.parallel import num_file_threads
+from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.verify.adapter import same_bytes
 from personalized_soups.merging.verify.verification import Comparison, Difference, Distance, Fault
+from personalized_soups.merging.writing.into_base import fold_shard, shard_specs
 
 # Bytes of a copied tensor that are compared at once.
 _CHUNK_BYTES = 4 << 20

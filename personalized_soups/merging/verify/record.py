@@ -13,9 +13,9 @@ from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.adapters.provenance import SOUP_FILE, SoupRecord, TruncationRecord
 from personalized_soups.files.atomic import files_below
 from personalized_soups.files.reader import parse_json
-from personalized_soups.merging.folding.changes import Changes
-from personalized_soups.merging.folding.into_base import json_text, untied_tables
+from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.verify.verification import Fault, Subject
+from personalized_soups.merging.writing.into_base import json_text, untied_tables
 
 # Compared by themselves, or no part of what is claimed: where and by what it was computed.
 _NOT_COMPARED = {"profile", "experts", "base", "base_folder", "truncation", "device", "versions", "files"}

@@ -1,8 +1,8 @@
-// The page: what the server has, what is on the desk, and which column has to answer anew.
+// The page: what the server has, where the sliders are, and which column has to answer anew.
 
 import { ApiError, CHAT_URL, isKeyed, loadExperts, loadProfile, loadProfiles, setKey } from "./api.js";
 import { Column } from "./answers.js";
-import { Desk } from "./desk.js";
+import { Sliders } from "./sliders.js";
 import { startKeeping } from "./keep.js";
 import { readLink, writeLink } from "./link.js";
 import {
@@ -20,7 +20,7 @@ const profiles = new Map(); // the saved ones: user to {weights, ...}
 let asked = null; // the prompt that the columns answer
 let settling = 0;
 
-const desk = new Desk(id("desk"), {
+const sliders = new Sliders(id("sliders"), {
   onMove: () => {
     clearTimeout(settling); // nothing is asked for while a slider is on its way
     showMixture();
@@ -34,7 +34,7 @@ const columns = ["Left answer", "Right answer"].map(
 // ---- what a column answers with ----
 
 function sourceOf(name) {
-  if (name === "mixture") return { model: server.base, profile: profileOf(desk.sliders, desk.weights) };
+  if (name === "mixture") return { model: server.base, profile: profileOf(sliders.sliders, sliders.weights) };
   if (name.startsWith("user:")) return { model: `soup:${name.slice(5)}` };
   return { model: server.base };
 }
@@ -42,7 +42,7 @@ function sourceOf(name) {
 function describe(column) {
   const name = column.source;
   if (name === "base") return column.describe(server.base);
-  if (name === "mixture") return column.describe(mixtureText(desk.weights) || "all weights 0: the same as the base");
+  if (name === "mixture") return column.describe(mixtureText(sliders.weights) || "all weights 0: the same as the base");
   return column.describe(mixtureText(profiles.get(name.slice(5))?.weights ?? {}));
 }
 
@@ -147,7 +147,7 @@ function presetOf(value) {
 
 /** Show what follows from the sliders: the preset that they are at, and the columns' second line. */
 function showMixture() {
-  const { weights } = desk;
+  const { weights } = sliders;
   const values = [...id("preset").options].map(({ value }) => value).filter(Boolean);
   const matches = values.filter((value) => {
     const preset = presetOf(value);
@@ -162,7 +162,7 @@ function showMixture() {
 function choosePreset() {
   const { value } = id("preset");
   const preset = presetOf(value);
-  const isExact = desk.place(preset.weights) && isPlain(preset);
+  const isExact = sliders.place(preset.weights) && isPlain(preset);
   showMixture();
   if (!isExact) {
     const user = value.slice(5);
@@ -182,12 +182,12 @@ function setSource(column, source) {
 
 function remember() {
   const sources = columns.map(({ source }) => source);
-  writeLink({ weights: desk.weights, prompt: id("prompt").value, sampling: sampling(), sources });
+  writeLink({ weights: sliders.weights, prompt: id("prompt").value, sampling: sampling(), sources });
 }
 
 function followLink() {
   const link = readLink();
-  desk.place(link?.weights ?? (server.begin ?? server.presets[0])?.weights ?? {});
+  sliders.place(link?.weights ?? (server.begin ?? server.presets[0])?.weights ?? {});
   if (link) {
     id("prompt").value = link.prompt;
     if ("temperature" in link.sampling) id("temperature").valueAsNumber = link.sampling.temperature;
@@ -230,8 +230,8 @@ function show(list, saved) {
   server.isScored = list.dimensions.some((dimension) => dimension.is_scored);
   const num = list.data.length;
   id("server").textContent = `Playground · ${list.base} with ${num} expert${num === 1 ? "" : "s"}`;
-  desk.build(slidersOf(list));
-  server.presets = combinationsOf(desk.sliders, list.preset_weight ?? 0.6);
+  sliders.build(slidersOf(list));
+  server.presets = combinationsOf(sliders.sliders, list.preset_weight ?? 0.6);
   // the catalogue's own first sides to begin with: where all weights are 0, a first answer would be the base's, twice
   server.begin = server.presets.find(({ weights }) => Object.keys(weights).every((name) => firsts.has(name)));
   profiles.clear();
@@ -287,7 +287,7 @@ function use(user, profile, version) {
     id("preset").value = `user:${user}`;
     return choosePreset();
   }
-  const isExact = desk.place(profile.weights) && isPlain(profile);
+  const isExact = sliders.place(profile.weights) && isPlain(profile);
   showMixture();
   settle(0);
   return isExact;
@@ -336,10 +336,10 @@ id("key").addEventListener("submit", (event) => {
 });
 const savedProfiles = new SavedProfiles({ use, changed, refusedKey: askForKey });
 startKeeping({
-  profile: () => profileOf(desk.sliders, desk.weights),
+  profile: () => profileOf(sliders.sliders, sliders.weights),
   texts: {
-    yaml: () => profileText(id("user").value.trim() || "anonymous", profileOf(desk.sliders, desk.weights)),
-    command: () => commandText(server.startedWith, profileOf(desk.sliders, desk.weights), promptToCopy(), sampling()),
+    yaml: () => profileText(id("user").value.trim() || "anonymous", profileOf(sliders.sliders, sliders.weights)),
+    command: () => commandText(server.startedWith, profileOf(sliders.sliders, sliders.weights), promptToCopy(), sampling()),
     curl: () => curlText(CHAT_URL, requestOf(sourceOf("mixture"), promptToCopy(), sampling()), isKeyed()),
     link: () => {
       remember();

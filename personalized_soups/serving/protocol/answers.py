@@ -20,14 +20,14 @@ from personalized_soups import __version__
 from personalized_soups.errors import SoupError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.prompts import encode_prompt
-from personalized_soups.serving.batching.batcher import Ask, Batcher, Piece
-from personalized_soups.serving.batching.choosing import Likely
-from personalized_soups.serving.expert_files import ExpertFiles
-from personalized_soups.serving.metrics import Metrics
+from personalized_soups.serving.engine.batcher import Batcher, GenerationRequest, Piece
+from personalized_soups.serving.engine.token_sampler import TokenLogprobs
+from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.metrics import Metrics
+from personalized_soups.serving.protocol.piece_queue import HungUpError, PieceQueue, pieces_of
+from personalized_soups.serving.protocol.profile_resolver import SOUP, ProfileResolver, ResolvedProfile
 from personalized_soups.serving.protocol.requests import AnswerRequest, ChatRequest
-from personalized_soups.serving.protocol.waiting import HungUpError, Waiter, pieces_of
-from personalized_soups.serving.who import SOUP, Doorkeeper, Guest
 
 # Longer prompts are encoded on another thread: the event loop streams to everybody else.
 _LONG = 8192
@@ -36,7 +36,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Kitchen:
+class AnswerContext:
     """What answers are made with.
 
     Args:
@@ -50,7 +50,7 @@ class Kitchen:
     """
 
     batcher: Batcher
-    doorkeeper: Doorkeeper
+    doorkeeper: ProfileResolver
     generator: Generator
     metrics: Metrics
     files: ExpertFiles
@@ -64,12 +64,12 @@ class Answer:
 
     num_tokens: int = 0
     parts: list[str] = field(default_factory=list)
-    likely: list[tuple[int, Likely]] = field(default_factory=list)
+    likely: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     finish: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class Order(ABC):
+class PendingAnswers(ABC):
     """A request that has been submitted, and how its answers are written.
 
     Args:
@@ -80,10 +80,10 @@ class Order(ABC):
         num_prompt_tokens: of all prompts.
     """
 
-    kitchen: Kitchen
+    kitchen: AnswerContext
     request: AnswerRequest
-    guest: Guest
-    asks: Sequence[Ask]
+    guest: ResolvedProfile
+    asks: Sequence[GenerationRequest]
     num_prompt_tokens: int
     began: float
     created: int = field(default_factory=lambda: int(time.time()))
@@ -105,7 +105,7 @@ class Order(ABC):
         """Return what a stream says of an answer's next part."""
 
     @abstractmethod
-    def logprobs(self, likely: Sequence[tuple[int, Likely]], start: int) -> Any:
+    def logprobs(self, likely: Sequence[tuple[int, TokenLogprobs]], start: int) -> Any:
         """Return tokens' log-probabilities as the protocol writes them; `start` is where their text begins."""
 
     def token_text(self, token: int) -> str:
@@ -113,7 +113,7 @@ class Order(ABC):
         decoded = self.kitchen.generator.tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return str(decoded)
 
-    def told_of(self, piece: Piece) -> list[tuple[int, Likely]]:
+    def told_of(self, piece: Piece) -> list[tuple[int, TokenLogprobs]]:
         """Return a piece's token with its log-probabilities; none of an end token, which is no part of the text."""
         if piece.likely is None or piece.token is None or piece.token in self.kitchen.generator.stop_ids:
             return []
@@ -198,7 +198,7 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, order: Order, receive: Receive) -> None:
+    def __init__(self, order: PendingAnswers, receive: Receive) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._order = order
@@ -262,8 +262,8 @@ class _Frame:
 
 
 async def submit(
-    kitchen: Kitchen, request: AnswerRequest, prompts: Sequence[Any], kind: type[Order], began: float
-) -> Order:
+    kitchen: AnswerContext, request: AnswerRequest, prompts: Sequence[Any], kind: type[PendingAnswers], began: float
+) -> PendingAnswers:
     """Let a request's answers be made: `n` for each prompt, one after another.
 
     Args:
@@ -281,12 +281,12 @@ async def submit(
     guest = await run_in_threadpool(find) if request.model.startswith(SOUP) else find()
     encoded = await _encoded(kitchen.generator, prompts)
     most = kitchen.batcher.limits.max_context
-    waiter = Waiter()
+    waiter = PieceQueue()
     seed = secrets.randbits(63)
-    asks: list[Ask] = []
+    asks: list[GenerationRequest] = []
     for place, tokens in enumerate(tokens for tokens in encoded for _ in range(request.num_choices)):
         asks.append(
-            Ask(
+            GenerationRequest(
                 tokens,
                 guest.weights,
                 _num_new(kitchen, request, len(tokens), most),
@@ -305,7 +305,7 @@ async def submit(
     return kind(kitchen, request, guest, asks, num_prompt_tokens, began)
 
 
-def _check_number(kitchen: Kitchen, num_answers: int) -> None:
+def _check_number(kitchen: AnswerContext, num_answers: int) -> None:
     """Raise if a request asks for more answers than there will ever be places for: before anything is made of it.
 
     Raises:
@@ -355,7 +355,7 @@ def _encode(generator: Generator, prompt: Any) -> list[int]:
     return tokens
 
 
-def _num_new(kitchen: Kitchen, request: AnswerRequest, num_prompt: int, most: int) -> int:
+def _num_new(kitchen: AnswerContext, request: AnswerRequest, num_prompt: int, most: int) -> int:
     """Return at how many tokens an answer is cut.
 
     Raises:
@@ -374,7 +374,7 @@ def _num_new(kitchen: Kitchen, request: AnswerRequest, num_prompt: int, most: in
     return wanted
 
 
-def _check_bias(kitchen: Kitchen, request: AnswerRequest) -> None:
+def _check_bias(kitchen: AnswerContext, request: AnswerRequest) -> None:
     size = kitchen.generator.model.config.get_text_config(decoder=True).vocab_size
     wrong = next((name for name in request.logit_bias or () if int(name) >= size), None)
     if wrong is not None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from personalized_soups.serving.batching.choosing import Likely
-from personalized_soups.serving.protocol.answers import Answer, Order
+from personalized_soups.serving.engine.token_sampler import TokenLogprobs
+from personalized_soups.serving.protocol.answers import Answer, PendingAnswers
 
 
-class ChatOrder(Order):
+class PendingChat(PendingAnswers):
     """Answers to POST /v1/chat/completions."""
 
     prefix: ClassVar[str] = "chatcmpl-"
@@ -39,7 +39,7 @@ class ChatOrder(Order):
         delta = {"content": text} if text or finish is None else {}
         return {"index": index, "delta": delta, "logprobs": likely, "finish_reason": finish}
 
-    def logprobs(self, likely: Sequence[tuple[int, Likely]], start: int) -> dict[str, Any]:
+    def logprobs(self, likely: Sequence[tuple[int, TokenLogprobs]], start: int) -> dict[str, Any]:
         """Return tokens' log-probabilities as the protocol writes them."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class ChatOrder(Order):
         return {"content": content, "refusal": None}
 
 
-class CompletionOrder(Order):
+class PendingCompletion(PendingAnswers):
     """Answers to POST /v1/completions."""
 
     prefix: ClassVar[str] = "cmpl-"
@@ -73,7 +73,7 @@ class CompletionOrder(Order):
         """Return what a stream says of an answer's next part."""
         return {"index": index, "text": text, "logprobs": likely, "finish_reason": finish}
 
-    def logprobs(self, likely: Sequence[tuple[int, Likely]], start: int) -> dict[str, Any]:
+    def logprobs(self, likely: Sequence[tuple[int, TokenLogprobs]], start: int) -> dict[str, Any]:
         """Return tokens' log-probabilities as the protocol writes them; `start` is where their text begins."""
         texts = [self.token_text(token) for token, _ in likely]
         offsets = [start + sum(map(len, texts[:place])) for place in range(len(texts))]

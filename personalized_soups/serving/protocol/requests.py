@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from pydantic_core import PydanticCustomError
 
 from personalized_soups.generation.prompts import Message
-from personalized_soups.serving.batching.choosing import Wishes
+from personalized_soups.serving.engine.token_sampler import SamplingParams
 
 _MAX_SEED = 2**63 - 1
 _MAX_CHOICES = 64
@@ -57,7 +57,7 @@ _EMPTY: tuple[Any, ...] = (None, False, "", [], {})
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class Asked(BaseModel):
+class RequestBody(BaseModel):
     """A part of a request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -68,14 +68,14 @@ def _unsupported(name: str) -> PydanticCustomError:
     return PydanticCustomError("unsupported", "{name} is not supported by this server; leave it out", {"name": name})
 
 
-class StreamOptions(Asked):
+class StreamOptions(RequestBody):
     """What a stream brings beside the answer."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
-class TextPart(Asked):
+class TextPart(RequestBody):
     """A part of a message's content; other keys than these two are passed over (`cache_control`, ...)."""
 
     model_config = ConfigDict(extra="ignore")
@@ -84,7 +84,7 @@ class TextPart(Asked):
     text: str
 
 
-class ChatMessage(Asked):
+class ChatMessage(RequestBody):
     """One message of a conversation."""
 
     model_config = ConfigDict(extra="ignore")
@@ -122,7 +122,7 @@ class ChatMessage(Asked):
         return message if self.name is None else {**message, "name": self.name}
 
 
-class AnswerRequest(Asked):
+class AnswerRequest(RequestBody):
     """What all requests for answers may say."""
 
     default_max_tokens: ClassVar[int | None] = None
@@ -206,9 +206,9 @@ class AnswerRequest(Asked):
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def wishes(self, seed: int, place: int) -> Wishes:
+    def wishes(self, seed: int, place: int) -> SamplingParams:
         """Return how the tokens of answer number `place` are chosen; `seed` where the request has none."""
-        return Wishes(
+        return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=seed if self.seed is None else self.seed % (1 << 64),

@@ -24,7 +24,7 @@ from tests.merging.doctor.diagnosing import (
     rewrite,
     vector,
 )
-from tests.merging.folding.test_into_base import write_base
+from tests.merging.writing.test_into_base import write_base
 from tests.oracles import Matrix
 
 # Sums of some thousand products in float64.

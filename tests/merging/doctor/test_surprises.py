@@ -21,7 +21,7 @@ from tests.merging.doctor.diagnosing import (
     rewrite,
     vector,
 )
-from tests.merging.folding.test_into_base import write_base
+from tests.merging.writing.test_into_base import write_base
 from tests.oracles import Matrix
 
 Q_PROJ = "base_model.model.model.layers.0.self_attn.q_proj"

@@ -10,13 +10,12 @@ import pytest
 import torch
 
 from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
-from personalized_soups.merging.folding.blocks import Dense, Product, Rescale, Term, Toward, TowardRows
-from personalized_soups.merging.many import merge_many
+from personalized_soups.merging.computing.blocks import Dense, Product, Rescale, Term, Toward, TowardRows
 from personalized_soups.merging.verify.folder import verify
 from personalized_soups.merging.verify.model import magnitude_of
+from personalized_soups.merging.writing.many import merge_many
 from tests import oracles
 from tests.experts import SHAPES, write_expert
-from tests.merging.folding.test_into_base import write_base
 from tests.merging.verify.tampering import (
     PROFILE,
     Q_PROJ,
@@ -27,6 +26,7 @@ from tests.merging.verify.tampering import (
     library_in,
     nudged,
 )
+from tests.merging.writing.test_into_base import write_base
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from personalized_soups.errors import FileFormatError, InputError
 from personalized_soups.merging.verify.folder import verify
 from tests import oracles
 from tests.experts import SHAPES, write_expert
-from tests.merging.folding.test_into_base import write_base
 from tests.merging.verify.tampering import (
     NAMES,
     PROFILE,
@@ -25,6 +24,7 @@ from tests.merging.verify.tampering import (
     nudged,
     told,
 )
+from tests.merging.writing.test_into_base import write_base
 
 
 @pytest.fixture

@@ -47,9 +47,9 @@ class Playground:
         self.requests.append(request)
 
     def open(self, fragment: str = "") -> None:
-        """Open the page, and wait until the desk stands."""
+        """Open the page, and wait until the sliders are there."""
         self.page.goto(f"{self.url}/playground/{fragment}")
-        self.page.wait_for_selector("#desk[aria-busy=false]")
+        self.page.wait_for_selector("#sliders[aria-busy=false]")
 
     def asked(self) -> list[dict[str, Any]]:
         """Return the bodies of the requests for answers, in order."""

@@ -234,7 +234,7 @@ def test_a_link_shares_mixture_prompt_and_sampling(playground: Playground) -> No
     playground.watch(other)
     playground.requests.clear()
     other.goto(address)
-    other.wait_for_selector("#desk[aria-busy=false]")
+    other.wait_for_selector("#sliders[aria-busy=false]")
     assert playground.asked() == []
     other.click("#ask")
     other.wait_for_selector("article[data-state=done] >> nth=1")
@@ -299,7 +299,7 @@ def test_two_saved_profiles_side_by_side(playground: Playground) -> None:
     assert playground.answer(0) != playground.answer(1)
     playground.slider("style").fill("0.5")
     playground.settled()
-    assert len(playground.asked()) == 2  # no column shows the mixture on the desk
+    assert len(playground.asked()) == 2  # no column shows the sliders' mixture
 
 
 def test_a_saved_profile_is_a_preset(playground: Playground) -> None:
@@ -584,7 +584,7 @@ def test_a_key_is_asked_for_used_and_kept_nowhere(playground: Playground) -> Non
     expect(page.locator("#key-error")).to_have_text("The server does not know this key.")
     page.get_by_label("This server asks for an API key").fill(KEY)
     page.keyboard.press("Enter")
-    page.wait_for_selector("#desk[aria-busy=false]")
+    page.wait_for_selector("#sliders[aria-busy=false]")
     expect(page.locator("#key")).to_be_hidden()
     page.click("#theme")  # the one thing that is stored
     playground.ask()
@@ -654,7 +654,7 @@ def test_a_server_that_is_gone(playground: Playground) -> None:
     expect(playground.page.locator("#trouble")).to_contain_text("cannot be reached")
     playground.page.unroute("**/v1/**")
     playground.page.get_by_role("button", name="Try again").click()
-    playground.page.wait_for_selector("#desk[aria-busy=false]")
+    playground.page.wait_for_selector("#sliders[aria-busy=false]")
     expect(playground.page.locator("#trouble")).to_be_hidden()
 
 
@@ -673,7 +673,7 @@ def test_names_and_answers_stay_text(playground: Playground, mock: Mock) -> None
     playground.ask(NASTY)
     assert NASTY in playground.page.locator("#found").inner_text()
     assert NASTY in playground.answer(1)
-    assert NASTY in playground.page.locator("#desk").inner_text()
+    assert NASTY in playground.page.locator("#sliders").inner_text()
     assert playground.page.locator("#asked").inner_text() == NASTY
     assert playground.page.locator("img").count() == 1  # the page's own
     assert "Playground" in playground.page.title()
@@ -883,7 +883,7 @@ def phone(playground: Playground) -> Iterator[Page]:
 
 def _open_on(phone: Page, playground: Playground) -> None:
     phone.goto(f"{playground.url}/playground/")
-    phone.wait_for_selector("#desk[aria-busy=false]")
+    phone.wait_for_selector("#sliders[aria-busy=false]")
 
 
 @pytest.mark.parametrize("how", ["an example", "the keyboard"])
@@ -923,7 +923,7 @@ def test_what_follows_in_the_page_follows_for_the_keyboard(playground: Playgroun
         })"""
     )
     assert [name for name, *_ in places] == [
-        "prompt-title", "answers-title", "desk-title", "keep-title", "saved-title",
+        "prompt-title", "answers-title", "sliders-title", "keep-title", "saved-title",
     ]  # fmt: skip
     for column in {left for _, left, _ in places}:
         tops = [top for _, left, top in places if left == column]

@@ -16,14 +16,14 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.shipped import shipped_recipe
-from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching.batcher import Limits
-from personalized_soups.serving.guard import Rules
+from personalized_soups.serving.engine.batcher import Limits
+from personalized_soups.serving.web.app import Settings
+from personalized_soups.serving.web.guard import Rules
 from personalized_soups.tiny import BASE_FOLDER
-from personalized_soups.users.store import UnknownProfile
+from personalized_soups.users.profiles.store import UnknownProfile
 from tests.experts import write_expert
 from tests.serving.playground.conftest import Playground
-from tests.serving.servers import Running, running
+from tests.serving.servers import RunningServer, running
 
 pytestmark = pytest.mark.browser
 
@@ -43,7 +43,7 @@ def tiny_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def real(tiny_experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def real(tiny_experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     catalogue = load(shipped_recipe("dimensions/tiny.yaml"), Catalogue)
     store = tmp_path_factory.mktemp("kept") / "profiles.db"
     settings = Settings("tiny", limits=Limits(max_context=512))
@@ -52,7 +52,7 @@ def real(tiny_experts: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @pytest.fixture
-def served_url(real: Running) -> str:
+def served_url(real: RunningServer) -> str:
     return real.url
 
 
@@ -61,12 +61,12 @@ def _greedy(playground: Playground) -> None:
     playground.page.get_by_label("Temperature").fill("0")
 
 
-def _own(real: Running, weights: dict[str, float] | None) -> str:
+def _own(real: RunningServer, weights: dict[str, float] | None) -> str:
     answer: str = real.model.generate([PROMPT], [weights], max_new_tokens=256)[0]
     return answer
 
 
-def test_what_is_shown_is_what_the_model_says_and_how_it_is_scored(playground: Playground, real: Running) -> None:
+def test_what_is_shown_is_what_the_model_says_and_how_it_is_scored(playground: Playground, real: RunningServer) -> None:
     playground.open()
     _greedy(playground)
     playground.page.locator("#preset").select_option("base")
@@ -91,7 +91,7 @@ def test_what_is_shown_is_what_the_model_says_and_how_it_is_scored(playground: P
     assert {request.url.split("/")[2] for request in playground.requests} == {real.url.split("/")[2]}
 
 
-def test_a_mixture_is_saved_and_compared_with_another_one(playground: Playground, real: Running) -> None:
+def test_a_mixture_is_saved_and_compared_with_another_one(playground: Playground, real: RunningServer) -> None:
     assert real.store is not None
     playground.open()
     _greedy(playground)
@@ -113,7 +113,7 @@ def test_a_mixture_is_saved_and_compared_with_another_one(playground: Playground
     assert playground.complaints == []
 
 
-def test_saved_profiles_are_found_restored_and_deleted(playground: Playground, real: Running) -> None:
+def test_saved_profiles_are_found_restored_and_deleted(playground: Playground, real: RunningServer) -> None:
     assert real.store is not None
     name = "Zoë / 1"
     for weight in (0.25, 0.5):
@@ -134,7 +134,7 @@ def test_saved_profiles_are_found_restored_and_deleted(playground: Playground, r
     assert playground.complaints == []
 
 
-def test_the_copied_curl_runs_and_the_command_is_one_that_there_is(playground: Playground, real: Running) -> None:
+def test_the_copied_curl_runs_and_the_command_is_one_that_there_is(playground: Playground, real: RunningServer) -> None:
     playground.open()
     _greedy(playground)
     playground.page.fill("#prompt", PROMPT)
@@ -165,7 +165,7 @@ def _check_options(arguments: list[str]) -> None:
     assert told.exit_code == 0, told.output
 
 
-def test_a_key_is_asked_for_and_opens_the_desk(
+def test_a_key_is_asked_for_and_opens_the_sliders(
     browser: Any, tiny_experts: Path, request: pytest.FixtureRequest
 ) -> None:
     settings = Settings("tiny", rules=Rules(keys=[KEY]), limits=Limits(max_context=512))
@@ -175,7 +175,7 @@ def test_a_key_is_asked_for_and_opens_the_desk(
         opened.page.goto(f"{served.url}/playground/")
         opened.page.locator("#key-input").fill(KEY)
         opened.page.locator("#key-input").press("Enter")
-        opened.page.wait_for_selector("#desk[aria-busy=false]")
+        opened.page.wait_for_selector("#sliders[aria-busy=false]")
         opened.ask(PROMPT)
         assert opened.answer(1)
         assert opened.page.get_by_text("--profiles profiles.db").is_visible()  # there is no store

@@ -13,16 +13,16 @@ import pytest
 from starlette.types import Receive
 
 from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.app import Settings
-from personalized_soups.serving.batching.batcher import Ask, Finish, Limits, Piece
-from personalized_soups.serving.batching.choosing import Likely
+from personalized_soups.serving.engine.batcher import Finish, GenerationRequest, Limits, Piece
+from personalized_soups.serving.engine.token_sampler import TokenLogprobs
 from personalized_soups.serving.protocol.answers import EventStream
 from personalized_soups.serving.protocol.faults import ApiError
-from personalized_soups.serving.protocol.formats import ChatOrder, CompletionOrder
+from personalized_soups.serving.protocol.formats import PendingChat, PendingCompletion
+from personalized_soups.serving.protocol.piece_queue import HungUpError
+from personalized_soups.serving.protocol.profile_resolver import ResolvedProfile
 from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
-from personalized_soups.serving.protocol.waiting import HungUpError
-from personalized_soups.serving.who import Guest
-from tests.serving.servers import Running, running
+from personalized_soups.serving.web.app import Settings
+from tests.serving.servers import RunningServer, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 NO_END = {"logit_bias": {"1": -100}}  # the small base's end token
@@ -36,7 +36,7 @@ def _completion(prompt: Any = "wash the", **options: Any) -> dict[str, Any]:
     return {"model": "small", "prompt": prompt, "temperature": 0, **NO_END, **options}
 
 
-def _whole(served: Running, path: str, body: dict[str, Any]) -> Any:
+def _whole(served: RunningServer, path: str, body: dict[str, Any]) -> Any:
     reply = served.ask("POST", path, body)
     assert reply.status == 200, reply.body
     return reply.json
@@ -50,7 +50,7 @@ def _events(body: bytes) -> list[Any]:
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_a_stream_is_written_as_the_protocol_has_it(served: Running) -> None:
+def test_a_stream_is_written_as_the_protocol_has_it(served: RunningServer) -> None:
     body = _chat(temperature=1.2, seed=4, n=2, max_tokens=9)
     whole = _whole(served, CHAT, body)
     reply = served.ask("POST", CHAT, {**body, "stream": True, "stream_options": {"include_usage": True}})
@@ -72,7 +72,7 @@ def test_a_stream_is_written_as_the_protocol_has_it(served: Running) -> None:
     assert whole["choices"][0]["message"] != whole["choices"][1]["message"]  # else nothing is shown
 
 
-def test_a_stream_tells_no_usage_unless_it_is_asked_for(served: Running) -> None:
+def test_a_stream_tells_no_usage_unless_it_is_asked_for(served: RunningServer) -> None:
     for path, body in ((CHAT, _chat(max_tokens=3)), (COMPLETIONS, _completion(max_tokens=3))):
         for options in ({}, {"stream_options": {"include_usage": False}}):
             events = _events(served.ask("POST", path, {**body, "stream": True, **options}).body)
@@ -80,14 +80,14 @@ def test_a_stream_tells_no_usage_unless_it_is_asked_for(served: Running) -> None
             assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
-def test_an_end_without_text_has_an_empty_delta(served: Running) -> None:
+def test_an_end_without_text_has_an_empty_delta(served: RunningServer) -> None:
     body = _chat(logit_bias={"1": 100}, stream=True)
     role, end = (event["choices"][0] for event in _events(served.ask("POST", CHAT, body).body))
     assert role["delta"]["role"] == "assistant"
     assert (end["delta"], end["finish_reason"]) == ({}, "stop")
 
 
-def test_usage_counts_each_prompt_once_and_all_answers(served: Running) -> None:
+def test_usage_counts_each_prompt_once_and_all_answers(served: RunningServer) -> None:
     one = _whole(served, CHAT, _chat(max_tokens=5))["usage"]
     assert _whole(served, CHAT, _chat(max_tokens=5, n=3))["usage"] == {
         "prompt_tokens": one["prompt_tokens"], "completion_tokens": 15, "total_tokens": one["prompt_tokens"] + 15,
@@ -100,7 +100,7 @@ def test_usage_counts_each_prompt_once_and_all_answers(served: Running) -> None:
     assert _events(served.ask("POST", COMPLETIONS, streamed).body)[-1]["usage"] == told
 
 
-def test_answers_to_several_prompts_stand_prompt_by_prompt(served: Running) -> None:
+def test_answers_to_several_prompts_stand_prompt_by_prompt(served: RunningServer) -> None:
     prompts = ["wash the", "rub it dry with"]
     first, second = (
         _whole(served, COMPLETIONS, _completion(each, max_tokens=6))["choices"][0]["text"] for each in prompts
@@ -111,14 +111,14 @@ def test_answers_to_several_prompts_stand_prompt_by_prompt(served: Running) -> N
     assert [each["index"] for each in choices] == [0, 1, 2, 3]
 
 
-def test_answers_are_cut_where_nothing_is_said(served: Running) -> None:
+def test_answers_are_cut_where_nothing_is_said(served: RunningServer) -> None:
     assert _whole(served, CHAT, _chat())["usage"]["completion_tokens"] == 24  # the server's own
     assert _whole(served, COMPLETIONS, _completion())["usage"]["completion_tokens"] == 16  # the protocol's
     newer = _chat(max_completion_tokens=2, max_tokens=7)
     assert _whole(served, CHAT, newer)["usage"]["completion_tokens"] == 2
 
 
-def test_prompt_and_answer_may_fill_the_context_and_no_more(served: Running) -> None:
+def test_prompt_and_answer_may_fill_the_context_and_no_more(served: RunningServer) -> None:
     ids = [7] * 250
     assert _whole(served, COMPLETIONS, _completion(ids, max_tokens=6))["usage"]["total_tokens"] == 256
     encoded = served.model.generator.encoded
@@ -136,7 +136,7 @@ def test_prompt_and_answer_may_fill_the_context_and_no_more(served: Running) -> 
         assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "context_length_exceeded", param)
 
 
-def test_the_first_token_that_there_is_not_is_refused(served: Running) -> None:
+def test_the_first_token_that_there_is_not_is_refused(served: RunningServer) -> None:
     size = len(served.model.tokenizer)  # type: ignore[arg-type]
     _whole(served, COMPLETIONS, _completion([size - 1], max_tokens=1, logit_bias={str(size - 1): -1}))
     for body, param in (
@@ -150,7 +150,7 @@ def test_the_first_token_that_there_is_not_is_refused(served: Running) -> None:
         assert (reply.status, reply.error["param"].split(".")[0]) == (400, param), reply.body
 
 
-def test_a_chat_that_names_no_temperature_has_one(served: Running) -> None:
+def test_a_chat_that_names_no_temperature_has_one(served: RunningServer) -> None:
     def said(**options: Any) -> str:
         body = {"model": "small", "messages": [{"role": "user", "content": "wash it"}], "seed": 6, **NO_END, **options}
         return str(_whole(served, CHAT, body)["choices"][0]["message"]["content"])
@@ -159,7 +159,7 @@ def test_a_chat_that_names_no_temperature_has_one(served: Running) -> None:
 
 
 @pytest.mark.parametrize("stop", [None, ["e x", " t", "a b"]])
-def test_a_streams_log_probabilities_are_the_whole_ones(served: Running, stop: list[str] | None) -> None:
+def test_a_streams_log_probabilities_are_the_whole_ones(served: RunningServer, stop: list[str] | None) -> None:
     body = _completion(temperature=1.5, seed=3, logprobs=2, max_tokens=30, stop=stop)
     whole = _whole(served, COMPLETIONS, body)["choices"][0]["logprobs"]
     found: dict[str, list[Any]] = {name: [] for name in whole}
@@ -199,7 +199,7 @@ def _kitchen() -> Any:
     )
 
 
-class _Order(ChatOrder):
+class _Order(PendingChat):
     """One answer whose pieces are these; then what is wrong."""
 
     source: tuple[list[Piece], Exception]
@@ -213,7 +213,9 @@ class _Order(ChatOrder):
 def _sent(pieces: list[Piece], fault: Exception) -> list[Any]:
     """Return what a stream sends of pieces and a fault after them."""
     asked = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True})
-    order = _Order(_kitchen(), asked, Guest(Row(), "base", None, "m"), [Ask([1], Row(), 4)], 1, 0.0)
+    order = _Order(
+        _kitchen(), asked, ResolvedProfile(Row(), "base", None, "m"), [GenerationRequest([1], Row(), 4)], 1, 0.0
+    )
     object.__setattr__(order, "source", (pieces, fault))
     sent: list[Any] = []
 
@@ -251,8 +253,8 @@ def test_log_probabilities_tell_bytes_only_of_whole_characters() -> None:
     asked = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
     )
-    order = ChatOrder(_kitchen(), asked, Guest(Row(), "base", None, "m"), [], 1, 0.0)
-    told = order.logprobs([(3, Likely(-1.0, ((4, -0.5),)))], 0)["content"]
+    order = PendingChat(_kitchen(), asked, ResolvedProfile(Row(), "base", None, "m"), [], 1, 0.0)
+    told = order.logprobs([(3, TokenLogprobs(-1.0, ((4, -0.5),)))], 0)["content"]
     assert told == [
         {"token": "\ufffd", "logprob": -1.0, "bytes": None,
          "top_logprobs": [{"token": "é", "logprob": -0.5, "bytes": [0xC3, 0xA9]}]}
@@ -261,8 +263,8 @@ def test_log_probabilities_tell_bytes_only_of_whole_characters() -> None:
 
 def test_end_tokens_are_no_part_of_what_is_told() -> None:
     asked = CompletionRequest.model_validate({"model": "m", "prompt": "x", "logprobs": 0})
-    order = CompletionOrder(_kitchen(), asked, Guest(Row(), "base", None, "m"), [], 1, 0.0)
-    likely = Likely(-1.0, ())
+    order = PendingCompletion(_kitchen(), asked, ResolvedProfile(Row(), "base", None, "m"), [], 1, 0.0)
+    likely = TokenLogprobs(-1.0, ())
     assert order.told_of(Piece(1, "", likely, Finish.STOP)) == []
     assert order.told_of(Piece(5, "t5", likely)) == [(5, likely)]
     assert order.told_of(Piece(5, "t5")) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from personalized_soups.serving.batching.choosing import Wishes
+from personalized_soups.serving.engine.token_sampler import SamplingParams
 from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
 
 
@@ -21,7 +21,7 @@ def _completion(**options: Any) -> CompletionRequest:
 
 def test_defaults_are_the_protocols() -> None:
     asked = _chat()
-    assert asked.wishes(5, 2) == Wishes(temperature=1.0, top_p=1.0, seed=5, place=2)
+    assert asked.wishes(5, 2) == SamplingParams(temperature=1.0, top_p=1.0, seed=5, place=2)
     assert (asked.num_choices, asked.num_tokens, asked.stops, asked.includes_usage) == (1, None, (), False)
     assert (asked.default_max_tokens, _completion().default_max_tokens) == (None, 16)
 
@@ -29,7 +29,7 @@ def test_defaults_are_the_protocols() -> None:
 def test_every_wish_goes_where_it_belongs() -> None:
     given = {"temperature": 0.25, "top_p": 0.5, "presence_penalty": 1.5, "frequency_penalty": -0.5, "seed": 9}
     asked = _chat(**given, logit_bias={"7": -2.5}, logprobs=True, top_logprobs=4)
-    want = Wishes(
+    want = SamplingParams(
         temperature=0.25, top_p=0.5, seed=9, place=3, presence_penalty=1.5, frequency_penalty=-0.5,
         logit_bias={7: -2.5}, logprobs=4,
     )  # fmt: skip

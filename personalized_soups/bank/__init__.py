@@ -1,0 +1,1 @@
+"""The expert bank: the factors of all chosen experts, stacked once."""

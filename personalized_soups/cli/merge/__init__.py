@@ -1,0 +1,1 @@
+"""Commands that merge experts and check what was merged."""

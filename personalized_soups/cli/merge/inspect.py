@@ -1,0 +1,59 @@
+"""`psoups inspect`: what a folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from personalized_soups.cli import render
+from personalized_soups.errors import UsageError
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(name="inspect")(inspect)
+
+
+def inspect(
+    folder: Annotated[
+        Path | None, typer.Argument(help="An expert, a soup, a base model, or a folder of experts.")
+    ] = None,
+    methods: Annotated[bool, typer.Option("--methods", help="Print the table of merge methods.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what a folder is: its base, rank, modules, size, weights and provenance."""
+    if methods == (folder is not None):
+        raise UsageError(
+            "give a folder or --methods, exactly one", where="DIR, --methods", mend="write psoups inspect DIR"
+        )
+    if folder is None:
+        _show_methods(as_json=as_json)
+        return
+    from personalized_soups.adapters.describe import describe
+
+    description = describe(folder)
+    if as_json:
+        render.show_json(description.as_json())
+        return
+    render.show_record(description.facts, title=description.kind)
+    if description.members:
+        columns = list(description.members[0])
+        render.show_table(columns, [[row.get(column) for column in columns] for row in description.members])
+
+
+def _show_methods(*, as_json: bool) -> None:
+    from personalized_soups.methods.table import METHODS, OPTIONS
+
+    columns = ["method", "dW", "options", "encodings", "source", "about"]
+    rows = [
+        [row.name, row.formula, ", ".join(row.options), ", ".join(row.encodings), row.source, row.about]
+        for row in METHODS.values()
+    ]
+    if as_json:
+        render.show_table(columns, rows, as_json=True)
+        return
+    render.show_table(["method", "dW", "options", "held", "about"], [[*row[:4], row[5]] for row in rows])
+    told = [[f"--{each.name}", f"{each.default:g}", each.bounds, each.about] for each in OPTIONS.values()]
+    render.show_table(["option", "default", "values", "about"], told)

@@ -1,0 +1,1 @@
+"""Commands that serve users and store their profiles."""

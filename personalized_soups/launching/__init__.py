@@ -1,0 +1,1 @@
+"""Run tasks on this machine: threads and processes."""

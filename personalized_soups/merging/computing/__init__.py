@@ -1,0 +1,1 @@
+"""Compute what a merge writes: tensors in, tensors out, no files."""

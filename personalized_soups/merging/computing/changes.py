@@ -1,0 +1,249 @@
+"""What soups change in a base: found from headers, checked all at once, and given tensor by tensor as terms.
+
+E experts, O out features, M rows and N columns of a base's matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.base_model import BaseModel, is_input_embedding
+from personalized_soups.adapters.library import Expert
+from personalized_soups.adapters.placement import Placement
+from personalized_soups.adapters.trained import TrainedTensor
+from personalized_soups.adapters.tying import are_tied_tokens, tied_copies
+from personalized_soups.errors import UnsupportedAdapterError
+from personalized_soups.merging.computing.blocks import (
+    Dense,
+    Product,
+    Rescale,
+    Term,
+    Toward,
+    TowardRows,
+    arithmetic_dtype,
+    as_matrix,
+)
+from personalized_soups.merging.computing.dora import Dora
+from personalized_soups.merging.computing.fitting import Fitting
+from personalized_soups.merging.computing.module_soups import ModuleSoup, Soups
+from personalized_soups.merging.planning.plan import PlannedModule
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Change:
+    """What is added to one tensor: low-rank modules, and what experts (by their places in the bank) trained whole.
+
+    Magnitudes are not among the latter: they belong to their modules.
+    """
+
+    modules: list[tuple[PlannedModule, Placement]] = field(default_factory=list)
+    trained: list[tuple[int, TrainedTensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """The changes that soups of the same experts make to a base, by the names of the written tensors.
+
+    `unties` names the tensor of the output embedding where the base has one tensor for both embeddings and the soups
+    need two; else it is None.
+    """
+
+    soups: Soups
+    model: BaseModel
+    changes: Mapping[str, Change]
+    unties: str | None
+
+    @classmethod
+    def of(cls, soups: Soups, model: BaseModel) -> Self:
+        """Find where everything that the experts adapt stands in the base.
+
+        Raises:
+            IncompatibleExpertsError: naming everything that is not in the base or of another shape there.
+        """
+        found = _Search(soups, model)
+        found.run()
+        directed = soups if found.dora is None else replace(soups, dora=found.dora)
+        return cls(directed, model, found.changes, found.unties)
+
+    def written_as(self, tensor: str) -> tuple[str, ...]:
+        """Return the names under which a tensor of the base is written: its own, and that of an embedding untied."""
+        tied = self.model.tied
+        if self.unties is None or tied is None or tensor != tied[0] or self.unties in self.model.checkpoint:
+            return (tensor,)
+        return (tensor, self.unties)
+
+    def touches(self, tensor: str) -> bool:
+        """Return whether a tensor of the base is written otherwise than as it stands."""
+        return tensor in self.changes or len(self.written_as(tensor)) > 1
+
+    def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor that is written as `name`, in the form in which its terms are added: a view."""
+        change = self.changes.get(name)
+        if change is not None and change.modules:
+            return tensor.reshape(change.modules[0][1].matrix_shape)
+        return as_matrix(tensor)
+
+    def terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
+        """Return what each soup adds to a tensor that is written as `name`; its tensors are on the bank's device.
+
+        Args:
+            name: of the written tensor.
+            base_MN: the base's, by as_matrix.
+        """
+        kind = arithmetic_dtype(base_MN.dtype)
+        terms: list[list[Term]] = [[] for _ in self.soups.plans]
+        for module, placement in self.changes.get(name, Change()).modules:
+            for own, soup in zip(terms, self.soups.of(module), strict=True):
+                own.extend(_placed(soup, placement, kind))
+        for own, whole in zip(terms, self.trained_terms(name, base_MN), strict=True):
+            own.extend(whole)
+        return terms
+
+    def trained_terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
+        """Return what each soup adds to a tensor out of those that experts trained whole; as terms."""
+        device = self.soups.bank.device
+        terms: list[list[Term]] = [[] for _ in self.soups.plans]
+        trained = self.changes.get(name, Change()).trained
+        for expert, each in trained:
+            value = self.soups.bank.experts[expert].adapter.trained_tensor(each.name, None)
+            rows = [row for other, held in trained if other == expert and held.kind == "rows" for row in held.rows]
+            if each.kind == "replaced" and rows:
+                value = _without_rows(value, rows, base_MN)
+            for own, plan in zip(terms, self.soups.plans, strict=True):
+                own.append(_whole(each, value, base_MN, plan.weights[expert], device))
+        return terms
+
+
+class _Search:
+    """Finds the written tensors that everything changes."""
+
+    def __init__(self, soups: Soups, model: BaseModel) -> None:
+        self.soups = soups
+        self.model = model
+        self.changes: dict[str, Change] = {}
+        self.dora: Dora | None = None
+        self._experts = soups.bank.experts
+        self._fitting = Fitting(soups.bank, model)
+        self._copies = [tied_copies(expert.adapter) if model.tied else {} for expert in self._experts]
+        self._rows = [self._rows_of(expert) for expert in self._experts]
+        self.unties = model.tied[1] if model.tied is not None and self._needs_two() else None
+
+    def run(self) -> None:
+        self._check_output_for_both()
+        placements = self._fitting.placements()
+        dora = self._fitting.dora(placements)
+        self.dora = dora if dora.magnitudes else None
+        for module in self.soups.plan.modules:
+            if (placement := placements.get(module.name)) is not None:
+                for name in self._written(module.like.base_name):
+                    self._change(name).modules.append((module, placement))
+        for index, expert in enumerate(self._experts):
+            for each in expert.adapter.trained.values():
+                if each.kind != "magnitude" and (each.name not in self._copies[index] or self.unties is not None):
+                    self._add_trained(index, expert, each)
+        self._fitting.check(self.soups.plan.base.name)
+
+    def _needs_two(self) -> bool:
+        """Return whether the soups change one of the two embeddings that are one tensor, and not the other alike."""
+        if any(len(names) == 1 for targets in self._rows for names in targets.values()):
+            return True
+        for expert, copies in zip(self._experts, self._copies, strict=True):
+            modules = expert.adapter.modules.values()
+            whole = [each for each in expert.adapter.trained.values() if each.kind == "replaced"]
+            changed = [(each.name, each.base_name) for each in modules] + [(each.name, each.target) for each in whole]
+            of_tied = {name for name, target in changed if self._is_tied(target)}
+            repeated = {name for copy, other in copies.items() for name in (copy, other)}
+            if of_tied - repeated:
+                return True
+        return False
+
+    def _rows_of(self, expert: Expert) -> dict[str, tuple[str, ...]]:
+        """Return the embeddings in which an expert's trained tokens are set, by the name of their rows in its file.
+
+        Only those of a base whose embeddings are one tensor.
+        """
+        tied = self.model.tied
+        rows = [each for each in expert.adapter.trained.values() if each.kind == "rows" and self._is_tied(each.target)]
+        if tied is None or not rows:
+            return {}
+        tokens = {is_input_embedding(each.target): each.rows for each in rows}
+        names = (tied, ()) if are_tied_tokens(tokens.get(True), tokens.get(False)) else (tied[:1], tied[1:])
+        return {each.name: names[0] if is_input_embedding(each.target) else names[1] for each in rows}
+
+    def _check_output_for_both(self) -> None:
+        """Raise if the soups change an output embedding of which transformers makes the input embedding, too.
+
+        What is folded into it would change both.
+        """
+        head = self.model.output_for_both
+        for expert in self._experts if head is not None else ():
+            targets = [module.base_name for module in expert.adapter.modules.values()]
+            targets += [each.target for each in expert.adapter.trained.values()]
+            if any(self.model.find(target) == head for target in targets):
+                raise UnsupportedAdapterError(
+                    f"{expert.name} changes {head}, and the base's files hold no input embedding: both are one tensor, "
+                    "which this version changes only where it has the name of the input embedding",
+                    where=str(self.model.folder),
+                    mend="save the base again: AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(NEW)",
+                )
+
+    def _is_tied(self, target: str) -> bool:
+        return self.model.tied is not None and self.model.written_name(target) in self.model.tied
+
+    def _written(self, target: str) -> tuple[str, ...]:
+        """Return the written tensors that a change of `target` belongs to: both embeddings where they stay one."""
+        if self._is_tied(target) and self.unties is None and self.model.tied is not None:
+            is_copy = self.model.written_name(target) == self.model.tied[1]
+            return () if is_copy else tuple(name for name in self.model.tied if name in self.model.checkpoint)
+        return (self.model.written_name(target),)
+
+    def _change(self, name: str) -> Change:
+        return self.changes.setdefault(name, Change())
+
+    def _add_trained(self, index: int, expert: Expert, each: TrainedTensor) -> None:
+        self._fitting.check_trained(expert, each)
+        names = self._rows[index].get(each.name) if each.kind == "rows" else None
+        if names is None:
+            names = self._written(each.target)
+        elif self.unties is None:
+            names = tuple(name for name in names if name in self.model.checkpoint)
+        for name in names:
+            self._change(name).trained.append((index, each))
+
+
+def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[Term]:
+    if soup.delta_OI is not None:
+        delta = soup.delta_OI.mT if placement.is_transposed else soup.delta_OI
+        return [Dense(delta.to(kind).reshape(placement.matrix_shape))]
+    assert soup.factors is not None
+    terms: list[Term] = [
+        Product(part.left_MR.to(kind), part.right_RN.to(kind), part.start) for part in placement.parts(soup.factors)
+    ]
+    if soup.scale_O is not None:
+        terms.append(Rescale(soup.scale_O.to(soup.factors.a_RI.device), placement.output_axis))
+    return terms
+
+
+def _without_rows(value: Tensor, rows: list[int], base_MN: Tensor) -> Tensor:
+    """Return an embedding that an expert saved, with the base's own in the rows whose tokens it trained, too.
+
+    PEFT lays these over the embedding, so the embedding itself adds nothing to them. A new tensor.
+    """
+    kept = value.to(torch.promote_types(value.dtype, base_MN.dtype), copy=True)
+    kept[rows] = base_MN[rows].to(kept.dtype)
+    return kept
+
+
+def _whole(each: TrainedTensor, value: Tensor, base_MN: Tensor, weight: float, device: torch.device) -> Term:
+    """Return what a tensor that an expert trained whole adds, where `value` is as it stands in the expert's file."""
+    if each.kind == "rows":
+        return TowardRows(torch.tensor(each.rows), value, weight)
+    value_MN = value.reshape(base_MN.shape)
+    if each.kind == "added":
+        return Dense(value_MN.to(device, arithmetic_dtype(base_MN.dtype)) * (weight * each.scaling))
+    return Toward(value_MN, weight)

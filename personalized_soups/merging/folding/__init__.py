@@ -1,1 +1,0 @@
-"""Soups folded into a base: where they stand in it, block by block, shard by shard."""

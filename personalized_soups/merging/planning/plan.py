@@ -1,0 +1,413 @@
+"""What a merge will do, decided from headers alone; every fault that can be known before is found here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from personalized_soups.adapters.base_model import BaseModel
+from personalized_soups.adapters.compatible import disagreements
+from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.adapters.modules import LoraModule
+from personalized_soups.adapters.provenance import BaseRecord
+from personalized_soups.bank.expert_bank import ExpertBank
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.loader import load
+from personalized_soups.declare.profile import Profile, check_sides
+from personalized_soups.declare.shipped import shipped_recipe
+from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.merging.planning.checks import Cut, checked_cut, faults_of, raise_all, unmet_needs
+from personalized_soups.merging.planning.layout import (
+    Layout,
+    conflicts,
+    layout_of,
+    missing_base,
+    named_modules,
+    unfit_for_vllm,
+)
+from personalized_soups.methods.table import Method, method_named
+
+DtypeName = Literal["float32", "bfloat16", "float16"]
+PlannedEncoding = Literal["stacked", "truncated", "folded"]
+Target = Literal["peft", "vllm"]
+
+# The values that vLLM's --max-lora-rank can have (vllm/config/lora.py, 0.32).
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+_TARGETS: Mapping[str, Target] = {"peft": "peft", "vllm": "vllm"}
+_CHOICES: Mapping[str, DtypeName] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_OF_FILES: Mapping[str, DtypeName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedExpert:
+    """One expert that takes part, and the weight with which it enters the method."""
+
+    name: str
+    folder: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedModule:
+    """One module: `full_rank` is what the method gives, `rank` the most that is left after truncation.
+
+    `like` is the module as an expert holds it, with the names that its factors have in a merged adapter. A mixture's
+    parameter has these ranks in each of its blocks.
+    """
+
+    like: LoraModule
+    experts: tuple[str, ...]
+    full_rank: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        """The module's name in the base model."""
+        return self.like.name
+
+    @property
+    def out_features(self) -> int:
+        """Rows of B."""
+        return self.like.out_features
+
+    @property
+    def in_features(self) -> int:
+        """Columns of A, a convolution's kernel among them."""
+        return self.like.in_features
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """The frozen list of what a merge will do. It holds no tensor; `lines()` prints it.
+
+    `rank` is the merged adapter's, or the most that it can be where an `energy` share decides module by module.
+    `base_folder` is the base model's where an adapter is made with its help.
+    """
+
+    profile: Profile
+    method: Method
+    options: Mapping[str, float]
+    target: Target
+    energy: float | None
+    encoding: PlannedEncoding
+    experts: tuple[PlannedExpert, ...]
+    modules: tuple[PlannedModule, ...]
+    rank: int
+    dtype: DtypeName
+    fits_vllm: bool
+    base: BaseRecord
+    base_folder: str | None
+    revision: str | None
+    task_type: str | None
+    layout: Layout
+    shares_basis: bool
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The experts' weights, in their order."""
+        return tuple(expert.weight for expert in self.experts)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the merged adapter's factors, or the most that they can be where `energy` decides."""
+        numbers = sum(
+            self.rank * module.like.blocks * (module.in_features + module.out_features) for module in self.modules
+        )
+        return numbers * torch_dtype(self.dtype).itemsize
+
+    @property
+    def vllm_max_lora_rank(self) -> int | None:
+        """The smallest --max-lora-rank with which vLLM loads the merged adapter; None where none is large enough."""
+        return vllm_max_lora_rank(self.rank) if self.fits_vllm else None
+
+    def lines(self) -> list[str]:
+        """Return the plan as lines for people."""
+        experts = " + ".join(f"{expert.weight:g} {expert.name}" for expert in self.experts)
+        basis = ", one shared basis" if self.shares_basis else ""
+        share = "" if self.energy is None else f"at most, {self.energy:g} of each module's energy, "
+        held = f"rank {self.rank}, {share}{self.num_bytes} bytes of {self.dtype}"
+        options = "".join(f", {name} {value:g}" for name, value in self.options.items())
+        lines = [
+            f"soup:     {experts}",
+            f"method:   {self.method.name}: {self.method.formula}{options}",
+            f"encoding: {self.encoding}{basis}" + ("" if self.encoding == "folded" else f", {held}"),
+            f"base:     {self.base.name or 'not named'}",
+            f"modules:  {len(self.modules)}",
+        ]
+        if self.encoding != "folded":
+            most = self.vllm_max_lora_rank
+            lines.append(f"vLLM:     {'it does not load this' if most is None else f'--max-lora-rank {most}'}")
+        return lines
+
+
+def plan_merge(
+    library: ExpertLibrary,
+    profile: Profile,
+    *,
+    method: str | Method | None = None,
+    options: Mapping[str, float] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    target: str = "peft",
+    same_base: bool = False,
+    into_base: bool = False,
+    base: Path | str | None = None,
+) -> MergePlan:
+    """Return what merging `profile` will do; no tensor is read but the first bytes of the A's.
+
+    Args:
+        library: where the experts are.
+        profile: who the soup is for; experts of weight 0 take no part.
+        method: overrides the profile's; a name, or a row of a stranger's own.
+        options: of the method, such as `density`; each overrides the profile's.
+        rank: overrides the profile's: the merged adapter has at most this rank.
+        energy: share of each module's squared norm that its truncation must keep, in place of a rank.
+        dtype: of the merged adapter; where left out, the experts' own if they agree, else float32.
+        target: `peft`, or `vllm`, where every module has one rank and nothing stands in patterns.
+        same_base: take it that all experts have one base, whatever their names and fingerprints say.
+        into_base: plan to fold the soup into a base model, where rank and dtype are the base's.
+        base: of an adapter: the base model's folder, or a hub id in the local cache. It is needed where an expert holds
+            what is relative to the base (DoRA, biases, saved modules, trained tokens); samples of it are read, to know
+            it by its fingerprint.
+
+    Raises:
+        DeclarationError: if the profile names unknown experts, or opposed sides.
+        IncompatibleExpertsError: if the experts disagree with one another or with what the method needs.
+        InputError: if an expert is damaged or of a variant that is not merged.
+        UsageError: if an option is out of place, or an adapter cannot hold the soup, or not without the base. All
+            faults of one kind of step are told at once.
+    """
+    row = method if isinstance(method, Method) else method_named(method or profile.method)
+    method_options = _method_options(row, profile, options)
+    cut = checked_cut(profile, rank, energy, into_base=into_base)
+    _check_dtype(dtype, into_base=into_base)
+    library.check(profile)
+    # by name, so that a soup's bytes do not depend on the order in which its profile was written
+    chosen = [(library[name], weight) for name, weight in sorted(profile.resolved_weights().items()) if weight != 0]
+    experts = [expert for expert, _ in chosen]
+    # nothing can be compared before each expert is sound by itself
+    raise_all([fault for expert in experts for fault in faults_of(expert)])
+    bank = ExpertBank(experts)
+    check_sides(
+        profile, dimensions_of(experts), {expert.name: expert.side for expert in experts if expert.side is not None}
+    )
+    raise_all([*disagreements(experts, same_base=same_base), *unmet_needs(row, bank, [w for _, w in chosen])])
+    checked_target = _checked_target(target, into_base=into_base)
+    layout = layout_of(experts)
+    unfit = unfit_for_vllm(experts)
+    if not into_base:
+        raise_all(unfit if checked_target == "vllm" else [])
+        raise_all([*conflicts(experts, layout), *(missing_base(experts) if base is None else [])])
+    modules = tuple(_planned(bank, like, row, cut.rank) for like in named_modules(experts, layout))
+    if checked_target == "vllm" and energy is None:
+        check_vllm_rank(max(module.rank for module in modules))
+    known, folder = _read_base(base, experts, same_base=same_base)
+    return MergePlan(
+        profile=profile,
+        method=row,
+        options=method_options,
+        target=checked_target,
+        fits_vllm=not unfit,
+        energy=cut.energy,
+        encoding=_encoding(row, modules, cut, into_base=into_base),
+        experts=tuple(PlannedExpert(expert.name, str(expert.folder.resolve()), weight) for expert, weight in chosen),
+        modules=modules,
+        rank=max(module.rank for module in modules),
+        dtype=_resolved_dtype(dtype, experts),
+        base=known,
+        base_folder=folder,
+        revision=_agreed([expert.adapter.config.revision for expert in experts]),
+        task_type=_agreed([expert.adapter.config.task_type for expert in experts]),
+        layout=layout,
+        shares_basis=bank.shares_basis,
+    )
+
+
+def vllm_max_lora_rank(rank: int) -> int | None:
+    """Return the smallest --max-lora-rank with which vLLM loads an adapter of `rank`; None where none is enough."""
+    return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
+
+
+def check_vllm_rank(rank: int) -> None:
+    """Raise if vLLM loads no adapter of this rank.
+
+    Raises:
+        UsageError: naming the highest rank that it loads.
+    """
+    if vllm_max_lora_rank(rank) is None:
+        raise UsageError(
+            f"the merged adapter has rank {rank}, vLLM loads up to {VLLM_RANKS[-1]}",
+            where="--for vllm",
+            mend="give --rank 64, or a lower --energy",
+        )
+
+
+def torch_dtype(name: DtypeName) -> torch.dtype:
+    """Return torch's dtype of that name."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device for a merge: `auto` is the CPU, since a merge waits for files rather than for arithmetic.
+
+    Raises:
+        UsageError: if the device is unknown or not here.
+    """
+    if device == "auto":
+        return torch.device("cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise UsageError(f"unknown device {device!r}", where="--device", mend="choose from: auto, cpu, cuda, cuda:N")
+    kind, _, index = device.partition(":")
+    # compared as a number of any length: torch keeps an index in eight bits
+    if kind == "cuda" and int(index[:9] or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"there is no device {device!r} on this machine", where="--device", mend="leave --device out, or take cpu"
+        )
+    return torch.device(device)
+
+
+def arithmetic_device(plan: MergePlan, device: str) -> torch.device:
+    """Return where a plan is computed: on `device`, except for sums of factors, which are computed on the CPU.
+
+    A GPU cannot win there: the sums must come back to be written, and the CPU forms them in the buffer from which it
+    writes, at about the speed of a copy. DoRA needs products with the base as well, and keeps its device.
+
+    Raises:
+        UsageError: as resolve_device.
+    """
+    target = resolve_device(device)
+    is_sum_of_factors = plan.encoding == "stacked" and not plan.layout.use_dora
+    return torch.device("cpu") if is_sum_of_factors else target
+
+
+def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
+    if dtype is None:
+        return
+    if into_base:
+        raise UsageError("a folded model keeps its base's dtypes", where="--dtype", mend="leave --dtype out")
+    if dtype not in _CHOICES:
+        raise UsageError(f"unknown dtype {dtype!r}", where="--dtype", mend=choose_from(dtype, _CHOICES))
+
+
+def _checked_target(target: str, *, into_base: bool) -> Target:
+    if target not in _TARGETS:
+        raise UsageError(f"unknown target {target!r}", where="--for", mend=choose_from(target, _TARGETS))
+    if into_base and target != "peft":
+        raise UsageError(
+            f"a full model needs nothing done for {target}", where="--for", mend="leave --for out: vLLM loads the model"
+        )
+    return _TARGETS[target]
+
+
+def _method_options(row: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
+    """Return the options of the method: the caller's, else those of the profile's that this method takes, too."""
+    own = {name: value for name, value in profile.options.items() if name in row.options}
+    try:
+        return row.resolved({**own, **(given or {})})
+    except UsageError as fault:
+        is_own = fault.where in own and fault.where not in (given or {})
+        place = profile.place("options", fault.where) if is_own else f"--{fault.where}"
+        raise UsageError(fault.what, where=place, mend=fault.mend) from None
+
+
+def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_base: bool) -> PlannedEncoding:
+    if into_base:
+        encoding: PlannedEncoding = "folded"
+    elif cut.energy is not None or any(module.rank < module.full_rank for module in modules):
+        encoding = "truncated"
+    elif row.family == "dense":
+        # a dense delta at its full rank is decomposed all the same
+        encoding = "truncated" if cut.is_asked_for else "stacked"
+    else:
+        encoding = "stacked"
+    if encoding not in row.encodings:
+        raise UsageError(
+            f"what {row.name} gives has full rank: as an adapter it must be truncated"
+            if row.family == "dense"
+            else f"a soup by {row.name} cannot be held {encoding}",
+            where="method",
+            mend="give --rank 16, --energy 0.99 or --into-base BASE, or take the method linear",
+        )
+    return encoding
+
+
+def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | None) -> PlannedModule:
+    members = bank.members(like.name)
+    described = [bank.experts[index].adapter.modules[like.name] for index in members]
+    most = min(like.out_features, like.in_features)
+    if method.family == "dense":
+        full = most
+    elif method.needs_equal_ranks:
+        full = described[0].rank
+    elif method.family == "linear":
+        # one A for several experts takes its rows once
+        full = sum({number: each.rank for number, each in zip(bank.basis(like.name), described, strict=True)}.values())
+    else:
+        full = sum(each.rank for each in described)
+    return PlannedModule(
+        like=like,
+        experts=tuple(bank.experts[index].name for index in members),
+        full_rank=full,
+        rank=full if rank is None else min(rank, full),
+    )
+
+
+def dimensions_of(experts: Sequence[Expert]) -> dict[str, str]:
+    """Return the dimension of each expert that has one: by expert.json, else by a name of the shipped catalogue."""
+    found = {expert.name: expert.dimension for expert in experts if expert.dimension is not None}
+    nameless = [expert for expert in experts if expert.name not in found]
+    if len(experts) < 2 or not nameless:
+        return found
+    recipe = shipped_recipe("dimensions/psoups.yaml")
+    text = recipe.read_text(encoding="utf-8")
+    for expert in nameless:
+        side = expert.side or expert.name
+        # reading YAML takes as long as reading the experts: a name that is nowhere in it is no name of it
+        if side in text and (dimension := _catalogue(recipe).dimension_of(side)) is not None:
+            found[expert.name] = dimension
+    return found
+
+
+@cache
+def _catalogue(recipe: Path) -> Catalogue:
+    return load(recipe, Catalogue)
+
+
+def _resolved_dtype(dtype: str | None, experts: Sequence[Expert]) -> DtypeName:
+    if dtype is not None:
+        return _CHOICES[dtype]
+    own = {name for expert in experts for name in expert.adapter.dtypes}
+    return _OF_FILES.get(own.pop(), "float32") if len(own) == 1 else "float32"
+
+
+def _common_base(experts: Sequence[Expert]) -> BaseRecord:
+    """Return the first expert's name for the base, and the first fingerprint that an expert records."""
+    bases = [expert.base for expert in experts]
+    return BaseRecord(
+        name=next((base.name for base in bases if base.name), None),
+        fingerprint=next((base.fingerprint for base in bases if base.fingerprint), None),
+    )
+
+
+def _read_base(base: Path | str | None, experts: Sequence[Expert], *, same_base: bool) -> tuple[BaseRecord, str | None]:
+    """Return how the base is known, and its folder where it is given."""
+    named = _common_base(experts)
+    if base is None:
+        return named, None
+    model = BaseModel.open(base)
+    if not same_base:
+        model.check_fingerprints(list(experts))
+    return BaseRecord(name=named.name, fingerprint=model.fingerprint), str(model.folder.resolve())
+
+
+def _agreed(values: Sequence[str | None]) -> str | None:
+    return values[0] if len(set(values)) == 1 else None

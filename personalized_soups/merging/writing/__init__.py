@@ -1,0 +1,1 @@
+"""Write merged adapters and models: all or nothing."""

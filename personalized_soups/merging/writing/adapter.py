@@ -1,0 +1,185 @@
+"""A soup as one LoRA adapter that PEFT, transformers and vLLM load, written while it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.adapters.provenance import InputRecord
+from personalized_soups.bank.expert_bank import ExpertBank
+from personalized_soups.declare.profile import Profile
+from personalized_soups.errors import UsageError
+from personalized_soups.files.atomic import check_target, new_folder
+from personalized_soups.files.digest import BackgroundDigests
+from personalized_soups.merging.computing.module_soups import Soups
+from personalized_soups.merging.computing.whole_tensors import WholeTensors, on_base
+from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, plan_merge
+from personalized_soups.merging.writing.adapter_writer import AdapterWriter, MergedModule, common_ranks
+from personalized_soups.methods.table import Method
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, eq=False)
+class MergedAdapter:
+    """A soup that can be written as an adapter. It is computed when it is asked for, module by module."""
+
+    plan: MergePlan
+    library: ExpertLibrary
+    device: torch.device
+
+    def each(self, finish: Callable[[MergedModule], Result]) -> Iterator[Result]:
+        """Yield `finish(module)` of every module in the plan's order; memory: the few modules in work.
+
+        `finish` runs on the thread that computed the module, several at once. All modules have the plan's rank, lower
+        ones padded with zeros, but where an energy share gives each its own.
+
+        Raises:
+            InputError: where an expert holds NaN or infinity.
+            UsageError: where the soup does not fit into its dtype.
+        """
+        return self._computed[0].each(lambda each: finish(MergedModule.of(each[0], self.plan)))
+
+    def modules(self) -> Iterator[MergedModule]:
+        """Yield every module in the plan's order, as `each` computes them."""
+        return self.each(lambda module: module)
+
+    @property
+    def whole(self) -> WholeTensors | None:
+        """The tensors that experts trained whole; None where the plan has no base."""
+        return self._computed[1][0] if self._computed[1] else None
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Every tensor by its name in the file, on the CPU, all in memory at once."""
+        modules = list(self.modules())
+        ranks = common_ranks(self.plan, {module.name: module.rank for module in modules})
+        found = {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
+        return {**found, **({} if self.whole is None else self.whole.tensors())}
+
+    def write(self, folder: Path | str, overwrite: bool = False, durable: bool = False) -> Path:
+        """Write the adapter folder, all or nothing, and return it. Memory: the few modules in work.
+
+        Args:
+            folder: the new folder.
+            overwrite: replace it where this tool wrote it.
+            durable: have all bytes on the disk before the folder appears.
+
+        Raises:
+            InputError: where an expert holds NaN or infinity.
+            OutputExistsError: if the folder is there (and, with `overwrite`, is not of this tool's making).
+            UsageError: if the folder is one of the experts, or inside or around one; where the soup does not fit into
+                its dtype.
+            RunError: if the disk is full.
+        """
+        folder = Path(folder)
+        check_output_apart(folder, [expert.folder for expert in self.plan.experts])
+        if self.plan.base_folder is not None:
+            check_output_apart(folder, [self.plan.base_folder])
+        check_target(folder, overwrite=overwrite)
+        read = [path for expert in self._experts for path in expert.adapter.files]
+        with (
+            new_folder(folder, overwrite, durable=durable) as scratch,
+            BackgroundDigests(read) as digests,
+            AdapterWriter(scratch, self.plan, self.whole) as writer,
+        ):
+            for _ in self.each(writer.put):
+                pass
+            writer.finish(self.device, input_records(self.plan, self.library, digests.results()))
+        return folder
+
+    @cached_property
+    def _computed(self) -> tuple[Soups, list[WholeTensors]]:
+        return on_base([self.plan], ExpertBank(self._experts, device=self.device))
+
+    @property
+    def _experts(self) -> list[Expert]:
+        return [self.library[expert.name] for expert in self.plan.experts]
+
+
+def merge(
+    library: ExpertLibrary,
+    profile: Profile,
+    *,
+    method: str | Method | None = None,
+    options: Mapping[str, float] | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    dtype: str | None = None,
+    target: str = "peft",
+    device: str = "auto",
+    same_base: bool = False,
+    base: Path | str | None = None,
+) -> MergedAdapter:
+    """Return the soup of `profile` as one adapter; `.write(folder)` makes the folder. The base is never loaded whole.
+
+    The scaling is baked into B and `r == lora_alpha`; all modules have one rank (lower ones are padded with zeros) but
+    where `energy` gives each its own. Arithmetic: float64 for the coefficients, one rounding to `dtype`; A's are not
+    changed unless the soup is truncated.
+
+    Args:
+        library: where the experts are.
+        profile: who it is for.
+        method: overrides the profile's.
+        options: of the method, such as `density`; each overrides the profile's.
+        rank: overrides the profile's: at most this rank, with the error in the record.
+        energy: keep this share of each module's squared norm at the least rank, in place of a rank.
+        dtype: float32, bfloat16 or float16; the experts' own where left out.
+        target: `peft`, or `vllm`, where every module has one rank and nothing stands in patterns.
+        device: where the arithmetic is done: auto (the CPU), cpu, cuda. Sums of factors that are not truncated are
+            computed on the CPU in any case, since a GPU cannot win there.
+        same_base: take it that all experts have one base.
+        base: the base model's folder, or a hub id in the local cache; needed where an expert holds what is relative to
+            the base: DoRA's magnitudes, biases, saved modules, trained tokens.
+
+    Raises:
+        SoupError: everything that plan_merge raises.
+    """
+    plan = plan_merge(
+        library,
+        profile,
+        method=method,
+        options=options,
+        rank=rank,
+        energy=energy,
+        dtype=dtype,
+        target=target,
+        same_base=same_base,
+        base=base,
+    )
+    return MergedAdapter(plan, library, arithmetic_device(plan, device))
+
+
+def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path, str]) -> tuple[InputRecord, ...]:
+    """Return what soup.json says of each expert that took part."""
+    return tuple(
+        InputRecord(
+            name=expert.name,
+            folder=expert.folder,
+            weight=expert.weight,
+            blake3={path.name: digests[path] for path in library[expert.name].adapter.files},
+        )
+        for expert in plan.experts
+    )
+
+
+def check_output_apart(folder: Path, inputs: list[str]) -> None:
+    """Raise if an output folder is an input folder, or inside or around one: writing it would destroy the input.
+
+    Raises:
+        UsageError: naming the input.
+    """
+    output = folder.resolve()
+    for name in inputs:
+        source = Path(name).resolve()
+        if output == source or source in output.parents or output in source.parents:
+            raise UsageError(
+                f"the output folder overlaps the input {source}", where=str(folder), mend="choose another output folder"
+            )

@@ -1,0 +1,1 @@
+"""The HTTP server: the application, its routes, the request guard, connections."""

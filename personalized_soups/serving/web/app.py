@@ -1,0 +1,201 @@
+"""The server put together: one base, its experts, a store of profiles, and every route, behind the guard."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, RedirectResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp, Scope
+
+from personalized_soups import __version__
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.errors import SoupError
+from personalized_soups.mixing.model import SoupModel
+from personalized_soups.scoring.scales import Scales
+from personalized_soups.serving.engine.batcher import Batcher, Limits
+from personalized_soups.serving.protocol.answers import AnswerContext
+from personalized_soups.serving.protocol.expert_files import ExpertFiles
+from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.metrics import Metrics
+from personalized_soups.serving.protocol.piece_queue import PieceDispatcher
+from personalized_soups.serving.protocol.profile_resolver import ProfileResolver
+from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
+from personalized_soups.serving.protocol.strict_json import validation_error
+from personalized_soups.serving.web.guard import Guard, Rules
+from personalized_soups.serving.web.routes import answering, experts, health, profiles
+from personalized_soups.users.profiles.store import ProfileStore
+
+_ROUTES = frozenset({
+    "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/profiles", "/v1/experts", "/v1/experts/reload",
+    "/v1/scores", "/metrics",
+})  # fmt: skip
+
+PLAYGROUND = Path(__file__).parent / "playground"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a server behaves.
+
+    Args:
+        base: the name under which the base is served.
+        rules: who may ask, and how much.
+        limits: how much is answered at once.
+        default_max_tokens: at how many tokens an answer is cut where a chat says nothing.
+        request_seconds: that a request may take.
+        grace_seconds: that answers which are being made have to come to their end when the server is to.
+        users_in_metrics: tell Prometheus the users' names.
+        started_with: options of the command line that say what is served, for those to copy who are asked for no key.
+    """
+
+    base: str
+    rules: Rules = field(default_factory=Rules)
+    limits: Limits = field(default_factory=Limits)
+    default_max_tokens: int = 512
+    request_seconds: float = 600.0
+    grace_seconds: float = 30.0
+    users_in_metrics: bool = False
+    started_with: Sequence[str] = ()
+
+
+class Server:
+    """Everything that a running server holds; `app` is what uvicorn runs.
+
+    Made in the event loop that serves it. `close` ends its thread.
+
+    Args:
+        model: base and experts, with a tokenizer.
+        settings: of the server.
+        files: of the model's experts.
+        store: of profiles; its `check` should refuse what the model can't honour.
+        catalogue: of the dimensions, for names and scorers.
+
+    Raises:
+        SoupError: if the model can't be served, or a scorer is not there.
+    """
+
+    def __init__(
+        self,
+        model: SoupModel,
+        settings: Settings,
+        *,
+        files: ExpertFiles,
+        store: ProfileStore | None = None,
+        catalogue: Catalogue | None = None,
+    ) -> None:
+        self.settings = settings
+        self.metrics = Metrics(settings.limits.max_rows, by_user=settings.users_in_metrics)
+        scales = Scales(catalogue)
+        dispatcher = PieceDispatcher(asyncio.get_running_loop())
+        self.batcher = Batcher(model, dispatcher.deliver, settings.limits, on_step=self.metrics.step)
+        kitchen = AnswerContext(
+            batcher=self.batcher,
+            doorkeeper=ProfileResolver(model, settings.base, store, files),
+            generator=model.generator,
+            metrics=self.metrics,
+            files=files,
+            default_max_tokens=settings.default_max_tokens,
+            request_seconds=settings.request_seconds,
+        )
+        api = FastAPI(
+            title="personalized_soups",
+            version=__version__,
+            description="One base, and a soup of its experts for every request.",
+            docs_url=None,  # its pages would load scripts from elsewhere
+            redoc_url=None,
+            redirect_slashes=False,
+        )
+        api.include_router(answering.router(kitchen, store))
+        api.include_router(
+            experts.router(
+                settings.base,
+                model=model,
+                batcher=self.batcher,
+                files=files,
+                catalogue=catalogue,
+                scales=scales,
+                has_store=store is not None,
+                started_with=() if settings.rules.keys else settings.started_with,
+            )
+        )
+        api.include_router(profiles.no_store() if store is None else profiles.router(store))
+        api.include_router(health.router(self.batcher, store, self.metrics))
+        _add_playground(api)
+        _add_faults(api)
+        self._guard = Guard(api, settings.rules, retry_after=self.batcher.retry_after, on_response=self._count_response)
+        self.app: ASGIApp = self._guard
+
+    def refuse_bodies(self) -> None:
+        """Wait for no request whose body has not come yet: the server is about to end."""
+        self._guard.refuse_bodies()
+
+    def close(self) -> None:
+        """Cut off what is still being made."""
+        self.batcher.close(finish=False, timeout=self.settings.grace_seconds)
+
+    def _count_response(self, scope: Scope, status: int) -> None:
+        self.metrics.responded(_route_of(scope), status)
+
+
+def _route_of(scope: Scope) -> str:
+    """Return a request's route, whose parameters are not told; what was refused before it found one has one, too."""
+    route = scope.get("route")
+    if route is not None:
+        return str(getattr(route, "path", "other"))
+    path = scope["path"]
+    if path.startswith("/v1/profiles/"):
+        return "/v1/profiles/{user:any}"
+    return path if path in _ROUTES else "other"
+
+
+def _add_playground(api: FastAPI) -> None:
+    @api.get("/", include_in_schema=False)
+    @api.get("/playground", include_in_schema=False)
+    async def to_playground(request: Request) -> Response:
+        return RedirectResponse("playground/")
+
+    @api.get("/favicon.ico", include_in_schema=False)
+    async def favicon() -> Response:
+        return FileResponse(PLAYGROUND / "favicon.svg", media_type="image/svg+xml")
+
+    api.mount("/playground", StaticFiles(directory=PLAYGROUND, html=True), name="playground")
+
+
+def _add_faults(api: FastAPI) -> None:
+    """Let every error be told as OpenAI's protocol tells them."""
+    known = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})
+
+    @api.exception_handler(ApiError)
+    async def on_api_error(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, ApiError)
+        return fault.response()
+
+    @api.exception_handler(SoupError)
+    async def on_soup_error(request: Request, fault: Exception) -> Response:
+        return api_error(fault).response()
+
+    @api.exception_handler(RequestValidationError)
+    async def on_validation(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, RequestValidationError)
+        return validation_error(fault, known).response()
+
+    @api.exception_handler(HTTPException)
+    async def on_http(request: Request, fault: Exception) -> Response:
+        assert isinstance(fault, HTTPException)
+        told: dict[int, str] = {
+            404: f"Unknown request URL: {request.method} {request.url.path}",
+            405: f"Not allowed: {request.method} {request.url.path}",
+        }
+        message = told.get(fault.status_code, str(fault.detail))
+        return ApiError(fault.status_code, message, code=None, headers=fault.headers).response()
+
+    @api.exception_handler(Exception)
+    async def on_bug(request: Request, fault: Exception) -> Response:
+        return api_error(fault).response()

@@ -1,0 +1,66 @@
+"""POST /v1/chat/completions and /v1/completions, GET /v1/models."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from personalized_soups.serving.protocol.answers import AnswerContext, EventStream, PendingAnswers, submit
+from personalized_soups.serving.protocol.formats import PendingChat, PendingCompletion
+from personalized_soups.serving.protocol.profile_resolver import SOUP
+from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
+from personalized_soups.serving.protocol.strict_json import BodyRoute
+from personalized_soups.users.profiles.store import ProfileStore
+
+# Stored profiles that are listed among the models: enough to choose from by hand.
+_LISTED = 100
+
+
+def router(kitchen: AnswerContext, store: ProfileStore | None) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(route_class=BodyRoute, tags=["OpenAI"])
+    reading = APIRouter(tags=["OpenAI"])
+    since = int(time.time())
+
+    async def answered(order: PendingAnswers, request: Request) -> Response:
+        if order.request.stream:
+            return EventStream(order, request.receive)
+        return await order.whole_response(request.receive)
+
+    @routes.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+        """Answer a conversation with somebody's soup; with `stream`, as server-sent events."""
+        began = time.perf_counter()
+        order = await submit(kitchen, asked, [asked.conversation()], PendingChat, began)
+        return await answered(order, request)
+
+    @routes.post("/v1/completions", response_model=None)
+    async def completions(asked: CompletionRequest, request: Request) -> Response:
+        """Go on with texts or tokens, as they are."""
+        began = time.perf_counter()
+        order = await submit(kitchen, asked, asked.prompts(), PendingCompletion, began)
+        return await answered(order, request)
+
+    @reading.get("/v1/models")
+    def models() -> dict[str, Any]:
+        """List the base, and the first stored profiles as `soup:USER`."""
+        names = [kitchen.doorkeeper.base]
+        if store is not None:
+            names += [f"{SOUP}{stored.profile.user}" for stored in store.page(limit=_LISTED)]
+        return {"object": "list", "data": [_model(name, since) for name in names]}
+
+    @reading.get("/v1/models/{model:any}")
+    async def one_model(model: str) -> dict[str, Any]:
+        """Return one model, a stored profile's among them."""
+        guest = await run_in_threadpool(kitchen.doorkeeper.guest, model, None)
+        return _model(guest.model if guest.kind == "base" else model, since)
+
+    routes.include_router(reading)
+    return routes
+
+
+def _model(name: str, since: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": since, "owned_by": "personalized_soups"}

@@ -1,0 +1,174 @@
+"""/v1/experts: what can be mixed, and serving what is in the folders now; /v1/scores: how answers are seen."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Annotated, Any
+
+from anyio import CapacityLimiter, to_thread
+from fastapi import APIRouter
+from pydantic import Field
+
+from personalized_soups.adapters.library import Expert
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.errors import SoupError
+from personalized_soups.mixing.model import SoupModel
+from personalized_soups.scoring.scales import Scales
+from personalized_soups.serving.engine.batcher import Batcher, ClosedError
+from personalized_soups.serving.protocol.expert_files import ExpertFiles
+from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.requests import RequestBody
+from personalized_soups.serving.protocol.strict_json import StrictRoute
+
+# Of each expert in a preset: what the tiny base's quickstart chooses, and a good beginning elsewhere.
+_PRESET_WEIGHT = 0.6
+
+# Of all answers that are to be scored at once.
+_MAX_CHARACTERS = 65_536
+
+_log = logging.getLogger(__name__)
+
+
+class ScoresRequest(RequestBody):
+    """POST /v1/scores."""
+
+    prompt: str
+    answers: Annotated[list[str], Field(min_length=1, max_length=64)]
+
+
+def router(
+    base: str,
+    *,
+    model: SoupModel,
+    batcher: Batcher,
+    files: ExpertFiles,
+    catalogue: Catalogue | None,
+    scales: Scales,
+    has_store: bool,
+    started_with: Sequence[str],
+) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(route_class=StrictRoute, tags=["soups"])
+    reloading = _Reloading(model, batcher, files)
+    scoring = CapacityLimiter(1)  # pure Python, beside the batch
+
+    def told() -> dict[str, Any]:
+        experts = [_expert(expert, files, catalogue) for expert in list(model.experts.values())]
+        return {
+            "object": "list",
+            "base": base,
+            "has_store": has_store,
+            "started_with": list(started_with),
+            "preset_weight": _PRESET_WEIGHT,
+            "data": experts,
+            "dimensions": _dimensions(experts, catalogue, scales),
+        }
+
+    @routes.get("/v1/experts")
+    def list_experts() -> dict[str, Any]:
+        """List experts and dimensions."""
+        return told()
+
+    @routes.post("/v1/experts/reload")
+    async def reload_experts() -> dict[str, Any]:
+        """Serve what is in the experts' folders now, once the answers that are being made are done."""
+        await reloading.done()
+        return told()
+
+    @routes.post("/v1/scores")
+    async def scores(asked: ScoresRequest) -> dict[str, Any]:
+        """Score answers in every dimension that has a scorer."""
+        if not scales.dimensions:
+            raise ApiError(404, "this server's catalogue has no scorers; start it with --dimensions", code="no_scorers")
+        if sum(map(len, asked.answers)) > _MAX_CHARACTERS:
+            raise ApiError(400, f"answers of more than {_MAX_CHARACTERS} characters in all", param="answers")
+
+        def score() -> list[Any]:
+            return [scales.scores(asked.prompt, answer) for answer in asked.answers]
+
+        return {"object": "list", "data": await to_thread.run_sync(score, limiter=scoring)}
+
+    return routes
+
+
+class _Reloading:
+    """Serves what is in the experts' folders; who asks while one waits for its turn is served by that one."""
+
+    def __init__(self, model: SoupModel, batcher: Batcher, files: ExpertFiles) -> None:
+        self._model = model
+        self._batcher = batcher
+        self._files = files
+        self._pending: Future[None] | None = None
+
+    async def done(self) -> None:
+        """Return once it is done.
+
+        Raises:
+            ApiError: 409 if the experts are at fault, 503 if the server is about to end.
+        """
+        if self._pending is None or self._pending.running() or self._pending.done():
+            self._pending = self._batcher.between(self._reload)
+        try:
+            await asyncio.shield(asyncio.wrap_future(self._pending))
+        except ClosedError as fault:
+            raise api_error(fault) from fault
+        except SoupError as fault:
+            _log.error("the experts can't be reloaded", exc_info=fault)
+            expert = next((name for name in Path(fault.where).parts[::-1] if name in self._model.experts), None)
+            whose = "" if expert is None else f"{expert}: "
+            message = f"{whose}{fault.what}; the server's log says where; those that were loaded are served on"
+            raise ApiError(409, message, code="experts_at_fault") from fault
+
+    def _reload(self) -> None:
+        library, stamps = self._files.look()
+        self._model.change_experts(*self._files.difference(library, stamps))
+        self._files.serve(stamps)
+
+
+def _expert(expert: Expert, files: ExpertFiles, catalogue: Catalogue | None) -> dict[str, Any]:
+    side = expert.side or expert.name
+    declared = None if catalogue is None else catalogue.sides.get(side)
+    dimension = expert.dimension
+    if dimension is None and catalogue is not None:
+        dimension = catalogue.dimension_of(side)
+    return {
+        "name": expert.name,
+        "object": "expert",
+        "dimension": dimension,
+        "side": side if dimension is not None else None,
+        "about": None if declared is None else declared.instruction,
+        "rank": expert.adapter.config.rank,
+        "is_changed": files.is_changed(expert.name),
+    }
+
+
+def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, scales: Scales) -> list[dict[str, Any]]:
+    """Return the dimensions that experts have, in the catalogue's order, with their experts from low end to high."""
+    declared = {} if catalogue is None else catalogue.dimensions
+    names = sorted(
+        {each["dimension"] for each in experts} - {None},
+        key=lambda name: (list(declared).index(name) if name in declared else len(declared), name),
+    )
+    found = []
+    for name in names:
+        declared_sides = declared[name].sides if name in declared else {}
+        sides = sorted(declared_sides, key=lambda side: declared_sides[side].end == "high")  # else as they stand
+        own = sorted(
+            (each for each in experts if each["dimension"] == name),
+            key=lambda each: (sides.index(each["side"]) if each["side"] in sides else len(sides), each["name"]),
+        )
+        found.append(
+            {
+                "name": name,
+                "about": declared[name].about if name in declared else None,
+                "sides": list(dict.fromkeys(each["side"] for each in own)),
+                "experts": [each["name"] for each in own],
+                "first": next((side for side in declared_sides if any(each["side"] == side for each in own)), None),
+                "is_scored": name in scales.dimensions,
+            }
+        )
+    return found

@@ -1,0 +1,148 @@
+"""A store of profiles in PostgreSQL, through psycopg 3."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from sqlalchemy import URL, Connection, create_engine, inspect
+from sqlalchemy.exc import DBAPIError
+
+from personalized_soups.errors import UsageError, check_extra
+from personalized_soups.users.profiles.database import Batch, Database
+from personalized_soups.users.profiles.failures import CONFLICTS, sqlstate, told
+from personalized_soups.users.profiles.schema import create_tables, profiles, staged
+
+T = TypeVar("T")
+
+# A server that went away without a word is given up after so many seconds, unless the URL says otherwise.
+_CONNECT_SECONDS = 5
+_SILENT_MILLISECONDS = 10_000
+
+# Any number: all who make the tables take the same lock.
+_CREATION_LOCK = 0x50534F5550
+
+_STAGE = f"INSERT INTO {staged.name} SELECT * FROM unnest(%(users)s::text[], %(documents)s::text[])"
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
+
+
+class PostgresDatabase(Database):
+    """A database that a server keeps; its tables are made where they are not there.
+
+    Writers run SERIALIZABLE and are run again where two of them got in each other's way.
+
+    Args:
+        url: of any spelling: postgres://, postgresql://, postgresql+psycopg://.
+        create: make the tables where they are not there.
+        patience: seconds that a writer waits for others.
+    """
+
+    def __init__(self, url: URL, *, create: bool, patience: float) -> None:
+        check_extra("postgres", "psycopg")
+        defaults = {
+            "connect_timeout": _CONNECT_SECONDS,
+            "tcp_user_timeout": _SILENT_MILLISECONDS,
+            "application_name": "psoups",
+            "client_encoding": "utf8",
+        }
+        engine = create_engine(
+            url.set(drivername="postgresql+psycopg"),
+            connect_args={key: value for key, value in defaults.items() if key not in url.query},
+            isolation_level="AUTOCOMMIT",  # a single statement needs no BEGIN around it
+            pool_pre_ping=True,
+        )
+        super().__init__(engine, url.render_as_string(hide_password=True))
+        self._patience = patience
+        self._serializable = engine.execution_options(isolation_level="SERIALIZABLE")
+        with self._closed_on_error(), self.reading() as connection:
+            self._prepare(connection, create=create)
+
+    def write(self, work: Callable[[Connection], T]) -> T:
+        """Return what `work` returns, run in one SERIALIZABLE transaction, again where it conflicts with another.
+
+        A connection that is lost while it commits leaves it open whether the write is there: read it to know.
+        """
+
+        def attempt() -> T:
+            with self._serializable.connect() as connection:
+                return self._run(connection, work)
+
+        return self._retried(attempt)
+
+    def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
+        """Fill the temporary table, then run `work` while other writers wait and readers do not."""
+
+        def locked(connection: Connection) -> T:
+            # before anything is read: the snapshot is then of what all others have committed
+            connection.exec_driver_sql(f"LOCK TABLE {profiles.name} IN EXCLUSIVE MODE")
+            return work(connection)
+
+        with told(self.where), self._serializable.connect() as connection:
+            try:
+                staged.create(connection, checkfirst=False)
+                for batch in batches:
+                    users, documents = map(list, zip(*batch, strict=True))
+                    connection.exec_driver_sql(_STAGE, {"users": users, "documents": documents})
+                connection.exec_driver_sql(f"ANALYZE {staged.name}")
+                connection.commit()
+                return self._retried(lambda: self._run(connection, locked))
+            finally:
+                connection.invalidate()  # the temporary table goes with the connection
+
+    def erase(self, user: str) -> None:
+        """Leave it to the server: dead rows are overwritten by its vacuum."""
+
+    def _run(self, connection: Connection, work: Callable[[Connection], T]) -> T:
+        with connection.begin():
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(self._patience * 1000)}")
+            return work(connection)
+
+    def _retried(self, attempt: Callable[[], T]) -> T:
+        deadline = time.monotonic() + self._patience
+        pause = _FIRST_PAUSE
+        with told(self.where):
+            while True:
+                try:
+                    return attempt()
+                except DBAPIError as error:
+                    if sqlstate(error) not in CONFLICTS or time.monotonic() > deadline:
+                        raise
+                time.sleep(random.uniform(0, pause))  # by chance, or the same two meet again
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _prepare(self, connection: Connection, *, create: bool) -> None:
+        encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
+        if encoding != "UTF8":
+            raise UsageError(
+                f"the database's encoding is {encoding}, which does not hold every name; UTF8 does",
+                where=self.where,
+                mend="CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0",
+            )
+        if not inspect(connection).has_table(profiles.name):
+            if not create:
+                raise UsageError(
+                    "the database holds no store of profiles", where=self.where, mend="psoups profile set makes one"
+                )
+            self._create()
+        self.check_schema(connection)
+
+    def _create(self) -> None:
+        with (
+            self.engine.connect().execution_options(isolation_level="READ COMMITTED") as connection,
+            connection.begin(),
+        ):
+            connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_CREATION_LOCK})")
+            if not inspect(connection).has_table(profiles.name):
+                create_tables(connection)
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise

@@ -1,0 +1,229 @@
+"""`psoups serve` and `psoups playground` as processes: started, asked, ended in the middle of an answer."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from personalized_soups.cli.serve.serve import ServeOptions, _settings, _tell
+from personalized_soups.serving.engine.batcher import Limits
+from personalized_soups.serving.web.app import Settings
+from personalized_soups.serving.web.guard import Rules
+from tests.mixing.worlds import write_experts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> Path:
+    write_experts(tmp_path / "experts")
+    return tmp_path / "experts"
+
+
+def _serve(base: Path, experts: Path) -> list[str]:
+    return ["serve", "--base", str(base), "--experts", str(experts), "--port", "0"]
+
+
+@contextmanager
+def _process(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Start the command and yield it with the address that it tells."""
+    command = [sys.executable, "-m", "personalized_soups", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        told = ""
+        while "playground   http" not in told:
+            line = process.stderr.readline()
+            assert line, told
+            told += line
+        yield process, told.split("playground   ")[1].split("/playground")[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _get(address: str, path: str) -> Any:
+    with urllib.request.urlopen(address + path, timeout=30) as reply:
+        return json.loads(reply.read())
+
+
+def _ask(address: str, **options: Any) -> socket.socket:
+    body = {"model": "small_base0", "messages": [{"role": "user", "content": "wash it"}], "max_tokens": 200,
+            "logit_bias": {"1": -100}, "stream": True, **options}  # fmt: skip
+    data = json.dumps(body).encode()
+    host, port = address.removeprefix("http://").split(":")
+    sent = socket.create_connection((host, int(port)), timeout=30)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close"
+    sent.sendall(f"{head}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
+    return sent
+
+
+def _rest(sent: socket.socket) -> str:
+    parts = []
+    while part := sent.recv(1 << 16):
+        parts.append(part)
+    sent.close()
+    return b"".join(parts).decode()
+
+
+@pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_ended_finishes_what_runs(small_base: Path, experts: Path, ending: signal.Signals) -> None:
+    with _process(*_serve(small_base, experts)) as (process, address):
+        assert _get(address, "/ready") == {"status": "ready"}
+        sent = _ask(address)
+        assert sent.recv(10).startswith(b"HTTP/1.1")
+        process.send_signal(ending)
+        events = _rest(sent)
+        assert events.rstrip().endswith("0")  # the last chunk of the body
+        assert "[DONE]" in events
+        assert '"finish_reason":"length"' in events
+        assert process.wait(20) == 0
+        assert process.stderr is not None
+        assert process.stderr.read().strip().endswith("ended")
+
+
+def test_a_second_ctrl_c_cuts_off(small_base: Path, experts: Path) -> None:
+    with _process(*_serve(small_base, experts), "--max-rows", "1") as (process, address):
+        waiting = [_ask(address, n=60) for _ in range(3)]
+        waiting[0].recv(10)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        process.wait(20)
+        assert time.monotonic() - began < 5
+        for each in waiting:
+            each.close()
+
+
+def test_profiles_outlive_the_server(small_base: Path, experts: Path, tmp_path: Path) -> None:
+    store = tmp_path / "profiles.db"
+    arguments = [*_serve(small_base, experts), "--profiles", str(store)]
+    body = json.dumps({"weights": {"warm": 0.5}}).encode()
+    with _process(*arguments) as (process, address):
+        request = urllib.request.Request(f"{address}/v1/profiles/ada", body, {"Content-Type": "application/json"})
+        request.method = "PUT"
+        assert urllib.request.urlopen(request, timeout=30).status == 201
+        request.data = json.dumps({"weights": {"wam": 0.5}}).encode()
+        with pytest.raises(urllib.error.HTTPError, match="422"):  # the store refuses what can't be served
+            urllib.request.urlopen(request, timeout=30)
+        process.send_signal(signal.SIGKILL)
+        process.wait(20)
+    with _process(*arguments) as (_, address):
+        assert _get(address, "/v1/profiles/ada")["profile"]["weights"] == {"warm": 0.5}
+
+
+def test_keys_names_and_limits_are_heeded(small_base: Path, experts: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a-key-that-nobody-guesses\n")
+    keys.chmod(0o600)
+    limits = ["--max-context", "64", "--cache-memory", "0.5", "--default-max-tokens", "3"]
+    with _process(*_serve(small_base, experts), "--api-key-file", keys, "--name", "house", *limits) as (_, address):
+        body: dict[str, Any] = {"model": "house", "messages": [{"role": "user", "content": "wash it"}]}
+
+        def ask(**options: Any) -> Any:
+            headers = {"Content-Type": "application/json", "Authorization": "Bearer a-key-that-nobody-guesses"}
+            data = json.dumps({**body, **options}).encode()
+            request = urllib.request.Request(f"{address}/v1/chat/completions", data, headers)
+            return json.loads(urllib.request.urlopen(request, timeout=30).read())
+
+        assert ask(logit_bias={"1": -100})["usage"]["completion_tokens"] == 3
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            ask(max_tokens=64)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            _get(address, "/v1/models")
+
+
+def test_the_playground_is_served_by_itself(small_base: Path, experts: Path) -> None:
+    with (
+        _process("playground", *_serve(small_base, experts)[1:]) as (_, address),
+        urllib.request.urlopen(f"{address}/playground/", timeout=30) as page,
+    ):
+        assert b"<html" in page.read()
+
+
+@pytest.mark.parametrize(
+    ("more", "what"),
+    [
+        (["--host", "0.0.0.0"], "no key would be asked for"),
+        (["--max-context", "100000"], "the base has 256"),
+        (["--cors-origin", "app.example"], "is no origin"),
+        (["--cors-origin", "https://app.example/page"], "is no origin"),
+        (["--api-key-file", "nothing"], "the keys can't be read"),
+        (["--profiles", "mysql://x"], "mysql"),
+        (["--dimensions", "nothing.yaml"], "nothing.yaml"),
+        (["--dtype", "int8"], "int8"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_served(
+    psoups: Callable[..., tuple[int, str, str]], small_base: Path, experts: Path, more: list[str], what: str
+) -> None:
+    code, _, said = psoups(*_serve(small_base, experts), *more)
+    assert code == 2
+    assert what in said
+    assert "mend:" in said
+
+
+def test_a_port_that_is_taken_is_told(
+    psoups: Callable[..., tuple[int, str, str]], small_base: Path, experts: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code, _, said = psoups("serve", "--base", str(small_base), "--experts", str(experts), "--port", port)
+    assert code == 2
+    assert f"can't listen on 127.0.0.1:{port}" in said
+
+
+class _Base:
+    """A base that has no end."""
+
+    def __init__(self) -> None:
+        self.model = self.config = self
+        self.max_position_embeddings = None
+        self.experts = {"warm": None, "cold": None}
+
+    def get_text_config(self, *, decoder: bool) -> _Base:
+        assert decoder
+        return self
+
+
+def test_every_option_goes_where_it_belongs(tmp_path: Path) -> None:
+    base: Any = _Base()
+    asked = ServeOptions(
+        str(tmp_path), [Path("a"), Path("b")], host="::1", name=None, max_rows=3, max_waiting=5, max_requests=7,
+        max_context=11, default_max_tokens=13, read_tokens=17, cache_memory=0.25, max_body=0.5, request_timeout=19.0,
+        grace=23.0, allow_host=["Soups.Example"], cors_origin=["https://app.example"], users_in_metrics=True,
+    )  # fmt: skip
+    assert _settings(asked, ["a key"], base) == Settings(
+        tmp_path.name,
+        Rules(["a key"], ["::1", "soups.example"], ["https://app.example"], max_body=2**19, max_requests=7),
+        Limits(max_rows=3, max_waiting=5, max_context=11, read_tokens=17, cache_bytes=2**28),
+        default_max_tokens=13, request_seconds=19.0, grace_seconds=23.0, users_in_metrics=True,
+        started_with=["--base", str(tmp_path), "--experts", "a", "--experts", "b"],
+    )  # fmt: skip
+    assert _settings(replace(asked, name="house", base="org/base"), [], base).base == "house"
+    by_nobody = _settings(replace(asked, base="org/base", users_in_metrics=False), [], base)
+    assert (by_nobody.base, by_nobody.users_in_metrics) == ("org/base", False)
+
+
+def test_an_address_of_the_newer_kind_is_told_in_brackets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base: Any = _Base()
+    asked = ServeOptions(str(tmp_path), [], host="::1", cache_memory=1.0)
+    _tell(asked, _settings(asked, [], base), base, 8123)
+    said = capsys.readouterr().err
+    assert "http://[::1]:8123/playground/" in said
+    assert "with 2 experts: warm, cold" in said
+    assert "--profiles" in said

@@ -1,0 +1,211 @@
+"""A running batch: every row's answer is its answer alone, whatever joins and leaves beside it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from personalized_soups import SoupModel
+from personalized_soups.mixing.mixture import Row
+from personalized_soups.serving.engine.batch import Batch, BatchRow
+from personalized_soups.serving.engine.batcher import GenerationRequest
+from personalized_soups.serving.engine.token_sampler import SamplingParams, TokenSampler
+from tests.serving.engine.worlds import BASES, Forwards, greedy, small_soup, some_ask, true_logits
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    """Be in inference mode, as the batcher's thread is."""
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> SoupModel:
+    return small_soup(tmp_path_factory.mktemp("llama"))
+
+
+def _row(ask: GenerationRequest) -> BatchRow:
+    return BatchRow(list(ask.tokens), ask.weights, TokenSampler(ask.wishes))
+
+
+def _lived(
+    model: SoupModel, asks: Sequence[GenerationRequest], random: random.Random, *, most: int = 7
+) -> dict[GenerationRequest, list[int]]:
+    """Answer asks in one batch, into which they come and from which they go at random times; some go unanswered."""
+    batch = Batch(model)
+    waiting, running, answers = list(asks), dict[BatchRow, GenerationRequest](), dict[GenerationRequest, list[int]]()
+
+    def leave(rows: list[BatchRow]) -> None:
+        batch.remove(rows)
+        for row in rows:
+            ask = running.pop(row)
+            answers[ask] = row.tokens[len(ask.tokens) :]
+
+    def is_done(row: BatchRow) -> bool:
+        return len(row.tokens) - len(running[row].tokens) >= running[row].max_new_tokens
+
+    while waiting or running:
+        if waiting and random.random() < 0.5:
+            group, waiting = (waiting[:1], waiting[1:]) if random.random() < 0.5 else (waiting[:3], waiting[3:])
+            rows = [_row(ask) for ask in group]
+            parts = most if len(rows) == 1 else 99  # several are read whole
+            while batch.read(rows, parts) is None:
+                if batch.rows:  # the others go on meanwhile, and leave
+                    batch.step()
+                    leave([row for row in batch.rows if is_done(row) or random.random() < 0.2])
+            running.update(zip(rows, group, strict=True))
+        leave([row for row in batch.rows if is_done(row) or random.random() < 0.02])
+        if batch.rows:
+            batch.step()
+    batch.clear()
+    return answers
+
+
+def _check_alone(model: SoupModel, answers: dict[GenerationRequest, list[int]], *, off: float) -> None:
+    """Hold answers to those of transformers' generate; they may part where two tokens are as likely."""
+    assert sum(map(len, answers.values())) > len(answers)
+    for ask, got in answers.items():
+        want = greedy(model, ask)[: len(got)]
+        got = got[: len(want)]  # theirs ends at an end token  # noqa: PLW2901
+        parted = next((place for place, pair in enumerate(zip(got, want, strict=True)) if len(set(pair)) > 1), None)
+        if parted is not None:
+            logits_V = true_logits(model, ask.weights, [*ask.tokens, *want[:parted]])[-1]
+            assert float(logits_V[want[parted]] - logits_V[got[parted]]) < off
+
+
+@pytest.mark.parametrize("name", [name for name in BASES if name not in {"gemma2", "gpt_oss"}])
+def test_answers_are_those_of_each_row_alone(tmp_path: Path, name: str) -> None:
+    model = small_soup(tmp_path, name)
+    chance = random.Random(name)
+    asks = [some_ask(chance, most=12, longest=20) for _ in range(8)]
+    answers = _lived(model, asks, chance)
+    assert answers.keys() == set(asks)
+    _check_alone(model, answers, off=1e-9)  # float64: see test_slots
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
+def test_answers_of_float32_part_where_tokens_are_as_likely_at_most(tmp_path: Path, name: str) -> None:
+    model = small_soup(tmp_path, name, attention="eager", dtype=torch.float32)
+    chance = random.Random(name)
+    asks = [some_ask(chance, most=12, longest=20) for _ in range(8)]
+    # sums of up to 1000 terms below 10: both logits are off by that many roundings at most
+    _check_alone(model, _lived(model, asks, chance), off=2 * 1000 * 10 * 1.2e-7)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_answers_are_those_of_each_row_alone_whatever_happens(llama: SoupModel, seed: int) -> None:
+    chance = random.Random(seed)
+    asks = [some_ask(chance, most=8, longest=20) for _ in range(7)]
+    _check_alone(llama, _lived(llama, asks, chance), off=1e-9)
+
+
+def test_a_prompt_that_is_read_in_parts_keeps_them_while_others_leave(llama: SoupModel) -> None:
+    batch = Batch(llama)
+    chance = random.Random(1)
+    others = [_row(some_ask(chance)) for _ in range(5)]
+    batch.read(others, 99)
+    ask = GenerationRequest(list(range(50, 80)), Row({"warm": 0.8}), 6)
+    row = _row(ask)
+    assert batch.read([row], 10) is None
+    batch.step()
+    batch.remove(others[:3])
+    assert batch.read([row], 10) is None
+    batch.remove(others[3:])
+    assert batch.read([row], 10) is not None
+    for _ in range(5):
+        batch.step()
+    assert row.tokens[30:] == greedy(llama, ask)
+
+
+def test_keys_that_are_no_numbers_harm_nobody_and_leave_nothing_behind(llama: SoupModel) -> None:
+    batch = Batch(llama)
+    ill = _row(GenerationRequest(list(range(50, 80)), Row({"warm": 0.8}), 6))
+    beside = _row(
+        GenerationRequest(list(range(50, 90)), Row(), 6)
+    )  # longer, so that all of the others' columns are looked at
+    batch.read([beside, ill], 99)
+    for layer in batch._slots._layers:  # as a soup makes them that is too much for float16
+        layer.keys[1, :, :30] = torch.nan
+        layer.values[1, :, :30] = torch.inf
+    assert [choice.is_sound for choice in batch.step()] == [True, False]
+    batch.remove([ill])
+    ask = GenerationRequest([50, 60, 70], Row({"warm": 0.8}), 6)
+    row = _row(ask)  # takes its slot
+    batch.read([row], 99)
+    for _ in range(5):
+        batch.step()
+    assert row.tokens[3:] == greedy(llama, ask)
+    assert beside.tokens[40:46] == greedy(llama, GenerationRequest(beside.tokens[:40], Row(), 6))
+
+
+def test_passes_are_counted(llama: SoupModel) -> None:
+    batch = Batch(llama)
+    rows = [_row(some_ask(random.Random(seed), longest=9)) for seed in range(9)]
+    longest = max(len(row.tokens) for row in rows)
+    with Forwards(llama) as forwards:
+        batch.read(rows, 99)
+        batch.step()
+        batch.remove(rows[::2])
+        batch.step()
+    assert forwards.shapes == [(9, longest), (9, 1), (4, 1)]
+
+
+def test_a_read_that_fails_changes_nothing(llama: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch(llama)
+    ask = GenerationRequest([50, 60, 70], Row({"warm": 0.8}), 6)
+    row = _row(ask)
+    batch.read([row], 99)
+    with Forwards(llama) as forwards:
+
+        def fail(_: int) -> None:
+            raise torch.OutOfMemoryError("no more")
+
+        forwards.before = fail
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.read([_row(GenerationRequest(list(range(9, 200)), Row(), 3))], 999)
+    with monkeypatch.context() as patch:
+        patch.setattr("personalized_soups.serving.engine.batch.choose", _full)
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.read([_row(GenerationRequest([7, 8, 9], Row(), 3))], 999)
+        with pytest.raises(torch.OutOfMemoryError):
+            batch.step()  # may be tried again
+    assert list(batch.rows) == [row]
+    for _ in range(5):
+        batch.step()
+    assert row.tokens[3:] == greedy(llama, ask)
+
+
+def _full(*_: object) -> None:
+    raise torch.OutOfMemoryError("no more")
+
+
+def test_the_model_is_let_go_between_changes(llama: SoupModel) -> None:
+    batch = Batch(llama)
+    batch.read([_row(GenerationRequest([7, 8], Row({"warm": 1.0}), 3))], 99)
+    batch.step()
+    is_set = [llama._active.is_set_here]
+    batch.release()
+    is_set.append(llama._active.is_set_here)
+    batch.step()
+    batch.clear()
+    is_set.append(llama._active.is_set_here)
+    assert is_set == [True, False, False]
+    assert batch.num_bytes == 0
+
+
+def test_token_bytes_are_those_that_are_held(tmp_path: Path) -> None:
+    # keys and values of two layers in float64: two heads of eight, or four
+    for name, size in (("llama", 512), ("gemma3", 512), ("gpt2", 1024), ("gpt_neox", 1024)):
+        model = small_soup(tmp_path / name, name)
+        batch = Batch(model)
+        batch.read([_row(GenerationRequest([7, 8], Row(), 3, SamplingParams()))], 99)
+        assert batch.token_bytes == size
+        assert batch.num_bytes == 64 * size

@@ -1,0 +1,204 @@
+"""How rows choose their tokens, against NumPy."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from personalized_soups.generation.sampling import choose_tokens, uniforms
+from personalized_soups.serving.engine.token_sampler import Choice, SamplingParams, TokenSampler, choose
+
+V = 40
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def _logits(seed: int, rows: int, *, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return (3 * torch.randn(rows, V, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def _adjusted(logits: Vector, wishes: SamplingParams, before: list[int]) -> Vector:
+    """Return a row's logits as OpenAI's protocol has them changed."""
+    found = logits.copy()
+    for token, bias in wishes.logit_bias.items():
+        found[token] += bias
+    for token in set(before):
+        found[token] -= wishes.presence_penalty + wishes.frequency_penalty * before.count(token)
+    return found
+
+
+def _nucleus(logits: Vector, temperature: float, top_p: float) -> Vector:
+    """Return the probabilities among which is drawn, by a loop over tokens from the likeliest on."""
+    scaled = (logits - logits.max()) / temperature
+    shares = np.exp(scaled) / np.exp(scaled).sum()
+    kept = np.zeros_like(shares)
+    reached = 0.0
+    for token in sorted(range(len(shares)), key=lambda token: (-shares[token], token)):
+        if reached >= top_p and top_p < 1 and reached:
+            break
+        kept[token] = shares[token]
+        reached += shares[token]
+    found: Vector = kept / kept.sum()
+    return found
+
+
+def _is_at(shares: Vector, token: int, draw: float) -> bool:
+    """Whether a token holds the quantile; float32 sums of 40 shares are off by less than 1e-5."""
+    ends = shares.cumsum()
+    return bool(shares[token] > 0 and ends[token] - shares[token] - 1e-5 <= draw <= ends[token] + 1e-5)
+
+
+_wishes = st.builds(
+    SamplingParams,
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    top_p=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
+    seed=st.integers(0, 2**63),
+    place=st.integers(0, 9),
+    presence_penalty=st.sampled_from([0.0, 0.0, 1.5, -2.0]),
+    frequency_penalty=st.sampled_from([0.0, 0.0, 0.7, -0.4]),
+    logit_bias=st.dictionaries(st.integers(0, V - 1), st.floats(-100, 100, width=16), max_size=3),
+    logprobs=st.sampled_from([None, None, 0, 3, 20, 99]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(asked=st.lists(_wishes, min_size=1, max_size=5), seed=st.integers(0, 999))
+def test_every_row_chooses_by_its_own_wishes(asked: list[SamplingParams], seed: int) -> None:
+    choosers = [TokenSampler(wishes) for wishes in asked]
+    said: list[list[int]] = [[] for _ in asked]
+    for step in range(6):
+        logits_NV = _logits(1000 * seed + step, len(asked))
+        kept = logits_NV.clone()
+        choices = choose(logits_NV, choosers)
+        assert torch.equal(logits_NV, kept)
+        for row, (wishes, choice) in enumerate(zip(asked, choices, strict=True)):
+            own = logits_NV[row].double().numpy()
+            wanted = _adjusted(own, wishes, said[row])
+            if wishes.temperature == 0:
+                # float32's rounding of sums below 128
+                assert wanted[choice.token] >= wanted.max() - 128 * 1.2e-7
+            else:
+                draw = float(uniforms(wishes.seed, wishes.place, step + 1)[step])
+                assert _is_at(_nucleus(wanted, wishes.temperature, wishes.top_p), choice.token, draw)
+            _check_likely(own, wishes, choice)
+            said[row].append(choice.token)
+
+
+def _check_likely(logits: Vector, wishes: SamplingParams, choice: Choice) -> None:
+    if wishes.logprobs is None:
+        assert choice.likely is None
+        return
+    assert choice.likely is not None
+    logprobs = logits - logits.max() - math.log(np.exp(logits - logits.max()).sum())
+    assert choice.likely.chosen == pytest.approx(logprobs[choice.token], abs=1e-5)
+    top = sorted(range(V), key=lambda token: -logprobs[token])[: wishes.logprobs]
+    assert [token for token, _ in choice.likely.top] == top
+    assert [value for _, value in choice.likely.top] == pytest.approx(list(logprobs[top]), abs=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(mine=_wishes, others=st.lists(_wishes, min_size=1, max_size=4), seed=st.integers(0, 999))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_others_wish_changes_nothing(
+    mine: SamplingParams, others: list[SamplingParams], seed: int, dtype: torch.dtype
+) -> None:
+    def tokens(wishes: list[SamplingParams]) -> list[Choice]:
+        choosers = [TokenSampler(each) for each in wishes]
+        return [choose(_logits(seed + step, len(wishes), dtype=dtype), choosers)[0] for step in range(4)]
+
+    # the same logits whatever the others wish
+    plain = tokens([mine, *(SamplingParams() for _ in others)])
+    assert tokens([mine, *others]) == plain
+
+
+def test_others_do_not_round_the_logits_of_a_model_of_float64() -> None:
+    logits_NV = torch.zeros(2, V, dtype=torch.float64)
+    logits_NV[0, 7] = 1e-12  # float32 sees it, and 1 plus it not
+    logits_NV[0] += 1
+    alone = choose(logits_NV[:1], [TokenSampler(SamplingParams())])
+    beside = choose(logits_NV, [TokenSampler(SamplingParams()), TokenSampler(SamplingParams(logit_bias={3: 1.0}))])
+    assert alone[0].token == beside[0].token == 7
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.6), (1.5, 0.95), (1.0, 0.0)])
+def test_tokens_are_as_frequent_as_the_nucleus_says(temperature: float, top_p: float) -> None:
+    logits = _logits(5, 1)
+    count = 20000
+    draw_B = torch.from_numpy(uniforms(7, 0, count))
+    temperature_B, top_p_B = torch.full((count,), temperature), torch.full((count,), top_p)
+    tokens = choose_tokens(logits.expand(count, -1), draw_B, temperature_B, top_p_B)
+    got = torch.bincount(tokens, minlength=V).double().numpy() / count
+    want = _nucleus(logits[0].double().numpy(), temperature, top_p)
+    assert not got[want == 0].any()
+    # Half the sum of |got - want| is at most half the sum of sqrt(p (1 - p) / n) in the mean (Jensen), and one draw
+    # changes it by 1 / n: beyond the mean by t it is with probability exp(-2 n t^2) (McDiarmid), 1e-9 here.
+    mean = 0.5 * np.sqrt(want * (1 - want) / count).sum()
+    assert 0.5 * np.abs(got - want).sum() < mean + math.sqrt(math.log(1e9) / (2 * count))
+
+
+def test_draws_go_on_beyond_those_that_were_made_at_once() -> None:
+    chooser = TokenSampler(SamplingParams(temperature=1.0, seed=3, place=2))
+    draws = []
+    for _ in range(700):
+        draws.append(chooser.draw())
+        chooser.note(0)
+    assert draws == uniforms(3, 2, 700).tolist()
+
+
+def test_a_row_has_the_tokens_of_the_packages_other_sampling() -> None:
+    logits_BV = _logits(9, 8)
+    draw_B = torch.from_numpy(np.stack([uniforms(4, place, 1)[0] for place in range(8)]))
+    choosers = [TokenSampler(SamplingParams(temperature=0.8, seed=4, place=place)) for place in range(8)]
+    tokens = [choice.token for choice in choose(logits_BV, choosers)]
+    assert tokens == choose_tokens(logits_BV, draw_B, 0.8).tolist()
+
+
+def test_logits_that_are_no_numbers_are_told_of_and_harm_nobody_else() -> None:
+    logits_NV = _logits(1, 4)
+    logits_NV[1, 5] = math.nan
+    logits_NV[2, 6] = math.inf
+    wishes = SamplingParams(temperature=1.0, top_p=0.9, logprobs=2)
+    choices = choose(logits_NV, [TokenSampler(wishes) for _ in range(4)])
+    assert [choice.is_sound for choice in choices] == [True, False, False, True]
+    assert all(0 <= choice.token < V for choice in choices)
+    sound = choose(_logits(1, 4), [TokenSampler(wishes) for _ in range(4)])
+    assert (choices[0], choices[3]) == (sound[0], sound[3])
+
+
+def test_what_cannot_be_is_written_as_the_protocol_writes_it() -> None:
+    logits_NV = torch.full((1, V), -math.inf)
+    logits_NV[0, 3] = 1.0
+    (choice,) = choose(logits_NV, [TokenSampler(SamplingParams(logprobs=2))])
+    assert choice.is_sound
+    assert choice.likely is not None
+    assert choice.likely.chosen == 0
+    assert choice.likely.top[0] == (3, 0.0)
+    assert choice.likely.top[1][1] == -9999
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_p": 1.1},
+        {"top_p": -0.1},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"place": -1},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
+        {"logit_bias": {3: -math.inf}},
+        {"logprobs": -1},
+    ],
+)
+def test_a_wish_out_of_its_range_is_refused_when_it_is_made(wishes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wishes))):
+        SamplingParams(**wishes)

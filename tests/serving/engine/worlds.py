@@ -1,0 +1,226 @@
+"""Small bases of several architectures, experts on all of their layers, and the slow truth: each answer alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from personalized_soups import SoupModel
+from personalized_soups.mixing.mixture import Row
+from personalized_soups.serving.engine.batcher import Batcher, Finish, GenerationRequest, Limits, Piece
+from personalized_soups.serving.engine.token_sampler import SamplingParams
+from tests.experts import write_expert
+
+VOCAB = 320
+WINDOW = 5  # tokens of sliding layers: answers are longer, so that it matters
+EXPERTS = ("cold", "plain", "warm")
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    # large, so that attention is sharp and every wrong key is seen in the logits
+    "initializer_range": 0.25,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
+
+# Name: transformers' class without its ending, and what its config says beside the sizes.
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama, tied": ("Llama", {"tie_word_embeddings": True}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 8}),
+    "gemma2": ("Gemma2", {"head_dim": 8, **_MIXED}),
+    "gemma3": ("Gemma3", {"head_dim": 8, **_MIXED}),
+    "mistral": ("Mistral", {"sliding_window": WINDOW}),
+    "olmo2": ("Olmo2", {}),
+    "phi3": ("Phi3", {"sliding_window": WINDOW}),
+    "cohere2": ("Cohere2", _MIXED),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
+    "gpt_oss": ("GptOss", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, **_MIXED}),
+    "gpt_neox": ("GPTNeoX", {}),
+    "gpt2": ("GPT2", {"n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 4}),
+    "opt": ("OPT", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+}
+_NAMES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
+
+
+def small_model(name: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float64) -> Any:
+    """Return a random base."""
+    import transformers
+
+    kind, options = BASES[name]
+    config_name, model_name = _NAMES.get(kind, (f"{kind}Config", f"{kind}ForCausalLM"))
+    sizes = {key: value for key, value in _SIZES.items() if kind != "GPT2" or key not in {"num_key_value_heads"}}
+    config = getattr(transformers, config_name)(**{**sizes, **options})
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.manual_seed(0)
+        model = getattr(transformers, model_name)._from_config(config, attn_implementation=attention)
+        for parameter in model.parameters():  # biases begin as zeros, which tell nothing
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+        return model.to(dtype).eval()
+
+
+def small_soup(
+    folder: Path,
+    name: str = "llama",
+    *,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float64,
+    tokenizer: Any = None,
+) -> SoupModel:
+    """Return a random base with three experts on its attention and its MLPs."""
+    model = small_model(name, attention=attention, dtype=dtype)
+    shapes = {
+        module_name: tuple(module.weight.shape if isinstance(module, nn.Linear) else module.weight.shape[::-1])
+        for module_name, module in model.named_modules()
+        if (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        and not any(part in module_name for part in ("lm_head", "embed_out", "router", "project"))
+    }
+    for seed, expert in enumerate(EXPERTS, 1):
+        some = dict(list(shapes.items())[seed % 2 :: seed % 2 + 1])
+        write_expert(folder / expert, seed=seed, rank=seed + 1, alpha=2, shapes=some, base=None)
+    return SoupModel(model, folder, tokenizer=tokenizer)
+
+
+def some_row(random: Any) -> Row:
+    """Return somebody's weights; `random` has `random()`, as the module of that name."""
+    if random.random() < 0.2:
+        return Row()
+    return Row({name: round(2 * random.random() - 0.5, 3) for name in EXPERTS if random.random() < 0.7})
+
+
+def true_logits(model: SoupModel, weights: Row, tokens: Sequence[int]) -> Tensor:
+    """Return the logits after each token, `[T, V]`, of one row alone, without a cache."""
+    with model.mixture([weights]), torch.no_grad():
+        found: Tensor = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+    return found
+
+
+def greedy(model: SoupModel, ask: GenerationRequest) -> list[int]:
+    """Return the tokens that transformers' generate gives this ask alone, up to and with its end."""
+    ids = torch.tensor([list(ask.tokens)])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        profiles=[ask.weights],
+        max_new_tokens=ask.max_new_tokens,
+        do_sample=False,
+        pad_token_id=2,
+    )
+    return [int(token) for token in out[0, len(ask.tokens) :]]
+
+
+def some_ask(
+    random: Any, *, most: int = 12, longest: int = 20, wishes: SamplingParams | None = None
+) -> GenerationRequest:
+    tokens = [random.randrange(6, VOCAB) for _ in range(random.randint(1, longest))]
+    return GenerationRequest(tokens, some_row(random), random.randint(1, most), wishes or SamplingParams())
+
+
+@dataclass(eq=False)
+class Heard:
+    """What a batcher delivered, by ask."""
+
+    pieces: dict[GenerationRequest, list[Piece]] = field(default_factory=dict)
+    on_pieces: Callable[[Sequence[tuple[GenerationRequest, Piece]]], None] = lambda _: None
+    _news: threading.Condition = field(default_factory=threading.Condition)
+
+    def deliver(self, pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
+        self.on_pieces(pieces)
+        with self._news:
+            for ask, piece in pieces:
+                self.pieces.setdefault(ask, []).append(piece)
+            self._news.notify_all()
+
+    def wait_for(self, asks: Sequence[GenerationRequest], *, seconds: float = 30) -> None:
+        """Wait until every ask has its last piece."""
+        with self._news:
+            done = self._news.wait_for(lambda: all(map(self.is_done, asks)), seconds)
+        assert done, f"{sum(not self.is_done(ask) for ask in asks)} of {len(asks)} answers are stuck"
+
+    def wait_until(self, condition: Callable[[], bool], *, seconds: float = 30) -> None:
+        """Wait until something holds of what was delivered."""
+        with self._news:
+            assert self._news.wait_for(condition, seconds)
+
+    def is_done(self, ask: GenerationRequest) -> bool:
+        return any(piece.is_last for piece in self.pieces.get(ask, ()))
+
+    def tokens(self, ask: GenerationRequest) -> list[int]:
+        return [piece.token for piece in self.pieces[ask] if piece.token is not None]
+
+    def text(self, ask: GenerationRequest) -> str:
+        return "".join(piece.text for piece in self.pieces[ask])
+
+    def check_ended_once(self, ask: GenerationRequest) -> None:
+        """Every answer ends, once, with its last piece."""
+        assert [piece.is_last for piece in self.pieces[ask]] == [False] * (len(self.pieces[ask]) - 1) + [True]
+
+
+class RunningBatcher:
+    """A batcher and what it delivers; ended with the block."""
+
+    def __init__(self, model: SoupModel, limits: Limits | None = None, **options: Any) -> None:
+        self.heard = Heard()
+        self.batcher = Batcher(model, self.heard.deliver, limits, **options)
+
+    def __enter__(self) -> RunningBatcher:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.batcher.close(finish=False, timeout=30)
+
+    def answer(self, asks: Sequence[GenerationRequest]) -> None:
+        self.batcher.submit(asks)
+        self.heard.wait_for(asks)
+
+
+def check_alone(soup: SoupModel, running: RunningBatcher, asks: Sequence[GenerationRequest]) -> None:
+    """Compare answers with those of transformers' generate: in float64 no two tokens are equally likely."""
+    for ask in asks:
+        running.heard.check_ended_once(ask)
+        tokens = running.heard.tokens(ask)
+        assert tokens == greedy(soup, ask)
+        last = running.heard.pieces[ask][-1]
+        assert last.finish == (Finish.STOP if tokens[-1] == 1 else Finish.LENGTH)
+        text = soup.generator.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert running.heard.text(ask) == text
+
+
+class Forwards:
+    """Counts forward passes of a model, and may wait or fail in them.
+
+    Attributes:
+        shapes: of the token ids of each pass.
+        before: called with the number of each pass.
+    """
+
+    def __init__(self, model: SoupModel) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.before: Callable[[int], None] = lambda _: None
+        self._handle = model.model.register_forward_pre_hook(self._seen, with_kwargs=True)
+
+    def _seen(self, _: nn.Module, arguments: Any, keywords: Any) -> None:
+        self.shapes.append(tuple(keywords["input_ids"].shape))
+        self.before(len(self.shapes) - 1)
+
+    def __enter__(self) -> Forwards:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handle.remove()
