@@ -37,7 +37,7 @@ _ROUTES = frozenset({
     "/v1/scores", "/metrics",
 })  # fmt: skip
 
-PLAYGROUND = Path(__file__).parent / "playground"
+PLAYGROUND = Path(__file__).parents[1] / "playground"
 
 
 @dataclass(frozen=True, slots=True)
