@@ -9,7 +9,8 @@ from personalized_soups.declare.loader import load_text
 from personalized_soups.declare.profile import Profile, check_sides, load_profile
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import DeclarationError, UsageError
-from personalized_soups.methods.table import METHODS, OPTIONS
+from personalized_soups.methods.options import OPTIONS
+from personalized_soups.methods.table import METHODS
 
 DIMENSION_OF = {"elementary": "expertise", "expert": "expertise", "friendly": "style"}
 

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.method import Method
+from personalized_soups.methods.options import OPTIONS
 from personalized_soups.methods.streams import Stream
-from personalized_soups.methods.table import METHODS, OPTIONS, Method
+from personalized_soups.methods.table import METHODS
 
 ALL = {"density": 1.0, "epsilon": 0.0, "lambda": 1.0, "seed": 3}
 

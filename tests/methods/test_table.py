@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from personalized_soups.errors import UsageError
-from personalized_soups.methods.table import METHODS, OPTIONS, Method, method_named
+from personalized_soups.methods.method import Method
+from personalized_soups.methods.options import OPTIONS
+from personalized_soups.methods.table import METHODS, method_named
 
-DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
+DOCS = Path(__file__).parents[2] / "docs" / "reference" / "methods.md"
 
 
 def promised(row: Method) -> set[str]:

@@ -44,7 +44,8 @@ def inspect(
 
 
 def _show_methods(*, as_json: bool) -> None:
-    from personalized_soups.methods.table import METHODS, OPTIONS
+    from personalized_soups.methods.options import OPTIONS
+    from personalized_soups.methods.table import METHODS
 
     columns = ["method", "dW", "options", "encodings", "source", "about"]
     rows = [

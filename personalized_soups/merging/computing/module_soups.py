@@ -24,11 +24,11 @@ from personalized_soups.merging.computing.dora import Dora, base_scale, turned
 from personalized_soups.merging.planning.plan import MergePlan, PlannedModule
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.lowrank import Truncated, decompose, truncate
+from personalized_soups.methods.options import OPTIONS
 from personalized_soups.methods.product import weighted_sums
 from personalized_soups.methods.rangefinder import approximate
 from personalized_soups.methods.sparsify import global_threshold
 from personalized_soups.methods.streams import Stream
-from personalized_soups.methods.table import OPTIONS
 
 Result = TypeVar("Result")
 

@@ -28,7 +28,8 @@ from personalized_soups.merging.live.checks import check_model, check_plain
 from personalized_soups.merging.live.coefficients import coefficients_on
 from personalized_soups.merging.planning.plan import MergePlan, dimensions_of, plan_merge, resolve_device, torch_dtype
 from personalized_soups.methods.factors import cancels
-from personalized_soups.methods.table import Method, method_named
+from personalized_soups.methods.method import Method
+from personalized_soups.methods.table import method_named
 
 
 class LiveAdapter:

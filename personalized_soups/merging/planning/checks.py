@@ -16,7 +16,7 @@ from personalized_soups.errors import (
     UsageError,
 )
 from personalized_soups.methods.factors import cancels
-from personalized_soups.methods.table import Method
+from personalized_soups.methods.method import Method
 
 _MAX_SHOWN = 5
 

@@ -31,7 +31,8 @@ from personalized_soups.merging.planning.layout import (
     named_modules,
     unfit_for_vllm,
 )
-from personalized_soups.methods.table import Method, method_named
+from personalized_soups.methods.method import Method
+from personalized_soups.methods.table import method_named
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 PlannedEncoding = Literal["stacked", "truncated", "folded"]

@@ -22,7 +22,7 @@ from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.computing.whole_tensors import WholeTensors, on_base
 from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, plan_merge
 from personalized_soups.merging.writing.adapter_writer import AdapterWriter, MergedModule, common_ranks
-from personalized_soups.methods.table import Method
+from personalized_soups.methods.method import Method
 
 Result = TypeVar("Result")
 

@@ -38,7 +38,7 @@ from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.planning.plan import MergePlan, plan_merge, resolve_device
 from personalized_soups.merging.writing.adapter import check_output_apart, input_records
 from personalized_soups.methods.finite import all_finite
-from personalized_soups.methods.table import Method
+from personalized_soups.methods.method import Method
 
 Progress = Callable[[int, int], None]
 

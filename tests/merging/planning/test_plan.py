@@ -16,7 +16,7 @@ from personalized_soups.errors import (
     UsageError,
 )
 from personalized_soups.merging.planning.plan import VLLM_RANKS, MergePlan, plan_merge
-from personalized_soups.methods.table import Method
+from personalized_soups.methods.method import Method
 from tests.experts import SHAPES, write_config, write_expert, write_record
 
 
