@@ -50,7 +50,7 @@ tiny: $(VENV)/.run
 
 # The quickstart for three seeds, with free and with shared basis; writes the table into docs/.
 quality: $(VENV)/.run
-	$(BIN)/psoups quality --page docs/quality.md
+	$(BIN)/psoups quality --page docs/explanation/quality.md
 
 # Fresh processes, medians of five, about 25 minutes; writes the tables into docs/. BENCH passes options: make bench BENCH='--shape tiny'.
 bench: $(VENV)/.run
@@ -68,7 +68,7 @@ matrix: $(VENV)/.dev
 mutants: $(VENV)/.dev
 	$(BIN)/python -m tests.mutants $(MUTANTS)
 
-# docs/cli.md and docs/schemas/, which the suite holds to the code.
+# docs/reference/cli.md and docs/schemas/, which the suite holds to the code.
 reference: $(VENV)/.dev
 	$(BIN)/psoups reference docs
 

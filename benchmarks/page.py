@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, written between markers; what stands around them is written by hand.
+"""The tables of docs/explanation/benchmarks.md, written between markers; what stands around them is written by hand.
 
 python -m benchmarks.page RESULT.json    writes what another machine (one with a GPU) measured into the page
 """
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     """Write the last line of a run's output into the page."""
     lines = Path(argv[0]).read_text(encoding="utf-8").strip().splitlines()
     result = json.loads(lines[-1])
-    print(", ".join(update(ROOT / "docs" / "benchmarks.md", result)))
+    print(", ".join(update(ROOT / "docs" / "explanation" / "benchmarks.md", result)))
 
 
 if __name__ == "__main__":

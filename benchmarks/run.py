@@ -1,6 +1,8 @@
-"""`make bench`: measure every row, print the table, write it into docs/benchmarks.md; the last line is one JSON object.
+"""`make bench`: measure every row and write the table into docs/explanation/benchmarks.md.
 
-python -m benchmarks.run [--shape tiny] [--repeats 1] [--only base] [--json] [--page docs/benchmarks.md]
+The table is printed too; the last line on stdout is one JSON object.
+
+python -m benchmarks.run [--shape tiny] [--repeats 1] [--only base] [--json] [--page docs/explanation/benchmarks.md]
 python -m benchmarks.run --only gpu --prepare    writes the models and experts that the rows need, and measures nothing
 """
 
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.json:
         print_table(rows)
     if options.page is not None or options.shape == "1b":
-        for part in page.update(options.page or ROOT / "docs" / "benchmarks.md", result):
+        for part in page.update(options.page or ROOT / "docs" / "explanation" / "benchmarks.md", result):
             _say(f"the table called {part} is written into the page")
     print(json.dumps(result, allow_nan=False), flush=True)
     return int(any(row.note.startswith("failed") for row in rows))
@@ -67,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the line of JSON alone")
     parser.add_argument("--no-copies", action="store_true", help="do not measure how fast memory is copied")
     parser.add_argument("--prepare", action="store_true", help="write the models and experts, measure nothing")
-    parser.add_argument("--page", type=Path, help="where the tables go: docs/benchmarks.md")
+    parser.add_argument("--page", type=Path, help="where the tables go: docs/explanation/benchmarks.md")
     return parser
 
 

@@ -55,7 +55,7 @@ class Row:
 
 _OTHER_VERSIONS = {
     "-Wdefault": "other versions of the libraries give other warnings, and nothing of ours can be changed for them",
-    "--deselect=tests/cli/test_reference.py": "docs/cli.md holds the wording of the typer in constraints.txt",
+    "--deselect=tests/cli/test_reference.py": "docs/reference/cli.md holds the wording of the typer in constraints.txt",
 }
 
 

@@ -1,6 +1,6 @@
-"""`make gpu`: run the tests and the benchmark rows that need a GPU, and write the GPU part of docs/benchmarks.md.
+"""`make gpu`: run the tests and benchmark rows that need a GPU; write the table into docs/explanation/benchmarks.md.
 
-python -m benchmarks.gpu [--only mixing-gpu] [--shape tiny] [--page docs/benchmarks.md]
+python -m benchmarks.gpu [--only mixing-gpu] [--shape tiny] [--page docs/explanation/benchmarks.md]
 
 The work is cut into stages. Each runs in a process group of its own with a time limit, so a stage that hangs loses its
 own result and no other. A stage's limit is its share of the whole time plus what earlier stages left over; the shares

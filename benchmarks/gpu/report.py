@@ -31,7 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="STAGE",
         help="run this stage alone, and leave the page as it is; may be repeated",
     )
-    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmarks.md", help="page to write the table to")
+    parser.add_argument(
+        "--page", type=Path, default=ROOT / "docs" / "explanation" / "benchmarks.md", help="page to write the table to"
+    )
     options = parser.parse_args(argv)
     scale = SCALES[options.shape]
     start, load = time.monotonic(), os.getloadavg()[0]

@@ -174,8 +174,8 @@ def unknown_name(tensor: str, *, where: str) -> UnsupportedAdapterError:
         f"{tensor}: neither the name of a LoRA factor ({PREFIX}MODULE{_A}) nor of a tensor that the configuration "
         "says is trained: this version does not merge such an adapter",
         where=where,
-        mend="save the adapter with PEFT's save_pretrained; a variant of LoRA that saves more than docs/adapters.md "
-        "names is not merged",
+        mend="save the adapter with PEFT's save_pretrained; a variant of LoRA that saves more than "
+        "docs/reference/adapters.md names is not merged",
     )
 
 

@@ -1,6 +1,6 @@
 """Every key of PEFT's LoraConfig, sorted consciously: understood, without a bearing on the saved factors, or refused.
 
-The table of docs/adapters.md is held to these by a test, and they to the LoraConfig of the PEFT that is installed.
+Tests compare these tables with docs/reference/adapters.md, and with the LoraConfig of the installed PEFT.
 """
 
 from __future__ import annotations

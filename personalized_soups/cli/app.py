@@ -87,7 +87,7 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        # plain help: quick to print, the same at any version of rich, and fit for docs/cli.md
+        # plain help: quick to print, the same at any version of rich, and fit for docs/reference/cli.md
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )

@@ -1,4 +1,7 @@
-"""Hidden commands that write the reference pages: docs/cli.md and docs/schemas/. The suite holds them to the code."""
+"""The hidden command that writes the generated pages: docs/reference/cli.md and docs/schemas/.
+
+The suite compares both with the code.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +31,8 @@ def register(app: typer.Typer) -> None:
 def reference(
     docs: Annotated[Path, typer.Argument(help="The docs folder.", exists=True, file_okay=False)] = Path("docs"),
 ) -> None:
-    """Write docs/cli.md and docs/schemas/*.json anew."""
-    pages = {"cli.md": cli_page(), **{f"schemas/{name}": text for name, text in schema_pages().items()}}
+    """Write docs/reference/cli.md and docs/schemas/*.json."""
+    pages = {"reference/cli.md": cli_page(), **{f"schemas/{name}": text for name, text in schema_pages().items()}}
     for name, text in pages.items():
         path = docs / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -38,7 +41,7 @@ def reference(
 
 
 def cli_page() -> str:
-    """Return docs/cli.md: the help of every command that is not hidden."""
+    """Return docs/reference/cli.md: the help of every command that is not hidden."""
     from personalized_soups.cli.app import build_app
 
     command = typer.main.get_command(build_app())

@@ -38,7 +38,7 @@ class Profile(Declared):
     method: MethodName = Field(default="linear", description="The merge method.")
     options: dict[str, float] = Field(
         default={},
-        description="Numbers that the method takes, such as `density: 0.3`; docs/methods.md lists them.",
+        description="Numbers that the method takes, such as `density: 0.3`; docs/reference/methods.md lists them.",
     )
     normalize: Literal["none", "sum"] = Field(
         default="none", description="`sum` divides the weights by their sum; `none` takes them as they are."

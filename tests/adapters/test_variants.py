@@ -6,7 +6,7 @@ from pathlib import Path
 
 from personalized_soups.adapters.variants import HARMLESS, MOVING_INITS, PLAIN_INITS, READ, REFUSED
 
-PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
+PAGE = Path(__file__).parents[2] / "docs" / "reference" / "adapters.md"
 
 
 def rows() -> dict[str, str]:

@@ -194,7 +194,7 @@ def test_an_unknown_row_is_told_with_those_that_are_there() -> None:
 
 
 def test_the_page_of_the_repository_has_a_place_for_both_tables() -> None:
-    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "explanation" / "benchmarks.md").read_text(encoding="utf-8")
     for part in ("cpu", "gpu"):
         assert text.index(f"<!-- {part}: begin -->\n") < text.index(f"<!-- {part}: end -->")
 
