@@ -16,26 +16,28 @@ Encoding = Literal["stacked", "truncated", "folded", "gated"]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One row: what the soup's delta is, how it can be held, and where the idea is from.
+    """One merge method: the formula of the soup's delta, the encodings of the result, and the source.
 
-    Args:
-        name: as people write it in a profile.
-        function: `module:name` of a pure function `(parts, weights, **keywords)`: one part and one weight per expert
-            that has the module. Its keywords are those of its options (but the seed), `basis` in the family `linear`,
-            and what the flags below add.
-        family: `linear` in the deltas, or of other rules on the factors (`factor`): both take `Factors` and return
-            `Factors`; or on the dense deltas (`dense`): these take O x I tensors and return one.
-        encodings: the ways in which its result can be held.
-        formula: what dW is.
-        source: paper or program.
-        about: when to use it, in one sentence.
-        needs_equal_ranks: whether all experts must have one rank at a module.
-        needs_equal_scalings: whether all experts must have one scaling at a module.
-        divides_by_sum: whether it divides by the sum of the weights, which then must not cancel: it takes `total`.
-        options: the names, out of `OPTIONS`, of what it can be given.
-        trims_globally: whether each expert is trimmed over all of its modules at once: it takes `thresholds`.
-        coefficients: where A's and B's are nothing but weighted sums, `module:name` of what gives their coefficients
-            from scalings and weights (and `total`, where `divides_by_sum` is set): many users are then one product.
+    Attributes:
+        name: the name in a profile.
+        function: `module:name` of a pure function `(parts, weights, **keywords)`. It takes one part and one weight per
+            expert that adapts the module. Its keywords are the method's options (except the seed), `basis` in the
+            family `linear`, and the keywords that the flags below add.
+        family: `linear` (linear in the deltas) and `factor` (other rules on the factors) take `Factors` and return
+            `Factors`; `dense` takes dense O x I deltas and returns one.
+        encodings: the encodings in which the result can be held.
+        formula: the formula of dW.
+        source: the paper or program.
+        about: when to use the method, in one sentence.
+        needs_equal_ranks: whether all experts of a module must have the same rank.
+        needs_equal_scalings: whether all experts of a module must have the same scaling.
+        divides_by_sum: whether the method divides by the sum of the weights, which then must not cancel. Adds the
+            keyword `total`.
+        options: the names of the method's options in `OPTIONS`.
+        trims_globally: whether each expert is trimmed over all of its modules at once. Adds the keyword `thresholds`.
+        coefficients: for methods that only take weighted sums of the A's and of the B's: `module:name` of the function
+            that computes the coefficients from scalings and weights (and `total` if `divides_by_sum` is set). The
+            soups of many users are then one matrix product.
     """
 
     name: str
@@ -54,15 +56,14 @@ class Method:
 
     @property
     def is_random(self) -> bool:
-        """Whether it draws: its function takes `streams`, one per expert, and they hold the seed."""
+        """Whether the method draws random numbers. Its function then takes `streams`: one per expert, from the seed."""
         return "seed" in self.options
 
     def resolved(self, given: Mapping[str, float]) -> dict[str, float]:
-        """Return every option of this method, in the row's order, by name: as given, else its default.
+        """Return the value of every option of this method, given or default, by name in the order of `options`.
 
         Raises:
-            UsageError: if the method does not take an option, or a value is out of bounds; `where` is the option's
-                name.
+            UsageError: if the method has no such option, or a value is out of bounds. `where` is the option's name.
         """
         for name in given:
             if name not in self.options:
@@ -77,11 +78,11 @@ class Method:
         return _imported(self.function)
 
     def load_coefficients(self) -> Callable[..., Any]:
-        """Import and return the function that gives the coefficients of A's and B's."""
+        """Import and return the function that computes the coefficients of the A's and B's."""
         return _imported(self.coefficients)
 
     def _not_taken(self, name: str) -> UsageError:
-        mend = choose_from(name, self.options) if self.options else f"leave it out: {self.name} takes no options"
+        mend = choose_from(name, self.options) if self.options else f"remove it: {self.name} takes no options"
         return UsageError(f"{self.name} takes no option {name!r}", where=name, mend=mend)
 
     @staticmethod
@@ -89,7 +90,9 @@ class Method:
         option = OPTIONS[name]
         if not option.allows(value):
             raise UsageError(
-                f"{name} is {value:g}, it must be {option.bounds}", where=name, mend=f"give {option.default:g}"
+                f"{name} is {value:g}; it must be {option.bounds}",
+                where=name,
+                mend=f"use {option.default:g}, the default",
             )
         return int(value) if option.is_whole else float(value)
 
@@ -98,9 +101,10 @@ class Method:
         density, epsilon = values["density"], values["epsilon"]
         if density - epsilon <= 0 or density + epsilon > 1:
             raise UsageError(
-                f"the keep-probabilities {density:g} -+ {epsilon:g} leave the range above 0 and at most 1",
+                f"density {density:g} with epsilon {epsilon:g} gives keep-probabilities from {density - epsilon:g} to "
+                f"{density + epsilon:g}; they must be above 0 and at most 1",
                 where="epsilon" if "epsilon" in given else "density",
-                mend=f"give an epsilon below {density:g} and at most {1 - density:g}",
+                mend=f"use an epsilon below {density:g} and at most {1 - density:g}",
             )
 
 

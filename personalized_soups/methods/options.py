@@ -9,17 +9,17 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One number that a method can be given.
+    """One number that a merge method accepts.
 
-    Args:
-        name: as people write it in a profile or on the command line.
-        keyword: the functions' argument.
-        default: where it is not given.
-        least: the lower bound; itself left out where `is_open` is set.
-        most: the upper bound, itself allowed.
-        about: what it does.
-        is_open: whether the value must be above `least`.
-        is_whole: whether it must be a whole number.
+    Attributes:
+        name: the name in a profile and on the command line.
+        keyword: the keyword argument of the method's function.
+        default: the value if none is given.
+        least: the lower bound; allowed itself unless `is_open` is set.
+        most: the upper bound; allowed itself.
+        about: the effect, in one sentence.
+        is_open: whether the value must be greater than `least`.
+        is_whole: whether the value must be a whole number.
     """
 
     name: str
@@ -33,12 +33,12 @@ class Option:
 
     @property
     def bounds(self) -> str:
-        """What may be given, in words."""
+        """The allowed values, in words."""
         kind = "a whole number " if self.is_whole else ""
         return f"{kind}{'above' if self.is_open else 'at least'} {self.least:g} and at most {self.most:.16g}"
 
     def allows(self, value: float) -> bool:
-        """Return whether `value` is within the bounds; NaN is not."""
+        """Return whether `value` is within the bounds. NaN never is."""
         above = self.least < value if self.is_open else self.least <= value
         return above and value <= self.most and not (self.is_whole and value != int(value))
 
@@ -46,10 +46,10 @@ class Option:
 OPTIONS: Mapping[str, Option] = MappingProxyType({
     option.name: option
     for option in (
-        Option("density", "density", 0.5, 0.0, 1.0, "The share of entries that is kept.", is_open=True),
-        Option("epsilon", "epsilon", 0.1, 0.0, 1.0, "Half the width of della's keep-probabilities, about density."),
-        Option("lambda", "lambda_", 1.0, 0.0, 1e30, "Scales what an election gives.", is_open=True),
-        # a whole number beyond 2^53 would not survive as a float
-        Option("seed", "seed", 0, 0, 2**53, "Of the random draws; the same seed, the same soup.", is_whole=True),
+        Option("density", "density", 0.5, 0.0, 1.0, "Share of entries to keep.", is_open=True),
+        Option("epsilon", "epsilon", 0.1, 0.0, 1.0, "Half the width of della's keep-probabilities around density."),
+        Option("lambda", "lambda_", 1.0, 0.0, 1e30, "Factor on the elected result.", is_open=True),
+        # float64 holds whole numbers exactly only up to 2^53
+        Option("seed", "seed", 0, 0, 2**53, "Random seed. The same seed gives the same soup.", is_whole=True),
     )
 })  # fmt: skip

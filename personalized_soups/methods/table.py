@@ -20,7 +20,7 @@ _ROWS = (
         encodings=("stacked", "truncated", "folded", "gated"),
         formula="sum w s B A",
         source="arXiv:2212.04089, arXiv:2306.04488",
-        about="The weighted sum of what the experts add to the base: exact, and the default.",
+        about="The weighted sum of the experts' deltas: exact, and the default.",
     ),
     Method(
         name="magnitude_prune",
@@ -39,7 +39,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="sum w drop(d) / density",
         source="arXiv:2311.03099",
-        about="Entries dropped at random, the rest rescaled: `linear` in expectation.",
+        about="Drops entries at random and rescales the rest: `linear` in expectation.",
         options=("density", "seed"),
     ),
     Method(
@@ -49,7 +49,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="sum w drop(d) |d|_1 / |drop(d)|_1",
         source="mergekit 0.1.5, merge_method: dare_linear",
-        about="mergekit's DARE: rescaled to the delta's L1 norm instead of by the density.",
+        about="mergekit's DARE: rescales to the delta's L1 norm instead of by the density.",
         options=("density", "seed"),
     ),
     Method(
@@ -59,7 +59,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="lambda sum_agree w t / sum_agree |w|, t = trim(d)",
         source="arXiv:2306.01708",
-        about="Entries of the elected sign averaged by weight: experts that disagree do not cancel.",
+        about="Averages the entries of the elected sign by weight, so experts that disagree do not cancel.",
         options=("density", "lambda"),
     ),
     Method(
@@ -69,7 +69,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="sum_agree w t / count_agree, election on t",
         source="PEFT, combination_type='ties_svd'",
-        about="PEFT's TIES: elects without the weights and divides by how many agree.",
+        about="PEFT's TIES: elects without the weights and divides by the number of experts that agree.",
         options=("density",),
     ),
     Method(
@@ -79,7 +79,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="lambda sum_agree w t / sum_agree w",
         source="mergekit 0.1.5, merge_method: ties",
-        about="mergekit's TIES: a signed divisor, which turns the sign of negatively weighted experts.",
+        about="mergekit's TIES: the divisor is signed, which flips the sign of negatively weighted experts.",
         options=("density", "lambda"),
     ),
     Method(
@@ -89,7 +89,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="as ties, each expert trimmed over all of its modules at once",
         source="arXiv:2306.01708, its authors' code",
-        about="The authors' TIES: large modules may keep more than small ones.",
+        about="The authors' TIES: one threshold for the whole model, so some modules keep more entries than others.",
         options=("density", "lambda"),
         trims_globally=True,
     ),
@@ -110,7 +110,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="sum_agree w t / count_agree, election on t = drop(d) / density",
         source="PEFT, combination_type='dare_ties_svd'",
-        about="PEFT's: elects without the weights and divides by how many agree.",
+        about="PEFT's dare_ties: elects without the weights and divides by the number of experts that agree.",
         options=("density", "seed"),
     ),
     Method(
@@ -120,7 +120,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="lambda sum_agree w t, t = drop(d) |d|_1 / |drop(d)|_1",
         source="mergekit 0.1.5, merge_method: dare_ties",
-        about="mergekit's: rescaled to the L1 norm, and a sum of those that agree, not a mean.",
+        about="mergekit's dare_ties: rescales to the L1 norm and sums the agreeing experts instead of averaging.",
         options=("density", "lambda", "seed"),
     ),
     Method(
@@ -130,7 +130,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="lambda sum_agree w t / sum_agree |w|, t = drop_p(d) / p",
         source="arXiv:2406.11617",
-        about="As dare_ties, but larger entries of a row are kept more often.",
+        about="dare_ties that keeps the larger entries of a row more often.",
         options=("density", "epsilon", "lambda", "seed"),
     ),
     Method(
@@ -140,7 +140,7 @@ _ROWS = (
         encodings=_DENSE,
         formula="lambda sum_agree w t / sum_agree w, t = drop_p(d) |d|_1 / |drop_p(d)|_1",
         source="mergekit 0.1.5, merge_method: della",
-        about="mergekit's DELLA: rescaled to the L1 norm, and a signed divisor.",
+        about="mergekit's DELLA: rescales to the L1 norm; the divisor is signed.",
         options=("density", "epsilon", "lambda", "seed"),
     ),
     Method(
@@ -150,7 +150,7 @@ _ROWS = (
         encodings=_EXACT,
         formula="U ties(S V), [d_1 ... d_E] = U S [V_1 ... V_E]",
         source="arXiv:2410.19735",
-        about="TIES in the common basis of the experts' outputs: at most their ranks' sum, no dense delta.",
+        about="TIES in the common basis of the experts' outputs: the rank is at most the sum of ranks; no dense delta.",
         options=("density", "lambda"),
     ),
     Method(
@@ -160,7 +160,7 @@ _ROWS = (
         encodings=_EXACT,
         formula="(s/t) (sum w B) (sum w A), t = sum w",
         source="arXiv:2310.11564",
-        about="The rule of Personalized Soups: A's and B's averaged apart, at one expert's rank, with cross terms.",
+        about="Personalized Soups' rule: averages A's and B's separately, at one expert's rank; adds cross terms.",
         needs_equal_ranks=True,
         needs_equal_scalings=True,
         divides_by_sum=True,
@@ -173,7 +173,7 @@ _ROWS = (
         encodings=_EXACT,
         formula="(sum sqrt|ws| B) (sum sign(w) sqrt|ws| A)",
         source="PEFT add_weighted_adapter, combination_type='linear'",
-        about="PEFT's `linear`: own terms right, cross terms added; inflated where experts share A.",
+        about="PEFT's `linear`: adds cross terms, which inflate the result if experts share A.",
         needs_equal_ranks=True,
         coefficients=f"{_METHODS}.factors:linear_coefficients",
     ),
@@ -184,7 +184,7 @@ _ROWS = (
         encodings=_EXACT,
         formula="as factor_linear, of trim(B) and trim(A)",
         source="PEFT add_weighted_adapter, combination_type='magnitude_prune'",
-        about="PEFT's rule: the A's and the B's pruned and summed apart.",
+        about="PEFT's `magnitude_prune`: prunes and sums the A's and the B's separately.",
         needs_equal_ranks=True,
         options=("density",),
     ),
@@ -195,7 +195,7 @@ _ROWS = (
         encodings=_EXACT,
         formula="as factor_linear, of drop(B) / density and drop(A) / density",
         source="PEFT add_weighted_adapter, combination_type='dare_linear'",
-        about="PEFT's rule: entries of the A's and the B's dropped and summed apart.",
+        about="PEFT's `dare_linear`: drops entries of the A's and the B's and sums them separately.",
         needs_equal_ranks=True,
         options=("density", "seed"),
     ),
@@ -206,7 +206,7 @@ _ROWS = (
         encodings=_EXACT,
         formula="ties@peft of the B's, weights sqrt|ws|, and of the A's, weights sign(w) sqrt|ws|",
         source="PEFT add_weighted_adapter, combination_type='ties'",
-        about="PEFT's rule: TIES on the A's and on the B's apart.",
+        about="PEFT's `ties`: TIES on the A's and on the B's separately.",
         needs_equal_ranks=True,
         options=("density",),
     ),
@@ -217,7 +217,7 @@ _ROWS = (
         encodings=_EXACT,
         formula="dare_ties@peft of the B's, weights sqrt|ws|, and of the A's, weights sign(w) sqrt|ws|",
         source="PEFT add_weighted_adapter, combination_type='dare_ties'",
-        about="PEFT's rule: DARE, then TIES' election, on the A's and on the B's apart.",
+        about="PEFT's `dare_ties`: DARE, then the election of TIES, on the A's and on the B's separately.",
         needs_equal_ranks=True,
         options=("density", "seed"),
     ),
@@ -227,14 +227,12 @@ METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS
 
 
 def method_named(name: str) -> Method:
-    """Return the method of that name.
+    """Return the method called `name`.
 
     Raises:
-        UsageError: with the nearest name.
+        UsageError: if no method has that name. The fix is the nearest name.
     """
     try:
         return METHODS[name]
     except KeyError:
-        raise UsageError(
-            f"there is no merge method {name!r}", where="method", mend=choose_from(name, METHODS)
-        ) from None
+        raise UsageError(f"unknown merge method {name!r}", where="method", mend=choose_from(name, METHODS)) from None

@@ -90,7 +90,7 @@ def test_the_table_prints_without_torch() -> None:
 
 
 def test_an_unknown_method_is_told_with_the_nearest() -> None:
-    with pytest.raises(UsageError, match="no merge method 'linaer'") as caught:
+    with pytest.raises(UsageError, match="unknown merge method 'linaer'") as caught:
         method_named("linaer")
     assert caught.value.mend == "did you mean 'linear'?"
 
@@ -112,18 +112,36 @@ def test_options_are_filled_in_the_rows_order() -> None:
         ("ties", {"densty": 0.5}, "ties takes no option 'densty'", "densty", "did you mean 'density'?"),
         ("ties", {"seed": 1}, "ties takes no option 'seed'", "seed", "choose from: density, lambda"),
         ("linear", {"density": 0.5}, "linear takes no option 'density'", "density", "linear takes no options"),
-        ("ties", {"density": 0.0}, "density is 0, it must be above 0 and at most 1", "density", "give 0.5"),
-        ("ties", {"density": 1.01}, "density is 1.01, it must", "density", "give 0.5"),
-        ("ties", {"density": float("nan")}, "density is nan, it must", "density", "give 0.5"),
-        ("ties", {"lambda": float("inf")}, "lambda is inf, it must be above 0", "lambda", "give 1"),
-        ("ties", {"lambda": -1.0}, "lambda is -1, it must be above 0", "lambda", "give 1"),
-        ("dare_linear", {"seed": -1}, "seed is -1, it must be a whole number at least 0", "seed", "give 0"),
-        ("dare_linear", {"seed": 0.5}, "seed is 0.5, it must be a whole number", "seed", "give 0"),
-        ("dare_linear", {"seed": 2.0**54}, "at most 9007199254740992", "seed", "give 0"),
-        ("dare_linear", {"seed": float("inf")}, "seed is inf", "seed", "give 0"),
-        ("della", {"epsilon": 0.5}, "the keep-probabilities 0.5 -+ 0.5 leave", "epsilon", "below 0.5 and at most 0.5"),
-        ("della", {"density": 0.95}, "the keep-probabilities 0.95 -+ 0.1 leave", "density", "at most 0.05"),
-        ("della", {"epsilon": -0.1}, "epsilon is -0.1, it must be at least 0 and at most 1", "epsilon", "give 0.1"),
+        ("ties", {"density": 0.0}, "density is 0; it must be above 0 and at most 1", "density", "use 0.5, the default"),
+        ("ties", {"density": 1.01}, "density is 1.01; it must", "density", "use 0.5, the default"),
+        ("ties", {"density": float("nan")}, "density is nan; it must", "density", "use 0.5, the default"),
+        ("ties", {"lambda": float("inf")}, "lambda is inf; it must be above 0", "lambda", "use 1, the default"),
+        ("ties", {"lambda": -1.0}, "lambda is -1; it must be above 0", "lambda", "use 1, the default"),
+        ("dare_linear", {"seed": -1}, "seed is -1; it must be a whole number at least 0", "seed", "use 0, the default"),
+        ("dare_linear", {"seed": 0.5}, "seed is 0.5; it must be a whole number", "seed", "use 0, the default"),
+        ("dare_linear", {"seed": 2.0**54}, "at most 9007199254740992", "seed", "use 0, the default"),
+        ("dare_linear", {"seed": float("inf")}, "seed is inf", "seed", "use 0, the default"),
+        (
+            "della",
+            {"epsilon": 0.5},
+            "gives keep-probabilities from 0 to 1; they must",
+            "epsilon",
+            "below 0.5 and at most 0.5",
+        ),
+        (
+            "della",
+            {"density": 0.95},
+            "gives keep-probabilities from 0.85 to 1.05; they must",
+            "density",
+            "at most 0.05",
+        ),
+        (
+            "della",
+            {"epsilon": -0.1},
+            "epsilon is -0.1; it must be at least 0 and at most 1",
+            "epsilon",
+            "use 0.1, the default",
+        ),
     ],
 )
 def test_options_that_cannot_be_are_refused(

@@ -134,7 +134,7 @@ def test_a_model_that_does_not_fit_is_refused(tmp_path: Path, small_base: Path) 
 
 def test_what_no_product_gives_is_refused(tmp_path: Path) -> None:
     library = write_experts(tmp_path / "experts", rank=(2, 5, 3))
-    with pytest.raises(UsageError, match="no merge method 'lineer'"):
+    with pytest.raises(UsageError, match="unknown merge method 'lineer'"):
         LiveAdapter(library, method="lineer")
     with pytest.raises(UsageError, match="a live soup cannot be made by ties") as refused:
         LiveAdapter(library, method="ties")

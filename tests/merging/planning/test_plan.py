@@ -122,7 +122,7 @@ def test_weights_that_cancel_are_refused_by_factor_average(tmp_path: Path, weigh
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "linaer"}, "no merge method 'linaer'"),
+        ({"method": "linaer"}, "unknown merge method 'linaer'"),
         ({"rank": 0}, "must be at least 1"),
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
         ({"dtype": "float32", "into_base": True}, "keeps its base's dtypes"),
