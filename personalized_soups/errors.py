@@ -69,7 +69,7 @@ class IncompatibleExpertsError(InputError):
 
 
 class OutputExistsError(UsageError):
-    """The output is there already and `--overwrite` was not given."""
+    """The output is there already and `overwrite` is false."""
 
 
 class RunError(SoupError):

@@ -41,7 +41,7 @@ def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[I
         IncompatibleExpertsError(
             f"this base ({fingerprint[:12]}) is not the experts': " + "; ".join(found),
             where=where,
-            mend="give the base that they were trained on; if it is the same one converted, pass --same-base",
+            mend="give the base that they were trained on; if it is the same one converted, pass same_base=True",
         )
     ]
 
@@ -74,7 +74,7 @@ def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
             "the experts were trained on different bases: "
             + "; ".join(f"{name}: {base}" for name, base in list(named.items())[:_MAX_SHOWN]),
             where=", ".join(list(named)[:_MAX_SHOWN]),
-            mend="merge experts of one base; if these are one base under several names, pass --same-base",
+            mend="merge experts of one base; if these are one base under several names, pass same_base=True",
         )
     ]
 

@@ -129,7 +129,7 @@ def _experts_in(root: Path) -> list[Path]:
         raise InputError(
             f"no folder in it holds {CONFIG_FILE}",
             where=str(root),
-            mend="give a folder whose children are LoRA adapter folders, or train one: psoups train --help",
+            mend="give a folder whose children are LoRA adapter folders, or train an expert: psoups train",
         )
     return experts
 

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from personalized_soups import __version__
 from personalized_soups.cli import render
+from personalized_soups.cli.arguments import SoupCommand
 from personalized_soups.errors import RunError, SoupError
 
 # The groups of `psoups --help` and their commands, in the order in which they appear. Each group is a folder of cli/.
@@ -96,7 +97,17 @@ def build_app() -> typer.Typer:
         for name in names:
             import_module(f"personalized_soups.cli.{group}.{name}").register(app)
     import_module("personalized_soups.cli.reference").register(app)
+    _name_options(app)
     return app
+
+
+def _name_options(app: typer.Typer) -> None:
+    """Let the errors of every command, at any depth, name its options."""
+    for command in app.registered_commands:
+        command.cls = SoupCommand
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        _name_options(group.typer_instance)
 
 
 def main() -> None:

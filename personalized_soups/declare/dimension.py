@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.errors import DeclarationError, choose_from
 
-# Side names become folder names and stand in `--weights name=0.6,...`; file systems and shells agree on these letters.
+# Side names become folder names and appear in `weights="name=0.6,..."`; file systems and shells agree on these letters.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Phrases = tuple[Annotated[str, Field(pattern=r"\S")], ...]  # a blank one would be found everywhere
 

@@ -104,8 +104,8 @@ class Profile(Declared):
 
     @classmethod
     def from_option(cls, text: str, **fields: Any) -> Self:
-        """Return the profile that the option `--weights` and further fields give; errors name the option."""
-        return load_data({**fields, "weights": cls.parse_weights(text)}, cls, "--weights")
+        """Return the profile that the text `name=0.6,...` and further fields give; errors name the argument `weights`."""
+        return load_data({**fields, "weights": cls.parse_weights(text)}, cls, "weights")
 
     def resolved_weights(self) -> dict[str, float]:
         """Return the weights as they enter the merge: divided by their sum where the profile says so."""
@@ -152,9 +152,9 @@ def check_sides(
             raise DeclarationError(
                 f"{opposed!r} and {name!r} are two sides of one dimension, {dimension!r}",
                 where=profile.place("weights", name),
-                mend="take one of them out, or write `allow_opposed: true` (option --allow-opposed)",
+                mend="take one of them out, or declare allow_opposed=True",
             )
 
 
 def _bad_weights(what: str) -> UsageError:
-    return UsageError(what, where="--weights", mend="write --weights elementary=0.6,concise=0.6")
+    return UsageError(what, where="weights", mend="write weights=elementary=0.6,concise=0.6")

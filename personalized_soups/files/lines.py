@@ -80,7 +80,7 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
                 raise UsageError(
                     f"a run with other settings was interrupted here; it differs in {', '.join(differing)}",
                     where=str(path),
-                    mend="give the same options to go on with it, or pass --overwrite to begin anew",
+                    mend="give the same options to go on with it, or pass overwrite=True to begin anew",
                 )
             num_done = 0
         lines = GrowingLines(path, num_done, place.journal, settings, num_done > 0)
@@ -107,7 +107,7 @@ def _is_growing(path: Path) -> bool:
 def _check_free(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite and not _is_growing(path):
         raise OutputExistsError(
-            "the output file is there already", where=str(path), mend="choose another name, or pass --overwrite"
+            "the output file is there already", where=str(path), mend="choose another name, or pass overwrite=True"
         )
 
 

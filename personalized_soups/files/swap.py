@@ -43,13 +43,13 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputExistsError(
-            "the output folder is there already", where=str(target), mend="choose another one, or pass --overwrite"
+            "the output folder is there already", where=str(target), mend="choose another one, or pass overwrite=True"
         )
     if any(target.iterdir()) and not any((target / marker).is_file() for marker in MARKERS):
         raise OutputExistsError(
             f"the output folder holds files that this tool did not write (it has no {' or '.join(MARKERS)})",
             where=str(target),
-            mend="choose another output folder; --overwrite replaces only what this tool wrote",
+            mend="choose another output folder; overwrite=True replaces only what this tool wrote",
         )
 
 

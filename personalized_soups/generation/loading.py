@@ -50,7 +50,7 @@ def choose_device(device: str) -> torch.device:
         raise UsageError(
             f"the device {device!r} is asked for, torch sees {torch.cuda.device_count()} CUDA devices",
             where="device",
-            mend="use --device cpu, or install a torch that knows this machine's GPU",
+            mend="use device=cpu, or install a torch that knows this machine's GPU",
         )
     try:
         torch.zeros(1, device=chosen).item()
@@ -167,7 +167,7 @@ def check_same_base(base: str | Path, adapter: Path) -> None:
             f"the adapter was trained on {record.base.name or 'another base'} ({record.base.fingerprint[:12]}), "
             f"this base is another one ({str(found.fingerprint)[:12]})",
             where=str(adapter),
-            mend="give the base that it was trained on; if the two are one base in other numbers, pass --same-base",
+            mend="give the base that it was trained on; if the two are one base in other numbers, pass same_base=True",
         )
 
 

@@ -112,7 +112,7 @@ class PeftView(PeftModel):
             raise UsageError(
                 f"a mixture is the exact sum of the experts' deltas, not {asked}",
                 where="combination_type",
-                mend="take combination_type='cat', or merge: psoups merge --method ...",
+                mend="take combination_type='cat', or merge with another method: psoups merge",
             )
         if len(adapters) != len(weights):
             raise UsageError(
@@ -164,7 +164,7 @@ class PeftView(PeftModel):
 
     def merge_and_unload(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse: what is in memory serves everybody."""
-        raise _not_here("merging in memory", "psoups merge --into-base BASE writes a model, LiveAdapter holds one soup")
+        raise _not_here("merging in memory", "psoups merge writes a model, LiveAdapter holds one soup")
 
 
 class _Tuner(nn.Module):

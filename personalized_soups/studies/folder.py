@@ -71,17 +71,17 @@ class StudyFolder:
             raise OutputExistsError(
                 "the folder holds a run with other settings",
                 where=str(self.root),
-                mend="choose another --out, or pass --overwrite to begin anew",
+                mend="choose another output folder, or pass overwrite=True to begin anew",
             )
         if os.path.lexists(self.root) and not self.root.is_dir():
             raise OutputExistsError(
-                "the output is a file, not a folder", where=str(self.root), mend="choose another --out"
+                "the output is a file, not a folder", where=str(self.root), mend="choose another output folder"
             )
         if self.root.is_dir() and any(self.root.iterdir()):
             raise OutputExistsError(
                 f"the folder holds files that are no study's (it has no {SETTINGS_FILE})",
                 where=str(self.root),
-                mend="choose another --out",
+                mend="choose another output folder",
             )
         self.root.mkdir(parents=True, exist_ok=True)
         write_text(self.settings, text)

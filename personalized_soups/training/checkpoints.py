@@ -77,7 +77,7 @@ def prepare(partial: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
         raise OutputExistsError(
             "an interrupted training stands here",
             where=str(partial),
-            mend="pass --resume to go on from its last checkpoint, or delete the folder to start again",
+            mend="pass resume=True to go on from its last checkpoint, or delete the folder to start again",
         )
     checkpoint = last_complete(partial)
     if checkpoint is not None:

@@ -252,7 +252,7 @@ def _clear_faults(order: _Order) -> Iterator[None]:
             raise RunError(
                 "no space is left on the device",
                 where=str(order.out.parent),
-                mend="free some space and pass --resume to go on from the last whole checkpoint",
+                mend="free some space and pass resume=True to go on from the last whole checkpoint",
             ) from fault
         if isinstance(fault, ValueError) and ("arget modules" in str(fault) or "`lm_head`" in str(fault)):
             raise DeclarationError(

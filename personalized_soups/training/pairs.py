@@ -197,10 +197,10 @@ def _no_pairs(side: str, pool: Sequence[Sampled], spans: Sequence[tuple[float, f
     what = f"no two answers differ by {min_gap:g} for the side {side!r} ({len(pool)} prompts)"
     if not spans:
         what += ": no answer is valid"
-        mend = "look at the answers (--pool FILE keeps them): the scorer takes none of them for an answer"
+        mend = "look at the answers (pool=FILE keeps them): the scorer takes none of them for an answer"
     elif low == high:
         what += f": every valid answer scores {low:g}"
-        mend = "mend the scorer: name markers, or bounds, that the base's own answers do meet (--pool FILE keeps them)"
+        mend = "mend the scorer: name markers, or bounds, that the base's own answers do meet (pool=FILE keeps them)"
     else:
         what += f": the scores lie from {low:g} to {high:g}, those of one prompt {widest:g} apart at most"
         mend = "sample more answers to each prompt, raise the temperature, lower the least gap, or mend the scorer"

@@ -58,7 +58,7 @@ def test_every_disagreement_is_told_at_once(tmp_path: Path) -> None:
     bases, shapes = disagreements(experts)
     assert "a: x" in bases.what
     assert "b: y" in bases.what
-    assert "--same-base" in bases.mend
+    assert "same_base=True" in bases.mend
     assert "model.layers.0.mlp.up_proj: a has [96, 64], b has [96, 32]" in shapes.what
     assert "model.layers.1.self_attn.q_proj: a has [64, 64], b has [8, 64]" in shapes.what
 

@@ -151,14 +151,14 @@ def test_weights_from_the_command_line() -> None:
 def test_bad_weights_on_the_command_line_are_usage_errors(text: str, what: str) -> None:
     with pytest.raises(UsageError) as caught:
         Profile.parse_weights(text)
-    assert (caught.value.what, caught.value.where) == (what, "--weights")
+    assert (caught.value.what, caught.value.where) == (what, "weights")
     assert caught.value.exit_code == 2
 
 
 def test_an_all_zero_option_names_the_option() -> None:
     with pytest.raises(DeclarationError) as caught:
         Profile.from_option("a=0")
-    assert caught.value.where == "--weights: weights"
+    assert caught.value.where == "weights: weights"
 
 
 def test_two_sides_of_one_dimension_are_refused_with_the_line() -> None:

@@ -65,7 +65,7 @@ def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputExistsError, match="there already") as caught, new_folder(tmp_path / "out"):
         pytest.fail("the block must not be entered")
-    assert "--overwrite" in caught.value.mend
+    assert "overwrite=True" in caught.value.mend
 
 
 def test_overwrite_replaces_what_this_tool_wrote(tmp_path: Path) -> None:

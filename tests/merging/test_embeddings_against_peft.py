@@ -250,7 +250,7 @@ def test_experts_whose_tokens_one_adapter_would_read_otherwise_are_refused(tmp_p
     library, profile = ExpertLibrary.open(tmp_path / "experts"), Profile(weights={"tokens": 0.5, "head": 0.25})
     with pytest.raises(UnsupportedAdapterError, match="other tokens of the output embedding than of the input") as told:
         merge(library, profile, base=base).write(tmp_path / "out")
-    assert "--into-base" in told.value.mend
+    assert "into_base=BASE" in told.value.mend
     folded = effects(loaded(merge_into_base(library, profile, base, tmp_path / "folded")))
     before = effects(loaded(base))
     shares = {"tokens": 0.5, "head": 0.25}

@@ -61,7 +61,7 @@ def test_without_resume_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
     _checkpoint(tmp_path, 10, complete=True)
     with pytest.raises(OutputExistsError) as caught:
         checkpoints.prepare(tmp_path, RUN, resume=False)
-    assert "--resume" in caught.value.mend
+    assert "resume=True" in caught.value.mend
 
 
 def test_another_training_is_not_gone_on_with(tmp_path: Path) -> None:

@@ -325,7 +325,7 @@ def test_a_folder_in_the_way_is_left_alone(
     before = _bytes(expert)
     with pytest.raises(OutputExistsError) as caught:
         train_expert("concise", base=small_base, data=pairs_file, out=expert, recipe=recipe, device="cpu")
-    assert "--overwrite" not in caught.value.mend  # psoups train has no such option
+    assert "overwrite" not in caught.value.mend  # psoups train has no such option
     with pytest.raises(OutputExistsError, match="not this expert"):  # another seed is, --resume or not
         train_expert(
             "concise", base=small_base, data=pairs_file, out=expert, recipe=recipe, device="cpu", seed=1, resume=True

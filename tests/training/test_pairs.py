@@ -100,7 +100,7 @@ def test_a_faulty_pool_is_named_with_its_line(tmp_path: Path, line: str) -> None
 @pytest.mark.parametrize(
     ("answers", "why", "mend"),
     [
-        (("", " "), "no answer is valid", "--pool"),
+        (("", " "), "no answer is valid", "pool=FILE"),
         (("one two three",) * 2, "every valid answer scores", "mend the scorer"),
         (("one two three", "one two three four"), "the scores lie from", "lower the least gap"),
     ],

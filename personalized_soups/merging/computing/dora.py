@@ -151,7 +151,7 @@ def unscaled(module: str, factors: Factors, scale_O: Tensor) -> Factors:
             f"{module}: the soup takes output {least} of the base {float(scale_O[least]):g} times, which no DoRA "
             "adapter can hold",
             where="weights",
-            mend="take weights that do not cancel, or fold the soup into the base model: --into-base BASE",
+            mend="take weights that do not cancel, or fold the soup into the base model: into_base=BASE",
         )
     b_OR = factors.b_OR.double() / scale_O.to(factors.b_OR.device)[:, None]
     return Factors(factors.a_RI, b_OR.to(factors.b_OR.dtype), factors.scaling)

@@ -142,7 +142,7 @@ def _check_rows(plan: MergePlan, bank: ExpertBank, model: BaseModel, replaced: _
         raise UnsupportedAdapterError(
             f"{what}: PEFT cannot hold this in one adapter",
             where=", ".join(expert.name for expert in bank.experts),
-            mend="fold the soup into the base model: --into-base BASE",
+            mend="fold the soup into the base model: into_base=BASE",
         )
 
 
@@ -177,5 +177,5 @@ def _check_under_dora(plan: MergePlan, bank: ExpertBank, replaced: _ByTarget) ->
         raise UnsupportedAdapterError(
             f"{each.name} is not the base's {target}: a DoRA adapter on top of it is not merged",
             where=str(bank.experts[index].folder),
-            mend="fold the soup into the base model: --into-base BASE",
+            mend="fold the soup into the base model: into_base=BASE",
         )

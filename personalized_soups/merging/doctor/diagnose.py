@@ -207,8 +207,8 @@ def _of_rank(rank: int) -> Finding:
     told = f"merged exactly, an adapter of all of them has rank {rank}"
     most = vllm_max_lora_rank(rank)
     if most is None:
-        return Finding("warning", "rank of the merge", f"{told}, more than vLLM loads", "vLLM", "merge with --rank 64")
-    mend = f"start vLLM with --max-lora-rank {most}, or merge with a smaller --rank"
+        return Finding("warning", "rank of the merge", f"{told}, more than vLLM loads", "vLLM", "merge with rank 64")
+    mend = f"start vLLM with --max-lora-rank {most}, or merge with a smaller rank"
     return Finding("note", "rank of the merge", told, "vLLM", mend)
 
 

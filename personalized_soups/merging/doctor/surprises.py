@@ -297,7 +297,7 @@ def _headers(group: Group) -> Iterator[Finding]:
         (
             "dtype",
             lambda expert: set(expert.adapter.dtypes),
-            "nothing need be done: the merged adapter is float32, or what --dtype says",
+            "nothing need be done: the merged adapter is float32, or the dtype that the merge is given",
         ),
     )
     for what, of, mend in rules:

@@ -42,25 +42,23 @@ def checked_cut(profile: Profile, rank: int | None, energy: float | None, *, int
         UsageError: if it is out of bounds, asked for twice, or the soup is to be folded into a base.
     """
     if rank is not None and energy is not None:
-        raise UsageError(
-            "a rank and an energy share are both given", where="--rank, --energy", mend="give one of the two"
-        )
+        raise UsageError("a rank and an energy share are both given", where="rank, energy", mend="give one of the two")
     if energy is not None:
-        cut = Cut(energy=energy, where="--energy")
+        cut = Cut(energy=energy, where="energy")
         if not 0 < energy <= 1:
             raise UsageError(
                 f"the energy share is {energy:g}, it must be above 0 and at most 1",
                 where=cut.where,
-                mend="give --energy 0.99",
+                mend="give energy=0.99",
             )
     elif rank is not None:
-        cut = Cut(rank=rank, where="--rank")
+        cut = Cut(rank=rank, where="rank")
     elif profile.rank is not None:
         cut = Cut(rank=profile.rank, where=profile.place("rank"))
     else:
         return Cut()
     if cut.rank is not None and cut.rank < 1:
-        raise UsageError(f"the rank is {cut.rank}, it must be at least 1", where=cut.where, mend="give --rank 16")
+        raise UsageError(f"the rank is {cut.rank}, it must be at least 1", where=cut.where, mend="give rank=16")
     if into_base:
         raise UsageError(
             "a soup folded into a base is exact and has no rank",

@@ -164,7 +164,7 @@ def conflicts(experts: Sequence[Expert], layout: Layout) -> list[SoupError]:
         UsageError(
             f"{what}: PEFT cannot hold this in one adapter",
             where=", ".join(expert.name for expert in experts),
-            mend="fold the soup into the base model: --into-base BASE",
+            mend="fold the soup into the base model: into_base=BASE",
         )
         for what in found
     ]
@@ -181,7 +181,7 @@ def missing_base(experts: Sequence[Expert]) -> list[SoupError]:
                 UsageError(
                     f"{expert.name}: {each.name} ({each.origin}) {what}, and no base is given",
                     where=str(expert.folder),
-                    mend="give the base model: --base BASE; or fold the soup into it: --into-base BASE",
+                    mend="give the base model: base=BASE; or fold the soup into it: into_base=BASE",
                 )
             )
     return found
@@ -206,7 +206,7 @@ def unfit_for_vllm(experts: Sequence[Expert]) -> list[SoupError]:
                 UsageError(
                     f"{expert.name}: vLLM does not take {(whole + kinds)[0]}",
                     where=str(expert.folder),
-                    mend="leave --for out, or serve the soup as a full model: --into-base BASE",
+                    mend="leave target=vllm out, or serve the soup as a full model: into_base=BASE",
                 )
             )
     return found

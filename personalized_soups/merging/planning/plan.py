@@ -246,8 +246,8 @@ def check_vllm_rank(rank: int) -> None:
     if vllm_max_lora_rank(rank) is None:
         raise UsageError(
             f"the merged adapter has rank {rank}, vLLM loads up to {VLLM_RANKS[-1]}",
-            where="--for vllm",
-            mend="give --rank 64, or a lower --energy",
+            where="target=vllm",
+            mend="give rank=64, or a lower energy share",
         )
 
 
@@ -266,13 +266,11 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"unknown device {device!r}", where="--device", mend="choose from: auto, cpu, cuda, cuda:N")
+        raise UsageError(f"unknown device {device!r}", where="device", mend="choose from: auto, cpu, cuda, cuda:N")
     kind, _, index = device.partition(":")
     # compared as a number of any length: torch keeps an index in eight bits
     if kind == "cuda" and int(index[:9] or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"there is no device {device!r} on this machine", where="--device", mend="leave --device out, or take cpu"
-        )
+        raise UsageError(f"there is no device {device!r} on this machine", where="device", mend="take device=cpu")
     return torch.device(device)
 
 
@@ -294,17 +292,19 @@ def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
     if dtype is None:
         return
     if into_base:
-        raise UsageError("a folded model keeps its base's dtypes", where="--dtype", mend="leave --dtype out")
+        raise UsageError("a folded model keeps its base's dtypes", where="dtype", mend=f"leave dtype={dtype} out")
     if dtype not in _CHOICES:
-        raise UsageError(f"unknown dtype {dtype!r}", where="--dtype", mend=choose_from(dtype, _CHOICES))
+        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", mend=choose_from(dtype, _CHOICES))
 
 
 def _checked_target(target: str, *, into_base: bool) -> Target:
     if target not in _TARGETS:
-        raise UsageError(f"unknown target {target!r}", where="--for", mend=choose_from(target, _TARGETS))
+        raise UsageError(f"unknown target {target!r}", where="target", mend=choose_from(target, _TARGETS))
     if into_base and target != "peft":
         raise UsageError(
-            f"a full model needs nothing done for {target}", where="--for", mend="leave --for out: vLLM loads the model"
+            f"a full model needs nothing done for {target}",
+            where="target",
+            mend=f"leave target={target} out: vLLM loads the model",
         )
     return _TARGETS[target]
 
@@ -316,7 +316,7 @@ def _method_options(row: Method, profile: Profile, given: Mapping[str, float] | 
         return row.resolved({**own, **(given or {})})
     except UsageError as fault:
         is_own = fault.where in own and fault.where not in (given or {})
-        place = profile.place("options", fault.where) if is_own else f"--{fault.where}"
+        place = profile.place("options", fault.where) if is_own else fault.where
         raise UsageError(fault.what, where=place, mend=fault.mend) from None
 
 
@@ -336,7 +336,7 @@ def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_b
             if row.family == "dense"
             else f"a soup by {row.name} cannot be held {encoding}",
             where="method",
-            mend="give --rank 16, --energy 0.99 or --into-base BASE, or take the method linear",
+            mend="give rank=16, energy=0.99 or into_base=BASE, or take the method linear",
         )
     return encoding
 

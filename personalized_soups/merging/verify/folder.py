@@ -182,7 +182,7 @@ def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None
         raise InputError(
             "experts of this soup are not where they were: " + ", ".join(missing),
             where=SOUP_FILE,
-            mend="say where they are now: --experts FOLDER",
+            mend="say where they are now: experts=FOLDER",
         )
     return ExpertLibrary(folders, where=SOUP_FILE)
 
@@ -221,10 +221,10 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None) -
 def _base_of(record: SoupRecord, given: Path | str | None) -> BaseModel:
     name = given if given is not None else record.base_folder or record.base.name
     if name is None:
-        raise InputError("the record does not name the base", where=SOUP_FILE, mend="give --base BASE")
+        raise InputError("the record does not name the base", where=SOUP_FILE, mend="give base=BASE")
     try:
         return BaseModel.open(name)
     except InputError as error:
         if given is not None:
             raise
-        raise type(error)(error.what, where=error.where, mend="say where the base is now: --base BASE") from error
+        raise type(error)(error.what, where=error.where, mend="say where the base is now: base=BASE") from error

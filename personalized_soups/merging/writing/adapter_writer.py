@@ -261,8 +261,8 @@ def _rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
 def _too_large(what: str, plan: MergePlan) -> UsageError:
     return UsageError(
         f"{what}, beyond {plan.dtype}",
-        where="--dtype",
-        mend="take --dtype float32 or bfloat16, or smaller weights",
+        where="dtype",
+        mend="take dtype=float32 or bfloat16, or smaller weights",
     )
 
 

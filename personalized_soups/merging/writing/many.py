@@ -274,7 +274,7 @@ def _is_there(
         raise OutputExistsError(
             f"the folder of {plan.profile.user!r} is there already, with another soup",
             where=str(out),
-            mend="choose another output folder, or pass --overwrite",
+            mend="choose another output folder, or pass overwrite=True",
         )
     return False
 

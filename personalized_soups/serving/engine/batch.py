@@ -199,5 +199,5 @@ def _unfit(model: Any) -> UsageError:
     return UsageError(
         f"rows of several lengths in one batch of a {type(model).__name__} come out as other ones",
         where="base",
-        mend="take a model of full or sliding attention, or answer in batches: psoups generate --profiles",
+        mend="take a model of full or sliding attention, or answer in batches: psoups generate",
     )

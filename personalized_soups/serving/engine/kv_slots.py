@@ -288,7 +288,7 @@ def layer_kinds(text: Any) -> tuple[str, ...]:
         raise UsageError(
             f"the model has layers of {', '.join(unknown)}, whose rows can't join and leave a batch here",
             where="base",
-            mend="take a model of full or sliding attention, or answer in batches: psoups generate --profiles",
+            mend="take a model of full or sliding attention, or answer in batches: psoups generate",
         )
     return tuple(sorted(set(listed)))
 
@@ -306,7 +306,7 @@ def _check_attention(text: Any) -> None:
         raise UsageError(
             "the model has layers of local attention, whose rows can't join and leave a batch here",
             where="base",
-            mend="answer in batches: psoups generate --profiles",
+            mend="answer in batches: psoups generate",
         )
 
 

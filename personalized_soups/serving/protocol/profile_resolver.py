@@ -103,7 +103,7 @@ class ProfileResolver:
         if self._store is None:
             raise ApiError(
                 404,
-                f"The model {model!r} does not exist: this server has no store of profiles; start it with --profiles",
+                f"The model {model!r} does not exist: this server was started without a profile store",
                 param="model",
                 code="profile_not_found",
             )

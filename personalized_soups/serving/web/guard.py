@@ -147,7 +147,7 @@ class Guard:
             return
         raise ApiError(
             HTTPStatus.MISDIRECTED_REQUEST,
-            f"this server is not {host!r}; start it with --allow-host {host or 'NAME'} if it is",
+            f"this server does not answer for the host {host!r}: it was not started with this name",
             code="unknown_host",
         )
 
@@ -158,7 +158,9 @@ class Guard:
         if origin.partition("://")[2] == headers.get("host"):
             return
         raise ApiError(
-            403, f"pages of {origin!r} may not ask this server; start it with --cors-origin", code="foreign_origin"
+            403,
+            f"pages of {origin!r} may not ask this server: it was not started with this CORS origin",
+            code="foreign_origin",
         )
 
     def _is_invited(self, origin: str) -> bool:

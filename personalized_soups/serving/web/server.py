@@ -30,7 +30,7 @@ from personalized_soups.users.profiles.store import ProfileStore
 # A key of fewer characters can be guessed.
 _MIN_KEY = 16
 
-# Of a base that could do more; --max-context asks for more.
+# The default of max_context for a base that could do more.
 _USUAL_CONTEXT = 32_768
 
 # Longer than the minute for which balancers keep theirs: the side that closes first should not be this one.
@@ -119,8 +119,8 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
     if not has_key and not _is_loopback(host):
         raise UsageError(
             f"{host} can be reached from other machines, and no key would be asked for",
-            where="--host",
-            mend="give --api-key-file, or stay on --host 127.0.0.1",
+            where="host",
+            mend="give a file of API keys, or listen on host=127.0.0.1",
         )
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
@@ -133,8 +133,8 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
             return listen(host, 0, has_key=has_key)
         raise UsageError(
             f"can't listen on {host}:{port}: {error.strerror or error}",
-            where="--host, --port",
-            mend="give another --port; --port 0 takes a free one",
+            where="host, port",
+            mend="give another port; port=0 takes a free one",
         ) from error
     return listening
 
@@ -193,7 +193,7 @@ def context_of(model: SoupModel, asked: int | None) -> int:
     if asked is not None and asked > most:
         raise UsageError(
             f"a context of {asked} tokens is asked for, the base has {most}",
-            where="--max-context",
+            where="max_context",
             mend=f"give {most} or fewer",
         )
     return asked or min(most, _USUAL_CONTEXT)

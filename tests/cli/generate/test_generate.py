@@ -87,7 +87,7 @@ def test_a_profile_is_merged_for_the_answer(psoups: Run, small_base: Path, exper
         (["--experts", "e", "--profile", "p", "--weights", "x=1"], "--profile, --weights"),
         (["--weights", "x=1"], "--experts"),
         (["--dtype", "float64"], "--dtype"),
-        (["--device", "toaster"], "device"),
+        (["--device", "toaster"], "--device"),
         (["--adapter", "no_such_folder"], "no_such_folder"),
     ],
 )

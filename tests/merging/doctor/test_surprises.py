@@ -204,7 +204,7 @@ def test_a_rank_that_vllm_does_not_load_is_a_warning(tmp_path: Path) -> None:
         write_expert(tmp_path / str(index), seed=index, rank=300, shapes={"model.layers.0.mlp.up_proj": (8, 6)})
     found = diagnosed(tmp_path)
     assert (found.rank, found.vllm_max_lora_rank) == (600, None)
-    assert only(found, "rank of the merge", "warning").mend == "merge with --rank 64"
+    assert only(found, "rank of the merge", "warning").mend == "merge with rank 64"
 
 
 def test_tensors_trained_whole_are_noted_and_looked_at(experts: Path) -> None:

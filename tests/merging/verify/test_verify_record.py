@@ -72,7 +72,7 @@ def test_experts_that_have_moved_are_found_by_name(tmp_path: Path, library: Expe
     with pytest.raises(InputError, match="not where they were: ") as caught:
         verify(out)
     assert all(str(tmp_path / "experts" / name) in caught.value.what for name in NAMES)
-    assert "--experts" in caught.value.mend
+    assert "experts=FOLDER" in caught.value.mend
     check_sound(verify(out, experts=tmp_path / "elsewhere"))
     check_sound(verify(out, experts=[tmp_path / "elsewhere" / name for name in NAMES]))
 
@@ -82,7 +82,7 @@ def test_a_base_that_has_moved_is_given_and_another_one_is_told(tmp_path: Path, 
     (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError) as caught:
         verify(out)
-    assert "--base" in caught.value.mend
+    assert "base=BASE" in caught.value.mend
     check_sound(verify(out, base=tmp_path / "elsewhere"))
     change_bits(tmp_path / "elsewhere" / "model.safetensors", "model.embed_tokens.weight", flipped(30))
     found = verify(out, base=tmp_path / "elsewhere")

@@ -261,7 +261,7 @@ def test_another_base_than_the_experts_is_refused(tmp_path: Path, library: Exper
     again = ExpertLibrary.open(tmp_path / "experts")
     with pytest.raises(IncompatibleExpertsError, match="is not the experts'") as caught:
         merge_into_base(again, PROFILE, base, tmp_path / "out")
-    assert "--same-base" in caught.value.mend
+    assert "same_base=True" in caught.value.mend
     assert not (tmp_path / "out").exists()
     merge_into_base(again, PROFILE, base, tmp_path / "out", same_base=True)
 

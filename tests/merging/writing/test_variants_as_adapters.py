@@ -226,8 +226,8 @@ def test_what_is_relative_to_the_base_needs_it(tmp_path: Path, name: str) -> Non
     world = make_world(tmp_path, lambda: llama(biased=True), [{"target_modules": ["q_proj"], **config}])
     with pytest.raises(UsageError, match=f"e0: .*{told}") as caught:
         merge(world.library, Profile(weights={"e0": 1.0}))
-    assert "--base BASE" in caught.value.mend
-    assert "--into-base BASE" in caught.value.mend
+    assert "base=BASE" in caught.value.mend
+    assert "into_base=BASE" in caught.value.mend
 
 
 @pytest.mark.parametrize("name", [*NEEDS, "lora_bias"])
@@ -260,7 +260,7 @@ def test_what_peft_cannot_hold_together_is_refused_by_name(tmp_path: Path, name:
     world = make_world(tmp_path, make, configs)
     with pytest.raises(UsageError, match=told) as caught:
         merge(world.library, Profile(weights=dict.fromkeys(experts.split(), 0.5)), base=world.base)
-    assert "--into-base" in caught.value.mend
+    assert "into_base=BASE" in caught.value.mend
 
 
 def test_parameters_take_no_dora(tmp_path: Path) -> None:

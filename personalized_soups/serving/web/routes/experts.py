@@ -83,7 +83,9 @@ def router(
     async def scores(asked: ScoresRequest) -> dict[str, Any]:
         """Score answers in every dimension that has a scorer."""
         if not scales.dimensions:
-            raise ApiError(404, "this server's catalogue has no scorers; start it with --dimensions", code="no_scorers")
+            raise ApiError(
+                404, "the preference catalogue that this server was started with has no scorers", code="no_scorers"
+            )
         if sum(map(len, asked.answers)) > _MAX_CHARACTERS:
             raise ApiError(400, f"answers of more than {_MAX_CHARACTERS} characters in all", param="answers")
 

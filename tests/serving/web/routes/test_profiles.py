@@ -243,7 +243,7 @@ def test_without_a_store_that_is_said(small_base: Path, expert_folders: Path) ->
         for method, path in (("GET", "/v1/profiles"), ("GET", _at("u")), ("PUT", _at("u")), ("DELETE", _at("u"))):
             reply = served.ask(method, path, WEIGHTS if method == "PUT" else None)
             assert (reply.status, reply.error["code"]) == (404, "no_store")
-            assert "--profiles" in reply.error["message"]
+            assert "without a profile store" in reply.error["message"]
         asked = {"model": "soup:u", "messages": [{"role": "user", "content": "x"}]}
-        assert "--profiles" in served.ask("POST", "/v1/chat/completions", asked).error["message"]
+        assert "without a profile store" in served.ask("POST", "/v1/chat/completions", asked).error["message"]
         assert json.loads(served.ask("GET", "/v1/models").body)["data"][0]["id"] == "small"
