@@ -18,11 +18,10 @@ from personalized_soups.adapters.stored_names import StoredNames
 from personalized_soups.adapters.tie_flag import says_tied
 from personalized_soups.errors import InputError, UnsupportedAdapterError
 from personalized_soups.files.atomic import MARKERS, files_below
+from personalized_soups.files.file_names import INDEX_SUFFIX, MODEL_CONFIG_FILE, MODEL_INDEX_FILE
 from personalized_soups.files.reader import PICKLES, parse_json
 from personalized_soups.files.regular import check_no_lfs_pointers
-from personalized_soups.files.shards import INDEX, Checkpoint
-
-CONFIG = "config.json"
+from personalized_soups.files.shards import Checkpoint
 
 # Weights in other forms would stay those of the base alone: they are left out of the new folder.
 _OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".tflite", ".ot"}
@@ -134,7 +133,7 @@ class BaseModel:
         for name in sorted(files_below(self.folder)):
             relative = Path(name)
             is_weights = relative.suffix.lower() in _OTHER_WEIGHTS or (
-                relative.name.endswith(".index.json") and (name != INDEX or not self.checkpoint.has_index)
+                relative.name.endswith(INDEX_SUFFIX) and (name != MODEL_INDEX_FILE or not self.checkpoint.has_index)
             )
             is_hidden = any(part.startswith(".") for part in relative.parts)
             if not (is_weights or is_hidden or name in MARKERS) and (self.folder / relative).is_file():
@@ -186,7 +185,7 @@ def _head_of(embedding: str) -> str:
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
+    path = folder / MODEL_CONFIG_FILE
     try:
         config = parse_json(path.read_bytes(), path, constants=True)
     except FileNotFoundError:

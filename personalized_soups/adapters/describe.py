@@ -12,8 +12,9 @@ from typing import Any
 from personalized_soups.adapters.library import Expert, ExpertLibrary, is_adapter
 from personalized_soups.adapters.provenance import SoupRecord, read_soup_record
 from personalized_soups.errors import InputError, SoupError
+from personalized_soups.files.file_names import CONFIG_FILE, MODEL_CONFIG_FILE, MODEL_INDEX_FILE, MODEL_WEIGHTS_FILE
 from personalized_soups.files.reader import parse_json
-from personalized_soups.files.shards import INDEX, WHOLE, Checkpoint
+from personalized_soups.files.shards import Checkpoint
 
 Facts = Mapping[str, Any]
 
@@ -46,7 +47,7 @@ def describe(folder: Path | str) -> Description:
         expert = Expert(folder.resolve().name, folder)
         kind = "expert" if soup is None else "merged adapter"
         return Description(kind, {"folder": str(folder), **_of_adapter(expert), **_of_expert(expert), **_of_soup(soup)})
-    if (folder / WHOLE).is_file() or (folder / INDEX).is_file():
+    if (folder / MODEL_WEIGHTS_FILE).is_file() or (folder / MODEL_INDEX_FILE).is_file():
         kind = "model" if soup is None else "merged model"
         return Description(kind, {"folder": str(folder), **_of_model(folder), **_of_soup(soup)})
     try:
@@ -55,7 +56,7 @@ def describe(folder: Path | str) -> Description:
         raise InputError(
             "the folder is no adapter, no model and no library of experts",
             where=str(folder),
-            mend="give a folder with adapter_config.json, model.safetensors, or folders of adapters in it",
+            mend=f"give a folder with {CONFIG_FILE}, {MODEL_WEIGHTS_FILE}, or folders of adapters in it",
         ) from None
     return Description(
         "library",
@@ -102,7 +103,7 @@ def _of_soup(soup: SoupRecord | None) -> Facts:
 def _of_model(folder: Path) -> Facts:
     checkpoint = Checkpoint.open(folder)
     entries = [checkpoint.entry(name) for name in checkpoint]
-    path = folder / "config.json"
+    path = folder / MODEL_CONFIG_FILE
     config = parse_json(path.read_bytes(), path) if path.is_file() else {}
     return {
         "architecture": ", ".join(config.get("architectures") or []) if isinstance(config, dict) else None,

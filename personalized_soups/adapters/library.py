@@ -9,11 +9,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
-from personalized_soups.adapters.config import CONFIG_FILE
-from personalized_soups.adapters.lora import WEIGHTS_FILE, LoraAdapter
+from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.adapters.provenance import BaseRecord, ExpertRecord, read_expert_record
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, InputError, UsageError, choose_from
+from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,18 +14,16 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from personalized_soups.adapters.config import CONFIG_FILE, AdapterConfig
+from personalized_soups.adapters.config import AdapterConfig
 from personalized_soups.adapters.modules import Header, LoraModule, modules_of
 from personalized_soups.adapters.names import parse_name
 from personalized_soups.adapters.trained import TrainedTensor, trained_of
 from personalized_soups.errors import InputError, choose_from
+from personalized_soups.files.file_names import CONFIG_FILE, INDEX_SUFFIX, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
 from personalized_soups.files.reader import TensorEntry, check_no_pickle
 from personalized_soups.files.shards import Checkpoint
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.finite import all_finite
-
-WEIGHTS_FILE = "adapter_model.safetensors"
-_STEM = "adapter_model"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -135,11 +133,11 @@ class LoraAdapter:
 
 def _weights_of(folder: Path) -> tuple[Checkpoint, str]:
     """Return an adapter's weight files, and the one that errors name."""
-    index = folder / f"{WEIGHTS_FILE}.index.json"
+    index = folder / f"{WEIGHTS_FILE}{INDEX_SUFFIX}"
     for path in (index, folder / WEIGHTS_FILE):
         if path.is_file():
-            return Checkpoint.open(folder, stem=_STEM), str(path)
-    check = folder / f"{_STEM}.bin"
+            return Checkpoint.open(folder, weights_file=WEIGHTS_FILE), str(path)
+    check = folder / PICKLED_WEIGHTS_FILE
     if check.is_file():
         check_no_pickle(check)
     raise InputError(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from personalized_soups.adapters.config import CONFIG_FILE, AdapterConfig
+from personalized_soups.adapters.config import AdapterConfig
 from personalized_soups.adapters.names import (
     Kind,
     TensorName,
@@ -22,6 +22,7 @@ from personalized_soups.adapters.names import (
     wrapping_order,
 )
 from personalized_soups.errors import FileFormatError, UnsupportedAdapterError
+from personalized_soups.files.file_names import CONFIG_FILE
 from personalized_soups.files.reader import TensorEntry
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})

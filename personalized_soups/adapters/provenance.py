@@ -12,10 +12,8 @@ from pydantic import Field, ValidationError
 
 from personalized_soups.declare.declared import Declared
 from personalized_soups.errors import FileFormatError, InputError
+from personalized_soups.files.file_names import EXPERT_FILE, SOUP_FILE
 from personalized_soups.files.reader import parse_json
-
-EXPERT_FILE = "expert.json"
-SOUP_FILE = "soup.json"
 
 # soup.json has a line per module; a model with a million adapted modules would still fit.
 _MAX_RECORD_BYTES = 256 << 20

@@ -14,11 +14,9 @@ from typing import Any, Self
 from torch import Tensor
 
 from personalized_soups.errors import FileFormatError, InputError, choose_from
+from personalized_soups.files.file_names import INDEX_SUFFIX, MODEL_INDEX_FILE, MODEL_WEIGHTS_FILE
 from personalized_soups.files.reader import PICKLES, SafetensorsFile, TensorEntry, check_no_pickle, parse_json, shown
 from personalized_soups.files.regular import read_small
-
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 _MAX_INDEX_BYTES = 100_000_000
 
@@ -33,7 +31,7 @@ class Checkpoint:
     _shard_of: Mapping[str, str]
 
     @classmethod
-    def open(cls, folder: Path | str, *, stem: str = "model") -> Self:
+    def open(cls, folder: Path | str, *, weights_file: str = MODEL_WEIGHTS_FILE) -> Self:
         """Open every weight file of `folder`, by the rules of transformers.
 
         A whole file takes precedence over an index of other files. The index says which files there are, and these say
@@ -41,16 +39,15 @@ class Checkpoint:
 
         Args:
             folder: where the files are.
-            stem: their names' beginning, `adapter_model` for an adapter.
+            weights_file: the name of the file that holds all weights if there is no index.
 
         Raises:
             FileFormatError: if there is no safetensors file, a shard is missing or damaged, or a tensor is in two.
         """
         folder = Path(folder)
-        whole = f"{stem}.safetensors"
-        index = folder / f"{whole}.index.json"
-        names = _index_of(folder, whole)
-        files = {whole} if names is None else set(names.values())
+        index = folder / f"{weights_file}{INDEX_SUFFIX}"
+        names = _index_of(folder, weights_file)
+        files = {weights_file} if names is None else set(names.values())
         shards = {file: SafetensorsFile.open(folder / file) for file in sorted(files)}
         shard_of: dict[str, str] = {}
         for file, shard in shards.items():
@@ -105,7 +102,7 @@ class Checkpoint:
 
 def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
     """Return the index of a folder's weight files, or None where a whole file is to be read."""
-    index = folder / f"{whole}.index.json"
+    index = folder / f"{whole}{INDEX_SUFFIX}"
     if not os.path.lexists(index):
         if not os.path.lexists(folder / whole):
             raise _no_weights(folder)
@@ -177,7 +174,7 @@ def _no_weights(folder: Path) -> FileFormatError:
         if path.suffix in PICKLES and path.name.startswith(("pytorch_model", "model")):
             check_no_pickle(path)
     return FileFormatError(
-        f"the folder has neither {WHOLE} nor {INDEX}",
+        f"the folder has neither {MODEL_WEIGHTS_FILE} nor {MODEL_INDEX_FILE}",
         where=str(folder),
         mend="give a model folder that save_pretrained wrote with safetensors",
     )

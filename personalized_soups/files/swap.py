@@ -14,11 +14,12 @@ import sys
 from pathlib import Path
 
 from personalized_soups.errors import OutputExistsError, UsageError
+from personalized_soups.files.file_names import EXPERT_FILE, SOUP_FILE, TINY_BASE_FILE
 from personalized_soups.files.syscalls import exchange
 from personalized_soups.files.workplace import Workplace
 
 # A folder that holds one of these was written by this tool and may be replaced with `overwrite`.
-MARKERS = ("soup.json", "expert.json", "base.json")
+MARKERS = (SOUP_FILE, EXPERT_FILE, TINY_BASE_FILE)
 
 _MAX_MARKER_BYTES = 64 << 20
 

@@ -15,6 +15,7 @@ from personalized_soups.adapters.compatible import is_same_base
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import BaseRecord, read_expert_record, read_soup_record
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, UsageError, choose_from
+from personalized_soups.files.file_names import CONFIG_FILE, MODEL_CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.files.regular import check_no_lfs_pointers
 from personalized_soups.generation.quiet import quiet_transformers
@@ -23,10 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_TENSORS = "adapter_model.safetensors"
 
-_CONFIG = "config.json"
 # Options of from_pretrained that decide where on the hub, or in its cache, a model is looked for.
 _PLACES = ("cache_dir", "local_files_only", "revision", "token")
 
@@ -139,7 +137,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, fold: bool) -> A
 
     folder = Path(folder)
     check_adapter_folder(folder)
-    file = SafetensorsFile.open(folder / ADAPTER_TENSORS)
+    file = SafetensorsFile.open(folder / WEIGHTS_FILE)
     try:
         with quiet_transformers():
             # of tensors that are missing PEFT only warns; they are counted below
@@ -195,31 +193,31 @@ def _check_adapter(adapted: Any, file: SafetensorsFile) -> None:
 
 def check_adapter_folder(folder: Path) -> None:
     """Raise FileFormatError unless `folder` holds a PEFT adapter in safetensors."""
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not (folder / CONFIG_FILE).is_file():
         raise FileFormatError(
-            f"no adapter here: {ADAPTER_CONFIG} is missing",
+            f"no adapter here: {CONFIG_FILE} is missing",
             where=str(folder),
-            mend="give the folder that holds adapter_config.json, e.g. one written by psoups train or psoups merge",
+            mend=f"give the folder that holds {CONFIG_FILE}, e.g. one written by psoups train or psoups merge",
         )
-    if not (folder / ADAPTER_TENSORS).is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = (folder / PICKLED_WEIGHTS_FILE).is_file()
         raise FileFormatError(
             "the adapter's tensors are in a pickle file, which is never loaded"
             if pickled
-            else f"{ADAPTER_TENSORS} is missing",
+            else f"{WEIGHTS_FILE} is missing",
             where=str(folder),
             mend="load it with PEFT where you trust it and save it again with save_pretrained(folder)"
             if pickled
             else "copy the whole adapter folder",
         )
     try:
-        sound = isinstance(json.loads((folder / ADAPTER_CONFIG).read_bytes()), dict)
+        sound = isinstance(json.loads((folder / CONFIG_FILE).read_bytes()), dict)
     except (ValueError, RecursionError):
         sound = False
     if not sound:
         raise FileFormatError(
             "the adapter's configuration is not a JSON object",
-            where=str(folder / ADAPTER_CONFIG),
+            where=str(folder / CONFIG_FILE),
             mend="copy the adapter folder again",
         )
 
@@ -233,7 +231,7 @@ def check_base(base: str | Path, **place: Any) -> dict[str, Any]:
     """
     folder = Path(base)
     if os.path.isdir(base):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
-        if not (folder / _CONFIG).is_file():
+        if not (folder / MODEL_CONFIG_FILE).is_file():
             raise InputError(
                 "no model here: config.json is missing",
                 where=str(base),
@@ -262,8 +260,10 @@ def _check_hub(
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:
-        is_cached = isinstance(try_to_load_from_cache(base, _CONFIG, cache_dir=cache_dir, revision=revision), str)
-        url = hf_hub_url(base, _CONFIG, revision=revision)
+        is_cached = isinstance(
+            try_to_load_from_cache(base, MODEL_CONFIG_FILE, cache_dir=cache_dir, revision=revision), str
+        )
+        url = hf_hub_url(base, MODEL_CONFIG_FILE, revision=revision)
     except HFValidationError as fault:
         raise InputError(
             "there is no such folder, and the name is no hub id",

@@ -12,13 +12,13 @@ from typing import Any
 
 from personalized_soups.adapters.provenance import library_versions
 from personalized_soups.files.atomic import new_folder
+from personalized_soups.files.file_names import TINY_BASE_FILE
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.tiny import scorers
 from personalized_soups.tiny.corpus import documents, prompts
 from personalized_soups.tiny.pretraining import BaseRecipe, build_model, build_tokenizer, train
 
-RECORD_FILE = "base.json"
 NUM_FIRST_LOSSES = 20
 NUM_SCORED = 192
 TEMPERATURE = 0.7
@@ -60,9 +60,9 @@ def build(
             "scores": score(Generator(model, tokenizer)),
             "versions": library_versions("torch", "transformers", "tokenizers"),
         }
-        record["files"] = sorted([RECORD_FILE, *(path.name for path in scratch.iterdir())])
-        (scratch / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        mode = (scratch / RECORD_FILE).stat().st_mode & 0o777
+        record["files"] = sorted([TINY_BASE_FILE, *(path.name for path in scratch.iterdir())])
+        (scratch / TINY_BASE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        mode = (scratch / TINY_BASE_FILE).stat().st_mode & 0o777
         for path in scratch.iterdir():
             path.chmod(mode)  # safetensors writes 0600 whatever the umask says
     return record

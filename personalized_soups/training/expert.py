@@ -25,9 +25,8 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, check_extra
 from personalized_soups.files.atomic import check_replaceable, new_folder
+from personalized_soups.files.file_names import CONFIG_FILE, EXPERT_FILE, WEIGHTS_FILE
 from personalized_soups.generation.loading import (
-    ADAPTER_CONFIG,
-    ADAPTER_TENSORS,
     choose_device,
     load_base,
     load_tokenizer,
@@ -102,7 +101,7 @@ def train_expert(
         data=DataRecord(name=data.name, blake3=preferences.blake3, num_pairs=len(preferences.pairs)),
         seed=seed,
         versions=library_versions("torch", "transformers", "peft", "trl"),
-        files=(ADAPTER_CONFIG, ADAPTER_TENSORS),
+        files=(CONFIG_FILE, WEIGHTS_FILE),
     )
     order = _Order(side, base, out, recipe, preferences, record)
     with ExitStack() as stack:
@@ -195,15 +194,15 @@ def _write(model: Any, record: ExpertRecord, out: Path) -> None:
     with new_folder(out) as scratch:
         model.save_pretrained(str(scratch), save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)
-        config_path = scratch / ADAPTER_CONFIG
+        config_path = scratch / CONFIG_FILE
         config = json.loads(config_path.read_text(encoding="utf-8"))
         # PEFT writes a set in the order of this process's string hashes.
         config["target_modules"] = sorted(config["target_modules"])
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_record(scratch, record)
         # safetensors writes 0600 whatever the umask says; the record has the mode that the umask gives.
-        mode = (scratch / "expert.json").stat().st_mode & 0o777
-        (scratch / ADAPTER_TENSORS).chmod(mode)
+        mode = (scratch / EXPERT_FILE).stat().st_mode & 0o777
+        (scratch / WEIGHTS_FILE).chmod(mode)
 
 
 def _metrics(history: list[dict[str, float]]) -> dict[str, float]:

@@ -13,9 +13,7 @@ from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.compatible import is_same_base
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.library import ExpertLibrary
-from personalized_soups.adapters.lora import WEIGHTS_FILE
 from personalized_soups.adapters.provenance import (
-    SOUP_FILE,
     InputRecord,
     SoupRecord,
     read_soup_record,
@@ -31,6 +29,7 @@ from personalized_soups.errors import (
     UsageError,
 )
 from personalized_soups.files.digest import BackgroundDigests
+from personalized_soups.files.file_names import SOUP_FILE, WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.computing.module_soups import Soups

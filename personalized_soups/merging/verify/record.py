@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from personalized_soups.adapters.config import CONFIG_FILE
 from personalized_soups.adapters.library import ExpertLibrary
-from personalized_soups.adapters.provenance import SOUP_FILE, SoupRecord, TruncationRecord
+from personalized_soups.adapters.provenance import SoupRecord, TruncationRecord
 from personalized_soups.files.atomic import files_below
+from personalized_soups.files.file_names import CONFIG_FILE, SOUP_FILE
 from personalized_soups.files.reader import parse_json
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.verify.verification import Fault, Subject

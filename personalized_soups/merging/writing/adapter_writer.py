@@ -18,12 +18,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from personalized_soups.adapters.config import CONFIG_FILE
-from personalized_soups.adapters.lora import WEIGHTS_FILE
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.adapters.provenance import (
-    SOUP_FILE,
     InputRecord,
     SoupRecord,
     TruncationRecord,
@@ -31,6 +28,7 @@ from personalized_soups.adapters.provenance import (
     write_record,
 )
 from personalized_soups.errors import UsageError
+from personalized_soups.files.file_names import CONFIG_FILE, SOUP_FILE, WEIGHTS_FILE
 from personalized_soups.files.spool import Spool
 from personalized_soups.files.writer import NAMES_OF_DTYPES, SafetensorsWriter, TensorSpec
 from personalized_soups.merging.computing.dora import unscaled

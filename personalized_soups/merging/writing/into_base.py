@@ -12,10 +12,9 @@ import torch
 from blake3 import blake3
 from torch import Tensor
 
-from personalized_soups.adapters.base_model import CONFIG, BaseModel, copy_others
+from personalized_soups.adapters.base_model import BaseModel, copy_others
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.adapters.provenance import (
-    SOUP_FILE,
     BaseRecord,
     InputRecord,
     SoupRecord,
@@ -28,8 +27,8 @@ from personalized_soups.errors import InputError
 from personalized_soups.files.atomic import Resumable, check_target, files_below, resumable_folder
 from personalized_soups.files.copies import CopyMode, copy_file
 from personalized_soups.files.digest import BackgroundDigests
+from personalized_soups.files.file_names import MODEL_CONFIG_FILE, MODEL_INDEX_FILE, SOUP_FILE
 from personalized_soups.files.reader import SafetensorsFile
-from personalized_soups.files.shards import INDEX
 from personalized_soups.files.writer import SafetensorsWriter, TensorSpec
 from personalized_soups.launching.threads import in_order, num_file_threads
 from personalized_soups.merging.computing.blocks import folded_blocks
@@ -146,7 +145,7 @@ def fold_plans(
     shards = [shard.path for shard in model.checkpoint.shards.values()]
     read = [path for expert in experts for path in expert.adapter.files]
     # the configuration says whether embeddings are tied, and so which tensors there are
-    deciding = [*read, *shards, model.folder / CONFIG]
+    deciding = [*read, *shards, model.folder / MODEL_CONFIG_FILE]
     with ExitStack() as stack:
         folders = [
             stack.enter_context(
@@ -293,8 +292,8 @@ def untied_tables(changes: Changes) -> dict[str, object]:
         if isinstance(value, dict) and "tie_word_embeddings" in value:
             config[key] = {**value, "tie_word_embeddings": False}
     config["tie_word_embeddings"] = False
-    tables: dict[str, object] = {CONFIG: config}
-    index = changes.model.folder / INDEX
+    tables: dict[str, object] = {MODEL_CONFIG_FILE: config}
+    index = changes.model.folder / MODEL_INDEX_FILE
     if changes.model.checkpoint.has_index and changes.unties not in changes.model.checkpoint:
         table = json.loads(index.read_bytes())
         source = changes.model.checkpoint.entry(changes.model.tied[0])
@@ -302,7 +301,7 @@ def untied_tables(changes: Changes) -> dict[str, object]:
         table["weight_map"][changes.unties] = changes.model.checkpoint.shard_of(changes.model.tied[0]).path.name
         if "total_size" in table.get("metadata", {}):
             table["metadata"]["total_size"] += source.end - source.start
-        tables[INDEX] = table
+        tables[MODEL_INDEX_FILE] = table
     return tables
 
 

@@ -9,12 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeAlias
 
-from personalized_soups.adapters.config import CONFIG_FILE
 from personalized_soups.adapters.library import Expert, ExpertLibrary
-from personalized_soups.adapters.lora import WEIGHTS_FILE
-from personalized_soups.adapters.provenance import EXPERT_FILE
 from personalized_soups.errors import SoupError
 from personalized_soups.files.digest import digest_file
+from personalized_soups.files.file_names import CONFIG_FILE, EXPERT_FILE, WEIGHTS_FILE
 from personalized_soups.serving.protocol.faults import ApiError
 
 _FILES = (WEIGHTS_FILE, CONFIG_FILE, EXPERT_FILE)

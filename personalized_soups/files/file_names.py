@@ -1,0 +1,19 @@
+"""The names of the files in the folders of adapters, models, experts and soups."""
+
+from __future__ import annotations
+
+# PEFT's names, in an adapter folder
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE = "adapter_model.bin"
+
+# transformers' names, in a model folder
+MODEL_CONFIG_FILE = "config.json"
+MODEL_WEIGHTS_FILE = "model.safetensors"
+MODEL_INDEX_FILE = "model.safetensors.index.json"
+INDEX_SUFFIX = ".index.json"
+
+# the package's own records, next to the tensors
+EXPERT_FILE = "expert.json"
+SOUP_FILE = "soup.json"
+TINY_BASE_FILE = "base.json"
