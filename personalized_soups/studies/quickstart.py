@@ -247,7 +247,7 @@ class _Run:
         said = {name: answers for name, answers in file.read().items() if name in {job.name for job in jobs}}
         with self.stage(title, len(jobs)) as bar:
             bar.update(len(said))
-            for job, answers in workers.answer([job for job in jobs if job.name not in said]):
+            for job, answers in workers.run([job for job in jobs if job.name not in said]):
                 file.add(job.name, answers)
                 said[job.name] = answers
                 bar.update(len(said))

@@ -1,0 +1,66 @@
+"""Worker processes: tasks, results, reports, errors, and processes that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from personalized_soups.errors import InputError, RunError
+from personalized_soups.launching.processes import Report, start_processes
+
+
+def square(task: int, report: Report) -> tuple[int, str, int]:
+    """Return the square, the thread setting and the process; report twice."""
+    import torch
+
+    if task < 0:
+        raise InputError("a negative number", where=str(task), mend="give a positive one")
+    if task == 13:
+        raise FileNotFoundError(2, "no such thing", "thirteen")
+    if task == 99:
+        os.kill(os.getpid(), signal.SIGKILL)
+    report(("begin", task))
+    report(("end", task))
+    assert torch.get_num_threads() == 1
+    return task * task, os.environ["OMP_NUM_THREADS"], os.getpid()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_tasks_are_shared_by_processes_that_stay() -> None:
+    reports: list[tuple[str, int]] = []
+    before = os.environ.get("OMP_NUM_THREADS")
+    with start_processes(square, 2, num_threads=1) as pool:
+        results = dict(pool.run([1, 2, 3, 4, 5], reports.append))
+        again = dict(pool.run([6, 7]))
+        assert list(pool.run([])) == []
+    assert {task: result[:2] for task, result in results.items()} == {n: (n * n, "1") for n in range(1, 6)}
+    assert again[6][0] == 36
+    processes = {process for *_, process in results.values()}
+    assert len(processes) == 2
+    assert {process for *_, process in again.values()} <= processes
+    assert os.getpid() not in processes
+    for task in range(1, 6):
+        assert [kind for kind, number in reports if number == task] == ["begin", "end"]
+    assert os.environ.get("OMP_NUM_THREADS") == before
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "error", "message"),
+    [
+        (-1, InputError, "a negative number"),
+        (13, FileNotFoundError, "no such thing"),
+        (99, RunError, "exit code -9"),
+        ("x", RunError, "exit code 1"),  # a TypeError, whose traceback the worker prints
+    ],
+)
+def test_an_error_or_a_dead_process_ends_the_run(task: int, error: type[Exception], message: str) -> None:
+    with start_processes(square, 2, num_threads=1) as pool, pytest.raises(error, match=message):
+        list(pool.run([1, task, 2]))
