@@ -31,7 +31,7 @@ def main(experts: str) -> None:
         for _ in range(_ROUNDS):
             batch = batch_of(model)
             rows = [
-                row_of(model.generator.encoded(user.prompt), model.row(dict(user.weights)), chooser(wishes()))
+                row_of(model.generator.encoded(user.prompt), model.resolve(dict(user.weights)), chooser(wishes()))
                 for user in asking
             ]
             began = time.perf_counter()

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.declare.loader import load, load_data
-from personalized_soups.errors import DeclarationError, UsageError, choose_from
+from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.methods.table import METHODS
 
 
@@ -28,7 +26,7 @@ MethodName = Annotated[str, AfterValidator(_check_method), Field(json_schema_ext
 _CANCELLED = 1e-6
 
 # Beyond this a weight is a slip of the keyboard; below it no product of weight, scaling and factor leaves float64.
-_MAX_WEIGHT = 1e30
+MAX_WEIGHT = 1e30
 
 
 class Profile(Declared):
@@ -59,9 +57,9 @@ class Profile(Declared):
         if not any(weights.values()):
             raise refusal("all weights are zero: nothing would be merged", mend="give one expert a weight other than 0")
         for name, weight in weights.items():
-            if abs(weight) > _MAX_WEIGHT:
+            if abs(weight) > MAX_WEIGHT:
                 raise refusal(
-                    f"the weight of {name!r} is {weight:g}, beyond {_MAX_WEIGHT:g}",
+                    f"the weight of {name!r} is {weight:g}, beyond {MAX_WEIGHT:g}",
                     mend="write a weight such as 0.6",
                     key=(name,),
                 )
@@ -128,32 +126,6 @@ def load_profile(path: Path | str) -> Profile:
         DeclarationError: with file, line, key and mend.
     """
     return load(Path(path), Profile)
-
-
-def check_sides(
-    profile: Profile, dimension_of: Mapping[str, str], side_of: Mapping[str, str] = MappingProxyType({})
-) -> None:
-    """Raise if the profile weighs two sides of one dimension without `allow_opposed: true`.
-
-    Args:
-        profile: what is asked for.
-        dimension_of: the dimension of each expert that has one; experts without a dimension oppose nobody.
-        side_of: the side of each expert that is not named after its side; two experts of one side are not opposed.
-    """
-    if profile.allow_opposed:
-        return
-    first: dict[str, str] = {}
-    for name, weight in profile.weights.items():
-        dimension = dimension_of.get(name)
-        if weight == 0 or dimension is None:
-            continue
-        opposed = first.setdefault(dimension, name)
-        if side_of.get(opposed, opposed) != side_of.get(name, name):
-            raise DeclarationError(
-                f"{opposed!r} and {name!r} are two sides of one dimension, {dimension!r}",
-                where=profile.place("weights", name),
-                mend="take one of them out, or declare allow_opposed=True",
-            )
 
 
 def _bad_weights(what: str) -> UsageError:

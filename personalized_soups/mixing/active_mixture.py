@@ -9,10 +9,11 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.layers import MixedLayers
-from personalized_soups.mixing.mixture import Row, weight_table
+from personalized_soups.mixing.weight_table import weight_table
 
 
 class Mixture:
@@ -32,7 +33,7 @@ class Mixture:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[ExpertWeights],
         gates: Gates,
         layers: Sequence[str],
         *,
@@ -97,13 +98,13 @@ class ActiveMixture:
         scaled: gives a served row the experts' scales.
     """
 
-    def __init__(self, layers: MixedLayers, scaled: Callable[[Row], Row]) -> None:
+    def __init__(self, layers: MixedLayers, scaled: Callable[[ExpertWeights], ExpertWeights]) -> None:
         self.lock = threading.RLock()
         self._layers = layers
         self._scaled = scaled
         self._set: list[Mixture] = []
         self._setter: int | None = None  # the thread
-        self._served = Row()
+        self._served = ExpertWeights()
         self._is_enabled = True
         layers.when_moved = self.settle
 
@@ -118,13 +119,13 @@ class ActiveMixture:
         return self._setter == threading.get_ident()
 
     @property
-    def served(self) -> Row:
+    def served(self) -> ExpertWeights:
         """The row that serves where no mixture is set; one without weights is the bare base."""
-        return self._served if self._is_enabled else Row()
+        return self._served if self._is_enabled else ExpertWeights()
 
     @contextmanager
     def mixture(
-        self, rows: Callable[[], Sequence[Row]], *, token_rows: Tensor | None, rows_each: int | None
+        self, rows: Callable[[], Sequence[ExpertWeights]], *, token_rows: Tensor | None, rows_each: int | None
     ) -> Iterator[Mixture]:
         """Set a mixture within the block; `rows` is called once this thread has its turn.
 
@@ -154,7 +155,7 @@ class ActiveMixture:
             self._check_task()
             yield self.innermost
 
-    def serve(self, row: Row) -> None:
+    def serve(self, row: ExpertWeights) -> None:
         """Serve all rows with these weights where no mixture is set.
 
         Raises:
@@ -173,7 +174,7 @@ class ActiveMixture:
             self._served, self._is_enabled = row, True
             self.settle()
 
-    def check(self, row: Row) -> None:
+    def check(self, row: ExpertWeights) -> None:
         """Raise what a mixture of this row would; nothing is set.
 
         Raises:
@@ -191,7 +192,7 @@ class ActiveMixture:
 
     def forget(self, experts: Collection[str]) -> None:
         """Serve no other experts than these, by no patterns of layers that are gone."""
-        self._served = self._served.fitting(experts, list(self._layers.by_name))
+        self._served = self._served.restricted(experts, list(self._layers.by_name))
         self.settle()
 
     def settle(self) -> None:
@@ -214,7 +215,7 @@ class ActiveMixture:
                 mend="let each task generate on a thread of its own: asyncio.to_thread(model.generate, ...)",
             )
 
-    def _made(self, rows: Sequence[Row], *, token_rows: Tensor | None, rows_each: int | None) -> Mixture:
+    def _made(self, rows: Sequence[ExpertWeights], *, token_rows: Tensor | None, rows_each: int | None) -> Mixture:
         names = list(self._layers.by_name)
         return Mixture(rows, self._layers.gates, names, token_rows=token_rows, rows_each=rows_each)
 

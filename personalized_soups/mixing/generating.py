@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from personalized_soups.declare.expert_weights import ProfileLike
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.prompts import Prompt, check_text
@@ -17,7 +18,6 @@ from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import pad_left
 from personalized_soups.mixing.active_mixture import Mixture, NextStep
 from personalized_soups.mixing.fitting import fitting_rows
-from personalized_soups.mixing.mixture import Who
 
 
 class AsSet(Enum):
@@ -29,13 +29,15 @@ class AsSet(Enum):
 AS_SET = AsSet.AS_SET
 
 # Enters the mixture of a batch (profiles, and rows of the batch for each), or what is set where there are none.
-Mix = Callable[[Sequence[Who] | AsSet, int], AbstractContextManager[Mixture | None]]
+Mix = Callable[[Sequence[ProfileLike] | AsSet, int], AbstractContextManager[Mixture | None]]
 
 # Decoding that asks for the logits of several tokens at once: there is no one weight for them.
 _SEVERAL_TOKENS = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
 
 
-def one_for_each(prompts: Sequence[object], profiles: Who | Sequence[Who] | AsSet) -> list[Who] | AsSet:
+def one_for_each(
+    prompts: Sequence[object], profiles: ProfileLike | Sequence[ProfileLike] | AsSet
+) -> list[ProfileLike] | AsSet:
     """Return a profile for each prompt: the one that is given for all, or as many as there are prompts.
 
     Raises:
@@ -82,7 +84,7 @@ def checked_prompts(prompts: Any) -> list[Prompt]:
 
 
 def sampled_answers(
-    generator: Generator, prompts: Sequence[Prompt], profiles: Sequence[Who] | AsSet, mix: Mix, **sampling: Any
+    generator: Generator, prompts: Sequence[Prompt], profiles: Sequence[ProfileLike] | AsSet, mix: Mix, **sampling: Any
 ) -> list[str]:
     """Return an answer to each prompt, drawn by random numbers that depend on the seed and the prompt's place alone.
 
@@ -107,7 +109,7 @@ def sampled_answers(
 def transformers_answers(
     generator: Generator,
     prompts: Sequence[Prompt],
-    profiles: Sequence[Who] | AsSet,
+    profiles: Sequence[ProfileLike] | AsSet,
     mix: Mix,
     *,
     max_new_tokens: int | None,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from personalized_soups.adapters.library import Expert
+from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.launching.threads import in_order, num_workers
 from personalized_soups.mixing.experts import Members, bare_layer, check_experts
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.groups import LayerGroup, arranged, new_group, storages_of, units
 from personalized_soups.mixing.layer import MixedLinear
-from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.stack import Member, Stack
 
 # Over all models of the process.
@@ -51,12 +51,12 @@ class MixedLayers:
         """The experts by name, sorted."""
         return MappingProxyType(self._experts)
 
-    def version_of(self, row: Row) -> str:
-        """Return what a cache of keys and values of this row's prompt is known by, as Row.version makes it.
+    def cache_key_of(self, weights: ExpertWeights) -> str:
+        """Return the key under which a prompt's keys and values may be cached, as `ExpertWeights.cache_key` makes it.
 
-        Each model has versions of its own, each dtype, and each expert for every time that it was put in.
+        Keys differ between models, between dtypes, and between two times that one expert was added.
         """
-        return row.version(self._stamps, f"{self._token} {self._model.dtype}")
+        return weights.cache_key(self._stamps, f"{self._token} {self._model.dtype}")
 
     @property
     def by_name(self) -> Mapping[str, MixedLinear]:

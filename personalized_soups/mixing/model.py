@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.declare.expert_weights import ExpertWeights, LayerWeights, ProfileLike
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator, Within
@@ -34,7 +35,6 @@ from personalized_soups.mixing.generating import (
     transformers_answers,
 )
 from personalized_soups.mixing.layers import MixedLayers
-from personalized_soups.mixing.mixture import LayerWeights, Row, Who
 from personalized_soups.mixing.prefixes import PrefixCache, new_past
 from personalized_soups.mixing.profile_registry import Names, ProfileRegistry
 
@@ -129,7 +129,7 @@ class SoupModel:
         return self._held.experts
 
     @property
-    def profiles(self) -> Mapping[str, Row]:
+    def profiles(self) -> Mapping[str, ExpertWeights]:
         """The weights that names stand for, some hundred bytes each; add_profile and remove_profile change them."""
         return self._registry.profiles
 
@@ -165,7 +165,7 @@ class SoupModel:
 
     @contextmanager
     def mixture(
-        self, profiles: Who | Sequence[Who], *, rows: Tensor | None = None, rows_each: int = 1
+        self, profiles: ProfileLike | Sequence[ProfileLike], *, rows: Tensor | None = None, rows_each: int = 1
     ) -> Iterator[Mixture]:
         """Set the soups of a batch for everything that the model does within the block.
 
@@ -183,8 +183,8 @@ class SoupModel:
             DeclarationError: if a profile names unknown experts or opposed sides, or a weight is no finite number.
             UsageError: if there are no profiles, a name is unknown, or a profile asks for what is no mixture.
         """
-        is_single = profiles is None or isinstance(profiles, str | Profile | Mapping | Row)
-        listed: list[Who] = [profiles] if is_single else list(profiles)  # type: ignore[arg-type, list-item]
+        is_single = profiles is None or isinstance(profiles, str | Profile | Mapping | ExpertWeights)
+        listed: list[ProfileLike] = [profiles] if is_single else list(profiles)  # type: ignore[arg-type, list-item]
         with self._active.mixture(
             lambda: [self._row(who) for who in listed],
             token_rows=rows,
@@ -195,7 +195,7 @@ class SoupModel:
     def generate(
         self,
         prompts: str | Sequence[Prompt] | None = None,
-        profiles: Who | Sequence[Who] | AsSet = AS_SET,
+        profiles: ProfileLike | Sequence[ProfileLike] | AsSet = AS_SET,
         *,
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
@@ -276,7 +276,7 @@ class SoupModel:
     def stream(
         self,
         prompt: Prompt,
-        profile: Who | AsSet = AS_SET,
+        profile: ProfileLike | AsSet = AS_SET,
         *,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -312,7 +312,7 @@ class SoupModel:
                     yield Within(processors_of(mixture))
                     return
                 row = self._registry.scaled(self._active.served) if mixture is None else mixture.rows[0]
-                version = self._held.version_of(row)
+                version = self._held.cache_key_of(row)
                 prefix = prefixes.longest(version, tokens)
                 past = new_past(self.model) if prefix is None else prefix.past
                 yield Within(processors_of(mixture), past)
@@ -327,7 +327,7 @@ class SoupModel:
             around=around,
         )
 
-    def row(self, profile: Who) -> Row:
+    def resolve(self, profile: ProfileLike) -> ExpertWeights:
         """Return somebody's weights, checked: what `mixture` takes as well, and need not look up again.
 
         It does not wait for a mixture that another thread has set.
@@ -335,18 +335,18 @@ class SoupModel:
         Raises:
             DeclarationError, UsageError: as `mixture` would for this row.
         """
-        row = self._registry.row(profile)
+        row = self._registry.resolve(profile)
         self._active.check(self._registry.scaled(row))
         return row
 
-    def version(self, profile: Who) -> str:
+    def cache_key(self, profile: ProfileLike) -> str:
         """Return what a cache of keys and values is known by: it changes with the weights and with the experts.
 
         Two prompts' caches may be exchanged where tokens and versions are equal. Of a schedule it tells step 0, with
         which the prompt is read.
         """
         with self._active.lock:
-            return self._held.version_of(self._row(profile))
+            return self._held.cache_key_of(self._row(profile))
 
     def add_profile(self, profile: Profile, name: str | None = None) -> None:
         """Let a name (the profile's user where none is given) stand for a profile; it may replace another.
@@ -412,14 +412,14 @@ class SoupModel:
                 self._registry.check_expert(name)
             self._change(list(added), list(removed))
 
-    def serve(self, profile: Who) -> None:
+    def serve(self, profile: ProfileLike) -> None:
         """Serve all rows with a profile where no mixture is set; None makes that the bare base again.
 
         Raises:
             DeclarationError, UsageError: as `mixture`.
         """
         with self._active.lock:
-            self._active.serve(self._registry.row(profile))
+            self._active.serve(self._registry.resolve(profile))
 
     def set_adapters(self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights] = 1.0) -> None:
         """Serve all rows with these experts where no mixture is set: diffusers' call, with its meaning of weights.
@@ -432,7 +432,7 @@ class SoupModel:
             UsageError: if an expert is unknown, or there are not as many weights as names.
         """
         with self._active.lock:
-            self._active.serve(self._registry.row_of_adapters(names, weights))
+            self._active.serve(self._registry.resolve_adapters(names, weights))
 
     def set_scale(self, name: str, scale: float) -> None:
         """Multiply an expert's weight by `scale` wherever it is used from now on; 1 undoes it.
@@ -451,7 +451,7 @@ class SoupModel:
         return list(self._active.served.weights)
 
     @property
-    def served(self) -> Row:
+    def served(self) -> ExpertWeights:
         """The weights that serve where no mixture is set; none are the bare base."""
         return self._active.served
 
@@ -491,14 +491,14 @@ class SoupModel:
             )
         return Generator(self.model, self.tokenizer)
 
-    def _mix(self, profiles: Sequence[Who] | AsSet, rows_each: int) -> AbstractContextManager[Mixture | None]:
+    def _mix(self, profiles: Sequence[ProfileLike] | AsSet, rows_each: int) -> AbstractContextManager[Mixture | None]:
         """Set a mixture, or leave what is set as it is."""
         if isinstance(profiles, AsSet):
             return self._active.as_set()
         return self.mixture(list(profiles), rows_each=rows_each)
 
-    def _row(self, who: Who) -> Row:
-        return self._registry.scaled(self._registry.row(who))
+    def _row(self, who: ProfileLike) -> ExpertWeights:
+        return self._registry.scaled(self._registry.resolve(who))
 
     def _change(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
         with self._active.lock:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from peft import PeftConfig, PeftModel
 from torch import nn
 
+from personalized_soups.declare.expert_weights import ProfileLike
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.generating import one_for_each, rows_for_each
-from personalized_soups.mixing.mixture import Who
 
 if TYPE_CHECKING:
     from personalized_soups.mixing.model import SoupModel
@@ -194,7 +194,7 @@ class _Tuner(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
 
-def _named(adapter_names: Sequence[str]) -> list[Who]:
+def _named(adapter_names: Sequence[str]) -> list[ProfileLike]:
     return [None if name == _BASE else name for name in adapter_names]
 
 

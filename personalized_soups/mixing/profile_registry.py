@@ -1,39 +1,50 @@
-"""Who can be served: the experts that there are, the profiles that have a name, and the scales that experts have."""
+"""The experts of a model, the profiles that have a name, and the scale of each expert."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from types import MappingProxyType
 
 from personalized_soups.adapters.library import Expert
+from personalized_soups.declare.expert_weights import (
+    ExpertWeights,
+    LayerWeights,
+    ProfileLike,
+    Weights,
+    checked_number,
+    checked_weight,
+)
 from personalized_soups.declare.profile import Profile
-from personalized_soups.errors import UsageError, choose_from
-from personalized_soups.merging.planning.plan import dimensions_of
-from personalized_soups.mixing.mixture import LayerWeights, Row, Who, checked_number, checked_weight, row_of
+from personalized_soups.declare.side_rule import SideRule
+from personalized_soups.errors import DeclarationError, UsageError, choose_from
 
 Names = str | Sequence[str]
 
+# One counter for all models of the process: weights that one model checked never pass as checked in another.
+_VERSIONS = count()
+
 
 class ProfileRegistry:
-    """Turns profiles, as they are given, into rows of weights. Not safe between threads by itself."""
+    """Resolves profiles into checked weights. Callers must hold a lock where several threads use one registry."""
 
     def __init__(self) -> None:
         self._experts: tuple[str, ...] = ()
-        self._dimension_of: Mapping[str, str] = {}
-        self._side_of: Mapping[str, str] = {}
-        self._profiles: dict[str, Row] = {}
+        self._version = next(_VERSIONS)
+        self._sides = SideRule()
+        self._profiles: dict[str, ExpertWeights] = {}
         self._scales: dict[str, float] = {}
 
     @property
-    def profiles(self) -> Mapping[str, Row]:
-        """The weights that names stand for."""
+    def profiles(self) -> Mapping[str, ExpertWeights]:
+        """The weights of each named profile."""
         return MappingProxyType(self._profiles)
 
     def check_new(self, names: Sequence[str]) -> None:
-        """Raise if a profile has a name that an expert is to have.
+        """Raise if an expert is to get the name of a profile.
 
         Raises:
-            UsageError: naming it.
+            UsageError: with that name.
         """
         for name in names:
             if name in self._profiles:
@@ -44,75 +55,162 @@ class ProfileRegistry:
                 )
 
     def put(self, experts: Mapping[str, Expert]) -> None:
-        """Know these experts and no others; the scales of those that are gone are forgotten."""
+        """Replace the experts by these. Scales of experts that are not among them are dropped."""
         self._experts = tuple(experts)
-        self._dimension_of = dimensions_of(list(experts.values()))
-        self._side_of = {name: expert.side for name, expert in experts.items() if expert.side is not None}
+        self._version = next(_VERSIONS)
+        self._sides = SideRule.of(experts.values())
         self._scales = {name: scale for name, scale in self._scales.items() if name in experts}
 
-    def row(self, who: Who) -> Row:
-        """Return the weights of somebody, without the experts' scales.
+    def resolve(self, profile: ProfileLike) -> ExpertWeights:
+        """Return checked weights, without the experts' scales.
+
+        Weights that this method returned are returned as they are, as long as the experts are the same.
+
+        Args:
+            profile: a profile, weights by expert, the name of a profile or of an expert, resolved weights, or None for
+                the base alone.
 
         Raises:
-            DeclarationError, UsageError: as row_of.
+            DeclarationError: for an unknown expert, opposed sides, or a weight that is not a finite number.
+            UsageError: for an unknown name, or a profile with a method other than linear or with a rank.
         """
-        return row_of(who, self._experts, self._profiles, self._dimension_of, self._side_of)
+        if profile is None:
+            return ExpertWeights(version=self._version)
+        if isinstance(profile, ExpertWeights):
+            if profile.version == self._version:
+                return profile
+            self._check_known(profile.weights, lambda name: f"weights.{name}")
+            return ExpertWeights(profile.weights, self._version)
+        if isinstance(profile, str):
+            return self._of_name(profile)
+        if isinstance(profile, Profile):
+            _check_linear(profile)
+            self._check_known(profile.weights, lambda name: profile.place("weights", name))
+            self._sides.check(profile)
+            return ExpertWeights.of(profile, self._experts, self._version)
+        if not isinstance(profile, Mapping):
+            raise UsageError(
+                f"a profile cannot be a {type(profile).__name__}",
+                where="profiles",
+                mend='give a Profile, a dict of weights ({"friendly": 0.6}), a name, or None for the base alone',
+            )
+        return self._of_weights(profile)
 
-    def row_of_adapters(self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights]) -> Row:
-        """Return the weights of experts that are listed, one weight for all or one for each.
+    def resolve_adapters(
+        self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights]
+    ) -> ExpertWeights:
+        """Return the weights of the named experts: one weight for all of them, or one for each.
 
         Raises:
-            UsageError: if an expert is unknown, or there are not as many weights as names.
-            DeclarationError: if a weight is no finite number.
+            UsageError: for an unknown expert, or if there are not as many weights as names.
+            DeclarationError: for a weight that is not a finite number.
         """
         listed = [names] if isinstance(names, str) else list(names)
-        each = list(weights) if isinstance(weights, Sequence) else [weights] * len(listed)
-        if len(each) != len(listed):
+        numbers = list(weights) if isinstance(weights, Sequence) else [weights] * len(listed)
+        if len(numbers) != len(listed):
             raise UsageError(
-                f"{len(each)} weights for {len(listed)} adapters", where="weights", mend="give one weight for each name"
+                f"{len(numbers)} weights for {len(listed)} adapters",
+                where="weights",
+                mend="give one weight for each name",
             )
         for name in listed:
             self.check_expert(name)
-        return Row({name: checked_weight(weight, f"weights.{name}") for name, weight in zip(listed, each, strict=True)})
+        checked = {
+            name: checked_weight(weight, f"weights.{name}") for name, weight in zip(listed, numbers, strict=True)
+        }
+        return ExpertWeights(checked, self._version)
 
-    def scaled(self, row: Row) -> Row:
-        """Return a row as it is computed: each weight times its expert's scale."""
-        return row.scaled(self._scales)
+    def scaled(self, weights: ExpertWeights) -> ExpertWeights:
+        """Return the weights times the experts' scales, as the gates hold them."""
+        return weights.scaled(self._scales)
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Multiply an expert's weight from now on.
+        """Set the factor by which every weight of an expert is multiplied.
 
         Raises:
-            UsageError: if there is no such expert.
-            DeclarationError: if the scale is no finite number.
+            UsageError: for an unknown expert.
+            DeclarationError: if the scale is not a finite number.
         """
         self.check_expert(name)
         self._scales[name] = checked_number(scale, f"scale of {name}")
 
     def add(self, profile: Profile, name: str) -> None:
-        """Let a name stand for a profile.
+        """Give a profile a name.
 
         Raises:
-            DeclarationError, UsageError: as `row`; UsageError if an expert is called so.
+            DeclarationError, UsageError: as `resolve`. UsageError if an expert has that name.
         """
         if name in self._experts:
             raise UsageError(f"an expert is called {name!r}", where="name", mend="give the profile another name")
-        self._profiles[name] = self.row(profile)
+        self._profiles[name] = self.resolve(profile)
 
     def remove(self, name: str) -> None:
-        """Forget a name.
+        """Remove a named profile.
 
         Raises:
-            UsageError: if it stands for nobody.
+            UsageError: if no profile has that name.
         """
         if self._profiles.pop(name, None) is None:
             raise UsageError(f"no profile is called {name!r}", where="profiles", mend=choose_from(name, self._profiles))
 
     def check_expert(self, name: str) -> None:
-        """Raise if there is no such expert.
+        """Raise if no expert has that name.
 
         Raises:
             UsageError: with the nearest name.
         """
         if name not in self._experts:
             raise UsageError(f"no expert is called {name!r}", where="experts", mend=choose_from(name, self._experts))
+
+    def _of_name(self, name: str) -> ExpertWeights:
+        if name in self._profiles:
+            weights = self._profiles[name]
+            self._check_known(weights.weights, lambda _: f"profile {name}")
+            return weights
+        if name in self._experts:
+            return ExpertWeights({name: 1.0}, self._version)
+        raise UsageError(
+            f"no profile and no expert is called {name!r}",
+            where="profiles",
+            mend=choose_from(name, [*self._profiles, *self._experts]),
+        )
+
+    def _of_weights(self, weights: Weights) -> ExpertWeights:
+        self._check_known(weights, lambda name: f"weights.{name}")
+        checked = {
+            name: weight if callable(weight) else checked_weight(weight, f"weights.{name}")
+            for name, weight in weights.items()
+        }
+        used = [name for name, weight in checked.items() if weight != 0]
+        match = self._sides.opposed(used)
+        if match is not None:
+            raise DeclarationError(
+                f"{match.first!r} and {match.second!r} are two sides of one dimension, {match.dimension!r}",
+                where=f"weights of {', '.join(used)}",
+                mend="take one of them out, or give Profile(weights={...}, allow_opposed=True)",
+            )
+        return ExpertWeights(checked, self._version)
+
+    def _check_known(self, names: Mapping[str, object], place: Callable[[str], str]) -> None:
+        unknown = [name for name in names if name not in self._experts]
+        if unknown:
+            raise DeclarationError(
+                f"no expert is called {', '.join(map(repr, unknown))}",
+                where=place(unknown[0]),
+                mend=choose_from(unknown[0], self._experts),
+            )
+
+
+def _check_linear(profile: Profile) -> None:
+    if profile.method != "linear":
+        raise UsageError(
+            f"the profile asks for the method {profile.method}; a mixture is always linear",
+            where=profile.place("method"),
+            mend="leave `method` out, or merge: psoups merge",
+        )
+    if profile.rank is not None:
+        raise UsageError(
+            f"the profile asks for rank {profile.rank}; a mixture is exact and has no rank",
+            where=profile.place("rank"),
+            mend="leave `rank` out, or merge: psoups merge",
+        )

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from personalized_soups.kernels.add_gated import BlockDiagonal
 from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.shared_a import SharedRows, group_numbers
 
 # Leaving out an expert that nobody uses saves reading its factors and costs three more operations where it parts the
 # stack: below so many numbers between two used experts, the whole is one span. The CPU's was measured on two cores at
@@ -72,19 +74,13 @@ class Stack:
         b_KO = torch.empty(sum(ranks), first.b_OR.shape[0], dtype=dtype, device=device)
         for part, each in zip(b_KO.split(ranks), members, strict=True):
             part.copy_(each.factors.b_OR.T)
-        groups = _groups(members, dtype)
-        distinct = [members[groups.index(group)].factors.a_RI for group in range(max(groups) + 1)]
-        a_CI = torch.empty(sum(len(a_RI) for a_RI in distinct), first.a_RI.shape[1], dtype=dtype, device=device)
-        starts = []
-        place = 0
-        for a_RI in distinct:
-            starts.append(place)
-            a_CI[place : place + len(a_RI)] = a_RI
-            place += len(a_RI)
-        columns_K = None
-        if len(distinct) < len(members):
-            rows = [starts[group] + row for group, rank in zip(groups, ranks, strict=True) for row in range(rank)]
-            columns_K = torch.tensor(rows, device=device)
+        basis = group_numbers([each.factors.a_RI for each in members], partial(_are_equal, dtype=dtype))
+        rows = SharedRows.of(basis, ranks)
+        distinct = [members[index].factors.a_RI for index in rows.firsts]
+        a_CI = torch.empty(sum(map(len, distinct)), first.a_RI.shape[1], dtype=dtype, device=device)
+        for part, a_RI in zip(a_CI.split([len(a_RI) for a_RI in distinct]), distinct, strict=True):
+            part.copy_(a_RI)
+        columns_K = torch.tensor(rows.row_K, device=device) if len(distinct) < len(members) else None
         gained = tuple(index for index, each in enumerate(members) if each.gain_O is not None)
         biased = tuple(index for index, each in enumerate(members) if each.bias_O is not None)
         return cls(
@@ -180,23 +176,8 @@ def _rows(vectors: Sequence[Tensor | None], dtype: torch.dtype, device: torch.de
     return torch.stack(found) if found else None
 
 
-def _groups(members: Sequence[Member], dtype: torch.dtype) -> list[int]:
-    """Return one number for each expert, equal where their A's are equal once they are in `dtype`."""
-    found: list[Tensor] = []
-    groups = []
-    for each in members:
-        a_RI = each.factors.a_RI
-        for number, other in enumerate(found):
-            if _is_equal(a_RI, other, dtype):
-                groups.append(number)
-                break
-        else:
-            groups.append(len(found))
-            found.append(a_RI)
-    return groups
-
-
-def _is_equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+def _are_equal(one: Tensor, other: Tensor, *, dtype: torch.dtype) -> bool:
+    """Return whether two A's are equal in `dtype`; different float32 values may be one 16-bit value."""
     if one.shape != other.shape or one.device != other.device:
         return False
     # freely trained experts differ in their first row already

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.expert_weights import ProfileLike
 from personalized_soups.declare.profile import Profile
 from personalized_soups.evaluation.monotone import judge_sweep
 from personalized_soups.evaluation.pictures import Curve, draw_curve
 from personalized_soups.evaluation.scores import grade
 from personalized_soups.evaluation.win_rates import bootstrap_interval
 from personalized_soups.files.lines import GrowingLines, read_lines
-from personalized_soups.mixing.mixture import Who
 from personalized_soups.mixing.model import SoupModel
 
 ANSWERS, RESULTS, PICTURE = "answers.jsonl", "sweep.json", "sweep.png"
@@ -69,7 +69,7 @@ def answer_sweep(
         on_done: hears after each batch how many prompts are answered.
         sampling: max_new_tokens, temperature and seed, as SoupModel.generate takes them.
     """
-    rows: list[Who] = [None, *(sweep.profile(share) for share in sweep.shares)]
+    rows: list[ProfileLike] = [None, *(sweep.profile(share) for share in sweep.shares)]
     at_once = max(1, batch_size // len(rows))
     for first in range(kept.num_done, len(prompts), at_once):
         asked = prompts[first : first + at_once]

@@ -6,8 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from personalized_soups.declare.loader import load_text
-from personalized_soups.declare.profile import Profile, check_sides, load_profile
+from personalized_soups.declare.profile import Profile, load_profile
 from personalized_soups.declare.shipped import shipped_recipe
+from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import DeclarationError, UsageError
 from personalized_soups.methods.options import OPTIONS
 from personalized_soups.methods.table import METHODS
@@ -54,24 +55,24 @@ def test_json_is_a_profile_too(tmp_path: Path) -> None:
             "weights: {a: 1}\noptions: {density: 0.3}",
             "u.yaml:2: options.density",
             "linear takes no option 'density'",
-            "leave it out: linear takes no options",
+            "remove it: linear takes no options",
         ),
         (
             "weights: {a: 1}\nmethod: ties\noptions:\n  density: 1.5",
             "u.yaml:4: options.density",
-            "density is 1.5, it must be above 0 and at most 1",
+            "density is 1.5; it must be above 0 and at most 1",
             "give 0.5",
         ),
         (
             "weights: {a: 1}\nmethod: della\noptions:\n  density: 0.1",
             "u.yaml:4: options.density",
-            "the keep-probabilities 0.1 -+ 0.1 leave the range",
+            "density 0.1 with epsilon 0.1 gives keep-probabilities from 0 to 0.2; they must",
             "give an epsilon below 0.1",
         ),
         (
             "weights: {a: 1}\nmethod: dare_ties\noptions: {seed: 0.5}",
             "u.yaml:3: options.seed",
-            "seed is 0.5, it must be a whole number",
+            "seed is 0.5; it must be a whole number",
             "give 0",
         ),
         (
@@ -164,7 +165,7 @@ def test_an_all_zero_option_names_the_option() -> None:
 def test_two_sides_of_one_dimension_are_refused_with_the_line() -> None:
     profile = load_text("weights:\n  elementary: 1\n  friendly: 1\n  expert: 0.5\n", Profile, "u.yaml")
     with pytest.raises(DeclarationError) as caught:
-        check_sides(profile, DIMENSION_OF)
+        SideRule(DIMENSION_OF).check(profile)
     assert caught.value.what == "'elementary' and 'expert' are two sides of one dimension, 'expertise'"
     assert caught.value.where == "u.yaml:4: weights.expert"
     assert "allow_opposed: true" in caught.value.mend
@@ -180,7 +181,7 @@ def test_two_sides_of_one_dimension_are_refused_with_the_line() -> None:
     ],
 )
 def test_sides_that_do_not_oppose_each_other_pass(profile: Profile) -> None:
-    check_sides(profile, DIMENSION_OF)
+    SideRule(DIMENSION_OF).check(profile)
 
 
 @pytest.mark.parametrize("weight", [1e308, -1e31])
@@ -195,6 +196,6 @@ def test_a_weight_beyond_reason_is_refused_with_its_line(weight: float, normaliz
 def test_two_experts_of_one_side_do_not_oppose_each_other() -> None:
     profile = Profile(weights={"friendly-1": 0.5, "friendly-2": 0.5})
     dimension_of = dict.fromkeys(profile.weights, "style")
-    check_sides(profile, dimension_of, side_of=dict.fromkeys(profile.weights, "friendly"))
+    SideRule(dimension_of, dict.fromkeys(profile.weights, "friendly")).check(profile)
     with pytest.raises(DeclarationError, match="two sides"):
-        check_sides(profile, dimension_of, side_of={"friendly-1": "friendly", "friendly-2": "unfriendly"})
+        SideRule(dimension_of, {"friendly-1": "friendly", "friendly-2": "unfriendly"}).check(profile)

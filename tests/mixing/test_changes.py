@@ -215,23 +215,23 @@ def test_diffusers_calls(model: SoupModel, folders: list[Path], small_base: Path
     for call in calls:
         with pytest.raises(UsageError):
             call()
-    with pytest.raises(DeclarationError, match="no finite number"):
+    with pytest.raises(DeclarationError, match="not a finite number"):
         model.set_scale("cold", float("nan"))
 
 
 def test_versions_tell_what_a_cache_was_computed_with(model: SoupModel, folders: list[Path]) -> None:
     model.add_profile(Profile(user="u1", weights={"cold": 0.5}))
-    versions = [model.version(who) for who in (None, "u1", "warm", {"cold": 0.6}, {"cold": {"*": 0.5}})]
+    versions = [model.cache_key(who) for who in (None, "u1", "warm", {"cold": 0.6}, {"cold": {"*": 0.5}})]
     assert len(set(versions)) == 5
-    assert model.version({"cold": 0.5, "warm": 0.0}) == model.version("u1")
-    assert model.version({"cold": lambda step: 0.5 + step}) == model.version("u1")
+    assert model.cache_key({"cold": 0.5, "warm": 0.0}) == model.cache_key("u1")
+    assert model.cache_key({"cold": lambda step: 0.5 + step}) == model.cache_key("u1")
     model.add_profile(Profile(user="u1", weights={"cold": 0.7}))
-    assert model.version("u1") not in versions
-    before = model.version("cold"), model.version("warm")
+    assert model.cache_key("u1") not in versions
+    before = model.cache_key("cold"), model.cache_key("warm")
     model.add_expert(folders[0])
-    assert (model.version("cold") != before[0], model.version("warm") == before[1]) == (True, True)
+    assert (model.cache_key("cold") != before[0], model.cache_key("warm") == before[1]) == (True, True)
     model.set_scale("warm", 2.0)
-    assert model.version("warm") != before[1]
+    assert model.cache_key("warm") != before[1]
     model.remove_profile("u1")
     with pytest.raises(UsageError, match="no profile is called 'u1'"):
         model.remove_profile("u1")
@@ -325,25 +325,29 @@ def test_several_experts_change_at_once_or_not_at_all(
 
 
 def test_a_row_is_checked_once_and_taken_as_often_as_you_like(model: SoupModel, small_base: Path) -> None:
-    row = model.row({"warm": 0.7, "cold": -0.2})
+    row = model.resolve({"warm": 0.7, "cold": -0.2})
+    assert model.resolve(row) is row
     ids = random_ids(2, 5)
     with torch.no_grad():
-        with model.mixture([row, model.row(None)]):
+        with model.mixture([row, model.resolve(None)]):
             got = model(input_ids=ids).logits
         with model.mixture([{"warm": 0.7, "cold": -0.2}, None]):
             assert torch.equal(got, model(input_ids=ids).logits)
         with model.mixture(row):  # one for all rows
             assert torch.equal(got[:1], model(input_ids=ids[:1]).logits)
-    assert model.row({"warm": {"*.mlp.*": 0.5}}).weights == {"warm": {"*.mlp.*": 0.5}}
+    assert model.resolve({"warm": {"*.mlp.*": 0.5}}).weights == {"warm": {"*.mlp.*": 0.5}}
     for odd, what in (
         ({"wam": 1.0}, "'wam'"),
         ("nobody", "'nobody'"),
-        ({"warm": float("nan")}, "no finite number"),
+        ({"warm": float("nan")}, "not a finite number"),
         ({"warm": {"*.nothing.*": 0.5}}, "nothing"),
         (Profile(weights={"warm": 1.0}, method="ties"), "ties"),
     ):
         with pytest.raises((DeclarationError, UsageError), match=what):
-            model.row(odd)
+            model.resolve(odd)
+    model.remove_expert("plain")
+    again = model.resolve(row)
+    assert again == row and again is not row  # the experts have changed, so the names were checked again
     model.remove_expert("warm")
     with pytest.raises(DeclarationError, match="'warm'"), model.mixture([row]):
         pass
@@ -355,14 +359,14 @@ def test_a_row_that_does_not_fit_into_the_models_numbers_is_refused_before_it_is
     half = open_model(small_base, folders[0].parent, dtype="float16")
     most = torch.finfo(torch.float16).max
     scaling = 8 / 4  # of `cold`: alpha over rank
-    half.row({"cold": 0.99 * most / scaling})
+    half.resolve({"cold": 0.99 * most / scaling})
     for weights in ({"cold": 1.01 * most / scaling}, {"warm": 0.1, "cold": -1.01 * most / scaling}):
         with pytest.raises(UsageError, match="'cold'"):
-            half.row(weights)
+            half.resolve(weights)
     # nobody is waited for: another thread has set a mixture
     with half.mixture([{"warm": 0.1}]):
         found: list[Any] = []
-        other = threading.Thread(target=lambda: found.append(half.row({"cold": 0.5})))
+        other = threading.Thread(target=lambda: found.append(half.resolve({"cold": 0.5})))
         other.start()
         other.join(10)
-        assert found == [half.row({"cold": 0.5})]
+        assert found == [half.resolve({"cold": 0.5})]

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from personalized_soups import Profile, SoupModel
+from personalized_soups.declare.expert_weights import ProfileLike
 from personalized_soups.errors import DeclarationError, RunError, UsageError
 from personalized_soups.mixing.fitting import Room
-from personalized_soups.mixing.mixture import Who
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts
 
 PROMPTS = ["wash the kettle", "rub it dry with a clean towel so that it looks nice", "soap"]
-PROFILES: list[Who] = [{"cold": 0.9, "warm": 0.8}, None, {"plain": 2.0, "warm": -1.0}]
+PROFILES: list[ProfileLike] = [{"cold": 0.9, "warm": 0.8}, None, {"plain": 2.0, "warm": -1.0}]
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_answers_in_a_mixed_batch_are_those_alone(model: SoupModel) -> None:
 def test_sampled_answers_do_not_depend_on_their_neighbours(model: SoupModel) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.9, "seed": 5}
     together = model.generate(PROMPTS, PROFILES, **options)
-    others: list[Who] = [PROFILES[0], "warm", "cold"]
+    others: list[ProfileLike] = [PROFILES[0], "warm", "cold"]
     assert model.generate(PROMPTS, others, **options)[0] == together[0]
     assert model.generate(PROMPTS, PROFILES, **{**options, "seed": 6}) != together
 
@@ -218,7 +218,7 @@ def test_weights_may_differ_by_layer(tmp_path: Path, small_base: Path) -> None:
     write_experts(tmp_path / "experts")
     model = open_model(small_base, tmp_path / "experts")
     ids = random_ids(2, 6)
-    layered: list[Who] = [{"warm": {"*.layers.0.*": 0.9, "*.mlp.*": -0.4}}, {"cold": 1.0}]
+    layered: list[ProfileLike] = [{"warm": {"*.layers.0.*": 0.9, "*.mlp.*": -0.4}}, {"cold": 1.0}]
     with torch.no_grad(), model.mixture(layered):
         got = model(input_ids=ids).logits
     with torch.no_grad(), model.mixture([{"warm": {"*": 0.9}}, {"cold": {"*": 1.0}}]):

@@ -754,5 +754,5 @@ def test_a_warning_that_is_an_error_leaves_experts_and_names_agreed(
         with pytest.raises(RuntimeWarning, match="memory ran out"):
             model.add_expert(more)
     assert "anew" in model.experts
-    assert model.row("anew").weights == {"anew": 1.0}
+    assert model.resolve("anew").weights == {"anew": 1.0}
     assert relative(logits(model), ungrouped(model)) < LOGITS

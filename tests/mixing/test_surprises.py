@@ -101,13 +101,13 @@ def test_versions_of_other_orders_models_and_dtypes_differ(
 ) -> None:
     patterns = {"*.layers.0.*": 0.9, "*.mlp.*": -0.4}
     turned = dict(reversed(patterns.items()))
-    assert model.version({"warm": patterns}) != model.version({"warm": turned})
+    assert model.cache_key({"warm": patterns}) != model.cache_key({"warm": turned})
     other = open_model(small_base, folders[0].parent)
     for who in (None, "warm"):
-        assert model.version(who) != other.version(who)
-    before = model.version("warm")
+        assert model.cache_key(who) != other.cache_key(who)
+    before = model.cache_key("warm")
     model.double()
-    assert model.version("warm") != before
+    assert model.cache_key("warm") != before
 
 
 def test_mixtures_that_end_out_of_order_and_tasks_of_one_thread(
@@ -346,8 +346,8 @@ def test_weights_that_no_gate_can_hold_are_told(folders: list[Path], small_base:
 def test_numpys_numbers_are_numbers(model: SoupModel) -> None:
     import numpy as np
 
-    assert model.version({"warm": np.float32(0.5)}) == model.version({"warm": 0.5})  # type: ignore[dict-item]
-    assert model.version({"warm": np.int64(1)}) == model.version("warm")  # type: ignore[dict-item]
+    assert model.cache_key({"warm": np.float32(0.5)}) == model.cache_key({"warm": 0.5})  # type: ignore[dict-item]
+    assert model.cache_key({"warm": np.int64(1)}) == model.cache_key("warm")  # type: ignore[dict-item]
 
 
 def test_an_expert_cannot_take_a_profiles_name(model: SoupModel, folders: list[Path]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from personalized_soups.serving.engine.batcher import Limits
+from personalized_soups.serving.engine.limits import Limits
 from tests.mixing.worlds import write_experts
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def expert_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def served(small_base: Path, expert_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    from personalized_soups.serving.web.app import Settings
+    from personalized_soups.serving.web.settings import Settings
     from tests.serving.servers import running
 
     store = tmp_path_factory.mktemp("store") / "profiles.db"

@@ -20,8 +20,9 @@ from openai import OpenAI
 from personalized_soups import SoupModel
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.dimension import Catalogue
-from personalized_soups.serving.web.app import Server, Settings
+from personalized_soups.serving.web.app import Server
 from personalized_soups.serving.web.server import UvicornServer, listen, load_model
+from personalized_soups.serving.web.settings import Settings
 from personalized_soups.users.profiles.store import ProfileStore
 
 
@@ -107,7 +108,7 @@ def running(
     )
 
     def check(profile: Any) -> None:
-        model.row(profile)
+        model.resolve(profile)
 
     store = None if profiles is None else ProfileStore.open(profiles, check=check)
     listening = listen("127.0.0.1", 0, has_key=False)

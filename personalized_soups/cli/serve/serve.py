@@ -19,7 +19,7 @@ from personalized_soups.errors import UsageError, check_extra
 if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile
     from personalized_soups.mixing.model import SoupModel
-    from personalized_soups.serving.web.app import Settings
+    from personalized_soups.serving.web.settings import Settings
 
 PORT = 8000
 
@@ -210,10 +210,9 @@ def serve_asked(asked: ServeOptions) -> None:
 
 
 def _settings(asked: ServeOptions, keys: Sequence[str], model: SoupModel) -> Settings:
-    from personalized_soups.serving.engine.batcher import Limits
-    from personalized_soups.serving.web.app import Settings
-    from personalized_soups.serving.web.guard import Rules
+    from personalized_soups.serving.engine.limits import Limits
     from personalized_soups.serving.web.server import cache_bytes, context_of
+    from personalized_soups.serving.web.settings import Rules, Settings
 
     memory = cache_bytes(model.model.device) if asked.cache_memory is None else round(asked.cache_memory * 2**30)
     return Settings(
@@ -241,7 +240,7 @@ def _settings(asked: ServeOptions, keys: Sequence[str], model: SoupModel) -> Set
 
 
 def _check(model: SoupModel, profile: Profile) -> None:
-    model.row(profile)
+    model.resolve(profile)
 
 
 def _name_of(base: str) -> str:

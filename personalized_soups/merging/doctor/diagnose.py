@@ -12,7 +12,8 @@ from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.compatible import disagreements, other_names
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.bank.expert_bank import ExpertBank
-from personalized_soups.declare.profile import Profile, check_sides
+from personalized_soups.declare.profile import Profile
+from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import InputError, SoupError
 from personalized_soups.files.digest import digest_file
 from personalized_soups.merging.computing.changes import Changes
@@ -21,7 +22,7 @@ from personalized_soups.merging.doctor.diagnosis import Diagnosis, ExpertFacts, 
 from personalized_soups.merging.doctor.measures import Measures, base_norms
 from personalized_soups.merging.doctor.surprises import Group, surprises
 from personalized_soups.merging.planning.checks import faults_of, unmet_needs
-from personalized_soups.merging.planning.plan import dimensions_of, plan_merge, vllm_max_lora_rank
+from personalized_soups.merging.planning.plan import plan_merge, vllm_max_lora_rank
 from personalized_soups.methods.table import method_named
 
 Progress = Callable[[int, int], None]
@@ -134,9 +135,8 @@ class _Examination:
             return
         weights = {name: weight for name, weight in self.profile.resolved_weights().items() if weight != 0}
         chosen = [expert for expert in experts if expert.name in weights]
-        sides = {expert.name: expert.side for expert in chosen if expert.side is not None}
         try:
-            check_sides(self.profile, dimensions_of(chosen), sides)
+            SideRule.of(chosen).check(self.profile)
         except SoupError as fault:
             self._error("opposed sides", fault)
         method = method_named(self.profile.method)
@@ -161,7 +161,7 @@ class _Examination:
             bank=bank,
             measures=measures,
             weights=None if self.profile is None else tuple(weights.get(each.name, 0.0) for each in bank.experts),
-            dimensions=dimensions_of(bank.experts),
+            dimensions=SideRule.of(bank.experts).dimension_of,
             base_norms=size,
             duplicates=frozenset(_duplicates(bank, measures)),
         )
@@ -195,12 +195,7 @@ def _duplicates(bank: ExpertBank, measures: Measures) -> Iterator[tuple[int, int
 def _stacked_rank(group: Group) -> int:
     bank = group.bank
     chosen = ExpertBank([bank.experts[index] for index in group.chosen])
-    ranks = []
-    for name in chosen.modules:
-        members = [chosen.experts[index].adapter.modules[name].rank for index in chosen.members(name)]
-        # one A for several experts takes its rows once
-        ranks.append(sum(dict(zip(chosen.basis(name), members, strict=True)).values()))
-    return max(ranks)
+    return max(map(chosen.stacked_rank, chosen.modules))
 
 
 def _of_rank(rank: int) -> Finding:

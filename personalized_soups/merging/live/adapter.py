@@ -14,7 +14,8 @@ from torch import nn
 
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.bank.expert_bank import ExpertBank
-from personalized_soups.declare.profile import Profile, check_sides
+from personalized_soups.declare.profile import Profile
+from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import DeclarationError, UsageError
 from personalized_soups.merging.live.buffers import (
     FACTOR_RULES,
@@ -26,7 +27,7 @@ from personalized_soups.merging.live.buffers import (
 )
 from personalized_soups.merging.live.checks import check_model, check_plain
 from personalized_soups.merging.live.coefficients import coefficients_on
-from personalized_soups.merging.planning.plan import MergePlan, dimensions_of, plan_merge, resolve_device, torch_dtype
+from personalized_soups.merging.planning.plan import MergePlan, plan_merge, resolve_device, torch_dtype
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.method import Method
 from personalized_soups.methods.table import method_named
@@ -73,8 +74,7 @@ class LiveAdapter:
         self._library = library
         self._plan = _plan_of_all(library, self.method, experts, dtype or "float32", same_base=same_base)
         self._experts = {each.name: library[each.name] for each in self._plan.experts}
-        self._dimension_of = dimensions_of(list(self._experts.values()))
-        self._side_of = {name: each.side for name, each in self._experts.items() if each.side is not None}
+        self._sides = SideRule.of(self._experts.values())
         # a buffer that was made in inference mode could not be changed outside of it
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = _buffers(ExpertBank(list(self._experts.values())), self._plan, self.device)
@@ -189,7 +189,7 @@ class LiveAdapter:
                 where=profile.place("weights", absent[0]),
                 mend=f"make the LiveAdapter with it too: experts=[..., {absent[0]!r}]",
             )
-        check_sides(profile, self._dimension_of, self._side_of)
+        self._sides.check(profile)
         # a profile that names no method takes the one that it is given, as in a merge
         if "method" in profile.model_fields_set and profile.method != self.method.name:
             raise UsageError(

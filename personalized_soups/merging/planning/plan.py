@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +16,8 @@ from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.provenance import BaseRecord
 from personalized_soups.bank.expert_bank import ExpertBank
-from personalized_soups.declare.dimension import Catalogue
-from personalized_soups.declare.loader import load
-from personalized_soups.declare.profile import Profile, check_sides
-from personalized_soups.declare.shipped import shipped_recipe
+from personalized_soups.declare.profile import Profile
+from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.merging.planning.checks import Cut, checked_cut, faults_of, raise_all, unmet_needs
 from personalized_soups.merging.planning.layout import (
@@ -197,9 +194,7 @@ def plan_merge(
     # nothing can be compared before each expert is sound by itself
     raise_all([fault for expert in experts for fault in faults_of(expert)])
     bank = ExpertBank(experts)
-    check_sides(
-        profile, dimensions_of(experts), {expert.name: expert.side for expert in experts if expert.side is not None}
-    )
+    SideRule.of(experts).check(profile)
     raise_all([*disagreements(experts, same_base=same_base), *unmet_needs(row, bank, [w for _, w in chosen])])
     checked_target = _checked_target(target, into_base=into_base)
     layout = layout_of(experts)
@@ -350,8 +345,7 @@ def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | Non
     elif method.needs_equal_ranks:
         full = described[0].rank
     elif method.family == "linear":
-        # one A for several experts takes its rows once
-        full = sum({number: each.rank for number, each in zip(bank.basis(like.name), described, strict=True)}.values())
+        full = bank.stacked_rank(like.name)
     else:
         full = sum(each.rank for each in described)
     return PlannedModule(
@@ -360,27 +354,6 @@ def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | Non
         full_rank=full,
         rank=full if rank is None else min(rank, full),
     )
-
-
-def dimensions_of(experts: Sequence[Expert]) -> dict[str, str]:
-    """Return the dimension of each expert that has one: by expert.json, else by a name of the shipped catalogue."""
-    found = {expert.name: expert.dimension for expert in experts if expert.dimension is not None}
-    nameless = [expert for expert in experts if expert.name not in found]
-    if len(experts) < 2 or not nameless:
-        return found
-    recipe = shipped_recipe("dimensions/psoups.yaml")
-    text = recipe.read_text(encoding="utf-8")
-    for expert in nameless:
-        side = expert.side or expert.name
-        # reading YAML takes as long as reading the experts: a name that is nowhere in it is no name of it
-        if side in text and (dimension := _catalogue(recipe).dimension_of(side)) is not None:
-            found[expert.name] = dimension
-    return found
-
-
-@cache
-def _catalogue(recipe: Path) -> Catalogue:
-    return load(recipe, Catalogue)
 
 
 def _resolved_dtype(dtype: str | None, experts: Sequence[Expert]) -> DtypeName:

@@ -17,8 +17,9 @@ from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.adapters.provenance import InputRecord, SoupRecord, read_soup_record
 from personalized_soups.bank.expert_bank import ExpertBank
-from personalized_soups.declare.profile import Profile, check_sides
+from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.profiles import each_once
+from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import DeclarationError, OutputExistsError, SoupError, UsageError
 from personalized_soups.files.atomic import check_target, new_folder
 from personalized_soups.files.digest import BackgroundDigests
@@ -30,7 +31,6 @@ from personalized_soups.merging.planning.plan import (
     MergePlan,
     PlannedExpert,
     arithmetic_device,
-    dimensions_of,
     plan_merge,
     resolve_device,
 )
@@ -99,18 +99,16 @@ class _Pattern:
 
     plan: MergePlan
     bank: ExpertBank
-    dimension_of: Mapping[str, str]
-    side_of: Mapping[str, str]
+    sides: SideRule
 
     @classmethod
     def of(cls, plan: MergePlan, library: ExpertLibrary) -> _Pattern:
         experts = [library[expert.name] for expert in plan.experts]
-        sides = {expert.name: expert.side for expert in experts if expert.side is not None}
-        return cls(plan, ExpertBank(experts), dimensions_of(experts), sides)
+        return cls(plan, ExpertBank(experts), SideRule.of(experts))
 
     def filled(self, library: ExpertLibrary, profile: Profile, weights: Mapping[str, float]) -> MergePlan:
         library.check(profile)
-        check_sides(profile, self.dimension_of, self.side_of)
+        self.sides.check(profile)
         experts = tuple(PlannedExpert(each.name, each.folder, weights[each.name]) for each in self.plan.experts)
         if self.plan.method.divides_by_sum:
             raise_all(unmet_needs(self.plan.method, self.bank, [each.weight for each in experts]))

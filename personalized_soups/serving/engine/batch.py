@@ -1,4 +1,4 @@
-"""The rows that are being answered: each with its own soup, joining and leaving between two steps of the others.
+"""The rows of a running batch: each row has its own soup, and joins and leaves between two steps of the others.
 
 N rows, Q tokens of a forward pass, V vocabulary.
 """
@@ -13,42 +13,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from personalized_soups.errors import UsageError
-from personalized_soups.mixing.mixture import Row
+from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.mixing.model import SoupModel
+from personalized_soups.serving.engine.attention import rows_differ
 from personalized_soups.serving.engine.kv_slots import KvSlots
 from personalized_soups.serving.engine.token_sampler import Choice, TokenSampler, choose
 
 
 @dataclass(eq=False, slots=True)
 class BatchRow:
-    """One answer that is being made.
+    """A prompt with the answer generated so far.
 
-    Args:
-        tokens: the prompt's; the answer's are added.
-        weights: whose soup it is.
-        chooser: of its tokens.
+    Attributes:
+        tokens: the tokens of the prompt; the batch appends those of the answer.
+        weights: the checked weights of the row's soup.
+        sampler: chooses the row's tokens.
+        num_read: tokens whose keys and values are in the row's slot.
+        slot: the number of the row's slot; -1 before the row is read.
     """
 
     tokens: list[int]
-    weights: Row
-    chooser: TokenSampler
-    num_read: int = field(default=0, init=False)  # tokens whose keys and values its slot has
+    weights: ExpertWeights
+    sampler: TokenSampler
+    num_read: int = field(default=0, init=False)
     slot: int = field(default=-1, init=False)
 
 
 class Batch:
-    """Rows in slots, the first ones of which are decoded together.
+    """Rows in slots; the rows that have joined fill the first slots and are decoded together.
 
-    All calls come from one thread, which holds the model's mixture from one change of the rows to the next: `release`
-    lets others have the model.
+    All calls come from one thread. It keeps the model's mixture from one change of the rows to the next; `release` lets
+    other threads use the model.
+
+    Attributes:
+        token_bytes: bytes of the keys and values of one token, in all layers.
 
     Args:
         model: base and experts.
-        cache_bytes: that keys and values may take, once rows fit into that; None is without limit.
+        cache_bytes: limit for the bytes of keys and values; None for no limit.
 
     Raises:
-        UsageError: if the model's rows cannot be kept in slots, which is tried.
+        UsageError: if rows of the model cannot join and leave a batch. The constructor tests this with two short rows.
     """
 
     def __init__(self, model: SoupModel, cache_bytes: int | None = None) -> None:
@@ -58,40 +63,40 @@ class Batch:
         self._mixture = ExitStack()
         self._is_set = False
         self._keeps_last = bool(model.model._supports_logits_to_keep())
-        self.token_bytes = self._tried()  # of keys and values
+        self.token_bytes = self._measure()
 
     @property
     def rows(self) -> Sequence[BatchRow]:
-        """The rows that are decoded, by slot."""
+        """The rows that have joined, by slot."""
         return self._rows
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values."""
+        """Bytes allocated for keys and values."""
         return self._slots.num_bytes
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
-        """Return whether there is memory for so many rows of so many tokens."""
+        """Return whether the keys and values of `num_rows` rows of `num_tokens` tokens stay within the limit."""
         return self._slots.fits(num_rows, num_tokens, self.token_bytes)
 
-    def read(self, rows: Sequence[BatchRow], most: int, *, num_tokens: int = 0) -> list[Choice] | None:
-        """Read the next tokens of rows whose prompts are not read yet, at most `most` of each.
+    def read(self, rows: Sequence[BatchRow], max_tokens: int, *, num_tokens: int = 0) -> list[Choice] | None:
+        """Read the next tokens of prompts, at most `max_tokens` of each.
 
         Args:
-            rows: none of which has joined; they stand behind those that have. Several rows are read whole.
-            most: tokens.
-            num_tokens: make room for so many of each row at once, those of the answers among them, and of the rows
-                that have joined.
+            rows: rows that have not joined. Several rows must be read in one call; a single one may take several calls.
+            max_tokens: tokens to read.
+            num_tokens: tokens to allocate for each row at once, counting those of its answer, in these rows and in
+                those that have joined. The allocation then need not grow with every token.
 
         Returns:
-            The first token of each answer, once the prompts are read; the rows have joined then. None before.
+            The first token of each answer once the prompts are read; the rows have joined then. None before.
         """
         self.release()
-        chunks = [row.tokens[row.num_read : row.num_read + most] for row in rows]
+        chunks = [row.tokens[row.num_read : row.num_read + max_tokens] for row in rows]
         first = len(self._rows)
         self._slots.fit(first + len(rows), max(num_tokens, *(len(row.tokens) + 1 for row in (*self._rows, *rows))))
         for slot, row in enumerate(rows, first):
-            if row.num_read and row.slot != slot:  # others have left since its last part was read
+            if row.num_read and row.slot != slot:  # other rows have left since the last part was read
                 self._slots.move(row.slot, slot, row.num_read)
             row.slot = slot
         with self._model.mixture([row.weights for row in rows]):
@@ -99,7 +104,7 @@ class Batch:
         if any(row.num_read + len(chunk) < len(row.tokens) for row, chunk in zip(rows, chunks, strict=True)):
             choices = None
         else:
-            choices = self._chosen(logits_NV, rows)
+            choices = _append_choices(logits_NV, rows)
         for row, chunk in zip(rows, chunks, strict=True):
             row.num_read += len(chunk)
         if choices is not None:
@@ -107,24 +112,24 @@ class Batch:
         return choices
 
     def step(self) -> list[Choice]:
-        """Return the next token of every row, by slot."""
+        """Append the next token to every row that has joined, and return the choices by slot."""
         rows = self._rows
         if not self._is_set:
             self._mixture.enter_context(self._model.mixture([row.weights for row in rows]))
             self._is_set = True
         logits_NV = self._forward(0, [row.tokens[-1:] for row in rows], [row.num_read for row in rows])
-        choices = self._chosen(logits_NV, rows)
+        choices = _append_choices(logits_NV, rows)
         for row in rows:
             row.num_read += 1
         return choices
 
-    def remove(self, gone: Sequence[BatchRow]) -> None:
-        """Let rows go; the last ones take their slots."""
-        if not gone:
+    def remove(self, rows: Sequence[BatchRow]) -> None:
+        """Remove rows; the last rows of the batch move into their slots."""
+        if not rows:
             return
         self.release()
-        leaving = set(map(id, gone))
-        for slot in sorted((slot for slot, row in enumerate(self._rows) if id(row) in leaving), reverse=True):
+        removed = set(map(id, rows))
+        for slot in sorted((slot for slot, row in enumerate(self._rows) if id(row) in removed), reverse=True):
             last = self._rows.pop()
             if slot < len(self._rows):
                 self._slots.move(last.slot, slot, last.num_read)
@@ -132,72 +137,65 @@ class Batch:
                 self._rows[slot] = last
 
     def release(self) -> None:
-        """Leave the mixture: other threads may set theirs, and experts may change."""
+        """Leave the model's mixture: other threads may set theirs, and experts may change."""
         self._is_set = False
         self._mixture.close()
 
     def clear(self) -> None:
-        """Let all rows and their memory go."""
+        """Remove all rows and free their memory."""
         self.release()
         self._rows.clear()
         self._slots.clear()
 
-    def _tried(self) -> int:
-        """Let two rows of different lengths be read and go on, see that each is as it is alone, and clear all.
-
-        Returns:
-            How many bytes each token took.
+    def _measure(self) -> int:
+        """Return the bytes of one token's keys and values, measured on two rows that are removed afterwards.
 
         Raises:
-            UsageError: if it isn't: the model takes no positions, or no mask of every row's own.
+            UsageError: if the model rejects positions or a mask for each row, or if a row's logits depend on the other
+                row.
         """
         model: Any = self._model.model
         try:
             with self._model.mixture(None), torch.inference_mode():
-                is_own = self._is_own([[1, 2, 3], [4, 5, 6, 7, 8, 9]])
+                is_independent = self._has_independent_rows([[1, 2, 3], [4, 5, 6, 7, 8, 9]])
             token_bytes = self._slots.num_bytes // (self._slots.num_slots * self._slots.num_columns)
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as fault:
-            raise _unfit(model) from fault
+        except (TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise rows_differ(model) from error
         finally:
             self.clear()
-        if not is_own:
-            raise _unfit(model)
+        if not is_independent:
+            raise rows_differ(model)
         return token_bytes
 
-    def _is_own(self, tokens: Sequence[Sequence[int]]) -> bool:
+    def _has_independent_rows(self, tokens: Sequence[Sequence[int]]) -> bool:
+        """Return whether the last token's logits of rows in one batch are those of each row alone."""
         model: Any = self._model.model
         self._forward(0, [row[:-1] for row in tokens], [0] * len(tokens))
         got_NV = self._forward(0, [row[-1:] for row in tokens], [len(row) - 1 for row in tokens]).double()
         for row, got_V in zip(tokens, got_NV, strict=True):
             ids_1T = torch.tensor([row], device=model.device)
             want_V: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0, -1].double()
-            # rounding, even of eight bits, is far below; another context is far above
+            # rounding, even to eight bits, changes far less than 0.3; another row's context changes far more
             if not (got_V - want_V).norm() <= 0.3 * (want_V - want_V.mean()).norm():
                 return False
         return True
 
     def _forward(self, first: int, chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
         """Return the logits after each row's last token, `[N, V]`."""
-        most = max(map(len, chunks))
-        ids_NQ = torch.tensor([[0] * (most - len(chunk)) + list(chunk) for chunk in chunks])
+        num_columns = max(map(len, chunks))
+        # padded on the left, so that every row's last token is in the last column
+        ids_NQ = torch.tensor([[0] * (num_columns - len(chunk)) + list(chunk) for chunk in chunks])
         model: Any = self._model.model
-        told = self._slots.place(first, starts, list(map(len, chunks)), model.device)
+        inputs = self._slots.place(first, starts, list(map(len, chunks)), model.device)
         keep = {"logits_to_keep": 1} if self._keeps_last else {}
-        logits_NQV: Tensor = model(input_ids=ids_NQ.to(model.device), use_cache=True, **told, **keep).logits
+        logits_NQV: Tensor = model(input_ids=ids_NQ.to(model.device), use_cache=True, **inputs, **keep).logits
         return logits_NQV[:, -1]
 
-    def _chosen(self, logits_NV: Tensor, rows: Sequence[BatchRow]) -> list[Choice]:
-        found = choose(logits_NV, [row.chooser for row in rows])
-        for row, choice in zip(rows, found, strict=True):
-            row.tokens.append(choice.token)
-        return found
 
-
-def _unfit(model: Any) -> UsageError:
-    return UsageError(
-        f"rows of several lengths in one batch of a {type(model).__name__} come out as other ones",
-        where="base",
-        mend="take a model of full or sliding attention, or answer in batches: psoups generate",
-    )
+def _append_choices(logits_NV: Tensor, rows: Sequence[BatchRow]) -> list[Choice]:
+    choices = choose(logits_NV, [row.sampler for row in rows])
+    for row, choice in zip(rows, choices, strict=True):
+        row.tokens.append(choice.token)
+    return choices

@@ -1,4 +1,4 @@
-"""An answer's text while its tokens come: whole characters only, and nothing of what may become a stop string."""
+"""The text of an answer while its tokens arrive: only whole characters, and no text that may start a stop string."""
 
 from __future__ import annotations
 
@@ -8,22 +8,26 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What stands for bytes that are no whole character yet.
-_HALF = "\ufffd"
-# Tokens that are held back for it: more are no character, which has four bytes, whatever follows.
-_MOST_HELD = 16
-_LONGEST = 4
+# What tokenizers decode bytes to that are not a whole character.
+_INCOMPLETE = "\ufffd"
+# Tokens that may wait for the rest of a character; if more wait, the first ones cannot become a character.
+_MAX_PENDING = 16
+# Bytes of the longest character in UTF-8, and so the most tokens that it spans.
+_MAX_CHARACTER_BYTES = 4
 
 
 class Detokenizer:
-    """The text of one answer.
+    """Decodes the tokens of one answer.
+
+    Attributes:
+        is_stopped: whether the text contains a stop string.
 
     Args:
         tokenizer: of the base.
-        stops: strings at which the answer ends; they are not part of it. The one that is complete first counts, of two
-            at once the longer one, however the tokens cut them.
-        silent: tokens that say nothing, as `silent_tokens` finds them: decoded with the others they would be decoded
-            again and again.
+        stops: strings that end the answer and do not belong to it. The string that is complete first counts, and the
+            longer one of two that are complete at once, wherever the tokens divide them.
+        silent: tokens without text, from `silent_tokens`. They are skipped, because the detokenizer would decode them
+            again with every token that follows.
     """
 
     def __init__(
@@ -32,59 +36,62 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stops = tuple(stop for stop in stops if stop)
         self._tokens: list[int] = []
-        self._read = 0  # tokens whose text is known for good ...
-        self._before = 0  # ... and from which on they are decoded again: some tokens look at their neighbours
-        self._held = ""  # known, and perhaps the beginning of a stop string
+        self._read = 0  # tokens whose text is final ...
+        self._context = (
+            0  # ... and the first of them that is decoded again: a token's text may depend on its neighbours
+        )
+        self._held = ""  # text that is final, but may be the start of a stop string
         self.is_stopped = False
         self._silent = silent
 
     def add(self, token: int) -> str:
-        """Take the next token, and return what can be told now."""
+        """Take the next token, and return the text that has become final."""
         if token in self._silent:
             return ""
         self._tokens.append(token)
-        old = self._decoded(self._before, self._read)
-        new = self._decoded(self._before, len(self._tokens))
+        old = self._decoded(self._context, self._read)
+        new = self._decoded(self._context, len(self._tokens))
         end = len(self._tokens)
-        if new.endswith(_HALF):
-            if end - self._read <= _MOST_HELD:
+        if new.endswith(_INCOMPLETE):
+            if end - self._read <= _MAX_PENDING:
                 return ""
-            end, new = self._settled(new)
+            end, new = self._final_part(new)
         if len(new) <= len(old):
             return ""
-        self._before, self._read = self._read, end
-        return self._tell(new[len(old) :])
+        self._context, self._read = self._read, end
+        return self._until_stop(new[len(old) :])
 
     def end(self) -> str:
-        """Return what was held back: no token comes any more."""
-        old = self._decoded(self._before, self._read)
-        new = self._decoded(self._before, len(self._tokens))
+        """Return the text that was held back; no token follows."""
+        old = self._decoded(self._context, self._read)
+        new = self._decoded(self._context, len(self._tokens))
         self._read = len(self._tokens)
-        told = self._tell(new[len(old) :])
+        text = self._until_stop(new[len(old) :])
         if not self.is_stopped:
-            told, self._held = told + self._held, ""
-        return told
+            text, self._held = text + self._held, ""
+        return text
 
-    def _settled(self, whole: str) -> tuple[int, str]:
-        """Return at which token, and with which text, what nothing that follows can change ends."""
-        for end in range(len(self._tokens) - _LONGEST, self._read, -1):
-            first, second = self._decoded(self._before, end), self._decoded(end, len(self._tokens))
-            # a character that is cut in two there reads as two halves
+    def _final_part(self, whole: str) -> tuple[int, str]:
+        """Return how many tokens, and which text of them, no later token can change."""
+        for end in range(len(self._tokens) - _MAX_CHARACTER_BYTES, self._read, -1):
+            first, second = self._decoded(self._context, end), self._decoded(end, len(self._tokens))
+            # a character that is cut at `end` decodes to two incomplete ones, and the sum differs from the whole
             if second and first + second == whole:
                 return end, first
         return self._read, ""
 
-    def _tell(self, text: str) -> str:
+    def _until_stop(self, text: str) -> str:
+        """Return the part of a new text that can be delivered, and hold back what may start a stop string."""
         if self.is_stopped:
             return ""
         if not self._stops:
             return text
         text = self._held + text
-        found = [(place + len(stop), place) for stop in self._stops if (place := text.find(stop)) >= 0]
-        if found:
+        matches = [(start + len(stop), start) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if matches:
             self.is_stopped = True
             self._held = ""
-            return text[: min(found)[1]]
+            return text[: min(matches)[1]]
         held = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -98,12 +105,12 @@ class Detokenizer:
 
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the special tokens, which are left out of texts."""
+    """Return the special tokens, which texts leave out."""
     return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of a text are the beginning of a stop string."""
+    """Return how many characters at the end of a text are the start of a stop string."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

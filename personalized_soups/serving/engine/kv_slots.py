@@ -1,6 +1,7 @@
-"""Where the rows of a running batch keep their keys and values: a slot for each row, a column for each token.
+"""Keys and values of a running batch: a slot for each row, a column for each token.
 
-S slots, N rows of a forward pass, Q tokens of each, T columns, W columns that are looked at, H heads, D their width.
+S slots, N rows of a forward pass, Q tokens of each, T columns, W columns that the pass attends to, H heads, D their
+width.
 """
 
 from __future__ import annotations
@@ -14,25 +15,22 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from personalized_soups.errors import UsageError
+from personalized_soups.serving.engine.attention import check_attention, layer_kinds
 
-# Room is made in steps: so many columns, and this many slots beyond a power of two.
+# Columns are allocated in multiples of the first number; slots in powers of two up to the second one, and in multiples
+# of it beyond.
 _COLUMNS = 64
 _SLOTS = 16
-
-_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# Those that heed a mask of every row's own; flash attention takes none.
-_KNOWN_ATTENTION = {"sdpa", "eager"}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Placement:
-    """Where the tokens of one forward pass go: rows are the slots `first`, `first + 1`, ...
+    """Where one forward pass writes its tokens: its rows are the slots `first`, `first + 1`, ...
 
-    Args:
-        first: the first row's slot.
-        columns_NQ: int64, the column of every token; padding goes to the last one, which nobody looks at.
-        width: columns that are looked at.
+    Attributes:
+        first: the slot of the first row.
+        columns_NQ: int64, the column of every token. Padding is written to the last column, which no row attends to.
+        width: number of columns that the pass attends to.
     """
 
     first: int
@@ -41,7 +39,7 @@ class Placement:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's keys and values, `[S, H, T, D]`."""
+    """Keys and values of one layer, `[S, H, T, D]`."""
 
     is_compileable = False
     keys: Tensor
@@ -52,31 +50,31 @@ class _SlotLayer(CacheLayerMixin):
         self._slots = slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make room, as wide as the model's heads are."""
-        room = (self._slots.num_slots, key_states.shape[1], self._slots.num_columns)
-        # zeros: what is masked is multiplied by 0, and memory as it is found may hold NaN
-        self.keys = key_states.new_zeros(*room, key_states.shape[3])
-        self.values = value_states.new_zeros(*room, value_states.shape[3])
+        """Allocate keys and values with the heads' width."""
+        shape = (self._slots.num_slots, key_states.shape[1], self._slots.num_columns)
+        # zeros: masked keys are multiplied by 0, and uninitialized memory may hold NaN
+        self.keys = key_states.new_zeros(*shape, key_states.shape[3])
+        self.values = value_states.new_zeros(*shape, value_states.shape[3])
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write `[N, H, Q, D]` where the placement says, and return views `[N, H, W, D]` of what the rows have."""
+        """Write `[N, H, Q, D]` where the placement says, and return views `[N, H, W, D]` of the rows' columns."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         placement = self._slots.placement
         rows = slice(placement.first, placement.first + key_states.shape[0])
-        found = []
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
-            here = held[rows]
+        views = []
+        for stored, new in ((self.keys, key_states), (self.values, value_states)):
+            row_view = stored[rows]
             index = placement.columns_NQ[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-            here.scatter_(2, index, new)
-            found.append(here[:, :, : placement.width])
-        return found[0], found[1]
+            row_view.scatter_(2, index, new)
+            views.append(row_view[:, :, : placement.width])
+        return views[0], views[1]
 
     def resize(self, num_slots: int, num_columns: int, num_used: int) -> None:
-        """Take the first columns of the first slots along into other room."""
+        """Allocate another number of slots and columns, and copy the first `num_used` columns of the slots."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old: Tensor = getattr(self, name)
@@ -86,18 +84,18 @@ class _SlotLayer(CacheLayerMixin):
                 setattr(self, name, new)
 
     def narrow(self, num_slots: int, num_columns: int) -> None:
-        """Be no larger than so: room that others did not get is left aside."""
+        """Use at most so many slots and columns; the memory of the others stays allocated."""
         if self.is_initialized:
             self.keys = self.keys[:num_slots, :, :num_columns]
             self.values = self.values[:num_slots, :, :num_columns]
 
     def move(self, source: int, target: int, num_columns: int) -> None:
-        """Put a slot's first columns into another one."""
-        for held in (self.keys, self.values):
-            held[target, :, :num_columns] = held[source, :, :num_columns]
+        """Copy the first columns of one slot into another slot."""
+        for stored in (self.keys, self.values):
+            stored[target, :, :num_columns] = stored[source, :, :num_columns]
 
     def wipe(self, slots: slice, columns: slice) -> None:
-        """Make it zeros again."""
+        """Fill with zeros."""
         if self.is_initialized:
             self.keys[slots, :, columns] = 0
             self.values[slots, :, columns] = 0
@@ -108,42 +106,49 @@ class _SlotLayer(CacheLayerMixin):
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many columns are looked at, and from which on."""
+        """Return how many columns the pass attends to, and the first of them."""
         return self._slots.placement.width, 0
 
     def get_seq_length(self) -> int:
-        """Return nothing that counts: every row has a length of its own, and positions are given."""
+        """Return 0: rows differ in length, and `place` gives the positions to the model."""
         return 0
 
     def get_max_length(self) -> int:
-        """Return -1: it grows."""
+        """Return -1: the layer grows without limit."""
         return -1
 
 
 class KvSlots:
-    """The keys and values of a batch: room that grows, written in place; `cache` is what a model is given.
+    """The keys and values of a batch: memory that grows and is written in place.
 
-    Columns that a row has not written hold zeros: what is masked is multiplied by 0, which NaN and infinities of a row
-    that has left would survive. So a slot is wiped when it is taken anew.
+    Columns that a row has not written hold zeros. Attention multiplies masked columns by 0, and NaN or infinities of a
+    row that has left would survive that. So a slot is wiped before another row uses it.
+
+    Attributes:
+        cache: the cache that the model is called with.
+        kinds: the kinds of attention of the model's layers.
+        num_slots: allocated slots.
+        num_columns: allocated columns of each slot.
+        placement: where the next forward pass writes.
 
     Args:
-        config: of the model, which says how many layers there are and of which kind.
-        most_bytes: that are held, once what is needed fits; None is without limit. While room is made anew, one layer's
-            old room comes on top.
+        config: configuration of the model.
+        max_bytes: limit for the allocated bytes, as long as the requested rows fit into it; None for no limit. While
+            the memory is resized, the old memory of one layer is allocated in addition.
 
     Raises:
-        UsageError: if a layer keeps no keys and values for each token (a recurrent one), or heeds no mask.
+        UsageError: if a layer does not keep keys and values of each token (recurrent layers), or ignores masks.
     """
 
-    def __init__(self, config: Any, most_bytes: int | None = None) -> None:
+    def __init__(self, config: Any, max_bytes: int | None = None) -> None:
         text = config.get_text_config(decoder=True)
-        _check_attention(text)
+        check_attention(text)
         self.kinds = layer_kinds(text)
         self.num_slots = 0
         self.num_columns = 0
         self.placement = Placement(0, torch.zeros(0, 0, dtype=torch.int64), 0)
-        self._most_bytes = most_bytes
-        self._written: list[int] = []  # of each slot, the columns in which anything stands
+        self._max_bytes = max_bytes
+        self._written: list[int] = []  # for each slot, how many columns are not zeros
         self._window = int(getattr(text, "sliding_window", None) or 0)
         self._is_eager = text._attn_implementation == "eager"
         self._layers = [_SlotLayer(self) for _ in range(text.num_hidden_layers)]
@@ -151,37 +156,37 @@ class KvSlots:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all keys and values that there is room for."""
+        """Bytes allocated in all layers."""
         return sum(layer.num_bytes for layer in self._layers)
 
     def fits(self, num_slots: int, num_tokens: int, token_bytes: int) -> bool:
-        """Return whether room for so many rows of so many tokens is within the limit.
+        """Return whether memory for `num_slots` rows of `num_tokens` tokens stays within the limit.
 
         Args:
             num_slots: rows.
-            num_tokens: of each.
-            token_bytes: of the keys and values of one token.
+            num_tokens: tokens of each row.
+            token_bytes: bytes of the keys and values of one token, in all layers.
         """
-        room = _rounded_slots(num_slots) * _rounded_columns(num_tokens)
-        return self._most_bytes is None or room * token_bytes <= self._most_bytes
+        num_entries = _rounded_slots(num_slots) * _rounded_columns(num_tokens)
+        return self._max_bytes is None or num_entries * token_bytes <= self._max_bytes
 
     def fit(self, num_slots: int, num_tokens: int) -> None:
-        """Make room for so many rows of so many tokens, and no more where the limit asks for it. What they hold stays.
+        """Allocate memory for rows, and free memory that they do not need if the limit requires it.
 
         Args:
-            num_slots: all that are taken, and those that will be.
-            num_tokens: that the longest of them has and will have.
+            num_slots: rows in use, including those that are read next.
+            num_tokens: tokens of the longest row, including those that it will get.
         """
         slots = max(self.num_slots, _rounded_slots(num_slots))
         columns = max(self.num_columns, _rounded_columns(num_tokens))
-        held = self.num_slots * self.num_columns
-        if self._most_bytes is not None and held and slots * columns * self.num_bytes > self._most_bytes * held:
-            # rows that have left needed more
+        allocated = self.num_slots * self.num_columns
+        if self._max_bytes is not None and allocated and slots * columns * self.num_bytes > self._max_bytes * allocated:
+            # rows that have left needed more slots or columns: shrink to what the present rows need
             slots, columns = _rounded_slots(num_slots), _rounded_columns(num_tokens)
         self._resize(slots, columns)
 
     def _grow(self, num_slots: int, num_tokens: int) -> None:
-        """Make room for so many rows of so many tokens, whatever there is for others."""
+        """Allocate memory for rows, even beyond the limit."""
         if num_slots > self.num_slots or num_tokens >= self.num_columns:
             self._resize(
                 max(self.num_slots, _rounded_slots(num_slots)), max(self.num_columns, _rounded_columns(num_tokens))
@@ -195,7 +200,7 @@ class KvSlots:
             for layer in self._layers:
                 layer.resize(num_slots, num_columns, max(written, default=0))
         except Exception:
-            # the device's memory is full: all layers are as large as the smallest one, and what rows hold is in that
+            # the device's memory is full: use in all layers what the smallest layer has; every row fits into that
             num_slots, num_columns = min(num_slots, self.num_slots), min(num_columns, self.num_columns)
             raise
         finally:
@@ -205,7 +210,7 @@ class KvSlots:
             self._written = written[:num_slots] + [0] * (num_slots - len(written))
 
     def clear(self) -> None:
-        """Let go of all room."""
+        """Free all memory."""
         self.num_slots = self.num_columns = 0
         self._written = []
         for layer in self._layers:
@@ -213,7 +218,7 @@ class KvSlots:
             layer.keys = layer.values = torch.zeros(0)
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
-        """Put a slot's tokens into another slot."""
+        """Copy a slot's tokens into another slot."""
         stale = slice(num_tokens, self._written[target])
         for layer in self._layers:
             layer.move(source, target, num_tokens)
@@ -222,24 +227,25 @@ class KvSlots:
         self._written[target] = num_tokens
 
     def _wipe(self, slots: slice) -> None:
-        """Wipe what rows that have left wrote into slots."""
+        """Fill slots with zeros where earlier rows wrote."""
         stale = max(self._written[slots], default=0)
         if stale:
             for layer in self._layers:
                 layer.wipe(slots, slice(stale))
 
     def place(self, first: int, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """Say where the next forward pass writes, and return what the model is to be told.
+        """Set where the next forward pass writes, and return the arguments for the model.
 
         Args:
-            first: the first row's slot; the others follow.
-            starts: of each row, how many tokens it has already.
-            lengths: of each row, how many come now; they stand at the right of `[N, Q]`, padding at their left.
+            first: the slot of the first row; the other rows have the slots that follow.
+            starts: for each row, how many tokens its slot has already.
+            lengths: for each row, how many tokens the pass adds. They are at the right of `[N, Q]`, with padding at
+                their left.
             device: of the model.
 
         Returns:
-            `past_key_values`, `position_ids` `[N, Q]`, and `attention_mask` `[N, 1, Q, W]`, or one for each kind of
-            layer.
+            `past_key_values`, `position_ids` `[N, Q]`, and `attention_mask` `[N, 1, Q, W]`, or one mask for each kind
+            of layer.
         """
         most = max(lengths)
         width = max(start + length for start, length in zip(starts, lengths, strict=True))
@@ -252,7 +258,7 @@ class KvSlots:
         positions_NQ = ends_N1 - torch.arange(most, 0, -1)[None, :]
         is_padding_NQ = positions_NQ < torch.tensor(starts)[:, None]
         columns_NQ = positions_NQ.masked_fill(is_padding_NQ, self.num_columns - 1).to(device)
-        # padding looks at the first token, so that what comes of it is finite
+        # padding attends to the first token, because a softmax over no column would be NaN
         positions_NQ = positions_NQ.masked_fill(is_padding_NQ, 0).to(device)
         self.placement = Placement(first, columns_NQ, width)
         return {
@@ -266,48 +272,12 @@ class KvSlots:
         is_seen = back_NQW >= 0
         masks = {kind: is_seen if kind == "full_attention" else is_seen & (back_NQW < self._window)
                  for kind in self.kinds}  # fmt: skip
-        shaped = {kind: self._as_told(mask[:, None]) for kind, mask in masks.items()}
+        shaped = {kind: self._for_attention(mask[:, None]) for kind, mask in masks.items()}
         return shaped if len(shaped) > 1 else next(iter(shaped.values()))
 
-    def _as_told(self, mask: Tensor) -> Tensor:
-        """Return a mask as the model's attention wants it: booleans, or what is added to the scores."""
+    def _for_attention(self, mask: Tensor) -> Tensor:
+        """Return a mask in the form of the model's attention: booleans, or numbers that are added to the scores."""
         return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e30) if self._is_eager else mask
-
-
-def layer_kinds(text: Any) -> tuple[str, ...]:
-    """Return the kinds of attention that a model's layers have, sorted.
-
-    Raises:
-        UsageError: if one of them is none that keeps every token's keys and values.
-    """
-    listed = getattr(text, "layer_types", None)
-    if listed is None:
-        listed = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
-    unknown = sorted(set(listed) - _KNOWN_LAYERS)
-    if unknown:
-        raise UsageError(
-            f"the model has layers of {', '.join(unknown)}, whose rows can't join and leave a batch here",
-            where="base",
-            mend="take a model of full or sliding attention, or answer in batches: psoups generate",
-        )
-    return tuple(sorted(set(listed)))
-
-
-def _check_attention(text: Any) -> None:
-    kind = text._attn_implementation
-    if kind not in _KNOWN_ATTENTION:
-        raise UsageError(
-            f"the model's attention is {kind}, which heeds no mask of every row's own",
-            where="base",
-            mend="load it with attn_implementation='sdpa'",
-        )
-    # GPT-Neo counts its local layers' windows by the column, not by the row
-    if "local" in (getattr(text, "attention_layers", None) or ()):
-        raise UsageError(
-            "the model has layers of local attention, whose rows can't join and leave a batch here",
-            where="base",
-            mend="answer in batches: psoups generate",
-        )
 
 
 def _zeros(numbers: Sequence[int]) -> list[int]:
@@ -319,5 +289,5 @@ def _rounded_slots(count: int) -> int:
 
 
 def _rounded_columns(num_tokens: int) -> int:
-    # one more than tokens: the last column is for padding
+    # one column more than tokens: the last column is for padding
     return -(-(num_tokens + 1) // _COLUMNS) * _COLUMNS

@@ -1,6 +1,6 @@
-"""How every row of a running batch chooses its next token: each by what its request asks for.
+"""How each row of a running batch chooses its next token, according to its own request.
 
-N rows, V vocabulary, L tokens whose log-probabilities are told.
+N rows, V vocabulary, L reported log-probabilities.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from torch import Tensor
 
 from personalized_soups.generation.sampling import choose_tokens, uniforms
 
-# Draws of one row that are made at once.
+# Random numbers that a row makes at once.
 _DRAWS = 256
 
-# Beyond any sense; sums of such numbers are far from float32's end.
-_MOST = 1e6
+# Larger than any useful parameter; sums of such numbers are far below the largest float32.
+_MAX_MAGNITUDE = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of an answer are chosen; names and meanings are those of OpenAI's protocol.
+    """How the tokens of an answer are chosen. Names and meanings are those of OpenAI's protocol.
 
-    Args:
-        temperature: 0 takes the likeliest token.
-        top_p: draw among the fewest likeliest tokens that have this probability together.
-        seed, place: of the draws, which depend on nothing else (as in SoupModel.generate).
-        presence_penalty: taken from the logits of tokens that the answer has already.
-        frequency_penalty: taken once for each time that it has them.
-        logit_bias: added to the logits of tokens.
-        logprobs: how many likeliest tokens are told of at each place beside the chosen one; None tells nothing.
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least this.
+        seed: of the random numbers, which depend on `seed` and `place` only (as in SoupModel.generate).
+        place: number of the answer among those of one seed.
+        presence_penalty: subtracted from the logits of tokens that the answer contains.
+        frequency_penalty: subtracted once for each time that the answer contains the token.
+        logit_bias: added to the logits, by token id.
+        logprobs: how many of the likeliest tokens are reported with each chosen one; None reports no log-probabilities.
 
     Raises:
-        ValueError: if one of them is out of its range, which would be a fault of everybody's step later.
+        ValueError: if a parameter is out of its range. Found later, it would fail a step that other requests share.
     """
 
     temperature: float = 0.0
@@ -50,14 +51,17 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         ranges: tuple[tuple[str, float, float, float], ...] = (
-            ("temperature", self.temperature, 0, _MOST),
+            ("temperature", self.temperature, 0, _MAX_MAGNITUDE),
             ("top_p", self.top_p, 0, 1),
             ("seed", self.seed, 0, 2**64 - 1),
             ("place", self.place, 0, 2**64 - 1),
-            ("presence_penalty", self.presence_penalty, -_MOST, _MOST),
-            ("frequency_penalty", self.frequency_penalty, -_MOST, _MOST),
+            ("presence_penalty", self.presence_penalty, -_MAX_MAGNITUDE, _MAX_MAGNITUDE),
+            ("frequency_penalty", self.frequency_penalty, -_MAX_MAGNITUDE, _MAX_MAGNITUDE),
             ("logprobs", self.logprobs or 0, 0, math.inf),
-            *((f"logit_bias of {token}", bias, -_MOST, _MOST) for token, bias in self.logit_bias.items()),
+            *(
+                (f"logit_bias of {token}", bias, -_MAX_MAGNITUDE, _MAX_MAGNITUDE)
+                for token, bias in self.logit_bias.items()
+            ),
         )
         for name, value, low, high in ranges:
             if not low <= value <= high:
@@ -65,13 +69,18 @@ class SamplingParams:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the logits are taken as they are."""
+        """Whether no penalty and no bias changes the logits."""
         return not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """The log-probability of the chosen token, and the likeliest ones with theirs."""
+    """Log-probabilities at one position of an answer.
+
+    Attributes:
+        chosen: of the chosen token.
+        top: the likeliest tokens with theirs, the likeliest first.
+    """
 
     chosen: float
     top: tuple[tuple[int, float], ...]
@@ -81,112 +90,126 @@ class TokenLogprobs:
 class Choice:
     """The next token of one row.
 
-    Args:
-        token: that was chosen.
-        likely: its log-probabilities, where they are asked for.
-        is_sound: whether the logits were numbers; a soup may be too much for the model's dtype.
+    Attributes:
+        token: the chosen token.
+        logprobs: its log-probabilities, if the request asked for them.
+        is_sound: whether the logits were finite; large weights can overflow the model's dtype.
     """
 
     token: int
-    likely: TokenLogprobs | None
+    logprobs: TokenLogprobs | None
     is_sound: bool = True
 
 
 class TokenSampler:
-    """Chooses the tokens of one answer, one after another."""
+    """Chooses the tokens of one answer.
 
-    def __init__(self, wishes: SamplingParams) -> None:
-        self.wishes = wishes
+    Attributes:
+        params: how the tokens are chosen.
+        num_chosen: tokens chosen so far.
+
+    Args:
+        params: how the tokens are chosen.
+    """
+
+    def __init__(self, params: SamplingParams) -> None:
+        self.params = params
         self.num_chosen = 0
         self._draws: list[float] = []
         self._counts: Counter[int] = Counter()
-        self._bias: tuple[Tensor, Tensor] | None = None  # tokens and what is added, made once
+        self._bias: tuple[Tensor, Tensor] | None = None  # token ids and biases on the device, copied once
 
     def draw(self) -> float:
-        """Return the next number of [0, 1)."""
+        """Return the random number of the next token, from [0, 1)."""
         if self.num_chosen >= len(self._draws):
             count = max(_DRAWS, 2 * len(self._draws))
-            self._draws = uniforms(self.wishes.seed, self.wishes.place, count).tolist()
+            self._draws = uniforms(self.params.seed, self.params.place, count).tolist()
         return self._draws[self.num_chosen]
 
     def adjust(self, logits_V: Tensor) -> None:
-        """Change a row's logits in place by what is asked for."""
-        wishes = self.wishes
-        if wishes.logit_bias:
+        """Apply bias and penalties to a row's logits, in place."""
+        params = self.params
+        if params.logit_bias:
             if self._bias is None:
-                self._bias = _index(wishes.logit_bias, logits_V), logits_V.new_tensor(list(wishes.logit_bias.values()))
+                self._bias = _index(params.logit_bias, logits_V), logits_V.new_tensor(list(params.logit_bias.values()))
             logits_V.index_add_(0, *self._bias)
-        if self._counts and (wishes.presence_penalty or wishes.frequency_penalty):
-            taken = [wishes.presence_penalty + wishes.frequency_penalty * times for times in self._counts.values()]
-            logits_V.index_add_(0, _index(self._counts, logits_V), logits_V.new_tensor(taken), alpha=-1)
+        if self._counts and (params.presence_penalty or params.frequency_penalty):
+            penalties = [params.presence_penalty + params.frequency_penalty * count for count in self._counts.values()]
+            logits_V.index_add_(0, _index(self._counts, logits_V), logits_V.new_tensor(penalties), alpha=-1)
 
-    def note(self, token: int) -> None:
-        """Take the token as chosen."""
+    def record(self, token: int) -> None:
+        """Count a token as chosen."""
         self.num_chosen += 1
-        if self.wishes.presence_penalty or self.wishes.frequency_penalty:
+        if self.params.presence_penalty or self.params.frequency_penalty:
             self._counts[token] += 1
 
 
-def choose(logits_NV: Tensor, choosers: Sequence[TokenSampler]) -> list[Choice]:
-    """Return the next token of every row, and let each chooser know.
+def choose(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> list[Choice]:
+    """Return the next token of every row, and record it in the row's sampler.
 
     Args:
-        logits_NV: of the model, any float dtype; left as they are.
-        choosers: of the rows.
+        logits_NV: of the model, in any float dtype; not changed.
+        samplers: one for each row.
     """
-    drawn_from_NV = _adjusted(logits_NV, choosers)
-    token_N = _tokens(drawn_from_NV, choosers)
-    # infinity and NaN come through a maximum; all is copied from the device at once
+    adjusted_NV = _adjusted(logits_NV, samplers)
+    token_N = _tokens(adjusted_NV, samplers)
+    # the maximum of a row with NaN or infinity is not finite; one copy brings everything from the device
     tokens, is_sound = torch.stack([token_N, logits_NV.amax(-1).isfinite().long()]).tolist()
-    likely = _likely(logits_NV, tokens, [each.wishes.logprobs for each in choosers])
-    for each, token in zip(choosers, tokens, strict=True):
-        each.note(token)
-    return [Choice(token, likely.get(row), bool(is_sound[row])) for row, token in enumerate(tokens)]
+    logprobs = _logprobs(logits_NV, tokens, [sampler.params.logprobs for sampler in samplers])
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.record(token)
+    return [Choice(token, logprobs.get(row), bool(is_sound[row])) for row, token in enumerate(tokens)]
 
 
-def _adjusted(logits_NV: Tensor, choosers: Sequence[TokenSampler]) -> Tensor:
-    adjusted = [row for row, each in enumerate(choosers) if not each.wishes.is_plain]
-    if not adjusted:
+def _adjusted(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    rows = [row for row, sampler in enumerate(samplers) if not sampler.params.is_plain]
+    if not rows:
         return logits_NV
-    # every row keeps all of its bits, so that it does not matter to the others
+    # widening keeps every bit of the rows that are not adjusted, so their tokens do not depend on the others
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
-    for row in adjusted:
-        choosers[row].adjust(logits_NV[row])
+    for row in rows:
+        samplers[row].adjust(logits_NV[row])
     return logits_NV
 
 
-def _tokens(logits_NV: Tensor, choosers: Sequence[TokenSampler]) -> Tensor:
-    drawn = [row for row, each in enumerate(choosers) if each.wishes.temperature > 0]
+def _tokens(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    rows = [row for row, sampler in enumerate(samplers) if sampler.params.temperature > 0]
     token_N = logits_NV.argmax(-1)
-    if drawn:
+    if rows:
         device = logits_NV.device
-        some_NV = logits_NV if len(drawn) == len(choosers) else logits_NV[drawn]
-        wishes = [choosers[row].wishes for row in drawn]
-        token_N[drawn] = choose_tokens(
-            some_NV,
-            torch.tensor([choosers[row].draw() for row in drawn], dtype=torch.float32, device=device),
-            torch.tensor([each.temperature for each in wishes], device=device),
-            torch.tensor([each.top_p for each in wishes], device=device) if min(w.top_p for w in wishes) < 1 else None,
+        drawn_NV = logits_NV if len(rows) == len(samplers) else logits_NV[rows]
+        params = [samplers[row].params for row in rows]
+        top_p_N = None  # choose_tokens then skips sorting the vocabulary
+        if min(each.top_p for each in params) < 1:
+            top_p_N = torch.tensor([each.top_p for each in params], device=device)
+        token_N[rows] = choose_tokens(
+            drawn_NV,
+            torch.tensor([samplers[row].draw() for row in rows], dtype=torch.float32, device=device),
+            torch.tensor([each.temperature for each in params], device=device),
+            top_p_N,
         )
     return token_N
 
 
-def _likely(logits_NV: Tensor, tokens: Sequence[int], counts: Sequence[int | None]) -> dict[int, TokenLogprobs]:
-    """Return the model's own log-probabilities, before temperature and penalties, of the rows that ask for them."""
-    found: dict[int, TokenLogprobs] = {}
+def _logprobs(logits_NV: Tensor, tokens: Sequence[int], counts: Sequence[int | None]) -> dict[int, TokenLogprobs]:
+    """Return log-probabilities by row, for the rows that report them.
+
+    They are the model's own: before temperature, penalties and bias.
+    """
+    logprobs: dict[int, TokenLogprobs] = {}
     for count in sorted({count for count in counts if count is not None}):
-        rows = [row for row, its in enumerate(counts) if its == count]
+        rows = [row for row, row_count in enumerate(counts) if row_count == count]
         logprobs_NV = torch.log_softmax(logits_NV[rows].float(), dim=-1)
         token_N1 = torch.tensor([tokens[row] for row in rows], device=logits_NV.device)[:, None]
         values_NL, indices_NL = logprobs_NV.topk(min(count, logprobs_NV.shape[1]))
-        chosen = logprobs_NV.gather(1, token_N1)[:, 0].tolist()
-        for row, own, values, indices in zip(rows, chosen, values_NL.tolist(), indices_NL.tolist(), strict=True):
-            found[row] = TokenLogprobs(_finite(own), tuple(zip(indices, map(_finite, values), strict=True)))
-    return found
+        chosen_N = logprobs_NV.gather(1, token_N1)[:, 0].tolist()
+        for row, chosen, values, indices in zip(rows, chosen_N, values_NL.tolist(), indices_NL.tolist(), strict=True):
+            logprobs[row] = TokenLogprobs(_finite(chosen), tuple(zip(indices, map(_finite, values), strict=True)))
+    return logprobs
 
 
 def _finite(value: float) -> float:
-    # JSON knows no infinity; OpenAI's protocol says -9999 for "very unlikely"
+    # JSON has no infinity; OpenAI's protocol uses -9999 for "very unlikely"
     return value if math.isfinite(value) else -9999.0
 
 

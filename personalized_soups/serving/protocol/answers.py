@@ -20,7 +20,8 @@ from personalized_soups import __version__
 from personalized_soups.errors import SoupError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.prompts import encode_prompt
-from personalized_soups.serving.engine.batcher import Batcher, GenerationRequest, Piece
+from personalized_soups.serving.engine.batcher import Batcher
+from personalized_soups.serving.engine.request import GenerationRequest, Piece
 from personalized_soups.serving.engine.token_sampler import TokenLogprobs
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
@@ -115,9 +116,9 @@ class PendingAnswers(ABC):
 
     def told_of(self, piece: Piece) -> list[tuple[int, TokenLogprobs]]:
         """Return a piece's token with its log-probabilities; none of an end token, which is no part of the text."""
-        if piece.likely is None or piece.token is None or piece.token in self.kitchen.generator.stop_ids:
+        if piece.logprobs is None or piece.token is None or piece.token in self.kitchen.generator.stop_ids:
             return []
-        return [(piece.token, piece.likely)]
+        return [(piece.token, piece.logprobs)]
 
     def envelope(self, kind: str, identity: str) -> dict[str, Any]:
         """Return what stands around choices."""
@@ -151,8 +152,8 @@ class PendingAnswers(ABC):
             async with aclosing(source):
                 async for pieces in source:
                     for index, piece in pieces:
-                        if piece.fault is not None:
-                            raise api_error(piece.fault, status=422)
+                        if piece.error is not None:
+                            raise api_error(piece.error, status=422)
                         if index not in seen:
                             seen.add(index)
                             metrics.first_token(time.perf_counter() - self.began)
@@ -178,7 +179,7 @@ class PendingAnswers(ABC):
                         answer = answers[index]
                         answer.num_tokens += 1
                         answer.parts.append(piece.text)
-                        answer.likely += self.told_of(piece)
+                        answer.logprobs += self.told_of(piece)
                         answer.finish = piece.finish
         except HungUpError:
             return Response(status_code=499)  # nobody reads it
@@ -290,9 +291,9 @@ async def submit(
                 tokens,
                 guest.weights,
                 _num_new(kitchen, request, len(tokens), most),
-                request.wishes(seed, place),
+                request.sampling_params(seed, place),
                 request.stops,
-                waiter=(waiter, place),
+                destination=(waiter, place),
             )
         )
     _check_bias(kitchen, request)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from starlette.responses import JSONResponse
 
 from personalized_soups.errors import FileFormatError, InputError, SoupError
-from personalized_soups.serving.engine.batcher import ClosedError, QueueFullError
+from personalized_soups.serving.engine.queue import ClosedError, QueueFullError
 from personalized_soups.users.profiles.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
 
 _log = logging.getLogger(__name__)

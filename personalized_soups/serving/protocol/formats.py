@@ -21,7 +21,7 @@ class PendingChat(PendingAnswers):
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(answer.parts), "refusal": None},
-            "logprobs": self.logprobs(answer.likely, 0) if self.request.num_logprobs is not None else None,
+            "logprobs": self.logprobs(answer.logprobs, 0) if self.request.num_logprobs is not None else None,
             "finish_reason": answer.finish,
         }
 
@@ -62,7 +62,7 @@ class PendingCompletion(PendingAnswers):
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """Return a whole answer as the protocol writes it."""
-        likely = self.logprobs(answer.likely, 0) if self.request.num_logprobs is not None else None
+        likely = self.logprobs(answer.logprobs, 0) if self.request.num_logprobs is not None else None
         return {"index": index, "text": "".join(answer.parts), "logprobs": likely, "finish_reason": answer.finish}
 
     def head(self, index: int) -> dict[str, Any] | None:

@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator, Sequence
 
 from starlette.types import Receive
 
-from personalized_soups.serving.engine.batcher import Batcher, GenerationRequest, Piece
+from personalized_soups.serving.engine.batcher import Batcher
+from personalized_soups.serving.engine.request import GenerationRequest, Piece
 
 
 class HungUpError(Exception):
@@ -66,7 +67,7 @@ class PieceDispatcher:
 
 def _hand_out(pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
     for ask, piece in pieces:
-        waiter, index = ask.waiter
+        waiter, index = ask.destination
         waiter.put(index, piece)
 
 
@@ -99,7 +100,7 @@ async def pieces_of(
     finally:
         watch.cancel()
         if open_answers:
-            batcher.give_up([asks[index] for index in open_answers])
+            batcher.abort([asks[index] for index in open_answers])
 
 
 async def _watch(receive: Receive, waiter: PieceQueue) -> None:

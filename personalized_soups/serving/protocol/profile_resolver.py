@@ -10,10 +10,10 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from personalized_soups.declare.declared import Places
+from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, SoupError
-from personalized_soups.mixing.mixture import Row
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
@@ -36,7 +36,7 @@ class ResolvedProfile:
         model: what the answer says that it is from.
     """
 
-    weights: Row
+    weights: ExpertWeights
     kind: Literal["base", "inline", "stored"]
     user: str | None
     model: str
@@ -82,17 +82,17 @@ class ProfileResolver:
                 code="model_not_found",
             )
         if profile is None:
-            return ResolvedProfile(Row(), "base", None, self.base)
+            return ResolvedProfile(ExpertWeights(), "base", None, self.base)
         return ResolvedProfile(self.weights(_declared(profile), "profile"), "inline", None, self.base)
 
-    def weights(self, profile: Profile, param: str) -> Row:
+    def weights(self, profile: Profile, param: str) -> ExpertWeights:
         """Return a profile's weights, if they can be served now.
 
         Raises:
             ApiError: 422 if the library can't honour the profile, 503 where an expert's files have changed.
         """
         try:
-            row = self._model.row(profile)
+            row = self._model.resolve(profile)
         except SoupError as fault:
             raise api_error(fault, param=param, status=422) from fault
         self._files.check(row.weights)

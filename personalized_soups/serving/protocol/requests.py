@@ -206,7 +206,7 @@ class AnswerRequest(RequestBody):
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def wishes(self, seed: int, place: int) -> SamplingParams:
+    def sampling_params(self, seed: int, place: int) -> SamplingParams:
         """Return how the tokens of answer number `place` are chosen; `seed` where the request has none."""
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
@@ -19,7 +17,7 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import SoupError
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.scoring.scales import Scales
-from personalized_soups.serving.engine.batcher import Batcher, Limits
+from personalized_soups.serving.engine.batcher import Batcher
 from personalized_soups.serving.protocol.answers import AnswerContext
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
@@ -28,8 +26,9 @@ from personalized_soups.serving.protocol.piece_queue import PieceDispatcher
 from personalized_soups.serving.protocol.profile_resolver import ProfileResolver
 from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
 from personalized_soups.serving.protocol.strict_json import validation_error
-from personalized_soups.serving.web.guard import Guard, Rules
+from personalized_soups.serving.web.guard import Guard
 from personalized_soups.serving.web.routes import answering, experts, health, profiles
+from personalized_soups.serving.web.settings import Settings
 from personalized_soups.users.profiles.store import ProfileStore
 
 _ROUTES = frozenset({
@@ -38,31 +37,6 @@ _ROUTES = frozenset({
 })  # fmt: skip
 
 PLAYGROUND = Path(__file__).parents[1] / "playground"
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a server behaves.
-
-    Args:
-        base: the name under which the base is served.
-        rules: who may ask, and how much.
-        limits: how much is answered at once.
-        default_max_tokens: at how many tokens an answer is cut where a chat says nothing.
-        request_seconds: that a request may take.
-        grace_seconds: that answers which are being made have to come to their end when the server is to.
-        users_in_metrics: tell Prometheus the users' names.
-        started_with: options of the command line that say what is served, for those to copy who are asked for no key.
-    """
-
-    base: str
-    rules: Rules = field(default_factory=Rules)
-    limits: Limits = field(default_factory=Limits)
-    default_max_tokens: int = 512
-    request_seconds: float = 600.0
-    grace_seconds: float = 30.0
-    users_in_metrics: bool = False
-    started_with: Sequence[str] = ()
 
 
 class Server:

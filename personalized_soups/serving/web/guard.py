@@ -7,8 +7,7 @@ import hashlib
 import hmac
 import ipaddress
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +16,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.web.settings import Rules
 
 _log = logging.getLogger(__name__)
 
@@ -43,27 +43,6 @@ _PROBED = ("/health", "/ready")
 
 # Told to everybody: whether the server lives, and a page that knows nothing by itself.
 _OPEN = ("/health", "/ready", "/favicon.ico", "/openapi.json", "/playground")
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """Who may ask, and how much.
-
-    Args:
-        keys: that are accepted; none let everybody in.
-        hosts: names under which the server may be asked for, beside loopback's and addresses; `*` is any.
-        origins: other pages' origins that may ask (CORS); none by default.
-        max_body: bytes.
-        max_requests: at once.
-        body_seconds: in which a body has to come.
-    """
-
-    keys: Sequence[str] = ()
-    hosts: Sequence[str] = ()
-    origins: Sequence[str] = ()
-    max_body: int = 1 << 20
-    max_requests: int = 1024
-    body_seconds: float = 30.0
 
 
 class Guard:

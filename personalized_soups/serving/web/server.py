@@ -21,10 +21,11 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import InputError, UsageError
 from personalized_soups.generation.loading import Dtype
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.serving.engine.batcher import most_tokens
+from personalized_soups.serving.engine.limits import max_context_of
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
-from personalized_soups.serving.web.app import Server, Settings
+from personalized_soups.serving.web.app import Server
 from personalized_soups.serving.web.connections import PatientProtocol
+from personalized_soups.serving.web.settings import Settings
 from personalized_soups.users.profiles.store import ProfileStore
 
 # A key of fewer characters can be guessed.
@@ -189,7 +190,7 @@ def context_of(model: SoupModel, asked: int | None) -> int:
     Raises:
         UsageError: if the base can do less than is asked for.
     """
-    most = most_tokens(model.model.config)
+    most = max_context_of(model.model.config)
     if asked is not None and asked > most:
         raise UsageError(
             f"a context of {asked} tokens is asked for, the base has {most}",

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personalized_soups import SoupModel
-from personalized_soups.mixing.mixture import Row
+from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.serving.engine.batch import Batch, BatchRow
-from personalized_soups.serving.engine.batcher import GenerationRequest
+from personalized_soups.serving.engine.request import GenerationRequest
 from personalized_soups.serving.engine.token_sampler import SamplingParams, TokenSampler
 from tests.serving.engine.worlds import BASES, Forwards, greedy, small_soup, some_ask, true_logits
 
@@ -32,7 +32,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> SoupModel:
 
 
 def _row(ask: GenerationRequest) -> BatchRow:
-    return BatchRow(list(ask.tokens), ask.weights, TokenSampler(ask.wishes))
+    return BatchRow(list(ask.tokens), ask.weights, TokenSampler(ask.sampling_params))
 
 
 def _lived(
@@ -112,7 +112,7 @@ def test_a_prompt_that_is_read_in_parts_keeps_them_while_others_leave(llama: Sou
     chance = random.Random(1)
     others = [_row(some_ask(chance)) for _ in range(5)]
     batch.read(others, 99)
-    ask = GenerationRequest(list(range(50, 80)), Row({"warm": 0.8}), 6)
+    ask = GenerationRequest(list(range(50, 80)), ExpertWeights({"warm": 0.8}), 6)
     row = _row(ask)
     assert batch.read([row], 10) is None
     batch.step()
@@ -127,9 +127,9 @@ def test_a_prompt_that_is_read_in_parts_keeps_them_while_others_leave(llama: Sou
 
 def test_keys_that_are_no_numbers_harm_nobody_and_leave_nothing_behind(llama: SoupModel) -> None:
     batch = Batch(llama)
-    ill = _row(GenerationRequest(list(range(50, 80)), Row({"warm": 0.8}), 6))
+    ill = _row(GenerationRequest(list(range(50, 80)), ExpertWeights({"warm": 0.8}), 6))
     beside = _row(
-        GenerationRequest(list(range(50, 90)), Row(), 6)
+        GenerationRequest(list(range(50, 90)), ExpertWeights(), 6)
     )  # longer, so that all of the others' columns are looked at
     batch.read([beside, ill], 99)
     for layer in batch._slots._layers:  # as a soup makes them that is too much for float16
@@ -137,13 +137,13 @@ def test_keys_that_are_no_numbers_harm_nobody_and_leave_nothing_behind(llama: So
         layer.values[1, :, :30] = torch.inf
     assert [choice.is_sound for choice in batch.step()] == [True, False]
     batch.remove([ill])
-    ask = GenerationRequest([50, 60, 70], Row({"warm": 0.8}), 6)
+    ask = GenerationRequest([50, 60, 70], ExpertWeights({"warm": 0.8}), 6)
     row = _row(ask)  # takes its slot
     batch.read([row], 99)
     for _ in range(5):
         batch.step()
     assert row.tokens[3:] == greedy(llama, ask)
-    assert beside.tokens[40:46] == greedy(llama, GenerationRequest(beside.tokens[:40], Row(), 6))
+    assert beside.tokens[40:46] == greedy(llama, GenerationRequest(beside.tokens[:40], ExpertWeights(), 6))
 
 
 def test_passes_are_counted(llama: SoupModel) -> None:
@@ -160,7 +160,7 @@ def test_passes_are_counted(llama: SoupModel) -> None:
 
 def test_a_read_that_fails_changes_nothing(llama: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(llama)
-    ask = GenerationRequest([50, 60, 70], Row({"warm": 0.8}), 6)
+    ask = GenerationRequest([50, 60, 70], ExpertWeights({"warm": 0.8}), 6)
     row = _row(ask)
     batch.read([row], 99)
     with Forwards(llama) as forwards:
@@ -170,11 +170,11 @@ def test_a_read_that_fails_changes_nothing(llama: SoupModel, monkeypatch: pytest
 
         forwards.before = fail
         with pytest.raises(torch.OutOfMemoryError):
-            batch.read([_row(GenerationRequest(list(range(9, 200)), Row(), 3))], 999)
+            batch.read([_row(GenerationRequest(list(range(9, 200)), ExpertWeights(), 3))], 999)
     with monkeypatch.context() as patch:
         patch.setattr("personalized_soups.serving.engine.batch.choose", _full)
         with pytest.raises(torch.OutOfMemoryError):
-            batch.read([_row(GenerationRequest([7, 8, 9], Row(), 3))], 999)
+            batch.read([_row(GenerationRequest([7, 8, 9], ExpertWeights(), 3))], 999)
         with pytest.raises(torch.OutOfMemoryError):
             batch.step()  # may be tried again
     assert list(batch.rows) == [row]
@@ -189,7 +189,7 @@ def _full(*_: object) -> None:
 
 def test_the_model_is_let_go_between_changes(llama: SoupModel) -> None:
     batch = Batch(llama)
-    batch.read([_row(GenerationRequest([7, 8], Row({"warm": 1.0}), 3))], 99)
+    batch.read([_row(GenerationRequest([7, 8], ExpertWeights({"warm": 1.0}), 3))], 99)
     batch.step()
     is_set = [llama._active.is_set_here]
     batch.release()
@@ -206,6 +206,6 @@ def test_token_bytes_are_those_that_are_held(tmp_path: Path) -> None:
     for name, size in (("llama", 512), ("gemma3", 512), ("gpt2", 1024), ("gpt_neox", 1024)):
         model = small_soup(tmp_path / name, name)
         batch = Batch(model)
-        batch.read([_row(GenerationRequest([7, 8], Row(), 3, SamplingParams()))], 99)
+        batch.read([_row(GenerationRequest([7, 8], ExpertWeights(), 3, SamplingParams()))], 99)
         assert batch.token_bytes == size
         assert batch.num_bytes == 64 * size

@@ -18,20 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from personalized_soups import SoupModel
+from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.errors import DeclarationError, InputError, RunError, UsageError
-from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.engine import batcher as batcher_module
-from personalized_soups.serving.engine.batcher import (
-    Batcher,
-    ClosedError,
-    Finish,
-    GenerationRequest,
-    Limits,
-    Piece,
-    QueueFullError,
-    most_tokens,
-)
+from personalized_soups.serving.engine import queue as queue_module
+from personalized_soups.serving.engine.batcher import Batcher
 from personalized_soups.serving.engine.detokenizer import Detokenizer
+from personalized_soups.serving.engine.limits import Limits, max_context_of
+from personalized_soups.serving.engine.queue import ClosedError, QueueFullError
+from personalized_soups.serving.engine.request import Finish, GenerationRequest, Piece
 from personalized_soups.serving.engine.token_sampler import SamplingParams
 from tests.experts import write_expert
 from tests.serving.engine.worlds import (
@@ -68,7 +62,7 @@ def changing(tmp_path: Path, tokenizer: Any) -> SoupModel:
 
 @pytest.fixture(autouse=True)
 def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    caplog.set_level(logging.CRITICAL, "personalized_soups.serving.engine.batcher")
+    caplog.set_level(logging.CRITICAL, "personalized_soups.serving.engine")
     yield
     assert not [thread for thread in threading.enumerate() if thread.name == "batcher"]
 
@@ -128,7 +122,7 @@ def test_draws_are_those_of_generate(soup: SoupModel) -> None:
 
 
 def test_stop_strings_end_tokens_and_lengths_end_an_answer(soup: SoupModel, tokenizer: Any) -> None:
-    plain = GenerationRequest(list(range(60, 70)), Row({"warm": 1.0}), 30, ignore_end=True)
+    plain = GenerationRequest(list(range(60, 70)), ExpertWeights({"warm": 1.0}), 30, ignore_eos=True)
     with RunningBatcher(soup) as running:
         running.answer([plain])
         tokens = running.heard.tokens(plain)
@@ -136,9 +130,9 @@ def test_stop_strings_end_tokens_and_lengths_end_an_answer(soup: SoupModel, toke
         assert running.heard.pieces[plain][-1].finish == Finish.LENGTH
         whole = running.heard.text(plain)
         stop = whole[len(whole) // 2 :][:3]
-        stopped = GenerationRequest(plain.tokens, plain.weights, 30, stops=[stop], ignore_end=True)
-        unheard = GenerationRequest(plain.tokens, plain.weights, 30, stops=["never said"], ignore_end=True)
-        one = GenerationRequest(plain.tokens, plain.weights, 1, ignore_end=True)
+        stopped = GenerationRequest(plain.tokens, plain.weights, 30, stops=[stop], ignore_eos=True)
+        unheard = GenerationRequest(plain.tokens, plain.weights, 30, stops=["never said"], ignore_eos=True)
+        one = GenerationRequest(plain.tokens, plain.weights, 1, ignore_eos=True)
         running.answer([stopped, unheard, one])
         assert running.heard.text(stopped) == whole[: whole.index(stop)]
         assert running.heard.pieces[stopped][-1].finish == Finish.STOP
@@ -148,12 +142,12 @@ def test_stop_strings_end_tokens_and_lengths_end_an_answer(soup: SoupModel, toke
         # an end token is chosen where a bias has it so
         ended = GenerationRequest(plain.tokens, plain.weights, 30, SamplingParams(logit_bias={1: 100.0}, logprobs=1))
         going = GenerationRequest(
-            plain.tokens, plain.weights, 30, SamplingParams(logit_bias={1: 100.0}), ignore_end=True
+            plain.tokens, plain.weights, 30, SamplingParams(logit_bias={1: 100.0}), ignore_eos=True
         )
         running.answer([ended, going])
         (piece,) = running.heard.pieces[ended]
         assert (piece.token, piece.text, piece.finish) == (1, "", Finish.STOP)
-        assert piece.likely is not None
+        assert piece.logprobs is not None
         assert running.heard.tokens(going) == [1] * 30
         assert running.heard.text(going) == ""
 
@@ -164,7 +158,7 @@ def test_stop_strings_end_tokens_and_lengths_end_an_answer(soup: SoupModel, toke
 def test_prompts_are_read_together_and_rows_step_together(soup: SoupModel) -> None:
     asks = _asks(8, most=1)
     for ask in asks:
-        ask.max_new_tokens, ask.ignore_end = 5, True
+        ask.max_new_tokens, ask.ignore_eos = 5, True
     steps: list[int] = []
     with RunningBatcher(soup, on_step=lambda rows, seconds: steps.append(rows)) as running, Forwards(soup) as forwards:
         running.answer(asks)
@@ -173,8 +167,11 @@ def test_prompts_are_read_together_and_rows_step_together(soup: SoupModel) -> No
 
 
 def test_no_more_tokens_are_read_at_once_than_may(soup: SoupModel) -> None:
-    first = GenerationRequest(list(range(6, 16)), Row(), LONG, ignore_end=True)
-    asks = [GenerationRequest(list(range(6, 6 + count)), Row(), 2, ignore_end=True) for count in (7, 7, 7, 3, 50, 4)]
+    first = GenerationRequest(list(range(6, 16)), ExpertWeights(), LONG, ignore_eos=True)
+    asks = [
+        GenerationRequest(list(range(6, 6 + count)), ExpertWeights(), 2, ignore_eos=True)
+        for count in (7, 7, 7, 3, 50, 4)
+    ]
     with RunningBatcher(soup, Limits(read_tokens=20)) as running:
         forwards, go = _held(soup, running, first)
         with forwards:
@@ -208,8 +205,10 @@ def test_no_more_bytes_are_held_than_may_unless_one_alone_needs_them(soup: SoupM
     limit = 4 * 64 * token_bytes
     chance = random.Random(2)
     asks = [some_ask(chance, most=9, longest=20) for _ in range(12)]
-    asks.insert(3, GenerationRequest(list(range(6, 206)), Row({"warm": 0.5}), 5))  # within the limit alone
-    asks.insert(8, GenerationRequest([7 + place % 300 for place in range(240)], Row(), 16))  # beyond it, alone
+    asks.insert(3, GenerationRequest(list(range(6, 206)), ExpertWeights({"warm": 0.5}), 5))  # within the limit alone
+    asks.insert(
+        8, GenerationRequest([7 + place % 300 for place in range(240)], ExpertWeights(), 16)
+    )  # beyond it, alone
     held: list[tuple[int, int]] = []
     with (
         RunningBatcher(soup, Limits(cache_bytes=limit, read_tokens=read, max_context=512)) as running,
@@ -230,7 +229,7 @@ def test_no_more_bytes_are_held_than_may_unless_one_alone_needs_them(soup: SoupM
 def test_memory_is_let_go_when_nobody_has_been_answered_for_a_while(
     soup: SoupModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batcher_module, "_IDLE_SECONDS", 0.5)
+    monkeypatch.setattr(queue_module, "_IDLE_SECONDS", 0.5)
     with RunningBatcher(soup) as running:
         running.answer(_asks(3))
         assert running.batcher.load.cache_bytes > 0
@@ -251,11 +250,11 @@ def _until(condition: Any, seconds: float = 30) -> None:
 def test_too_many_are_refused_together_and_those_before_are_answered(soup: SoupModel) -> None:
     with RunningBatcher(soup, Limits(max_rows=1, max_waiting=3)) as running:
         first, *asks = _asks(6, seed=5)
-        forwards, go = _held(soup, running, GenerationRequest(first.tokens, first.weights, LONG, ignore_end=True))
+        forwards, go = _held(soup, running, GenerationRequest(first.tokens, first.weights, LONG, ignore_eos=True))
         running.batcher.submit(asks[:2])
         with pytest.raises(QueueFullError) as caught:
             running.batcher.submit(asks[2:4])
-        assert "2 answers wait" in caught.value.what
+        assert "2 are waiting" in caught.value.what
         assert running.batcher.load.waiting == 2
         assert running.batcher.load.running == 1
         running.batcher.submit(asks[2:3])  # one has a place
@@ -275,14 +274,14 @@ def test_when_to_come_back(soup: SoupModel) -> None:
         asks = _asks(1)
         running.answer(asks)
         assert 0 < running.batcher.load.seconds_per_answer < 30
-        running.batcher._seconds_per_answer = 4.0
-        forwards, go = _held(soup, running, GenerationRequest([7, 8], Row(), LONG, ignore_end=True))
+        running.batcher._scheduler.seconds_per_answer = 4.0
+        forwards, go = _held(soup, running, GenerationRequest([7, 8], ExpertWeights(), LONG, ignore_eos=True))
         waiting = _asks(9, seed=6)
         running.batcher.submit(waiting)
         assert running.batcher.retry_after() == 18  # nine wait for two places of four seconds
-        running.batcher._seconds_per_answer = 1e9
+        running.batcher._scheduler.seconds_per_answer = 1e9
         assert running.batcher.retry_after() == 60
-        running.batcher.give_up(waiting)
+        running.batcher.abort(waiting)
         go.set()
         forwards.__exit__()
 
@@ -290,13 +289,13 @@ def test_when_to_come_back(soup: SoupModel) -> None:
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (GenerationRequest([], Row(), 3), "0 tokens"),
-        (GenerationRequest([7], Row(), 0), "0 may be answered"),
-        (GenerationRequest([7, 320], Row(), 3), "from 7 to 320"),
-        (GenerationRequest([7, -1], Row(), 3), "from -1 to 7"),
-        (GenerationRequest([7], Row(), 3, SamplingParams(logit_bias={400: 1.0})), "from 7 to 400"),
-        (GenerationRequest([7] * 200, Row(), 57), "257 tokens, 256 may be"),
-        (GenerationRequest([7] * 90, Row(), 11), None),
+        (GenerationRequest([], ExpertWeights(), 3), "prompt has 0 tokens"),
+        (GenerationRequest([7], ExpertWeights(), 0), "answer may have 0"),
+        (GenerationRequest([7, 320], ExpertWeights(), 3), "ids from 7 to 320"),
+        (GenerationRequest([7, -1], ExpertWeights(), 3), "ids from -1 to 7"),
+        (GenerationRequest([7], ExpertWeights(), 3, SamplingParams(logit_bias={400: 1.0})), "ids from 7 to 400"),
+        (GenerationRequest([7] * 200, ExpertWeights(), 57), "257 tokens together, but at most 256 fit"),
+        (GenerationRequest([7] * 90, ExpertWeights(), 11), None),
     ],
 )
 def test_what_would_fail_in_everybodys_step_is_refused(
@@ -319,21 +318,21 @@ def test_the_limits_are_those_of_the_model(soup: SoupModel) -> None:
 
 
 def test_weights_that_follow_the_tokens_are_refused(soup: SoupModel) -> None:
-    with RunningBatcher(soup) as running, pytest.raises(UsageError, match="function of the token"):
-        running.batcher.submit([GenerationRequest([7], Row({"warm": lambda step: 0.5}), 3)])
+    with RunningBatcher(soup) as running, pytest.raises(UsageError, match="number of the generated token"):
+        running.batcher.submit([GenerationRequest([7], ExpertWeights({"warm": lambda step: 0.5}), 3)])
 
 
 def test_a_context_beyond_which_rows_would_turn_each_other_is_not_taken() -> None:
     from transformers import LlamaConfig, Phi3Config
 
-    assert most_tokens(LlamaConfig(max_position_embeddings=300)) == 300
+    assert max_context_of(LlamaConfig(max_position_embeddings=300)) == 300
     rope = {
         "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
         "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
     }  # fmt: skip
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "pad_token_id": 0}
     config = Phi3Config(**sizes, max_position_embeddings=256, original_max_position_embeddings=64, rope_parameters=rope)
-    assert most_tokens(config) == 64
+    assert max_context_of(config) == 64
 
 
 # Giving up.
@@ -351,7 +350,7 @@ def test_who_gives_up_frees_a_place_and_harms_nobody(soup: SoupModel, seed: int)
             time.sleep(chance.random() * 0.01)
             some = chance.sample(asks, 2)
             gone.update(some)
-            running.batcher.give_up(some)
+            running.batcher.abort(some)
         kept = [ask for ask in asks if ask not in gone]
         running.heard.wait_for(kept)
         check_alone(soup, running, kept)
@@ -361,8 +360,8 @@ def test_who_gives_up_frees_a_place_and_harms_nobody(soup: SoupModel, seed: int)
 
 
 def test_who_gives_up_while_waiting_reading_or_running_is_let_go(soup: SoupModel) -> None:
-    ran = GenerationRequest([7, 8, 9], Row(), LONG, ignore_end=True)
-    read = GenerationRequest([7] * 100, Row(), 2)
+    ran = GenerationRequest([7, 8, 9], ExpertWeights(), LONG, ignore_eos=True)
+    read = GenerationRequest([7] * 100, ExpertWeights(), 2)
     waited, kept = _asks(2, seed=7)
     with RunningBatcher(soup, Limits(read_tokens=10, max_rows=2)) as running:
         forwards, go = _held(soup, running, ran)
@@ -371,7 +370,7 @@ def test_who_gives_up_while_waiting_reading_or_running_is_let_go(soup: SoupModel
 
         def look(_: int) -> None:
             if forwards.shapes[-1] == (1, 10) and len(forwards.shapes) > 6:
-                running.batcher.give_up([read, ran, waited])
+                running.batcher.abort([read, ran, waited])
                 forwards.before = lambda _: None
                 passed.set()
 
@@ -387,12 +386,12 @@ def test_who_gives_up_while_waiting_reading_or_running_is_let_go(soup: SoupModel
         assert sum(shape == (1, 10) for shape in forwards.shapes) < 10  # the prompt was not read to its end
 
 
-def test_what_is_given_up_and_not_there_does_not_pile_up(soup: SoupModel) -> None:
+def test_what_is_aborted_and_not_there_does_not_pile_up(soup: SoupModel) -> None:
     with RunningBatcher(soup) as running:
         done = _asks(3)
         running.answer(done)
-        running.batcher.give_up([*done, *_asks(1000, seed=8)])
-        _until(lambda: not running.batcher._given_up)
+        running.batcher.abort([*done, *_asks(1000, seed=8)])
+        _until(lambda: not running.batcher._queue._aborted)
         running.answer(_asks(1, seed=9))
         running.answer(done_again := _asks(3))
         check_alone(soup, running, done_again)
@@ -404,7 +403,7 @@ def test_what_is_given_up_and_not_there_does_not_pile_up(soup: SoupModel) -> Non
 def test_a_fault_of_a_step_ends_those_that_run_and_no_others(soup: SoupModel) -> None:
     asks = _asks(3, seed=10)
     for ask in asks:
-        ask.ignore_end, ask.max_new_tokens = True, 9
+        ask.ignore_eos, ask.max_new_tokens = True, 9
     later = _asks(2, seed=11)
     with RunningBatcher(soup, Limits(max_rows=3)) as running:
 
@@ -417,7 +416,7 @@ def test_a_fault_of_a_step_ends_those_that_run_and_no_others(soup: SoupModel) ->
             running.answer([*asks, *later])
         for ask in asks:
             running.heard.check_ended_once(ask)
-            fault = running.heard.pieces[ask][-1].fault
+            fault = running.heard.pieces[ask][-1].error
             assert isinstance(fault, RuntimeError)
             assert fault.__traceback__ is None  # it would hold tensors
             assert len(running.heard.tokens(ask)) == 3
@@ -456,7 +455,7 @@ def test_a_prompt_that_fails_alone_ends_alone(soup: SoupModel) -> None:
         handle.remove()
         running.heard.check_ended_once(asks[3])
         (piece,) = running.heard.pieces[asks[3]]
-        assert isinstance(piece.fault, IndexError)
+        assert isinstance(piece.error, IndexError)
         check_alone(soup, running, asks[:3] + asks[4:])
 
 
@@ -471,7 +470,7 @@ def test_a_fault_at_any_time_leaves_nobody_waiting(soup: SoupModel) -> None:
 
         forwards.before = fail
         running.answer(asks)
-    fine = [ask for ask in asks if running.heard.pieces[ask][-1].fault is None]
+    fine = [ask for ask in asks if running.heard.pieces[ask][-1].error is None]
     assert 0 < len(fine) < len(asks)
     for ask in asks:
         running.heard.check_ended_once(ask)
@@ -487,12 +486,12 @@ def test_an_answer_whose_text_fails_ends_alone(soup: SoupModel, monkeypatch: pyt
                 raise ValueError("an ill text")
             return super().add(token)
 
-    monkeypatch.setattr("personalized_soups.serving.engine.batcher.Detokenizer", Ill)
+    monkeypatch.setattr("personalized_soups.serving.engine.scheduler.Detokenizer", Ill)
     asks[1].stops = ["x"]
     with RunningBatcher(soup) as running:
         running.answer(asks)
         running.heard.check_ended_once(asks[1])
-        assert isinstance(running.heard.pieces[asks[1]][-1].fault, ValueError)
+        assert isinstance(running.heard.pieces[asks[1]][-1].error, ValueError)
         check_alone(soup, running, [asks[0], *asks[2:]])
 
 
@@ -509,15 +508,15 @@ def test_a_soup_of_which_nothing_comes_is_told_of(soup: SoupModel) -> None:
         running.answer(asks)
         handle.remove()
         (piece,) = running.heard.pieces[asks[2]]
-        assert isinstance(piece.fault, RunError)
-        assert "smaller weights" in piece.fault.mend
+        assert isinstance(piece.error, RunError)
+        assert "smaller weights" in piece.error.mend
         check_alone(soup, running, [*asks[:2], asks[3]])
 
 
 def test_a_listener_that_fails_loses_its_own_pieces_only(soup: SoupModel) -> None:
     asks = _asks(5, seed=17)
     for ask in asks:
-        ask.ignore_end, ask.max_new_tokens = True, 30
+        ask.ignore_eos, ask.max_new_tokens = True, 30
     ill = asks[2]
     with RunningBatcher(soup) as running:
 
@@ -560,12 +559,12 @@ def test_a_thread_that_ends_against_all_expectation_leaves_nobody_waiting(soup: 
                 raise SystemExit
 
         for ask in asks:
-            ask.ignore_end, ask.max_new_tokens = True, 9
+            ask.ignore_eos, ask.max_new_tokens = True, 9
         forwards.before = fail
         running.answer(asks)
         for ask in asks:
             running.heard.check_ended_once(ask)
-            assert isinstance(running.heard.pieces[ask][-1].fault, ClosedError)
+            assert isinstance(running.heard.pieces[ask][-1].error, ClosedError)
         assert not running.batcher.is_alive
         with pytest.raises(ClosedError):
             running.batcher.submit(asks)
@@ -578,7 +577,7 @@ def test_jobs_are_done_when_nothing_runs_and_waiting_ones_go_on_afterwards(chang
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in changing.layers.by_name.items()}
     new = write_expert(tmp_path / "more" / "new", seed=9, rank=2, alpha=2, shapes=shapes, base=None)
     with RunningBatcher(changing, Limits(max_rows=2)) as running:
-        first = GenerationRequest([7, 8, 9], Row({"warm": 1.0}), 20, ignore_end=True)
+        first = GenerationRequest([7, 8, 9], ExpertWeights({"warm": 1.0}), 20, ignore_eos=True)
         forwards, go = _held(changing, running, first)
         states: list[tuple[int, bool]] = []
 
@@ -587,11 +586,14 @@ def test_jobs_are_done_when_nothing_runs_and_waiting_ones_go_on_afterwards(chang
             assert not torch.is_inference_mode_enabled()
             return changing.add_expert(new)
 
-        added = running.batcher.between(add)
-        failed = running.batcher.between(lambda: 1 // 0)
-        cancelled: Future[int] = running.batcher.between(lambda: 3)
+        added = running.batcher.run_when_idle(add)
+        failed = running.batcher.run_when_idle(lambda: 1 // 0)
+        cancelled: Future[int] = running.batcher.run_when_idle(lambda: 3)
         assert cancelled.cancel()
-        waiting = [GenerationRequest([7, 8], Row({"new": 1.0}), 5), GenerationRequest([7, 8], Row({"warm": 1.0}), 5)]
+        waiting = [
+            GenerationRequest([7, 8], ExpertWeights({"new": 1.0}), 5),
+            GenerationRequest([7, 8], ExpertWeights({"warm": 1.0}), 5),
+        ]
         running.batcher.submit(waiting)
         assert not added.done()
         go.set()
@@ -601,18 +603,18 @@ def test_jobs_are_done_when_nothing_runs_and_waiting_ones_go_on_afterwards(chang
         running.heard.wait_for(waiting)
         forwards.__exit__()
         check_alone(changing, running, waiting)
-        assert running.batcher.between(lambda: 4).result(30) == 4  # of an idle one
+        assert running.batcher.run_when_idle(lambda: 4).result(30) == 4  # of an idle one
 
 
 def test_an_ask_whose_expert_is_gone_fails_alone(changing: SoupModel) -> None:
     with RunningBatcher(changing) as running:
-        first = GenerationRequest([7, 8, 9], Row({"cold": 1.0}), 20, ignore_end=True)
+        first = GenerationRequest([7, 8, 9], ExpertWeights({"cold": 1.0}), 20, ignore_eos=True)
         forwards, go = _held(changing, running, first)
-        removed = running.batcher.between(lambda: changing.remove_expert("warm"))
+        removed = running.batcher.run_when_idle(lambda: changing.remove_expert("warm"))
         asks = _asks(6, seed=21)
         for ask in asks:
-            ask.weights = Row({"cold": 0.5})
-        asks[1].weights = asks[4].weights = Row({"warm": 1.0})
+            ask.weights = ExpertWeights({"cold": 0.5})
+        asks[1].weights = asks[4].weights = ExpertWeights({"warm": 1.0})
         running.batcher.submit(asks)
         go.set()
         running.heard.wait_for(asks)
@@ -620,25 +622,28 @@ def test_an_ask_whose_expert_is_gone_fails_alone(changing: SoupModel) -> None:
         forwards.__exit__()
         for ask in (asks[1], asks[4]):
             (piece,) = running.heard.pieces[ask]
-            assert isinstance(piece.fault, DeclarationError)
+            assert isinstance(piece.error, DeclarationError)
         check_alone(changing, running, [ask for ask in asks if "warm" not in ask.weights.weights])
 
 
 def test_a_running_row_whose_expert_is_taken_away_fails_alone(changing: SoupModel) -> None:
-    asks = [GenerationRequest([7, 8, 9], Row({name: 1.0}), 20, ignore_end=True) for name in ("cold", "warm", "plain")]
+    asks = [
+        GenerationRequest([7, 8, 9], ExpertWeights({name: 1.0}), 20, ignore_eos=True)
+        for name in ("cold", "warm", "plain")
+    ]
     with RunningBatcher(changing) as running:
 
         def take_away(pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
             if (
                 "warm" in changing.experts
             ):  # between the first tokens and their step, by the thread that holds the model
-                running.batcher._batch.release()
+                running.batcher._scheduler.batch.release()
                 changing.remove_expert("warm")
 
         running.heard.on_pieces = take_away
         running.answer(asks)
         running.heard.check_ended_once(asks[1])
-        assert isinstance(running.heard.pieces[asks[1]][-1].fault, DeclarationError)
+        assert isinstance(running.heard.pieces[asks[1]][-1].error, DeclarationError)
         for ask in (asks[0], asks[2]):
             running.heard.check_ended_once(ask)
             assert running.heard.tokens(ask) == greedy(changing, ask)
@@ -651,7 +656,7 @@ def test_what_was_taken_is_finished(soup: SoupModel) -> None:
     asks = _asks(9, seed=22)
     running = RunningBatcher(soup, Limits(max_rows=2, read_tokens=8))
     running.batcher.submit(asks)
-    job = running.batcher.between(lambda: 5)
+    job = running.batcher.run_when_idle(lambda: 5)
     assert running.batcher.close(timeout=30)
     assert job.result(0) == 5
     check_alone(soup, running, asks)
@@ -659,20 +664,20 @@ def test_what_was_taken_is_finished(soup: SoupModel) -> None:
     with pytest.raises(ClosedError):
         running.batcher.submit(asks)
     with pytest.raises(ClosedError):
-        running.batcher.between(lambda: 5).result(0)
-    running.batcher.give_up(asks)
+        running.batcher.run_when_idle(lambda: 5).result(0)
+    running.batcher.abort(asks)
     assert running.batcher.close(timeout=30)
 
 
 def test_what_was_taken_is_cut_off(soup: SoupModel) -> None:
     asks = _asks(9, seed=23)
     for ask in asks:
-        ask.ignore_end, ask.max_new_tokens = True, LONG
+        ask.ignore_eos, ask.max_new_tokens = True, LONG
     running = RunningBatcher(soup, Limits(max_rows=4))
     forwards, go = _held(soup, running, asks[0])
     running.batcher.submit(asks[1:])
-    job: Future[int] = running.batcher.between(lambda: 5)
-    cancelled: Future[int] = running.batcher.between(lambda: 6)
+    job: Future[int] = running.batcher.run_when_idle(lambda: 5)
+    cancelled: Future[int] = running.batcher.run_when_idle(lambda: 6)
     cancelled.cancel()
     assert not running.batcher.close(finish=False, timeout=0.01)
     go.set()
@@ -681,7 +686,7 @@ def test_what_was_taken_is_cut_off(soup: SoupModel) -> None:
     assert isinstance(job.exception(0), ClosedError)
     for ask in asks:
         running.heard.check_ended_once(ask)
-        assert isinstance(running.heard.pieces[ask][-1].fault, ClosedError)
+        assert isinstance(running.heard.pieces[ask][-1].error, ClosedError)
 
 
 def test_it_may_be_closed_by_its_own_thread(soup: SoupModel) -> None:
@@ -720,12 +725,12 @@ def test_many_threads_ask_and_give_up_and_change_experts_at_once(changing: SoupM
                 running.batcher.submit(asks)
                 if chance.random() < 0.3:
                     time.sleep(chance.random() * 0.01)
-                    running.batcher.give_up(asks)
+                    running.batcher.abort(asks)
                     gone.extend(asks)
                 else:
                     answered.extend(asks)
                 if chance.random() < 0.2:
-                    jobs.append(running.batcher.between(lambda: len(changing.experts)))
+                    jobs.append(running.batcher.run_when_idle(lambda: len(changing.experts)))
                 assert running.batcher.load.waiting >= 0
         except BaseException as fault:
             faults.append(fault)
@@ -746,8 +751,8 @@ def test_many_threads_ask_and_give_up_and_change_experts_at_once(changing: SoupM
 def test_a_crowds_prompts_are_read_together_though_they_come_one_by_one(
     soup: SoupModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batcher_module, "_MOMENT_SECONDS", 0.3)
-    monkeypatch.setattr(batcher_module, "_GATHER_SECONDS", 10.0)
+    monkeypatch.setattr(queue_module, "_QUIET_SECONDS", 0.3)
+    monkeypatch.setattr(queue_module, "_GATHER_SECONDS", 10.0)
     asks = _asks(6)
     with RunningBatcher(soup) as running, Forwards(soup) as forwards:
         for ask in asks:

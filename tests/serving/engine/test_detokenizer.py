@@ -108,7 +108,7 @@ def test_how_tokens_cut_the_text_does_not_matter(tokenizer: Any, text: str, stop
     pieces = [text[start : start + cut] for start in range(0, len(text), cut)]
     told = ""
     for piece in pieces:
-        told += growing._tell(piece)
+        told += growing._until_stop(piece)
     told += growing.end()
     assert (told, growing.is_stopped) == _cut(text, stops)
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from personalized_soups import SoupModel
+from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.errors import UsageError
-from personalized_soups.mixing.mixture import Row
 from personalized_soups.serving.engine.batch import Batch
 from personalized_soups.serving.engine.kv_slots import KvSlots, layer_kinds
 from tests.serving.engine.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, some_row, true_logits
@@ -49,7 +49,7 @@ class Slow:
     def __init__(self, model: SoupModel, most_bytes: int | None = None) -> None:
         self.model = model
         self.slots = KvSlots(model.model.config, most_bytes)
-        self.rows: list[tuple[Row, list[int]]] = []
+        self.rows: list[tuple[ExpertWeights, list[int]]] = []
 
     def forward(self, first: int, chunks: list[list[int]]) -> Tensor:
         """Let rows from `first` on have more tokens, and return the logits after them."""
@@ -161,13 +161,13 @@ def test_rows_are_as_they_are_alone_whatever_happens(llama: SoupModel, gemma: So
 
 def test_room_shrinks_where_the_limit_asks_for_it_and_rows_keep_what_they_have(llama: SoupModel) -> None:
     world = Slow(llama, most_bytes=4 * 64 * BYTES)
-    world.rows = [(Row(), [])]
+    world.rows = [(ExpertWeights(), [])]
     world.slots.fit(1, 300)  # it is alone, and needs more
     world.check(0, [list(range(6, 246))])
     assert world.slots.num_bytes == 320 * BYTES
-    world.rows = [(Row({"warm": 1.0}), [])]
+    world.rows = [(ExpertWeights({"warm": 1.0}), [])]
     world.check(0, [[7, 8, 9]])
-    world.rows.append((Row(), []))
+    world.rows.append((ExpertWeights(), []))
     world.slots.fit(2, 60)
     assert world.slots.num_bytes == 2 * 64 * BYTES
     world.check(1, [[9, 8]])
@@ -180,7 +180,7 @@ def test_room_that_cannot_be_made_leaves_everything_as_it_was(
     llama: SoupModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = Slow(llama)
-    world.rows = [(Row({"warm": 1.0}), [])]
+    world.rows = [(ExpertWeights({"warm": 1.0}), [])]
     world.check(0, [[7, 8, 9]])
     second: Any = world.slots._layers[1]
     with monkeypatch.context() as patch:
@@ -195,7 +195,7 @@ def test_room_that_cannot_be_made_leaves_everything_as_it_was(
     assert {layer.keys.shape for layer in world.slots._layers} == {second.keys.shape}
     world.check(0, [[4]])
     world.slots.fit(3, 100)
-    world.rows.append((Row(), []))
+    world.rows.append((ExpertWeights(), []))
     world.check(1, [[9, 8]])
     world.check(0, [[5], [6]])
 

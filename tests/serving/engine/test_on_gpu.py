@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from personalized_soups.serving.engine.batcher import Limits
+from personalized_soups.serving.engine.limits import Limits
 from tests.serving.engine.worlds import RunningBatcher, check_alone, small_soup, some_ask
 
 

@@ -23,13 +23,13 @@ def _logits(seed: int, rows: int, *, dtype: torch.dtype = torch.float32) -> torc
     return (3 * torch.randn(rows, V, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-def _adjusted(logits: Vector, wishes: SamplingParams, before: list[int]) -> Vector:
+def _adjusted(logits: Vector, params: SamplingParams, before: list[int]) -> Vector:
     """Return a row's logits as OpenAI's protocol has them changed."""
     found = logits.copy()
-    for token, bias in wishes.logit_bias.items():
+    for token, bias in params.logit_bias.items():
         found[token] += bias
     for token in set(before):
-        found[token] -= wishes.presence_penalty + wishes.frequency_penalty * before.count(token)
+        found[token] -= params.presence_penalty + params.frequency_penalty * before.count(token)
     return found
 
 
@@ -54,7 +54,7 @@ def _is_at(shares: Vector, token: int, draw: float) -> bool:
     return bool(shares[token] > 0 and ends[token] - shares[token] - 1e-5 <= draw <= ends[token] + 1e-5)
 
 
-_wishes = st.builds(
+_params = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
     top_p=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
@@ -68,49 +68,49 @@ _wishes = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(asked=st.lists(_wishes, min_size=1, max_size=5), seed=st.integers(0, 999))
-def test_every_row_chooses_by_its_own_wishes(asked: list[SamplingParams], seed: int) -> None:
-    choosers = [TokenSampler(wishes) for wishes in asked]
+@given(asked=st.lists(_params, min_size=1, max_size=5), seed=st.integers(0, 999))
+def test_every_row_chooses_by_its_own_parameters(asked: list[SamplingParams], seed: int) -> None:
+    samplers = [TokenSampler(params) for params in asked]
     said: list[list[int]] = [[] for _ in asked]
     for step in range(6):
         logits_NV = _logits(1000 * seed + step, len(asked))
         kept = logits_NV.clone()
-        choices = choose(logits_NV, choosers)
+        choices = choose(logits_NV, samplers)
         assert torch.equal(logits_NV, kept)
-        for row, (wishes, choice) in enumerate(zip(asked, choices, strict=True)):
+        for row, (params, choice) in enumerate(zip(asked, choices, strict=True)):
             own = logits_NV[row].double().numpy()
-            wanted = _adjusted(own, wishes, said[row])
-            if wishes.temperature == 0:
+            wanted = _adjusted(own, params, said[row])
+            if params.temperature == 0:
                 # float32's rounding of sums below 128
                 assert wanted[choice.token] >= wanted.max() - 128 * 1.2e-7
             else:
-                draw = float(uniforms(wishes.seed, wishes.place, step + 1)[step])
-                assert _is_at(_nucleus(wanted, wishes.temperature, wishes.top_p), choice.token, draw)
-            _check_likely(own, wishes, choice)
+                draw = float(uniforms(params.seed, params.place, step + 1)[step])
+                assert _is_at(_nucleus(wanted, params.temperature, params.top_p), choice.token, draw)
+            _check_logprobs(own, params, choice)
             said[row].append(choice.token)
 
 
-def _check_likely(logits: Vector, wishes: SamplingParams, choice: Choice) -> None:
-    if wishes.logprobs is None:
-        assert choice.likely is None
+def _check_logprobs(logits: Vector, params: SamplingParams, choice: Choice) -> None:
+    if params.logprobs is None:
+        assert choice.logprobs is None
         return
-    assert choice.likely is not None
+    assert choice.logprobs is not None
     logprobs = logits - logits.max() - math.log(np.exp(logits - logits.max()).sum())
-    assert choice.likely.chosen == pytest.approx(logprobs[choice.token], abs=1e-5)
-    top = sorted(range(V), key=lambda token: -logprobs[token])[: wishes.logprobs]
-    assert [token for token, _ in choice.likely.top] == top
-    assert [value for _, value in choice.likely.top] == pytest.approx(list(logprobs[top]), abs=1e-5)
+    assert choice.logprobs.chosen == pytest.approx(logprobs[choice.token], abs=1e-5)
+    top = sorted(range(V), key=lambda token: -logprobs[token])[: params.logprobs]
+    assert [token for token, _ in choice.logprobs.top] == top
+    assert [value for _, value in choice.logprobs.top] == pytest.approx(list(logprobs[top]), abs=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
-@given(mine=_wishes, others=st.lists(_wishes, min_size=1, max_size=4), seed=st.integers(0, 999))
+@given(mine=_params, others=st.lists(_params, min_size=1, max_size=4), seed=st.integers(0, 999))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_others_wish_changes_nothing(
     mine: SamplingParams, others: list[SamplingParams], seed: int, dtype: torch.dtype
 ) -> None:
-    def tokens(wishes: list[SamplingParams]) -> list[Choice]:
-        choosers = [TokenSampler(each) for each in wishes]
-        return [choose(_logits(seed + step, len(wishes), dtype=dtype), choosers)[0] for step in range(4)]
+    def tokens(params: list[SamplingParams]) -> list[Choice]:
+        samplers = [TokenSampler(each) for each in params]
+        return [choose(_logits(seed + step, len(params), dtype=dtype), samplers)[0] for step in range(4)]
 
     # the same logits whatever the others wish
     plain = tokens([mine, *(SamplingParams() for _ in others)])
@@ -143,19 +143,19 @@ def test_tokens_are_as_frequent_as_the_nucleus_says(temperature: float, top_p: f
 
 
 def test_draws_go_on_beyond_those_that_were_made_at_once() -> None:
-    chooser = TokenSampler(SamplingParams(temperature=1.0, seed=3, place=2))
+    sampler = TokenSampler(SamplingParams(temperature=1.0, seed=3, place=2))
     draws = []
     for _ in range(700):
-        draws.append(chooser.draw())
-        chooser.note(0)
+        draws.append(sampler.draw())
+        sampler.record(0)
     assert draws == uniforms(3, 2, 700).tolist()
 
 
 def test_a_row_has_the_tokens_of_the_packages_other_sampling() -> None:
     logits_BV = _logits(9, 8)
     draw_B = torch.from_numpy(np.stack([uniforms(4, place, 1)[0] for place in range(8)]))
-    choosers = [TokenSampler(SamplingParams(temperature=0.8, seed=4, place=place)) for place in range(8)]
-    tokens = [choice.token for choice in choose(logits_BV, choosers)]
+    samplers = [TokenSampler(SamplingParams(temperature=0.8, seed=4, place=place)) for place in range(8)]
+    tokens = [choice.token for choice in choose(logits_BV, samplers)]
     assert tokens == choose_tokens(logits_BV, draw_B, 0.8).tolist()
 
 
@@ -163,11 +163,11 @@ def test_logits_that_are_no_numbers_are_told_of_and_harm_nobody_else() -> None:
     logits_NV = _logits(1, 4)
     logits_NV[1, 5] = math.nan
     logits_NV[2, 6] = math.inf
-    wishes = SamplingParams(temperature=1.0, top_p=0.9, logprobs=2)
-    choices = choose(logits_NV, [TokenSampler(wishes) for _ in range(4)])
+    params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=2)
+    choices = choose(logits_NV, [TokenSampler(params) for _ in range(4)])
     assert [choice.is_sound for choice in choices] == [True, False, False, True]
     assert all(0 <= choice.token < V for choice in choices)
-    sound = choose(_logits(1, 4), [TokenSampler(wishes) for _ in range(4)])
+    sound = choose(_logits(1, 4), [TokenSampler(params) for _ in range(4)])
     assert (choices[0], choices[3]) == (sound[0], sound[3])
 
 
@@ -176,14 +176,14 @@ def test_what_cannot_be_is_written_as_the_protocol_writes_it() -> None:
     logits_NV[0, 3] = 1.0
     (choice,) = choose(logits_NV, [TokenSampler(SamplingParams(logprobs=2))])
     assert choice.is_sound
-    assert choice.likely is not None
-    assert choice.likely.chosen == 0
-    assert choice.likely.top[0] == (3, 0.0)
-    assert choice.likely.top[1][1] == -9999
+    assert choice.logprobs is not None
+    assert choice.logprobs.chosen == 0
+    assert choice.logprobs.top[0] == (3, 0.0)
+    assert choice.logprobs.top[1][1] == -9999
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "params",
     [
         {"temperature": -0.1},
         {"temperature": math.inf},
@@ -199,6 +199,6 @@ def test_what_cannot_be_is_written_as_the_protocol_writes_it() -> None:
         {"logprobs": -1},
     ],
 )
-def test_a_wish_out_of_its_range_is_refused_when_it_is_made(wishes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wishes))):
-        SamplingParams(**wishes)
+def test_a_parameter_out_of_its_range_is_rejected_when_it_is_made(params: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(params))):
+        SamplingParams(**params)

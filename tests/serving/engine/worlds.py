@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from personalized_soups import SoupModel
-from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.engine.batcher import Batcher, Finish, GenerationRequest, Limits, Piece
+from personalized_soups.declare.expert_weights import ExpertWeights
+from personalized_soups.serving.engine.batcher import Batcher
+from personalized_soups.serving.engine.limits import Limits
+from personalized_soups.serving.engine.request import Finish, GenerationRequest, Piece
 from personalized_soups.serving.engine.token_sampler import SamplingParams
 from tests.experts import write_expert
 
@@ -97,14 +99,14 @@ def small_soup(
     return SoupModel(model, folder, tokenizer=tokenizer)
 
 
-def some_row(random: Any) -> Row:
+def some_row(random: Any) -> ExpertWeights:
     """Return somebody's weights; `random` has `random()`, as the module of that name."""
     if random.random() < 0.2:
-        return Row()
-    return Row({name: round(2 * random.random() - 0.5, 3) for name in EXPERTS if random.random() < 0.7})
+        return ExpertWeights()
+    return ExpertWeights({name: round(2 * random.random() - 0.5, 3) for name in EXPERTS if random.random() < 0.7})
 
 
-def true_logits(model: SoupModel, weights: Row, tokens: Sequence[int]) -> Tensor:
+def true_logits(model: SoupModel, weights: ExpertWeights, tokens: Sequence[int]) -> Tensor:
     """Return the logits after each token, `[T, V]`, of one row alone, without a cache."""
     with model.mixture([weights]), torch.no_grad():
         found: Tensor = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
@@ -126,10 +128,10 @@ def greedy(model: SoupModel, ask: GenerationRequest) -> list[int]:
 
 
 def some_ask(
-    random: Any, *, most: int = 12, longest: int = 20, wishes: SamplingParams | None = None
+    random: Any, *, most: int = 12, longest: int = 20, sampling_params: SamplingParams | None = None
 ) -> GenerationRequest:
     tokens = [random.randrange(6, VOCAB) for _ in range(random.randint(1, longest))]
-    return GenerationRequest(tokens, some_row(random), random.randint(1, most), wishes or SamplingParams())
+    return GenerationRequest(tokens, some_row(random), random.randint(1, most), sampling_params or SamplingParams())
 
 
 @dataclass(eq=False)

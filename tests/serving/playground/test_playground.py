@@ -181,8 +181,8 @@ def test_keys_that_follow_each_other_settle_together(playground: Playground) -> 
 
 def test_a_new_answer_gives_up_the_one_under_way(playground: Playground, mock: Mock) -> None:
     playground.open()
-    given_up: list[Any] = []
-    playground.page.on("requestfailed", lambda request: given_up.append(request.post_data_json))
+    aborted: list[Any] = []
+    playground.page.on("requestfailed", lambda request: aborted.append(request.post_data_json))
     playground.ask()
     mock.delay = 0.1
     playground.slider("style").fill("1")
@@ -191,7 +191,7 @@ def test_a_new_answer_gives_up_the_one_under_way(playground: Playground, mock: M
         playground.slider("style").fill("-1")
     mock.delay = 0.01  # now the first one would be done soon as well
     playground.settled()
-    assert [_profile(body)["unfriendly"] for body in given_up] == [1]
+    assert [_profile(body)["unfriendly"] for body in aborted] == [1]
     assert playground.answer(1).startswith("elementary=0.6 concise=0.6 friendly=1:")  # not a word of the other's
     assert _profile(playground.asked()[-1])["friendly"] == 1
 

@@ -16,9 +16,8 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.shipped import shipped_recipe
-from personalized_soups.serving.engine.batcher import Limits
-from personalized_soups.serving.web.app import Settings
-from personalized_soups.serving.web.guard import Rules
+from personalized_soups.serving.engine.limits import Limits
+from personalized_soups.serving.web.settings import Rules, Settings
 from personalized_soups.tiny import BASE_FOLDER
 from personalized_soups.users.profiles.store import UnknownProfile
 from tests.experts import write_expert

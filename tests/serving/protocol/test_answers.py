@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from starlette.types import Receive
 
-from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.engine.batcher import Finish, GenerationRequest, Limits, Piece
+from personalized_soups.declare.expert_weights import ExpertWeights
+from personalized_soups.serving.engine.limits import Limits
+from personalized_soups.serving.engine.request import Finish, GenerationRequest, Piece
 from personalized_soups.serving.engine.token_sampler import TokenLogprobs
 from personalized_soups.serving.protocol.answers import EventStream
 from personalized_soups.serving.protocol.faults import ApiError
@@ -21,7 +22,7 @@ from personalized_soups.serving.protocol.formats import PendingChat, PendingComp
 from personalized_soups.serving.protocol.piece_queue import HungUpError
 from personalized_soups.serving.protocol.profile_resolver import ResolvedProfile
 from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
-from personalized_soups.serving.web.app import Settings
+from personalized_soups.serving.web.settings import Settings
 from tests.serving.servers import RunningServer, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -214,7 +215,12 @@ def _sent(pieces: list[Piece], fault: Exception) -> list[Any]:
     """Return what a stream sends of pieces and a fault after them."""
     asked = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True})
     order = _Order(
-        _kitchen(), asked, ResolvedProfile(Row(), "base", None, "m"), [GenerationRequest([1], Row(), 4)], 1, 0.0
+        _kitchen(),
+        asked,
+        ResolvedProfile(ExpertWeights(), "base", None, "m"),
+        [GenerationRequest([1], ExpertWeights(), 4)],
+        1,
+        0.0,
     )
     object.__setattr__(order, "source", (pieces, fault))
     sent: list[Any] = []
@@ -253,7 +259,7 @@ def test_log_probabilities_tell_bytes_only_of_whole_characters() -> None:
     asked = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
     )
-    order = PendingChat(_kitchen(), asked, ResolvedProfile(Row(), "base", None, "m"), [], 1, 0.0)
+    order = PendingChat(_kitchen(), asked, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
     told = order.logprobs([(3, TokenLogprobs(-1.0, ((4, -0.5),)))], 0)["content"]
     assert told == [
         {"token": "\ufffd", "logprob": -1.0, "bytes": None,
@@ -263,7 +269,7 @@ def test_log_probabilities_tell_bytes_only_of_whole_characters() -> None:
 
 def test_end_tokens_are_no_part_of_what_is_told() -> None:
     asked = CompletionRequest.model_validate({"model": "m", "prompt": "x", "logprobs": 0})
-    order = PendingCompletion(_kitchen(), asked, ResolvedProfile(Row(), "base", None, "m"), [], 1, 0.0)
+    order = PendingCompletion(_kitchen(), asked, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
     likely = TokenLogprobs(-1.0, ())
     assert order.told_of(Piece(1, "", likely, Finish.STOP)) == []
     assert order.told_of(Piece(5, "t5", likely)) == [(5, likely)]

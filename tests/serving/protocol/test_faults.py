@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from personalized_soups.errors import FileFormatError, InputError, RunError, SoupError, UsageError
-from personalized_soups.serving.engine.batcher import ClosedError, QueueFullError
+from personalized_soups.serving.engine.queue import ClosedError, QueueFullError
 from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.users.profiles.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
 

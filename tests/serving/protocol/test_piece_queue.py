@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.engine.batcher import Finish, GenerationRequest, Piece
+from personalized_soups.declare.expert_weights import ExpertWeights
+from personalized_soups.serving.engine.request import Finish, GenerationRequest, Piece
 from personalized_soups.serving.protocol.piece_queue import HungUpError, PieceDispatcher, PieceQueue, pieces_of
 
 
@@ -18,10 +18,10 @@ class _Batcher:
     """Remembers what was given up."""
 
     def __init__(self) -> None:
-        self.given_up: list[GenerationRequest] = []
+        self.aborted: list[GenerationRequest] = []
 
-    def give_up(self, asks: Sequence[GenerationRequest]) -> None:
-        self.given_up += asks
+    def abort(self, asks: Sequence[GenerationRequest]) -> None:
+        self.aborted += asks
 
 
 class _World:
@@ -29,7 +29,7 @@ class _World:
 
     def __init__(self) -> None:
         self.waiter = PieceQueue()
-        self.asks = [GenerationRequest([1], Row(), 4, waiter=(self.waiter, index)) for index in range(2)]
+        self.asks = [GenerationRequest([1], ExpertWeights(), 4, destination=(self.waiter, index)) for index in range(2)]
         self.batcher: Any = _Batcher()
         self.gone = asyncio.Event()
         self.came: list[tuple[int, Piece]] = []
@@ -67,7 +67,7 @@ def _run(test: Callable[[_World], Awaitable[None]]) -> _World:
     return asyncio.run(run())
 
 
-A, B, END, FAULT = Piece(1, "a"), Piece(2, "b"), Piece(3, "c", finish=Finish.STOP), Piece(fault=ValueError("x"))
+A, B, END, FAULT = Piece(1, "a"), Piece(2, "b"), Piece(3, "c", finish=Finish.STOP), Piece(error=ValueError("x"))
 
 
 def test_all_pieces_come_in_order_until_every_answer_is_at_its_end() -> None:
@@ -83,7 +83,7 @@ def test_all_pieces_come_in_order_until_every_answer_is_at_its_end() -> None:
 
     world = _run(test)
     assert world.came == [(0, A), (1, B), (0, END), (1, A), (1, FAULT)]
-    assert world.batcher.given_up == []
+    assert world.batcher.aborted == []
     assert not world.stays_watched  # nothing waits for the client to hang up any more
 
 
@@ -94,7 +94,7 @@ def test_a_client_that_hangs_up_gives_up_what_is_not_done() -> None:
             await world.take(after=world.gone.set)
 
     world = _run(test)
-    assert world.batcher.given_up == world.asks[1:]
+    assert world.batcher.aborted == world.asks[1:]
 
 
 def test_time_that_is_over_gives_up_everything() -> None:
@@ -103,7 +103,7 @@ def test_time_that_is_over_gives_up_everything() -> None:
             await world.take(seconds=0.01)
 
     world = _run(test)
-    assert world.batcher.given_up == world.asks
+    assert world.batcher.aborted == world.asks
     assert not world.stays_watched
 
 
@@ -114,7 +114,7 @@ def test_a_reader_that_stops_gives_up() -> None:
         async with aclosing(source):
             await anext(source)
 
-    assert len(_run(test).batcher.given_up) == 1
+    assert len(_run(test).batcher.aborted) == 1
 
 
 def test_a_waiter_waits_for_news_again() -> None:

@@ -21,7 +21,7 @@ def _completion(**options: Any) -> CompletionRequest:
 
 def test_defaults_are_the_protocols() -> None:
     asked = _chat()
-    assert asked.wishes(5, 2) == SamplingParams(temperature=1.0, top_p=1.0, seed=5, place=2)
+    assert asked.sampling_params(5, 2) == SamplingParams(temperature=1.0, top_p=1.0, seed=5, place=2)
     assert (asked.num_choices, asked.num_tokens, asked.stops, asked.includes_usage) == (1, None, (), False)
     assert (asked.default_max_tokens, _completion().default_max_tokens) == (None, 16)
 
@@ -33,11 +33,11 @@ def test_every_wish_goes_where_it_belongs() -> None:
         temperature=0.25, top_p=0.5, seed=9, place=3, presence_penalty=1.5, frequency_penalty=-0.5,
         logit_bias={7: -2.5}, logprobs=4,
     )  # fmt: skip
-    assert asked.wishes(5, 3) == want
+    assert asked.sampling_params(5, 3) == want
 
 
 def test_a_zero_is_a_value_and_not_a_default() -> None:
-    asked = _chat(temperature=0, top_p=0, seed=0, logprobs=True).wishes(5, 0)
+    asked = _chat(temperature=0, top_p=0, seed=0, logprobs=True).sampling_params(5, 0)
     assert (asked.temperature, asked.top_p, asked.seed, asked.logprobs) == (0.0, 0.0, 0, 0)
     assert _completion(logprobs=0).num_logprobs == 0
     assert _completion().num_logprobs is None
@@ -45,8 +45,8 @@ def test_a_zero_is_a_value_and_not_a_default() -> None:
 
 
 def test_a_negative_seed_is_one_of_its_own() -> None:
-    assert _chat(seed=-1).wishes(5, 0).seed == 2**64 - 1
-    assert _chat(seed=2**63 - 1).wishes(5, 0).seed == 2**63 - 1
+    assert _chat(seed=-1).sampling_params(5, 0).seed == 2**64 - 1
+    assert _chat(seed=2**63 - 1).sampling_params(5, 0).seed == 2**63 - 1
 
 
 def test_the_newer_name_of_the_longest_answer_goes_before_the_older() -> None:
@@ -68,8 +68,8 @@ def test_stop_strings_that_are_empty_stop_nothing() -> None:
      {"safety_identifier": "x"}, {"prompt_cache_key": "x"}, {"echo": False}, {"user": "somebody"}],
 )  # fmt: skip
 def test_what_changes_nothing_is_taken(harmless: dict[str, Any]) -> None:
-    assert _chat(**harmless).wishes(0, 0) == _chat().wishes(0, 0)
-    assert _completion(**harmless).wishes(0, 0) == _completion().wishes(0, 0)
+    assert _chat(**harmless).sampling_params(0, 0) == _chat().sampling_params(0, 0)
+    assert _completion(**harmless).sampling_params(0, 0) == _completion().sampling_params(0, 0)
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,9 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from personalized_soups.declare.profile import Profile
-from personalized_soups.serving.engine.batcher import Limits
+from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.web import connections
-from personalized_soups.serving.web.app import Settings
-from personalized_soups.serving.web.guard import Rules
+from personalized_soups.serving.web.settings import Rules, Settings
 from tests.experts import write_expert
 from tests.mixing.worlds import write_experts
 from tests.serving.servers import Reply, RunningServer, running, send_raw

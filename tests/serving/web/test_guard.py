@@ -15,10 +15,10 @@ import pytest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from personalized_soups.errors import InputError, UsageError
-from personalized_soups.serving.engine.batcher import Limits
-from personalized_soups.serving.web.app import Settings
-from personalized_soups.serving.web.guard import Guard, Rules
+from personalized_soups.serving.engine.limits import Limits
+from personalized_soups.serving.web.guard import Guard
 from personalized_soups.serving.web.server import listen, read_keys
+from personalized_soups.serving.web.settings import Rules, Settings
 from tests.serving.servers import RunningServer, running
 
 KEY = "a-key-of-more-than-sixteen-characters"

@@ -15,14 +15,15 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 
+from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
-from personalized_soups.mixing.mixture import Row
-from personalized_soups.serving.engine.batcher import Limits, Load
+from personalized_soups.serving.engine.batcher import Load
+from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.protocol.metrics import CONTENT_TYPE, Metrics
 from personalized_soups.serving.protocol.profile_resolver import ResolvedProfile
-from personalized_soups.serving.web.app import Settings
 from personalized_soups.serving.web.server import cache_bytes, config_of, context_of
+from personalized_soups.serving.web.settings import Settings
 from tests.serving.servers import RunningServer, running
 
 
@@ -92,8 +93,8 @@ def test_gauges_tell_what_is_going_on_now() -> None:
     assert (told("step_rows_sum"), told("step_seconds_sum"), told("answer_tokens_total")) == (4, 0.5, 4)
     metrics.page(Load(waiting=0, running=0, cache_bytes=0, seconds_per_answer=1.0))
     assert told("answer_tokens_per_second") == 0
-    metrics.asked(ResolvedProfile(Row(), "base", None, "m"), 2, 9)
-    metrics.asked(ResolvedProfile(Row(), "stored", "ada", "soup:ada@1"), 3, 5)
+    metrics.asked(ResolvedProfile(ExpertWeights(), "base", None, "m"), 2, 9)
+    metrics.asked(ResolvedProfile(ExpertWeights(), "stored", "ada", "soup:ada@1"), 3, 5)
     assert (told("answers_total", profile="base"), told("answers_total", profile="stored")) == (2, 3)
     assert (told("user_answers_total", user="ada"), told("prompt_tokens_total")) == (3, 14)
 

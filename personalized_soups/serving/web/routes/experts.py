@@ -18,7 +18,8 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import SoupError
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.scoring.scales import Scales
-from personalized_soups.serving.engine.batcher import Batcher, ClosedError
+from personalized_soups.serving.engine.batcher import Batcher
+from personalized_soups.serving.engine.queue import ClosedError
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.serving.protocol.requests import RequestBody
@@ -113,7 +114,7 @@ class _Reloading:
             ApiError: 409 if the experts are at fault, 503 if the server is about to end.
         """
         if self._pending is None or self._pending.running() or self._pending.done():
-            self._pending = self._batcher.between(self._reload)
+            self._pending = self._batcher.run_when_idle(self._reload)
         try:
             await asyncio.shield(asyncio.wrap_future(self._pending))
         except ClosedError as fault:

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from personalized_soups.declare.profile import Profile
-from personalized_soups.serving.engine.batcher import Limits
-from personalized_soups.serving.web.app import Settings
-from personalized_soups.serving.web.guard import Rules
+from personalized_soups.serving.engine.limits import Limits
+from personalized_soups.serving.web.settings import Rules, Settings
 from tests.serving.servers import RunningServer, running, send_raw
 
 WARM = {"weights": {"warm": 1.5, "cold": -0.5}}

@@ -17,10 +17,10 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load_data
 from personalized_soups.errors import DeclarationError
 from personalized_soups.scoring.scales import Scales
-from personalized_soups.serving.engine.batcher import Limits
+from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError
-from personalized_soups.serving.web.app import Settings
+from personalized_soups.serving.web.settings import Settings
 from tests.experts import write_expert, write_record
 from tests.mixing.worlds import write_experts
 from tests.serving.servers import RunningServer, running, send_raw

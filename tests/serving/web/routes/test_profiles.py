@@ -12,8 +12,8 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import event
 
-from personalized_soups.serving.engine.batcher import Limits
-from personalized_soups.serving.web.app import Settings
+from personalized_soups.serving.engine.limits import Limits
+from personalized_soups.serving.web.settings import Settings
 from tests.serving.servers import RunningServer, running
 
 WEIGHTS = {"weights": {"warm": 0.5}}

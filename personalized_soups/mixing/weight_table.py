@@ -1,0 +1,52 @@
+"""The weights of a batch as tensors: one row for each gate, one column for each expert.
+
+G rows of weights, E experts, S layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from personalized_soups.declare.expert_weights import LayerWeights, Weight, matches
+from personalized_soups.errors import DeclarationError
+
+
+def weight_table(
+    rows: Sequence[Mapping[str, Weight]], experts: Sequence[str], layers: Sequence[str]
+) -> tuple[Tensor, Tensor | None]:
+    """Return weights_GE, float32 on the CPU, and layered_GSE where a weight differs between layers (else None).
+
+    Raises:
+        DeclarationError: if a pattern matches no layer.
+    """
+    table = [[weight if isinstance(weight := row.get(name, 0.0), float) else 0.0 for name in experts] for row in rows]
+    weights_GE = torch.tensor(table, dtype=torch.float32).reshape(len(rows), len(experts))
+    by_layer = [
+        (at, experts.index(name), name, weight)
+        for at, row in enumerate(rows)
+        for name, weight in row.items()
+        if isinstance(weight, Mapping)
+    ]
+    if not by_layer:
+        return weights_GE, None
+    layered_GSE = weights_GE[:, None, :].repeat(1, len(layers), 1)
+    for at, expert, name, patterns in by_layer:
+        layered_GSE[at, :, expert] = torch.tensor(_of_layers(patterns, layers, name), dtype=torch.float32)
+    return weights_GE, layered_GSE
+
+
+def _of_layers(patterns: LayerWeights, layers: Sequence[str], expert: str) -> list[float]:
+    idle = [pattern for pattern in patterns if not matches(pattern, layers)]
+    if idle:
+        raise DeclarationError(
+            f"no layer that experts adapt is called {idle[0]!r}",
+            where=f"weights.{expert}",
+            mend=f"write patterns of names such as {layers[0]!r}: '*.mlp.*', '*.layers.0.*', '*'",
+        )
+    return [
+        next((weight for pattern, weight in patterns.items() if fnmatchcase(layer, pattern)), 0.0) for layer in layers
+    ]
