@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from personalized_soups.adapters.library import Expert
+from personalized_soups.files.reader import TensorEntry
 from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.shared_a import SharedRows, group_numbers
 
 # Experts that were trained freely differ in their first bytes already.
 _PROBE_BYTES = 4096
@@ -85,19 +87,13 @@ class ExpertBank:
 
         Numbers count from 0 in the order of first appearance. Nothing but A's first bytes is read where they differ.
         """
-        found: list[tuple[object, memoryview]] = []
-        numbers = []
-        for index in self.members(module):
-            entry, data = self.experts[index].adapter.a_bytes(module)
-            kind = (entry.dtype, entry.shape)
-            for number, (other_kind, other) in enumerate(found):
-                if kind == other_kind and _equal(data, other):
-                    numbers.append(number)
-                    break
-            else:
-                numbers.append(len(found))
-                found.append((kind, data))
-        return tuple(numbers)
+        stored = [self.experts[index].adapter.a_bytes(module) for index in self.members(module)]
+        return group_numbers(stored, _are_equal)
+
+    def stacked_rank(self, module: str) -> int:
+        """Return the rank of a module's stack: the sum of the members' ranks, an A that several share counted once."""
+        ranks = [self.experts[index].adapter.modules[module].rank for index in self.members(module)]
+        return sum(ranks[index] for index in SharedRows.of(self.basis(module), ranks).firsts)
 
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> StackedModule:
         """Return a module's stack in `dtype` on the bank's device.
@@ -123,7 +119,11 @@ class ExpertBank:
         return Factors(read.a_RI.to(self.device), read.b_OR.to(self.device), read.scaling)
 
 
-def _equal(one: memoryview, other: memoryview) -> bool:
-    if one[:_PROBE_BYTES] != other[:_PROBE_BYTES]:
+def _are_equal(one: tuple[TensorEntry, memoryview], other: tuple[TensorEntry, memoryview]) -> bool:
+    """Return whether two stored A's have the same dtype, shape and bytes."""
+    (entry, data), (other_entry, other_data) = one, other
+    if (entry.dtype, entry.shape) != (other_entry.dtype, other_entry.shape):
         return False
-    return bool(np.array_equal(np.frombuffer(one, np.uint8), np.frombuffer(other, np.uint8)))
+    if data[:_PROBE_BYTES] != other_data[:_PROBE_BYTES]:
+        return False
+    return bool(np.array_equal(np.frombuffer(data, np.uint8), np.frombuffer(other_data, np.uint8)))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.finite import all_finite
+from personalized_soups.methods.shared_a import SharedRows
 
 # The greatest condition number (an upper bound of it, columns scaled to length 1) at which Q = T R^-1 is left unformed.
 # Q then departs from orthonormal columns by about the unit roundoff times its square, 1e-16 * 1e4**2 = 1e-8 (Yamamoto,
@@ -131,21 +132,15 @@ def decompose(factors: Sequence[Factors], basis: Sequence[int] | None = None) ->
     """
     if not any(each.rank for each in factors):
         raise ValueError("decompose of no factors")
-    first_row: dict[int, int] = {}
-    distinct: list[Tensor] = []
-    places: list[tuple[int, int]] = []
-    for number, (each, group) in enumerate(zip(factors, range(len(factors)) if basis is None else basis, strict=True)):
-        if group not in first_row:
-            first_row[group] = sum(a_RI.shape[0] for a_RI in distinct)
-            distinct.append(each.a_RI)
-        start = first_row[group]
-        places.extend((number, row) for row in range(start, start + each.rank))
-    expert_K, row_K = torch.tensor(places, device=factors[0].a_RI.device).T
+    ranks = [each.rank for each in factors]
+    rows = SharedRows.of(range(len(factors)) if basis is None else basis, ranks)
+    expert_K = [index for index, rank in enumerate(ranks) for _ in range(rank)]
+    device = factors[0].a_RI.device
     return Decomposition(
         left=_thin([each.b_OR for each in factors]),
-        right=_thin([a_RI.T for a_RI in distinct]),
-        expert_K=expert_K,
-        row_K=row_K,
+        right=_thin([factors[index].a_RI.T for index in rows.firsts]),
+        expert_K=torch.tensor(expert_K, device=device),
+        row_K=torch.tensor(rows.row_K, device=device),
         scalings=tuple(each.scaling for each in factors),
     )
 
