@@ -189,9 +189,8 @@ class Batcher:
             self._deliver(pieces)
         except Exception:
             _log.exception("the pieces of a step could not be delivered together")
-            self._send_separately(pieces)
-
-    def _send_separately(self, pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
+        else:
+            return
         for request, piece in pieces:
             try:
                 self._deliver([(request, piece)])

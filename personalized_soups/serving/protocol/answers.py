@@ -65,7 +65,7 @@ class Answer:
 
     num_tokens: int = 0
     parts: list[str] = field(default_factory=list)
-    likely: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     finish: str | None = None
 
 

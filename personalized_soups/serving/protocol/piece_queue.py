@@ -86,7 +86,7 @@ async def pieces_of(
         TimeoutError: if they take longer.
         HungUpError: if the client has gone.
     """
-    waiter: PieceQueue = asks[0].waiter[0]
+    waiter: PieceQueue = asks[0].destination[0]
     watch = asyncio.create_task(_watch(receive, waiter))
     open_answers = set(range(len(asks)))
     deadline = asyncio.get_running_loop().time() + seconds

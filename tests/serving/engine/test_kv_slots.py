@@ -16,8 +16,9 @@ from torch import Tensor
 from personalized_soups import SoupModel
 from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.errors import UsageError
+from personalized_soups.serving.engine.attention import layer_kinds
 from personalized_soups.serving.engine.batch import Batch
-from personalized_soups.serving.engine.kv_slots import KvSlots, layer_kinds
+from personalized_soups.serving.engine.kv_slots import KvSlots
 from tests.serving.engine.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, some_row, true_logits
 
 # Two ways of the same sums, of fewer than 1000 terms below 100 in float64: each is off by less than 1000 eps of its

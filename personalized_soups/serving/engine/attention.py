@@ -1,0 +1,69 @@
+"""Which models can answer in a running batch: those whose attention gives every row its own mask and past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from personalized_soups.errors import UsageError
+
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+# These implementations take a separate mask for every row; flash attention takes none.
+_KNOWN_IMPLEMENTATIONS = {"sdpa", "eager"}
+
+_FIX = "use a model with full or sliding attention, or generate in fixed batches with psoups generate"
+
+
+def layer_kinds(text: Any) -> tuple[str, ...]:
+    """Return the kinds of attention that a model's layers use, sorted.
+
+    Args:
+        text: the configuration of the model's decoder.
+
+    Raises:
+        UsageError: if a layer does not keep the keys and values of every token (recurrent layers do not).
+    """
+    kinds = getattr(text, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(text, "sliding_window", None) else "full_attention"]
+    unknown = sorted(set(kinds) - _KNOWN_LAYERS)
+    if unknown:
+        raise UsageError(
+            f"the model has layers of type {', '.join(unknown)}; their rows cannot join and leave a running batch",
+            where="base",
+            mend=_FIX,
+        )
+    return tuple(sorted(set(kinds)))
+
+
+def check_attention(text: Any) -> None:
+    """Raise if a model's attention ignores masks or positions of single rows.
+
+    Args:
+        text: the configuration of the model's decoder.
+
+    Raises:
+        UsageError: naming the attention.
+    """
+    implementation = text._attn_implementation
+    if implementation not in _KNOWN_IMPLEMENTATIONS:
+        raise UsageError(
+            f"the model uses the attention implementation {implementation!r}, which takes no mask for each row",
+            where="base",
+            mend="load the model with attn_implementation='sdpa'",
+        )
+    # GPT-Neo counts the window of its local layers in columns of the batch, not in tokens of the row
+    if "local" in (getattr(text, "attention_layers", None) or ()):
+        raise UsageError(
+            "the model has layers with local attention; their rows cannot join and leave a running batch",
+            where="base",
+            mend=_FIX,
+        )
+
+
+def rows_differ(model: Any) -> UsageError:
+    """Return the error for a model whose rows give other logits in a batch than alone."""
+    return UsageError(
+        f"{type(model).__name__} gives other logits for rows of different lengths in one batch than for each row alone",
+        where="base",
+        mend=_FIX,
+    )

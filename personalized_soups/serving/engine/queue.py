@@ -1,0 +1,233 @@
+"""What waits for the batcher: requests for a free row, and jobs for a moment at which no answer is being generated.
+
+Any thread puts requests and jobs in; the batcher's thread takes them out.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from personalized_soups.errors import RunError
+from personalized_soups.serving.engine.limits import Limits
+from personalized_soups.serving.engine.request import GenerationRequest
+
+T = TypeVar("T")
+
+# An idle batcher keeps its keys and values this long: allocating them again takes as long as reading a few prompts.
+_IDLE_SECONDS = 10.0
+
+# An idle batcher starts once no request has arrived for the first time span, and at the latest after the second.
+_QUIET_SECONDS = 0.001
+_GATHER_SECONDS = 0.04
+
+
+class QueueFullError(RunError):
+    """As many requests wait as the limits allow."""
+
+
+class ClosedError(RunError):
+    """The batcher was closed."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Job:
+    """A function that runs on the batcher's thread while no answer is being generated.
+
+    Attributes:
+        function: takes no argument.
+        future: receives the function's result or exception.
+    """
+
+    function: Callable[[], Any]
+    future: Future[Any]
+
+    def run(self) -> None:
+        """Call the function, unless the future was cancelled."""
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            with torch.inference_mode(False):  # other threads may change the tensors that the job makes
+                result = self.function()
+        except BaseException as error:
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        """Give the future an exception without calling the function."""
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
+
+
+class RequestQueue:
+    """Waiting requests and jobs.
+
+    Requests leave in the order in which they arrived. Jobs and requests take turns: between two jobs, one group of
+    waiting requests is answered.
+
+    Attributes:
+        lock: every method holds it. Hold it around several calls that must see one state.
+        waiting: the waiting requests, oldest first.
+        is_closed: whether new requests and jobs are rejected.
+
+    Args:
+        limits: how many requests may wait, and how many rows run.
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.lock = threading.Condition()  # reentrant
+        self._limits = limits
+        self.waiting: deque[GenerationRequest] = deque()
+        self._aborted: set[GenerationRequest] = set()
+        self._jobs: deque[Job] = deque()
+        self.is_closed = False
+        self._is_cut_off = False
+        self._is_gathering = False
+        self._is_turn_of_requests = False  # a job has run, and waiting requests go before the next job
+
+    def put(self, requests: Sequence[GenerationRequest], num_running: int) -> None:
+        """Append requests: all of them, or none.
+
+        Args:
+            requests: checked ones.
+            num_running: requests that left the queue and have not ended.
+
+        Raises:
+            QueueFullError: if more requests would wait than the limits allow.
+            ClosedError: if the queue was closed.
+        """
+        with self.lock:
+            if self.is_closed:
+                raise _closed()
+            num_free = max(0, self._limits.max_rows - num_running)
+            if len(self.waiting) + len(requests) > self._limits.max_waiting + num_free:
+                raise QueueFullError(
+                    f"{num_running} answers are being generated and {len(self.waiting)} are waiting; "
+                    f"there is no room for {len(requests)} more",
+                    where="queue",
+                    mend="try again later",
+                )
+            self.waiting.extend(requests)
+            if not self._is_gathering:
+                self.lock.notify()
+
+    def put_back(self, requests: Sequence[GenerationRequest]) -> None:
+        """Insert requests before those that wait."""
+        with self.lock:
+            self.waiting.extendleft(reversed(requests))
+
+    def put_job(self, function: Callable[[], T]) -> Future[T]:
+        """Append a job, and return its future; the future of a closed queue has a ClosedError."""
+        job = Job(function, Future())
+        with self.lock:
+            if self.is_closed:
+                job.fail(_closed())
+            else:
+                self._jobs.append(job)
+                self.lock.notify()
+        return job.future
+
+    def abort(self, requests: Iterable[GenerationRequest]) -> None:
+        """Mark requests as no longer wanted; requests that ended already are ignored."""
+        with self.lock:
+            self._aborted.update(requests)
+            self.lock.notify()
+
+    def close(self, *, finish: bool) -> None:
+        """Reject new requests and jobs. `finish` says whether those that were accepted are still served."""
+        with self.lock:
+            self.is_closed = True
+            self._is_cut_off = self._is_cut_off or not finish
+            self.lock.notify()
+
+    def wait(self, *, is_busy: bool, on_idle: Callable[[], None]) -> bool:
+        """Wait until there is work, and return True; return False once the queue is closed and nothing is left to do.
+
+        Args:
+            is_busy: whether requests are running; then there is work.
+            on_idle: called when no work has arrived for ten seconds.
+        """
+        with self.lock:
+            while not self._is_cut_off:
+                if is_busy or self.waiting or self._jobs:
+                    return True
+                self._aborted.clear()
+                if self.is_closed:
+                    return False
+                if not self.lock.wait(_IDLE_SECONDS):
+                    on_idle()
+                    self.lock.wait()
+                self._gather()
+            return False
+
+    def take_aborted(self) -> set[GenerationRequest]:
+        """Remove aborted requests from those that wait, and return all that were aborted since the last call."""
+        with self.lock:
+            aborted, self._aborted = self._aborted, set()
+            if aborted:
+                self.waiting = deque(request for request in self.waiting if request not in aborted)
+            return aborted
+
+    def take_job(self, *, is_busy: bool) -> Job | None:
+        """Remove and return the next job, if it may run now.
+
+        Args:
+            is_busy: whether requests are running; a job waits until they have ended.
+        """
+        with self.lock:
+            if not self._jobs or is_busy or (self.waiting and self._is_turn_of_requests):
+                return None
+            self._is_turn_of_requests = True
+            return self._jobs.popleft()
+
+    def take(self, fits: Callable[[GenerationRequest], bool]) -> list[GenerationRequest]:
+        """Remove and return waiting requests, oldest first, up to the first one that does not fit.
+
+        While a job waits for running requests to end, no request is taken.
+        """
+        with self.lock:
+            taken: list[GenerationRequest] = []
+            if self._is_turn_of_requests or not self._jobs:
+                while self.waiting and fits(self.waiting[0]):
+                    taken.append(self.waiting.popleft())
+                self._is_turn_of_requests = False
+            return taken
+
+    def cut_off(self, error: Exception) -> list[GenerationRequest]:
+        """Close the queue, fail its jobs, and remove and return the requests that wait."""
+        with self.lock:
+            self.is_closed = True
+            requests, self.waiting = list(self.waiting), deque()
+            jobs, self._jobs = self._jobs, deque()
+            for job in jobs:
+                job.fail(error)
+            return requests
+
+    def _gather(self) -> None:
+        """Wait until no request has arrived for a moment, so that prompts that arrive together are read together.
+
+        Many clients' requests arrive one by one, on a thread that shares Python's lock with this one. Starting with the
+        first request would delay the others, and read their prompts in groups of two or three.
+        """
+        end = time.monotonic() + _GATHER_SECONDS
+        num_seen = 0
+        while num_seen < len(self.waiting) < self._limits.max_rows and time.monotonic() < end:
+            num_seen = len(self.waiting)
+            self._is_gathering = True  # put() need not wake this thread
+            self.lock.wait(_QUIET_SECONDS)
+            self._is_gathering = False
+        self._is_turn_of_requests = False
+
+
+def _closed() -> ClosedError:
+    return ClosedError(
+        "the server is shutting down", where="server", mend="send the request to another server, or later"
+    )

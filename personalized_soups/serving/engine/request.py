@@ -1,0 +1,105 @@
+"""A request for one answer, and the pieces in which the answer is delivered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from personalized_soups.declare.expert_weights import ExpertWeights
+from personalized_soups.errors import InputError, UsageError
+from personalized_soups.serving.engine.token_sampler import SamplingParams, TokenLogprobs
+
+
+class Finish(StrEnum):
+    """Why an answer ended, in the words of OpenAI's protocol."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one step adds to an answer.
+
+    Attributes:
+        token: the chosen token; None if the step chose none.
+        text: the text that is final now; may be empty.
+        logprobs: the log-probabilities of the token, if the request asked for them.
+        finish: why the answer ended; None while it continues.
+        error: the exception that ended the answer, in place of `finish`.
+    """
+
+    token: int | None = None
+    text: str = ""
+    logprobs: TokenLogprobs | None = None
+    finish: Finish | None = None
+    error: Exception | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no piece follows."""
+        return self.finish is not None or self.error is not None
+
+
+@dataclass(eq=False)
+class GenerationRequest:
+    """A request for one answer.
+
+    Attributes:
+        tokens: the tokens of the prompt.
+        weights: the checked weights of the request's soup. The engine passes this object on and never checks its names.
+        max_new_tokens: the length at which the answer is cut.
+        sampling_params: how the answer's tokens are chosen.
+        stops: strings that end the answer.
+        ignore_eos: whether the answer continues after an end token (for benchmarks).
+        destination: where the submitter delivers the pieces to; the engine does not read it.
+    """
+
+    tokens: Sequence[int]
+    weights: ExpertWeights
+    max_new_tokens: int
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    stops: Sequence[str] = ()
+    ignore_eos: bool = False
+    destination: Any = None
+
+    def check(self, *, vocab_size: int, max_context: int) -> None:
+        """Raise if the request would fail in a step that it shares with others: on a GPU that ends the process.
+
+        Args:
+            vocab_size: tokens that the model embeds.
+            max_context: tokens that prompt and answer may have together.
+
+        Raises:
+            InputError: if the prompt or the answer has no token, both together have too many, or a token id is unknown.
+            UsageError: if a weight depends on the generated token's number.
+        """
+        if not self.tokens or self.max_new_tokens < 1:
+            raise InputError(
+                f"the prompt has {len(self.tokens)} tokens and the answer may have {self.max_new_tokens}; "
+                "both must be at least 1",
+                where="prompt",
+                mend="send a prompt that is not empty, and ask for at least one token",
+            )
+        token_ids = [*self.tokens, *self.sampling_params.logit_bias]
+        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+            raise InputError(
+                f"token ids must be from 0 to {vocab_size - 1}, got ids from {min(token_ids)} to {max(token_ids)}",
+                where="prompt or logit_bias",
+                mend="encode the prompt with the tokenizer of the base",
+            )
+        if (num_tokens := len(self.tokens) + self.max_new_tokens) > max_context:
+            raise InputError(
+                f"prompt and answer would have up to {num_tokens} tokens together, but at most {max_context} fit",
+                where="prompt",
+                mend="shorten the prompt, or ask for a shorter answer",
+            )
+        if self.weights.is_scheduled:
+            raise UsageError(
+                "a weight depends on the number of the generated token, and the rows of a running batch are at "
+                "different tokens",
+                where="weights",
+                mend="give numbers as weights, or call SoupModel.generate",
+            )
