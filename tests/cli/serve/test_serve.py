@@ -19,9 +19,8 @@ from typing import Any
 import pytest
 
 from personalized_soups.cli.serve.serve import ServeOptions, _settings, _tell
-from personalized_soups.serving.engine.batcher import Limits
-from personalized_soups.serving.web.app import Settings
-from personalized_soups.serving.web.guard import Rules
+from personalized_soups.serving.engine.limits import Limits
+from personalized_soups.serving.web.settings import Rules, Settings
 from tests.mixing.worlds import write_experts
 
 pytestmark = pytest.mark.slow
