@@ -49,8 +49,8 @@ class WayError(Exception):
     """A way failed; its last words say why."""
 
 
-class NotThereError(Exception):
-    """A way needs something that is not there yet, or not on this machine."""
+class MissingError(Exception):
+    """This machine lacks something that a way needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def measure(
             progress(way.name)
             try:
                 runs.append(_measured(way, outputs, after if turn == 0 else None))
-            except (WayError, NotThereError) as error:
+            except (WayError, MissingError) as error:
                 results[way.name] = error
     return results
 
@@ -112,7 +112,7 @@ def run_process(command: Sequence[str]) -> Run:
     """Run a command to its end.
 
     Raises:
-        NotThereError: if its last line is a JSON object with `missing`.
+        MissingError: if its last line is a JSON object with `missing`.
         WayError: if it fails.
     """
     environment = {
@@ -137,11 +137,9 @@ def run_process(command: Sequence[str]) -> Run:
             seconds = time.perf_counter() - start
         report = _last_object(_read(told))
         if missing := report.get("missing"):
-            raise NotThereError(missing)
+            raise MissingError(missing)
         if code != 0:
             words = " | ".join(line for line in _read(talk).splitlines()[-5:] if line.strip())
-            if "No such command" in words:
-                raise NotThereError(f"not there yet: {words.partition('No such command')[2].strip(' .')[:40]}")
             raise WayError(f"exit {code}: {words[-400:]}")
     return Run(seconds, memory.peak, report)
 

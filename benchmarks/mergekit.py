@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.measure import NotThereError
+from benchmarks.measure import MissingError
 
 VERSION = "0.1.5"
 
@@ -47,7 +47,7 @@ def install(environment: Path) -> None:
     """Make the environment where it is not there.
 
     Raises:
-        NotThereError: saying why it cannot be installed.
+        MissingError: saying why it cannot be installed.
     """
     wanted = {"mergekit": VERSION, "python": sys.executable, "torch": importlib.metadata.version("torch")}
     try:
@@ -73,7 +73,7 @@ def _run(command: Sequence[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_INSTALL_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise NotThereError(f"mergekit cannot be installed: {error}") from None
+        raise MissingError(f"mergekit cannot be installed: {error}") from None
     if done.returncode != 0:
         reason = (done.stderr.strip() or done.stdout.strip() or "no reason given").splitlines()[-1]
-        raise NotThereError(f"mergekit cannot be installed: {reason}")
+        raise MissingError(f"mergekit cannot be installed: {reason}")

@@ -16,7 +16,7 @@ from benchmarks.experiments.experiment import (
     processes,
     spans,
 )
-from benchmarks.measure import NotThereError, Run, Way, median, script
+from benchmarks.measure import MissingError, Run, Way, median, script
 from benchmarks.profiles import THREE
 from benchmarks.rows import Bar, Row
 from benchmarks.shapes import Scale
@@ -94,7 +94,7 @@ def _run(context: Context, rows: Mapping[str, Row]) -> Iterator[Row]:
         context.say("install mergekit")
         mergekit.install(environment)
         ways.append(Way("mergekit", lambda out: mergekit.command(environment, base, experts, THREE, out), inputs))
-    except NotThereError as error:
+    except MissingError as error:
         refused = error
     runs: dict[str, list[Run] | Exception] = context.measure(*ways, after=agreement)
     if refused is not None:

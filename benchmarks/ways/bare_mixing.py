@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import decoding
-from benchmarks.ways.presence import give_up
+from benchmarks.ways.missing import give_up
 
 
 def main(

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import decoding
-from benchmarks.ways.presence import found, give_up
+from benchmarks.ways.missing import give_up
+from personalized_soups.mixing import groups
+from personalized_soups.mixing.model import SoupModel
 
 _ROUNDS = 9
 _STEPS = 10
@@ -33,8 +35,6 @@ _WAYS: Mapping[str, Mapping[str, float] | None] = {
 
 def main(config: Mapping[str, Any], experts: str, device: str, dtype: str) -> None:
     """Print a step's seconds: `bare`; mixed with `one` product a group, with `two`, and each of the `layers` alone."""
-    soup_model = found("personalized_soups.mixing.model", "SoupModel")
-    groups = found("personalized_soups.mixing", "groups")
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
     model = decoding.made(config, device, dtype)
@@ -42,7 +42,7 @@ def main(config: Mapping[str, Any], experts: str, device: str, dtype: str) -> No
     seconds = {"bare": _seconds(lambda: _step(model, inputs), device)}
     for way, settings in _WAYS.items():
         with _set(groups, settings or {}):
-            soup = soup_model(model, experts)
+            soup = SoupModel(model, experts)
         with torch.no_grad(), soup.mixture(list(decoding.profiles())):
             if settings is None:
                 for layer in soup.layers.by_name.values():

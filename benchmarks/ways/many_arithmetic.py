@@ -16,7 +16,9 @@ import time
 
 import torch
 
-from benchmarks.ways.presence import found, give_up
+from benchmarks.ways.missing import give_up
+from personalized_soups.launching.threads import in_order, num_workers
+from personalized_soups.methods.product import BlockSums, weighted_sums
 
 _PRODUCTS = 9
 _MODULE = 8192 * 16  # B of a layer with 8192 outputs, at rank 16
@@ -26,10 +28,7 @@ def main(experts: int, users: int, values: int, device: str = "cpu") -> None:
     """Print bytes per second of what must move: every expert read once, every soup written once."""
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
-    sums = found("personalized_soups.methods.product", "BlockSums")()  # what merge_many multiplies with
-    weighted_sums = found("personalized_soups.methods.product", "weighted_sums")
-    in_order = found("personalized_soups.launching.threads", "in_order")
-    num_workers = found("personalized_soups.launching.threads", "num_workers")
+    sums = BlockSums()  # what merge_many multiplies with
     size = values if device == "cuda" else _MODULE
     modules = [
         [torch.randn(min(size, values - start), device=device) for _ in range(experts)]

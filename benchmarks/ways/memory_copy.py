@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from benchmarks.ways.presence import give_up
+from benchmarks.ways.missing import give_up
 
 _COPIES = 9
 

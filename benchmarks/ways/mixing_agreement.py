@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import decoding
 from benchmarks.near_ties import is_near_tie, merged
-from benchmarks.ways.presence import found
+from personalized_soups.mixing.model import SoupModel
 
 _NEW_TOKENS = 48
 
@@ -30,7 +30,7 @@ def main(experts: str, base: str, rows: int) -> None:
     """
     ids = decoding.prompts(decoding.load(base, "cpu", "float32").config.vocab_size, "cpu")
     users = decoding.profiles()
-    soup = found("personalized_soups.mixing.model", "SoupModel")(decoding.load(base, "cpu", "float32"), experts)
+    soup = SoupModel(decoding.load(base, "cpu", "float32"), experts)
     with soup.mixture([dict(weights) for weights in users]), torch.no_grad():
         got = soup.model(input_ids=ids).logits.double()
     worst = 0.0

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from benchmarks.ways.presence import give_up
+from benchmarks.ways.missing import give_up
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
 from personalized_soups.merging.writing.into_base import merge_into_base

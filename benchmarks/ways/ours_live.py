@@ -10,9 +10,10 @@ import time
 import torch
 
 from benchmarks.profiles import random_weights
-from benchmarks.ways.presence import found, give_up
+from benchmarks.ways.missing import give_up
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
+from personalized_soups.merging.live.adapter import LiveAdapter
 
 _ROUNDS = 9
 _USERS = 8
@@ -20,10 +21,9 @@ _USERS = 8
 
 def main(experts: str, device: str) -> None:
     """Print the seconds for one `set`, of many that follow each other with another user each."""
-    live_adapter = found("personalized_soups.merging.live.adapter", "LiveAdapter")
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
-    live = live_adapter(ExpertLibrary.open(experts), device=device)
+    live = LiveAdapter(ExpertLibrary.open(experts), device=device)
     profiles = [Profile(user=user, weights=weights) for user, weights in random_weights(_USERS).items()]
     seconds = []
     for _ in range(_ROUNDS + 1):

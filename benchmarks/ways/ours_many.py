@@ -9,14 +9,14 @@ import time
 import torch
 
 from benchmarks.profiles import random_weights
-from benchmarks.ways.presence import found, give_up
+from benchmarks.ways.missing import give_up
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
+from personalized_soups.merging.writing.many import merge_many
 
 
 def main(experts: str, count: int, out: str, device: str = "cpu") -> None:
     """Print the seconds from the opening of the experts to the last folder; CUDA is started before."""
-    merge_many = found("personalized_soups.merging.writing.many", "merge_many")
     if device == "cuda":
         if not torch.cuda.is_available():
             give_up("no GPU here")

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from benchmarks import decoding
-from benchmarks.ways.presence import found, give_up
+from benchmarks.ways.missing import give_up
 from personalized_soups.declare.profile import Profile
+from personalized_soups.mixing.model import SoupModel
 
 _CHANGES = 50
 _USERS = 2000
@@ -30,11 +31,10 @@ def main(
     dtype: str = "float32",
 ) -> None:
     """Print tokens per second, the seconds for another mixture, and the bytes that a further user takes."""
-    soup_model = found("personalized_soups.mixing.model", "SoupModel")
     if device == "cuda" and not torch.cuda.is_available():
         give_up("no GPU here")
     model = decoding.made(config, device, dtype) if config else decoding.load(str(base), device, dtype)
-    soup = soup_model(model, experts)
+    soup = SoupModel(model, experts)
     rows = [Profile(user=f"u{row}", weights=dict(weights)) for row, weights in enumerate(decoding.profiles())]
     with soup.mixture(rows):
         rate = decoding.tokens_per_second(soup.model, steps)

@@ -8,7 +8,10 @@ import sys
 import time
 
 from benchmarks.crowd import users
-from benchmarks.ways.presence import found
+from personalized_soups.mixing.model import SoupModel
+from personalized_soups.serving.engine.batch import Batch, BatchRow
+from personalized_soups.serving.engine.token_sampler import SamplingParams, TokenSampler
+from personalized_soups.tiny import BASE_FOLDER
 
 _ROUNDS = 5
 _ALONE = 24
@@ -18,20 +21,18 @@ def main(experts: str) -> None:
     """Print the seconds of one prefill with one step, and of a token of SoupModel.generate, one request at a time."""
     import torch
 
-    soup = found("personalized_soups.mixing.model", "SoupModel")
-    batch_of = found("personalized_soups.serving.engine.batch", "Batch")
-    row_of = found("personalized_soups.serving.engine.batch", "BatchRow")
-    chooser, wishes = (
-        found("personalized_soups.serving.engine.token_sampler", name) for name in ("TokenSampler", "SamplingParams")
-    )
-    model = soup.from_pretrained(found("personalized_soups.tiny", "BASE_FOLDER"), experts, device="cpu", same_base=True)
+    model = SoupModel.from_pretrained(BASE_FOLDER, experts, device="cpu", same_base=True)
     asking = users()
     first = []
     with torch.inference_mode():
         for _ in range(_ROUNDS):
-            batch = batch_of(model)
+            batch = Batch(model)
             rows = [
-                row_of(model.generator.encoded(user.prompt), model.resolve(dict(user.weights)), chooser(wishes()))
+                BatchRow(
+                    model.generator.encoded(user.prompt),
+                    model.resolve(dict(user.weights)),
+                    TokenSampler(SamplingParams()),
+                )
                 for user in asking
             ]
             began = time.perf_counter()
@@ -47,7 +48,7 @@ def main(experts: str) -> None:
         began = time.perf_counter()
         (text,) = model.generate([user.prompt], [dict(user.weights)], **options)
         seconds += time.perf_counter() - began
-        num_tokens += len(model.tokenizer(text)["input_ids"]) + 1
+        num_tokens += len(model.tokenizer.encode(text)) + 1
     print(json.dumps({"seconds": seconds, "first": statistics.median(first), "per_token": seconds / num_tokens}))
 
 

@@ -13,7 +13,8 @@ from contextlib import AsyncExitStack
 from benchmarks.clients import Client, Heard
 from benchmarks.crowd import User, server, users
 from benchmarks.near_ties import is_near_tie
-from benchmarks.ways.presence import found
+from personalized_soups.generation.generator import Generator
+from personalized_soups.tiny import BASE_FOLDER
 
 _ROUNDS = 3
 
@@ -68,8 +69,7 @@ async def _measured(port: int, asking: Sequence[User]) -> tuple[list[Heard], lis
 
 def is_explained(experts: str, user: User, alone: str, together: str) -> bool:
     """Return whether two answers part at a near tie."""
-    tiny = found("personalized_soups.tiny", "BASE_FOLDER")
-    generator = found("personalized_soups.generation.generator", "Generator").open(tiny, device="cpu")
+    generator = Generator.open(BASE_FOLDER, device="cpu")
     prompt = generator.encoded(user.prompt)
     mine, other = (
         [*generator.tokenizer(text)["input_ids"], generator.tokenizer.eos_token_id] for text in (alone, together)
@@ -80,7 +80,7 @@ def is_explained(experts: str, user: User, alone: str, together: str) -> bool:
     import torch
 
     before = torch.tensor([*prompt, *mine[:place]])
-    return is_near_tie(str(tiny), experts, user.weights, before, (mine[place], other[place]))
+    return is_near_tie(str(BASE_FOLDER), experts, user.weights, before, (mine[place], other[place]))
 
 
 if __name__ == "__main__":

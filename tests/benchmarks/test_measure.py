@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.measure import (
-    NotThereError,
+    MissingError,
     Run,
     Way,
     WayError,
@@ -64,9 +64,9 @@ def test_the_last_line_is_the_report() -> None:
 def test_a_way_that_fails_says_why_and_what_is_missing_is_no_failure() -> None:
     with pytest.raises(WayError, match=r"exit 1: .*ZeroDivisionError"):
         run_process(_python("1 / 0"))
-    with pytest.raises(NotThereError, match="no GPU here"):
+    with pytest.raises(MissingError, match="no GPU here"):
         run_process(_python('print(\'{"missing": "no GPU here"}\')'))
-    with pytest.raises(NotThereError, match="not there yet"):
+    with pytest.raises(WayError, match="No such command"):
         run_process([sys.executable, "-m", "personalized_soups", "merge-nothing"])
 
 

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import mergekit, run
 from benchmarks.experiments import experiment as experiments_module
 from benchmarks.experiments.every import experiments
-from benchmarks.measure import NotThereError, Run, WayError
+from benchmarks.measure import MissingError, Run, WayError
 from benchmarks.shapes import SCALES
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -93,9 +93,9 @@ def test_figures_become_rows(
         name = command[2].removeprefix("benchmarks.ways.") if command[1:2] == ["-m"] else command[0]
         asked.append(name)
         if name == "ours_live":
-            raise NotThereError("not there yet: LiveAdapter")
+            raise MissingError("no room here")
         if name in {"memory_copy", "ours_mixing", "bare_mixing"} and "cuda" in command[3]:
-            raise NotThereError("no GPU here")
+            raise MissingError("no GPU here")
         if "merge-many" in command:
             raise WayError("exit 1: it broke")
         ours = name.startswith("ours") or name == "personalized_soups"
@@ -110,7 +110,7 @@ def test_figures_become_rows(
         return Run(1.0 if ours else 12.0, 300_000_000, {**report, "bytes_per_second": 4e9})
 
     def install(environment: Path) -> None:
-        raise NotThereError("mergekit cannot be installed: no network")
+        raise MissingError("mergekit cannot be installed: no network")
 
     for module in ("benchmarks.measure", "benchmarks.experiments.experiment", "benchmarks.machine"):
         monkeypatch.setattr(f"{module}.run_process", process)
@@ -149,7 +149,7 @@ def test_figures_become_rows(
     }
     notes = {name: row["note"] for name, row in rows.items() if row["note"]}
     assert notes["base-mergekit"] == "mergekit cannot be installed: no network"
-    assert notes["live-free-cpu"] == "not there yet: LiveAdapter"
+    assert notes["live-free-cpu"] == "no room here"
     assert notes["live-free-gpu"] == "no GPU here"
     assert notes["many-process"] == "failed: exit 1: it broke"
     text = page.read_text(encoding="utf-8")
