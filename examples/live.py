@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 
-from personalized_soups import ExpertLibrary, LiveAdapter, Profile
-from personalized_soups.generation.generator import Generator
-from personalized_soups.tiny import BASE_FOLDER
+from personalized_soups import TINY_BASE, ExpertLibrary, Generator, LiveAdapter, Profile
 
 USERS = [Profile(user="Ada", weights={"bold": 2}), Profile(user="Ben", weights={"bold": -1, "calm": 2})]
 PROMPT = "How do I clean an old kettle?"
@@ -26,7 +24,7 @@ def main() -> None:
         for name in ("bold", "calm"):
             write_random_expert(Path(experts) / name)
         live = LiveAdapter(ExpertLibrary.open(experts), device="cpu")
-    base = Generator.open(BASE_FOLDER, device="cpu")
+    base = Generator.open(TINY_BASE, device="cpu")
     generator = Generator(live.attach(base.model), base.tokenizer)
     print(f"the base: {answer(generator)}\n")
     for profile in USERS:
@@ -36,14 +34,14 @@ def main() -> None:
 
 def write_random_expert(folder: Path) -> None:
     """Write a LoRA folder as PEFT does, with random numbers in both factors."""
-    model = Generator.open(BASE_FOLDER, device="cpu").model
+    model = Generator.open(TINY_BASE, device="cpu").model
     get_peft_model(model, LoraConfig(init_lora_weights=False, task_type="CAUSAL_LM")).save_pretrained(folder)
 
 
 def answer(generator: Generator) -> str:
     """Return the likeliest answer."""
-    ((said,),) = generator.answers([PROMPT], greedy=True, max_new_tokens=40)
-    return said
+    ((text,),) = generator.answers([PROMPT], greedy=True, max_new_tokens=40)
+    return text
 
 
 if __name__ == "__main__":

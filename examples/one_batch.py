@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from personalized_soups import Profile, SoupError, SoupModel
-from personalized_soups.tiny import BASE_FOLDER
+from personalized_soups import TINY_BASE, Profile, SoupError, SoupModel
 
 USERS = [
     Profile(user="Ada, a chemist in a hurry", weights={"expert": 0.5, "concise": 0.5, "unfriendly": 0.5}),
@@ -20,7 +19,7 @@ PROMPT = "How do I clean an old kettle?"
 
 def main(experts: str) -> None:
     """Print what the base and every user's soup answer, all rows of one batch; then one answer whose tone turns."""
-    model = SoupModel.from_pretrained(BASE_FOLDER, experts, device="cpu")
+    model = SoupModel.from_pretrained(TINY_BASE, experts, device="cpu")
     answers = model.generate([PROMPT] * 4, [None, *USERS])
     print(f"{PROMPT}\n")
     for name, answer in zip(["the base", *(profile.user for profile in USERS)], answers, strict=True):

@@ -9,9 +9,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from personalized_soups import ExpertLibrary, Profile, merge
-from personalized_soups.generation.generator import Generator
-from personalized_soups.tiny import BASE_FOLDER
+from personalized_soups import TINY_BASE, ExpertLibrary, Generator, Profile, merge
 
 USERS = [
     Profile(user="Ada, a chemist in a hurry", weights={"expert": 0.5, "concise": 0.5, "unfriendly": 0.5}),
@@ -33,9 +31,9 @@ def main(experts: str) -> None:
 
 def answer(adapter: Path | None) -> str:
     """Return the likeliest answer of the base with an adapter."""
-    generator = Generator.open(BASE_FOLDER, adapter)
-    ((said,),) = generator.answers([PROMPT], greedy=True)
-    return said
+    generator = Generator.open(TINY_BASE, adapter)
+    ((text,),) = generator.answers([PROMPT], greedy=True)
+    return text
 
 
 if __name__ == "__main__":

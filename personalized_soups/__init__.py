@@ -1,6 +1,7 @@
 """Personalized Soups: train one LoRA expert per preference, merge a personal model for any mixture of them.
 
-The public names are resolved on first use, so that importing the package loads neither torch nor pydantic.
+`__all__` is the public API. Its names are resolved on first use, so `import personalized_soups` loads neither torch nor
+pydantic.
 """
 
 from __future__ import annotations
@@ -11,46 +12,93 @@ from typing import TYPE_CHECKING
 from personalized_soups.errors import SoupError
 
 if TYPE_CHECKING:
-    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.adapters.library import Expert, ExpertLibrary
+    from personalized_soups.declare.dimension import Catalogue
+    from personalized_soups.declare.loader import load
     from personalized_soups.declare.profile import Profile, load_profile
+    from personalized_soups.declare.shipped import shipped_recipe
+    from personalized_soups.declare.training import TrainingRecipe
+    from personalized_soups.generation.generator import Generator
+    from personalized_soups.merging.doctor.diagnose import diagnose
     from personalized_soups.merging.live.adapter import LiveAdapter
+    from personalized_soups.merging.verify.folder import verify
     from personalized_soups.merging.writing.adapter import merge
     from personalized_soups.merging.writing.into_base import merge_into_base
     from personalized_soups.merging.writing.many import merge_many
     from personalized_soups.mixing.model import SoupModel
+    from personalized_soups.mixing.peft_view import PeftView
+    from personalized_soups.mixing.prefixes import PrefixCache
+    from personalized_soups.scoring.scorers import Scored, Scorer, scorer_of
+    from personalized_soups.tiny import BASE_FOLDER as TINY_BASE
+    from personalized_soups.training.expert import train_expert
+    from personalized_soups.users.profiles.store import ProfileStore
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TINY_BASE",
+    "Catalogue",
+    "Expert",
     "ExpertLibrary",
+    "Generator",
     "LiveAdapter",
+    "PeftView",
+    "PrefixCache",
     "Profile",
+    "ProfileStore",
+    "Scored",
+    "Scorer",
     "SoupError",
     "SoupModel",
+    "TrainingRecipe",
     "__version__",
+    "diagnose",
+    "load",
     "load_profile",
     "merge",
     "merge_into_base",
     "merge_many",
+    "scorer_of",
+    "shipped_recipe",
+    "train_expert",
+    "verify",
 ]
 
+# Where each public name is defined: the module, and after the colon its name there if that is another one.
 _HOME = {
+    "Catalogue": "personalized_soups.declare.dimension",
+    "Expert": "personalized_soups.adapters.library",
     "ExpertLibrary": "personalized_soups.adapters.library",
+    "Generator": "personalized_soups.generation.generator",
     "LiveAdapter": "personalized_soups.merging.live.adapter",
+    "PeftView": "personalized_soups.mixing.peft_view",
+    "PrefixCache": "personalized_soups.mixing.prefixes",
     "Profile": "personalized_soups.declare.profile",
+    "ProfileStore": "personalized_soups.users.profiles.store",
+    "Scored": "personalized_soups.scoring.scorers",
+    "Scorer": "personalized_soups.scoring.scorers",
     "SoupModel": "personalized_soups.mixing.model",
+    "TINY_BASE": "personalized_soups.tiny:BASE_FOLDER",
+    "TrainingRecipe": "personalized_soups.declare.training",
+    "diagnose": "personalized_soups.merging.doctor.diagnose",
+    "load": "personalized_soups.declare.loader",
     "load_profile": "personalized_soups.declare.profile",
     "merge": "personalized_soups.merging.writing.adapter",
     "merge_into_base": "personalized_soups.merging.writing.into_base",
     "merge_many": "personalized_soups.merging.writing.many",
+    "scorer_of": "personalized_soups.scoring.scorers",
+    "shipped_recipe": "personalized_soups.declare.shipped",
+    "train_expert": "personalized_soups.training.expert",
+    "verify": "personalized_soups.merging.verify.folder",
 }
 
 
 def __getattr__(name: str) -> object:
-    """Import the module in which a public name lives, once the name is used (PEP 562)."""
+    """Import the module that defines a public name when the name is first used (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    module, _, attribute = _HOME[name].partition(":")
+    return getattr(import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:
