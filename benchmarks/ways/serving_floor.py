@@ -48,7 +48,7 @@ def main(experts: str) -> None:
         began = time.perf_counter()
         (text,) = model.generate([user.prompt], [dict(user.weights)], **options)
         seconds += time.perf_counter() - began
-        num_tokens += len(model.tokenizer.encode(text)) + 1
+        num_tokens += len(model.generator.tokenizer.encode(text)) + 1
     print(json.dumps({"seconds": seconds, "first": statistics.median(first), "per_token": seconds / num_tokens}))
 
 
