@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -63,8 +63,16 @@ class PythonScorer(Declared):
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="As `package.module:function`.")
 
 
+class PluginScorer(Declared):
+    """A scorer that an installed package provides, in the entry-point group `personalized_soups.scorers`."""
+
+    kind: Literal["plugin"]
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="The entry point's name.")
+
+
+AnyScorer: TypeAlias = MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer | PluginScorer
 ScorerSpec = Annotated[
-    MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer,
+    AnyScorer,
     Field(discriminator="kind", description="What scores an answer, in [0, 1]."),
 ]
 
@@ -127,27 +135,12 @@ class Catalogue(Declared):
         """Return the dimension of the side that an expert is named after, or None where it is named otherwise."""
         return next((name for name, dimension in self.dimensions.items() if expert in dimension.sides), None)
 
-    def side_by_label(self, label: str) -> tuple[str, Side]:
-        """Return the name of the side with a label such as P1A, and the side.
-
-        Raises:
-            DeclarationError: if no side has that label.
-        """
-        for name, side in self.sides.items():
-            if side.label == label:
-                return name, side
-        place = self.place("dimensions")
-        if not self._labels:
-            mend = f"use a side's name: {choose_from(label, self.sides)}"
-            raise DeclarationError("no side of this catalogue has a label", where=place, mend=mend)
-        raise DeclarationError(f"unknown label {label!r}", where=place, mend=choose_from(label, self._labels))
-
     @property
     def _labels(self) -> list[str]:
         sides = [side for dimension in self.dimensions.values() for side in dimension.sides.values()]
         return [side.label for side in sides if side.label is not None]
 
-    def scorer_of(self, name: str) -> MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer:
+    def scorer_of(self, name: str) -> AnyScorer:
         """Return what scores the side called `name`: its own scorer, else its dimension's."""
         dimension, side = self.side(name)
         scorer = side.scorer or self.dimensions[dimension].scorer

@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import fsum
 
 from personalized_soups.declare.dimension import Catalogue
-from personalized_soups.scoring.scorers import scorer_of
+from personalized_soups.scoring.scorers import Scorer, scorer_of
 
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 
@@ -32,16 +32,31 @@ class Graded:
     toward: Mapping[str, float]
 
 
-def grade(prompts: Sequence[str], answers: Sequence[str], catalogue: Catalogue, sides: Sequence[str]) -> list[Graded]:
+def grade(
+    prompts: Sequence[str],
+    answers: Sequence[str],
+    catalogue: Catalogue,
+    sides: Sequence[str],
+    *,
+    scorers: Mapping[str, Scorer] | None = None,
+) -> list[Graded]:
     """Score each answer towards each of `sides`.
 
+    Args:
+        prompts: the prompt of each answer.
+        answers: the answers of one model.
+        catalogue: declares the sides and their scorers.
+        sides: the sides to score towards.
+        scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
+
     Raises:
-        ValueError: if there are not as many answers as prompts.
+        DeclarationError: as `scorer_of`.
+        ValueError: if the numbers of answers and prompts differ.
     """
-    scorers = {side: (scorer_of(catalogue, side), catalogue.side(side)[1].end) for side in sides}
+    used = {side: (scorer_of(catalogue, side, scorers=scorers), catalogue.side(side)[1].end) for side in sides}
     graded = []
     for prompt, answer in zip(prompts, answers, strict=True):
-        scored = {side: (scorer(prompt, answer), end) for side, (scorer, end) in scorers.items()}
+        scored = {side: (scorer(prompt, answer), end) for side, (scorer, end) in used.items()}
         valid = all(score.valid for score, _ in scored.values())
         toward = {side: score.toward(end) if valid else 0.0 for side, (score, end) in scored.items()}
         graded.append(Graded(prompt, answer, valid, toward))

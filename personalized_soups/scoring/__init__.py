@@ -1,1 +1,1 @@
-"""What decides which of two answers suits a side better."""
+"""Scorers: functions that decide how well an answer suits a side."""

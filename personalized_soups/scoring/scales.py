@@ -1,7 +1,8 @@
-"""How far an answer lies between the two ends of each dimension, where the catalogue says how that is seen."""
+"""Where an answer lies between the two ends of each dimension, by the dimension's scorer."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,14 @@ from personalized_soups.scoring.scorers import Scorer, scorer_of
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """One dimension's: `low` and `high` are the sides at its ends."""
+    """The scale of one dimension.
+
+    Attributes:
+        dimension: the dimension's name.
+        low: the side at the low end, where the scorer returns 0.
+        high: the side at the high end, where the scorer returns 1.
+        scorer: scores an answer.
+    """
 
     dimension: str
     low: str
@@ -21,38 +29,39 @@ class Scale:
 
 
 class Scales:
-    """All dimensions that have a scorer of their own.
+    """The scales of all dimensions that have a scorer.
 
     Args:
-        catalogue: of the dimensions; None has none.
+        catalogue: declares the dimensions; None has no scales.
+        scorers: functions by the name of a dimension or side, as for `scorer_of`.
 
     Raises:
-        DeclarationError: if a scorer's Python function is not there.
+        DeclarationError: if a scorer's function cannot be imported.
     """
 
-    def __init__(self, catalogue: Catalogue | None) -> None:
-        declared = {} if catalogue is None else catalogue.dimensions
+    def __init__(self, catalogue: Catalogue | None, *, scorers: Mapping[str, Scorer] | None = None) -> None:
+        dimensions = {} if catalogue is None else catalogue.dimensions
         self._scales = [
-            _scale(catalogue, name, dimension)
-            for name, dimension in declared.items()
-            if catalogue is not None and dimension.scorer is not None
+            _scale(catalogue, name, dimension, scorers)
+            for name, dimension in dimensions.items()
+            if catalogue is not None and (dimension.scorer is not None or name in (scorers or {}))
         ]
 
     @property
     def dimensions(self) -> frozenset[str]:
-        """The dimensions that are scored."""
+        """The names of the dimensions with a scale."""
         return frozenset(scale.dimension for scale in self._scales)
 
     def scores(self, prompt: str, answer: str) -> list[dict[str, Any]]:
         """Return an answer's score in each dimension: 0 at the low end, 1 at the high end.
 
         Raises:
-            DeclarationError: if a scorer gives no score.
+            DeclarationError: if a scorer returns no score.
         """
-        found: list[dict[str, Any]] = []
+        scores: list[dict[str, Any]] = []
         for scale in self._scales:
             scored = scale.scorer(prompt, answer)
-            found.append(
+            scores.append(
                 {
                     "dimension": scale.dimension,
                     "low": scale.low,
@@ -61,18 +70,24 @@ class Scales:
                     "is_valid": scored.valid,
                 }
             )
-        return found
+        return scores
 
 
-def _scale(catalogue: Catalogue, name: str, dimension: Dimension) -> Scale:
-    ends = {side.end: label for label, side in reversed(dimension.sides.items()) if side.scorer is None}
+def _scale(catalogue: Catalogue, name: str, dimension: Dimension, scorers: Mapping[str, Scorer] | None) -> Scale:
+    own = {side for side in dimension.sides if side in (scorers or {})}
+    ends = {
+        side.end: label for label, side in reversed(dimension.sides.items()) if side.scorer is None and label not in own
+    }
     if not ends:
         raise DeclarationError(
-            f"the dimension {name!r} has a scorer that no side is scored by",
+            f"no side uses the scorer of the dimension {name!r}: each has its own",
             where=f"dimensions.{name}",
-            mend="take the dimension's scorer out, or a side's own",
+            mend="remove the dimension's scorer, or a side's own scorer",
         )
     some_side = next(iter(ends.values()))
     return Scale(
-        name, ends.get("low", f"not {some_side}"), ends.get("high", f"not {some_side}"), scorer_of(catalogue, some_side)
+        name,
+        ends.get("low", f"not {some_side}"),
+        ends.get("high", f"not {some_side}"),
+        scorer_of(catalogue, some_side, scorers=scorers),
     )

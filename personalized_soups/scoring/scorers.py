@@ -1,14 +1,15 @@
-"""Scorers: how far one answer lies towards the high end of a dimension, in [0, 1], and whether it is an answer at all.
+"""Scorers: how far an answer lies towards the high end of a dimension, in [0, 1], and whether it is valid.
 
-The built-in kinds need no model: they count markers, words, or syllables. A scorer of kind `python` is any function
-`(prompt, answer) -> Scored`; a catalogue names it as `package.module:function`.
+A scorer is any function `(prompt, answer) -> Scored`. The built-in scorers need no model: they count markers, words or
+syllables. A catalogue names other scorers as `package.module:function`, or by the name that an installed package gives
+them; Python code passes functions by the name of a side or dimension.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, assert_never
 
@@ -16,10 +17,12 @@ from personalized_soups.declare.dimension import (
     Catalogue,
     LengthScorer,
     MarkersScorer,
+    PluginScorer,
     PythonScorer,
     ReadabilityScorer,
 )
-from personalized_soups.errors import DeclarationError
+from personalized_soups.errors import DeclarationError, choose_from
+from personalized_soups.scoring.plugins import load_plugin
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019\-][^\W_]+)*")
 _SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
@@ -28,7 +31,7 @@ _VOWEL_GROUP = re.compile(r"[aeiouy]+")
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """One answer's score.
+    """The score of one answer.
 
     Args:
         value: 0 at the low end of the dimension, 1 at the high end.
@@ -46,19 +49,35 @@ class Scored:
 
 
 class Scorer(Protocol):
-    """Scores one answer; anything that can be called like this is a scorer."""
+    """Scores one answer. Any function of this signature is a scorer."""
 
     def __call__(self, prompt: str, answer: str, /) -> Scored:
         """Return the score of `answer` as a reply to `prompt`."""
         ...
 
 
-def scorer_of(catalogue: Catalogue, side: str) -> Scorer:
-    """Return what scores the side: its own scorer where it has one, else its dimension's.
+def scorer_of(catalogue: Catalogue, side: str, *, scorers: Mapping[str, Scorer] | None = None) -> Scorer:
+    """Return the scorer of a side: the side's own, or its dimension's.
+
+    Args:
+        catalogue: declares the side and its scorer.
+        side: the side's name.
+        scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
 
     Raises:
-        DeclarationError: if the side is not known, nothing scores it, or its Python function is not there.
+        DeclarationError: if the side, a name in `scorers`, the scorer, or the scorer's function does not exist.
     """
+    scorers = scorers or {}
+    _check_names(scorers, catalogue)
+    dimension, declared = catalogue.side(side)
+    if side in scorers:
+        return _checked(scorers[side], f"scorers[{side!r}]", where=f"scorers[{side!r}]")
+    if dimension in scorers and declared.scorer is None:
+        return _checked(scorers[dimension], f"scorers[{dimension!r}]", where=f"scorers[{dimension!r}]")
+    return _declared_scorer(catalogue, side)
+
+
+def _declared_scorer(catalogue: Catalogue, side: str) -> Scorer:
     spec = catalogue.scorer_of(side)
     match spec:
         case MarkersScorer():
@@ -68,9 +87,26 @@ def scorer_of(catalogue: Catalogue, side: str) -> Scorer:
         case ReadabilityScorer():
             return readability_scorer(low=spec.low, high=spec.high)
         case PythonScorer():
-            return python_scorer(spec.function)
+            return python_scorer(spec.function, where=_place(catalogue, side, "function"))
+        case PluginScorer():
+            return plugin_scorer(spec.name, where=_place(catalogue, side, "name"))
         case _:
             assert_never(spec)
+
+
+def _check_names(scorers: Mapping[str, Scorer], catalogue: Catalogue) -> None:
+    known = {*catalogue.sides, *catalogue.dimensions}
+    for name in scorers:
+        if name not in known:
+            raise DeclarationError(
+                f"unknown side or dimension {name!r}", where=f"scorers[{name!r}]", mend=choose_from(name, known)
+            )
+
+
+def _place(catalogue: Catalogue, side: str, key: str) -> str:
+    dimension, declared = catalogue.side(side)
+    owner = ("dimensions", dimension) if declared.scorer is None else ("dimensions", dimension, "sides", side)
+    return catalogue.place(*owner, "scorer", key)
 
 
 def markers_scorer(*, high: Sequence[str], low: Sequence[str]) -> Scorer:
@@ -80,8 +116,8 @@ def markers_scorer(*, high: Sequence[str], low: Sequence[str]) -> Scorer:
     highs = {_plain(phrase) for phrase in high}
 
     def score(prompt: str, answer: str, /) -> Scored:
-        found = [_plain(phrase) in highs for phrase in marker.findall(answer)]
-        return Scored(sum(found) / len(found) if found else 0.5, valid=_is_said(answer))
+        matches = [_plain(phrase) in highs for phrase in marker.findall(answer)]
+        return Scored(sum(matches) / len(matches) if matches else 0.5, valid=_has_words(answer))
 
     return score
 
@@ -90,7 +126,7 @@ def length_scorer(*, low: int, high: int) -> Scorer:
     """Return a scorer that counts words: 0 at `low` words and below, 1 at `high` and above, linear between."""
 
     def score(prompt: str, answer: str, /) -> Scored:
-        return Scored(_between(len(_WORD.findall(answer)), low, high), valid=_is_said(answer))
+        return Scored(_between(len(_WORD.findall(answer)), low, high), valid=_has_words(answer))
 
     return score
 
@@ -99,34 +135,48 @@ def readability_scorer(*, low: float, high: float) -> Scorer:
     """Return a scorer of the Flesch-Kincaid grade: 0 at grade `low` and below, 1 at `high` and above."""
 
     def score(prompt: str, answer: str, /) -> Scored:
-        return Scored(_between(grade(answer), low, high), valid=_is_said(answer))
+        return Scored(_between(grade(answer), low, high), valid=_has_words(answer))
 
     return score
 
 
-def python_scorer(function: str) -> Scorer:
-    """Return the function `package.module:name`, wrapped so that a wrong result is an error that names it.
+def python_scorer(function: str, *, where: str = "scorer: function") -> Scorer:
+    """Import the function `package.module:name` and return it as a scorer that checks its results.
 
     Raises:
-        DeclarationError: if the module or the name is not there, at once; if the function returns no Scored with a
-            value in [0, 1], at the call.
+        DeclarationError: if the module or the name does not exist. The scorer raises it if the function returns
+            anything but a Scored with a value in [0, 1].
     """
     module_name, _, name = function.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as fault:
+        imported = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
         raise DeclarationError(
-            f"the scorer {function!r} can't be imported: {fault}",
-            where="scorer: function",
-            mend="write it as package.module:function, with the package installed or its folder in PYTHONPATH",
-        ) from fault
+            f"the scorer {function!r} can't be imported: {error}",
+            where=where,
+            mend="write it as package.module:function, and install the package or add its folder to PYTHONPATH",
+        ) from error
+    return _checked(imported, repr(function), where=where)
 
+
+def plugin_scorer(name: str, *, where: str = "scorer: name") -> Scorer:
+    """Import the scorer that an installed package provides under `name`, as `python_scorer` imports a function.
+
+    Raises:
+        DeclarationError: if no package or more than one provides the name, or its function cannot be imported. The
+            scorer raises it if the function returns anything but a Scored with a value in [0, 1].
+    """
+    return _checked(load_plugin(name, where=where), repr(name), where=where)
+
+
+def _checked(function: Callable[[str, str], object], name: str, *, where: str) -> Scorer:
     def score(prompt: str, answer: str, /) -> Scored:
-        scored = found(prompt, answer)
+        scored = function(prompt, answer)
+        # a stranger's function may return anything, regardless of its annotations
         if not isinstance(scored, Scored) or not 0.0 <= scored.value <= 1.0:
             raise DeclarationError(
-                f"the scorer {function!r} returned {scored!r}, expected a Scored with a value in [0, 1]",
-                where=function,
+                f"the scorer {name} returned {scored!r}, expected a Scored with a value in [0, 1]",
+                where=where,
                 mend="return personalized_soups.scoring.scorers.Scored(value, valid)",
             )
         return scored
@@ -137,7 +187,7 @@ def python_scorer(function: str) -> Scorer:
 def grade(text: str) -> float:
     """Return the Flesch-Kincaid grade of `text`: .39 words per sentence + 11.8 syllables per word - 15.59.
 
-    A syllable is a group of vowels, without a silent final e; a text without a word has grade 0.
+    A syllable is a group of vowels; a silent final e does not count. A text without words has grade 0.
     Source: Kincaid et al. 1975.
     """
     words = _WORD.findall(text.lower())
@@ -155,9 +205,9 @@ def _syllables(word: str) -> int:
 
 
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern of any phrase, as whole words, in any case; the longer phrase wins where two begin alike."""
+    """Return a pattern that matches any of the phrases, as whole words, in any case, the longest phrase first."""
     longest_first = sorted(phrases, key=len, reverse=True)
-    # Lookarounds, not \b: a marker may begin or end with a sign, as "wow!" does.
+    # Lookarounds, not \b: a marker may begin or end with a sign, such as "wow!".
     alternatives = "|".join(r"\s+".join(re.escape(word) for word in phrase.split()) for phrase in longest_first)
     return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
 
@@ -166,7 +216,7 @@ def _plain(phrase: str) -> str:
     return " ".join(phrase.lower().split())
 
 
-def _is_said(answer: str) -> bool:
+def _has_words(answer: str) -> bool:
     return _WORD.search(answer) is not None
 
 

@@ -19,6 +19,7 @@ from personalized_soups.evaluation.scores import grade
 from personalized_soups.evaluation.win_rates import bootstrap_interval
 from personalized_soups.files.lines import GrowingLines, read_lines
 from personalized_soups.mixing.model import SoupModel
+from personalized_soups.scoring.scorers import Scorer
 
 ANSWERS, RESULTS, PICTURE = "answers.jsonl", "sweep.json", "sweep.png"
 
@@ -87,7 +88,14 @@ def answer_sweep(
         on_done(first + len(asked))
 
 
-def score_sweep(answers: Path, sweep: Sweep, catalogue: Catalogue | None, side: str) -> dict[str, Any]:
+def score_sweep(
+    answers: Path,
+    sweep: Sweep,
+    catalogue: Catalogue | None,
+    side: str,
+    *,
+    scorers: Mapping[str, Scorer] | None = None,
+) -> dict[str, Any]:
     """Return what the answers are worth at each step, with 95% intervals (bootstrap over prompts).
 
     An answer that the scorer takes for none (ill-formed, off topic) scores 0; `valid` has the share of the others.
@@ -96,7 +104,8 @@ def score_sweep(answers: Path, sweep: Sweep, catalogue: Catalogue | None, side: 
         answers: the file that answer_sweep wrote.
         sweep: what was swept.
         catalogue: says what scores `side`; None to count words.
-        side: towards which answers are scored, that of the `high` expert.
+        side: the side to score towards, that of the `high` expert.
+        scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
     """
     lines = read_lines(answers)
     prompts = [line["prompt"] for line in lines]
@@ -104,7 +113,7 @@ def score_sweep(answers: Path, sweep: Sweep, catalogue: Catalogue | None, side: 
     def scored(said: Sequence[str]) -> tuple[list[float], list[bool]]:
         if catalogue is None:
             return [float(len(answer.split())) for answer in said], [True] * len(said)
-        graded = grade(prompts, said, catalogue, [side])
+        graded = grade(prompts, said, catalogue, [side], scorers=scorers)
         return [each.toward[side] for each in graded], [each.valid for each in graded]
 
     steps = [scored([line["steps"][at] for line in lines]) for at in range(sweep.num_steps)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import InputError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.prompts import messages_of
-from personalized_soups.scoring.scorers import scorer_of
+from personalized_soups.scoring.scorers import Scorer, scorer_of
 from personalized_soups.training.data import Pair, write_lines
 
 
@@ -70,6 +70,7 @@ def label_pool(
     max_pairs: int | None = None,
     seed: int = 0,
     conversational: bool = False,
+    scorers: Mapping[str, Scorer] | None = None,
 ) -> list[Pair]:
     """Return pairs of answers that differ by at least `min_gap` in how well they suit `side`.
 
@@ -85,6 +86,7 @@ def label_pool(
         max_pairs: a random choice of so many, or None for all.
         seed: of that choice and of the order.
         conversational: write prompt and answers as messages, for a base with a chat template.
+        scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
 
     Raises:
         DeclarationError: if the catalogue has no such side, or nothing scores it.
@@ -92,7 +94,7 @@ def label_pool(
     """
     if not 0 < min_gap <= 1:
         raise ValueError(f"min_gap must be in (0, 1], got {min_gap}")
-    score, end = scorer_of(catalogue, side), catalogue.side(side)[1].end
+    score, end = scorer_of(catalogue, side, scorers=scorers), catalogue.side(side)[1].end
     candidates: list[_Candidate] = []
     spans: list[tuple[float, float]] = []  # of each prompt's valid answers, worst and best
     for sampled in pool:
@@ -107,36 +109,6 @@ def label_pool(
     candidates.sort(key=lambda pair: not pair.both_valid)
     kept = candidates[:max_pairs]
     return [_as_pair(candidate, conversational=conversational) for candidate in kept]
-
-
-def make_pairs(
-    side: str,
-    catalogue: Catalogue,
-    generator: Generator,
-    prompts: Sequence[str],
-    *,
-    num_samples: int = 4,
-    min_gap: float = 0.3,
-    max_pairs: int | None = None,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 64,
-    seed: int = 0,
-) -> list[Pair]:
-    """Sample answers and label them for one side: `sample_pool`, then `label_pool`."""
-    pool = sample_pool(
-        generator,
-        prompts,
-        num_samples=num_samples,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-    )
-    conversational = generator.tokenizer.chat_template is not None
-    return label_pool(
-        pool, side, catalogue, min_gap=min_gap, max_pairs=max_pairs, seed=seed, conversational=conversational
-    )
 
 
 def write_pool(path: Path, pool: Sequence[Sampled]) -> None:

@@ -8,6 +8,7 @@ from personalized_soups.declare.dimension import (
     Catalogue,
     LengthScorer,
     MarkersScorer,
+    PluginScorer,
     PythonScorer,
     ReadabilityScorer,
 )
@@ -63,21 +64,18 @@ def test_two_sides_of_a_dimension_want_opposite_ends(recipe: str) -> None:
         assert (sides[low].end, sides[high].end) == ("low", "high")
 
 
-def test_sides_are_found_by_name_and_by_label(psoups: Catalogue) -> None:
+def test_sides_are_found_by_name(psoups: Catalogue) -> None:
     dimension, side = psoups.side("sassy")
     assert (dimension, side.label) == ("style", "P3C")
-    assert psoups.side_by_label("P2B") == ("informative", psoups.sides["informative"])
     assert psoups.dimension_of("expert") == "expertise"
     assert psoups.dimension_of("someone") is None
 
 
-def test_unknown_sides_and_labels_get_the_nearest_name(psoups: Catalogue) -> None:
+def test_an_unknown_side_gets_the_nearest_name(psoups: Catalogue) -> None:
     with pytest.raises(DeclarationError) as caught:
         psoups.side("freindly")
     assert (caught.value.what, caught.value.mend) == ("unknown side 'freindly'", "did you mean 'friendly'?")
     assert "psoups.yaml:" in caught.value.where
-    with pytest.raises(DeclarationError, match="unknown label 'X'"):
-        psoups.side_by_label("X")
 
 
 def test_a_sides_own_scorer_wins(psoups: Catalogue) -> None:
@@ -98,6 +96,7 @@ def test_each_kind_of_scorer_is_read() -> None:
         ({"kind": "length", "low": 1, "high": 2}, LengthScorer(kind="length", low=1, high=2)),
         ({"kind": "readability", "low": -1.0, "high": 2}, ReadabilityScorer(kind="readability", low=-1.0, high=2.0)),
         ({"kind": "python", "function": "a.b:c"}, PythonScorer(kind="python", function="a.b:c")),
+        ({"kind": "plugin", "name": "tone-v2"}, PluginScorer(kind="plugin", name="tone-v2")),
     ):
         assert catalogue(scorer).scorer_of("a") == want
 
@@ -112,6 +111,7 @@ def test_each_kind_of_scorer_is_read() -> None:
         ({"kind": "markers", "high": ["so", " "], "low": []}, "pattern", "form"),
         ({"kind": "lenght", "low": 1, "high": 2}, "'lenght' is no known", "did you mean 'length'?"),
         ({"kind": "python", "function": "os.system"}, "pattern", "form"),
+        ({"kind": "plugin", "name": "os:system"}, "pattern", "form"),
         ({"low": 1}, "discriminator", ""),
         ({"kind": "length", "low": 1, "hihg": 2, "high": 3}, "unknown key 'hihg'", "did you mean 'high'?"),
     ],
@@ -148,16 +148,6 @@ dimensions:
 """
     found = load_text(text, Catalogue, "file.yaml")
     assert [side.label for side in found.sides.values()] == [None, None, "C", None]
-    assert found.side_by_label("C") == ("c", found.sides["c"])
-    with pytest.raises(DeclarationError, match="unknown label 'D'") as caught:
-        found.side_by_label("D")
-    assert caught.value.mend == "choose from: C"
-
-
-def test_where_no_side_has_a_label_the_fix_is_a_sides_name() -> None:
-    with pytest.raises(DeclarationError, match="no side of this catalogue has a label") as caught:
-        catalogue(a={}, b={}).side_by_label("A")
-    assert caught.value.mend == "use a side's name: choose from: a, b"
 
 
 def test_an_empty_label_is_refused() -> None:

@@ -8,7 +8,7 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import DeclarationError, InputError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.training.data import read_preferences, write_pairs
-from personalized_soups.training.pairs import Sampled, label_pool, make_pairs, read_pool, sample_pool, write_pool
+from personalized_soups.training.pairs import Sampled, label_pool, read_pool, sample_pool, write_pool
 
 CATALOGUE = Catalogue.model_validate_json(
     """{"dimensions": {"informativeness": {"about": "length", "scorer": {"kind": "length", "low": 0, "high": 10},
@@ -64,10 +64,11 @@ def test_a_choice_of_pairs_depends_on_the_seed() -> None:
     assert len(set(chosen(0))) == 10
 
 
-def test_pairs_of_a_base_with_a_chat_template_are_conversations(small_base: Path, tmp_path: Path) -> None:
+def test_pairs_for_a_chat_template_are_conversations(small_base: Path, tmp_path: Path) -> None:
     generator = Generator.open(small_base, device="cpu")
     prompts = ["wash the kettle", "rub the towel", "dry it"]
-    pairs = make_pairs("concise", CATALOGUE, generator, prompts, max_new_tokens=30, min_gap=0.05, num_samples=6)
+    pool = sample_pool(generator, prompts, max_new_tokens=30, num_samples=6)
+    pairs = label_pool(pool, "concise", CATALOGUE, min_gap=0.05, conversational=True)
     assert pairs[0]["prompt"][0]["role"] == "user"
     assert pairs[0]["chosen"][0]["role"] == "assistant"
     write_pairs(tmp_path / "pairs.jsonl", pairs)
