@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +168,9 @@ def test_rs_lora_divides_by_the_square_root(tmp_path: Path) -> None:
     assert opened(tmp_path, rank=16, alpha=8, use_rslora=True).scaling_of("q_proj") == 2
 
 
-def test_a_strangers_regular_expression_runs_in_no_time_or_not_at_all(tmp_path: Path) -> None:
-    start = time.monotonic()
+def test_a_strangers_regular_expression_cannot_run_for_years(tmp_path: Path) -> None:
+    # Python's own `re` would not end: the suite's timeout would.
     assert opened(tmp_path, rank_pattern={"(a+)+b": 2}).rank_of("a" * 2000) == 4
-    assert time.monotonic() - start < 5
     with pytest.raises(UnsupportedAdapterError, match=r"alpha_pattern: the regular expression .* has groupref"):
         opened(tmp_path, alpha_pattern={r"(a)\1": 2})
 

@@ -20,7 +20,7 @@ from benchmarks.measure import (
     run_process,
 )
 
-_HOLD = "held = bytearray(b'x' * {mib} * 2**20); import time; time.sleep(0.4)"
+_HOLD = "held = bytearray(b'x' * {mib} * 2**20); import time; time.sleep(1.0)"
 
 
 def _python(code: str) -> list[str]:
@@ -33,7 +33,7 @@ def test_memory_of_a_process_and_its_child_is_added_up() -> None:
     run = run_process(_python(code + _HOLD.format(mib=96) + "\nother.wait()"))
     # Python itself takes some 10 MB in each of both; the literal is made twice for a moment at most
     assert 160 << 20 < run.anon_bytes < 2 * (160 << 20) + (40 << 20)
-    assert 0.4 < run.process_s < 20
+    assert run.process_s > 1.0
 
 
 def test_pages_of_a_mapped_file_are_not_counted(tmp_path: Path) -> None:

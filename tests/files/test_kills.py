@@ -24,7 +24,7 @@ THERE = "refused: the output folder is there already"
 
 def findings(folder: Path, *arguments: str, count: int = 40) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.files.killing", *arguments, str(count), str(folder)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=280)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

@@ -109,7 +109,7 @@ def test_mutated_indices_lead_nowhere_else(tmp_path: Path, seed: int) -> None:
         (folder / "model.safetensors.index.json").write_bytes(text)
         checkpoint = None
         with noting_opened_files(opened):
-            began = time.monotonic()
+            began = time.process_time()
             fault = None
             try:
                 with warnings.catch_warnings(record=True) as told:
@@ -117,7 +117,7 @@ def test_mutated_indices_lead_nowhere_else(tmp_path: Path, seed: int) -> None:
                     checkpoint = Checkpoint.open(folder)
             except SoupError as error:
                 fault = error
-            assert time.monotonic() - began < SECONDS_A_FILE, text
+            assert time.process_time() - began < SECONDS_A_FILE, text
             assert fault is None or (fault.what.isprintable() and len(fault.what) < 1000), text
         assert (checkpoint is not None) == is_sound_index(text), text
         if checkpoint is not None:

@@ -64,7 +64,7 @@ class RunningServer:
         self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None, *, host: str = ""
     ) -> Reply:
         """Send one request, its path as it is, and its body as JSON unless it is bytes."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=250)
         sent = {"Content-Type": "application/json"} if body is not None else {}
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         try:
@@ -81,10 +81,9 @@ class RunningServer:
         finally:
             connection.close()
 
-    def wait_until(self, holds: Callable[[], bool], seconds: float = 10.0) -> None:
-        end = time.monotonic() + seconds
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Return once the condition holds; the suite's timeout ends a test in which it never does."""
         while not holds():
-            assert time.monotonic() < end, "it never came to be"
             time.sleep(0.01)
 
     def is_idle(self) -> bool:
@@ -128,7 +127,8 @@ def running(
 
     thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
-    assert started.wait(30)
+    while not started.wait(0.05):
+        assert thread.is_alive(), "the server ended before it started"
     served = RunningServer(listening.getsockname()[1], made[0], model, store)
     try:
         served.wait_until(lambda: ended[0].started)
@@ -137,8 +137,7 @@ def running(
         for client in served.clients:
             client.close()
         ended[0].should_exit = True
-        thread.join(30)
-        assert not thread.is_alive()
+        thread.join()
         if store is not None:
             store.close()
 
@@ -146,7 +145,7 @@ def running(
 def send_raw(port: int, path: str, body: Any) -> socket.socket:
     """Send a request and return its socket, nothing read."""
     data = json.dumps(body).encode()
-    sent = socket.create_connection(("127.0.0.1", port), timeout=30)
+    sent = socket.create_connection(("127.0.0.1", port), timeout=250)
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
     sent.sendall(head.encode() + b"\r\n\r\n" + data)
     return sent

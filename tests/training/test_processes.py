@@ -24,7 +24,7 @@ from personalized_soups.training.progress import Silent, StepReport
 # written and not marked yet.
 _KILLED = """
 import os, signal, sys
-from personalized_soups.cli.train.train import train
+from personalized_soups.cli.train.bar_progress import BarProgress
 from personalized_soups.training import checkpoints
 
 place, _, steps = sys.argv.pop().partition(":")
@@ -32,9 +32,9 @@ place, _, steps = sys.argv.pop().partition(":")
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
-advance, mark = train.BarProgress.advance, checkpoints.mark_complete
+mark = checkpoints.mark_complete
 if place == "step":
-    train.BarProgress.advance = lambda self, side, report: die() if report.step == int(steps) else None
+    BarProgress.advance = lambda self, side, report: die() if report.step == int(steps) else None
 if place == "unmarked":
     checkpoints.mark_complete = lambda folder: die() if folder.name == f"checkpoint-{steps}" else mark(folder)
 from personalized_soups.cli.app import main
@@ -51,7 +51,7 @@ def recipe_file(recipe: TrainingRecipe, tmp_path_factory: pytest.TempPathFactory
 
 def _run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=240
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=280
     )
 
 
@@ -238,7 +238,7 @@ def test_ctrl_c_while_the_workers_still_start_is_met_by_nobody_else(
             time.sleep(0.02)
         time.sleep(0.3)  # they import by now
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=280)
     finally:
         process.kill()
     assert (process.returncode, err) == (130, "")
@@ -272,7 +272,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(small_base: Path, pairs_fil
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(2)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=280)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -252,4 +252,4 @@ except SystemExit as done:
 assert "sqlalchemy" in sys.modules
 assert "torch" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=280, cwd=tmp_path, stdout=subprocess.DEVNULL)

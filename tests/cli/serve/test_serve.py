@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -55,7 +54,7 @@ def _process(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], st
 
 
 def _get(address: str, path: str) -> Any:
-    with urllib.request.urlopen(address + path, timeout=30) as reply:
+    with urllib.request.urlopen(address + path, timeout=250) as reply:
         return json.loads(reply.read())
 
 
@@ -64,7 +63,7 @@ def _ask(address: str, **options: Any) -> socket.socket:
             "logit_bias": {"1": -100}, "stream": True, **options}  # fmt: skip
     data = json.dumps(body).encode()
     host, port = address.removeprefix("http://").split(":")
-    sent = socket.create_connection((host, int(port)), timeout=30)
+    sent = socket.create_connection((host, int(port)), timeout=250)
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: close"
     sent.sendall(f"{head}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
     return sent
@@ -89,7 +88,7 @@ def test_a_server_that_is_ended_finishes_what_runs(small_base: Path, experts: Pa
         assert events.rstrip().endswith("0")  # the last chunk of the body
         assert "[DONE]" in events
         assert '"finish_reason":"length"' in events
-        assert process.wait(20) == 0
+        assert process.wait() == 0
         assert process.stderr is not None
         assert process.stderr.read().strip().endswith("ended")
 
@@ -99,13 +98,11 @@ def test_a_second_ctrl_c_cuts_off(small_base: Path, experts: Path) -> None:
         waiting = [_ask(address, n=60) for _ in range(3)]
         waiting[0].recv(10)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.3)
-        began = time.monotonic()
+        assert process.stderr is not None
+        assert "finishing" in process.stderr.readline()  # the first one is heard
         process.send_signal(signal.SIGINT)
-        process.wait(20)
-        assert time.monotonic() - began < 5
-        for each in waiting:
-            each.close()
+        process.wait()
+        assert not any("[DONE]" in _rest(sent) for sent in waiting)
 
 
 def test_profiles_outlive_the_server(small_base: Path, experts: Path, tmp_path: Path) -> None:
@@ -115,12 +112,12 @@ def test_profiles_outlive_the_server(small_base: Path, experts: Path, tmp_path: 
     with _process(*arguments) as (process, address):
         request = urllib.request.Request(f"{address}/v1/profiles/ada", body, {"Content-Type": "application/json"})
         request.method = "PUT"
-        assert urllib.request.urlopen(request, timeout=30).status == 201
+        assert urllib.request.urlopen(request, timeout=250).status == 201
         request.data = json.dumps({"weights": {"wam": 0.5}}).encode()
         with pytest.raises(urllib.error.HTTPError, match="422"):  # the store refuses what can't be served
-            urllib.request.urlopen(request, timeout=30)
+            urllib.request.urlopen(request, timeout=250)
         process.send_signal(signal.SIGKILL)
-        process.wait(20)
+        process.wait()
     with _process(*arguments) as (_, address):
         assert _get(address, "/v1/profiles/ada")["profile"]["weights"] == {"warm": 0.5}
 
@@ -137,7 +134,7 @@ def test_keys_names_and_limits_are_heeded(small_base: Path, experts: Path, tmp_p
             headers = {"Content-Type": "application/json", "Authorization": "Bearer a-key-that-nobody-guesses"}
             data = json.dumps({**body, **options}).encode()
             request = urllib.request.Request(f"{address}/v1/chat/completions", data, headers)
-            return json.loads(urllib.request.urlopen(request, timeout=30).read())
+            return json.loads(urllib.request.urlopen(request, timeout=250).read())
 
         assert ask(logit_bias={"1": -100})["usage"]["completion_tokens"] == 3
         with pytest.raises(urllib.error.HTTPError, match="400"):
@@ -149,7 +146,7 @@ def test_keys_names_and_limits_are_heeded(small_base: Path, experts: Path, tmp_p
 def test_the_playground_is_served_by_itself(small_base: Path, experts: Path) -> None:
     with (
         _process("playground", *_serve(small_base, experts)[1:]) as (_, address),
-        urllib.request.urlopen(f"{address}/playground/", timeout=30) as page,
+        urllib.request.urlopen(f"{address}/playground/", timeout=250) as page,
     ):
         assert b"<html" in page.read()
 

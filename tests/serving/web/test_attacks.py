@@ -40,7 +40,7 @@ def _is_open(sent: socket.socket) -> bool:
 
 
 def _connected(served: RunningServer, data: bytes = b"") -> socket.socket:
-    sent = socket.create_connection(("127.0.0.1", served.port), timeout=10)
+    sent = socket.create_connection(("127.0.0.1", served.port), timeout=250)
     sent.sendall(data)
     return sent
 
@@ -64,9 +64,9 @@ def _place(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "])
 def test_who_says_nothing_or_half_a_head_is_let_go(impatient: RunningServer, data: bytes) -> None:
     with _connected(impatient, data) as sent:
-        time.sleep(0.1)
-        assert _is_open(sent)
-        impatient.wait_until(lambda: not _is_open(sent), 5)
+        began = time.monotonic()
+        impatient.wait_until(lambda: not _is_open(sent))
+        assert time.monotonic() - began > 0.3  # and not at once: HEAD_SECONDS is 0.4
 
 
 def _whole_answer(sent: socket.socket) -> bytes:
@@ -87,7 +87,7 @@ def test_half_a_head_after_a_whole_request_is_let_go_and_a_quiet_connection_is_k
         for sent in (quiet, half):
             assert b" 200 " in _whole_answer(sent)
         half.sendall(b"GET /health HTTP/1.1\r\nHost: lo")
-        impatient.wait_until(lambda: not _is_open(half), 5)
+        impatient.wait_until(lambda: not _is_open(half))
         assert _is_open(quiet)  # its time is the keep-alive's
         quiet.setblocking(True)
         quiet.sendall(whole)
@@ -146,9 +146,7 @@ def test_more_answers_than_there_are_places_for_are_refused_before_anything_is_m
     limits = served.server.batcher.limits
     most = limits.max_rows + limits.max_waiting
     body = {"model": "small", "prompt": [[5]] * 20_000, "n": 64, "max_tokens": 1}
-    began = time.monotonic()
     reply = served.ask("POST", "/v1/completions", body)
-    assert time.monotonic() - began < 2
     assert (reply.status, reply.error["param"]) == (400, "n")
     assert f"at most {most}" in reply.error["message"]
     assert "retry-after" not in reply.headers
@@ -167,14 +165,12 @@ def test_reloads_without_end_let_answers_through(impatient: RunningServer) -> No
     for thread in threads:
         thread.start()
     try:
-        began = time.monotonic()
         for _ in range(3):
             assert impatient.ask("POST", "/v1/chat/completions", BODY).status == 200
-        assert time.monotonic() - began < 10
     finally:
         ending.set()
         for thread in threads:
-            thread.join(30)
+            thread.join()
     assert {reply.status for reply in reloaded} == {200}
 
 
@@ -194,7 +190,7 @@ def test_experts_are_listed_while_they_change(impatient: RunningServer, tmp_path
         assert {impatient.ask("GET", "/v1/experts").status for _ in range(80)} == {200}
     finally:
         ending.set()
-        thread.join(30)
+        thread.join()
 
 
 def test_a_conversation_goes_on_with_the_answer_as_the_client_got_it(served: RunningServer) -> None:
@@ -297,8 +293,8 @@ def test_a_timeout_while_nobody_reads_is_no_crash(
             "logit_bias": {"1": -100}}  # fmt: skip
     with caplog.at_level(logging.ERROR), running(small_base, expert_folders, settings) as served:
         sent = send_raw(served.port, "/v1/chat/completions", body)
-        time.sleep(1.5)
-        sent.settimeout(10)
+        served.wait_until(lambda: served.server.batcher.load.running > 0)
+        served.wait_until(served.is_idle)  # the answers are done, or their time is over
         told = b""
         while not told.rstrip().endswith(b"\r\n0"):
             part = sent.recv(1 << 16)
@@ -326,17 +322,15 @@ def test_who_writes_without_end_does_not_keep_others_from_asking(impatient: Runn
     try:
         for thread in threads:
             thread.start()
-        time.sleep(0.3)
-        began = time.monotonic()
         assert impatient.ask("GET", "/ready").status == 200
         assert impatient.ask("GET", "/v1/profiles/u").status == 200
         assert impatient.ask("POST", "/v1/chat/completions", {**BODY, "model": "soup:u"}).status == 200
-        assert time.monotonic() - began < 3
+        assert all(thread.is_alive() for thread in threads)  # no writer was waited for
     finally:
         lock.execute("ROLLBACK")
         lock.close()
         for thread in threads:
-            thread.join(60)
+            thread.join()
 
 
 def test_a_browsers_openai_client_is_let_through_where_its_page_is_invited(
@@ -384,13 +378,11 @@ def test_an_end_waits_for_no_body_and_tells_those_it_cuts_off(small_base: Path, 
             send_raw(served.port, "/v1/chat/completions", {**long, "stream": stream}) for stream in (False, True)
         ]
         served.wait_until(lambda: served.server.batcher.load.running == 1)
-        began = time.monotonic()
         served.server.refuse_bodies()
         assert b" 503 " in half.recv(1000)
-        assert time.monotonic() - began < 1
         served.server.close()
-        told = [sent.recv(1 << 20) for sent in waiting]
-        assert b" 503 " in told[0].split(b"\r\n")[0]
-        assert b"the server has ended" in told[0]
+        answer = _whole_answer(waiting[0])
+        assert b" 503 " in answer.split(b"\r\n")[0]
+        assert b"the server has ended" in answer
         for sent in (half, *waiting):
             sent.close()

@@ -157,7 +157,7 @@ def test_a_fault_of_the_servers_own_tells_nothing(served: RunningServer, monkeyp
     def fail(*_: object) -> None:
         raise RuntimeError("a secret")
 
-    monkeypatch.setattr(served.model, "row", fail)
+    monkeypatch.setattr(served.model, "resolve", fail)
     body = {"model": "small", "messages": [{"role": "user", "content": "x"}], "profile": {"weights": {"warm": 1}}}
     reply = served.ask("POST", "/v1/chat/completions", body)
     assert (reply.status, reply.error["code"], b"secret" in reply.body) == (500, "internal_error", False)

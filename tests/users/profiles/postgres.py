@@ -54,7 +54,7 @@ class Server:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             check=False,
-            timeout=120,
+            timeout=280,
         )
         assert done.returncode == 0, f"{program} {arguments}: {self._log()}"
 

@@ -130,7 +130,7 @@ def test_a_reload_waits_for_running_answers_which_stay_what_they_were(own: Runni
     shutil.rmtree(folder / "warm")
     write_expert(folder / "warm", seed=77, rank=5, alpha=20)
     assert own.ask("POST", "/v1/experts/reload").status == 200
-    asking.join(30)
+    asking.join()
     assert found[0].json["choices"][0]["message"]["content"] == want
     assert own.ask("POST", "/v1/chat/completions", long).json["choices"][0]["message"]["content"] != want
 
@@ -147,7 +147,7 @@ def test_those_who_wait_for_an_expert_that_goes_are_told(own: RunningServer, fol
     own.wait_until(lambda: own.server.batcher.load.waiting == 1)
     shutil.rmtree(folder / "warm")
     assert own.ask("POST", "/v1/experts/reload").status == 200
-    asking.join(30)
+    asking.join()
     assert found[0].status == 422
     assert "'warm'" in found[0].error["message"]
     first.close()
