@@ -1,7 +1,8 @@
 # Everything that is done to this repository, each from a fresh clone: the environment is made where there is none.
 #
 #   make quickstart    train six experts on the embedded base, merge eight personal models, score them
-#   make test          formatting, lint, types, layers, the whole test suite
+#   make test          formatting, lint, types, layers, and every test that is not marked slow: about ten minutes
+#   make slow          the tests that are marked slow: whole trainings, killed processes, kernels compiled for a GPU
 #   make mutants       deliberate faults, one at a time: each must turn the suite red; about ten minutes
 #   make bench         what merging and mixing cost here, beside PEFT, mergekit and cp; about 25 minutes and 25 GB of disk
 #   make gpu           tests and benchmark rows that need a GPU: six minutes at most; installs nothing, see PYTHON
@@ -21,14 +22,20 @@ MUTANTS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# WORKERS: processes that run the tests, each with one thread of torch.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest --require-extras -n $(WORKERS) --dist loadgroup
 
-.PHONY: quickstart test lint types layers format tiny quality bench gpu matrix mutants reference wheel clean
+.PHONY: quickstart test slow lint types layers format tiny quality bench gpu matrix mutants reference wheel clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/psoups quickstart
 
 test: lint types layers
-	$(BIN)/pytest --require-extras
+	$(PYTEST) -m "not gpu and not slow"
+
+slow: $(VENV)/.dev
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
