@@ -285,7 +285,7 @@ def test_nothing_but_equal_pairs_is_refused(small_base: Path, tmp_path: Path) ->
     assert "2 have equal answers once they are cut to dpo.max_length (24 tokens)" in caught.value.what
     assert "max_length" in caught.value.mend
     trimming = "{% for message in messages %}<|{{ message.role }}|>{{ message.content | lower }}{% endfor %}"
-    with pytest.raises(InputError, match="1 are the same tokens as they are") as caught:
+    with pytest.raises(InputError, match="1 have equal answers before the cut") as caught:
         _encoded(tmp_path, [_chat("a", "Rub", "rub")], _tokenizer(small_base, trimming))
     assert "renders differently" in caught.value.mend
     one_left = _encoded(tmp_path, [_chat("a", "Rub", "rub"), _chat()], _tokenizer(small_base, trimming))
