@@ -20,9 +20,9 @@ class Method:
 
     Attributes:
         name: the name in a profile.
-        function: `module:name` of a pure function `(parts, weights, **keywords)`. It takes one part and one weight per
-            expert that adapts the module. Its keywords are the method's options (except the seed), `basis` in the
-            family `linear`, and the keywords that the flags below add.
+        function: a pure function `(parts, weights, **keywords)`, or `module:name` of one, which is imported when it is
+            used. It takes one part and one weight per expert that adapts the module. Its keywords are the method's
+            options (except the seed), `basis` in the family `linear`, and the keywords that the flags below add.
         family: `linear` (linear in the deltas) and `factor` (other rules on the factors) take `Factors` and return
             `Factors`; `dense` takes dense O x I deltas and returns one.
         encodings: the encodings in which the result can be held.
@@ -41,12 +41,12 @@ class Method:
     """
 
     name: str
-    function: str
+    function: str | Callable[..., Any]
     family: Family
     encodings: tuple[Encoding, ...]
-    formula: str
-    source: str
-    about: str
+    formula: str = ""
+    source: str = ""
+    about: str = ""
     needs_equal_ranks: bool = False
     needs_equal_scalings: bool = False
     divides_by_sum: bool = False
@@ -74,8 +74,8 @@ class Method:
         return values
 
     def load(self) -> Callable[..., Any]:
-        """Import and return the function."""
-        return _imported(self.function)
+        """Return the function, imported if its place is given."""
+        return _imported(self.function) if isinstance(self.function, str) else self.function
 
     def load_coefficients(self) -> Callable[..., Any]:
         """Import and return the function that computes the coefficients of the A's and B's."""

@@ -1,0 +1,215 @@
+"""Merge methods from outside this package: a Python function, a `Method`, or a method of an installed package.
+
+A package declares a method in its pyproject.toml; docs/howto/add_a_method.md shows a whole package:
+
+    [project.entry-points."personalized_soups.methods"]
+    clipped = "clipping:clipped"
+
+Names come from the packages' metadata. A package is imported only when one of its methods is used. Nothing here imports
+torch, so that profiles are read quickly.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from functools import lru_cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, Protocol
+
+from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.methods.method import Encoding, Family, Method
+from personalized_soups.methods.options import OPTIONS
+from personalized_soups.methods.table import METHODS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+GROUP = "personalized_soups.methods"
+
+# The encodings in which the result of a method of each family can be held. "gated" needs a result that is linear in the
+# deltas, and "linear" has one formula, which the package computes in several ways without calling the function.
+_ENCODINGS: dict[Family, tuple[Encoding, ...]] = {
+    "dense": ("truncated", "folded"),
+    "factor": ("stacked", "truncated", "folded"),
+}
+
+
+class DenseMerge(Protocol):
+    """A merge method as a function: the deltas and weights of one weight tensor in, the merged delta out.
+
+    `merge`, `merge_into_base` and `merge_many` call the function once for each weight tensor that an expert adapts, and
+    once for each block of a mixture's parameter. On a CPU, several threads call it at the same time.
+
+    Args:
+        deltas: the dense deltas `scaling * B @ A` of the experts that adapt this tensor, at least one, in the order of
+            the experts' names. They are matrices [O, I] (O out features, I in features), of the dtype float32 and on
+            the device of the merge. The function may overwrite them.
+        weights: the experts' weights in the same order; they may be negative, and are never 0.
+
+    Returns:
+        The merged delta: a finite tensor of the shape, dtype and device of the deltas.
+    """
+
+    def __call__(self, deltas: list[Tensor], weights: list[float], /) -> Tensor:
+        """Return the merged delta."""
+        ...
+
+
+def find_method(method: str | Method | DenseMerge) -> Method:
+    """Return the merge method that a name, a function or a `Method` stands for.
+
+    A name is first looked up in the table of built-in methods, then among the methods of installed packages, which is
+    when the package is imported.
+
+    Raises:
+        UsageError: if no method has the name, if an installed package is broken, or if a function or a `Method` cannot
+            be used.
+    """
+    if isinstance(method, Method):
+        return _checked(method)
+    if not isinstance(method, str):
+        return method_of_function(method)
+    return METHODS[method] if method in METHODS else _load(_entry_point(method))
+
+
+def is_builtin(method: Method) -> bool:
+    """Return whether a method is a row of this package's table."""
+    return METHODS.get(method.name) == method
+
+
+def method_of_function(function: DenseMerge, name: str | None = None) -> Method:
+    """Return the `Method` of a function on dense deltas; its name is `module:function` if none is given.
+
+    Raises:
+        UsageError: if `function` is not a function. A functools.partial or a callable object has settings that
+            soup.json does not record.
+    """
+    module, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    if not callable(function) or isinstance(function, type) or module is None or qualified is None:
+        raise UsageError(
+            f"the merge method is {function!r}; expected a name, a Method or a function",
+            where="method",
+            mend="pass a function merge(deltas, weights) that is defined in a module",
+        )
+    return Method(
+        name=name or f"{module}:{qualified}",
+        function=function,
+        family="dense",
+        encodings=_ENCODINGS["dense"],
+        formula=f"{qualified}(deltas, weights)",
+        source=module,
+        about=(function.__doc__ or "").strip().partition("\n")[0],
+    )
+
+
+def installed_methods() -> dict[str, EntryPoint]:
+    """Return the methods of installed packages by name, without importing a package.
+
+    A name of a built-in method always means the built-in method, so such entry points are left out. If several packages
+    provide one name, the dictionary has one of their entry points.
+    """
+    installed = sorted(entry_points(group=GROUP), key=lambda entry_point: entry_point.name)
+    return {entry_point.name: entry_point for entry_point in installed if entry_point.name not in METHODS}
+
+
+def is_method_name(name: str) -> bool:
+    """Return whether a built-in method or an installed package's method has the name. No package is imported."""
+    return name in METHODS or bool(_providers(name))
+
+
+def method_names() -> list[str]:
+    """Return the names of all methods: built-in methods first, then those of installed packages."""
+    return [*METHODS, *installed_methods()]
+
+
+def package_of(entry_point: EntryPoint) -> str:
+    """Return the name and version of the package that an entry point belongs to."""
+    distribution = entry_point.dist
+    return "an unnamed package" if distribution is None else f"{distribution.name} {distribution.version}"
+
+
+def _entry_point(name: str) -> EntryPoint:
+    providers = _providers(name)
+    if not providers:
+        raise UsageError(f"unknown merge method {name!r}", where="method", mend=choose_from(name, method_names()))
+    if len(providers) > 1:
+        raise UsageError(
+            f"several packages provide the merge method {name!r}: {', '.join(sorted(map(package_of, providers)))}",
+            where="method",
+            mend="uninstall all but one of them, or pass the function in Python",
+        )
+    return providers[0]
+
+
+def _providers(name: str) -> tuple[EntryPoint, ...]:
+    try:
+        return _cached_providers(name, tuple(sys.path))
+    except LookupError:
+        return ()
+
+
+# A file of profiles may name one method in a hundred thousand lines, and reading the metadata of all packages takes
+# milliseconds. A name that no package provides raises, which is not cached: a package installed later is found.
+@lru_cache(maxsize=64)
+def _cached_providers(name: str, _path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    providers = tuple(entry_point for entry_point in entry_points(group=GROUP) if entry_point.name == name)
+    if not providers:
+        raise LookupError(name)
+    return providers
+
+
+def _load(entry_point: EntryPoint) -> Method:
+    package = package_of(entry_point)
+    try:
+        target: Any = entry_point.load()
+    except Exception as error:
+        raise UsageError(
+            f"the merge method {entry_point.name!r} of the package {package} cannot be imported from "
+            f"{entry_point.value}: {type(error).__name__}: {error}",
+            where="method",
+            mend=f"reinstall or update {package.partition(' ')[0]}, or choose another method",
+        ) from error
+    try:
+        if isinstance(target, Method):
+            return _checked(replace(target, name=entry_point.name))
+        return method_of_function(target, entry_point.name)
+    except UsageError as error:
+        raise UsageError(
+            f"the merge method {entry_point.name!r} of the package {package} cannot be used: {error.what}",
+            where="method",
+            mend=f"update {package.partition(' ')[0]}, or choose another method",
+        ) from error
+
+
+def _checked(method: Method) -> Method:
+    if is_builtin(method):
+        return method
+    faults = _faults(method)
+    if faults:
+        raise UsageError(
+            f"the Method {method.name!r} cannot be used: {'; '.join(faults)}",
+            where="method",
+            mend="correct the Method; docs/howto/add_a_method.md shows an example",
+        )
+    return method
+
+
+def _faults(method: Method) -> list[str]:
+    faults = []
+    if not method.name or method.name in METHODS:
+        faults.append(f"its name is {method.name!r}; expected a name that no built-in method has")
+    if method.family not in _ENCODINGS:
+        faults.append(f"its family is {method.family!r}; expected 'dense' or 'factor'")
+    allowed = _ENCODINGS.get(method.family, ())
+    if not method.encodings or not set(method.encodings) <= set(allowed):
+        faults.append(f"its encodings are {method.encodings}; expected some of {allowed}")
+    if unknown := [option for option in method.options if option not in OPTIONS]:
+        faults.append(f"its options include {', '.join(unknown)}; expected some of {', '.join(OPTIONS)}")
+    if "density" not in method.options and (method.trims_globally or "epsilon" in method.options):
+        faults.append("it has no option 'density', which trims_globally and the option 'epsilon' need")
+    if method.coefficients:
+        faults.append("it has coefficients, which only built-in methods can have")
+    if method.family == "dense" and method.divides_by_sum:
+        faults.append("it sets divides_by_sum, which only the family 'factor' can have")
+    return faults
