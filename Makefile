@@ -6,6 +6,7 @@
 #   make mutants       deliberate faults, one at a time: each must turn the suite red; about ten minutes
 #   make bench         what merging and mixing cost here, beside PEFT, mergekit and cp; about 25 minutes and 25 GB of disk
 #   make gpu           tests and benchmark rows that need a GPU: six minutes at most; installs nothing, see PYTHON
+#   make docs          the site, in docs/_build
 #   make matrix        the suite with the lowest versions that pyproject.toml allows, with a GPU machine's, with the newest
 #
 # TORCH_INDEX: another package index for torch, e.g. to keep a multi-gigabyte CUDA build off a machine without a GPU:
@@ -26,7 +27,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest --require-extras -n $(WORKERS) --dist loadgroup
 
-.PHONY: quickstart test slow lint types layers format tiny quality bench gpu matrix mutants reference wheel clean
+.PHONY: quickstart test slow lint types layers format tiny quality bench gpu matrix mutants docs reference wheel clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/psoups quickstart
@@ -79,11 +80,15 @@ mutants: $(VENV)/.dev
 reference: $(VENV)/.dev
 	$(BIN)/psoups reference docs
 
+# The site: open docs/_build/index.html. A warning of Sphinx is an error.
+docs: $(VENV)/.dev
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build
+
 wheel: $(VENV)/.dev
 	$(PIP) wheel --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # .run holds what running needs and .dev adds what testing needs: the one is installed in a minute less.
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python

@@ -29,8 +29,6 @@ napoleon_use_rtype = False
 
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
-# Links from a page to a file of the repository have no target on the site.
-suppress_warnings = ["myst.xref_missing"]
 
 html_theme = "furo"
 html_title = "personalized_soups"

@@ -1,11 +1,12 @@
-"""The directive `schema-table`: the keys of one JSON schema of docs/schemas/, a table for each object.
+"""The directive `schema-table`: the keys of one file format, a table for each object.
 
-The pages therefore list what the code accepts: `make reference` writes the schemas from the declared models.
+The tables are generated, so the pages list exactly the keys that the code accepts.
 """
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,25 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 
 
 class SchemaTable(SphinxDirective):
-    """`{schema-table} NAME` lists the keys of docs/schemas/NAME.schema.json: type, default, meaning."""
+    """List the keys of a format: type, default, meaning.
+
+    The argument is the name of a schema in docs/schemas/, or `module:Class` of a declared model that has no schema there.
+    """
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
         """Return the tables, parsed as the page's own Markdown is."""
-        path = _SCHEMAS / f"{self.arguments[0]}.schema.json"
-        self.env.note_dependency(str(path))
-        lines = list(_lines(json.loads(path.read_text(encoding="utf-8"))))
+        module, colon, model = self.arguments[0].partition(":")
+        if colon:
+            schema = getattr(import_module(module), model).model_json_schema()
+        else:
+            path = _SCHEMAS / f"{self.arguments[0]}.schema.json"
+            self.env.note_dependency(str(path))
+            schema = json.loads(path.read_text(encoding="utf-8"))
         container = nodes.container()
-        self.state.nested_parse(StringList(lines, source=str(path)), self.content_offset, container)
+        lines = StringList(list(_lines(schema)), source=self.arguments[0])
+        self.state.nested_parse(lines, self.content_offset, container)
         return container.children
 
 
