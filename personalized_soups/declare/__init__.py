@@ -1,1 +1,1 @@
-"""What people write in files: profiles, catalogues of preferences, training recipes. No torch in here."""
+"""What people write in files: profiles, catalogues of preferences, recipes. This package imports no torch."""

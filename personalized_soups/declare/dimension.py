@@ -1,4 +1,4 @@
-"""The preference catalogue: dimensions, their sides, the instruction that states each side, and what scores it."""
+"""The preference catalogue: dimensions, their sides, and each side's instruction and scorer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from personalized_soups.errors import DeclarationError, choose_from
 
 # Side names become folder names and appear in `weights="name=0.6,..."`; file systems and shells agree on these letters.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
-Phrases = tuple[Annotated[str, Field(pattern=r"\S")], ...]  # a blank one would be found everywhere
+Phrases = tuple[Annotated[str, Field(pattern=r"\S")], ...]  # a blank phrase would match everywhere
 
 
 class MarkersScorer(Declared):
-    """Counts words and phrases: value = high / (high + low), 0.5 where none occurs."""
+    """Counts words and phrases: value = high / (high + low), or 0.5 if neither occurs."""
 
     kind: Literal["markers"]
     high: Phrases = Field(min_length=1, description="Words or phrases of the high end.")
@@ -31,7 +31,7 @@ class MarkersScorer(Declared):
 
 
 class LengthScorer(Declared):
-    """Counts words: 0 at `low` words or fewer, 1 at `high` or more, linear between."""
+    """Counts words: 0 at `low` words or fewer, 1 at `high` words or more, linear in between."""
 
     kind: Literal["length"]
     low: int = Field(ge=0, description="Words at which the value is 0.")
@@ -57,7 +57,7 @@ class ReadabilityScorer(Declared):
 
 
 class PythonScorer(Declared):
-    """A function `(prompt: str, answer: str) -> Scored` of any module on Python's path."""
+    """A function `(prompt: str, answer: str) -> Scored` in any module that Python can import."""
 
     kind: Literal["python"]
     function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="As `package.module:function`.")
@@ -73,31 +73,33 @@ class PluginScorer(Declared):
 AnyScorer: TypeAlias = MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer | PluginScorer
 ScorerSpec = Annotated[
     AnyScorer,
-    Field(discriminator="kind", description="What scores an answer, in [0, 1]."),
+    Field(discriminator="kind", description="The scorer of an answer; its values are in [0, 1]."),
 ]
 
 
 class Side(Declared):
-    """One pole of a dimension; its expert bears its name."""
+    """One pole of a dimension. The expert of a side has the name of the side."""
 
     label: str | None = Field(
         default=None, min_length=1, description="A short label, such as the paper's P1A; unique in the catalogue."
     )
     instruction: str = Field(min_length=1, description="The instruction that states the preference in a prompt.")
-    end: Literal["low", "high"] = Field(default="high", description="The end of the scorer's scale that is wanted.")
-    scorer: ScorerSpec | None = Field(default=None, description="Wins over the dimension's scorer.")
+    end: Literal["low", "high"] = Field(
+        default="high", description="The end of the scorer's scale that this side prefers."
+    )
+    scorer: ScorerSpec | None = Field(default=None, description="Replaces the dimension's scorer for this side.")
 
 
 class Dimension(Declared):
     """An axis on which users differ, with two or more sides."""
 
-    about: str = Field(min_length=1, description="What this dimension is, in one sentence.")
-    scorer: ScorerSpec | None = Field(default=None, description="Scores every side that has none of its own.")
+    about: str = Field(min_length=1, description="The dimension, described in one sentence.")
+    scorer: ScorerSpec | None = Field(default=None, description="The scorer of every side that has none.")
     sides: dict[Name, Side] = Field(min_length=1)
 
 
 class Catalogue(Declared):
-    """All dimensions that experts are trained for; the names of sides are unique over all of them."""
+    """All dimensions that experts are trained for. Names of sides are unique in the catalogue."""
 
     dimensions: dict[Name, Dimension] = Field(min_length=1)
 
@@ -122,7 +124,7 @@ class Catalogue(Declared):
         """Return the dimension's name and the side called `name`.
 
         Raises:
-            DeclarationError: if there is none, with the nearest name.
+            DeclarationError: if no side has that name; the error suggests the nearest one.
         """
         for dimension, declared in self.dimensions.items():
             if name in declared.sides:
@@ -132,7 +134,7 @@ class Catalogue(Declared):
         )
 
     def dimension_of(self, expert: str) -> str | None:
-        """Return the dimension of the side that an expert is named after, or None where it is named otherwise."""
+        """Return the dimension of the side that has the expert's name, or None if no side has it."""
         return next((name for name, dimension in self.dimensions.items() if expert in dimension.sides), None)
 
     @property
@@ -141,12 +143,12 @@ class Catalogue(Declared):
         return [side.label for side in sides if side.label is not None]
 
     def scorer_of(self, name: str) -> AnyScorer:
-        """Return what scores the side called `name`: its own scorer, else its dimension's."""
+        """Return the scorer of a side: the side's, or else the dimension's."""
         dimension, side = self.side(name)
         scorer = side.scorer or self.dimensions[dimension].scorer
         if scorer is None:
             raise DeclarationError(
-                f"nothing scores the side {name!r}",
+                f"the side {name!r} has no scorer",
                 where=self.place("dimensions", dimension, "sides", name),
                 mend=f"add a `scorer:` to the side or to the dimension {dimension!r}",
             )
@@ -156,5 +158,5 @@ class Catalogue(Declared):
 def _check_order(low: float, high: float) -> None:
     if low >= high:
         raise refusal(
-            f"low ({low:g}) is not below high ({high:g})", mend="exchange them; `end: low` turns a side around"
+            f"low ({low:g}) is not below high ({high:g})", mend="exchange the two; `end: low` inverts a side's scale"
         )

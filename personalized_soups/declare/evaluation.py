@@ -1,4 +1,4 @@
-"""A study's recipe: how pairs are made, weights are chosen and merged models are scored."""
+"""The recipe of a study: how to make pairs, choose weights and score merged models."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ MixingWeight = Annotated[float, Field(gt=0)]
 
 
 class PairsRecipe(Declared):
-    """How preference pairs come from the base's own answers."""
+    """How preference pairs are made from the base model's answers."""
 
     num_prompts: PositiveInt
-    num_samples: Annotated[int, Field(ge=2, description="Answers to each prompt.")]
+    num_samples: Annotated[int, Field(ge=2, description="Answers sampled for each prompt.")]
     temperature: Temperature = 1.0
-    min_gap: Annotated[float, Field(gt=0, le=1, description="Least difference of the two scores of a pair.")]
+    min_gap: Annotated[float, Field(gt=0, le=1, description="Smallest difference between the two scores of a pair.")]
     max_pairs: PositiveInt
 
 
 class SelectionRecipe(Declared):
-    """How method and scale are chosen, on validation topics: every weight of every method, for all combinations."""
+    """How the merge method and the weight are chosen: every weight of every method is tried on validation topics."""
 
     num_prompts: PositiveInt = Field(description="Prompts for each combination, weight and method.")
     weights: dict[MethodName, Annotated[tuple[MixingWeight, ...], Field(min_length=1)]] = Field(min_length=1)
 
 
 class SweepRecipe(Declared):
-    """One weight from 0 to 1, the opposing side's from 1 to 0."""
+    """A sweep between two sides: one weight goes from 0 to 1, the opposed weight from 1 to 0."""
 
     num_prompts: PositiveInt
     num_steps: Annotated[int, Field(ge=2)]
 
 
 class StudyRecipe(Declared):
-    """Everything of a study but the training of its experts (recipes/train)."""
+    """All settings of a study, except how its experts are trained (see recipes/train)."""
 
     pairs: PairsRecipe
     selection: SelectionRecipe
@@ -53,7 +53,7 @@ class StudyRecipe(Declared):
         for method, weights in self.selection.weights.items():
             if list(weights) != sorted(set(weights)):
                 raise refusal(
-                    f"the weights of {method!r} do not rise",
+                    f"the weights of {method!r} are not in rising order",
                     mend="write each weight once, from the smallest to the largest",
                     key=("selection", "weights", method),
                 )

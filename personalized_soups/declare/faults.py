@@ -1,4 +1,4 @@
-"""pydantic's findings, told as this project tells errors: what, where (file, line, key), and the mend."""
+"""Turns pydantic's errors into a DeclarationError with what is wrong, where (file, line, key), and the fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from personalized_soups.declare.declared import Declared, KeyPath, Places
 from personalized_soups.errors import DeclarationError, choose_from, nearest
 
-# what to write instead, by the beginning of pydantic's error type
+# The fix for each kind of error, by the beginning of pydantic's error type.
 _MENDS: tuple[tuple[str, str], ...] = (
     ("missing", "add the key"),
     ("finite_number", "write a finite number, for example 0.5"),
@@ -31,15 +31,15 @@ _MENDS: tuple[tuple[str, str], ...] = (
 
 
 def declaration_error(error: ValidationError, model: type[Declared], places: Places) -> DeclarationError:
-    """Return one error that tells every fault pydantic found, each with its line, key and mend."""
+    """Return one error that lists every fault that pydantic found, each with its line, key and fix."""
     schema = model.model_json_schema()
     faults = [_fault(details, schema, places) for details in error.errors(include_url=False)]
     what, where, mend = faults[0]
     if len(faults) == 1:
         return DeclarationError(what, where=where, mend=mend)
-    told = [f"{where}: {what}; {mend}" for what, where, mend in faults]
+    lines = [f"{where}: {what}; {mend}" for what, where, mend in faults]
     return DeclarationError(
-        "\n  ".join([f"{len(faults)} faults:", *told]), where=places.source, mend="mend each line named above"
+        "\n  ".join([f"{len(faults)} faults:", *lines]), where=places.source, mend="fix each line named above"
     )
 
 
@@ -74,7 +74,7 @@ def _unknown_value(
 
 
 def _path_in_file(details: ErrorDetails, places: Places) -> KeyPath:
-    """Return pydantic's `loc` less what is not in the file: the tags of unions and its marks for keys."""
+    """Return pydantic's `loc` without the parts that are not in the file: tags of unions and marks for keys."""
     path: KeyPath = ()
     loc = details["loc"]
     for index, part in enumerate(loc):
@@ -86,7 +86,7 @@ def _path_in_file(details: ErrorDetails, places: Places) -> KeyPath:
 
 
 def _keys(schema: Mapping[str, Any], root: Mapping[str, Any], loc: tuple[int | str, ...]) -> Iterator[str]:
-    """Yield the keys that may stand at `loc`, by the JSON schema."""
+    """Yield the keys that the JSON schema allows at `loc`."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
     for variant in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
@@ -112,7 +112,8 @@ def _tag(variant: Mapping[str, Any], root: Mapping[str, Any]) -> object:
 
 def _mend(kind: str) -> str:
     return next(
-        (mend for prefix, mend in _MENDS if kind.startswith(prefix)), "see docs/schemas for what may stand here"
+        (mend for prefix, mend in _MENDS if kind.startswith(prefix)),
+        "see docs/schemas for the values that are allowed here",
     )
 
 

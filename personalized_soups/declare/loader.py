@@ -1,8 +1,8 @@
-"""YAML 1.2 and JSON files into declared models; every fault is told as `file:line: key`, with its mend.
+"""Loads YAML 1.2 and JSON files into declared models. Every error names file, line and key, and gives a fix.
 
-ruamel.yaml gives the line of every key, pydantic the check; the two meet here. The document is built from the node
-tree by hand: `no` stays a string and `1e-3` is a number (YAML 1.2), repeated keys, aliases and tags are refused, and
-no date or Python object can come out of a file.
+ruamel.yaml parses the file and knows the line of every key; pydantic checks the values. This module builds the document
+from ruamel's node tree, so that YAML 1.2 holds: `no` is a string and `1e-3` is a number. It rejects repeated keys,
+aliases and tags, and it never creates a date or a Python object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from personalized_soups.files.regular import check_no_lfs_pointer
 
 T = TypeVar("T", bound=Declared)
 
-# YAML 1.2 core schema, section 10.3.2; ruamel's resolver also knows dates, merge keys and 1.1's underscores.
+# YAML 1.2 core schema, section 10.3.2. ruamel's own resolver would also accept dates, merge keys and YAML 1.1's
+# underscores in numbers.
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS: Mapping[str, object] = {
@@ -47,23 +48,23 @@ _MAX_DIGITS = 1000
 
 
 def load(path: Path, model: type[T]) -> T:
-    """Read one YAML or JSON file and return it as a checked `model`.
+    """Read a YAML or JSON file and return it as a checked `model`.
 
     Raises:
-        DeclarationError: with file, line, key and mend, for anything that is wrong with the file or in it.
+        DeclarationError: if the file cannot be read or its content is invalid; with file, line, key and fix.
     """
     return load_text(read_text(path), model, str(path))
 
 
 def load_text(text: str, model: type[T], source: str) -> T:
-    """Check `text` (YAML 1.2, of which JSON is a part) against `model`; `source` names it in errors."""
+    """Check `text` (YAML 1.2, which includes JSON) against `model`. Errors name the text `source`."""
     lines: dict[KeyPath, int | None] = {}
     document = _document(text, source, lines)
     return _checked(document, model, Places(source, lines))
 
 
 def load_data(data: Mapping[str, Any], model: type[T], source: str) -> T:
-    """Check a mapping that came from elsewhere, such as the command line; `source` names it in errors."""
+    """Check a mapping against `model`. Errors name the mapping `source`."""
     return _checked(dict(data), model, Places(source, dict.fromkeys(_paths(data, ()))))
 
 
@@ -78,16 +79,16 @@ def dump(declared: Declared) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Return a file's text; faults name the file and, for a wrong encoding, the line.
+    """Return the text of a file.
 
     Raises:
-        DeclarationError: if the file is missing, a folder, unreadable, or not UTF-8.
+        DeclarationError: if the path is missing, a folder or unreadable, or the file is not UTF-8 (then with the line).
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise DeclarationError(
-            "there is no such file", where=str(path), mend="check the path; it is taken from the current folder"
+            "the file does not exist", where=str(path), mend="check the path; it is relative to the current folder"
         ) from None
     except OSError as error:
         raise DeclarationError(
@@ -112,7 +113,7 @@ def _checked(document: object, model: type[T], places: Places) -> T:
             f"the file holds {kind}", where=places.source, mend=f"write the keys of a {_keys_of(model)}"
         )
     try:
-        # JSON mode: strict still takes a list for a tuple and a string for a Path
+        # In JSON mode, strict validation still accepts a list for a tuple and a string for a Path.
         return model.model_validate_json(json.dumps(document)).with_places(places)
     except ValidationError as error:
         raise declaration_error(error, model, places) from None
@@ -131,22 +132,26 @@ def _keys_of(model: type[Declared]) -> str:
 
 
 def _document(text: str, source: str, lines: dict[KeyPath, int | None]) -> object:
-    # JSON may be indented by tabs, YAML may not; a raw tab can't stand in a JSON string, so nothing is changed
+    # JSON may be indented with tabs, YAML may not. A JSON string cannot contain a raw tab, so no value changes.
     if text.lstrip().startswith("{"):
         text = text.replace("\t", " ")
     try:
         node = YAML(typ="safe", pure=True).compose(text)
     except RecursionError:
-        raise DeclarationError("this is nested too deep", where=source, mend="check the brackets") from None
+        raise DeclarationError("the content is nested too deeply", where=source, mend="check the brackets") from None
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = source if mark is None else f"{source}:{mark.line + 1}"
         raise DeclarationError(
-            f"this is not YAML: {error.problem or error.context}", where=where, mend=_syntax_mend(error.problem or "")
+            f"the content is not YAML: {error.problem or error.context}",
+            where=where,
+            mend=_syntax_mend(error.problem or ""),
         ) from None
     except YAMLError as error:
-        mend = "take the control character out"
-        raise DeclarationError(f"this is not YAML: {str(error).splitlines()[0]}", where=source, mend=mend) from None
+        mend = "remove the control character"
+        raise DeclarationError(
+            f"the content is not YAML: {str(error).splitlines()[0]}", where=source, mend=mend
+        ) from None
     return None if node is None else _Builder(source, lines).build(node, ())
 
 
@@ -159,7 +164,7 @@ def _syntax_mend(problem: str) -> str:
 
 
 class _Builder:
-    """Turns one node tree into dicts, lists and scalars, and notes the line of every key."""
+    """Turns a node tree into dicts, lists and scalars, and records the line of every key."""
 
     def __init__(self, source: str, lines: dict[KeyPath, int | None]) -> None:
         self._source = source
@@ -168,12 +173,12 @@ class _Builder:
 
     def build(self, node: Node, path: KeyPath) -> object:
         if id(node) in self._seen:
-            raise self._refused(node, path, "an alias (`*name`) is not supported", "write the value out once more")
+            raise self._rejected(node, path, "an alias (`*name`) is not supported", "repeat the value instead")
         self._seen.add(id(node))
         if len(path) > _MAX_DEPTH:
-            raise self._refused(node, path[:1], f"is nested more than {_MAX_DEPTH} deep", "flatten it")
+            raise self._rejected(node, path[:1], f"is nested more than {_MAX_DEPTH} levels deep", "flatten it")
         if str(node.tag) not in _TAGS:
-            raise self._refused(node, path, f"the tag {str(node.tag)!r} is not supported", "take the tag away")
+            raise self._rejected(node, path, f"the tag {str(node.tag)!r} is not supported", "remove the tag")
         self._lines.setdefault(path, node.start_mark.line + 1)
         makers: Mapping[type[Node], Callable[[Any, KeyPath], object]] = {
             MappingNode: self._mapping,
@@ -186,14 +191,14 @@ class _Builder:
         built: dict[str, object] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode):
-                raise self._refused(key_node, path, "a key is not plain text", "write `key: value`")
+                raise self._rejected(key_node, path, "a key is not plain text", "write `key: value`")
             key = str(key_node.value)
             here = (*path, key)
             line = key_node.start_mark.line + 1
             if key in built:
                 first = self._lines[here]
                 mend = f"keep one of the two: line {first} or line {line}"
-                raise self._refused(key_node, here, f"the key {key!r} is repeated", mend)
+                raise self._rejected(key_node, here, f"the key {key!r} is repeated", mend)
             self._lines[here] = line
             built[key] = self.build(value_node, here)
         return built
@@ -208,11 +213,11 @@ class _Builder:
         if text in _WORDS:
             return _WORDS[text]
         if _INT.fullmatch(text):
-            if len(text) > _MAX_DIGITS:  # Python itself refuses to convert so many
-                raise self._refused(node, path, f"a number has {len(text)} digits", "write a shorter number")
+            if len(text) > _MAX_DIGITS:  # Python does not convert longer integers
+                raise self._rejected(node, path, f"a number has {len(text)} digits", "write a shorter number")
             return int(text, 10 if text.lstrip("+-").isdigit() else 0)
         return float(text) if _FLOAT.fullmatch(text) else text
 
-    def _refused(self, node: Node, path: KeyPath, what: str, mend: str) -> DeclarationError:
+    def _rejected(self, node: Node, path: KeyPath, what: str, mend: str) -> DeclarationError:
         where = f"{self._source}:{node.start_mark.line + 1}"
         return DeclarationError(what, where=f"{where}: {dotted(path)}" if path else where, mend=mend)

@@ -1,4 +1,4 @@
-"""A profile: one user's mixing weights over experts, from a file or from the command line."""
+"""`Profile`: the mixing weights of one user over experts."""
 
 from __future__ import annotations
 
@@ -11,42 +11,54 @@ from pydantic import AfterValidator, Field, field_validator, model_validator
 from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.declare.loader import load, load_data
 from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.methods.plugins import is_method_name, method_names
 from personalized_soups.methods.table import METHODS
 
 
 def _check_method(name: str) -> str:
-    if name not in METHODS:
-        raise refusal(f"{name!r} is no known method", mend=choose_from(name, METHODS))
+    if not is_method_name(name):
+        raise refusal(f"{name!r} is not a known merge method", mend=choose_from(name, method_names()))
     return name
 
 
-MethodName = Annotated[str, AfterValidator(_check_method), Field(json_schema_extra={"enum": list(METHODS)})]
+# A schema is the same on every machine, so it lists the built-in names and accepts those of installed packages.
+MethodName = Annotated[
+    str,
+    AfterValidator(_check_method),
+    Field(json_schema_extra={"anyOf": [{"enum": list(METHODS)}, {"type": "string"}]}),
+]
 
-# Below this share of their absolute sum, weights cancel: dividing by their sum would blow up rounding errors.
+# Weights whose sum is below this share of their absolute sum cancel: dividing by the sum would amplify rounding errors.
 _CANCELLED = 1e-6
 
-# Beyond this a weight is a slip of the keyboard; below it no product of weight, scaling and factor leaves float64.
+# A larger weight is a typing error. Below the limit, no product of weight, scaling and factor overflows float64.
 MAX_WEIGHT = 1e30
 
 
 class Profile(Declared):
-    """Mixing weights of one user over experts, and how they are to be merged."""
+    """The mixing weights of one user over experts, and how to merge them.
 
-    user: str = Field(default="anonymous", min_length=1, description="Who it is; recorded in soup.json.")
+    Example:
+        >>> profile = Profile(user="ada", weights={"friendly": 0.6, "concise": 0.3})
+        >>> profile.resolved_weights()
+        {'friendly': 0.6, 'concise': 0.3}
+    """
+
+    user: str = Field(default="anonymous", min_length=1, description="The user's name; recorded in soup.json.")
     method: MethodName = Field(default="linear", description="The merge method.")
     options: dict[str, float] = Field(
         default={},
-        description="Numbers that the method takes, such as `density: 0.3`; docs/reference/methods.md lists them.",
+        description="Options of the method, such as `density: 0.3`; docs/reference/methods.md lists them.",
     )
     normalize: Literal["none", "sum"] = Field(
-        default="none", description="`sum` divides the weights by their sum; `none` takes them as they are."
+        default="none", description="`sum` divides the weights by their sum; `none` uses them unchanged."
     )
     weights: dict[str, float] = Field(
         min_length=1, description="Mixing weight of each expert, by the expert's name; may be negative."
     )
-    allow_opposed: bool = Field(default=False, description="Take weights on two sides of one dimension.")
+    allow_opposed: bool = Field(default=False, description="Allow weights on two sides of one dimension.")
     rank: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="Truncate the merged adapter to this rank; exact where it is left out."
+        default=None, description="Truncate the merged adapter to this rank; without it the adapter is exact."
     )
 
     @field_validator("weights")
@@ -55,7 +67,9 @@ class Profile(Declared):
         if not all(name.strip() for name in weights):
             raise refusal("an expert's name is empty", mend="name the expert: `friendly: 0.6`")
         if not any(weights.values()):
-            raise refusal("all weights are zero: nothing would be merged", mend="give one expert a weight other than 0")
+            raise refusal(
+                "all weights are zero, so there is nothing to merge", mend="give one expert a weight other than 0"
+            )
         for name, weight in weights.items():
             if abs(weight) > MAX_WEIGHT:
                 raise refusal(
@@ -67,6 +81,10 @@ class Profile(Declared):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
+        if self.method not in METHODS:
+            return (
+                self  # only the package knows its options, and reading a profile imports no package: plan_merge checks
+            )
         try:
             METHODS[self.method].resolved(self.options)
         except UsageError as error:
@@ -80,10 +98,10 @@ class Profile(Declared):
 
     @staticmethod
     def parse_weights(text: str) -> dict[str, float]:
-        """Return the weights that `text` gives as `name=number,name=number`.
+        """Parse weights written as `name=number,name=number`.
 
         Raises:
-            UsageError: naming the part that is at fault.
+            UsageError: with the invalid part.
         """
         weights: dict[str, float] = {}
         for part in text.split(","):
@@ -102,17 +120,17 @@ class Profile(Declared):
 
     @classmethod
     def from_option(cls, text: str, **fields: Any) -> Self:
-        """Return the profile that the text `name=0.6,...` and further fields give; errors name the argument `weights`."""
+        """Return a profile from weights written as `name=0.6,...` and other fields; errors name `weights`."""
         return load_data({**fields, "weights": cls.parse_weights(text)}, cls, "weights")
 
     def resolved_weights(self) -> dict[str, float]:
-        """Return the weights as they enter the merge: divided by their sum where the profile says so."""
+        """Return the weights for the merge: divided by their sum if the profile has `normalize: sum`."""
         if self.normalize == "none":
             return dict(self.weights)
         total = math.fsum(self.weights.values())
         if abs(total) <= _CANCELLED * math.fsum(abs(weight) for weight in self.weights.values()):
             raise refusal(
-                f"the weights sum to {total:g} and `normalize: sum` would divide by it",
+                f"the weights sum to {total:g}, and `normalize: sum` would divide by that",
                 mend="write `normalize: none`, or weights that do not cancel",
                 key=("normalize",),
             )
@@ -123,7 +141,7 @@ def load_profile(path: Path | str) -> Profile:
     """Read a profile file (YAML or JSON).
 
     Raises:
-        DeclarationError: with file, line, key and mend.
+        DeclarationError: if the file cannot be read or is invalid; with file, line, key and fix.
     """
     return load(Path(path), Profile)
 

@@ -1,4 +1,4 @@
-"""Many profiles in one file: JSON Lines, one profile a line, read as they are asked for."""
+"""Many profiles in one JSON Lines file, one profile per line, read lazily."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, SoupError, UsageError
 
-# What is told of a line that is passed over.
+# Called with the error of each line that is skipped.
 OnBad: TypeAlias = Callable[[SoupError], None]
 
 
 def read_profiles(path: Path | str, *, on_bad: OnBad | None = None) -> Iterator[Profile]:
-    """Yield the profiles of a JSON Lines file; empty lines are passed over. Memory: one line.
+    """Yield the profiles of a JSON Lines file, and skip empty lines. Only one line is in memory at a time.
 
     Args:
-        path: of the file, in UTF-8.
-        on_bad: called with the error of each line that is at fault, which is passed over; None raises the error.
+        path: the file, in UTF-8.
+        on_bad: called with the error of each invalid line, which is then skipped. If None, the error is raised.
 
     Raises:
-        DeclarationError: with file and line, for anything that is wrong with the file or in a line.
+        DeclarationError: if the file cannot be read or a line is invalid; with file and line.
     """
     path = Path(path)
     try:
-        # bytes that are not UTF-8 come as surrogates, in their own line: a strict decoder fails a whole block earlier
+        # A strict decoder would fail on a whole block, before the line with the invalid byte. With surrogateescape the
+        # byte arrives in its own line.
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -51,32 +52,32 @@ def read_profiles(path: Path | str, *, on_bad: OnBad | None = None) -> Iterator[
 
 
 class SeenUsers:
-    """The users whose profiles have been read; sixteen bytes are kept of each."""
+    """The users whose profiles have been read. Each user takes a digest of sixteen bytes."""
 
     def __init__(self) -> None:
         self._marks: set[bytes] = set()
 
     def add(self, profile: Profile) -> None:
-        """Note the profile's user.
+        """Add the user of a profile.
 
         Raises:
-            UsageError: if a profile of this user was noted before.
+            UsageError: if the user was added before.
         """
         mark = hashlib.blake2b(profile.user.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if mark in self._marks:
             raise UsageError(
-                f"two profiles are of the user {profile.user!r}",
+                f"the user {profile.user!r} has two profiles",
                 where=profile.place("user"),
-                mend="give each user one profile, or name them apart",
+                mend="keep one profile for each user, or give the users different names",
             )
         self._marks.add(mark)
 
 
 def each_once(profiles: Iterable[Profile]) -> Iterator[Profile]:
-    """Yield the profiles as they come; of their users sixteen bytes each are kept.
+    """Yield the profiles, and raise at the second profile of a user. Memory: sixteen bytes for each user.
 
     Raises:
-        UsageError: where a second profile is of one user.
+        UsageError: if a user has two profiles.
     """
     seen = SeenUsers()
     for profile in profiles:
@@ -90,23 +91,25 @@ def _profile(line: str, where: str) -> Profile:
             line.encode()
         except UnicodeEncodeError as error:
             byte = ord(line[error.start]) & 0xFF  # surrogateescape: U+DC00 and the byte
-            raise DeclarationError(f"not UTF-8: byte 0x{byte:02x}", where=where, mend="save it as UTF-8") from None
+            raise DeclarationError(
+                f"the line is not UTF-8: byte 0x{byte:02x}", where=where, mend="save the file as UTF-8"
+            ) from None
     try:
         table = json.loads(line, object_pairs_hook=_no_repeats)
     except (ValueError, RecursionError) as error:
         raise DeclarationError(
             f"the line is not JSON: {str(error)[:200]}",
             where=where,
-            mend='write one profile a line: {"user": "u1042", "weights": {"expert": 0.6}}, no YAML',
+            mend='write one profile per line, as JSON: {"user": "u1042", "weights": {"expert": 0.6}}',
         ) from None
     if not isinstance(table, dict):
         raise DeclarationError(
             f"the line holds a {type(table).__name__}, not a profile",
             where=where,
-            mend='write one profile a line: {"user": "u1042", "weights": {"expert": 0.6}}',
+            mend='write one profile per line: {"user": "u1042", "weights": {"expert": 0.6}}',
         )
     try:
-        # a third of the time; whatever is wrong is found again, and told, the long way
+        # This takes a third of the time of `load_data`, which runs only to report what is wrong.
         return Profile.model_validate_json(line).with_places(Places(where, {}))
     except ValidationError:
         return load_data(table, Profile, where)

@@ -1,4 +1,4 @@
-"""Where the recipes are that come with the package."""
+"""The recipes that come with the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def recipes_folder() -> Path:
-    """Return the folder of shipped recipes: inside the package in a wheel, at the repository's top in a checkout."""
+    """Return the folder of the shipped recipes: in the package of a wheel, or at the top of a checkout."""
     inside = _PACKAGE / "recipes"
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
 
@@ -19,11 +19,11 @@ def shipped_recipe(name: str) -> Path:
     """Return the path of a shipped recipe such as `train/tiny.yaml`.
 
     Raises:
-        UsageError: if there is none of that name, with the nearest.
+        UsageError: if no recipe has that name; the error suggests the nearest one.
     """
     folder = recipes_folder()
     path = folder / name
     if not path.is_file():
         known = [str(recipe.relative_to(folder)) for recipe in folder.rglob("*.yaml")]
-        raise UsageError(f"no recipe {name!r} is shipped", where=str(folder), mend=choose_from(name, known))
+        raise UsageError(f"the package has no recipe {name!r}", where=str(folder), mend=choose_from(name, known))
     return path

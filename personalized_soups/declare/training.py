@@ -1,4 +1,4 @@
-"""A training recipe: every hyper-parameter that makes an expert."""
+"""The training recipe of an expert: all of its hyper-parameters."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class LoraRecipe(Declared):
 
 
 class DpoRecipe(Declared):
-    """The loss: DPO's sigmoid plus the chosen answer's mean negative log-probability times `sft_weight`."""
+    """The loss: DPO's sigmoid loss, plus `sft_weight` times the mean negative log-probability of the chosen answer."""
 
     beta: Positive
     sft_weight: NotNegative = 1.0
-    max_length: PositiveInt = Field(description="Tokens of prompt and answer together; longer pairs are truncated.")
+    max_length: PositiveInt = Field(description="Tokens of prompt and answer; longer pairs are truncated.")
 
 
 class OptimizerRecipe(Declared):
-    """AdamW, its schedule and its steps: either `epochs` or `max_steps`."""
+    """AdamW, its schedule, and its length: either `epochs` or `max_steps`."""
 
     learning_rate: Positive
     weight_decay: NotNegative = 0.0
@@ -48,12 +48,12 @@ class OptimizerRecipe(Declared):
     def _check_one_end(self) -> Self:
         if (self.epochs is None) == (self.max_steps is None):
             found = "neither is given" if self.epochs is None else "both are given"
-            raise refusal(f"`epochs` or `max_steps` ends the training; {found}", mend="write exactly one of the two")
+            raise refusal(f"the recipe needs `epochs` or `max_steps`; {found}", mend="write exactly one of the two")
         return self
 
 
 class SideOverrides(Declared):
-    """What one side does otherwise; what is left out stays as the recipe has it."""
+    """Values for one side. A value that is left out is the recipe's."""
 
     learning_rate: Positive | None = None
     epochs: Positive | None = None
@@ -69,7 +69,7 @@ class SideOverrides(Declared):
 
 
 class TrainingRecipe(Declared):
-    """Every hyper-parameter of the training of an expert."""
+    """All hyper-parameters for training an expert."""
 
     lora: LoraRecipe
     basis: Literal["free", "shared"] = Field(
@@ -80,13 +80,15 @@ class TrainingRecipe(Declared):
     optimizer: OptimizerRecipe
     save_steps: PositiveInt = Field(default=100, description="Optimizer steps between checkpoints.")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
-        default="float32", description="In which the base is held; `auto` takes the base's own."
+        default="float32", description="The base model's dtype in memory; `auto` uses the dtype of its files."
     )
     gradient_checkpointing: bool = False
-    sides: dict[str, SideOverrides] = Field(default_factory=dict, description="Per side, what differs from the rest.")
+    sides: dict[str, SideOverrides] = Field(
+        default_factory=dict, description="Values that differ for a side, by the side's name."
+    )
 
     def for_side(self, name: str) -> TrainingRecipe:
-        """Return the recipe with the overrides of the side `name` put in, and no overrides left."""
+        """Return the recipe with the overrides of the side `name` applied, and without `sides`."""
         overrides = self.sides.get(name, SideOverrides()).model_dump(exclude_none=True)
         optimizer: dict[str, Any] = {key: overrides[key] for key in OptimizerRecipe.model_fields if key in overrides}
         if "epochs" in optimizer:

@@ -87,7 +87,7 @@ def test_a_sides_own_scorer_wins(psoups: Catalogue) -> None:
 def test_a_side_that_nothing_scores_is_told_when_its_scorer_is_asked_for() -> None:
     with pytest.raises(DeclarationError) as caught:
         catalogue().scorer_of("a")
-    assert (caught.value.what, caught.value.where) == ("nothing scores the side 'a'", "test: dimensions.d.sides.a")
+    assert (caught.value.what, caught.value.where) == ("the side 'a' has no scorer", "test: dimensions.d.sides.a")
 
 
 def test_each_kind_of_scorer_is_read() -> None:

@@ -19,8 +19,8 @@ def test_every_shipped_study_loads_and_dumps() -> None:
 @pytest.mark.parametrize(
     ("line", "changed", "what"),
     [
-        ("linear: [0.4, 0.5, 0.6]", "linear: [0.4, 0.6, 0.5]", "do not rise"),
-        ("linear: [0.4, 0.5, 0.6]", "linear: [0.4, 0.4]", "do not rise"),
+        ("linear: [0.4, 0.5, 0.6]", "linear: [0.4, 0.6, 0.5]", "not in rising order"),
+        ("linear: [0.4, 0.5, 0.6]", "linear: [0.4, 0.4]", "not in rising order"),
         ("linear: [0.4, 0.5, 0.6]", "linear: []", "linear"),
         ("linear: [0.4, 0.5, 0.6]", "linaer: [0.4]", "linaer"),
         ("min_gap: 0.3", "min_gap: 1.5", "min_gap"),

@@ -107,9 +107,9 @@ def test_every_fault_is_told_at_once() -> None:
         ("inner: 3", "file.yaml:1: inner", "found 3", "indented"),
         ("number: 1\nnumber: 2", "file.yaml:2: number", "the key 'number' is repeated", "line 1 or line 2"),
         ("inner:\n  size: 1\n  size: 1", "file.yaml:3: inner.size", "repeated", "line 2 or line 3"),
-        ("inner: &a {}\ntable: {x: *a}", "file.yaml:1: table.x", "alias", "write the value out"),
-        ("number: !!python/name:os.system x", "file.yaml:1: number", "tag", "take the tag away"),
-        ("inner: !thing {}", "file.yaml:1: inner", "tag", "take the tag away"),
+        ("inner: &a {}\ntable: {x: *a}", "file.yaml:1: table.x", "alias", "repeat the value"),
+        ("number: !!python/name:os.system x", "file.yaml:1: number", "tag", "remove the tag"),
+        ("inner: !thing {}", "file.yaml:1: inner", "tag", "remove the tag"),
         ("? [a]\n: 1", "file.yaml:1", "a key is not plain text", "key: value"),
         ("number: 1\n---\nnumber: 2", "file.yaml:2", "another document", "one document"),
         ("inner:\n\tsize: 1", "file.yaml:2", "not YAML", "spaces, not tabs"),
@@ -119,7 +119,7 @@ def test_every_fault_is_told_at_once() -> None:
         ("# only a comment\n", "file.yaml", "holds nothing", "number, words, inner"),
         ("- 1", "file.yaml", "holds a list", "number, words, inner"),
         ("just text", "file.yaml", "holds a str", "number, words, inner"),
-        ("words: " + "[" * 80 + "]" * 80, "file.yaml:1: words", "nested more than 64 deep", "flatten"),
+        ("words: " + "[" * 80 + "]" * 80, "file.yaml:1: words", "nested more than 64 levels", "flatten"),
     ],
 )
 def test_what_cannot_be_read_is_told_with_place_and_mend(text: str, where: str, what: str, mend: str) -> None:
@@ -143,7 +143,7 @@ def test_json_reads_as_json_reads_it(value: object) -> None:
     class Anything(Declared):
         value: Any
 
-    # lone surrogates cannot stand in a UTF-8 file; control characters stand escaped
+    # a UTF-8 file cannot contain lone surrogates; control characters are escaped
     text = json.dumps({"value": value}, ensure_ascii=True)
     if "\\ud" in text:
         return
@@ -152,7 +152,7 @@ def test_json_reads_as_json_reads_it(value: object) -> None:
 
 def test_files_that_cannot_be_read_name_themselves(tmp_path: Path) -> None:
     missing = tmp_path / "missing.yaml"
-    with pytest.raises(DeclarationError, match="there is no such file") as caught:
+    with pytest.raises(DeclarationError, match="the file does not exist") as caught:
         load(missing, Outer)
     assert caught.value.where == str(missing)
     with pytest.raises(DeclarationError, match="cannot be read"):

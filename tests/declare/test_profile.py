@@ -12,6 +12,7 @@ from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import DeclarationError, UsageError
 from personalized_soups.methods.options import OPTIONS
 from personalized_soups.methods.table import METHODS
+from tests.packages import install_package
 
 DIMENSION_OF = {"elementary": "expertise", "expert": "expertise", "friendly": "style"}
 
@@ -43,7 +44,7 @@ def test_json_is_a_profile_too(tmp_path: Path) -> None:
         ("weights: {a: 0, b: 0.0}", "u.yaml:1: weights", "all weights are zero", "a weight other than 0"),
         ("weights: {'': 1}", "u.yaml:1: weights", "name is empty", "name the expert"),
         ("user: x", "u.yaml: weights", "'weights' is missing", "weights: ..."),
-        ("method: linaer\nweights: {a: 1}", "u.yaml:1: method", "'linaer' is no known method", "did you mean 'linear'"),
+        ("method: linaer\nweights: {a: 1}", "u.yaml:1: method", "not a known merge method", "did you mean 'linear'"),
         ("method: [ties]\nweights: {a: 1}", "u.yaml:1: method", "valid string; found ['ties']", "write text"),
         (
             "weights: {a: 1}\nmethod: ties\noptions:\n  lambda: 1\n  densty: 0.3",
@@ -61,19 +62,19 @@ def test_json_is_a_profile_too(tmp_path: Path) -> None:
             "weights: {a: 1}\nmethod: ties\noptions:\n  density: 1.5",
             "u.yaml:4: options.density",
             "density is 1.5; it must be above 0 and at most 1",
-            "give 0.5",
+            "use 0.5",
         ),
         (
             "weights: {a: 1}\nmethod: della\noptions:\n  density: 0.1",
             "u.yaml:4: options.density",
             "density 0.1 with epsilon 0.1 gives keep-probabilities from 0 to 0.2; they must",
-            "give an epsilon below 0.1",
+            "use an epsilon below 0.1",
         ),
         (
             "weights: {a: 1}\nmethod: dare_ties\noptions: {seed: 0.5}",
             "u.yaml:3: options.seed",
             "seed is 0.5; it must be a whole number",
-            "give 0",
+            "use 0, the default",
         ),
         (
             "weights: {a: 1}\nmethod: ties\noptions: {density: .nan}",
@@ -112,10 +113,23 @@ def test_every_method_of_the_table_with_its_options(method: str) -> None:
     assert Profile(method=method, weights={"a": 1.0}).options == {}
 
 
-def test_the_schema_lists_the_methods() -> None:
+def test_the_schema_lists_the_built_in_methods_and_allows_others() -> None:
     properties = Profile.model_json_schema()["properties"]
-    assert properties["method"]["enum"] == list(METHODS)
+    assert properties["method"]["anyOf"] == [{"enum": list(METHODS)}, {"type": "string"}]
     assert properties["method"]["type"] == "string"
+
+
+def test_a_profile_names_a_method_of_an_installed_package_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry_points = "[personalized_soups.methods]\nclipped = not_imported:clipped\n"
+    install_package(tmp_path / "site", "not_imported", "raise RuntimeError", entry_points)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    profile = Profile(method="clipped", options={"density": 0.5}, weights={"a": 1.0})
+    assert (profile.method, profile.options) == ("clipped", {"density": 0.5})
+    with pytest.raises(DeclarationError, match="is not a known merge method") as caught:
+        load_text("weights: {a: 1}\nmethod: cliped\n", Profile, "u.yaml")
+    assert caught.value.mend == "did you mean 'clipped'?"
 
 
 def test_normalize_sum_divides_by_the_sum() -> None:
@@ -124,7 +138,7 @@ def test_normalize_sum_divides_by_the_sum() -> None:
 
 
 def test_weights_that_cancel_to_rounding_are_refused() -> None:
-    with pytest.raises(ValidationError, match="would divide by it"):
+    with pytest.raises(ValidationError, match="would divide by that"):
         Profile(normalize="sum", weights={"a": 0.1, "b": 0.2, "c": -0.3})
     assert Profile(normalize="none", weights={"a": 1.0, "b": -1.0}).resolved_weights() == {"a": 1.0, "b": -1.0}
 

@@ -69,7 +69,7 @@ def test_what_is_wrong_with_a_line_is_told_with_its_place(tmp_path: Path, line: 
 def test_one_user_twice_is_told_with_the_second_place(tmp_path: Path) -> None:
     path = tmp_path / "users.jsonl"
     path.write_text("".join(f'{{"user": "{user}", "weights": {{"a": 1}}}}\n' for user in ("u1", "u2", "u1")))
-    with pytest.raises(UsageError, match="two profiles are of the user 'u1'") as error:
+    with pytest.raises(UsageError, match="the user 'u1' has two profiles") as error:
         list(each_once(read_profiles(path)))
     assert error.value.where == f"{path}:3: user"
 
@@ -97,9 +97,9 @@ def test_lines_at_fault_are_passed_over_where_that_is_asked_for(tmp_path: Path) 
     good = '{"user": "u%d", "weights": {"a": 1}}'
     lines = [good % 1, "{", good % 2, "", "[]", good % 1, '{"user": "u4"}', good % 3]
     path.write_bytes("\n".join(lines).encode() + b'\n"\xc3\n' + (good % 4).encode() + b"\n\xff")
-    told: list[SoupError] = []
-    assert [profile.user for profile in read_profiles(path, on_bad=told.append)] == ["u1", "u2", "u1", "u3", "u4"]
-    assert [error.where.removeprefix(f"{path}:").split(":")[0] for error in told] == ["2", "5", "7", "9", "11"]
+    errors: list[SoupError] = []
+    assert [profile.user for profile in read_profiles(path, on_bad=errors.append)] == ["u1", "u2", "u1", "u3", "u4"]
+    assert [error.where.removeprefix(f"{path}:").split(":")[0] for error in errors] == ["2", "5", "7", "9", "11"]
     with pytest.raises(DeclarationError, match="cannot be read"):
-        list(read_profiles(tmp_path, on_bad=told.append))
-    assert len(told) == 5
+        list(read_profiles(tmp_path, on_bad=errors.append))
+    assert len(errors) == 5

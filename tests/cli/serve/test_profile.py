@@ -151,7 +151,7 @@ def test_what_is_exported_is_imported_again(psoups: Run, tmp_path: Path) -> None
 def test_a_fault_in_the_last_line_leaves_the_store_as_it_was(psoups: Run, tmp_path: Path) -> None:
     psoups("profile", "set", "u1", "--weights", "a=1")
     good = '{"user": "u%d", "weights": {"a": 2}}\n'
-    for last, what in (('{"user": "u9", "weigths": {"a": 1}}', "did you mean"), (good % 3, "two profiles are of")):
+    for last, what in (('{"user": "u9", "weigths": {"a": 1}}', "did you mean"), (good % 3, "has two profiles")):
         (tmp_path / "users.jsonl").write_text("".join(good % number for number in range(5)) + last)
         code, _, err = psoups("profile", "import", "users.jsonl")
         assert (code, what in err, "users.jsonl:6" in err) == (2, True, True)
@@ -173,7 +173,7 @@ def test_bad_lines_are_skipped_and_all_named_where_that_is_asked_for(psoups: Run
     told = json.loads(out)
     skipped = told.pop("skipped")
     assert (code, told) == (0, {"profiles": 4, "written": 4, "there_already": 0})
-    reasons = {2: "not JSON", 4: "weigths", 5: "two profiles are of the user 'u1'", 6: "'export'", 8: "not UTF-8"}
+    reasons = {2: "not JSON", 4: "weigths", 5: "the user 'u1' has two profiles", 6: "'export'", 8: "not UTF-8"}
     assert [each["where"].split(":")[:2] for each in skipped] == [["users.jsonl", str(number)] for number in reasons]
     for each, reason in zip(skipped, reasons.values(), strict=True):
         assert reason in each["what"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merge_into_base
 from personalized_soups.adapters.provenance import read_soup_record
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, UsageError
 from personalized_soups.files.reader import SafetensorsFile
@@ -59,10 +59,10 @@ def test_a_row_of_many_is_the_merge_of_one(
 ) -> None:
     monkeypatch.setattr(many, "_MOST_USERS", 3)  # several batches
     profiles = profiles_of(8)
-    assert merge_many(library, profiles, tmp_path / "out", **options) == Merged(8, 0)
+    assert merge_many(library, profiles, tmp_path / "out", MergeOptions(**options)) == Merged(8, 0)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"u{n}" for n in range(8)]
     for profile in profiles:
-        alone = merge(library, profile, **options).write(tmp_path / "alone" / profile.user)
+        alone = merge(library, profile, MergeOptions(**options)).write(tmp_path / "alone" / profile.user)
         for path in alone.iterdir():
             assert (tmp_path / "out" / profile.user / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -70,11 +70,11 @@ def test_a_row_of_many_is_the_merge_of_one(
 def test_sums_of_factors_need_no_gpu(tmp_path: Path, shared: ExpertLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     merge_many(shared, profiles_of(3), tmp_path / "cpu")
-    merge_many(shared, profiles_of(3), tmp_path / "cuda", device="cuda")
+    merge_many(shared, profiles_of(3), tmp_path / "cuda", MergeOptions(device="cuda"))
     for path in (tmp_path / "cpu").rglob("*.*"):
         assert (tmp_path / "cuda" / path.relative_to(tmp_path / "cpu")).read_bytes() == path.read_bytes()
     with pytest.raises(UsageError, match="no device 'cuda:1'"):
-        merge_many(shared, profiles_of(3), tmp_path / "more", device="cuda:1")
+        merge_many(shared, profiles_of(3), tmp_path / "more", MergeOptions(device="cuda:1"))
 
 
 @pytest.mark.parametrize("method", ["ties", "dare_linear", "factor_ties", "knots"])
@@ -85,9 +85,9 @@ def test_every_family_of_methods_is_merged_for_many(tmp_path: Path, shared: Expe
     again = ExpertLibrary.open(tmp_path / "shared")
     rank: dict[str, Any] = {} if method.startswith("factor") else {"rank": 5}
     profiles = profiles_of(2, method=method)
-    merge_many(again, profiles, tmp_path / "out", **rank)
+    merge_many(again, profiles, tmp_path / "out", MergeOptions(**rank))
     for profile in profiles:
-        alone = merge(again, profile, **rank).write(tmp_path / "alone" / profile.user)
+        alone = merge(again, profile, MergeOptions(**rank)).write(tmp_path / "alone" / profile.user)
         assert (tmp_path / "out" / profile.user / WEIGHTS_FILE).read_bytes() == (alone / WEIGHTS_FILE).read_bytes()
 
 
@@ -160,7 +160,7 @@ def test_another_soup_in_a_users_folder_is_refused_or_replaced(tmp_path: Path, l
         (first, {"dtype": "bfloat16"}),
     ):
         with pytest.raises(OutputExistsError, match="with another soup"):
-            merge_many(library, [other], tmp_path / "out", **options)
+            merge_many(library, [other], tmp_path / "out", MergeOptions(**options))
     second = first.replaced(weights={"one": 1.0})
     assert merge_many(library, [second], tmp_path / "out", overwrite=True) == Merged(1, 0)
     record = read_soup_record(tmp_path / "out" / "u0")
@@ -188,7 +188,7 @@ def test_two_profiles_of_one_user_are_refused_over_any_experts_and_in_any_batch(
 ) -> None:
     monkeypatch.setattr(many, "_MOST_USERS", 2)
     profiles = [*profiles_of(5), Profile(user="u0", weights=second)]
-    with pytest.raises(UsageError, match="two profiles are of the user 'u0'"):
+    with pytest.raises(UsageError, match="the user 'u0' has two profiles"):
         merge_many(library, profiles, tmp_path / "out", overwrite=overwrite)
 
 
@@ -205,7 +205,7 @@ def test_a_soup_of_another_base_is_another_soup(tmp_path: Path, library: ExpertL
 def test_a_soup_that_does_not_fit_is_told_with_its_user(tmp_path: Path, library: ExpertLibrary) -> None:
     large = Profile(user="ada", weights={"one": 1e7})
     with pytest.raises(UsageError, match=r"'ada': .* beyond float16"):
-        merge_many(library, [*profiles_of(1), large], tmp_path / "out", dtype="float16")
+        merge_many(library, [*profiles_of(1), large], tmp_path / "out", MergeOptions(dtype="float16"))
 
 
 @pytest.mark.parametrize("user", ["../u", "a/b", ".hidden", "a\\b", "a\nb", "x" * 201, "a\0b"])
@@ -289,8 +289,8 @@ def test_adapters_with_magnitudes_are_merged_for_many_with_their_base(tmp_path: 
     world = make_world(tmp_path / "world", *MIXTURES["dora and plain"])
     names = list(world.library)
     profiles = [Profile(user=f"u{n}", weights=dict(zip(names, (0.7, 0.2 * n - 0.5), strict=True))) for n in range(3)]
-    merge_many(world.library, profiles, tmp_path / "out", base=world.base)
+    merge_many(world.library, profiles, tmp_path / "out", MergeOptions(base=world.base))
     for profile in profiles:
-        alone = merge(world.library, profile, base=world.base).write(tmp_path / "alone" / profile.user)
+        alone = merge(world.library, profile, MergeOptions(base=world.base)).write(tmp_path / "alone" / profile.user)
         for path in alone.iterdir():
             assert (tmp_path / "out" / profile.user / path.name).read_bytes() == path.read_bytes(), path.name

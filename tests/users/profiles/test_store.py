@@ -156,7 +156,7 @@ def test_an_import_writes_all_or_nothing(store: ProfileStore, monkeypatch: pytes
 
     with pytest.raises(DeclarationError, match="line 8"):
         store.put_many(broken())  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="two profiles are of the user 'u1'"):
+    with pytest.raises(UsageError, match="the user 'u1' has two profiles"):
         store.put_many([of("u1"), of("u2"), of("u3"), of("u1")])
     with pytest.raises(DeclarationError, match="NUL"):
         store.put_many([of("u1"), of("u\0")])
@@ -279,7 +279,7 @@ def test_a_document_of_a_newer_version_is_told_with_its_user(store: ProfileStore
         document = json.dumps({"method": "new", "weights": {"a": 1}})
         connection.execute(text("UPDATE psoups_profiles SET document = :document"), {"document": document})
         connection.commit()
-    with pytest.raises(FileFormatError, match="version 1 of 'u1' is no profile: 'new' is no known method"):
+    with pytest.raises(FileFormatError, match="version 1 of 'u1' is no profile: 'new' is not a known merge method"):
         store.get("u1")
 
 
@@ -297,7 +297,7 @@ def test_faults_are_passed_over_and_told_where_that_is_asked_for(where: str) -> 
             (user, profile) for user, profile in (("u1", profiles[0]), ("u2", profiles[4]), ("u3", profiles[5]))
         ]
     assert written == 3
-    assert told == ["no such expert", "the user's name 'u\\x00' holds NUL", "two profiles are of the user 'u1'"]
+    assert told == ["no such expert", "the user's name 'u\\x00' holds NUL", "the user 'u1' has two profiles"]
 
 
 def test_a_search_finds_names_that_contain_a_text(store: ProfileStore) -> None:
