@@ -1,1 +1,1 @@
-"""Merge methods: what a soup's delta should be. Pure functions on tensors, and one table that names them."""
+"""Merge methods: pure functions that compute a soup's delta from the experts' deltas, and the table that lists them."""

@@ -1,7 +1,8 @@
-"""How the sparsified deltas of several experts become one: their weighted sum, or an election of signs.
+"""Rules that fuse the experts' sparsified deltas into one: a weighted sum, or an election of signs (arXiv 2306.01708).
 
-Every function takes one block per expert, of one shape and dtype, and their weights; it returns a new block and
-changes none. An entry that is 0 agrees with nobody. A sum of 0 elects +, as in PEFT and mergekit.
+Each function takes the experts' weights and returns a function of one block t per expert, all of one shape and dtype.
+That function returns a new block and changes no argument. An entry of 0 agrees with neither sign. A sum of 0 elects +,
+as in PEFT and mergekit. `sum_agree` is a sum over the experts whose entry has the elected sign.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Fuse = Callable[[Sequence[Tensor]], Tensor]
 
 
 def weighted_sum(weights: Sequence[float]) -> Fuse:
-    """Sum `w t`."""
+    """Return the fusion `sum w t`."""
 
     def fuse(parts: Sequence[Tensor]) -> Tensor:
         total = parts[0] * weights[0]
@@ -28,28 +29,30 @@ def weighted_sum(weights: Sequence[float]) -> Fuse:
 
 
 def agreed_mean(weights: Sequence[float], lambda_: float) -> Fuse:
-    """Elect the sign of `sum w t`; `lambda sum_agree w t / sum_agree |w|`, and 0 where none agrees.
+    """Return the fusion `lambda sum_agree w t / sum_agree |w|`; the sign of `sum w t` is elected.
 
-    A negative weight turns its expert's sign and counts by its magnitude. A common scale of the weights has no effect.
+    The result is 0 where no expert agrees. A negative weight flips its expert's sign and counts by its magnitude. A
+    common factor of the weights has no effect.
     """
-    # so that no weight, however small or large, leaves float32's range; by a power of two, which rounds nothing
+    # Weights of 1e-40 or 1e40 would leave the range of float32. A common factor cancels, and a power of two is exact.
     _, exponent = math.frexp(max(abs(weight) for weight in weights))
     shares = [math.ldexp(weight, -exponent) for weight in weights]
 
     def fuse(parts: Sequence[Tensor]) -> Tensor:
         sign = _sign(weighted_sum(shares)(parts))
         gain, count = _tally(parts, sign, shares, [abs(share) for share in shares], shares)
-        # at a count of 0 the gain is 0 too
+        # where no expert agrees count and gain are both 0: any divisor above 0 gives 0 instead of NaN
         return gain.mul_(lambda_).div_(count.clamp_(min=torch.finfo(count.dtype).tiny))
 
     return fuse
 
 
 def agreed_mean_peft(weights: Sequence[float]) -> Fuse:
-    """Elect the sign of `sum t`, without the weights; `sum_agree w t / count_agree`, and 0 where none agrees.
+    """Return the fusion `sum_agree w t / count_agree`; the sign of `sum t`, without weights, is elected.
 
-    PEFT's `ties` with majority_sign_method="total" (peft.utils.merge_utils).
+    The result is 0 where no expert agrees. PEFT's `ties` with majority_sign_method="total" (peft.utils.merge_utils).
     """
+    # PEFT weights the deltas only after the election, so a weight, even a negative one, changes no vote
     ones = [1.0] * len(weights)
 
     def fuse(parts: Sequence[Tensor]) -> Tensor:
@@ -60,21 +63,25 @@ def agreed_mean_peft(weights: Sequence[float]) -> Fuse:
 
 
 def agreed_mean_mergekit(weights: Sequence[float], lambda_: float) -> Fuse:
-    """Elect the sign of `sum w t`; `lambda sum_agree w t / sum_agree w`, divided by 1 where that sum is 0.
+    """Return the fusion `lambda sum_agree w t / sum_agree w`; the sign of `sum w t` is elected.
 
     mergekit's generalized task arithmetic with consensus "sum" and normalize. The divisor is signed: where only
-    negatively weighted experts agree, the result has their delta's own sign.
+    negatively weighted experts agree, the result has the sign of their delta. A divisor of 0 is replaced by 1.
     """
 
     def fuse(parts: Sequence[Tensor]) -> Tensor:
         gain, count = _tally(parts, _sign(weighted_sum(weights)(parts)), weights, weights, weights)
+        # mergekit replaces a divisor of exactly 0 by 1, also where weights of both signs cancel
         return gain.mul_(lambda_).div_(count.add_(count == 0))
 
     return fuse
 
 
 def agreed_sum(weights: Sequence[float], lambda_: float) -> Fuse:
-    """Elect the sign of `sum w t`; `lambda sum_agree w t`: mergekit's consensus "sum" without normalize."""
+    """Return the fusion `lambda sum_agree w t`; the sign of `sum w t` is elected.
+
+    mergekit's generalized task arithmetic with consensus "sum", without normalize.
+    """
 
     def fuse(parts: Sequence[Tensor]) -> Tensor:
         gain, _ = _tally(parts, _sign(weighted_sum(weights)(parts)), weights, weights, weights)
@@ -84,8 +91,10 @@ def agreed_sum(weights: Sequence[float], lambda_: float) -> Fuse:
 
 
 def _sign(total: Tensor) -> Tensor:
-    """Return +1 and -1 in place of a sum, +1 for 0; copysign costs a third of a comparison and a choice."""
-    return torch.copysign(torch.ones_like(total), total)  # -0 is a sum of zeros alone, and these agree with nobody
+    """Return the sign of each sum, +1 or -1; +1 for 0."""
+    # copysign takes a third of the time of a comparison and torch.where. It returns -1 for -0.0, which does no harm:
+    # only a sum of zeros is -0.0, and zeros agree with neither sign.
+    return torch.copysign(torch.ones_like(total), total)
 
 
 def _tally(
@@ -95,12 +104,22 @@ def _tally(
     counts: Sequence[float],
     turns: Sequence[float],
 ) -> tuple[Tensor, Tensor]:
-    """Return `sum_agree w t` and `sum_agree count`; an expert agrees where t, turned as `turns` is, has the sign."""
+    """Return `sum_agree w t` and `sum_agree count`.
+
+    Args:
+        parts: t, one block per expert.
+        sign: the elected sign of each entry.
+        weights: w.
+        counts: what each expert adds to the count where it agrees.
+        turns: an expert with a negative number here agrees where -t has the elected sign.
+    """
     gain, count = torch.zeros_like(sign), torch.zeros_like(sign)
-    for part, weight, each, turn in zip(parts, weights, counts, turns, strict=True):
-        # comparisons and masks would take three times as long as these, which are all of one dtype
+    for part, weight, amount, turn in zip(parts, weights, counts, turns, strict=True):
+        # |t| where the expert agrees, else 0. Boolean masks would take three times as long: these operations keep one
+        # dtype and work in place.
         side = math.copysign(1.0, turn)
         agreeing = (part * sign).mul_(side).clamp_(min=0.0)
+        # w t = w side sign |t| where it agrees; the sign is multiplied once, after the loop
         gain.add_(agreeing, alpha=weight * side)
-        count.add_(agreeing.sign_(), alpha=each)
+        count.add_(agreeing.sign_(), alpha=amount)
     return gain.mul_(sign), count

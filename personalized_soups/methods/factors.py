@@ -1,4 +1,6 @@
-"""LoRA factors, and the methods that sum A's and B's apart (they are not the sum of the deltas: see each docstring).
+"""LoRA factors, and the merge methods that sum A's and B's separately.
+
+These methods do not return the sum of the deltas: `(sum B)(sum A)` also has the cross terms `B_i A_j`.
 
 R rank, I in features, O out features, K sum of ranks.
 """
@@ -15,16 +17,23 @@ from torch import Tensor
 from personalized_soups.methods.dense import dare_linear, dare_ties_peft, magnitude_prune, ties_peft
 from personalized_soups.methods.streams import Stream
 
-# Below this share of their absolute sum, weights cancel and factor_average would divide by next to nothing.
+# Weights cancel if their sum is at most this share of the sum of their magnitudes. factor_average divides by the sum,
+# which would amplify rounding errors more than a million times.
 CANCELLED = 1e-6
 
-# merges the tensors of one side, "A" or "B", by their weights
+# merges either the A's or the B's by their weights; the last argument is "A" or "B"
 _Merge = Callable[[Sequence[Tensor], Sequence[float], str], Tensor]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Factors:
-    """One module's low-rank delta: `delta_OI = scaling * b_OR @ a_RI`."""
+    """One module's low-rank delta: `delta_OI = scaling * b_OR @ a_RI`.
+
+    Attributes:
+        a_RI: A.
+        b_OR: B, of the same dtype and on the same device.
+        scaling: LoRA's `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (arXiv 2312.03732).
+    """
 
     a_RI: Tensor  # noqa: N815
     b_OR: Tensor  # noqa: N815
@@ -32,11 +41,13 @@ class Factors:
 
     def __post_init__(self) -> None:
         if self.a_RI.dim() != 2 or self.b_OR.dim() != 2 or self.a_RI.shape[0] != self.b_OR.shape[1]:
-            raise ValueError(f"factors {tuple(self.b_OR.shape)} and {tuple(self.a_RI.shape)} do not multiply")
+            raise ValueError(
+                f"factors of shapes {tuple(self.b_OR.shape)} and {tuple(self.a_RI.shape)} cannot be multiplied"
+            )
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """The number of rows of A."""
         return int(self.a_RI.shape[0])
 
     def delta(self) -> Tensor:
@@ -44,7 +55,7 @@ class Factors:
         return (self.b_OR @ self.a_RI).mul_(self.scaling)
 
     def padded(self, rank: int) -> Factors:
-        """Return factors of a higher rank with the same delta: rows and columns of zeros are added."""
+        """Return factors of the same delta with at least `rank` rows of A, by adding rows and columns of zeros."""
         missing = rank - self.rank
         if missing <= 0:
             return self
@@ -56,18 +67,18 @@ class Factors:
 def factor_average(factors: Sequence[Factors], weights: Sequence[float], total: float | None = None) -> Factors:
     """Return `dW = (s / t) (sum w_e B_e) (sum w_e A_e)` with `t = sum w_e`, as factors with scaling 1.
 
-    The rule of Personalized Soups (arXiv 2310.11564; its code has equal weights, t = 1). An expert's own delta counts
-    `w_e^2 / t` and cross terms `B_i A_j` stay; equal to `linear` where all experts share A.
+    The rule of Personalized Soups (arXiv 2310.11564; its code has equal weights and t = 1). An expert's own delta
+    counts `w_e^2 / t`, and cross terms `B_i A_j` are added. If all experts share A, the result equals `linear`.
 
     Args:
-        factors: of the experts that have this module, of one rank.
-        weights: theirs.
-        total: t, where experts without this module belong to the soup too; the sum of `weights` where left out.
+        factors: one per expert that adapts this module, all of one rank.
+        weights: one per expert in `factors`.
+        total: t, if the soup also has experts that do not adapt this module. Default: the sum of `weights`.
 
     dtype and device: those of the factors. No argument is changed.
 
     Raises:
-        ValueError: if the ranks or the scalings differ, or the weights cancel (t is about 0).
+        ValueError: if the ranks or the scalings differ, or if the weights cancel (t is about 0).
     """
     _check_same_rank(factors, "factor_average")
     of_a, of_b = average_coefficients([each.scaling for each in factors], weights, total)
@@ -79,38 +90,39 @@ def factor_average(factors: Sequence[Factors], weights: Sequence[float], total: 
 def average_coefficients(
     scalings: Sequence[float], weights: Sequence[float], total: float | None = None
 ) -> tuple[list[float], list[float]]:
-    """Return by what `factor_average` multiplies each expert's A, `w / t`, and each one's B, `w s`.
+    """Return the coefficients of `factor_average`: `w / t` for each expert's A, and `w s` for each expert's B.
 
     Raises:
-        ValueError: if the scalings differ, or the weights cancel.
+        ValueError: if the scalings differ, or if the weights cancel.
     """
     different = sorted(set(scalings))
     if len(different) > 1:
-        raise ValueError(f"factor_average needs equal scalings, these are {', '.join(f'{s:g}' for s in different)}")
+        raise ValueError(f"factor_average needs equal scalings, not {', '.join(f'{s:g}' for s in different)}")
     if total is None:
         total = math.fsum(weights)
         if cancels(weights):
-            raise ValueError(f"factor_average divides by the sum of the weights, which is {total:g}")
+            raise ValueError(f"factor_average divides by the sum of the weights, which is about 0: {total:g}")
+    # the scaling goes into B, so that a sum of shared A's is that A times 1
     return [weight / total for weight in weights], [weight * different[0] for weight in weights]
 
 
 def factor_linear(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """Return PEFT's `linear`: `A = sum sign(w_e) sqrt(|w_e s_e|) A_e`, `B = sum sqrt(|w_e s_e|) B_e`.
 
-    Own terms are right and cross terms `B_i A_j` stay: the delta is inflated up to n times where n experts share A.
-    Kept for comparison with PEFT's add_weighted_adapter(combination_type="linear").
+    An expert's own delta counts `w_e`, as it should, and cross terms `B_i A_j` are added: if n experts share A, the
+    delta is up to n times too large. For comparison with PEFT's add_weighted_adapter(combination_type="linear").
 
     dtype and device: those of the factors. No argument is changed.
 
     Raises:
         ValueError: if the ranks differ.
     """
-    return _apart(factors, weights, "factor_linear", lambda tensors, roots, _part: _weighted_sum(tensors, roots))
+    return _separately(factors, weights, "factor_linear", lambda tensors, roots, _part: _weighted_sum(tensors, roots))
 
 
 def linear_coefficients(scalings: Sequence[float], weights: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return by what `factor_linear` multiplies each expert's A, `sign(w s) sqrt(|w s|)`, and each one's B."""
-    # PEFT takes the sign of w * s; a scaling of LoRA is never negative unless lora_alpha is
+    """Return the coefficients of `factor_linear`: `sign(w s) sqrt(|w s|)` for each A, `sqrt(|w s|)` for each B."""
+    # the sign of w * s, as in PEFT; s is negative only if lora_alpha is
     products = [weight * scaling for weight, scaling in zip(weights, scalings, strict=True)]
     roots = [math.sqrt(abs(product)) for product in products]
     return [math.copysign(root, product) for root, product in zip(roots, products, strict=True)], roots
@@ -121,7 +133,7 @@ def factor_magnitude_prune(factors: Sequence[Factors], weights: Sequence[float],
 
     dtype, device and errors: as `factor_linear`.
     """
-    return _apart(
+    return _separately(
         factors,
         weights,
         "factor_magnitude_prune",
@@ -134,10 +146,10 @@ def factor_dare_linear(
 ) -> Factors:
     """Return PEFT's `dare_linear`: `factor_linear` of each A and each B after DARE's drop and rescale.
 
-    A's are drawn from the streams' children "A", B's from their children "B". dtype, device and errors: as
+    The A's draw from each stream's child "A", the B's from its child "B". dtype, device and errors: as
     `factor_linear`.
     """
-    return _apart(
+    return _separately(
         factors,
         weights,
         "factor_dare_linear",
@@ -148,11 +160,12 @@ def factor_dare_linear(
 def factor_ties(factors: Sequence[Factors], weights: Sequence[float], *, density: float) -> Factors:
     """Return PEFT's `ties`: `ties_peft` of the A's, weights `sign(w_e) sqrt(|w_e s_e|)`, and of the B's, without sign.
 
-    The A's and the B's elect their signs apart, so an entry's sign in A says nothing about its delta's.
+    The A's and the B's elect their signs separately, and the sign of an entry of A or B does not decide the sign of any
+    entry of the delta. Experts that agree in their deltas may therefore cancel, and the reverse.
 
     dtype, device and errors: as `factor_linear`.
     """
-    return _apart(
+    return _separately(
         factors, weights, "factor_ties", lambda tensors, roots, _part: ties_peft(tensors, roots, density=density)
     )
 
@@ -164,7 +177,7 @@ def factor_dare_ties(
 
     Streams as in `factor_dare_linear`; dtype, device and errors as `factor_linear`.
     """
-    return _apart(
+    return _separately(
         factors,
         weights,
         "factor_dare_ties",
@@ -173,12 +186,13 @@ def factor_dare_ties(
 
 
 def cancels(weights: Sequence[float]) -> bool:
-    """Return whether the sum of the weights is about 0, measured against the sum of their magnitudes."""
+    """Return whether the sum of the weights is about 0, relative to the sum of their magnitudes."""
     return abs(math.fsum(weights)) <= CANCELLED * math.fsum(abs(weight) for weight in weights)
 
 
-def _apart(factors: Sequence[Factors], weights: Sequence[float], method: str, merge: _Merge) -> Factors:
-    """Return what `merge` makes of the A's and of the B's, each with the roots of the weights: PEFT's frame."""
+def _separately(factors: Sequence[Factors], weights: Sequence[float], method: str, merge: _Merge) -> Factors:
+    """Merge the A's and the B's separately, each weighted by the roots of the weights, as PEFT does."""
+    # the roots multiply to w * s, so each expert's own delta keeps its weight; PEFT, too, splits w * s and not w alone
     _check_same_rank(factors, method)
     signed, roots = linear_coefficients([each.scaling for each in factors], weights)
     return Factors(
@@ -191,7 +205,7 @@ def _children(streams: Sequence[Stream], part: str) -> list[Stream]:
 
 
 def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Return the sum in the tensors' dtype, rounded once: it is taken in float64."""
+    """Return the sum in the tensors' dtype: computed in float64 and rounded once."""
     total = torch.zeros_like(tensors[0], dtype=torch.float64)
     for tensor, coefficient in zip(tensors, coefficients, strict=True):
         total.add_(tensor, alpha=coefficient)
@@ -201,6 +215,6 @@ def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> T
 def _check_same_rank(factors: Sequence[Factors], method: str) -> None:
     ranks = [each.rank for each in factors]
     if not ranks:
-        raise ValueError(f"{method} of no factors")
+        raise ValueError(f"there are no factors for {method}")
     if len(set(ranks)) > 1:
-        raise ValueError(f"{method} needs equal ranks, these are {', '.join(map(str, ranks))}")
+        raise ValueError(f"{method} needs equal ranks, not {', '.join(map(str, ranks))}")

@@ -1,4 +1,4 @@
-"""Whether a tensor holds NaN or infinity, at the speed of a sum."""
+"""A check for NaN and infinity that costs no more than a sum."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinite; any floating dtype, any device, nothing is allocated but a scalar.
+    """Return whether no element is NaN or infinite.
 
-    NaN and infinity survive every sum, so a finite sum proves it. A sum can overflow where no element does: only then
-    is each element looked at, which takes some fifty times as long.
+    Any floating dtype, any device. Allocates only a scalar, unless the sum is not finite.
     """
+    # A sum with a NaN or infinite term is not finite, so a finite sum proves that all elements are. Finite elements may
+    # also overflow the sum. Only then check each element, which takes about fifty times as long.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -1,6 +1,6 @@
-"""KnOTS: TIES in the common basis of what the experts put out. Factors in, factors out: no dense delta is formed.
+"""KnOTS (arXiv 2410.19735): TIES in the common basis of the experts' outputs, without forming a dense delta.
 
-E experts, R rank of one, K sum of ranks, O out features, I in features, D directions of the common basis.
+E experts, R rank of one expert, K sum of ranks, O out features, I in features, D directions of the common basis.
 """
 
 from __future__ import annotations
@@ -16,31 +16,33 @@ from personalized_soups.methods.factors import Factors
 def knots(factors: Sequence[Factors], weights: Sequence[float], *, density: float, lambda_: float) -> Factors:
     """Return `U ties(S V_e)` where `[d_1 ... d_E] = U S [V_1 ... V_E]` (arXiv 2410.19735), as factors with scaling 1.
 
-    `S V_e = U^T d_e` is expert e's delta seen in the basis U of all experts' outputs; as in the authors' released
-    configurations it is the scaled V that is trimmed, so that an entry counts by what it contributes. They trim over
-    the whole model, this over the module. The election and its mean do not depend on the scale of V. Where singular
-    values nearly tie, U is not unique, and the result depends on it.
+    `S V_e = U^T d_e` is expert e's delta in the basis U of all experts' outputs. TIES trims `S V_e`, as in the authors'
+    released configurations, so that an entry counts by its contribution to the delta. The authors trim over the whole
+    model; this function trims over the module. The election and its mean do not depend on the scale of V. If singular
+    values nearly tie, U is not unique, and the result depends on the choice of U.
 
     Args:
-        factors: of the experts that have this module, of any ranks.
-        weights: theirs, as in `ties`.
-        density: share of entries that each expert keeps, of the directions with a singular value above rounding.
-        lambda_: scales the result.
+        factors: one per expert that adapts this module, of any ranks.
+        weights: one per expert in `factors`, as in `ties`.
+        density: the share of entries that each expert keeps, among the directions with a singular value above rounding.
+        lambda_: a factor on the result.
 
     Returns:
-        a_DI and b_OD in the factors' dtypes and on their device, computed in float64 and rounded once; D is
-        `min(O, sum min(I, R))`, with zeros for directions that no delta has. No argument is changed.
+        a_DI and b_OD in the factors' dtypes and on their device, computed in float64 and rounded once. D is
+        `min(O, sum min(I, R))`; directions that no delta has are zeros. No argument is changed.
 
     Raises:
         ValueError: if there are no factors.
     """
     if not factors:
-        raise ValueError("knots of no factors")
+        raise ValueError("there are no factors for knots")
     q_OD, basis = torch.linalg.qr(torch.cat([each.b_OR.double() * each.scaling for each in factors], dim=1))
-    # A_e^T = Q_e R_e, so that [d_1 ... d_E] = Q (R diag(R_e^T)) diag(Q_e^T): the SVD is that of a K x K core
+    # With B = Q R and A_e^T = Q_e R_e, [d_1 ... d_E] = Q (R diag(R_e^T)) diag(Q_e^T). Q and diag(Q_e^T) are
+    # orthonormal, so the SVD of the K x K core in the middle gives that of the O x (E I) matrix.
     inputs = [torch.linalg.qr(each.a_RI.double().T) for each in factors]
     core = basis @ torch.block_diag(*[r.T for _, r in inputs])
     u, s_D, v = torch.linalg.svd(core, full_matrices=False)
+    # the usual numerical rank: singular values below this bound are rounding errors
     is_there = s_D > s_D[0] * max(core.shape) * torch.finfo(torch.float64).eps
     seen = torch.split(s_D[:, None] * v, [q.shape[1] for q, _ in inputs], dim=1)
     a_DI = torch.zeros(len(s_D), factors[0].a_RI.shape[1], dtype=torch.float64, device=core.device)
@@ -50,7 +52,8 @@ def knots(factors: Sequence[Factors], weights: Sequence[float], *, density: floa
         density=density,
         lambda_=lambda_,
     )
-    # shared out evenly, so that neither factor leaves a 16-bit range first
+    # The root of S goes into each factor, so that neither overflows or underflows 16 bits before the other. A missing
+    # direction is divided by 1 in A, instead of 0, and its column of B is 0.
     root_D = torch.where(is_there, s_D, 1.0).sqrt()
     return Factors(
         (a_DI / root_D[:, None]).to(factors[0].a_RI.dtype),

@@ -1,4 +1,4 @@
-"""The default method: the weighted sum of the experts' deltas, held exactly as stacked factors.
+"""The default merge method: the weighted sum of the experts' deltas, exact, as stacked factors.
 
 R rank, I in features, O out features, K sum of ranks.
 """
@@ -13,26 +13,27 @@ from personalized_soups.methods.factors import Factors
 
 
 def linear(factors: Sequence[Factors], weights: Sequence[float], basis: Sequence[int] | None = None) -> Factors:
-    """Return `dW = sum_e w_e s_e B_e A_e` as factors with scaling 1: task arithmetic (2212.04089, 2306.04488).
+    """Return `dW = sum_e w_e s_e B_e A_e` as factors with scaling 1: task arithmetic (arXiv 2212.04089, 2306.04488).
 
-    A's are put below one another as they are; B's are put side by side, each times `w_e s_e`. Experts that share an A
-    take its rows once and their B's are summed, so that experts of one shared basis merge at their own rank.
+    The A's are stacked unchanged by rows, the B's by columns, each multiplied by `w_e s_e`. An A that several experts
+    share is stored once, and their B's are summed. Experts that all share one A therefore merge at their own rank.
 
     Args:
         factors: one per expert, of any ranks.
         weights: one per expert; may be negative.
-        basis: one number per expert, equal for experts whose A's are equal; all different where left out.
+        basis: one number per expert, the same for experts with equal A's. By default no experts share A.
 
     Returns:
-        a_KI and b_OK, new tensors in the factors' dtype and on their device; K sums the ranks of the distinct A's.
-        A's are not rounded; B's are computed in float64 and rounded once.
+        a_KI and b_OK, new tensors in the factors' dtype and on their device. K is the sum of the distinct A's ranks.
+        The A's are not rounded. The B's are computed in float64 and rounded once.
 
     Raises:
         ValueError: if there are no factors.
     """
     if not factors:
-        raise ValueError("linear of no factors")
+        raise ValueError("there are no factors for linear")
     groups = range(len(factors)) if basis is None else basis
+    # the weights go into B alone: A then keeps its bytes, and a change of weights in a live model rescales only B
     members: dict[int, list[tuple[Factors, float]]] = {}
     for each, weight, group in zip(factors, weights, groups, strict=True):
         members.setdefault(group, []).append((each, weight * each.scaling))
@@ -42,9 +43,10 @@ def linear(factors: Sequence[Factors], weights: Sequence[float], basis: Sequence
     start = 0
     for own in members.values():
         (each, coefficient), *others = own
+        # summed in float64, so that the result is rounded once regardless of how many experts share A
         total = each.b_OR.to(torch.float64, copy=True).mul_(coefficient)
         for other, its_own in others:
             total.add_(other.b_OR, alpha=its_own)
-        b_OK[:, start : start + each.rank] = total  # rounded here, once
+        b_OK[:, start : start + each.rank] = total  # the only rounding
         start += each.rank
     return Factors(torch.cat(bases, dim=0), b_OK)

@@ -1,4 +1,4 @@
-"""Many users at once: the weighted sums of E tensors for U users are one matrix product.
+"""Weighted sums of E tensors for U users, computed as one matrix product.
 
 E experts, U users, P numbers of one expert.
 """
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from personalized_soups.kernels import weighted_sums as kernel
 
-# Numbers of each expert that are multiplied at once: with six experts and sixteen users 5 MiB, near enough to a core.
+# Numbers of each expert per product. Six experts and sixteen users in float32 take 5.5 MiB, which the cache of a core
+# and the shared cache behind it can hold.
 _CHUNK = 1 << 16
 
 
 class BlockSums(threading.local):
-    """The sums of weighted_sums, block by block in buffers that are used again; each thread has buffers of its own.
+    """The sums of `weighted_sums`, block by block, in reused buffers; each thread has its own buffers.
 
-    Fresh memory for the sums of many users costs more than the sums: a page fault for every 4 KiB.
+    Fresh memory for the sums of many users would cost more than the sums: one page fault for every 4 KiB.
     """
 
     def __init__(self) -> None:
@@ -28,12 +29,12 @@ class BlockSums(threading.local):
         self._outward = torch.empty(0, 0)
 
     def blocks(self, weights_UE: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield where a block begins in a flattened tensor, and the sums there, `[U, C]` of at most 65,536 numbers.
+        """Yield each block's start in the flattened tensors, and its sums `[U, C]` with C at most 65,536.
 
-        The same numbers as weighted_sums. A block is overwritten when the next one is asked for.
+        The sums equal those of `weighted_sums`. The next block overwrites the one before.
 
         Raises:
-            ValueError: as weighted_sums.
+            ValueError: as `weighted_sums`.
         """
         flat, weights = _checked(weights_UE, tensors)
         shapes = ((len(flat), _CHUNK), (len(weights), _CHUNK))
@@ -42,25 +43,26 @@ class BlockSums(threading.local):
         for start in range(0, flat[0].numel(), _CHUNK):
             size = min(_CHUNK, flat[0].numel() - start)
             part, sums = self._inward[:, :size], self._outward[:, :size]
-            torch.stack([each[start : start + size] for each in flat], out=part)
+            # one copy into a contiguous stack, so that the product reads each number once for all users
+            torch.stack([tensor[start : start + size] for tensor in flat], out=part)
             torch.mm(weights, part, out=sums)
             yield start, sums
 
 
 def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return `out[u] = sum_e weights[u, e] tensors[e]`, every tensor flattened.
+    """Return out_UP with `out[u] = sum_e weights[u, e] tensors[e]`, every tensor flattened.
 
-    Each tensor is read once, whatever the number of users is. On a CPU a stack of them is never formed whole; on a GPU
-    it is, so that tensors of any size take two launches. The sums are taken in the tensors' own dtype, float32 or
-    float64: `|err| <= (E + 1) u sum |w| |x|` with its unit roundoff u (Higham, Accuracy and Stability, section 3.1; one
-    more for the rounded weight).
+    Each tensor is read once, regardless of the number of users. On a CPU the tensors are stacked in blocks, so the
+    whole stack is never in memory. On a GPU they are stacked whole, so that tensors of any size take two launches. The
+    sums are computed in the tensors' dtype, float32 or float64, with `|err| <= (E + 1) u sum |w| |x|` for its unit
+    roundoff u (Higham, Accuracy and Stability, section 3.1; the 1 is for the rounded weight).
 
     Args:
-        weights_UE: on any device and in any floating dtype; rounded to the tensors'.
-        tensors: E tensors of one shape, dtype and device, each contiguous.
+        weights_UE: on any device and in any floating dtype; converted to the tensors'.
+        tensors: E contiguous tensors of one shape, dtype and device.
 
     Raises:
-        ValueError: if there are no tensors, or not as many as weights.
+        ValueError: if there are no tensors, or if their number is not that of the weights.
     """
     flat, weights = _checked(weights_UE, tensors)
     if flat[0].device.type != "cpu":
@@ -71,25 +73,25 @@ def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     for start in range(0, size, _CHUNK):
         end = min(start + _CHUNK, size)
         part = chunk[:, : end - start]
-        torch.stack([each[start:end] for each in flat], out=part)
+        torch.stack([tensor[start:end] for tensor in flat], out=part)
         torch.mm(weights, part, out=out[:, start:end])
     return out
 
 
 def sums_of_stack(weights_UE: Tensor, stack_EP: Tensor) -> Tensor:
-    """Return `weights @ stack`: on a GPU by a kernel that writes the sums as it reads the stack, else by torch.
+    """Return `weights @ stack`: on a GPU by a kernel that reads the stack once, otherwise by torch.
 
-    Both in one dtype and on one device, contiguous.
+    Both arguments must be contiguous, of one dtype and on one device.
     """
     out_UP = stack_EP.new_empty(weights_UE.shape[0], stack_EP.shape[1])
-    # the kernel adds up in float32
+    # the kernel accumulates in float32, so float64 stacks need torch
     if stack_EP.dtype != torch.float32 or not kernel.weighted_sums(weights_UE, stack_EP, out_UP):
         torch.mm(weights_UE, stack_EP, out=out_UP)
     return out_UP
 
 
 def _checked(weights_UE: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Return the tensors flattened, and the weights in their dtype and on their device."""
+    """Return the flattened tensors, and the weights in the tensors' dtype and on their device."""
     if not tensors or weights_UE.shape[1] != len(tensors):
         raise ValueError(f"{weights_UE.shape[1]} weights for {len(tensors)} tensors")
     flat = [tensor.reshape(-1) for tensor in tensors]

@@ -1,8 +1,8 @@
-"""The best low-rank approximation of a dense delta, nearly: a randomised range finder.
+"""A near-best low-rank approximation of a dense delta, by a randomised range finder.
 
 Halko, Martinsson, Tropp: Finding Structure with Randomness (SIAM Review 53, 2011; arXiv 0909.4061), algorithms 4.4 and
-5.1. The delta is multiplied with a few random columns, which find the space of its greatest singular values; it is
-decomposed within that space.
+5.1. The product of the delta and a few random columns spans nearly the space of the greatest singular values. The
+singular value decomposition is then computed within that space.
 
 O out features, I in features, R rank that is kept, L columns of the sketch.
 """
@@ -19,44 +19,46 @@ from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.lowrank import Truncated, check_cut, column_signs, least_rank
 from personalized_soups.methods.streams import Stream
 
-# Each iteration takes two more passes over the delta. Measured on what ties and dare make of three experts (density 0.2
-# to 0.5, 2048 x 1024, kept 16 to 64): the error is up to 28% above the best one without any, 0.8% after one, 0.4% after
-# two; on a Gaussian matrix 3.3%, 1.6%, 0.9%.
+# Each iteration costs two more passes over the delta. Measured on results of ties and dare for three experts (density
+# 0.2 to 0.5, 2048 x 1024, rank 16 to 64): the error exceeds the best one by up to 28% without iterations, 0.8% after
+# one, 0.4% after two. For a Gaussian matrix: 3.3%, 1.6%, 0.9%.
 POWER_ITERATIONS = 2
-# The rank that an energy share is first looked for within.
+# For an energy share, the rank of the first attempt.
 FIRST_RANK = 32
-# Elements that are converted to float64 at a time: 2 MiB, which stay in the cache.
+# Elements converted to float64 at a time: 2 MiB, which fit into the cache.
 BLOCK = 2**18
-# A tail that is a smaller share of the delta's energy is not what is left by subtraction, whose rounding (about 1e-15
-# of the energy) would show in it.
+# The error is computed as total energy minus kept energy, with a rounding error of about 1e-15 of the total. If it is a
+# smaller share of the total than this, the tail itself is formed instead.
 CANCELLED = 1e-10
 
 
 def approximate(delta_OI: Tensor, *, rank: int | None = None, energy: float | None = None, stream: Stream) -> Truncated:
     """Return an approximation of a dense delta at `rank`, or at the least rank found to keep the share `energy`.
 
-    With P = R // 2 + 16 columns more than the rank, the squared error exceeds the best one (Eckart-Young) by at most
-    the factor 1 + R / (P - 1) < 3 in the mean over streams (theorem 10.5), and by far less after power iterations where
-    the singular values fall; the error that is returned is that of the result itself. Where the sketch would be wider
-    than half the delta, and where an energy share needs that, the singular value decomposition is taken instead.
+    The sketch has P = R // 2 + 16 columns more than the rank. The squared error then exceeds the best one
+    (Eckart-Young) by a factor of at most 1 + R / (P - 1) < 3 in the mean over streams (theorem 10.5), and by far less
+    after power iterations if the singular values fall. The returned error is that of the result itself, not a bound. If
+    the sketch would be wider than half the delta, the exact singular value decomposition is computed instead.
 
     Args:
-        delta_OI: on any device; float64 is computed in float64; of lower precision, the power iterations are done in
-            float32, and all else in float64. Not changed.
-        rank: the rank to keep; or
-        energy: the share of the squared singular values to keep, in (0, 1].
-        stream: the test matrix is drawn from it; the same stream gives the same result.
+        delta_OI: on any device; not changed. A float64 delta is computed in float64. For other dtypes the power
+            iterations run in float32, and everything else in float64.
+        rank: the rank to keep.
+        energy: the share of the squared singular values to keep, in (0, 1], in place of a rank.
+        stream: the source of the random test matrix. The same stream gives the same result.
 
     Returns:
         a_RI and b_OR with scaling 1, new tensors in float64 and on the delta's device, as in Decomposition.truncate;
-        zeros where the delta is 0. The rank is `rank` or that of a full matrix, whichever is less.
+        zeros if the delta is 0. The rank is the smaller of `rank` and min(O, I).
 
     Raises:
-        ValueError: if not exactly one of rank and energy is given, either is out of bounds, or the delta or its squared
-            norm is not finite.
+        ValueError: if not exactly one of rank and energy is given, if it is out of bounds, or if the delta or its
+            squared norm is not finite.
     """
     check_cut(rank, energy)
+    # torch has no QR or SVD of 16-bit floats
     delta_OI = delta_OI.to(torch.promote_types(delta_OI.dtype, torch.float32))
+    # in float64, because the error is the difference of two energies
     total = sum(float(block.square().sum()) for _, block in _blocks(delta_OI))
     if not math.isfinite(total):
         raise ValueError("the delta or its squared norm is not finite")
@@ -65,16 +67,18 @@ def approximate(delta_OI: Tensor, *, rank: int | None = None, energy: float | No
     candidate = rank or FIRST_RANK
     while 2 * (width := candidate + candidate // 2 + 16) <= side:
         range_OL, u, values, vh = _sketched(delta_OI, width, stream)
-        # of the values beyond the candidate a sketch has too little
+        # a sketch underestimates the singular values in its extra columns, so only `candidate` of them count
         sums = values[:candidate].square().cumsum(0)
         kept = rank or least_rank(sums, share * total)
         if kept <= candidate:
             return _truncated(delta_OI, range_OL @ u[:, :kept], values[:kept], vh[:kept], total)
-        # no value to come is greater than the last one: so many more are needed at least
+        # The singular values fall, so each further one adds at most the square of the last. That gives the least number
+        # of further values that can reach the share; if all of them cannot, the exact decomposition is needed.
         missing, last = share * total - float(sums[-1]), float(values[candidate - 1]) ** 2
         if missing >= side * last:
             break
         candidate = max(2 * candidate, candidate + math.ceil(missing / last))
+    # a sketch of more than half the width would cost more than the exact decomposition
     u, values, vh = torch.linalg.svd(delta_OI.double(), full_matrices=False)
     sums = values.square().cumsum(0)
     kept = rank or least_rank(sums, share * float(sums[-1]))
@@ -82,16 +86,19 @@ def approximate(delta_OI: Tensor, *, rank: int | None = None, energy: float | No
 
 
 def _sketched(delta_OI: Tensor, width: int, stream: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return an orthonormal range_OL and the singular value decomposition of `range^T delta`, all float64."""
+    """Return an orthonormal range_OL and the singular value decomposition of `range_OL^T delta_OI`, all float64."""
     uniform_IL = stream.uniform((delta_OI.shape[1], width), delta_OI.device).double()
-    # the inverse of the normal distribution function, at the middle of each step of 2^-24; the scale does not matter
+    # Gaussian columns: erfinv inverts the normal distribution up to a scale, which does not change the space. The
+    # uniform numbers are multiples of 2^-24; the middle of each step keeps erfinv's argument within (-1, 1).
     right_IL = _orthonormal(torch.erfinv(2 * uniform_IL - (1 - 2.0**-24)).to(delta_OI.dtype))
     for _ in range(POWER_ITERATIONS):
-        # made orthonormal after each product, else all columns turn to the greatest singular vector
+        # without orthonormalization after each product, all columns would converge to the first singular vector
         right_IL = _orthonormal(delta_OI.T @ _orthonormal(delta_OI @ right_IL))
-    # in float64, as the space is not better than this product: a delta of low rank comes out to its own rounding
+    # The last product is in float64, because its rounding limits the accuracy of the space. A delta of low rank is then
+    # recovered up to its own rounding.
     right_IL = right_IL.double()
     range_OL = _orthonormal(torch.cat([block @ right_IL for _, block in _blocks(delta_OI)]))
+    # accumulated block by block, so that the delta is never in memory in float64 as a whole
     within_LI = range_OL.new_zeros(width, delta_OI.shape[1])
     for rows, block in _blocks(delta_OI):
         within_LI.addmm_(range_OL[rows].T, block)
@@ -99,10 +106,11 @@ def _sketched(delta_OI: Tensor, width: int, stream: Stream) -> tuple[Tensor, Ten
 
 
 def _truncated(delta_OI: Tensor, left_OR: Tensor, values_R: Tensor, right_RI: Tensor, total: float) -> Truncated:
-    """Return balanced factors of the projection of the delta, whose error is what its energy lacks (Pythagoras)."""
+    """Return the factors of the projected delta, each with the roots of the singular values, and the error."""
     root_R = values_R.sqrt()
     signs_R = column_signs(left_OR)
     factors = Factors((root_R * signs_R)[:, None] * right_RI, left_OR * (root_R * signs_R))
+    # the projection is orthogonal, so the squared norms of the result and the error add up to that of the delta
     lost = total - float(values_R.square().sum())
     if lost < CANCELLED * total:
         tails = (torch.addmm(block, factors.b_OR[rows], factors.a_RI, alpha=-1) for rows, block in _blocks(delta_OI))
@@ -116,7 +124,7 @@ def _orthonormal(columns: Tensor) -> Tensor:
 
 
 def _blocks(delta_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the delta in float64, some rows at a time, and which."""
+    """Yield slices of rows, and these rows of the delta in float64."""
     step = max(1, BLOCK // delta_OI.shape[1])
     for start in range(0, delta_OI.shape[0], step):
         rows = slice(start, start + step)

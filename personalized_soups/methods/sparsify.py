@@ -1,7 +1,7 @@
-"""Which entries of a delta are kept, and by how much they grow: by magnitude, at random, or by both.
+"""Rules that keep some entries of a delta and set the others to 0: by magnitude, at random, or both.
 
-Each rule is a `Keep`: it takes a block of rows in float32 or float64, and the flat index of its first element, and
-returns the block with the other entries 0. It changes nothing, and may return the block itself where all is kept.
+Each rule is a `Keep`: a function of a block of rows in float32 or float64 and of the flat index of its first element.
+It returns the sparsified block and changes no argument. If all entries are kept, it may return the block itself.
 
 O out features, I in features, N rows of a block.
 """
@@ -19,18 +19,19 @@ from personalized_soups.methods.streams import Stream
 
 Keep = Callable[[Tensor, int], Tensor]
 
-# A magnitude is its bit pattern without the sign, which sorts as the float does. It is found digit by digit, 16 bits
-# at a time: counting into 2^16 bins runs at twice the rate of a partition and six times that of kthvalue.
+# Bits per digit of the radix select. IEEE 754 magnitudes sort as their bit patterns do, so the k-th largest one is
+# found digit by digit. Counting into 2^16 bins is twice as fast as a partition and six times as fast as torch.kthvalue.
 _DIGIT = 16
 
 
 def trim(threshold: float) -> Keep:
-    """Keep every entry of at least this magnitude: 0 keeps all, infinity none."""
+    """Keep all entries whose magnitude is at least `threshold`. 0 keeps all entries, infinity none."""
     if threshold == 0:
         return lambda block_NI, _start: block_NI
 
     def keep(block_NI: Tensor, _start: int) -> Tensor:
-        # hardshrink drops what is not above its bound, so the bound is the next float below; one pass, no mask
+        # hardshrink needs one pass and no mask. It keeps magnitudes above its bound, not at it, so the bound is the
+        # next smaller float.
         bound = torch.nextafter(torch.tensor(threshold, dtype=block_NI.dtype), torch.zeros((), dtype=block_NI.dtype))
         return torch.hardshrink(block_NI, float(bound))
 
@@ -38,7 +39,7 @@ def trim(threshold: float) -> Keep:
 
 
 def drop(density: float, stream: Stream) -> Keep:
-    """Keep entries at random, each with probability `density`, as they are; element i is decided by word i."""
+    """Keep each entry with probability `density`, unscaled (DARE, arXiv 2311.03099). Word i decides element i."""
     if density >= 1:
         return lambda block_NI, _start: block_NI
     highest = _highest_word(torch.tensor(density, dtype=torch.float64))
@@ -51,17 +52,17 @@ def drop(density: float, stream: Stream) -> Keep:
 
 
 def drop_small(density: float, epsilon: float, stream: Stream, *, rescales: bool) -> Keep:
-    """Keep entries at random, larger ones of a row more often (MAGPRUNE, arXiv 2406.11617).
+    """Keep entries at random, the larger ones of a row more often (MAGPRUNE, arXiv 2406.11617).
 
-    A row's entry of rank j among I by magnitude, counted from 0, has the probability
-    `p = density - epsilon + 2 epsilon j / (I - 1)`; of equal magnitudes the earlier has the lower rank; a row of one
-    entry has `density`. `rescales` divides what is kept by p.
+    The entry of rank j by magnitude in its row (0 is the smallest of I) is kept with probability
+    `p = density - epsilon + 2 epsilon j / (I - 1)`. Of equal magnitudes, the earlier entry has the lower rank. A row of
+    one entry has p = density. With `rescales`, kept entries are divided by p.
 
     Raises:
-        ValueError: if a probability is not above 0, or above 1.
+        ValueError: if a probability would not be above 0 and at most 1.
     """
     if density - epsilon <= 0 or density + epsilon > 1:
-        raise ValueError(f"the keep-probabilities {density:g} -+ {epsilon:g} leave the range above 0 and at most 1")
+        raise ValueError(f"the keep-probabilities {density:g} -+ {epsilon:g} must be above 0 and at most 1")
     if density >= 1 and epsilon == 0:
         return lambda block_NI, _start: block_NI
 
@@ -69,8 +70,10 @@ def drop_small(density: float, epsilon: float, stream: Stream, *, rescales: bool
         width = block_NI.shape[1]
         device = block_NI.device
         spread = epsilon if width > 1 else 0.0
+        # clamped, as linspace may exceed its end by an ulp
         p_I = torch.linspace(density - spread, density + spread, width, dtype=torch.float64).clamp_(max=1.0)
         order_NI = _ascending(block_NI)
+        # scatter takes the j-th probability to the column of rank j
         highest_NI = torch.empty(block_NI.shape, dtype=torch.int32, device=device)
         highest_NI.scatter_(1, order_NI, _highest_word(p_I).to(device).expand(block_NI.shape))
         words = stream.words(block_NI.numel(), device, start=start).view(block_NI.shape)
@@ -84,14 +87,14 @@ def drop_small(density: float, epsilon: float, stream: Stream, *, rescales: bool
 
 
 def scaled(keep: Keep, divisor: float) -> Keep:
-    """Divide by a number what `keep` leaves."""
+    """Return the rule that applies `keep` and divides the kept entries by `divisor`."""
     return keep if divisor == 1 else lambda block_NI, start: keep(block_NI, start).div(divisor)
 
 
 def matched(keep: Keep, delta_OI: Tensor) -> Keep:
-    """Scale what `keep` leaves to the L1 norm of the whole delta, as mergekit's `rescale_norm` does.
+    """Return the rule that applies `keep` and rescales to the L1 norm of the whole delta, as mergekit's `rescale_norm`.
 
-    Nothing is scaled where one of the two norms is below 1e-7 (mergekit's guard).
+    If one of the two norms is below 1e-7 (mergekit's guard), nothing is rescaled.
     """
     before = _l1_norm(delta_OI, lambda block_NI, _start: block_NI)
     after = _l1_norm(delta_OI, keep)
@@ -99,32 +102,32 @@ def matched(keep: Keep, delta_OI: Tensor) -> Keep:
 
 
 def num_kept(density: float, count: int, at_least: int = 0) -> int:
-    """Return how many of `count` entries a density keeps: rounded down, as PEFT and mergekit do."""
+    """Return how many of `count` entries a density keeps, rounded down as in PEFT and mergekit."""
     return min(count, max(at_least, int(density * count)))
 
 
 def threshold(delta_OI: Tensor, density: float, *, at_least: int = 0) -> float:
-    """Return the magnitude of the entry that is k-th largest, `k = num_kept(density, O * I, at_least)`; see `trim`."""
+    """Return the k-th largest magnitude, `k = num_kept(density, O * I, at_least)`: the argument of `trim`."""
     return global_threshold(lambda: (delta_OI,), density, at_least=at_least)
 
 
 def global_threshold(deltas: Callable[[], Iterable[Tensor]], density: float, *, at_least: int = 0) -> float:
-    """Return the magnitude of the k-th largest entry of all deltas together, exactly: a radix select.
+    """Return the k-th largest magnitude of all deltas together, exactly, by a radix select.
 
     Args:
-        deltas: gives the same matrices each time it is called: one after another, twice (four times for float64). No
-            more than one of them is needed at once. 16-bit floats count as float32.
+        deltas: a function that returns the same matrices on each call. It is called twice (four times for float64), and
+            only one matrix at a time is in use. 16-bit floats are read as float32.
         density: k is `int(density * count)`.
         at_least: the least k.
 
     Returns:
-        The magnitude; 0, which keeps all, where `density` is 1 or there is no entry; infinity where k is 0.
+        The magnitude. 0, which keeps all entries, if `density` is 1 or there are no entries. Infinity if k is 0.
     """
     first = next(iter(deltas()), None)
     if density >= 1 or first is None:
         return 0.0
     dtype = widened(first[:0]).dtype
-    left = dtype.itemsize * 8 - 1
+    left = dtype.itemsize * 8 - 1  # bits still unknown; the sign bit is not part of a magnitude
     prefix, remaining = None, 0
     while left:
         width = min(_DIGIT, left)
@@ -135,6 +138,7 @@ def global_threshold(deltas: Callable[[], Iterable[Tensor]], density: float, *, 
             remaining = num_kept(density, total, at_least)
             if remaining == 0:
                 return math.inf if total else 0.0
+        # digits from the greatest down: the first at which at least `remaining` magnitudes are reached is the k-th's
         from_above = counts.flip(0).cumsum(0)
         place = int(torch.searchsorted(from_above, remaining))
         remaining -= int(from_above[place - 1]) if place else 0
@@ -144,7 +148,10 @@ def global_threshold(deltas: Callable[[], Iterable[Tensor]], density: float, *, 
 
 
 def _digit_counts(deltas: Iterable[Tensor], prefix: int | None, shift: int, width: int) -> Tensor:
-    """Count the magnitudes' digits, `width` bits wide and `shift` from the end, where those above are `prefix`."""
+    """Count the values of one digit: `width` bits, `shift` bits from the end.
+
+    Only magnitudes whose bits above that digit equal `prefix` count; all if it is None.
+    """
     counts = torch.zeros(2**width, dtype=torch.int64)
     for words in _magnitudes(deltas):
         if prefix is not None:
@@ -154,7 +161,7 @@ def _digit_counts(deltas: Iterable[Tensor], prefix: int | None, shift: int, widt
 
 
 def _magnitudes(deltas: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield the magnitudes' bit patterns by the block, as new tensors of one dimension."""
+    """Yield the bit patterns of the magnitudes, block by block, as new one-dimensional tensors."""
     for delta_OI in deltas:
         for rows in row_blocks(delta_OI):
             block = widened(delta_OI[rows]).abs().flatten()
@@ -162,10 +169,11 @@ def _magnitudes(deltas: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _ascending(block_NI: Tensor) -> Tensor:
-    """Return each row's columns by rising magnitude, of equal ones the earlier first, as int64."""
+    """Return each row's columns by rising magnitude as int64, the earlier first among equal magnitudes."""
     if block_NI.device.type != "cpu" or block_NI.dtype != torch.float32:
         return block_NI.abs().argsort(dim=1, stable=True)
-    # magnitude and column in one whole number: NumPy sorts these with vector instructions, five times faster
+    # The key is the magnitude's bits above the column's. NumPy sorts int64 with vector instructions, five times faster
+    # than a stable argsort, and the column breaks ties.
     keys_NI = block_NI.abs().view(torch.int32).long().bitwise_left_shift_(32)
     keys_NI.bitwise_or_(torch.arange(block_NI.shape[1]))
     keys_NI.numpy().sort(axis=1)
@@ -173,16 +181,19 @@ def _ascending(block_NI: Tensor) -> Tensor:
 
 
 def _highest_word(probability: Tensor) -> Tensor:
-    """Return the highest int32 that is kept: of 2^32 words, `probability` (to 2^-33, at least one) are not above it."""
+    """Return the highest int32 word that is kept, so that a random word is kept with `probability`.
+
+    Of the 2^32 words, `probability * 2^32` are at most the returned one, rounded, and never less than one.
+    """
+    # -2^31 is the smallest word, so the n smallest words end at n - 2^31 - 1; float64 is exact here
     kept = (probability * 2.0**32).round_().clamp_(min=1.0)
     return (kept - (2.0**31 + 1)).to(torch.int32)
 
 
 def _l1_norm(delta_OI: Tensor, keep: Keep) -> float:
-    """Return the sum of magnitudes of what is kept, in float64.
-
-    Down the columns first: torch gives each of them to one thread, so the sum is the same at any number of threads.
-    """
+    """Return the sum of the magnitudes of the kept entries, in float64."""
+    # Sum each column first: torch adds up a column in one thread, so the result does not depend on the number of
+    # threads.
     total_I = torch.zeros(delta_OI.shape[1], dtype=torch.float64, device=delta_OI.device)
     for rows in row_blocks(delta_OI):
         kept_NI = keep(widened(delta_OI[rows]), rows.start * delta_OI.shape[1])

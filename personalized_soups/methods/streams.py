@@ -1,9 +1,9 @@
-"""Random numbers that depend on a key and an index alone: the same on any device, in any blocks, on any threads.
+"""Random numbers that depend only on a key and an index: the same on any device, in any blocks and threads.
 
-SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014) read as a function of a
-counter: the i-th word is `mix(key + (i + 1) * gamma)`. A stream's key comes from SHA-256 of a seed and names (of the
-expert, of the module), so that no draw depends on what else is merged, or in which order. Each 64-bit word serves two
-elements: element 2i has its low half, 2i + 1 its high half.
+SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014) as a function of a counter:
+the i-th 64-bit word is `mix(key + (i + 1) * gamma)`. The key is derived by SHA-256 from a seed and names (of the expert
+and the module), so a draw does not depend on the other experts or on the order of merging. Each 64-bit word serves two
+elements: element 2i takes its low half, element 2i + 1 its high half.
 """
 
 from __future__ import annotations
@@ -16,54 +16,57 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_WEYL = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, odd
+_WEYL = 0x9E3779B97F4A7C15  # gamma: 2^64 over the golden ratio, rounded to an odd number
+# the mixing function of SplitMix64: (right shift for the xor, factor) for each round
 _ROUNDS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 _LAST_SHIFT = 31
 
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """An endless row of random 32-bit words, each found by its index.
+    """An endless sequence of random 32-bit words with access by index.
 
-    Args:
-        key: of which the low 64 bits count.
+    Attributes:
+        key: the sequence's key; only its low 64 bits count.
     """
 
     key: int
 
     @classmethod
     def of(cls, seed: int, *names: str) -> Stream:
-        """Return the stream of these names under `seed`; any other names or seed give an independent one."""
-        told = json.dumps([seed, *names]).encode()
-        return cls(int.from_bytes(hashlib.sha256(told).digest()[:8], "little"))
+        """Return the stream of `seed` and `names`. Other names or another seed give an independent stream."""
+        # JSON separates the names unambiguously: ("ab", "c") and ("a", "bc") differ
+        text = json.dumps([seed, *names]).encode()
+        return cls(int.from_bytes(hashlib.sha256(text).digest()[:8], "little"))
 
     def child(self, name: str) -> Stream:
-        """Return the stream of a part, independent of this one and of every other part's."""
+        """Return the stream of a named part, independent of this stream and of other parts' streams."""
         return Stream.of(self.key, name)
 
     def words(self, count: int, device: torch.device | str = "cpu", *, start: int = 0) -> Tensor:
-        """Return the words of the elements `start` to `start + count`, int32 in one dimension; they use all 32 bits."""
+        """Return the words of elements `start` to `start + count`: one-dimensional int32, uniform over 32 bits."""
         first = start // 2
         mixed = torch.arange(first + 1, (start + count + 1) // 2 + 1, dtype=torch.int64, device=device)
-        mixed.mul_(_signed(_WEYL)).add_(_signed(self.key))  # int64 wraps around, as the generator's 64 bits do
+        mixed.mul_(_signed(_WEYL)).add_(_signed(self.key))  # int64 overflow wraps, as the algorithm needs
         for shift, factor in _ROUNDS:
             mixed.bitwise_xor_(_shifted(mixed, shift)).mul_(_signed(factor))
         mixed.bitwise_xor_(_shifted(mixed, _LAST_SHIFT))
-        # every platform that torch has kernels for is little-endian: the low half stands first
+        # all platforms of torch are little-endian, so the view has the low half of each word first
         return mixed.view(torch.int32).narrow(0, start - 2 * first, count)
 
     def uniform(self, shape: Sequence[int], device: torch.device | str = "cpu", *, start: int = 0) -> Tensor:
-        """Return float32 in [0, 1), multiples of 2^-24, of the elements `start` and on, row by row."""
+        """Return float32 in [0, 1), multiples of 2^-24, for the elements from `start` on, row by row."""
         words = self.words(int(torch.Size(shape).numel()), device, start=start)
-        # the arithmetic shift by 8 gives -2^23 to 2^23 - 1: both ends and every step are exact in float32
+        # The arithmetic shift by 8 gives whole numbers from -2^23 to 2^23 - 1, which float32 holds exactly. So nothing
+        # is rounded, and 1.0 never occurs.
         return (words >> 8).to(torch.float32).add_(2.0**23).mul_(2.0**-24).view(*shape)
 
 
 def _shifted(words: Tensor, shift: int) -> Tensor:
-    """Return the logical shift to the right; torch's own keeps the sign."""
+    """Return the logical right shift. torch's shift is arithmetic: it copies the sign bit."""
     return (words >> shift).bitwise_and_((1 << (64 - shift)) - 1)
 
 
 def _signed(bits: int) -> int:
-    """Return the int64 of the same 64 bits."""
+    """Return the int64 with the same 64 bits as an unsigned number."""
     return (bits + 2**63) % 2**64 - 2**63

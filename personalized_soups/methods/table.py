@@ -9,7 +9,9 @@ from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.methods.method import Encoding, Method
 
 _METHODS = "personalized_soups.methods"
+# the result is a pair of factors: it can be written as it is
 _EXACT: tuple[Encoding, ...] = ("stacked", "truncated", "folded")
+# the result has full rank: it has to be truncated or added to the base
 _DENSE: tuple[Encoding, ...] = ("truncated", "folded")
 
 _ROWS = (
@@ -17,6 +19,7 @@ _ROWS = (
         name="linear",
         function=f"{_METHODS}.linear:linear",
         family="linear",
+        # gated: a soup that is linear in the deltas can take other weights in each row of a batch
         encodings=("stacked", "truncated", "folded", "gated"),
         formula="sum w s B A",
         source="arXiv:2212.04089, arXiv:2306.04488",

@@ -97,5 +97,5 @@ def test_no_dense_delta_is_formed() -> None:
 
 
 def test_no_factors_are_refused() -> None:
-    with pytest.raises(ValueError, match="knots of no factors"):
+    with pytest.raises(ValueError, match="no factors for knots"):
         knots([], [], density=0.5, lambda_=1.0)

@@ -132,7 +132,7 @@ def test_the_dtype_is_that_of_the_experts(row: Method) -> None:
 
 
 def test_it_is_refused_to_merge_nothing(row: Method) -> None:
-    with pytest.raises(ValueError, match=r"of no (deltas|factors)"):
+    with pytest.raises(ValueError, match=r"no (deltas|factors)"):
         merged(row, [], [])
     with pytest.raises(ValueError, match=r"zip\(\)|equal|sizes"):
         merged(row, [expert(0)], [1.0, 2.0])

@@ -254,5 +254,5 @@ def test_what_is_not_finite_is_refused(value: float, shape: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("cut", [{}, {"rank": 0}, {"energy": 1.5}, {"rank": 2, "energy": 0.5}])
 def test_a_cut_out_of_bounds_is_refused(cut: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=r"exactly one|must be positive|share in"):
+    with pytest.raises(ValueError, match=r"exactly one|must be positive|above 0 and at most 1"):
         approximate(torch.ones(6, 5), stream=STREAM, **cut)  # type: ignore[arg-type]

@@ -158,7 +158,7 @@ def test_drop_small_at_its_edges() -> None:
     largest = delta.abs().argmax(dim=1, keepdim=True)
     assert (kept.gather(1, largest) != 0).all()
     for density, epsilon in ((0.3, 0.3), (0.3, 0.4), (0.9, 0.2)):
-        with pytest.raises(ValueError, match="leave the range"):
+        with pytest.raises(ValueError, match="must be above 0 and at most 1"):
             drop_small(density, epsilon, Stream(0), rescales=True)
 
 
