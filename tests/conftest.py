@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 from collections.abc import Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,12 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MISSING] = frozenset() if config.getoption("--require-extras") else missing_packages()
+    if find_spec("hypothesis") is not None:
+        from hypothesis import HealthCheck, settings
+
+        # Hypothesis fails a slow example and slow generation: on a busy machine, both happen to sound code.
+        settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+        settings.load_profile("busy")
 
 
 @pytest.hookimpl(wrapper=True)
