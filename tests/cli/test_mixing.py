@@ -111,8 +111,8 @@ def test_a_killed_run_goes_on(world: Path, small_base: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (["--weights", "warm=1"], "one user's and many users' options"),
-        (["--adapter", "x"], "one user's and many users' options"),
+        (["--weights", "warm=1"], "options for one user and for many users are both given"),
+        (["--adapter", "x"], "options for one user and for many users are both given"),
     ],
 )
 def test_options_that_do_not_go_together(run: Run, world: Path, small_base: Path, change: list[str], told: str) -> None:

@@ -136,9 +136,10 @@ def test_sweep(shown: Shown) -> None:
         "low": LONG[0],
         "high": LONG[1],
         "base": 0.5,
+        "num_prompts": 3,
         "verdict": "it rises",
     }
-    sweep._show(results, 3, Path("sweep.png"))
+    sweep._show(results, Path("sweep"))
     shown.check()
 
 

@@ -1,4 +1,4 @@
-"""`psoups doctor`: experts checked against one another and their base before anything is written."""
+"""`psoups doctor`: check experts against each other and against their base before merging them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import resolve_base
+from personalized_soups.cli.options import JsonOption, SameBaseOption, WeightsOption
 from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
@@ -25,21 +26,17 @@ def doctor(
     experts: Annotated[list[Path], typer.Argument(help="Experts, or folders of experts.")],
     *,
     base: Annotated[
-        str | None, typer.Option(help="The base model, to check the experts against it.", show_default=False)
+        str | None, typer.Option(help="Base model to check the experts against.", show_default=False)
     ] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="Profile file whose weights shall be looked at, too.", show_default=False)
+        Path | None, typer.Option(help="Profile file with weights to check as well.", show_default=False)
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Mixing weights in place of a profile: a=0.6,b=0.6.", show_default=False)
-    ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of each module in which signs are counted.", min=1)] = 64,
-    same_base: Annotated[
-        bool, typer.Option("--same-base", help="Take different base names or fingerprints for one base.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    weights: WeightsOption = None,
+    rows: Annotated[int, typer.Option(help="Rows of each module to count opposite signs in.", min=1)] = 64,
+    same_base: SameBaseOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Check experts before they are merged: exit 0 if they can be, 1 if something stops it."""
+    """Check experts before merging them. Exit with 0 if they can be merged, with 1 if not."""
     declared = _profile(profile, weights)
 
     from personalized_soups.adapters.library import ExpertLibrary
@@ -47,7 +44,7 @@ def doctor(
 
     library = ExpertLibrary.open(*experts)
     with render.progress("modules", quiet=as_json) as bar:
-        found = diagnose(
+        diagnosis = diagnose(
             library,
             None if base is None else resolve_base(base),
             profile=declared,
@@ -56,10 +53,10 @@ def doctor(
             progress=lambda done, total: bar.update(done, total=total),
         )
     if as_json:
-        render.show_json(found.as_json())
+        render.show_json(diagnosis.as_json())
     else:
-        _show(found)
-    if found.has_errors:
+        _show(diagnosis)
+    if diagnosis.has_errors:
         raise typer.Exit(1)
 
 
@@ -75,43 +72,44 @@ def _profile(path: Path | None, weights: str | None) -> Profile | None:
     return None if weights is None else Profile.from_option(weights)
 
 
-def _show(found: Diagnosis) -> None:
-    if found.experts:
-        _show_experts(found)
-    if found.pairs:
+def _show(diagnosis: Diagnosis) -> None:
+    if diagnosis.experts:
+        _show_experts(diagnosis)
+    if diagnosis.pairs:
         columns = ["pair", "cosine", "inputs overlap", "outputs overlap", "opposite signs"]
         rows = [
-            [f"{pair.one}, {pair.other}", pair.cosine, pair.inputs, pair.outputs, pair.opposed] for pair in found.pairs
+            [f"{pair.one}, {pair.other}", pair.cosine, pair.inputs, pair.outputs, pair.opposed]
+            for pair in diagnosis.pairs
         ]
-        render.show_table(columns, rows, title=f"Pairs (signs by {found.rows_looked_at})")
+        render.show_table(columns, rows, title=f"Pairs (signs by {diagnosis.rows_looked_at})")
     render.show_table(
         ["", "what", "where", "mend"],
-        [[each.severity, each.what, each.where, each.mend] for each in found.findings],
+        [[finding.severity, finding.what, finding.where, finding.mend] for finding in diagnosis.findings],
     )
 
 
-def _show_experts(found: Diagnosis) -> None:
-    """Print a row for each expert; in what all of them are alike is said once, above."""
+def _show_experts(diagnosis: Diagnosis) -> None:
+    """Print a row for each expert. The title holds the values that all experts share."""
     rows: list[dict[str, render.Cell]] = [
         {
-            "expert": one.name,
-            "dimension": one.dimension,
-            "rank": one.rank,
-            "scaling": one.scaling,
-            "modules": one.num_modules,
-            "dtype": one.dtype,
-            "|dW|": one.norm,
-            "|dW|/|W|": one.relative,
-            "weight": one.weight,
+            "expert": expert.name,
+            "dimension": expert.dimension,
+            "rank": expert.rank,
+            "scaling": expert.scaling,
+            "modules": expert.num_modules,
+            "dtype": expert.dtype,
+            "|dW|": expert.norm,
+            "|dW|/|W|": expert.relative,
+            "weight": expert.weight,
         }
-        for one in found.experts
+        for expert in diagnosis.experts
     ]
     empty = {name for name in ("|dW|/|W|", "weight") if all(row[name] is None for row in rows)}
     shared = [name for name in ("rank", "scaling", "modules", "dtype") if len({row[name] for row in rows}) == 1]
-    alike = shared if len(rows) > 1 else []
-    columns = [name for name in rows[0] if name not in empty and name not in alike]
+    shared = shared if len(rows) > 1 else []
+    columns = [name for name in rows[0] if name not in empty and name not in shared]
     render.show_table(
         columns,
         [[row[name] for name in columns] for row in rows],
-        title=f"All experts: {', '.join(f'{name} {rows[0][name]}' for name in alike)}" if alike else None,
+        title=f"All experts: {', '.join(f'{name} {rows[0][name]}' for name in shared)}" if shared else None,
     )

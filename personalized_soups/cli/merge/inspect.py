@@ -1,4 +1,4 @@
-"""`psoups inspect`: what a folder is."""
+"""`psoups inspect`: describe a folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.options import JsonOption
 from personalized_soups.errors import UsageError
 
 
@@ -21,9 +22,9 @@ def inspect(
         Path | None, typer.Argument(help="An expert, a soup, a base model, or a folder of experts.")
     ] = None,
     methods: Annotated[bool, typer.Option("--methods", help="Print the table of merge methods.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say what a folder is: its base, rank, modules, size, weights and provenance."""
+    """Describe a folder: its kind, base, rank, modules, size, weights and provenance."""
     if methods == (folder is not None):
         raise UsageError(
             "give a folder or --methods, exactly one", where="DIR, --methods", mend="write psoups inspect DIR"
@@ -56,5 +57,5 @@ def _show_methods(*, as_json: bool) -> None:
         render.show_table(columns, rows, as_json=True)
         return
     render.show_table(["method", "dW", "options", "held", "about"], [[*row[:4], row[5]] for row in rows])
-    told = [[f"--{each.name}", f"{each.default:g}", each.bounds, each.about] for each in OPTIONS.values()]
-    render.show_table(["option", "default", "values", "about"], told)
+    options = [[f"--{option.name}", f"{option.default:g}", option.bounds, option.about] for option in OPTIONS.values()]
+    render.show_table(["option", "default", "values", "about"], options)

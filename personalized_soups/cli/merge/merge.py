@@ -1,4 +1,4 @@
-"""`psoups merge`: the experts of a library, merged for one user."""
+"""`psoups merge`: merge the experts of a library for one user."""
 
 from __future__ import annotations
 
@@ -8,34 +8,41 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import resolve_base
-from personalized_soups.cli.merge.options import (
-    AsJson,
-    Base,
-    Density,
-    Device,
-    Dtype,
-    Energy,
-    Epsilon,
-    Experts,
-    Lambda,
-    MethodName,
-    Rank,
-    SameBase,
-    Seed,
-    Target,
+from personalized_soups.cli.merge.request import (
     check_one_base,
     checked_copy_mode,
     checked_experts,
     given_options,
+    resolved,
+)
+from personalized_soups.cli.options import (
+    AllowOpposedOption,
+    DensityOption,
+    EnergyOption,
+    EpsilonOption,
+    JsonOption,
+    LambdaOption,
+    MergeBaseOption,
+    MergeDeviceOption,
+    MergeDtypeOption,
+    MergeExpertsOption,
+    MethodOption,
+    MethodSeedOption,
+    OverwriteOption,
+    RankOption,
+    SameBaseOption,
+    TargetOption,
+    WeightsOption,
 )
 from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
-    from personalized_soups.adapters.library import ExpertLibrary
-    from personalized_soups.adapters.provenance import SoupRecord
     from personalized_soups.declare.profile import Profile
+    from personalized_soups.files.copies import CopyMode
+    from personalized_soups.merging.planning.options import MergeOptions
     from personalized_soups.merging.planning.plan import MergePlan
+    from personalized_soups.merging.writing.adapter import MergedAdapter
+    from personalized_soups.merging.writing.into_base import MergedModel
 
 
 def register(app: typer.Typer) -> None:
@@ -44,40 +51,36 @@ def register(app: typer.Typer) -> None:
 
 
 def merge(
-    profile: Annotated[Path | None, typer.Argument(help="Profile file, YAML or JSON.")] = None,
+    profile: Annotated[Path | None, typer.Argument(help="Profile file (YAML or JSON).")] = None,
     *,
-    experts: Experts = None,
+    experts: MergeExpertsOption = None,
     out: Annotated[Path | None, typer.Option(help="New folder to write.", show_default=False)] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="Mixing weights in place of a profile: a=0.6,b=0.6.", show_default=False)
-    ] = None,
-    method: MethodName = None,
-    density: Density = None,
-    epsilon: Epsilon = None,
-    lambda_: Lambda = None,
-    seed: Seed = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    target: Target = "peft",
-    device: Device = "auto",
-    dtype: Dtype = None,
-    base: Base = None,
+    weights: WeightsOption = None,
+    method: MethodOption = None,
+    density: DensityOption = None,
+    epsilon: EpsilonOption = None,
+    lambda_: LambdaOption = None,
+    seed: MethodSeedOption = None,
+    rank: RankOption = None,
+    energy: EnergyOption = None,
+    target: TargetOption = "peft",
+    device: MergeDeviceOption = "auto",
+    dtype: MergeDtypeOption = None,
+    base: MergeBaseOption = None,
     into_base: Annotated[
         str | None, typer.Option(help="Fold the soup into this base model and write a full model.")
     ] = None,
     untouched: Annotated[
-        str, typer.Option(help="Weight files that the soup leaves as they are: copy, reflink or link (hard link).")
+        str, typer.Option(help="How to copy weight files that the soup does not change: copy, reflink or (hard) link.")
     ] = "copy",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that psoups wrote.")] = False,
+    overwrite: OverwriteOption = False,
     durable: Annotated[
-        bool, typer.Option("--durable", help="Have all bytes on the disk before the output appears.")
+        bool, typer.Option("--durable", help="Write all bytes to the disk before the output appears.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
-    same_base: SameBase = False,
-    allow_opposed: Annotated[
-        bool, typer.Option("--allow-opposed", help="Take weights on two sides of one dimension.")
-    ] = False,
-    as_json: AsJson = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    same_base: SameBaseOption = False,
+    allow_opposed: AllowOpposedOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Merge experts for one user into a LoRA adapter, or into a full model with --into-base."""
     folders = checked_experts(experts)
@@ -86,62 +89,33 @@ def merge(
     check_one_base(base, into_base)
     copy_mode = checked_copy_mode(untouched)
     declared = _profile(profile, weights, allow_opposed=allow_opposed)
+    from personalized_soups.merging.planning.options import MergeOptions
 
-    from personalized_soups.adapters.library import ExpertLibrary
-    from personalized_soups.merging.planning.plan import plan_merge
-
-    library = ExpertLibrary.open(*folders)
-    # planned here even where a merge plans again: what is out of place is told before anything heavy is imported
-    plan = plan_merge(
-        library,
-        declared,
+    options = MergeOptions(
         method=method,
-        options=given_options(density=density, epsilon=epsilon, lambda_=lambda_, seed=seed),
+        method_options=given_options(density=density, epsilon=epsilon, lambda_=lambda_, seed=seed),
         rank=rank,
         energy=energy,
         dtype=dtype,
         target=target,
+        device=device,
         same_base=same_base,
-        into_base=into_base is not None,
-        base=None if base is None else resolve_base(base),
+        base=resolved(base),
     )
+    merged = _planned(folders, declared, options, resolved(into_base))
     if dry_run or out is None:
-        _check_rest(library, plan, out, device, into_base, overwrite=overwrite)
-        _show_plan(plan, as_json=as_json)
-        return
-    if into_base is None:
-        from personalized_soups.merging.planning.plan import arithmetic_device
-        from personalized_soups.merging.writing.adapter import MergedAdapter
-
-        MergedAdapter(plan, library, arithmetic_device(plan, device)).write(out, overwrite, durable)
+        merged.check(out, overwrite)
+        _show_plan(merged.plan, as_json=as_json)
     else:
-        from personalized_soups.merging.writing.into_base import fold_plans
-
-        with render.progress("folding", quiet=as_json) as bar:
-            fold_plans(
-                library,
-                [plan],
-                [out],
-                resolve_base(into_base),
-                device=device,
-                same_base=same_base,
-                overwrite=overwrite,
-                durable=durable,
-                untouched=copy_mode,
-                progress=lambda done, total: bar.update(done >> 20, total=max(total >> 20, 1)),
-            )
-    from personalized_soups.adapters.provenance import read_soup_record
-
-    record = read_soup_record(out)
-    assert record is not None
-    _show_soup(out, record, as_json=as_json)
+        _write(merged, out, overwrite, durable, copy_mode, quiet=as_json)
+        _show_soup(out, as_json=as_json)
 
 
 def _profile(path: Path | None, weights: str | None, *, allow_opposed: bool) -> Profile:
     if (path is None) == (weights is None):
-        found = "neither is given" if path is None else "both are given"
+        number = "neither is given" if path is None else "both are given"
         raise UsageError(
-            f"give a profile file or --weights, exactly one: {found}",
+            f"give a profile file or --weights, exactly one: {number}",
             where="PROFILE, --weights",
             mend="write psoups merge me.yaml ..., or psoups merge --weights elementary=0.6,concise=0.6 ...",
         )
@@ -154,27 +128,36 @@ def _profile(path: Path | None, weights: str | None, *, allow_opposed: bool) -> 
     return Profile.from_option(weights, allow_opposed=allow_opposed)
 
 
-def _check_rest(
-    library: ExpertLibrary, plan: MergePlan, out: Path | None, device: str, into_base: str | None, *, overwrite: bool
+def _planned(
+    folders: list[Path], profile: Profile, options: MergeOptions, into_base: str | None
+) -> MergedAdapter | MergedModel:
+    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.merging.writing.adapter import merge as merge_adapter
+    from personalized_soups.merging.writing.into_base import MergedModel
+
+    library = ExpertLibrary.open(*folders)
+    if into_base is None:
+        return merge_adapter(library, profile, options)
+    return MergedModel.of(library, profile, into_base, options)
+
+
+def _write(
+    merged: MergedAdapter | MergedModel, out: Path, overwrite: bool, durable: bool, untouched: CopyMode, *, quiet: bool
 ) -> None:
-    """Raise what a run would, where headers tell it: a dry run that passes would be worth little else."""
-    from personalized_soups.bank.expert_bank import ExpertBank
-    from personalized_soups.files.atomic import check_replaceable
-    from personalized_soups.merging.planning.plan import resolve_device
-    from personalized_soups.merging.writing.adapter import check_output_apart
+    from personalized_soups.merging.writing.adapter import MergedAdapter
 
-    resolve_device(device)
-    if out is not None:
-        check_replaceable(out.absolute(), overwrite=overwrite)
-        check_output_apart(out, [expert.folder for expert in plan.experts])
-    if plan.base_folder is not None:
-        from personalized_soups.merging.computing.whole_tensors import on_base
-
-        on_base([plan], ExpertBank([library[expert.name] for expert in plan.experts]))
-    if into_base is not None:
-        from personalized_soups.merging.writing.into_base import check_fits
-
-        check_fits(library, plan, resolve_base(into_base))
+    if isinstance(merged, MergedAdapter):
+        merged.write(out, overwrite, durable)
+        return
+    with render.progress("folding", quiet=quiet) as bar:
+        merged.write(
+            out,
+            overwrite,
+            durable,
+            untouched=untouched,
+            # the bar counts MiB
+            progress=lambda done, total: bar.update(done >> 20, total=max(total >> 20, 1)),
+        )
 
 
 def _show_plan(plan: MergePlan, *, as_json: bool) -> None:
@@ -198,7 +181,11 @@ def _show_plan(plan: MergePlan, *, as_json: bool) -> None:
     )
 
 
-def _show_soup(out: Path, record: SoupRecord, *, as_json: bool) -> None:
+def _show_soup(out: Path, *, as_json: bool) -> None:
+    from personalized_soups.adapters.provenance import read_soup_record
+
+    record = read_soup_record(out)
+    assert record is not None
     if as_json:
         render.show_json({"folder": str(out), **record.model_dump(mode="json")})
         return
@@ -212,7 +199,7 @@ def _show_soup(out: Path, record: SoupRecord, *, as_json: bool) -> None:
     if record.kind == "adapter":
         shown["rank"] = record.rank
         most = record.vllm_max_lora_rank
-        shown["vLLM"] = "it does not load this" if most is None else f"--max-lora-rank {most}"
+        shown["vLLM"] = "cannot load this" if most is None else f"--max-lora-rank {most}"
     if record.truncation is not None:
         shown["truncation error"] = f"{record.truncation.total:.3g} of the delta's norm"
         worst = max(record.truncation.modules.items(), key=lambda item: item[1])

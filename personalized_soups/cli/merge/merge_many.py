@@ -1,34 +1,37 @@
-"""`psoups merge-many`: the experts of a library, merged for every user of a file."""
+"""`psoups merge-many`: merge the experts of a library for every user of a file."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import resolve_base
-from personalized_soups.cli.merge.options import (
-    AsJson,
-    Base,
-    Density,
-    Device,
-    Dtype,
-    Energy,
-    Epsilon,
-    Experts,
-    Lambda,
-    MethodName,
-    Rank,
-    SameBase,
-    Seed,
-    Target,
-    check_one_base,
-    checked_experts,
-    given_options,
+from personalized_soups.cli.merge.request import check_one_base, checked_experts, given_options, resolved
+from personalized_soups.cli.options import (
+    DensityOption,
+    EnergyOption,
+    EpsilonOption,
+    JsonOption,
+    LambdaOption,
+    MergeBaseOption,
+    MergeDeviceOption,
+    MergeDtypeOption,
+    MergeExpertsOption,
+    MethodOption,
+    MethodSeedOption,
+    RankOption,
+    SameBaseOption,
+    TargetOption,
 )
 from personalized_soups.errors import UsageError
+
+if TYPE_CHECKING:
+    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.merging.planning.options import MergeOptions
+    from personalized_soups.merging.writing.many import Merged
 
 
 def register(app: typer.Typer) -> None:
@@ -37,83 +40,122 @@ def register(app: typer.Typer) -> None:
 
 
 def merge_many(
-    profiles: Annotated[Path, typer.Argument(help="JSON Lines file: one profile a line, each with its user.")],
+    profiles: Annotated[Path, typer.Argument(help="JSON Lines file of profiles. Each line names its user.")],
     *,
-    experts: Experts = None,
+    experts: MergeExpertsOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder in which every user gets a folder.", show_default=False)
+        Path | None, typer.Option(help="Folder for the users' folders: OUT/USER.", show_default=False)
     ] = None,
-    method: MethodName = None,
-    density: Density = None,
-    epsilon: Epsilon = None,
-    lambda_: Lambda = None,
-    seed: Seed = None,
-    rank: Rank = None,
-    energy: Energy = None,
-    target: Target = "peft",
-    device: Device = "auto",
-    dtype: Dtype = None,
-    base: Base = None,
+    method: MethodOption = None,
+    density: DensityOption = None,
+    epsilon: EpsilonOption = None,
+    lambda_: LambdaOption = None,
+    seed: MethodSeedOption = None,
+    rank: RankOption = None,
+    energy: EnergyOption = None,
+    target: TargetOption = "peft",
+    device: MergeDeviceOption = "auto",
+    dtype: MergeDtypeOption = None,
+    base: MergeBaseOption = None,
     into_base: Annotated[
         str | None, typer.Option(help="Fold each soup into this base model and write full models.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace users' folders that hold another soup.")
+        bool, typer.Option("--overwrite", help="Replace users' folders that hold a different soup.")
     ] = False,
-    same_base: SameBase = False,
-    as_json: AsJson = False,
+    same_base: SameBaseOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Merge experts for every user of a file, in one pass over the experts; run it again to go on."""
+    """Merge experts for every user of a file, in one pass over the experts.
+
+    Run the command again to resume an interrupted run.
+    """
     folders = checked_experts(experts)
     check_one_base(base, into_base)
-    if not profiles.is_file():
-        raise UsageError(
-            "the profiles are read twice, first to check them all: this is no file that can be",
-            where=str(profiles),
-            mend="write them to a file" if profiles.exists() else "check the path",
-        )
+    _check_readable_twice(profiles)
     if out is None:
         raise UsageError("no output is given", where="--out", mend="give --out FOLDER")
     from personalized_soups.adapters.library import ExpertLibrary
-    from personalized_soups.declare.profiles import each_once, read_profiles
-    from personalized_soups.merging.writing.many import ManyPlans
-    from personalized_soups.merging.writing.many import merge_many as merge_all
+    from personalized_soups.merging.planning.options import MergeOptions
 
-    keywords: dict[str, Any] = {
-        "method": method,
-        "options": given_options(density=density, epsilon=epsilon, lambda_=lambda_, seed=seed),
-        "rank": rank,
-        "energy": energy,
-        "dtype": dtype,
-        "target": target,
-        "same_base": same_base,
-        "base": None if base is None else resolve_base(base),
-    }
-    library = ExpertLibrary.open(*folders)
-    plans = ManyPlans(library, into_base=into_base is not None, **keywords)
-    # every line is checked before the first user is merged: a slip in the last one would cost the whole night
-    total = 0
-    for profile in each_once(read_profiles(profiles)):
-        plans.plan(profile)
-        total += 1
-    if not total:
+    options = MergeOptions(
+        method=method,
+        method_options=given_options(density=density, epsilon=epsilon, lambda_=lambda_, seed=seed),
+        rank=rank,
+        energy=energy,
+        dtype=dtype,
+        target=target,
+        device=device,
+        same_base=same_base,
+        base=resolved(base),
+    )
+    users = _Users(ExpertLibrary.open(*folders), profiles, options, resolved(into_base))
+    _show(users.merge(out, overwrite=overwrite, quiet=as_json), out, as_json=as_json)
+
+
+def _check_readable_twice(profiles: Path) -> None:
+    if not profiles.is_file():
         raise UsageError(
-            "the file holds no profile",
+            "the profiles are read twice, first to check all of them; this path is no regular file",
             where=str(profiles),
-            mend='write one profile a line: {"user": "u1042", "weights": {"expert": 0.6}}',
+            mend="write them to a file" if profiles.exists() else "check the path",
         )
-    with render.progress("merging", quiet=as_json) as bar:
-        merged = merge_all(
-            library,
-            read_profiles(profiles),
-            out,
-            into_base=None if into_base is None else resolve_base(into_base),
-            device=device,
-            overwrite=overwrite,
-            progress=lambda done: bar.update(done, total=total),
-            **keywords,
-        )
-    if as_json:
-        render.show_json({"folder": str(out), "users": total, "written": merged.written, "kept": merged.kept})
-        return
-    render.show_record({"folder": str(out), "users": total, "written": merged.written, "there already": merged.kept})
+
+
+@dataclass(frozen=True, slots=True)
+class _Users:
+    """All users of a file, and how their soups are merged."""
+
+    library: ExpertLibrary
+    profiles: Path
+    options: MergeOptions
+    into_base: str | None
+
+    def merge(self, out: Path, *, overwrite: bool, quiet: bool) -> Merged:
+        """Check every profile, then merge and write all soups.
+
+        Raises:
+            SoupError: if a profile cannot be merged, or a user's folder holds another soup.
+        """
+        from personalized_soups.declare.profiles import read_profiles
+        from personalized_soups.merging.writing.many import merge_many as merge_all
+
+        total = self._check()
+        with render.progress("merging", total, quiet=quiet) as bar:
+            return merge_all(
+                self.library,
+                read_profiles(self.profiles),
+                out,
+                self.options,
+                into_base=self.into_base,
+                overwrite=overwrite,
+                progress=bar.update,
+            )
+
+    def _check(self) -> int:
+        """Plan the merge of every profile and return their number.
+
+        Every line is checked before the first user is merged: otherwise a mistake in the last line would stop a run
+        of hours at its end.
+        """
+        from personalized_soups.declare.profiles import each_once, read_profiles
+        from personalized_soups.merging.writing.many import ManyPlans
+
+        plans = ManyPlans(self.library, self.options, into_base=self.into_base is not None)
+        total = 0
+        for profile in each_once(read_profiles(self.profiles)):
+            plans.plan(profile)
+            total += 1
+        if not total:
+            raise UsageError(
+                "the file holds no profile",
+                where=str(self.profiles),
+                mend='write one profile per line: {"user": "u1042", "weights": {"expert": 0.6}}',
+            )
+        return total
+
+
+def _show(merged: Merged, out: Path, *, as_json: bool) -> None:
+    kept = "kept" if as_json else "there already"
+    counts = {"users": merged.written + merged.kept, "written": merged.written, kept: merged.kept}
+    render.show_record({"folder": str(out), **counts}, as_json=as_json)

@@ -1,4 +1,4 @@
-"""`psoups verify`: whether a merged folder is what its soup.json says."""
+"""`psoups verify`: check that a merged folder is what its soup.json says."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import resolve_base
+from personalized_soups.cli.options import JsonOption, MergeDeviceOption
 
 if TYPE_CHECKING:
     from personalized_soups.merging.verify.verification import Verification
 
+# The progress bar counts KiB: a shift of 10 bits.
 _KIB = 10
 
 
@@ -26,19 +28,19 @@ def verify(
     *,
     experts: Annotated[
         list[Path] | None,
-        typer.Option(help="Where the experts are now, if they have moved; may be repeated.", show_default=False),
+        typer.Option(help="New folder of the experts, if they were moved. May be repeated.", show_default=False),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Where the base model is now, if it has moved.", show_default=False)
+        str | None, typer.Option(help="New folder of the base model, if it was moved.", show_default=False)
     ] = None,
-    device: Annotated[str, typer.Option(help="auto (the CPU), cpu or cuda.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    device: MergeDeviceOption = "auto",
+    as_json: JsonOption = False,
 ) -> None:
-    """Merge again from soup.json and compare: exit 0 if the folder is what it claims to be, 1 if not."""
+    """Merge again from soup.json and compare. Exit with 0 if the folder holds the same tensors, with 1 if not."""
     from personalized_soups.merging.verify.folder import verify as verified
 
     with render.progress("verifying KiB", quiet=as_json) as bar:
-        found = verified(
+        verification = verified(
             folder,
             base=None if base is None else resolve_base(base),
             experts=experts,
@@ -46,27 +48,29 @@ def verify(
             progress=lambda done, total: bar.update(done >> _KIB, total=max(total >> _KIB, 1)),
         )
     if as_json:
-        render.show_json(found.as_json())
+        render.show_json(verification.as_json())
     else:
-        _show(found)
-    if not found.is_sound:
+        _show(verification)
+    if not verification.is_sound:
         raise typer.Exit(1)
 
 
-def _show(found: Verification) -> None:
+def _show(verification: Verification) -> None:
     shown: dict[str, Any] = {
-        "folder": found.folder,
-        "kind": f"merged {found.kind}",
-        "sound": found.is_sound,
-        "tensors": f"{found.num_tensors}, {found.verdict}",
+        "folder": verification.folder,
+        "kind": f"merged {verification.kind}",
+        "sound": verification.is_sound,
+        "tensors": f"{verification.num_tensors}, {verification.verdict}",
     }
-    if found.num_rounded or found.num_different:
-        shown["not identical"] = f"{found.num_rounded} by rounding alone, {found.num_different} different"
+    if verification.num_rounded or verification.num_different:
+        shown["not identical"] = f"{verification.num_rounded} by rounding alone, {verification.num_different} different"
     render.show_record(shown)
-    if found.differences:
+    if verification.differences:
         columns = ["tensor", "largest difference", "relative (Frobenius)", "rounding alone"]
-        rows = [[each.name, each.largest, each.relative, each.is_rounding] for each in found.differences]
+        rows = [
+            [tensor.name, tensor.largest, tensor.relative, tensor.is_rounding] for tensor in verification.differences
+        ]
         render.show_table(columns, rows)
-    if found.faults:
-        rows = [[each.subject, each.where, each.what] for each in found.faults]
+    if verification.faults:
+        rows = [[fault.subject, fault.where, fault.what] for fault in verification.faults]
         render.show_table(["fault", "where", "what"], rows)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import catalogue_of, resolve_base
-from personalized_soups.cli.generate.generate import check_dtype
+from personalized_soups.cli.bases import catalogue_of, checked_dtype, resolve_base
 from personalized_soups.errors import UsageError, check_extra
 
 if TYPE_CHECKING:
@@ -168,7 +167,7 @@ def serve_asked(asked: ServeOptions) -> None:
         SoupError: if something that is asked for is not there, or can't be.
     """
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
-    held = check_dtype(asked.dtype)
+    held = checked_dtype(asked.dtype)
     for origin in asked.cors_origin:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
             raise UsageError(f"{origin!r} is no origin", where="--cors-origin", mend="write https://app.example.com")

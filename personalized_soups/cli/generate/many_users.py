@@ -1,0 +1,141 @@
+"""`psoups generate --profiles`: answer the prompts of many users in mixed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from personalized_soups.cli import render
+from personalized_soups.cli.generate.outputs import check_no_input, reporting_kept_answers
+from personalized_soups.errors import UsageError
+
+if TYPE_CHECKING:
+    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.cli.bases import LoadOptions
+    from personalized_soups.cli.sampling import SamplingOptions
+    from personalized_soups.declare.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class ManyUsersRequest:
+    """The prompts of many users, each answered with the user's own soup.
+
+    Attributes:
+        experts: folders of the experts.
+        profiles: JSON Lines file of profiles.
+        prompts: file of prompts. A line may name the user who asks; every user asks the others.
+        out: JSON Lines file for the answers; None prints them.
+        overwrite: start `out` again if it exists.
+    """
+
+    experts: Sequence[Path]
+    profiles: Path
+    prompts: Path
+    out: Path | None
+    overwrite: bool
+
+
+def checked_many_users(
+    experts: Sequence[Path] | None, profiles: Path | None, prompts: Path | None, out: Path | None, *, overwrite: bool
+) -> ManyUsersRequest:
+    """Return the request of these options.
+
+    Raises:
+        UsageError: naming the options that are missing.
+    """
+    if profiles is None or prompts is None or not experts:
+        values = {"--profiles FILE": profiles, "--prompts FILE": prompts, "--experts FOLDER": experts}
+        missing = [option for option, value in values.items() if not value]
+        raise UsageError(
+            "answering many users needs profiles, prompts and experts",
+            where=", ".join(option.split()[0] for option in missing),
+            mend=f"add {' '.join(missing)}",
+        )
+    return ManyUsersRequest(experts, profiles, prompts, out, overwrite)
+
+
+def answer_many_users(request: ManyUsersRequest, loading: LoadOptions, sampling: SamplingOptions) -> None:
+    """Write each answer as a JSON line to the file or to standard output. Answers already in the file are skipped.
+
+    Raises:
+        SoupError: if a file cannot be read, a profile does not fit the experts, or the output holds another run.
+    """
+    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.files.lines import growing_lines
+    from personalized_soups.generation.prompts import read_asked_prompts
+    from personalized_soups.mixing.many_users import Requests, answer_many
+    from personalized_soups.mixing.model import SoupModel
+
+    check_no_input(request.out, [request.profiles, request.prompts])
+    library = ExpertLibrary.open(*request.experts)
+    profiles = _profiles(request.profiles, library)
+    prompts = read_asked_prompts(request.prompts)
+    requests = Requests(prompts, profiles)
+    with ExitStack() as stack:
+        lines = None
+        if request.out is not None:
+            settings = _settings(request, library, loading, sampling)
+            lines = stack.enter_context(growing_lines(request.out, settings, overwrite=request.overwrite))
+        first = 0 if lines is None else lines.num_done
+        model = SoupModel.from_pretrained(
+            loading.path, library, device=loading.device, dtype=loading.dtype, same_base=loading.same_base
+        )
+        model.generator.check(prompts)
+        if first:
+            render.say(f"resuming: {first} of {len(requests)} answers are written already")
+        bar = stack.enter_context(render.progress("answering", len(requests), done=first))
+        stack.enter_context(reporting_kept_answers(request.out))
+        batches = answer_many(
+            model,
+            requests,
+            first=first,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            batch_size=sampling.batch_size,
+        )
+        num_done = first
+        for batch in batches:
+            rows = [{"user": asked.profile.user, "prompt": asked.prompt, "answer": answer} for asked, answer in batch]
+            if lines is None:
+                for row in rows:
+                    render.show_line(row)
+            else:
+                lines.add(rows)
+            num_done += len(rows)
+            bar.update(num_done)
+
+
+def _profiles(path: Path, library: ExpertLibrary) -> list[Profile]:
+    from personalized_soups.declare.profiles import read_profiles
+
+    profiles = list(read_profiles(path))
+    if not profiles:
+        raise UsageError(
+            "the file holds no profile", where=str(path), mend='write {"user": "u1", "weights": {...}} lines'
+        )
+    for profile in profiles:
+        library.check(profile)
+    return profiles
+
+
+def _settings(
+    request: ManyUsersRequest, library: ExpertLibrary, loading: LoadOptions, sampling: SamplingOptions
+) -> Mapping[str, Any]:
+    """Return all inputs that change the answers. A run resumes only with the same inputs."""
+    from personalized_soups.adapters.fingerprint import base_fingerprint
+    from personalized_soups.files.digest import digest_file
+
+    return {
+        "base": base_fingerprint(loading.path),
+        "experts": {name: [digest_file(path) for path in expert.adapter.files] for name, expert in library.items()},
+        "profiles": digest_file(request.profiles),
+        "prompts": digest_file(request.prompts),
+        "max_new_tokens": sampling.max_new_tokens,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+        "dtype": loading.dtype,
+    }

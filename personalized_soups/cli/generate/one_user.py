@@ -1,0 +1,141 @@
+"""`psoups generate PROMPT`: answer one prompt with a base, an adapter, or a soup merged for this answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from personalized_soups.cli import render
+from personalized_soups.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from personalized_soups.cli.bases import LoadOptions
+    from personalized_soups.cli.sampling import SamplingOptions
+
+
+@dataclass(frozen=True, slots=True)
+class OneUserRequest:
+    """One prompt, and what answers it.
+
+    Attributes:
+        prompt: the prompt; None or `-` reads standard input.
+        adapter: folder of the adapter that answers.
+        experts: folders of the experts that are merged for this answer, in place of an adapter.
+        profile: profile file that weighs the experts.
+        weights: weights of the experts as text, in place of a profile.
+        allow_opposed: allow `weights` on two sides of one dimension.
+    """
+
+    prompt: str | None
+    adapter: Path | None
+    experts: Sequence[Path] | None
+    profile: Path | None
+    weights: str | None
+    allow_opposed: bool
+
+    @property
+    def given(self) -> list[str]:
+        """The options and arguments given for one user only."""
+        values = {
+            "PROMPT": self.prompt,
+            "--adapter": self.adapter,
+            "--profile": self.profile,
+            "--weights": self.weights,
+        }
+        return [name for name, value in values.items() if value is not None]
+
+
+def answer_one_user(
+    request: OneUserRequest, loading: LoadOptions, sampling: SamplingOptions, *, greedy: bool, as_json: bool
+) -> None:
+    """Print the answer, piece by piece or as one JSON object.
+
+    Raises:
+        SoupError: if options contradict each other, or the prompt, the base or the experts cannot be read.
+    """
+    _check_sources(request)
+    prompt = _prompt(request.prompt)
+    with _adapter_of(request, same_base=loading.same_base) as folder:
+        from personalized_soups.generation.generator import Generator
+
+        generator = Generator.open(
+            loading.path, folder, device=loading.device, dtype=loading.dtype, same_base=loading.same_base
+        )
+    pieces = generator.stream(
+        prompt,
+        temperature=sampling.temperature,
+        max_new_tokens=sampling.max_new_tokens,
+        seed=sampling.seed,
+        greedy=greedy,
+    )
+    if as_json:
+        render.show_json({"prompt": prompt, "answer": "".join(pieces), "seed": sampling.seed})
+        return
+    for piece in pieces:
+        render.show_text(piece, end="")
+    render.show_text("")
+
+
+def _check_sources(request: OneUserRequest) -> None:
+    has_profile, has_weights = request.profile is not None, request.weights is not None
+    if request.adapter is not None and (request.experts or has_profile or has_weights):
+        raise UsageError("an adapter and experts are given", where="--adapter, --experts", mend="give one of the two")
+    if request.experts and has_profile == has_weights:
+        number = "both are given" if has_profile else "neither is given"
+        raise UsageError(
+            f"experts are merged for a profile or for --weights, exactly one: {number}",
+            where="--profile, --weights",
+            mend="add --profile FILE or --weights elementary=0.6,concise=0.6",
+        )
+    if not request.experts and (has_profile or has_weights):
+        raise UsageError("no experts are given", where="--experts", mend="add --experts FOLDER")
+
+
+def _prompt(prompt: str | None) -> str:
+    from personalized_soups.generation.prompts import check_text
+
+    where = "PROMPT"
+    if prompt is None or prompt == "-":
+        if prompt is None and sys.stdin.isatty():
+            raise UsageError(
+                "no prompt is given", where="PROMPT", mend='write it in quotes: psoups generate ... "How?"'
+            )
+        where = "standard input"
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"the prompt is not UTF-8: byte {error.object[error.start]:#04x}",
+                where=where,
+                mend="send UTF-8 text, e.g. through: iconv -f latin1 -t utf-8",
+            ) from error
+    check_text(prompt, where=where)
+    return prompt.strip()
+
+
+@contextmanager
+def _adapter_of(request: OneUserRequest, *, same_base: bool) -> Iterator[Path | None]:
+    """Yield the adapter's folder: the given adapter, a soup in a temporary folder, or None for the base alone."""
+    if not request.experts:
+        yield request.adapter
+        return
+    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.declare.profile import Profile, load_profile
+    from personalized_soups.merging.planning.options import MergeOptions
+    from personalized_soups.merging.writing.adapter import merge
+
+    if request.profile is not None:
+        profile = load_profile(request.profile)
+    else:
+        fields = {"allow_opposed": True} if request.allow_opposed else {}
+        profile = Profile.from_option(request.weights or "", **fields)
+    merged = merge(ExpertLibrary.open(*request.experts), profile, MergeOptions(same_base=same_base))
+    with TemporaryDirectory(prefix="psoups-") as scratch:
+        yield merged.write(Path(scratch) / "soup")

@@ -1,0 +1,101 @@
+"""The answers that `psoups pairs` labels: read from a pool file, or sampled from the base."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from personalized_soups.cli import render
+from personalized_soups.errors import UsageError
+
+if TYPE_CHECKING:
+    from personalized_soups.cli.bases import LoadOptions
+    from personalized_soups.cli.sampling import SamplingOptions
+    from personalized_soups.training.pairs import Sampled
+
+
+@dataclass(frozen=True, slots=True)
+class PoolRequest:
+    """Where sampled answers come from.
+
+    Attributes:
+        prompts: file of prompts; None only if the pool exists.
+        pool: file of sampled answers, which is read if it exists and written if not; None writes no pool.
+        journal: file for answers while they are sampled, so that an interrupted sampling can be resumed.
+        num_samples: number of answers to each prompt.
+        loading: how the base is loaded.
+        sampling: how answers are sampled.
+    """
+
+    prompts: Path | None
+    pool: Path | None
+    journal: Path
+    num_samples: int
+    loading: LoadOptions
+    sampling: SamplingOptions
+
+    def answers(self, *, quiet: bool) -> list[Sampled]:
+        """Return the pool's answers, or sample answers and write the pool.
+
+        Raises:
+            SoupError: if a file or the base cannot be read, or the pool holds answers to other prompts.
+        """
+        from personalized_soups.training.pairs import read_pool, write_pool
+
+        if self.pool is not None and self.pool.exists():
+            answers = read_pool(self.pool)
+            self._check_prompts(answers)
+            return answers
+        answers = self._sample(quiet=quiet)
+        if self.pool is not None:
+            write_pool(self.pool, answers)
+            self.journal.unlink()
+        return answers
+
+    def _check_prompts(self, answers: list[Sampled]) -> None:
+        from personalized_soups.generation.prompts import read_prompts
+
+        if self.prompts is not None and read_prompts(self.prompts) != [sampled.prompt for sampled in answers]:
+            raise UsageError(
+                f"the pool holds answers to other prompts than {self.prompts}",
+                where=str(self.pool),
+                mend="leave --prompts out to use the pool as it is, or name a new pool",
+            )
+
+    def _sample(self, *, quiet: bool) -> list[Sampled]:
+        from personalized_soups.adapters.fingerprint import base_fingerprint
+        from personalized_soups.generation.generator import Generator
+        from personalized_soups.generation.prompts import read_asked_prompts
+        from personalized_soups.training.resumable_sampling import sample_kept
+
+        assert self.prompts is not None
+        prompts = read_asked_prompts(self.prompts)
+        generator = Generator.open(self.loading.path, device=self.loading.device, dtype=self.loading.dtype)
+        generator.check(prompts)
+        total = len(prompts) * self.num_samples
+        with ExitStack() as stack:
+            bar: render.Bar | None = None
+
+            def begin(done: int) -> None:
+                nonlocal bar
+                bar = stack.enter_context(render.progress("sampling answers", total, done=done, quiet=quiet))
+
+            def advance(done: int) -> None:
+                assert bar is not None
+                bar.update(done)
+
+            return sample_kept(
+                generator,
+                [asked.prompt for asked in prompts],
+                kept=self.journal,
+                base=base_fingerprint(self.loading.path),
+                num_samples=self.num_samples,
+                temperature=self.sampling.temperature,
+                max_new_tokens=self.sampling.max_new_tokens,
+                batch_size=self.sampling.batch_size,
+                seed=self.sampling.seed,
+                on_begin=begin,
+                on_done=advance,
+            )
