@@ -1,4 +1,4 @@
-"""Errors in the form of OpenAI's protocol, so that every client of it tells them as it tells OpenAI's own."""
+"""Errors in the form of OpenAI's protocol, so that its clients handle them like OpenAI's own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 
 from personalized_soups.errors import FileFormatError, InputError, SoupError
 from personalized_soups.serving.engine.queue import ClosedError, QueueFullError
+from personalized_soups.serving.protocol.expert_files import ExpertsChangedError
 from personalized_soups.users.profiles.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
 
 _log = logging.getLogger(__name__)
@@ -23,14 +24,14 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error.
+    """An error that a client receives.
 
     Args:
         status: of HTTP.
-        message: what is wrong, and what to do about it.
-        param: the parameter of the request that is at fault.
-        code: a word that programs look at.
-        headers: to be sent along.
+        message: what is wrong, and how to fix it.
+        param: the request's parameter that caused it.
+        code: the error's name for programs.
+        headers: sent with the response.
     """
 
     def __init__(
@@ -50,69 +51,77 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """Return it as the protocol writes it."""
+        """Return the body in the protocol's form."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """Return it as a response."""
+        """Return the response."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
-def api_error(fault: Exception, *, param: str | None = None, status: int = 400, retry_after: int = 1) -> ApiError:
-    """Return what a client is told of a fault.
+def api_error(error: Exception, *, param: str | None = None, status: int = 400, retry_after: int = 1) -> ApiError:
+    """Return the error that a client receives for an exception.
 
     Args:
-        fault: of the package, or any other, of which nothing is told.
+        error: an exception of this package; clients learn nothing about any other exception.
         param: the request's parameter that caused it.
-        status: for what the client gave that cannot be honoured.
-        retry_after: seconds after which to come back, where that helps.
+        status: for input that the client sent and that cannot be used.
+        retry_after: seconds after which the request may succeed, for a full queue or an unavailable store.
     """
-    if isinstance(fault, ApiError):
-        return fault
-    if not isinstance(fault, SoupError):
-        return ApiError(500, "the server failed; its log says how", code="internal_error")
-    if isinstance(fault, StoreUnavailable | FileFormatError):
-        _log.error("the store of profiles can't be used: %s (%s)", fault.what, fault.where)
-    for told in _TOLD:
-        if isinstance(fault, told.kinds):
-            headers = {"Retry-After": str(retry_after)} if told.is_passing else {}
-            if isinstance(fault, VersionConflict) and fault.current is not None:
-                headers["ETag"] = f'"{fault.current}"'
-            message = told.message or f"{fault.what}; {fault.mend}"
-            return ApiError(told.status, message, param=param, code=told.code, headers=headers)
-    if fault.exit_code != InputError.exit_code:
-        return ApiError(500, f"{fault.what}; {fault.mend}", code="run_failed")
-    # places in the request help; those on this machine are nobody's business
-    where = f"{fault.where}: " if fault.where.startswith(("profile", "weights", "user")) else ""
-    return ApiError(status, f"{where}{fault.what}; {fault.mend}", param=param, code="invalid_value")
+    if isinstance(error, ApiError):
+        return error
+    if not isinstance(error, SoupError):
+        return ApiError(500, "the server failed with an internal error; its log has the details", code="internal_error")
+    if isinstance(error, StoreUnavailable | FileFormatError):
+        _log.error("the profile store cannot be used: %s (%s)", error.what, error.where)
+    for known in _KNOWN_ERRORS:
+        if isinstance(error, known.kinds):
+            headers = {"Retry-After": str(known.retry_after or retry_after)} if known.is_temporary else {}
+            if isinstance(error, VersionConflict) and error.current is not None:
+                headers["ETag"] = f'"{error.current}"'
+            message = known.message or f"{error.what}; {error.mend}"
+            return ApiError(known.status, message, param=param, code=known.code, headers=headers)
+    if error.exit_code != InputError.exit_code:
+        return ApiError(500, f"{error.what}; {error.mend}", code="run_failed")
+    # clients see places in their request, but no paths of the server
+    where = f"{error.where}: " if error.where.startswith(("profile", "weights", "user")) else ""
+    return ApiError(status, f"{where}{error.what}; {error.mend}", param=param, code="invalid_value")
 
 
-class _Told(NamedTuple):
-    """What is told of some kinds of faults; where no message stands, what they say and the mend.
+class _KnownError(NamedTuple):
+    """How clients see some kinds of errors.
 
-    `is_passing`: the same request may do better later.
+    Attributes:
+        kinds: the exceptions.
+        status: of HTTP.
+        code: the error's name for programs.
+        message: replaces the exception's own text and fix; None keeps them.
+        is_temporary: whether the same request may succeed later. The response then has a Retry-After header.
+        retry_after: seconds in that header; None uses the caller's.
     """
 
     kinds: tuple[type[SoupError], ...]
     status: int
     code: str
     message: str | None = None
-    is_passing: bool = False
+    is_temporary: bool = False
+    retry_after: int | None = None
 
 
-# Where a store's database is, is nobody's business.
-_TOLD = (
-    _Told((QueueFullError,), 429, "queue_full", is_passing=True),
-    _Told((ClosedError,), 503, "shutting_down", is_passing=True),
-    _Told(
+# Clients never learn where the store's database is.
+_KNOWN_ERRORS = (
+    _KnownError((QueueFullError,), 429, "queue_full", is_temporary=True),
+    _KnownError((ClosedError,), 503, "shutting_down", is_temporary=True),
+    _KnownError((ExpertsChangedError,), 503, "experts_changed", is_temporary=True, retry_after=5),
+    _KnownError(
         (StoreUnavailable, FileFormatError),
         503,
         "store_unavailable",
-        "the store of profiles can't be used now; the server's log says why",
-        is_passing=True,
+        "the profile store cannot be used now; the server's log has the reason",
+        is_temporary=True,
     ),
-    _Told((StoreFull,), 507, "store_full", "the disk of the store of profiles is full; nothing was written"),
-    _Told((VersionConflict,), 412, "version_conflict"),
-    _Told((UnknownProfile,), 404, "profile_not_found"),
+    _KnownError((StoreFull,), 507, "store_full", "the disk of the profile store is full; nothing was written"),
+    _KnownError((VersionConflict,), 412, "version_conflict"),
+    _KnownError((UnknownProfile,), 404, "profile_not_found"),
 )

@@ -1,4 +1,4 @@
-"""How answers are written: as chat completions, and as plain completions."""
+"""How answers are written: as chat completions, and as text completions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from personalized_soups.serving.engine.token_sampler import TokenLogprobs
-from personalized_soups.serving.protocol.answers import Answer, PendingAnswers
+from personalized_soups.serving.protocol.pending_answers import Answer, PendingAnswers
 
 
 class PendingChat(PendingAnswers):
@@ -17,7 +17,7 @@ class PendingChat(PendingAnswers):
     chunk: ClassVar[str] = "chat.completion.chunk"
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """Return a whole answer as the protocol writes it."""
+        """Return a complete answer."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(answer.parts), "refusal": None},
@@ -26,7 +26,7 @@ class PendingChat(PendingAnswers):
         }
 
     def head(self, index: int) -> dict[str, Any] | None:
-        """Return the role, which a stream says first."""
+        """Return the role, which a stream sends first."""
         return {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -34,21 +34,21 @@ class PendingChat(PendingAnswers):
             "finish_reason": None,
         }
 
-    def delta(self, index: int, text: str, likely: Any, finish: str | None) -> dict[str, Any]:
-        """Return what a stream says of an answer's next part."""
+    def delta(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+        """Return what a stream sends for an answer's next piece."""
         delta = {"content": text} if text or finish is None else {}
-        return {"index": index, "delta": delta, "logprobs": likely, "finish_reason": finish}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def logprobs(self, likely: Sequence[tuple[int, TokenLogprobs]], start: int) -> dict[str, Any]:
-        """Return tokens' log-probabilities as the protocol writes them."""
+    def logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs]], start: int) -> dict[str, Any]:
+        """Return the log-probabilities of tokens."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.token_text(token)
             return {"token": text, "logprob": logprob, "bytes": _bytes(text)}
 
         content = [
-            {**entry(token, each.chosen), "top_logprobs": [entry(*other) for other in each.top]}
-            for token, each in likely
+            {**entry(token, logprobs.chosen), "top_logprobs": [entry(*candidate) for candidate in logprobs.top]}
+            for token, logprobs in tokens
         ]
         return {"content": content, "refusal": None}
 
@@ -61,33 +61,33 @@ class PendingCompletion(PendingAnswers):
     chunk: ClassVar[str] = "text_completion"
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """Return a whole answer as the protocol writes it."""
-        likely = self.logprobs(answer.logprobs, 0) if self.request.num_logprobs is not None else None
-        return {"index": index, "text": "".join(answer.parts), "logprobs": likely, "finish_reason": answer.finish}
+        """Return a complete answer."""
+        logprobs = self.logprobs(answer.logprobs, 0) if self.request.num_logprobs is not None else None
+        return {"index": index, "text": "".join(answer.parts), "logprobs": logprobs, "finish_reason": answer.finish}
 
     def head(self, index: int) -> dict[str, Any] | None:
-        """Return None: a stream begins with the text."""
+        """Return None: a stream starts with the text."""
         return None
 
-    def delta(self, index: int, text: str, likely: Any, finish: str | None) -> dict[str, Any]:
-        """Return what a stream says of an answer's next part."""
-        return {"index": index, "text": text, "logprobs": likely, "finish_reason": finish}
+    def delta(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
+        """Return what a stream sends for an answer's next piece."""
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    def logprobs(self, likely: Sequence[tuple[int, TokenLogprobs]], start: int) -> dict[str, Any]:
-        """Return tokens' log-probabilities as the protocol writes them; `start` is where their text begins."""
-        texts = [self.token_text(token) for token, _ in likely]
+    def logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs]], start: int) -> dict[str, Any]:
+        """Return the log-probabilities of tokens, with the offset of each token's text in the answer."""
+        texts = [self.token_text(token) for token, _ in tokens]
         offsets = [start + sum(map(len, texts[:place])) for place in range(len(texts))]
         return {
             "tokens": texts,
-            "token_logprobs": [each.chosen for _, each in likely],
+            "token_logprobs": [logprobs.chosen for _, logprobs in tokens],
             "top_logprobs": [
-                {self.token_text(token): logprob for token, logprob in each.top} if each.top else None
-                for _, each in likely
+                {self.token_text(token): logprob for token, logprob in logprobs.top} if logprobs.top else None
+                for _, logprobs in tokens
             ],
             "text_offset": offsets,
         }
 
 
 def _bytes(text: str) -> list[int] | None:
-    """Return a token's bytes; None where it is a part of a character, which its text doesn't tell."""
+    """Return a token's bytes; None if the token is part of a character, because its text does not contain the bytes."""
     return None if "\ufffd" in text else list(text.encode())

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus: how much waits, how full the batch is, how fast tokens come, and for whom."""
+"""The server's metrics for Prometheus: the queue, the batch, the speed of generation, and the kinds of profiles."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
 class Metrics:
-    """Counts for one server.
+    """The metrics of one server.
+
+    Attributes:
+        registry: of prometheus_client, with all metrics.
 
     Args:
-        max_rows: places in the batch.
-        by_user: count by user, too: whoever reads the metrics then reads the users' names.
+        max_rows: rows of a full batch.
+        by_user: whether answers are also counted by user. All readers of the metrics then see the users' names.
     """
 
     def __init__(self, max_rows: int, *, by_user: bool = False) -> None:
@@ -31,54 +34,54 @@ class Metrics:
         gauge = partial(Gauge, registry=self.registry, namespace="psoups")
         counter = partial(Counter, registry=self.registry, namespace="psoups")
         histogram = partial(Histogram, registry=self.registry, namespace="psoups")
-        self._waiting = gauge("waiting_answers", "Answers that wait for a place in the batch.")
-        self._running = gauge("running_answers", "Answers that are being made.")
-        self._occupancy = gauge("batch_occupancy", "Share of the batch's places that are taken.")
-        self._cache = gauge("cache_bytes", "Bytes of keys and values that room is made for.")
-        self._rows = histogram("step_rows", "Rows of each decoding step.", buckets=_ROWS)
-        self._step = histogram("step_seconds", "Seconds of each decoding step.", buckets=_STEP_SECONDS)
-        self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were read.")
-        self._answer_tokens = counter("answer_tokens", "Tokens that were generated.")
-        self._speed = gauge("answer_tokens_per_second", "Tokens a second, over the last steps.")
+        self._waiting = gauge("waiting_answers", "Answers that wait for a free row of the batch.")
+        self._running = gauge("running_answers", "Answers that are being generated.")
+        self._occupancy = gauge("batch_occupancy", "Share of the batch's rows that are in use.")
+        self._cache = gauge("cache_bytes", "Bytes allocated for keys and values.")
+        self._rows = histogram("step_rows", "Rows of a decoding step.", buckets=_ROWS)
+        self._step = histogram("step_seconds", "Seconds that a decoding step took.", buckets=_STEP_SECONDS)
+        self._prompt_tokens = counter("prompt_tokens", "Tokens of submitted prompts.")
+        self._answer_tokens = counter("answer_tokens", "Generated tokens.")
+        self._speed = gauge("answer_tokens_per_second", "Generated tokens per second, averaged over the last steps.")
         self._first = histogram(
             "time_to_first_token_seconds", "Seconds from a request to its first token.", buckets=_SECONDS
         )
-        self._whole = histogram("request_seconds", "Seconds of each request for answers.", buckets=_SECONDS)
-        self._requests = counter("requests", "Requests, by route and status.", ["route", "status"])
-        self._profiles = counter("answers", "Answers, by the kind of profile.", ["profile"])
-        self._users = counter("user_answers", "Answers, by user.", ["user"]) if by_user else None
+        self._whole = histogram("request_seconds", "Seconds from a request for answers to its end.", buckets=_SECONDS)
+        self._requests = counter("requests", "Requests by route and HTTP status.", ["route", "status"])
+        self._profiles = counter("answers", "Answers by kind of profile.", ["profile"])
+        self._users = counter("user_answers", "Answers by user.", ["user"]) if by_user else None
         self._max_rows = max_rows
         self._per_second = 0.0
 
     def step(self, num_rows: int, seconds: float) -> None:
-        """Take note of a decoding step."""
+        """Count a decoding step."""
         self._rows.observe(num_rows)
         self._step.observe(seconds)
         self._answer_tokens.inc(num_rows)
         self._per_second += 0.05 * (num_rows / max(seconds, 1e-6) - self._per_second)
 
     def first_token(self, seconds: float) -> None:
-        """Take note of an answer's first token, which its prompt's reading brought."""
+        """Count an answer's first token; it comes from reading the prompt, not from a decoding step."""
         self._first.observe(seconds)
         self._answer_tokens.inc()
 
-    def asked(self, guest: ResolvedProfile, num_answers: int, num_prompt_tokens: int) -> None:
-        """Take note of what is about to be answered."""
-        self._profiles.labels(guest.kind).inc(num_answers)
+    def submitted(self, profile: ResolvedProfile, num_answers: int, num_prompt_tokens: int) -> None:
+        """Count a request that was submitted."""
+        self._profiles.labels(profile.kind).inc(num_answers)
         self._prompt_tokens.inc(num_prompt_tokens)
-        if self._users is not None and guest.user is not None:
-            self._users.labels(guest.user).inc(num_answers)
+        if self._users is not None and profile.user is not None:
+            self._users.labels(profile.user).inc(num_answers)
 
     def answered(self, seconds: float) -> None:
-        """Take note of a request for answers that is done."""
+        """Count a request for answers that has ended, successfully or not."""
         self._whole.observe(seconds)
 
     def responded(self, route: str, status: int) -> None:
-        """Take note of a response."""
+        """Count a response."""
         self._requests.labels(route, str(status)).inc()
 
     def page(self, load: Load) -> bytes:
-        """Return the text that Prometheus reads."""
+        """Return all metrics in the format of Prometheus."""
         self._waiting.set(load.waiting)
         self._running.set(load.running)
         self._occupancy.set(load.running / self._max_rows)

@@ -1,4 +1,4 @@
-"""A request's answers while they are made: the batcher's thread brings pieces, the event loop waits for them."""
+"""The pieces of a request's answers, from the batcher's thread to the event loop that sends them."""
 
 from __future__ import annotations
 
@@ -11,99 +11,99 @@ from personalized_soups.serving.engine.batcher import Batcher
 from personalized_soups.serving.engine.request import GenerationRequest, Piece
 
 
-class HungUpError(Exception):
-    """The client has gone."""
+class ClientDisconnectedError(Exception):
+    """The client closed its connection."""
 
 
 class PieceQueue:
-    """Collects the pieces of one request's answers; lives in one event loop."""
+    """The pieces of one request's answers. Belongs to one event loop."""
 
     def __init__(self) -> None:
         self._pieces: list[tuple[int, Piece]] = []
-        self._is_hung_up = False
-        self._news = asyncio.Event()
+        self._is_disconnected = False
+        self._changed = asyncio.Event()
 
     def put(self, index: int, piece: Piece) -> None:
-        """Take a piece of answer number `index`."""
+        """Append a piece of answer number `index`."""
         self._pieces.append((index, piece))
-        self._news.set()
+        self._changed.set()
 
-    def hang_up(self) -> None:
-        """Say that nobody waits any more."""
-        self._is_hung_up = True
-        self._news.set()
+    def disconnect(self) -> None:
+        """Record that the client has closed its connection."""
+        self._is_disconnected = True
+        self._changed.set()
 
-    async def next(self) -> Sequence[tuple[int, Piece]]:
-        """Return all pieces that came since the last call, at least one.
+    async def get(self) -> Sequence[tuple[int, Piece]]:
+        """Return all pieces that arrived since the last call; wait for at least one.
 
         Raises:
-            HungUpError: if nobody waits any more.
+            ClientDisconnectedError: if the client has closed its connection.
         """
-        await self._news.wait()
-        self._news.clear()
-        if self._is_hung_up:
-            raise HungUpError
+        await self._changed.wait()
+        self._changed.clear()
+        if self._is_disconnected:
+            raise ClientDisconnectedError
         pieces, self._pieces = self._pieces, []
         return pieces
 
 
 class PieceDispatcher:
-    """Hands the batcher's pieces to those who wait for them.
+    """Delivers the batcher's pieces to the queues of their requests.
 
     Args:
-        loop: in which they wait.
+        loop: the event loop of the queues.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
 
     def deliver(self, pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
-        """Let the loop hand out pieces; called by the batcher's thread, once for each step."""
+        """Schedule the delivery in the event loop; the batcher's thread calls this once for each step."""
         try:
-            self._loop.call_soon_threadsafe(_hand_out, pieces)
-        except RuntimeError:  # the loop has ended, and everybody with it
+            self._loop.call_soon_threadsafe(_put_all, pieces)
+        except RuntimeError:  # the loop is closed, and so is every connection
             return
 
 
-def _hand_out(pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
-    for ask, piece in pieces:
-        waiter, index = ask.destination
-        waiter.put(index, piece)
+def _put_all(pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
+    for generation, piece in pieces:
+        queue, index = generation.destination
+        queue.put(index, piece)
 
 
 async def pieces_of(
-    batcher: Batcher, asks: Sequence[GenerationRequest], *, receive: Receive, seconds: float
+    batcher: Batcher, generations: Sequence[GenerationRequest], *, receive: Receive, seconds: float
 ) -> AsyncGenerator[Sequence[tuple[int, Piece]]]:
-    """Yield what comes of some answers until all are at their end, and give them up when nobody waits for them.
+    """Yield the pieces of answers until all have ended; abort the answers that nobody reads to their end.
 
     Args:
-        batcher: that makes them.
-        asks: submitted already, with one waiter.
-        receive: of ASGI, after the body; tells when the client hangs up.
-        seconds: that all may take.
+        batcher: generates the answers.
+        generations: submitted requests whose destinations are places of one queue.
+        receive: of ASGI, after the request's body; it reports when the client disconnects.
+        seconds: time limit for all answers together.
 
     Raises:
-        TimeoutError: if they take longer.
-        HungUpError: if the client has gone.
+        TimeoutError: if the answers take longer.
+        ClientDisconnectedError: if the client has closed its connection.
     """
-    waiter: PieceQueue = asks[0].destination[0]
-    watch = asyncio.create_task(_watch(receive, waiter))
-    open_answers = set(range(len(asks)))
+    queue: PieceQueue = generations[0].destination[0]
+    watch = asyncio.create_task(_watch(receive, queue))
+    unfinished = set(range(len(generations)))
     deadline = asyncio.get_running_loop().time() + seconds
     try:
-        while open_answers:
-            # not around the yield: whoever is given the pieces is not to be broken off
+        while unfinished:
+            # the timeout does not include the yield: it would cancel the code that receives the pieces
             async with asyncio.timeout_at(deadline):
-                pieces = await waiter.next()
-            open_answers.difference_update(index for index, piece in pieces if piece.is_last)
+                pieces = await queue.get()
+            unfinished.difference_update(index for index, piece in pieces if piece.is_last)
             yield pieces
     finally:
         watch.cancel()
-        if open_answers:
-            batcher.abort([asks[index] for index in open_answers])
+        if unfinished:
+            batcher.abort([generations[index] for index in unfinished])
 
 
-async def _watch(receive: Receive, waiter: PieceQueue) -> None:
+async def _watch(receive: Receive, queue: PieceQueue) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
-    waiter.hang_up()
+    queue.disconnect()

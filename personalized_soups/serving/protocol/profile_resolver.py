@@ -1,4 +1,4 @@
-"""Whose soup a request is answered with: what its `model` and `profile` mean."""
+"""Which soup answers a request: the meaning of its `model` and `profile`."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from personalized_soups.users.profiles.store import ProfileStore
 
 SOUP = "soup:"
 
-# `soup:u1042@7` is version 7 of u1042's; a user whose name ends so is asked for with a version behind it.
+# `soup:u1042@7` is version 7 of user u1042. A user whose own name ends with @ and digits needs a version after it.
 _VERSIONED = re.compile(r"(?s)(?P<user>.+)@(?P<version>[0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedProfile:
-    """Whom a request is answered for.
+    """The soup that answers a request.
 
-    Args:
-        weights: of the experts; none are the base alone.
+    Attributes:
+        weights: the checked weights of the experts; none for the base alone.
         kind: of the profile, for metrics.
-        user: the stored profile's.
-        model: what the answer says that it is from.
+        user: the user of a stored profile; None for other kinds.
+        model: the model name in the response.
     """
 
     weights: ExpertWeights
@@ -43,12 +43,15 @@ class ResolvedProfile:
 
 
 class ProfileResolver:
-    """Finds out for whom a request is.
+    """Finds the soup that answers a request.
+
+    Attributes:
+        base: the model name of the base.
 
     Args:
         model: base and experts.
-        base: the name under which the base is served.
-        store: of profiles, where there is one.
+        base: the model name of the base.
+        store: of profiles; None if the server has none.
         files: of the experts, which may have changed since they were loaded.
     """
 
@@ -58,18 +61,19 @@ class ProfileResolver:
         self._store = store
         self._files = files
 
-    def guest(self, model: str, profile: Mapping[str, Any] | None) -> ResolvedProfile:
-        """Return for whom a request is; reads the store, so not for an event loop.
+    def resolve(self, model: str, profile: Mapping[str, Any] | None) -> ResolvedProfile:
+        """Return the soup for a request's `model` and `profile`. Blocks while it reads the store.
 
         Raises:
-            ApiError: 404 for an unknown model or profile, 422 for a profile that cannot be honoured, 503 where an
-                expert's files have changed.
+            ApiError: 404 for an unknown model or user, 400 or 422 for a profile that cannot be served.
+            ExpertsChangedError: if the files of one of its experts have changed.
         """
         if model.startswith(SOUP):
             if profile is not None:
                 raise ApiError(
                     400,
-                    f"model names a stored profile, and profile gives another; name {self.base!r} as the model",
+                    "`model` names a stored profile, and `profile` gives another one; "
+                    f"to use `profile`, set `model` to {self.base!r}",
                     param="profile",
                     code="invalid_value",
                 )
@@ -77,7 +81,7 @@ class ProfileResolver:
         if model != self.base:
             raise ApiError(
                 404,
-                f"The model {model!r} does not exist; it is {self.base!r}, or soup:USER for a stored profile",
+                f"The model {model!r} does not exist; use {self.base!r}, or soup:USER for a stored profile",
                 param="model",
                 code="model_not_found",
             )
@@ -86,17 +90,22 @@ class ProfileResolver:
         return ResolvedProfile(self.weights(_declared(profile), "profile"), "inline", None, self.base)
 
     def weights(self, profile: Profile, param: str) -> ExpertWeights:
-        """Return a profile's weights, if they can be served now.
+        """Return a profile's checked weights.
+
+        Args:
+            profile: to be served.
+            param: the request's parameter that the profile is from.
 
         Raises:
-            ApiError: 422 if the library can't honour the profile, 503 where an expert's files have changed.
+            ApiError: 422 if the served experts do not match the profile.
+            ExpertsChangedError: if the files of one of its experts have changed.
         """
         try:
-            row = self._model.resolve(profile)
-        except SoupError as fault:
-            raise api_error(fault, param=param, status=422) from fault
-        self._files.check(row.weights)
-        return row
+            weights = self._model.resolve(profile)
+        except SoupError as error:
+            raise api_error(error, param=param, status=422) from error
+        self._files.check(weights.weights)
+        return weights
 
     def _stored(self, model: str) -> ResolvedProfile:
         name = model.removeprefix(SOUP)
@@ -111,24 +120,24 @@ class ProfileResolver:
         user, version = (versioned["user"], int(versioned["version"])) if versioned else (name, None)
         try:
             stored = self._store.get(user, version)
-        except SoupError as fault:  # a name that can't be kept is nobody's
-            raise api_error(fault, param="model", status=404) from fault
+        except SoupError as error:  # an invalid user name has no profile either
+            raise api_error(error, param="model", status=404) from error
         weights = self.weights(stored.profile.with_places(Places("profile", {})), "model")
         return ResolvedProfile(weights, "stored", user, f"{SOUP}{user}@{stored.version}")
 
 
 def _declared(profile: Mapping[str, Any]) -> Profile:
-    """Return what a request's profile declares.
+    """Return the profile in a request.
 
     Raises:
-        ApiError: 400, if it is none.
+        ApiError: 400 if it is not a valid profile.
     """
     try:
-        # most are right: what is wrong is found again, and told, the long way
+        # the fast way, for valid profiles; load_data finds the errors of an invalid one again and explains them
         return Profile.model_validate(profile).with_places(Places("profile", {}))
     except ValidationError:
         pass
     try:
         return load_data(profile, Profile, "profile")
-    except DeclarationError as fault:
-        raise api_error(fault, param="profile") from fault
+    except DeclarationError as error:
+        raise api_error(error, param="profile") from error

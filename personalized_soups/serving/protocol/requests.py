@@ -1,4 +1,4 @@
-"""What clients ask, in the words of OpenAI's protocol: checked, with what is not supported told by name."""
+"""Requests of OpenAI's protocol. A parameter that is not supported is rejected by name, never ignored silently."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ _MAX_CHOICES = 64
 _MAX_STOPS = 16
 _MAX_BIASED = 1024
 
-# Together with the fields of the requests below, these two tables sort every parameter of OpenAI's chat completions and
-# completions: honoured (a field), passed over, or refused. A test compares them with the types of the openai package.
+# Every parameter of OpenAI's chat completions and completions is supported (a field of the requests below), ignored or
+# unsupported. A test compares the three groups with the types of the openai package.
 
-# Parameters that cannot change an answer of this server, whatever their value: notes, caches, billing, speed.
-PASSED_OVER = frozenset({
+# Parameters that cannot change an answer of this server, regardless of their value: notes, caches, billing, speed.
+IGNORED = frozenset({
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier", "service_tier", "store",
 })  # fmt: skip
 
-# Parameters that would change the answer, each with the values that ask for what happens anyway; null always does.
-REFUSED: Mapping[str, tuple[Any, ...]] = {
+# Parameters that would change the answer, each with the values that are accepted because they change nothing. Null is
+# always accepted.
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
     "echo": (False,),
@@ -43,12 +44,12 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-# Keys of a message that say more than its text: calls, other media, reasoning, an answer to be continued. They may be
-# there and empty. All other keys are passed over: they are a client's own notes (`id`, `createdAt`, ...).
-REFUSED_KEYS = frozenset({
-    # OpenAI's own
+# Keys of a message with content other than its text: calls, other media, reasoning, an answer to continue. They are
+# accepted if they are empty. All other keys are ignored: they are a client's own notes (`id`, `createdAt`, ...).
+UNSUPPORTED_KEYS = frozenset({
+    # from OpenAI's protocol
     "audio", "function_call", "refusal", "tool_call_id", "tool_calls",
-    # of other servers and of the libraries that speak to them
+    # from other servers and their client libraries
     "attachments", "documents", "experimental_attachments", "files", "images", "partial", "prefix", "reasoning",
     "reasoning_content", "reasoning_details", "thinking", "thinking_blocks", "tools", "videos",
 })  # fmt: skip
@@ -58,25 +59,25 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class RequestBody(BaseModel):
-    """A part of a request."""
+    """A request, or a part of one: strict, closed and immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _unsupported(name: str) -> PydanticCustomError:
-    """Return the error for a name of the protocol that would change the answer; `validation_error` reads the name."""
-    return PydanticCustomError("unsupported", "{name} is not supported by this server; leave it out", {"name": name})
+    """Return the error for a parameter that is not supported; `validation_error` reads its name."""
+    return PydanticCustomError("unsupported", "{name} is not supported by this server; remove it", {"name": name})
 
 
 class StreamOptions(RequestBody):
-    """What a stream brings beside the answer."""
+    """What a stream contains in addition to the answers."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class TextPart(RequestBody):
-    """A part of a message's content; other keys than these two are passed over (`cache_control`, ...)."""
+    """A part of a message's content. Keys other than these two are ignored (`cache_control`, ...)."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -96,10 +97,10 @@ class ChatMessage(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, given: Any) -> Any:
-        """Refuse what the message says beside its text; an answer's own message has those keys, empty."""
+        """Reject content other than text. The message of an answer has these keys, too, and they are empty."""
         if isinstance(given, Mapping):
             for name in given:
-                if name in REFUSED_KEYS and given[name] not in _EMPTY:
+                if name in UNSUPPORTED_KEYS and given[name] not in _EMPTY:
                     raise _unsupported(name)
         return given
 
@@ -116,20 +117,21 @@ class ChatMessage(RequestBody):
         return content
 
     def plain(self) -> Message:
-        """Return it as chat templates take it."""
+        """Return the message as chat templates expect it."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message if self.name is None else {**message, "name": self.name}
 
 
 class AnswerRequest(RequestBody):
-    """What all requests for answers may say."""
+    """The parameters that both endpoints share."""
 
     default_max_tokens: ClassVar[int | None] = None
 
     model: str = Field(description="The base's name, or soup:USER (or soup:USER@VERSION) for a stored profile.")
     profile: dict[str, Any] | None = Field(
-        default=None, description='A profile of the moment: {"weights": {"friendly": 0.6}}; with the base\'s name.'
+        default=None,
+        description='A profile for this request only: {"weights": {"friendly": 0.6}}; `model` is the base\'s name.',
     )
     max_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -142,7 +144,7 @@ class AnswerRequest(RequestBody):
     logit_bias: dict[str, Bias] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = Field(default=None, description="Noted by nobody; whose soup it is, `model` says.")
+    user: str | None = Field(default=None, description="Ignored; `model` names the profile.")
 
     @model_validator(mode="before")
     @classmethod
@@ -151,9 +153,9 @@ class AnswerRequest(RequestBody):
             return given
         kept = {}
         for name, value in given.items():
-            if name in cls.model_fields or not (name in PASSED_OVER or name in REFUSED):
+            if name in cls.model_fields or not (name in IGNORED or name in UNSUPPORTED):
                 kept[name] = value
-            elif name in REFUSED and value is not None and value not in REFUSED[name]:
+            elif name in UNSUPPORTED and value is not None and value not in UNSUPPORTED[name]:
                 raise _unsupported(name)
         return kept
 
@@ -161,7 +163,7 @@ class AnswerRequest(RequestBody):
     @classmethod
     def _check_stops(cls, stop: str | list[str] | None) -> str | list[str] | None:
         if isinstance(stop, list) and len(stop) > _MAX_STOPS:
-            raise PydanticCustomError("too_many", "at most {most} stop strings", {"most": _MAX_STOPS})
+            raise PydanticCustomError("too_many", "at most {most} stop strings are allowed", {"most": _MAX_STOPS})
         return stop
 
     @field_validator("logit_bias")
@@ -169,45 +171,45 @@ class AnswerRequest(RequestBody):
     def _check_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         wrong = next((name for name in bias or {} if not (name.isascii() and name.isdigit() and len(name) < 10)), None)
         if wrong is not None:
-            raise PydanticCustomError("no_token", "{name} is no token id", {"name": repr(wrong)})
+            raise PydanticCustomError("no_token", "{name} is not a token id", {"name": repr(wrong)})
         if len(bias or {}) > _MAX_BIASED:
-            raise PydanticCustomError("too_many", "at most {most} tokens", {"most": _MAX_BIASED})
+            raise PydanticCustomError("too_many", "at most {most} tokens can have a bias", {"most": _MAX_BIASED})
         return bias
 
     @model_validator(mode="after")
     def _check_streaming(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("no_stream", "stream_options are given, and stream is not true")
+            raise PydanticCustomError("no_stream", "stream_options requires stream to be true")
         return self
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """The strings at which answers end."""
+        """The strings that end an answer."""
         given = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return tuple(stop for stop in given if stop)
 
     @property
     def num_choices(self) -> int:
-        """Answers for each prompt."""
+        """The number of answers for each prompt."""
         return self.n or 1
 
     @property
     def num_tokens(self) -> int | None:
-        """At how many tokens an answer is cut, where the request says so."""
+        """The length limit of an answer; None if the request sets none."""
         return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many likeliest tokens are told of at each place; None tells nothing."""
+        """How many of the likeliest tokens are reported with each token; None reports no log-probabilities."""
         raise NotImplementedError
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with the usage."""
+        """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling_params(self, seed: int, place: int) -> SamplingParams:
-        """Return how the tokens of answer number `place` are chosen; `seed` where the request has none."""
+        """Return how the tokens of answer number `place` are chosen; `seed` applies if the request has none."""
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -231,21 +233,21 @@ class ChatRequest(AnswerRequest):
     @model_validator(mode="after")
     def _check_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise PydanticCustomError("no_logprobs", "top_logprobs is given, and logprobs is not true")
+            raise PydanticCustomError("no_logprobs", "top_logprobs requires logprobs to be true")
         return self
 
     @property
     def num_tokens(self) -> int | None:
-        """At how many tokens an answer is cut, where the request says so."""
+        """The length limit of an answer; None if the request sets none."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many likeliest tokens are told of at each place; None tells nothing."""
+        """How many of the likeliest tokens are reported with each token; None reports no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> list[Message]:
-        """Return the messages as chat templates take them."""
+        """Return the messages as chat templates expect them."""
         return [message.plain() for message in self.messages]
 
 
@@ -255,25 +257,25 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 class CompletionRequest(AnswerRequest):
     """POST /v1/completions."""
 
-    default_max_tokens: ClassVar[int | None] = 16  # the protocol's own
+    default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's protocol
 
     prompt: str | Tokens | Annotated[list[str] | list[Tokens], Field(min_length=1)]
     logprobs: int | None = Field(default=None, ge=0, le=5)
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many likeliest tokens are told of at each place; None tells nothing."""
+        """How many of the likeliest tokens are reported with each token; None reports no log-probabilities."""
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
         """Return every prompt: a text, or token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
-        found: list[str | list[int]] = []
-        alone: list[int] = []  # ids that stand for one prompt
-        for each in self.prompt:
-            if isinstance(each, int):
-                alone.append(each)
+        prompts: list[str | list[int]] = []
+        token_ids: list[int] = []  # of a single prompt
+        for part in self.prompt:
+            if isinstance(part, int):
+                token_ids.append(part)
             else:
-                found.append(each)
-        return [alone] if alone else found
+                prompts.append(part)
+        return [token_ids] if token_ids else prompts

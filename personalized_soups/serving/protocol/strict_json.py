@@ -1,4 +1,4 @@
-"""Requests whose JSON is JSON: no NaN, no infinities, UTF-8; and what a client is told where they are not."""
+"""Strict JSON in requests (no NaN, no infinities, valid UTF-8), and the errors for invalid requests."""
 
 from __future__ import annotations
 
@@ -16,105 +16,108 @@ from pydantic_core import from_json
 from personalized_soups.errors import nearest
 from personalized_soups.serving.protocol.faults import ApiError
 
-# How pydantic says which of several types it tried.
+# Parts of an error's location that name one of the types pydantic tried, and no parameter.
 _UNION_TAG = re.compile(r"str|[a-z-]+\[.*\]|constrained-.*")
 
 
 class StrictRequest(Request):
-    """A request that parses its body by the letter of RFC 8259."""
+    """A request that accepts only JSON as RFC 8259 defines it."""
 
     async def json(self) -> Any:
-        """Return what the body holds.
+        """Return the parsed body.
 
         Raises:
-            JSONDecodeError: if it is no JSON.
+            JSONDecodeError: if the body is not valid JSON.
         """
         if not hasattr(self, "_json"):
             body = await self.body()
             try:
                 self._json = from_json(body, allow_inf_nan=False)
-            except ValueError as fault:
-                raise json.JSONDecodeError(str(fault), "", 0) from None
+            except ValueError as error:
+                raise json.JSONDecodeError(str(error), "", 0) from None
         return self._json
 
 
 class StrictRoute(APIRoute):
-    """A route whose requests are strict."""
+    """A route that receives a StrictRequest."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, given a StrictRequest."""
-        usual = super().get_route_handler()
+        """Return FastAPI's handler, which then receives a StrictRequest."""
+        handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
-            return await usual(StrictRequest(request.scope, request.receive))
+            return await handle(StrictRequest(request.scope, request.receive))
 
         return handler
 
 
 class BodyRoute(APIRoute):
-    """A route whose endpoint takes what the body holds, and the request: `endpoint(asked, request)`, nothing else.
+    """A route that calls `endpoint(body, request)`, with the body parsed and no other argument.
 
-    FastAPI describes it; its general way of finding out what an endpoint wants takes as long as all the rest of taking
-    up a request, and a crowd's requests are taken up one by one.
+    FastAPI only describes the route in its schema. Its general way of finding an endpoint's arguments takes as long as
+    everything else that happens to a request before it is queued, and the event loop does this one request at a time.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return what parses the body and calls the endpoint."""
+        """Return a handler that parses the body and calls the endpoint."""
         assert self.body_field is not None
         model: type[BaseModel] = self.body_field.field_info.annotation  # type: ignore[assignment]
         endpoint = self.endpoint
 
         async def handler(request: Request) -> Response:
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise ApiError(400, "the body is not said to be JSON; send Content-Type: application/json")
+                raise ApiError(400, "Content-Type must be application/json")
             try:
                 content = from_json(await request.body(), allow_inf_nan=False)
-            except ValueError as fault:
-                raise ApiError(400, f"the body is no valid JSON: {fault}", code="invalid_json") from None
+            except ValueError as error:
+                raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
             try:
-                asked = model.model_validate(content)
-            except ValidationError as fault:
-                raise RequestValidationError(fault.errors()) from None
-            response: Response = await endpoint(asked, request)
+                body = model.model_validate(content)
+            except ValidationError as error:
+                raise RequestValidationError(error.errors()) from None
+            response: Response = await endpoint(body, request)
             return response
 
         return handler
 
 
-def validation_error(fault: RequestValidationError, known: Sequence[str]) -> ApiError:
-    """Return what a client is told of a body that is not what the protocol wants.
+def validation_error(error: RequestValidationError, known: Sequence[str]) -> ApiError:
+    """Return the error that a client receives for an invalid request.
 
     Args:
-        fault: all that FastAPI found; the first is told.
-        known: parameters that there are, for the nearest name.
+        error: all that is wrong with the request. The client receives an unknown parameter, or else the first entry.
+        known: the parameters of the protocol, for a suggestion.
     """
-    errors = fault.errors()
-    first = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
+    errors = error.errors()
+    first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])
     place = [
         part
         for part in map(str, first["loc"])
         if part not in {"body", "path", "query", "header"} and not _UNION_TAG.fullmatch(part)
     ]
-    if first["type"] == "unsupported" and "name" in first["ctx"]:  # found by the whole that it is a part of
+    if first["type"] == "unsupported" and "name" in first["ctx"]:  # pydantic located the object that has the parameter
         place.append(first["ctx"]["name"])
     param = ".".join(place) or None
     match first["type"]:
         case "json_invalid":
-            why = first.get("ctx", {}).get("error", "")
-            return ApiError(400, f"the body is no valid JSON: {why}", code="invalid_json")
+            reason = first.get("ctx", {}).get("error", "")
+            return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
         case "extra_forbidden":
             near = nearest(place[-1], known)
-            mend = f"; did you mean {near!r}?" if near else ""
+            suggestion = f"; did you mean {near!r}?" if near else ""
             return ApiError(
-                400, f"Unrecognized request argument supplied: {param}{mend}", param=param, code="unknown_parameter"
+                400,
+                f"Unrecognized request argument supplied: {param}{suggestion}",
+                param=param,
+                code="unknown_parameter",
             )
         case "missing":
-            what = (
+            message = (
                 f"you must provide {param!r}"
                 if param
                 else "the body is empty; send JSON (Content-Type: application/json)"
             )
-            return ApiError(400, what, param=param, code="missing_required_parameter")
+            return ApiError(400, message, param=param, code="missing_required_parameter")
         case _:
             where = f" for {param!r}" if param else ""
             return ApiError(400, f"Invalid value{where}: {first['msg']}", param=param, code="invalid_value")

@@ -18,7 +18,7 @@ from personalized_soups.errors import SoupError
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.scoring.scales import Scales
 from personalized_soups.serving.engine.batcher import Batcher
-from personalized_soups.serving.protocol.answers import AnswerContext
+from personalized_soups.serving.protocol.answer_context import AnswerContext
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.serving.protocol.metrics import Metrics
@@ -69,9 +69,9 @@ class Server:
         scales = Scales(catalogue)
         dispatcher = PieceDispatcher(asyncio.get_running_loop())
         self.batcher = Batcher(model, dispatcher.deliver, settings.limits, on_step=self.metrics.step)
-        kitchen = AnswerContext(
+        context = AnswerContext(
             batcher=self.batcher,
-            doorkeeper=ProfileResolver(model, settings.base, store, files),
+            resolver=ProfileResolver(model, settings.base, store, files),
             generator=model.generator,
             metrics=self.metrics,
             files=files,
@@ -86,7 +86,7 @@ class Server:
             redoc_url=None,
             redirect_slashes=False,
         )
-        api.include_router(answering.router(kitchen, store))
+        api.include_router(answering.router(context, store))
         api.include_router(
             experts.router(
                 settings.base,

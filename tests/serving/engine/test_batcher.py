@@ -584,7 +584,7 @@ def test_jobs_are_done_when_nothing_runs_and_waiting_ones_go_on_afterwards(chang
         def add() -> str:
             states.append((running.batcher.load.running, running.heard.is_done(first)))
             assert not torch.is_inference_mode_enabled()
-            return changing.add_expert(new)
+            return changing.experts.add(new)
 
         added = running.batcher.run_when_idle(add)
         failed = running.batcher.run_when_idle(lambda: 1 // 0)
@@ -610,7 +610,7 @@ def test_an_ask_whose_expert_is_gone_fails_alone(changing: SoupModel) -> None:
     with RunningBatcher(changing) as running:
         first = GenerationRequest([7, 8, 9], ExpertWeights({"cold": 1.0}), 20, ignore_eos=True)
         forwards, go = _held(changing, running, first)
-        removed = running.batcher.run_when_idle(lambda: changing.remove_expert("warm"))
+        removed = running.batcher.run_when_idle(lambda: changing.experts.remove("warm"))
         asks = _asks(6, seed=21)
         for ask in asks:
             ask.weights = ExpertWeights({"cold": 0.5})
@@ -638,7 +638,7 @@ def test_a_running_row_whose_expert_is_taken_away_fails_alone(changing: SoupMode
                 "warm" in changing.experts
             ):  # between the first tokens and their step, by the thread that holds the model
                 running.batcher._scheduler.batch.release()
-                changing.remove_expert("warm")
+                changing.experts.remove("warm")
 
         running.heard.on_pieces = take_away
         running.answer(asks)

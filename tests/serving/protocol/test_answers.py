@@ -16,10 +16,10 @@ from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.engine.request import Finish, GenerationRequest, Piece
 from personalized_soups.serving.engine.token_sampler import TokenLogprobs
-from personalized_soups.serving.protocol.answers import EventStream
+from personalized_soups.serving.protocol.event_stream import EventStream
 from personalized_soups.serving.protocol.faults import ApiError
 from personalized_soups.serving.protocol.formats import PendingChat, PendingCompletion
-from personalized_soups.serving.protocol.piece_queue import HungUpError
+from personalized_soups.serving.protocol.piece_queue import ClientDisconnectedError
 from personalized_soups.serving.protocol.profile_resolver import ResolvedProfile
 from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
 from personalized_soups.serving.web.settings import Settings
@@ -194,13 +194,13 @@ class _Tokenizer:
         return {3: "\ufffd", 4: "é"}.get(tokens[0], f"t{tokens[0]}")
 
 
-def _kitchen() -> Any:
+def _context() -> Any:
     return SimpleNamespace(
         generator=SimpleNamespace(tokenizer=_Tokenizer(), stop_ids={1}), files=SimpleNamespace(fingerprint="f")
     )
 
 
-class _Order(PendingChat):
+class _Pending(PendingChat):
     """One answer whose pieces are these; then what is wrong."""
 
     source: tuple[list[Piece], Exception]
@@ -214,15 +214,15 @@ class _Order(PendingChat):
 def _sent(pieces: list[Piece], fault: Exception) -> list[Any]:
     """Return what a stream sends of pieces and a fault after them."""
     asked = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True})
-    order = _Order(
-        _kitchen(),
+    pending = _Pending(
+        _context(),
         asked,
         ResolvedProfile(ExpertWeights(), "base", None, "m"),
         [GenerationRequest([1], ExpertWeights(), 4)],
         1,
         0.0,
     )
-    object.__setattr__(order, "source", (pieces, fault))
+    object.__setattr__(pending, "source", (pieces, fault))
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -231,7 +231,7 @@ def _sent(pieces: list[Piece], fault: Exception) -> list[Any]:
     async def receive() -> Any:
         raise AssertionError
 
-    asyncio.run(EventStream(order, receive)({"type": "http"}, receive, send))
+    asyncio.run(EventStream(pending, receive)({"type": "http"}, receive, send))
     return sent
 
 
@@ -251,16 +251,17 @@ def test_a_fault_before_the_beginning_is_left_to_others() -> None:
 
 
 def test_nothing_is_sent_to_those_who_have_gone() -> None:
-    assert _sent([], HungUpError()) == []
-    assert b"[DONE]" not in b"".join(each.get("body", b"") for each in _sent([Piece(5, "a")], HungUpError()))
+    assert _sent([], ClientDisconnectedError()) == []
+    messages = _sent([Piece(5, "a")], ClientDisconnectedError())
+    assert b"[DONE]" not in b"".join(message.get("body", b"") for message in messages)
 
 
 def test_log_probabilities_tell_bytes_only_of_whole_characters() -> None:
     asked = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
     )
-    order = PendingChat(_kitchen(), asked, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
-    told = order.logprobs([(3, TokenLogprobs(-1.0, ((4, -0.5),)))], 0)["content"]
+    pending = PendingChat(_context(), asked, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
+    told = pending.logprobs([(3, TokenLogprobs(-1.0, ((4, -0.5),)))], 0)["content"]
     assert told == [
         {"token": "\ufffd", "logprob": -1.0, "bytes": None,
          "top_logprobs": [{"token": "é", "logprob": -0.5, "bytes": [0xC3, 0xA9]}]}
@@ -269,11 +270,11 @@ def test_log_probabilities_tell_bytes_only_of_whole_characters() -> None:
 
 def test_end_tokens_are_no_part_of_what_is_told() -> None:
     asked = CompletionRequest.model_validate({"model": "m", "prompt": "x", "logprobs": 0})
-    order = PendingCompletion(_kitchen(), asked, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
-    likely = TokenLogprobs(-1.0, ())
-    assert order.told_of(Piece(1, "", likely, Finish.STOP)) == []
-    assert order.told_of(Piece(5, "t5", likely)) == [(5, likely)]
-    assert order.told_of(Piece(5, "t5")) == []
-    assert order.logprobs([(5, likely), (4, likely)], 10) == {
+    pending = PendingCompletion(_context(), asked, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
+    logprobs = TokenLogprobs(-1.0, ())
+    assert pending.logprobs_of(Piece(1, "", logprobs, Finish.STOP)) == []
+    assert pending.logprobs_of(Piece(5, "t5", logprobs)) == [(5, logprobs)]
+    assert pending.logprobs_of(Piece(5, "t5")) == []
+    assert pending.logprobs([(5, logprobs), (4, logprobs)], 10) == {
         "tokens": ["t5", "é"], "token_logprobs": [-1.0, -1.0], "top_logprobs": [None, None], "text_offset": [10, 12],
     }  # fmt: skip

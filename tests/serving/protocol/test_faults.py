@@ -9,6 +9,7 @@ import pytest
 
 from personalized_soups.errors import FileFormatError, InputError, RunError, SoupError, UsageError
 from personalized_soups.serving.engine.queue import ClosedError, QueueFullError
+from personalized_soups.serving.protocol.expert_files import ExpertsChangedError
 from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.users.profiles.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
 
@@ -20,6 +21,7 @@ TOLD: dict[str, Any] = {"where": "/secret/place", "mend": "do that"}
     [
         (QueueFullError("full", **TOLD), 429, "rate_limit_error", "queue_full"),
         (ClosedError("closed", **TOLD), 503, "server_error", "shutting_down"),
+        (ExpertsChangedError("changed", **TOLD), 503, "server_error", "experts_changed"),
         (StoreUnavailable("gone", **TOLD), 503, "server_error", "store_unavailable"),
         (FileFormatError("odd", **TOLD), 503, "server_error", "store_unavailable"),
         (StoreFull("full", **TOLD), 507, "server_error", "store_full"),

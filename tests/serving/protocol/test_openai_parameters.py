@@ -18,9 +18,9 @@ from pydantic import ValidationError
 
 from personalized_soups.generation.prompts import encode_prompt
 from personalized_soups.serving.protocol.requests import (
-    PASSED_OVER,
-    REFUSED,
-    REFUSED_KEYS,
+    IGNORED,
+    UNSUPPORTED,
+    UNSUPPORTED_KEYS,
     AnswerRequest,
     ChatMessage,
     ChatRequest,
@@ -96,7 +96,7 @@ def test_the_types_are_read() -> None:
 
 @pytest.mark.parametrize(("kind", "name"), _ALL)
 def test_every_parameter_is_sorted_once(kind: type[AnswerRequest], name: str) -> None:
-    places = [name in kind.model_fields, name in PASSED_OVER, name in REFUSED]
+    places = [name in kind.model_fields, name in IGNORED, name in UNSUPPORTED]
     assert places.count(True) == 1, f"{name} is new: honour it, pass it over, or refuse it"
 
 
@@ -106,7 +106,7 @@ def test_null_is_a_parameter_that_is_left_out(kind: type[AnswerRequest], name: s
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
-@pytest.mark.parametrize("name", sorted(PASSED_OVER))
+@pytest.mark.parametrize("name", sorted(IGNORED))
 def test_what_is_passed_over_may_have_any_value(kind: type[AnswerRequest], name: str) -> None:
     words = [word for hint in _PARAMETERS[ChatRequest].get(name, []) for word in _words(hint)]
     for value in (_SAMPLE, "x", True, *words):
@@ -114,14 +114,14 @@ def test_what_is_passed_over_may_have_any_value(kind: type[AnswerRequest], name:
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
 def test_what_would_change_the_answer_is_refused_by_name(kind: type[AnswerRequest], name: str) -> None:
     words = [word for names in _PARAMETERS.values() for hint in names.get(name, []) for word in _words(hint)]
-    refused = [_SAMPLE, *(word for word in words if word not in REFUSED[name])]
+    refused = [_SAMPLE, *(word for word in words if word not in UNSUPPORTED[name])]
     for value in refused:
         with pytest.raises(ValidationError, match=f"{name} is not supported"):
             _asked(kind, **{name: value})
-    for value in REFUSED[name]:
+    for value in UNSUPPORTED[name]:
         assert _asked(kind, **{name: value}) == _asked(kind)
 
 
@@ -136,7 +136,7 @@ def test_stream_options_are_all_known() -> None:
     ("role", "name"), [(role, name) for role, table in _MESSAGES.items() for name in _hints(table)]
 )
 def test_every_key_of_a_message_is_sorted_once(role: str, name: str) -> None:
-    assert (name in ChatMessage.model_fields) + (name in REFUSED_KEYS) == 1, f"{name} of {role} is new"
+    assert (name in ChatMessage.model_fields) + (name in UNSUPPORTED_KEYS) == 1, f"{name} of {role} is new"
 
 
 @pytest.mark.parametrize("role", sorted(_MESSAGES))
@@ -148,7 +148,7 @@ def test_every_role_is_taken_or_refused_by_name(role: str) -> None:
         _message(role=role)
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED_KEYS))
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED_KEYS))
 def test_what_a_message_says_beside_its_text_is_refused_by_name(name: str) -> None:
     for value in (_SAMPLE, [_SAMPLE], "x", True):
         with pytest.raises(ValidationError, match=f"{name} is not supported"):

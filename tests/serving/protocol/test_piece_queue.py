@@ -11,7 +11,12 @@ import pytest
 
 from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.serving.engine.request import Finish, GenerationRequest, Piece
-from personalized_soups.serving.protocol.piece_queue import HungUpError, PieceDispatcher, PieceQueue, pieces_of
+from personalized_soups.serving.protocol.piece_queue import (
+    ClientDisconnectedError,
+    PieceDispatcher,
+    PieceQueue,
+    pieces_of,
+)
 
 
 class _Batcher:
@@ -25,11 +30,11 @@ class _Batcher:
 
 
 class _World:
-    """Two answers with one waiter, a client that hangs up when it is told to, and what came."""
+    """Two answers with one queue, a client that hangs up when it is told to, and what came."""
 
     def __init__(self) -> None:
-        self.waiter = PieceQueue()
-        self.asks = [GenerationRequest([1], ExpertWeights(), 4, destination=(self.waiter, index)) for index in range(2)]
+        self.queue = PieceQueue()
+        self.asks = [GenerationRequest([1], ExpertWeights(), 4, destination=(self.queue, index)) for index in range(2)]
         self.batcher: Any = _Batcher()
         self.gone = asyncio.Event()
         self.came: list[tuple[int, Piece]] = []
@@ -90,7 +95,7 @@ def test_all_pieces_come_in_order_until_every_answer_is_at_its_end() -> None:
 def test_a_client_that_hangs_up_gives_up_what_is_not_done() -> None:
     async def test(world: _World) -> None:
         world.deliver((0, END), (1, A))
-        with pytest.raises(HungUpError):
+        with pytest.raises(ClientDisconnectedError):
             await world.take(after=world.gone.set)
 
     world = _run(test)
@@ -117,12 +122,12 @@ def test_a_reader_that_stops_gives_up() -> None:
     assert len(_run(test).batcher.aborted) == 1
 
 
-def test_a_waiter_waits_for_news_again() -> None:
+def test_a_queue_waits_for_news_again() -> None:
     async def test(world: _World) -> None:
-        world.waiter.put(0, A)
-        assert await world.waiter.next() == [(0, A)]
+        world.queue.put(0, A)
+        assert await world.queue.get() == [(0, A)]
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(world.waiter.next(), 0.01)
+            await asyncio.wait_for(world.queue.get(), 0.01)
 
     _run(test)
 

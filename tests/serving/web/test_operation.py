@@ -93,8 +93,8 @@ def test_gauges_tell_what_is_going_on_now() -> None:
     assert (told("step_rows_sum"), told("step_seconds_sum"), told("answer_tokens_total")) == (4, 0.5, 4)
     metrics.page(Load(waiting=0, running=0, cache_bytes=0, seconds_per_answer=1.0))
     assert told("answer_tokens_per_second") == 0
-    metrics.asked(ResolvedProfile(ExpertWeights(), "base", None, "m"), 2, 9)
-    metrics.asked(ResolvedProfile(ExpertWeights(), "stored", "ada", "soup:ada@1"), 3, 5)
+    metrics.submitted(ResolvedProfile(ExpertWeights(), "base", None, "m"), 2, 9)
+    metrics.submitted(ResolvedProfile(ExpertWeights(), "stored", "ada", "soup:ada@1"), 3, 5)
     assert (told("answers_total", profile="base"), told("answers_total", profile="stored")) == (2, 3)
     assert (told("user_answers_total", user="ada"), told("prompt_tokens_total")) == (3, 14)
 

@@ -8,46 +8,49 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from personalized_soups.serving.protocol.answers import AnswerContext, EventStream, PendingAnswers, submit
+from personalized_soups.serving.protocol.answer_context import AnswerContext
+from personalized_soups.serving.protocol.event_stream import EventStream
 from personalized_soups.serving.protocol.formats import PendingChat, PendingCompletion
+from personalized_soups.serving.protocol.pending_answers import PendingAnswers
 from personalized_soups.serving.protocol.profile_resolver import SOUP
 from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
 from personalized_soups.serving.protocol.strict_json import BodyRoute
+from personalized_soups.serving.protocol.submission import submit
 from personalized_soups.users.profiles.store import ProfileStore
 
 # Stored profiles that are listed among the models: enough to choose from by hand.
 _LISTED = 100
 
 
-def router(kitchen: AnswerContext, store: ProfileStore | None) -> APIRouter:
+def router(context: AnswerContext, store: ProfileStore | None) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(route_class=BodyRoute, tags=["OpenAI"])
     reading = APIRouter(tags=["OpenAI"])
     since = int(time.time())
 
-    async def answered(order: PendingAnswers, request: Request) -> Response:
-        if order.request.stream:
-            return EventStream(order, request.receive)
-        return await order.whole_response(request.receive)
+    async def answered(pending: PendingAnswers, request: Request) -> Response:
+        if pending.request.stream:
+            return EventStream(pending, request.receive)
+        return await pending.whole_response(request.receive)
 
     @routes.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation with somebody's soup; with `stream`, as server-sent events."""
-        began = time.perf_counter()
-        order = await submit(kitchen, asked, [asked.conversation()], PendingChat, began)
-        return await answered(order, request)
+        started = time.perf_counter()
+        pending = await submit(context, body, [body.conversation()], PendingChat, started)
+        return await answered(pending, request)
 
     @routes.post("/v1/completions", response_model=None)
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
+    async def completions(body: CompletionRequest, request: Request) -> Response:
         """Go on with texts or tokens, as they are."""
-        began = time.perf_counter()
-        order = await submit(kitchen, asked, asked.prompts(), PendingCompletion, began)
-        return await answered(order, request)
+        started = time.perf_counter()
+        pending = await submit(context, body, body.prompts(), PendingCompletion, started)
+        return await answered(pending, request)
 
     @reading.get("/v1/models")
     def models() -> dict[str, Any]:
         """List the base, and the first stored profiles as `soup:USER`."""
-        names = [kitchen.doorkeeper.base]
+        names = [context.resolver.base]
         if store is not None:
             names += [f"{SOUP}{stored.profile.user}" for stored in store.page(limit=_LISTED)]
         return {"object": "list", "data": [_model(name, since) for name in names]}
@@ -55,8 +58,8 @@ def router(kitchen: AnswerContext, store: ProfileStore | None) -> APIRouter:
     @reading.get("/v1/models/{model:any}")
     async def one_model(model: str) -> dict[str, Any]:
         """Return one model, a stored profile's among them."""
-        guest = await run_in_threadpool(kitchen.doorkeeper.guest, model, None)
-        return _model(guest.model if guest.kind == "base" else model, since)
+        profile = await run_in_threadpool(context.resolver.resolve, model, None)
+        return _model(profile.model if profile.kind == "base" else model, since)
 
     routes.include_router(reading)
     return routes

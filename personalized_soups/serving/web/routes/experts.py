@@ -128,7 +128,7 @@ class _Reloading:
 
     def _reload(self) -> None:
         library, stamps = self._files.look()
-        self._model.change_experts(*self._files.difference(library, stamps))
+        self._model.experts.change(*self._files.difference(library, stamps))
         self._files.serve(stamps)
 
 

@@ -18,8 +18,7 @@ from personalized_soups.declare.loader import load_data
 from personalized_soups.errors import DeclarationError
 from personalized_soups.scoring.scales import Scales
 from personalized_soups.serving.engine.limits import Limits
-from personalized_soups.serving.protocol.expert_files import ExpertFiles
-from personalized_soups.serving.protocol.faults import ApiError
+from personalized_soups.serving.protocol.expert_files import ExpertFiles, ExpertsChangedError
 from personalized_soups.serving.web.settings import Settings
 from tests.experts import write_expert, write_record
 from tests.mixing.worlds import write_experts
@@ -205,7 +204,7 @@ def _difference(files: ExpertFiles) -> tuple[list[str], list[str]]:
 def test_what_has_not_changed_is_not_loaded_again(files: ExpertFiles) -> None:
     assert _difference(files) == ([], [])
     files.check(["cold", "plain", "warm"])
-    with pytest.raises(ApiError, match="'nobody' have changed"):  # who is not known is not taken for unchanged
+    with pytest.raises(ExpertsChangedError, match="'nobody' have changed"):  # an unknown expert is not unchanged
         files.check(["cold", "nobody"])
 
 
