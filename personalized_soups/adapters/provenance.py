@@ -8,12 +8,12 @@ import platform
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from personalized_soups.declare.declared import Declared
 from personalized_soups.errors import FileFormatError, InputError
 from personalized_soups.files.file_names import EXPERT_FILE, SOUP_FILE
-from personalized_soups.files.reader import parse_json
+from personalized_soups.files.strict_json import parse_json
 
 # soup.json has a line per module; a model with a million adapted modules would still fit.
 _MAX_RECORD_BYTES = 256 << 20
@@ -59,6 +59,17 @@ class InputRecord(Declared):
     blake3: dict[str, str] = Field(description="BLAKE3 digest of each of its files that was read, in hex.")
 
 
+class MethodRecord(Declared):
+    """A merge method from outside this package: the function, and the digest of its source.
+
+    Nothing imports the module because a record names it: the record may be anybody's.
+    """
+
+    module: str = Field(description="The module that defines the function.")
+    function: str = Field(description="The function's qualified name.")
+    blake3: str = Field(description="BLAKE3 digest of the module's source file, in hex.")
+
+
 class TruncationRecord(Declared):
     """What the truncation lost: relative Frobenius errors of the delta."""
 
@@ -76,6 +87,9 @@ class SoupRecord(Declared):
     kind: Literal["adapter", "model"]
     profile: dict[str, Any] = Field(description="The profile as it was declared.")
     method: str
+    method_source: MethodRecord | None = Field(
+        default=None, description="The function of a method from outside this package; left out for a built-in method."
+    )
     options: dict[str, float] = Field(default_factory=dict, description="The method's options, all of them.")
     encoding: Literal["stacked", "truncated", "folded"]
     target: Literal["peft", "vllm"] = "peft"
@@ -99,6 +113,14 @@ class SoupRecord(Declared):
     )
     versions: dict[str, str] = Field(default_factory=dict)
     files: tuple[str, ...] = Field(default=(), description="Every file of the folder that the merge wrote.")
+
+    @model_serializer(mode="wrap")
+    def _without_empty_source(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `method_source` out of the records of built-in methods: they were written before it existed."""
+        table: dict[str, Any] = serialize(self)
+        if table.get("method_source", self) is None:
+            del table["method_source"]
+        return table
 
 
 Record = TypeVar("Record", bound=Declared)
