@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 _DOCS = Path(__file__).resolve().parent
 sys.path[:0] = [str(_DOCS.parent), str(_DOCS / "_extensions")]
@@ -31,9 +35,25 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 html_theme = "furo"
-html_title = "personalized_soups"
+html_title = "Personalized Soups"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
 html_copy_source = False
 html_theme_options = {"navigation_with_keys": True}
+
+
+def _fields_as_signature(  # noqa: PLR0917  # Sphinx passes seven by position
+    app: Sphinx, what: str, name: str, thing: object, options: object, signature: str | None, returns: str | None
+) -> tuple[str, str | None] | None:
+    """Show a declared model's fields by name and default; pydantic's own signature shows its internals."""
+    fields = getattr(thing, "model_fields", None)
+    if what != "class" or fields is None:
+        return None
+    shown = [key if field.is_required() else f"{key}={field.get_default()!r}" for key, field in fields.items()]
+    return f"(*, {', '.join(shown)})", None
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the functions of this file to Sphinx."""
+    app.connect("autodoc-process-signature", _fields_as_signature)

@@ -26,7 +26,7 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 class SchemaTable(SphinxDirective):
     """List the keys of a format: type, default, meaning.
 
-    The argument is the name of a schema in docs/schemas/, or `module:Class` of a declared model that has no schema there.
+    The argument is the name of a schema in docs/schemas/, or `module:Class` of another declared model.
     """
 
     required_arguments = 1
