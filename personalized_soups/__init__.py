@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from personalized_soups.generation.generator import Generator
     from personalized_soups.merging.doctor.diagnose import diagnose
     from personalized_soups.merging.live.adapter import LiveAdapter
+    from personalized_soups.merging.planning.options import MergeOptions
     from personalized_soups.merging.verify.folder import verify
     from personalized_soups.merging.writing.adapter import merge
     from personalized_soups.merging.writing.into_base import merge_into_base
@@ -42,6 +43,7 @@ __all__ = [
     "ExpertLibrary",
     "Generator",
     "LiveAdapter",
+    "MergeOptions",
     "PeftView",
     "PrefixCache",
     "Profile",
@@ -71,6 +73,7 @@ _HOME = {
     "ExpertLibrary": "personalized_soups.adapters.library",
     "Generator": "personalized_soups.generation.generator",
     "LiveAdapter": "personalized_soups.merging.live.adapter",
+    "MergeOptions": "personalized_soups.merging.planning.options",
     "PeftView": "personalized_soups.mixing.peft_view",
     "PrefixCache": "personalized_soups.mixing.prefixes",
     "Profile": "personalized_soups.declare.profile",

@@ -33,6 +33,7 @@ def test_other_names_are_an_attribute_error() -> None:
 def test_importing_the_package_and_what_people_declare_loads_no_torch() -> None:
     code = (
         "import sys, personalized_soups as p; assert 'pydantic' not in sys.modules;"
-        "p.Profile, p.Catalogue, p.load, p.TINY_BASE; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+        "p.MergeOptions, p.Profile, p.Catalogue, p.load, p.TINY_BASE;"
+        "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,6 +11,7 @@ import torch
 from benchmarks.ways.missing import give_up
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.writing.into_base import merge_into_base
 
 
@@ -21,7 +22,7 @@ def main(experts: str, weights: dict[str, float], base: str, out: str, device: s
             give_up("no GPU here")
         torch.zeros(1, device=device)
     start = time.perf_counter()
-    merge_into_base(ExpertLibrary.open(experts), Profile(weights=weights), base, out, device=device)
+    merge_into_base(ExpertLibrary.open(experts), Profile(weights=weights), base, out, MergeOptions(device=device))
     print(json.dumps({"seconds": time.perf_counter() - start}))
 
 

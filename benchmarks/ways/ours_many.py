@@ -12,6 +12,7 @@ from benchmarks.profiles import random_weights
 from benchmarks.ways.missing import give_up
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.writing.many import merge_many
 
 
@@ -23,7 +24,7 @@ def main(experts: str, count: int, out: str, device: str = "cpu") -> None:
         torch.zeros(1, device=device)
     profiles = [Profile(user=user, weights=weights) for user, weights in random_weights(count).items()]
     start = time.perf_counter()
-    merge_many(ExpertLibrary.open(experts), profiles, out, device=device)
+    merge_many(ExpertLibrary.open(experts), profiles, out, MergeOptions(device=device))
     print(json.dumps({"seconds": time.perf_counter() - start}))
 
 

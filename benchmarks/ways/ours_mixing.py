@@ -58,7 +58,7 @@ def _bytes_of_a_user(soup: Any, rows: list[Profile]) -> float:
     known = [rows[number % len(rows)].replaced(user=f"user-{number}") for number in range(_USERS)]
     tracemalloc.start()
     for profile in known:
-        soup.add_profile(profile)
+        soup.profiles.add(profile)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return taken / _USERS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merge_into_base
 from personalized_soups.adapters.describe import describe
 from personalized_soups.errors import InputError
 from tests.experts import SHAPES, write_config, write_expert, write_record
@@ -27,7 +27,7 @@ def test_an_expert_a_library_and_their_soups_are_told_apart(tmp_path: Path, smal
     assert expert.facts["layers"] == ["down_proj", "k_proj", "q_proj", "up_proj"]
     assert expert.facts["num_parameters"] == sum(2 * (out + into) for out, into in SHAPES.values())
 
-    soup = describe(merge(library, profile, rank=3).write(tmp_path / "soup"))
+    soup = describe(merge(library, profile, MergeOptions(rank=3)).write(tmp_path / "soup"))
     assert soup.kind == "merged adapter"
     assert soup.facts["weights"] == {"friendly": 0.6, "concise": 0.3}
     assert soup.facts["rank"] == 3

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merge_into_base
 from tests import oracles
 from tests.experts import write_expert
 
@@ -82,7 +82,7 @@ def test_truncated_linear_is_pefts_svd(tmp_path: Path, small_base: Path, rank: i
     theirs = peft_deltas(
         library, small_base, [weights[name] for name in library], combination_type="svd", svd_rank=rank
     )
-    ours = merge(library, Profile(weights=weights), rank=rank).write(tmp_path / "out")
+    ours = merge(library, Profile(weights=weights), MergeOptions(rank=rank)).write(tmp_path / "out")
     # PEFT decomposes dense float32 matrices
     check_equal(ours, theirs, 1e-5)
 
@@ -101,7 +101,7 @@ def test_peft_loads_what_was_written_and_sees_the_same_deltas(
     tmp_path: Path, small_base: Path, options: dict[str, Any], recwarn: pytest.WarningsRecorder
 ) -> None:
     library = write_experts(tmp_path / "experts", small_base)
-    folder = merge(library, Profile(weights=dict.fromkeys(NAMES, 0.6)), **options).write(tmp_path / "out")
+    folder = merge(library, Profile(weights=dict.fromkeys(NAMES, 0.6)), MergeOptions(**options)).write(tmp_path / "out")
     model = loaded(small_base, folder)
     check_equal(folder, deltas_of(model, "default"), 1e-6)
     assert not [warning for warning in recwarn if "missing" in str(warning.message).lower()]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merge_into_base
 from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.errors import UnsupportedAdapterError
@@ -166,7 +166,7 @@ def check_both_ways(base: Path, expert: Path, out: Path) -> None:
     assert not torch.equal(want["q_proj"], before["q_proj"])
     folded = merge_into_base(library, profile, base, out / "folded")
     check(effects(loaded(folded)), want, before)
-    merged = merge(library, profile, base=base).write(out / "merged")
+    merged = merge(library, profile, MergeOptions(base=base)).write(out / "merged")
     check(effects(loaded(base, merged)), want, before)
 
 
@@ -240,7 +240,7 @@ def test_tokens_are_laid_over_a_saved_embedding_that_is_not_the_bases(tmp_path: 
     want, before = effects(loaded(base, expert)), effects(loaded(base))
     check(effects(loaded(merge_into_base(library, profile, base, tmp_path / "out"))), want, before)
     with pytest.raises(UnsupportedAdapterError, match="saved whole, and tokens of it are trained"):
-        merge(library, profile, base=base).write(tmp_path / "merged")
+        merge(library, profile, MergeOptions(base=base)).write(tmp_path / "merged")
 
 
 def test_experts_whose_tokens_one_adapter_would_read_otherwise_are_refused(tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_experts_whose_tokens_one_adapter_would_read_otherwise_are_refused(tmp_p
         write_expert(tmp_path / "experts" / name.split()[-1], base, KINDS[name])
     library, profile = ExpertLibrary.open(tmp_path / "experts"), Profile(weights={"tokens": 0.5, "head": 0.25})
     with pytest.raises(UnsupportedAdapterError, match="other tokens of the output embedding than of the input") as told:
-        merge(library, profile, base=base).write(tmp_path / "out")
+        merge(library, profile, MergeOptions(base=base)).write(tmp_path / "out")
     assert "into_base=BASE" in told.value.mend
     folded = effects(loaded(merge_into_base(library, profile, base, tmp_path / "folded")))
     before = effects(loaded(base))

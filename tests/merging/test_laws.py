@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from personalized_soups import ExpertLibrary, Profile, merge
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge
 from tests import oracles
 from tests.experts import SHAPES, write_expert
 
@@ -27,7 +27,8 @@ def library(tmp_path: Path) -> ExpertLibrary:
 
 def soup(library: ExpertLibrary, tmp_path: Path, weights: dict[str, float], **options: Any) -> dict[str, Any]:
     number = len(list(tmp_path.iterdir()))
-    return oracles.deltas(merge(library, Profile(weights=weights), **options).write(tmp_path / f"out{number}"))
+    merged = merge(library, Profile(weights=weights), MergeOptions(**options))
+    return oracles.deltas(merged.write(tmp_path / f"out{number}"))
 
 
 def check_equal(one: dict[str, Any], two: dict[str, Any], tolerance: float = 3e-7) -> None:
@@ -54,16 +55,18 @@ def test_factor_linear_inflates_an_expert_with_itself(library: ExpertLibrary, tm
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_expert_of_weight_zero_takes_no_part(library: ExpertLibrary, tmp_path: Path, method: str) -> None:
-    without = merge(library, Profile(weights={"a": 0.3, "b": 0.6}), method=method).write(tmp_path / "without")
-    with_zero = merge(library, Profile(weights={"a": 0.3, "c": 0.0, "b": 0.6}), method=method).write(tmp_path / "with")
+    options = MergeOptions(method=method)
+    without = merge(library, Profile(weights={"a": 0.3, "b": 0.6}), options).write(tmp_path / "without")
+    with_zero = merge(library, Profile(weights={"a": 0.3, "c": 0.0, "b": 0.6}), options).write(tmp_path / "with")
     name = "adapter_model.safetensors"
     assert (with_zero / name).read_bytes() == (without / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_order_of_experts_does_not_matter(library: ExpertLibrary, tmp_path: Path, method: str) -> None:
-    one = merge(library, Profile(weights={"a": 0.3, "b": -0.6, "c": 1.1}), method=method).write(tmp_path / "one")
-    two = merge(library, Profile(weights={"c": 1.1, "a": 0.3, "b": -0.6}), method=method).write(tmp_path / "two")
+    options = MergeOptions(method=method)
+    one = merge(library, Profile(weights={"a": 0.3, "b": -0.6, "c": 1.1}), options).write(tmp_path / "one")
+    two = merge(library, Profile(weights={"c": 1.1, "a": 0.3, "b": -0.6}), options).write(tmp_path / "two")
     assert (one / "adapter_model.safetensors").read_bytes() == (two / "adapter_model.safetensors").read_bytes()
 
 

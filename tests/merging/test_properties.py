@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, note
 from hypothesis import strategies as st
 
-from personalized_soups import ExpertLibrary, merge, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, merge, merge_into_base
 from personalized_soups.methods.table import METHODS
 from tests import oracles
 from tests.merging.formulas import soup_of
@@ -112,7 +112,7 @@ def test_a_truncated_soup_is_the_best_at_its_rank_and_an_energy_share_takes_the_
     keywords: dict[str, Any] = {"rank": cut} if isinstance(cut, int) else {"energy": cut}
     with tempfile.TemporaryDirectory() as name:
         library, parts = written(Path(name), world)
-        out = merge(library, world.profile(), **keywords).write(Path(name) / "out")
+        out = merge(library, world.profile(), MergeOptions(**keywords)).write(Path(name) / "out")
         got, dtype = oracles.deltas(out), dtype_in(out)
         record = json.loads((out / "soup.json").read_text())
         factors = oracles.factors(oracles.read_tensors(out / WEIGHTS_FILE))
@@ -179,14 +179,18 @@ def check_method(method: str, world: World, density: float, lambda_: float) -> N
     2 u times the sum of the singular values, which is at most sqrt(rank) times the norm; and KnOTS' factors alike.
     """
     row = METHODS[method]
-    keywords: dict[str, Any] = {"method": method, "options": options_of(method, density, lambda_)}
+    keywords: dict[str, Any] = {"method": method, "method_options": options_of(method, density, lambda_)}
     with tempfile.TemporaryDirectory() as name:
         library, parts = written(Path(name), world)
         base = write_base(Path(name) / "base", "F32", world.seed, is_exact=world.is_exact)
         full: dict[str, Any] = {"rank": max(min(shape) for shape in MODULES.values())} if row.family == "dense" else {}
-        adapter = oracles.deltas(merge(library, world.profile(), **keywords, **full).write(Path(name) / "adapter"))
+        adapter = oracles.deltas(
+            merge(library, world.profile(), MergeOptions(**keywords, **full)).write(Path(name) / "adapter")
+        )
         before = read_model(base)
-        after = read_model(merge_into_base(library, world.profile(), base, Path(name) / "model", **keywords))
+        after = read_model(
+            merge_into_base(library, world.profile(), base, Path(name) / "model", MergeOptions(**keywords))
+        )
     want = soup_of(method, parts, world.weights, density, options_of(method, density, lambda_).get("lambda", 1.0))
     assert adapter.keys() == want.keys()
     for module, delta in want.items():
@@ -237,7 +241,13 @@ def test_a_soup_is_turned_where_the_base_is(tmp_path: Path, method: str) -> None
         for path in base.glob("*.safetensors") if turned else ():
             oracles.write_tensors(path, {name: ("F32", w.T) for name, w in oracles.read_tensors(path).items()})
         out = tmp_path / f"out{turned}"
-        found.append(read_model(merge_into_base(library, world.profile(), base, out, method=method, options=options)))
+        found.append(
+            read_model(
+                merge_into_base(
+                    library, world.profile(), base, out, MergeOptions(method=method, method_options=options)
+                )
+            )
+        )
     for name, tensor in found[0].items():
         # the products' sums may be taken in another order
         np.testing.assert_allclose(found[1][name].T, tensor, rtol=0, atol=16 * U * 30, err_msg=name)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merge_into_base
 from personalized_soups.merging.writing.many import merge_many
 from personalized_soups.methods.table import METHODS
 from tests import oracles
@@ -49,7 +49,7 @@ def keywords_of(method: str, **options: float) -> dict[str, Any]:
     """What merge takes, at a rank that a dense result is held at without a loss."""
     return {
         "method": method,
-        "options": {name: value for name, value in options.items() if name in METHODS[method].options},
+        "method_options": {name: value for name, value in options.items() if name in METHODS[method].options},
         **({"rank": FULL} if METHODS[method].family == "dense" else {}),
     }
 
@@ -77,7 +77,7 @@ class Soups:
     def merged(self, weights: Mapping[str, float] | None = None, **keywords: Any) -> Path:
         self.count += 1
         profile = self.world.profile() if weights is None else Profile(weights=dict(weights))
-        return merge(self.library, profile, **keywords).write(self.root / f"out{self.count}")
+        return merge(self.library, profile, MergeOptions(**keywords)).write(self.root / f"out{self.count}")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -107,7 +107,7 @@ def test_one_expert_of_weight_1_comes_back_by_every_method(method: str, world: W
         adapter = oracles.deltas(soups.merged(**keywords))
         keywords.pop("rank", None)
         base = write_base(Path(name) / "base", "F32", world.seed)
-        model = merge_into_base(soups.library, one.profile(), base, Path(name) / "model", **keywords)
+        model = merge_into_base(soups.library, one.profile(), base, Path(name) / "model", MergeOptions(**keywords))
         before, after = read_model(base), read_model(model)
     room = sizes([parts], [1.0])
     assert adapter.keys() == parts.keys()
@@ -218,10 +218,10 @@ def test_a_row_of_merge_many_is_the_merge_of_one(world: World, others: list[list
     keywords: dict[str, Any] = {"dtype": "float32", **({"rank": 2} if cut else {})}
     with tempfile.TemporaryDirectory() as name:
         soups = Soups(Path(name), world)
-        merge_many(soups.library, profiles, Path(name) / "many", **keywords)
+        merge_many(soups.library, profiles, Path(name) / "many", MergeOptions(**keywords))
         parts = [parts_of(folder) for folder in soups.folders]
         for profile in profiles:
-            alone = merge(soups.library, profile, **keywords).write(Path(name) / "alone" / profile.user)
+            alone = merge(soups.library, profile, MergeOptions(**keywords)).write(Path(name) / "alone" / profile.user)
             among = Path(name) / "many" / profile.user
             check_row(files_of(among), files_of(alone))
             if (one := bytes_of(among)) != bytes_of(alone):
@@ -309,7 +309,7 @@ def test_each_expert_and_each_module_has_draws_of_its_own(tmp_path: Path, method
         delta
         for name in ("one", "copy")
         for delta in oracles.deltas(
-            merge(library, Profile(weights={name: 1.0}), **keywords).write(tmp_path / name)
+            merge(library, Profile(weights={name: 1.0}), MergeOptions(**keywords)).write(tmp_path / name)
         ).values()
     ]
     for index, delta in enumerate(found):
@@ -359,7 +359,7 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path, large: Path, meth
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         out = tmp_path / f"adapter{threads}"
-        adapter = merge(library, profile, rank=9).write(out)
+        adapter = merge(library, profile, MergeOptions(rank=9)).write(out)
         model = merge_into_base(library, profile, large / "base", tmp_path / f"model{threads}")
         found.append((files_of(adapter), bytes_of(model)))
         assert torch.get_num_threads() == threads
@@ -376,7 +376,7 @@ def test_the_order_in_which_threads_are_done_changes_no_byte(tmp_path: Path, lar
     found = []
     for run in range(12):
         torch.set_num_threads(1 + 3 * bool(run))
-        found.append(files_of(merge(library, profile, **cut).write(tmp_path / str(run))))
+        found.append(files_of(merge(library, profile, MergeOptions(**cut)).write(tmp_path / str(run))))
     assert all(each == found[0] for each in found[1:])
 
 

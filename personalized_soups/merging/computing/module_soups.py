@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank.expert_bank import ExpertBank, StackedModule
 from personalized_soups.launching.threads import full_precision, in_order, num_workers
+from personalized_soups.merging.computing.custom_method import merged_delta, merged_factors
 from personalized_soups.merging.computing.dora import Dora, base_scale, turned
 from personalized_soups.merging.planning.plan import MergePlan, PlannedModule
 from personalized_soups.methods.factors import Factors
@@ -167,6 +168,8 @@ class Soups:
         if method.family == "linear":
             keywords["basis"] = stack.basis
         function = method.load()
+        if self.plan.method_source is not None:
+            function = partial(merged_factors, method, stack.name, rank=module.full_rank)
         if not method.divides_by_sum:
             return [function(stack.factors, each, **keywords) for each in weights]
         # a module that an expert lacks contributes zero: the sum of the weights stays that of all experts
@@ -190,7 +193,10 @@ class Soups:
         keywords = self._keywords(module, stack)
         if self.plan.method.trims_globally:
             keywords["thresholds"] = [self.thresholds[index] for index in stack.experts]
-        delta_OI: Tensor = self.plan.method.load()([each.delta() for each in stack.factors], weights, **keywords)
+        deltas = [each.delta() for each in stack.factors]
+        if self.plan.method_source is not None:
+            return merged_delta(self.plan.method, stack.name, deltas, weights, **keywords)
+        delta_OI: Tensor = self.plan.method.load()(deltas, weights, **keywords)
         return delta_OI
 
     def _of_dense(self, module: PlannedModule, delta_OI: Tensor) -> ModuleSoup:

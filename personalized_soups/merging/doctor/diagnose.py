@@ -22,6 +22,7 @@ from personalized_soups.merging.doctor.diagnosis import Diagnosis, ExpertFacts, 
 from personalized_soups.merging.doctor.measures import Measures, base_norms
 from personalized_soups.merging.doctor.surprises import Group, surprises
 from personalized_soups.merging.planning.checks import faults_of, unmet_needs
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import plan_merge, vllm_max_lora_rank
 from personalized_soups.methods.table import method_named
 
@@ -125,7 +126,9 @@ class _Examination:
                 self._error("other base", fault, of=expert)
             try:
                 alone = ExpertLibrary({expert.name: expert.folder}, where=str(expert.folder))
-                plan = plan_merge(alone, Profile(weights={expert.name: 1.0}), same_base=True, into_base=True)
+                plan = plan_merge(
+                    alone, Profile(weights={expert.name: 1.0}), MergeOptions(same_base=True), into_base=True
+                )
                 Changes.of(Soups([plan], ExpertBank([expert])), self.model)
             except SoupError as fault:
                 self._error("base module", fault, of=expert)

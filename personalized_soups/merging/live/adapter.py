@@ -27,6 +27,7 @@ from personalized_soups.merging.live.buffers import (
 )
 from personalized_soups.merging.live.checks import check_model, check_plain
 from personalized_soups.merging.live.coefficients import coefficients_on
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import MergePlan, plan_merge, resolve_device, torch_dtype
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.method import Method
@@ -242,7 +243,7 @@ def _plan_of_all(
         raise UsageError("a live soup of no experts", where="experts", mend="name one expert or more")
     everyone = Profile(weights=dict.fromkeys(names, 1.0), allow_opposed=True)
     check_plain([library[name] for name in names if name in library])
-    return plan_merge(library, everyone, method=method, dtype=dtype, same_base=same_base)
+    return plan_merge(library, everyone, MergeOptions(method=method, dtype=dtype, same_base=same_base))
 
 
 def _buffers(bank: ExpertBank, plan: MergePlan, device: torch.device) -> LiveBuffers:

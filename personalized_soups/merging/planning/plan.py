@@ -14,7 +14,7 @@ from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.compatible import disagreements
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.adapters.modules import LoraModule
-from personalized_soups.adapters.provenance import BaseRecord
+from personalized_soups.adapters.provenance import BaseRecord, MethodRecord
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.side_rule import SideRule
@@ -28,8 +28,10 @@ from personalized_soups.merging.planning.layout import (
     named_modules,
     unfit_for_vllm,
 )
+from personalized_soups.merging.planning.method_source import method_source
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.methods.method import Method
-from personalized_soups.methods.table import method_named
+from personalized_soups.methods.plugins import find_method
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 PlannedEncoding = Literal["stacked", "truncated", "folded"]
@@ -91,6 +93,7 @@ class MergePlan:
 
     profile: Profile
     method: Method
+    method_source: MethodRecord | None
     options: Mapping[str, float]
     target: Target
     energy: float | None
@@ -111,6 +114,12 @@ class MergePlan:
     def weights(self) -> tuple[float, ...]:
         """The experts' weights, in their order."""
         return tuple(expert.weight for expert in self.experts)
+
+    @property
+    def input_folders(self) -> tuple[str, ...]:
+        """The folders that the merge reads: the experts', and the base model's if an adapter is computed with it."""
+        folders = tuple(expert.folder for expert in self.experts)
+        return folders if self.base_folder is None else (*folders, self.base_folder)
 
     @property
     def num_bytes(self) -> int:
@@ -146,80 +155,68 @@ class MergePlan:
 
 
 def plan_merge(
-    library: ExpertLibrary,
-    profile: Profile,
-    *,
-    method: str | Method | None = None,
-    options: Mapping[str, float] | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    dtype: str | None = None,
-    target: str = "peft",
-    same_base: bool = False,
-    into_base: bool = False,
-    base: Path | str | None = None,
+    library: ExpertLibrary, profile: Profile, options: MergeOptions | None = None, *, into_base: bool = False
 ) -> MergePlan:
-    """Return what merging `profile` will do; no tensor is read but the first bytes of the A's.
+    """Return the plan for merging `profile`, from the experts' headers and the first bytes of their A's.
 
     Args:
-        library: where the experts are.
-        profile: who the soup is for; experts of weight 0 take no part.
-        method: overrides the profile's; a name, or a row of a stranger's own.
-        options: of the method, such as `density`; each overrides the profile's.
-        rank: overrides the profile's: the merged adapter has at most this rank.
-        energy: share of each module's squared norm that its truncation must keep, in place of a rank.
-        dtype: of the merged adapter; where left out, the experts' own if they agree, else float32.
-        target: `peft`, or `vllm`, where every module has one rank and nothing stands in patterns.
-        same_base: take it that all experts have one base, whatever their names and fingerprints say.
-        into_base: plan to fold the soup into a base model, where rank and dtype are the base's.
-        base: of an adapter: the base model's folder, or a hub id in the local cache. It is needed where an expert holds
-            what is relative to the base (DoRA, biases, saved modules, trained tokens); samples of it are read, to know
-            it by its fingerprint.
+        library: the experts.
+        profile: the user's weights. Experts of weight 0 take no part.
+        options: the choices that override the profile's; the defaults if left out.
+        into_base: plan to fold the soup into a base model, which decides the dtype; the soup then has no rank.
 
     Raises:
-        DeclarationError: if the profile names unknown experts, or opposed sides.
-        IncompatibleExpertsError: if the experts disagree with one another or with what the method needs.
-        InputError: if an expert is damaged or of a variant that is not merged.
-        UsageError: if an option is out of place, or an adapter cannot hold the soup, or not without the base. All
-            faults of one kind of step are told at once.
+        DeclarationError: if the profile names unknown experts or two sides of one dimension.
+        IncompatibleExpertsError: if the experts disagree with each other, or do not meet the method's needs.
+        InputError: if an expert is damaged, or is a variant of LoRA that cannot be merged.
+        UsageError: if an option is wrong, or an adapter cannot hold the soup, or cannot without the base. All errors
+            of one step are raised together.
     """
-    row = method if isinstance(method, Method) else method_named(method or profile.method)
-    method_options = _method_options(row, profile, options)
-    cut = checked_cut(profile, rank, energy, into_base=into_base)
-    _check_dtype(dtype, into_base=into_base)
+    options = options or MergeOptions()
+    method = find_method(profile.method if options.method is None else options.method)
+    method_options = _method_options(method, profile, options.method_options)
+    cut = checked_cut(profile, options.rank, options.energy, into_base=into_base)
+    _check_dtype(options.dtype, into_base=into_base)
+    _check_base(options.base, into_base=into_base)
     library.check(profile)
     # by name, so that a soup's bytes do not depend on the order in which its profile was written
     chosen = [(library[name], weight) for name, weight in sorted(profile.resolved_weights().items()) if weight != 0]
     experts = [expert for expert, _ in chosen]
-    # nothing can be compared before each expert is sound by itself
+    # experts are compared only if each of them is sound
     raise_all([fault for expert in experts for fault in faults_of(expert)])
     bank = ExpertBank(experts)
     SideRule.of(experts).check(profile)
-    raise_all([*disagreements(experts, same_base=same_base), *unmet_needs(row, bank, [w for _, w in chosen])])
-    checked_target = _checked_target(target, into_base=into_base)
+    raise_all(
+        [
+            *disagreements(experts, same_base=options.same_base),
+            *unmet_needs(method, bank, [weight for _, weight in chosen]),
+        ]
+    )
+    target = _checked_target(options.target, into_base=into_base)
     layout = layout_of(experts)
     unfit = unfit_for_vllm(experts)
     if not into_base:
-        raise_all(unfit if checked_target == "vllm" else [])
-        raise_all([*conflicts(experts, layout), *(missing_base(experts) if base is None else [])])
-    modules = tuple(_planned(bank, like, row, cut.rank) for like in named_modules(experts, layout))
-    if checked_target == "vllm" and energy is None:
+        raise_all(unfit if target == "vllm" else [])
+        raise_all([*conflicts(experts, layout), *(missing_base(experts) if options.base is None else [])])
+    modules = tuple(_planned(bank, like, method, cut.rank) for like in named_modules(experts, layout))
+    if target == "vllm" and options.energy is None:
         check_vllm_rank(max(module.rank for module in modules))
-    known, folder = _read_base(base, experts, same_base=same_base)
+    base, base_folder = _read_base(options.base, experts, same_base=options.same_base)
     return MergePlan(
         profile=profile,
-        method=row,
+        method=method,
+        method_source=method_source(method),
         options=method_options,
-        target=checked_target,
+        target=target,
         fits_vllm=not unfit,
         energy=cut.energy,
-        encoding=_encoding(row, modules, cut, into_base=into_base),
+        encoding=_encoding(method, modules, cut, into_base=into_base),
         experts=tuple(PlannedExpert(expert.name, str(expert.folder.resolve()), weight) for expert, weight in chosen),
         modules=modules,
         rank=max(module.rank for module in modules),
-        dtype=_resolved_dtype(dtype, experts),
-        base=known,
-        base_folder=folder,
+        dtype=_resolved_dtype(options.dtype, experts),
+        base=base,
+        base_folder=base_folder,
         revision=_agreed([expert.adapter.config.revision for expert in experts]),
         task_type=_agreed([expert.adapter.config.task_type for expert in experts]),
         layout=layout,
@@ -292,6 +289,15 @@ def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", mend=choose_from(dtype, _CHOICES))
 
 
+def _check_base(base: Path | str | None, *, into_base: bool) -> None:
+    if into_base and base is not None:
+        raise UsageError(
+            "base is the base model of a merged adapter, but the soup is folded into a model",
+            where="base",
+            mend="leave base out of the options",
+        )
+
+
 def _checked_target(target: str, *, into_base: bool) -> Target:
     if target not in _TARGETS:
         raise UsageError(f"unknown target {target!r}", where="target", mend=choose_from(target, _TARGETS))
@@ -306,12 +312,13 @@ def _checked_target(target: str, *, into_base: bool) -> Target:
 
 def _method_options(row: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
     """Return the options of the method: the caller's, else those of the profile's that this method takes, too."""
-    own = {name: value for name, value in profile.options.items() if name in row.options}
+    is_own = row.name == profile.method
+    own = {name: value for name, value in profile.options.items() if is_own or name in row.options}
     try:
         return row.resolved({**own, **(given or {})})
     except UsageError as fault:
-        is_own = fault.where in own and fault.where not in (given or {})
-        place = profile.place("options", fault.where) if is_own else fault.where
+        is_in_profile = fault.where in own and fault.where not in (given or {})
+        place = profile.place("options", fault.where) if is_in_profile else fault.where
         raise UsageError(fault.what, where=place, mend=fault.mend) from None
 
 

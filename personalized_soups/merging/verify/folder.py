@@ -33,6 +33,7 @@ from personalized_soups.files.file_names import SOUP_FILE, WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.computing.module_soups import Soups
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, plan_merge, resolve_device
 from personalized_soups.merging.verify.adapter import AdapterComparison
 from personalized_soups.merging.verify.model import compare_model
@@ -205,15 +206,17 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None) -
         library,
         # the rank that counts is the record's: an option may have overridden the profile's
         profile.replaced(weights=ordered, rank=None, allow_opposed=True),
-        method=record.method,
-        options=record.options,
-        rank=record.rank if cut is not None and cut.energy is None else None,
-        energy=None if cut is None else cut.energy,
-        dtype=record.dtype if record.kind == "adapter" else None,
-        target=record.target,
-        same_base=True,
+        MergeOptions(
+            method=record.method,
+            method_options=record.options,
+            rank=record.rank if cut is not None and cut.energy is None else None,
+            energy=None if cut is None else cut.energy,
+            dtype=record.dtype if record.kind == "adapter" else None,
+            target=record.target,
+            same_base=True,
+            base=None if record.base_folder is None else _base_of(record, base).folder,
+        ),
         into_base=record.kind == "model",
-        base=None if record.base_folder is None else _base_of(record, base).folder,
     )
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from personalized_soups.files.reader import BITS, TORCH_DTYPES, SafetensorsFile
+from personalized_soups.files.header import BITS, TORCH_DTYPES
+from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.files.writer import TensorSpec
 from personalized_soups.launching.threads import num_file_threads
 from personalized_soups.merging.computing.blocks import (

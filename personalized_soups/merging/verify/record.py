@@ -12,7 +12,7 @@ from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.adapters.provenance import SoupRecord, TruncationRecord
 from personalized_soups.files.atomic import files_below
 from personalized_soups.files.file_names import CONFIG_FILE, SOUP_FILE
-from personalized_soups.files.reader import parse_json
+from personalized_soups.files.strict_json import parse_json
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.verify.verification import Fault, Subject
 from personalized_soups.merging.writing.into_base import json_text, untied_tables

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,13 @@ from personalized_soups.adapters.provenance import InputRecord
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
-from personalized_soups.files.atomic import check_target, new_folder
+from personalized_soups.files.atomic import check_replaceable, check_target, new_folder
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.computing.whole_tensors import WholeTensors, on_base
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, plan_merge
 from personalized_soups.merging.writing.adapter_writer import AdapterWriter, MergedModule, common_ranks
-from personalized_soups.methods.method import Method
 
 Result = TypeVar("Result")
 
@@ -64,6 +64,21 @@ class MergedAdapter:
         found = {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
         return {**found, **({} if self.whole is None else self.whole.tensors())}
 
+    def check(self, folder: Path | str | None = None, overwrite: bool = False) -> None:
+        """Raise the errors of `write` that the files' headers show. Nothing is written.
+
+        Args:
+            folder: the new folder; None checks the inputs alone.
+            overwrite: replace the folder if this tool wrote it.
+
+        Raises:
+            SoupError: as `write`, except for errors in the tensors' values and a full disk.
+        """
+        if folder is not None:
+            check_output_apart(Path(folder), self.plan.input_folders)
+            check_replaceable(Path(folder).absolute(), overwrite=overwrite)
+        on_base([self.plan], ExpertBank(self._experts))
+
     def write(self, folder: Path | str, overwrite: bool = False, durable: bool = False) -> Path:
         """Write the adapter folder, all or nothing, and return it. Memory: the few modules in work.
 
@@ -80,9 +95,7 @@ class MergedAdapter:
             RunError: if the disk is full.
         """
         folder = Path(folder)
-        check_output_apart(folder, [expert.folder for expert in self.plan.experts])
-        if self.plan.base_folder is not None:
-            check_output_apart(folder, [self.plan.base_folder])
+        check_output_apart(folder, self.plan.input_folders)
         check_target(folder, overwrite=overwrite)
         read = [path for expert in self._experts for path in expert.adapter.files]
         with (
@@ -104,57 +117,24 @@ class MergedAdapter:
         return [self.library[expert.name] for expert in self.plan.experts]
 
 
-def merge(
-    library: ExpertLibrary,
-    profile: Profile,
-    *,
-    method: str | Method | None = None,
-    options: Mapping[str, float] | None = None,
-    rank: int | None = None,
-    energy: float | None = None,
-    dtype: str | None = None,
-    target: str = "peft",
-    device: str = "auto",
-    same_base: bool = False,
-    base: Path | str | None = None,
-) -> MergedAdapter:
-    """Return the soup of `profile` as one adapter; `.write(folder)` makes the folder. The base is never loaded whole.
+def merge(library: ExpertLibrary, profile: Profile, options: MergeOptions | None = None) -> MergedAdapter:
+    """Return the soup of `profile` as one adapter; `.write(folder)` writes the folder. The base is never loaded whole.
 
-    The scaling is baked into B and `r == lora_alpha`; all modules have one rank (lower ones are padded with zeros) but
-    where `energy` gives each its own. Arithmetic: float64 for the coefficients, one rounding to `dtype`; A's are not
-    changed unless the soup is truncated.
+    The scaling is multiplied into B and `r == lora_alpha`. All modules have one rank (lower ranks are padded with
+    zeros), unless `options.energy` gives each module its own. Arithmetic: float64 for the coefficients, one rounding to
+    the dtype. Without truncation, every A is copied unchanged.
 
     Args:
-        library: where the experts are.
-        profile: who it is for.
-        method: overrides the profile's.
-        options: of the method, such as `density`; each overrides the profile's.
-        rank: overrides the profile's: at most this rank, with the error in the record.
-        energy: keep this share of each module's squared norm at the least rank, in place of a rank.
-        dtype: float32, bfloat16 or float16; the experts' own where left out.
-        target: `peft`, or `vllm`, where every module has one rank and nothing stands in patterns.
-        device: where the arithmetic is done: auto (the CPU), cpu, cuda. Sums of factors that are not truncated are
-            computed on the CPU in any case, since a GPU cannot win there.
-        same_base: take it that all experts have one base.
-        base: the base model's folder, or a hub id in the local cache; needed where an expert holds what is relative to
-            the base: DoRA's magnitudes, biases, saved modules, trained tokens.
+        library: the experts.
+        profile: the user's weights.
+        options: the choices that override the profile's; the defaults if left out.
 
     Raises:
-        SoupError: everything that plan_merge raises.
+        SoupError: all errors of plan_merge; UsageError if the device is unknown or missing.
     """
-    plan = plan_merge(
-        library,
-        profile,
-        method=method,
-        options=options,
-        rank=rank,
-        energy=energy,
-        dtype=dtype,
-        target=target,
-        same_base=same_base,
-        base=base,
-    )
-    return MergedAdapter(plan, library, arithmetic_device(plan, device))
+    options = options or MergeOptions()
+    plan = plan_merge(library, profile, options)
+    return MergedAdapter(plan, library, arithmetic_device(plan, options.device))
 
 
 def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path, str]) -> tuple[InputRecord, ...]:
@@ -170,7 +150,7 @@ def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path
     )
 
 
-def check_output_apart(folder: Path, inputs: list[str]) -> None:
+def check_output_apart(folder: Path, inputs: Iterable[str | Path]) -> None:
     """Raise if an output folder is an input folder, or inside or around one: writing it would destroy the input.
 
     Raises:

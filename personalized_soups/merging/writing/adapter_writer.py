@@ -286,6 +286,7 @@ def adapter_record(
         kind="adapter",
         profile=plan.profile.model_dump(mode="json"),
         method=plan.method.name,
+        method_source=plan.method_source,
         options=dict(plan.options),
         encoding=plan.encoding,
         target=plan.target,

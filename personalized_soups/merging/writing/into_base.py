@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from blake3 import blake3
@@ -24,7 +25,7 @@ from personalized_soups.adapters.provenance import (
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import InputError
-from personalized_soups.files.atomic import Resumable, check_target, files_below, resumable_folder
+from personalized_soups.files.atomic import Resumable, check_replaceable, check_target, files_below, resumable_folder
 from personalized_soups.files.copies import CopyMode, copy_file
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.files.file_names import MODEL_CONFIG_FILE, MODEL_INDEX_FILE, SOUP_FILE
@@ -34,10 +35,10 @@ from personalized_soups.launching.threads import in_order, num_file_threads
 from personalized_soups.merging.computing.blocks import folded_blocks
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.computing.module_soups import Soups
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import MergePlan, plan_merge, resolve_device
 from personalized_soups.merging.writing.adapter import check_output_apart, input_records
 from personalized_soups.methods.finite import all_finite
-from personalized_soups.methods.method import Method
 
 Progress = Callable[[int, int], None]
 
@@ -54,16 +55,90 @@ class Sink(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class MergedModel:
+    """A soup that can be folded into a base and written as a model folder. Nothing is computed before `write`.
+
+    Attributes:
+        plan: the plan of the merge, made with `into_base=True`.
+        library: the experts.
+        base: the base model: a folder, or a hub id in the local cache.
+        device: where the arithmetic runs.
+        same_base: fold the soup into this base even if the experts recorded another fingerprint.
+    """
+
+    plan: MergePlan
+    library: ExpertLibrary
+    base: Path | str
+    device: torch.device
+    same_base: bool = False
+
+    @classmethod
+    def of(
+        cls, library: ExpertLibrary, profile: Profile, base: Path | str, options: MergeOptions | None = None
+    ) -> Self:
+        """Plan the merge of `profile` into `base`; the base is not opened.
+
+        Raises:
+            SoupError: all errors of plan_merge; UsageError if the device is unknown or missing.
+        """
+        options = options or MergeOptions()
+        plan = plan_merge(library, profile, options, into_base=True)
+        return cls(plan, library, base, resolve_device(options.device), options.same_base)
+
+    def check(self, folder: Path | str | None = None, overwrite: bool = False) -> None:
+        """Raise the errors of `write` that the files' headers show. Nothing is written.
+
+        Fingerprints are not compared, since that reads the base's tensors.
+
+        Args:
+            folder: the new folder; None checks the inputs alone.
+            overwrite: replace the folder if this tool wrote it.
+
+        Raises:
+            SoupError: as `write`, except for errors in the tensors' values, another base and a full disk.
+        """
+        if folder is not None:
+            check_output_apart(Path(folder), self.plan.input_folders)
+            check_replaceable(Path(folder).absolute(), overwrite=overwrite)
+        model = BaseModel.open(self.base)
+        if folder is not None:
+            check_output_apart(Path(folder), [model.folder])
+        bank = ExpertBank([self.library[expert.name] for expert in self.plan.experts])
+        Changes.of(Soups([self.plan], bank), model)
+
+    def write(
+        self,
+        folder: Path | str,
+        overwrite: bool = False,
+        durable: bool = False,
+        *,
+        untouched: CopyMode = "copy",
+        progress: Progress | None = None,
+    ) -> Path:
+        """Write the model folder, and return it. See merge_into_base."""
+        fold_plans(
+            self.library,
+            [self.plan],
+            [Path(folder)],
+            self.base,
+            device=self.device,
+            same_base=self.same_base,
+            overwrite=overwrite,
+            durable=durable,
+            untouched=untouched,
+            progress=progress,
+        )
+        return Path(folder)
+
+
 def merge_into_base(
     library: ExpertLibrary,
     profile: Profile,
     base: Path | str,
     out: Path | str,
+    options: MergeOptions | None = None,
     *,
-    method: str | Method | None = None,
-    options: Mapping[str, float] | None = None,
-    device: str = "auto",
-    same_base: bool = False,
     overwrite: bool = False,
     durable: bool = False,
     untouched: CopyMode = "copy",
@@ -71,44 +146,30 @@ def merge_into_base(
 ) -> Path:
     """Write the base with the soup of `profile` added to it as a model folder, and return the folder.
 
-    Adapted tensors are accumulated in float32 (float64 where the base is) and rounded once to the base's dtype; every
-    other tensor is copied byte for byte, in the base's own order and shards, and so is every file that holds no
-    weights. Memory: a few blocks of rows and the factors in work, whatever the model's size. An interrupted run is gone
-    on with by the next one of the same inputs, from the first shard that is not whole.
+    Adapted tensors are accumulated in float32 (float64 if the base's tensor is float64) and rounded once to the base's
+    dtype. All other tensors are copied byte for byte, in the base's order and shards, and so are all files without
+    weights. Memory: a few blocks of rows and the factors in use, regardless of the model's size. An interrupted run
+    resumes at the first incomplete shard, if the inputs and options are the same.
 
     Args:
-        library: where the experts are.
-        profile: who it is for.
+        library: the experts.
+        profile: the user's weights.
         base: the base model's folder, or a hub id in the local cache.
         out: the new folder.
-        method: overrides the profile's.
-        options: of the method; each overrides the profile's.
-        device: where the arithmetic is done: auto (the CPU), cpu, cuda.
-        same_base: take it that this is the experts' base, whatever the fingerprints say.
-        overwrite: replace `out` where this tool wrote it.
-        durable: have all bytes on the disk before the folder appears.
-        untouched: how a shard that the soup leaves as it is comes into the folder: `copy`, `reflink` (sharing blocks
-            where the file system can), or `link` (the base's own file under a second name, not to be edited).
-        progress: called with the bytes of tensors done and in all.
+        options: the choices that override the profile's; the defaults if left out. A folded model has no rank, and
+            keeps the base's dtypes.
+        overwrite: replace `out` if this tool wrote it.
+        durable: write all bytes to the disk before the folder appears.
+        untouched: how to copy a shard that the soup does not change: `copy`, `reflink` (shares blocks if the file
+            system can) or `link` (the base's own file under a second name, which must not be edited).
+        progress: called with the bytes of tensors that are done and the total.
 
     Raises:
-        SoupError: everything that plan_merge raises; IncompatibleExpertsError where an adapted module is not in the
-            base or of another shape; UnsupportedAdapterError where the base is quantised.
+        SoupError: all errors of plan_merge; IncompatibleExpertsError if the base lacks an adapted module or has it in
+            another shape; UnsupportedAdapterError if the base is quantised.
     """
-    plan = plan_merge(library, profile, method=method, options=options, same_base=same_base, into_base=True)
-    fold_plans(
-        library,
-        [plan],
-        [Path(out)],
-        base,
-        device=device,
-        same_base=same_base,
-        overwrite=overwrite,
-        durable=durable,
-        untouched=untouched,
-        progress=progress,
-    )
-    return Path(out)
+    merged = MergedModel.of(library, profile, base, options)
+    return merged.write(out, overwrite, durable, untouched=untouched, progress=progress)
 
 
 def fold_plans(
@@ -117,29 +178,27 @@ def fold_plans(
     outs: Sequence[Path],
     base: Path | str,
     *,
-    device: str = "auto",
+    device: torch.device,
     same_base: bool = False,
     overwrite: bool = False,
     durable: bool = False,
     untouched: CopyMode = "copy",
     progress: Progress | None = None,
 ) -> None:
-    """Write the soups of plans over the same experts into folders of their own, reading the base once.
+    """Write the soups of plans over the same experts into one folder each, and read the base once.
 
     See merge_into_base.
     """
-    target = resolve_device(device)
     experts = [library[expert.name] for expert in plans[0].experts]
-    inputs = [expert.folder for expert in plans[0].experts]
     for out in outs:
-        check_output_apart(out, inputs)
+        check_output_apart(out, plans[0].input_folders)
         check_target(out, overwrite=overwrite)
     model = BaseModel.open(base)
     for out in outs:
-        check_output_apart(out, [str(model.folder)])
+        check_output_apart(out, [model.folder])
     if not same_base:
         model.check_fingerprints(experts)
-    soups = Soups(plans, ExpertBank(experts, device=target))
+    soups = Soups(plans, ExpertBank(experts, device=device))
     changes = Changes.of(soups, model)
     changes.soups.prepare()
     shards = [shard.path for shard in model.checkpoint.shards.values()]
@@ -149,7 +208,7 @@ def fold_plans(
     with ExitStack() as stack:
         folders = [
             stack.enter_context(
-                resumable_folder(out, _identity(plan, deciding, target, untouched), overwrite, durable=durable)
+                resumable_folder(out, _identity(plan, deciding, device, untouched), overwrite, durable=durable)
             )
             for plan, out in zip(plans, outs, strict=True)
         ]
@@ -161,18 +220,6 @@ def fold_plans(
                 (each.folder / name).write_text(json_text(table), encoding="utf-8")
             taken = input_records(plan, library, digests.results())
             write_record(each.folder, model_record(plan, changes, taken, digests.results(), each.folder))
-
-
-def check_fits(library: ExpertLibrary, plan: MergePlan, base: Path | str) -> None:
-    """Raise if a soup cannot be folded into `base`, from headers alone: what a dry run can know.
-
-    Fingerprints are not compared: that reads the base's weights.
-
-    Raises:
-        SoupError: as merge_into_base does for a base that is not there, damaged, quantised or of other shapes.
-    """
-    bank = ExpertBank([library[expert.name] for expert in plan.experts])
-    Changes.of(Soups([plan], bank), BaseModel.open(base))
 
 
 def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Sink]) -> Iterator[int]:
@@ -331,6 +378,7 @@ def _identity(plan: MergePlan, files: Sequence[Path], device: torch.device, unto
         device.type,
         untouched,
         library_versions("torch"),
+        None if plan.method_source is None else plan.method_source.model_dump(),
     ]
     return str(blake3(json.dumps(told, sort_keys=True).encode()).hexdigest())
 
@@ -345,6 +393,7 @@ def model_record(
         kind="model",
         profile=plan.profile.model_dump(mode="json"),
         method=plan.method.name,
+        method_source=plan.method_source,
         options=dict(plan.options),
         encoding="folded",
         experts=inputs,

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -27,6 +26,7 @@ from personalized_soups.launching.threads import in_order, num_workers
 from personalized_soups.merging.computing.module_soups import ModuleSoup
 from personalized_soups.merging.computing.whole_tensors import on_base
 from personalized_soups.merging.planning.checks import raise_all, unmet_needs
+from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import (
     MergePlan,
     PlannedExpert,
@@ -62,14 +62,18 @@ class Merged:
 
 
 class ManyPlans:
-    """Plans for many profiles: what depends on the experts alone is decided once for each choice of experts.
+    """Plans for many profiles. Decisions that depend on the experts alone are made once for each set of experts.
 
-    The keywords are those of plan_merge.
+    Args:
+        library: the experts.
+        options: the choices that override the profiles'; the defaults if left out.
+        into_base: plan to fold the soups into a base model.
     """
 
-    def __init__(self, library: ExpertLibrary, **keywords: Any) -> None:
+    def __init__(self, library: ExpertLibrary, options: MergeOptions | None = None, *, into_base: bool = False) -> None:
         self.library = library
-        self._keywords = keywords
+        self._options = options
+        self._into_base = into_base
         self._known: dict[object, _Pattern] = {}
 
     def plan(self, profile: Profile) -> tuple[object, MergePlan]:
@@ -86,7 +90,8 @@ class ManyPlans:
             if key not in self._known:
                 if len(self._known) >= _MOST_PATTERNS:
                     self._known.clear()
-                self._known[key] = _Pattern.of(plan_merge(self.library, profile, **self._keywords), self.library)
+                plan = plan_merge(self.library, profile, self._options, into_base=self._into_base)
+                self._known[key] = _Pattern.of(plan, self.library)
             return key, self._known[key].filled(self.library, profile, weights)
         except UsageError as fault:  # of the command, or of this one line
             where = f"{fault.where} ({profile.place('user')})"
@@ -119,37 +124,35 @@ def merge_many(
     library: ExpertLibrary,
     profiles: Iterable[Profile],
     out: Path | str,
+    options: MergeOptions | None = None,
     *,
     into_base: Path | str | None = None,
-    device: str = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
-    **keywords: Any,
 ) -> Merged:
     """Write the soup of every profile into `out/USER`: adapters, or full models with `into_base`.
 
-    Profiles over the same experts are merged in batches: the experts are read once a batch, what does not depend on the
-    weights is done once, and where all experts share their basis every user's factors come out of one product. Users
-    whose soup is there already are passed over, so that an interrupted run goes on when it is run again. Memory: one
-    batch's soups of the few modules in work, whatever the number of profiles.
+    Profiles over the same experts are merged in batches: a batch reads the experts once, and work that does not depend
+    on the weights is done once. If all experts share their basis, one product gives every user's factors. Users whose
+    soup exists already are skipped, so an interrupted run resumes when it is started again. Memory: one batch's soups
+    of the few modules in use, regardless of the number of profiles.
 
     Args:
-        library: where the experts are.
-        profiles: each with a `user` of its own, which names the folder.
-        out: the folder of folders; it may be there.
-        into_base: fold every soup into this base model; it is read once a batch.
-        device: where the arithmetic is done: auto (the CPU), cpu, cuda. Adapters that are sums of factors, not
-            truncated, are computed on the CPU in any case, since a GPU cannot win there.
+        library: the experts.
+        profiles: one profile for each user; the field `user` names the user's folder.
+        out: the folder that holds the users' folders; it may exist.
+        options: the choices that override the profiles'; the defaults if left out.
+        into_base: fold every soup into this base model, which is read once for each batch.
         overwrite: replace folders that hold another soup.
-        progress: called with the number of users that are done, now and again.
-        keywords: method, options, rank, energy, dtype, target, same_base, base: as in merge.
+        progress: called from time to time with the number of users that are done.
 
     Raises:
-        SoupError: everything that merge and merge_into_base raise; OutputExistsError where a user's folder holds
-            another soup, or two profiles name one user.
+        SoupError: all errors of merge and merge_into_base; OutputExistsError if a user's folder holds another soup, or
+            two profiles name the same user.
     """
-    plans = ManyPlans(library, into_base=into_base is not None, **keywords)
-    resolve_device(device)  # told before any work is done
+    options = options or MergeOptions()
+    plans = ManyPlans(library, options, into_base=into_base is not None)
+    device = resolve_device(options.device)  # before any work, so that a wrong name is reported at once
     folder = Path(out)
     model = None if into_base is None else BaseModel.open(into_base).fingerprint
     kept = written = 0
@@ -160,7 +163,8 @@ def merge_many(
             ]
             kept += len(batch) - len(left)
             if left and into_base is None:
-                _write_adapters(library, left, folder, arithmetic_device(left[0], device), digests, overwrite=overwrite)
+                computed_on = arithmetic_device(left[0], options.device)
+                _write_adapters(library, left, folder, computed_on, digests, overwrite=overwrite)
             elif left:
                 fold_plans(
                     library,
@@ -168,7 +172,7 @@ def merge_many(
                     [folder / plan.profile.user for plan in left],
                     into_base or "",
                     device=device,
-                    same_base=bool(keywords.get("same_base")),
+                    same_base=options.same_base,
                     overwrite=overwrite,
                 )
             written += len(left)
@@ -218,8 +222,7 @@ def _write_adapters(
         writers = []
         for number, plan in enumerate(plans):
             out = folder / plan.profile.user
-            inputs = [expert.folder for expert in plan.experts]
-            check_output_apart(out, inputs if plan.base_folder is None else [*inputs, plan.base_folder])
+            check_output_apart(out, plan.input_folders)
             scratch = stack.enter_context(new_folder(out, overwrite))
             writers.append(stack.enter_context(AdapterWriter(scratch, plan, whole[number] if whole else None)))
 
@@ -282,6 +285,7 @@ def _tells_of(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ..
         base or plan.base.fingerprint,
         "model" if plan.encoding == "folded" else "adapter",
         plan.method.name,
+        plan.method_source,
         dict(plan.options),
         plan.encoding,
         plan.target,
@@ -293,6 +297,7 @@ def _tells_of(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ..
         record.base.fingerprint,
         record.kind,
         record.method,
+        record.method_source,
         record.options,
         record.encoding,
         record.target,

@@ -14,7 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from personalized_soups import ExpertLibrary, LiveAdapter, Profile, merge
+from personalized_soups import ExpertLibrary, LiveAdapter, MergeOptions, Profile, merge
 from personalized_soups.errors import UsageError
 from tests import oracles
 from tests.experts import SHAPES, write_expert
@@ -134,7 +134,7 @@ def test_a_live_soup_answers_as_the_merged_adapter_does(
     plain = logits(base_model(small_base, device))
     for number, weights in enumerate([(0.7, -0.4, 1.3), (0.1, 0.2, 0.3)]):
         live.set(profile_of(weights))
-        folder = merge(library, profile_of(weights), method=live.method).write(tmp_path / f"out{number}")
+        folder = merge(library, profile_of(weights), MergeOptions(method=live.method)).write(tmp_path / f"out{number}")
         merged = peft.PeftModel.from_pretrained(base_model(small_base, device), folder).eval()
         want = logits(merged)
         assert (want - plain).abs().max() > 0.05

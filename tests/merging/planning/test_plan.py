@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from personalized_soups import ExpertLibrary, Profile
+from personalized_soups import ExpertLibrary, MergeOptions, Profile
 from personalized_soups.declare.loader import load_text
 from personalized_soups.errors import (
     DeclarationError,
@@ -20,9 +20,12 @@ from personalized_soups.methods.method import Method
 from tests.experts import SHAPES, write_config, write_expert, write_record
 
 
-def plan_of(root: Path, weights: dict[str, float] | None = None, **options: Any) -> MergePlan:
+def plan_of(
+    root: Path, weights: dict[str, float] | None = None, *, into_base: bool = False, **options: Any
+) -> MergePlan:
     library = ExpertLibrary.open(root)
-    return plan_merge(library, Profile(weights=weights or dict.fromkeys(library, 0.5)), **options)
+    profile = Profile(weights=weights or dict.fromkeys(library, 0.5))
+    return plan_merge(library, profile, MergeOptions(**options), into_base=into_base)
 
 
 def test_a_plan_says_what_will_be_done(tmp_path: Path) -> None:
@@ -127,6 +130,7 @@ def test_weights_that_cancel_are_refused_by_factor_average(tmp_path: Path, weigh
         ({"dtype": "float8"}, "unknown dtype 'float8'"),
         ({"dtype": "float32", "into_base": True}, "keeps its base's dtypes"),
         ({"rank": 4, "into_base": True}, "has no rank"),
+        ({"base": "base", "into_base": True}, "the soup is folded into a model"),
     ],
 )
 def test_options_out_of_place_are_usage_errors(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -193,5 +197,5 @@ def test_the_profiles_options_stay_with_another_method_that_takes_them(tmp_path:
     write_expert(tmp_path / "a")
     profile = Profile(weights={"a": 1.0}, method="ties", options={"density": 0.2, "lambda": 0.9})
     library = ExpertLibrary.open(tmp_path)
-    assert plan_merge(library, profile, rank=2, method="ties@peft").options == {"density": 0.2}
-    assert plan_merge(library, profile, method="linear").options == {}
+    assert plan_merge(library, profile, MergeOptions(rank=2, method="ties@peft")).options == {"density": 0.2}
+    assert plan_merge(library, profile, MergeOptions(method="linear")).options == {}

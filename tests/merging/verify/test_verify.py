@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merge_into_base
 from personalized_soups.merging.computing.blocks import Dense, Product, Rescale, Term, Toward, TowardRows
 from personalized_soups.merging.verify.folder import verify
 from personalized_soups.merging.verify.model import magnitude_of
@@ -42,7 +42,7 @@ SOUND: Mapping[str, Mapping[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "float16 truncated": {"rank": 3, "dtype": "float16"},
     "knots": {"method": "knots"},
-    "random": {"method": "dare_ties", "options": {"seed": 3, "density": 0.3}, "rank": 5},
+    "random": {"method": "dare_ties", "method_options": {"seed": 3, "density": 0.3}, "rank": 5},
     "dense with an energy share": {"method": "ties@paper", "energy": 0.8},
 }
 
@@ -51,7 +51,7 @@ SOUND: Mapping[str, Mapping[str, Any]] = {
 def test_an_adapter_as_it_was_written_is_identical(
     tmp_path: Path, library: ExpertLibrary, options: Mapping[str, Any]
 ) -> None:
-    out = merge(library, PROFILE, **options).write(tmp_path / "out")
+    out = merge(library, PROFILE, MergeOptions(**options)).write(tmp_path / "out")
     found = verify(out)
     check_sound(found)
     assert (found.kind, found.num_tensors, found.differences) == ("adapter", 2 * len(SHAPES), ())
@@ -61,7 +61,7 @@ def test_an_adapter_as_it_was_written_is_identical(
 @pytest.mark.parametrize("method", ["factor_average", "factor_linear", "factor_ties", "factor_dare_linear"])
 def test_factor_methods_are_identical_and_one_ulp_off_is_rounding(tmp_path: Path, method: str) -> None:
     library = library_in(tmp_path / "experts", ranks=(4, 4, 4))
-    out = merge(library, PROFILE, method=method).write(tmp_path / "out")
+    out = merge(library, PROFILE, MergeOptions(method=method)).write(tmp_path / "out")
     check_sound(verify(out))
     change_bits(out / WEIGHTS_FILE, Q_PROJ.format("A"), nudged)
     found = verify(out)
@@ -75,7 +75,7 @@ def test_a_profile_with_a_rank_of_its_own_an_idle_expert_and_a_sum_is_recomputed
     profile = Profile(weights={"two": 2.0, "three": 0.0, "one": 1.0}, normalize="sum", rank=3)
     check_sound(verify(merge(library, profile).write(tmp_path / "own")))
     # an option overrides the profile's rank, here by more than there is: nothing is truncated
-    check_sound(verify(merge(library, profile, rank=100).write(tmp_path / "overridden")))
+    check_sound(verify(merge(library, profile, MergeOptions(rank=100)).write(tmp_path / "overridden")))
 
 
 @pytest.mark.parametrize("options", [{}, {"method": "dare_linear", "rank": 4}, {"rank": 3}, {"energy": 0.9}])
@@ -86,7 +86,7 @@ def test_folders_that_merge_many_writes_are_sound(
     library = library_in(tmp_path / "experts", ranks=(4, 4, 4), a_seed=a_seed)
     weights = {"first": dict(PROFILE.weights), "second": {"three": 0.2, "one": 0.9, "two": -0.1}}
     profiles = [Profile(user=user, weights=each) for user, each in weights.items()]
-    merge_many(library, profiles, tmp_path / "out", **options)
+    merge_many(library, profiles, tmp_path / "out", MergeOptions(**options))
     for user in weights:
         found = verify(tmp_path / "out" / user)
         assert found.is_sound, found
@@ -95,11 +95,13 @@ def test_folders_that_merge_many_writes_are_sound(
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-@pytest.mark.parametrize("options", [{}, {"method": "della", "options": {"seed": 1}}, {"method": "knots"}])
+@pytest.mark.parametrize("options", [{}, {"method": "della", "method_options": {"seed": 1}}, {"method": "knots"}])
 def test_a_model_as_it_was_written_is_identical(
     tmp_path: Path, library: ExpertLibrary, dtype: str, options: Mapping[str, Any]
 ) -> None:
-    out = merge_into_base(library, PROFILE, write_base(tmp_path / "base", dtype), tmp_path / "out", **options)
+    out = merge_into_base(
+        library, PROFILE, write_base(tmp_path / "base", dtype), tmp_path / "out", MergeOptions(**options)
+    )
     steps: list[tuple[int, int]] = []
     found = verify(out, progress=lambda done, total: steps.append((done, total)))
     check_sound(found)
@@ -111,7 +113,7 @@ def test_a_model_as_it_was_written_is_identical(
 def test_one_ulp_in_every_element_of_b_is_rounding(
     tmp_path: Path, library: ExpertLibrary, options: Mapping[str, Any]
 ) -> None:
-    out = merge(library, PROFILE, **options).write(tmp_path / "out")
+    out = merge(library, PROFILE, MergeOptions(**options)).write(tmp_path / "out")
     change_bits(out / WEIGHTS_FILE, Q_PROJ.format("B"), nudged)
     found = verify(out)
     check_sound(found, "equal to rounding")
@@ -134,7 +136,7 @@ def test_sixteen_ulps_are_no_rounding_and_an_a_of_a_stack_owes_nothing(tmp_path:
 
 
 def test_factors_turned_alike_are_the_same_delta(tmp_path: Path, library: ExpertLibrary) -> None:
-    out = merge(library, PROFILE, rank=3).write(tmp_path / "out")
+    out = merge(library, PROFILE, MergeOptions(rank=3)).write(tmp_path / "out")
     path = out / WEIGHTS_FILE
     tensors = oracles.read_tensors(path)
     random = np.random.default_rng(0)
@@ -151,7 +153,7 @@ def test_one_ulp_in_a_model_is_rounding_and_more_is_not(
     tmp_path: Path, library: ExpertLibrary, dtype: str, options: Mapping[str, Any]
 ) -> None:
     base = write_base(tmp_path / "base", dtype, shards=1)
-    out = merge_into_base(library, PROFILE, base, tmp_path / "out", **options)
+    out = merge_into_base(library, PROFILE, base, tmp_path / "out", MergeOptions(**options))
     name = "model.layers.1.mlp.up_proj.weight"
     change_bits(out / "model.safetensors", name, nudged)
     found = verify(out)
@@ -179,7 +181,7 @@ def test_a_tensor_that_the_soup_does_not_touch_owes_nothing(tmp_path: Path, libr
 def test_one_flipped_bit_is_told_with_its_size(
     tmp_path: Path, library: ExpertLibrary, options: Mapping[str, Any]
 ) -> None:
-    out = merge(library, PROFILE, **options).write(tmp_path / "out")
+    out = merge(library, PROFILE, MergeOptions(**options)).write(tmp_path / "out")
     before, deltas = oracles.read_tensors(out / WEIGHTS_FILE), oracles.deltas(out)
     name = Q_PROJ.format("B")
     change_bits(out / WEIGHTS_FILE, name, flipped(23))  # the exponent's lowest bit: twice or half the value
@@ -200,7 +202,7 @@ def test_one_flipped_bit_is_told_with_its_size(
 
 def test_nan_is_different_and_fits_into_json(tmp_path: Path, library: ExpertLibrary) -> None:
     for number, options in enumerate(({}, {"rank": 3})):
-        out = merge(library, PROFILE, **options).write(tmp_path / f"adapter{number}")  # type: ignore[arg-type]
+        out = merge(library, PROFILE, MergeOptions(**options)).write(tmp_path / f"adapter{number}")  # type: ignore[arg-type]
         change_bits(out / WEIGHTS_FILE, Q_PROJ.format("B"), lambda bits: bits | 0x7FC00000)
         found = verify(out)
         assert found.verdict == "different"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from personalized_soups import ExpertLibrary, Profile, merge, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merge_into_base
 from personalized_soups.errors import FileFormatError, InputError
 from personalized_soups.merging.verify.folder import verify
 from tests import oracles
@@ -67,7 +67,7 @@ def test_swapped_experts_are_told(tmp_path: Path) -> None:
 
 
 def test_experts_that_have_moved_are_found_by_name(tmp_path: Path, library: ExpertLibrary) -> None:
-    out = merge(library, PROFILE, method="dare_linear", rank=4).write(tmp_path / "out")
+    out = merge(library, PROFILE, MergeOptions(method="dare_linear", rank=4)).write(tmp_path / "out")
     (tmp_path / "experts").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="not where they were: ") as caught:
         verify(out)
@@ -125,7 +125,7 @@ def test_an_edited_weight_in_the_record_is_told(tmp_path: Path, library: ExpertL
 def test_every_other_claim_of_the_record_is_held_against_what_it_comes_to(
     tmp_path: Path, library: ExpertLibrary, keys: tuple[str, ...], to: Any, where: str
 ) -> None:
-    out = merge(library, PROFILE, rank=3).write(tmp_path / "out")
+    out = merge(library, PROFILE, MergeOptions(rank=3)).write(tmp_path / "out")
     edit(out / "soup.json", *keys, to=to)
     assert where in " ".join(f"{place} {what}" for place, what in told(verify(out)).items())
 

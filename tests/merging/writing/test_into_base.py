@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalized_soups import ExpertLibrary, Profile, merge_into_base
+from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge_into_base
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import read_soup_record
 from personalized_soups.errors import (
@@ -26,6 +26,7 @@ from personalized_soups.errors import (
 from personalized_soups.merging.computing import blocks
 from personalized_soups.merging.computing.blocks import FoldedBlock, queued_blocks
 from personalized_soups.merging.writing import into_base
+from personalized_soups.merging.writing.into_base import MergedModel
 from tests import oracles
 from tests.experts import SHAPES, write_expert, write_record
 from tests.merging.computing.queues import EagerQueue, LazyQueue
@@ -161,7 +162,7 @@ def test_weights_of_methods_on_factors_are_folded_too(tmp_path: Path, library: E
         write_expert(tmp_path / "experts" / name, seed=len(name), rank=4)
     again = ExpertLibrary.open(tmp_path / "experts")
     base = write_base(tmp_path / "base", shards=1)
-    out = merge_into_base(again, PROFILE, base, tmp_path / "out", method="factor_average")
+    out = merge_into_base(again, PROFILE, base, tmp_path / "out", MergeOptions(method="factor_average"))
     read = [oracles.factors(oracles.read_tensors(again[name].folder / "adapter_model.safetensors")) for name in NAMES]
     after, before = oracles.read_tensors(out / "model.safetensors"), oracles.read_tensors(base / "model.safetensors")
     for module in SHAPES:
@@ -263,7 +264,7 @@ def test_another_base_than_the_experts_is_refused(tmp_path: Path, library: Exper
         merge_into_base(again, PROFILE, base, tmp_path / "out")
     assert "same_base=True" in caught.value.mend
     assert not (tmp_path / "out").exists()
-    merge_into_base(again, PROFILE, base, tmp_path / "out", same_base=True)
+    merge_into_base(again, PROFILE, base, tmp_path / "out", MergeOptions(same_base=True))
 
 
 def test_the_right_fingerprint_is_accepted(tmp_path: Path, library: ExpertLibrary) -> None:
@@ -307,6 +308,8 @@ def test_faults_leave_no_output(tmp_path: Path, library: ExpertLibrary, fault: s
     else:
         out = base / "soup"
     before = sorted(path for path in tmp_path.rglob("*"))
+    with pytest.raises(kind):
+        MergedModel.of(library, PROFILE, base).check(out, overwrite=fault == "output is the base")
     with pytest.raises(kind):
         merge_into_base(library, PROFILE, base, out, overwrite=fault == "output is the base")
     assert sorted(path for path in tmp_path.rglob("*")) == before
@@ -361,7 +364,7 @@ def test_a_queue_writes_the_same_model(
 def test_cpu_and_gpu_agree(tmp_path: Path, library: ExpertLibrary) -> None:
     base = write_base(tmp_path / "base", shards=1)
     on_cpu = merge_into_base(library, PROFILE, base, tmp_path / "cpu")
-    on_gpu = merge_into_base(library, PROFILE, base, tmp_path / "gpu", device="cuda")
+    on_gpu = merge_into_base(library, PROFILE, base, tmp_path / "gpu", MergeOptions(device="cuda"))
     one, two = (oracles.read_tensors(folder / "model.safetensors") for folder in (on_cpu, on_gpu))
     for name, tensor in one.items():
         assert oracles.relative_error(two[name], tensor) < 1e-6

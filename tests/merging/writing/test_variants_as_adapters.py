@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from personalized_soups import Profile, merge
+from personalized_soups import MergeOptions, Profile, merge
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.adapters.provenance import read_soup_record
@@ -64,7 +64,7 @@ def check_adapter(
     room: float = 1.0,
     **options: Any,
 ) -> None:
-    folder = merge(world.library, Profile(weights=weights), base=world.base, **options).write(out)
+    folder = merge(world.library, Profile(weights=weights), MergeOptions(base=world.base, **options)).write(out)
     LoraAdapter.open(folder)  # we take it for an expert ourselves
     got, changed = loaded(make, world, folder), 0
     assert got.keys() == world.tensors.keys()
@@ -146,7 +146,9 @@ def test_dora_is_truncated_where_it_is_optimal_and_says_its_error(tmp_path: Path
     name = "model.layers.0.self_attn.q_proj"
     config = {"target_modules": ["q_proj"], "use_dora": True}
     world, weights = make_world(tmp_path, llama, [config, config]), named_weights(2)
-    folder = merge(world.library, Profile(weights=weights), base=world.base, rank=3).write(tmp_path / "out")
+    folder = merge(world.library, Profile(weights=weights), MergeOptions(base=world.base, rank=3)).write(
+        tmp_path / "out"
+    )
     base = world.tensors[f"{name}.weight"].double().numpy()
     share, low = 1.0 + np.zeros(len(base)), np.zeros_like(base)
     for expert, weight in weights.items():
@@ -171,7 +173,7 @@ def test_the_record_says_which_base_was_read(tmp_path: Path) -> None:
     make, configs = MIXTURES["dora and plain"]
     world = make_world(tmp_path, make, configs)
     library, profile = world.library, Profile(weights={"e0": 0.5})
-    record = read_soup_record(merge(library, profile, base=world.base).write(tmp_path / "out"))
+    record = read_soup_record(merge(library, profile, MergeOptions(base=world.base)).write(tmp_path / "out"))
     assert record is not None
     assert record.base_folder == str(world.base)
     assert record.base.fingerprint == base_fingerprint(world.base)
@@ -183,7 +185,7 @@ def test_the_record_says_which_base_was_read(tmp_path: Path) -> None:
 def test_tensors_are_those_of_the_file(tmp_path: Path) -> None:
     make, configs = MIXTURES["conv1d"]
     world = make_world(tmp_path, make, configs)
-    merged = merge(world.library, Profile(weights={"e0": 0.5, "e2": 0.7}), base=world.base)
+    merged = merge(world.library, Profile(weights={"e0": 0.5, "e2": 0.7}), MergeOptions(base=world.base))
     written = load_file(merged.write(tmp_path / "out") / "adapter_model.safetensors")
     assert written.keys() == merged.tensors.keys()
     assert any(name.endswith(".base_layer.bias") for name in written)
@@ -206,7 +208,7 @@ def test_lora_bias_needs_no_base(tmp_path: Path) -> None:
 def test_embeddings_that_were_saved_unchanged_are_not_written(tmp_path: Path) -> None:
     make, configs = MIXTURES["embeddings"]
     world = make_world(tmp_path, make, configs)
-    folder = merge(world.library, Profile(weights={"e0": 0.5}), base=world.base).write(tmp_path / "out")
+    folder = merge(world.library, Profile(weights={"e0": 0.5}), MergeOptions(base=world.base)).write(tmp_path / "out")
     names = load_file(folder / "adapter_model.safetensors").keys()
     assert len(names) == 4
     assert all("lora_" in name for name in names)
@@ -235,7 +237,7 @@ def test_what_vllm_does_not_take_is_refused_by_name(tmp_path: Path, name: str) -
     config = NEEDS[name][0] if name in NEEDS else {"lora_bias": True}
     world = make_world(tmp_path, lambda: llama(biased=True), [{"target_modules": ["q_proj"], **config}])
     with pytest.raises(UsageError, match=r"e0: vLLM does not take base_model\.model\..*\("):
-        merge(world.library, Profile(weights={"e0": 1.0}), base=world.base, target="vllm")
+        merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base, target="vllm"))
 
 
 @pytest.mark.parametrize("name", ["convolutions", "experts of a mixture"])
@@ -243,7 +245,7 @@ def test_layers_that_vllm_has_no_lora_for_are_refused_by_name(tmp_path: Path, na
     make, configs = MIXTURES[name]
     world = make_world(tmp_path, make, configs[:1])
     with pytest.raises(UsageError, match=r"e0: vLLM does not take .* \(a (convolution|parameter)\)"):
-        merge(world.library, Profile(weights={"e0": 1.0}), base=world.base, target="vllm")
+        merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base, target="vllm"))
 
 
 CONFLICTS: dict[str, tuple[str, str, str]] = {
@@ -259,7 +261,7 @@ def test_what_peft_cannot_hold_together_is_refused_by_name(tmp_path: Path, name:
     make, configs = MIXTURES[mixture]
     world = make_world(tmp_path, make, configs)
     with pytest.raises(UsageError, match=told) as caught:
-        merge(world.library, Profile(weights=dict.fromkeys(experts.split(), 0.5)), base=world.base)
+        merge(world.library, Profile(weights=dict.fromkeys(experts.split(), 0.5)), MergeOptions(base=world.base))
     assert "into_base=BASE" in caught.value.mend
 
 
@@ -267,7 +269,7 @@ def test_parameters_take_no_dora(tmp_path: Path) -> None:
     make, configs = MIXTURES["experts of a mixture"]
     world = make_world(tmp_path, make, [configs[0], {"target_modules": ["q_proj"], "use_dora": True}])
     with pytest.raises(UsageError, match="it is a parameter, which takes no DoRA"):
-        merge(world.library, Profile(weights={"e0": 0.5, "e1": 0.5}), base=world.base)
+        merge(world.library, Profile(weights={"e0": 0.5, "e1": 0.5}), MergeOptions(base=world.base))
 
 
 def test_a_share_of_the_base_of_0_is_refused(tmp_path: Path) -> None:
@@ -281,7 +283,7 @@ def test_a_share_of_the_base_of_0_is_refused(tmp_path: Path) -> None:
     tensors[f"base_model.model.{name}.lora_magnitude_vector"] = (norms / 2).float()
     save_file(tensors, path)
     with pytest.raises(UsageError, match=r"q_proj: the soup takes output \d+ of the base .* times"):
-        merge(world.library, Profile(weights={"e0": 2.0}), base=world.base).write(tmp_path / "out")
+        merge(world.library, Profile(weights={"e0": 2.0}), MergeOptions(base=world.base)).write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -289,13 +291,13 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     world = make_world(tmp_path / "a", llama, [{"target_modules": ["q_proj"], "use_dora": True}])
     write_record(world.experts["e0"].folder, base={"name": "x", "fingerprint": "0" * 64})
     with pytest.raises(IncompatibleExpertsError, match="is not the experts'"):
-        merge(world.library, Profile(weights={"e0": 1.0}), base=world.base)
-    merge(world.library, Profile(weights={"e0": 1.0}), base=world.base, same_base=True)
+        merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base))
+    merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base, same_base=True))
     # a base of other shapes is no base for them, whatever its fingerprint
     tensors = load_file(world.base / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 4)
     save_file(tensors, world.base / "model.safetensors")
-    merged = merge(world.library, Profile(weights={"e0": 1.0}), base=world.base, same_base=True)
+    merged = merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base, same_base=True))
     with pytest.raises(IncompatibleExpertsError, match=r"q_proj\.weight: the base has \[3, 4\]"):
         merged.write(tmp_path / "out")
 
@@ -308,7 +310,9 @@ def test_verify_recomputes_them_and_sees_every_tensor(tmp_path: Path, name: str,
     make, configs = MIXTURES[name]
     world = make_world(tmp_path, make, configs)
     weights = {"e0": 0.7, "e2": 1.1} if name == "saved and adapted" else named_weights(len(configs))
-    folder = merge(world.library, Profile(weights=weights), base=world.base, **options).write(tmp_path / "out")
+    folder = merge(world.library, Profile(weights=weights), MergeOptions(base=world.base, **options)).write(
+        tmp_path / "out"
+    )
     assert verify(folder).is_sound
     path = folder / "adapter_model.safetensors"
     tensors = load_file(path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from personalized_soups import Profile, merge_into_base
+from personalized_soups import MergeOptions, Profile, merge_into_base
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
 from personalized_soups.merging.computing import blocks, dora
@@ -36,7 +36,7 @@ def check(got: Tensor, want: Tensor, room: Tensor, name: str) -> None:
 
 
 def check_folded(world: World, weights: dict[str, float], out: Path, **options: Any) -> None:
-    merge_into_base(world.library, Profile(weights=weights), world.base, out, **options)
+    merge_into_base(world.library, Profile(weights=weights), world.base, out, MergeOptions(**options))
     got, before, changed = read(out), read(world.base), 0
     assert got.keys() == before.keys()
     for name, want in world.soup(weights).items():
@@ -160,7 +160,10 @@ def test_a_model_wide_threshold_counts_each_expert_of_a_mixture(tmp_path: Path) 
     """ties@paper trims over all deltas of an expert; a mixture's blocks are deltas of their own, not one sum."""
     world = make_world(tmp_path, *MIXTURES["experts of a mixture"])
     plan = plan_merge(
-        world.library, Profile(weights={"e0": 1.0}), method="ties@paper", options={"density": 0.2}, into_base=True
+        world.library,
+        Profile(weights={"e0": 1.0}),
+        MergeOptions(method="ties@paper", method_options={"density": 0.2}),
+        into_base=True,
     )
     soups = Soups([plan], ExpertBank([world.library["e0"]]))
     changed = [world.experts["e0"].merged[name].double() - base.double() for name, base in world.tensors.items()]
