@@ -1,10 +1,10 @@
-"""The mixture that is set: a batch's rows, written into the gates at each step; and what is set where none is."""
+"""The mixture that is set: the weights of a batch's rows, and when they are written into the gates."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -17,18 +17,25 @@ from personalized_soups.mixing.weight_table import weight_table
 
 
 class Mixture:
-    """The soups of one batch; `step` moves those whose weights follow a schedule.
+    """The weights of one batch; `step` changes the weights that follow a schedule.
+
+    Attributes:
+        rows: the weights of each row.
+        is_scheduled: whether a weight depends on the generated token's number.
+        task: the asyncio task that made the mixture; None outside of tasks.
+        is_innermost: returns whether the gates hold this mixture; None after the mixture has ended.
 
     Args:
-        rows: a row of weights for each gate.
+        rows: the weights of each gate.
         gates: of the model.
         layers: names of the layers, in the order of their slots.
-        token_rows: of packed sequences, `[B, T]`, which of `rows` each token belongs to.
-        rows_each: rows of the batch that each of `rows` has; None where the only one is for all rows there are.
+        token_rows: for packed sequences, `[B, T]`: the index in `rows` for each token.
+        rows_each: how many rows of the batch each entry of `rows` is for; None if the only entry is for all rows.
 
     Raises:
-        UsageError: if there are no rows, the tokens name others, or a weight does not fit into the model's dtype.
-        DeclarationError: if a weight's pattern matches no layer, or a schedule gives no number.
+        UsageError: if there are no rows, a token's index is out of range, or a weight does not fit into the model's
+            dtype.
+        DeclarationError: if a weight's pattern matches no layer, or a schedule returns something other than a weight.
     """
 
     def __init__(
@@ -53,21 +60,20 @@ class Mixture:
         self._step = 0
         self._tables = self._tables_at(0)
         self.task = _task()
-        # which of them the gates hold is for `ActiveMixture` to say
         self.is_innermost: Callable[[], bool | None] = lambda: True
 
     def step(self, number: int) -> None:
-        """Weigh by the schedules' values for the generated token `number`, from the next forward on.
+        """Use the schedules' weights for the generated token `number` from the next forward pass on.
 
-        Keys and values that are cached stay as they were computed.
+        Cached keys and values stay as they were computed.
 
         Raises:
-            UsageError, DeclarationError: if a schedule gives what is no weight; the weights stay as they were.
-                UsageError if the mixture has ended.
+            DeclarationError: if a schedule returns something other than a weight. The weights stay as they were.
+            UsageError: if a weight does not fit into the model's dtype, or the mixture has ended.
         """
         is_innermost = self.is_innermost()
         if is_innermost is None:
-            raise UsageError("the mixture has ended", where="mixture", mend="step it within its block")
+            raise UsageError("the mixture has ended", where="mixture", mend="call `step` within the `with` block")
         if self.is_scheduled and number != self._step:
             self._tables = self._tables_at(number)
             self._step = number
@@ -75,7 +81,7 @@ class Mixture:
                 self.apply()
 
     def apply(self) -> None:
-        """Write the rows into the gates."""
+        """Write the weights into the gates."""
         gates = self._gates
         gates.set(*self._tables)
         gates.rows_each = self._rows_each
@@ -89,53 +95,55 @@ class Mixture:
 
 
 class ActiveMixture:
-    """What the gates hold: the mixture that was set last and has not ended, else the row that is served, else nothing.
+    """Writes weights into the gates: those of the innermost mixture, else the idle weights, else none.
 
-    One thread at a time sets mixtures; another's waits until the outermost has ended.
+    One thread at a time sets mixtures; other threads wait until its outermost mixture has ended.
+
+    Attributes:
+        lock: held while a mixture is set.
+        idle_weights: returns the weights of every row while no mixture is set; empty weights are the bare base.
 
     Args:
         layers: of the model.
-        scaled: gives a served row the experts' scales.
     """
 
-    def __init__(self, layers: MixedLayers, scaled: Callable[[ExpertWeights], ExpertWeights]) -> None:
+    def __init__(self, layers: MixedLayers) -> None:
         self.lock = threading.RLock()
+        self.idle_weights: Callable[[], ExpertWeights] = ExpertWeights
         self._layers = layers
-        self._scaled = scaled
-        self._set: list[Mixture] = []
-        self._setter: int | None = None  # the thread
-        self._served = ExpertWeights()
-        self._is_enabled = True
+        self._set: list[Mixture] = []  # outermost first
+        self._setter: int | None = None  # the id of the thread that has set them
         layers.when_moved = self.settle
 
     @property
     def innermost(self) -> Mixture | None:
-        """The mixture that is set."""
+        """The mixture that the gates hold; None if none is set."""
         return self._set[-1] if self._set else None
 
     @property
     def is_set_here(self) -> bool:
-        """Whether this thread has set it."""
+        """Whether this thread has set a mixture."""
         return self._setter == threading.get_ident()
-
-    @property
-    def served(self) -> ExpertWeights:
-        """The row that serves where no mixture is set; one without weights is the bare base."""
-        return self._served if self._is_enabled else ExpertWeights()
 
     @contextmanager
     def mixture(
         self, rows: Callable[[], Sequence[ExpertWeights]], *, token_rows: Tensor | None, rows_each: int | None
     ) -> Iterator[Mixture]:
-        """Set a mixture within the block; `rows` is called once this thread has its turn.
+        """Set a mixture within the block.
+
+        Args:
+            rows: returns the weights of each row. It is called once other threads have left their mixtures.
+            token_rows: as `Mixture`.
+            rows_each: as `Mixture`.
 
         Raises:
-            UsageError, DeclarationError: as Mixture; UsageError where another asyncio task of this thread has its own.
+            DeclarationError: as `Mixture`.
+            UsageError: as `Mixture`, and if another asyncio task of this thread has set a mixture.
         """
         with self.lock:
             self._check_task()
             self._layers.follow()
-            mixture = self._made(rows(), token_rows=token_rows, rows_each=rows_each)
+            mixture = self.new_mixture(rows(), token_rows=token_rows, rows_each=rows_each)
             mixture.is_innermost = lambda: None if mixture not in self._set else self._set[-1] is mixture
             self._set.append(mixture)
             self._setter = threading.get_ident()
@@ -143,88 +151,64 @@ class ActiveMixture:
                 mixture.apply()
                 yield mixture
             finally:
-                self._set.remove(mixture)  # its own, whatever order blocks end in
+                # Not `pop`: contexts that are entered by hand may be left in any order.
+                self._set.remove(mixture)
                 if not self._set:
                     self._setter = None
                 self.settle()
 
     @contextmanager
     def as_set(self) -> Iterator[Mixture | None]:
-        """Keep what this thread has set, or else what is served, within the block; other threads' mixtures wait."""
+        """Keep this thread's mixture, or the idle weights, within the block; other threads' mixtures wait."""
         with self.lock:
             self._check_task()
             yield self.innermost
 
-    def serve(self, row: ExpertWeights) -> None:
-        """Serve all rows with these weights where no mixture is set.
+    def check(self, weights: ExpertWeights) -> None:
+        """Raise what a mixture of these weights would raise. Sets nothing and waits for nobody.
 
         Raises:
-            UsageError: if a weight follows the tokens: nothing counts them here. As Mixture, and nothing has changed.
-            DeclarationError: as Mixture, and nothing has changed.
+            UsageError, DeclarationError: as `Mixture`.
         """
-        if row.is_scheduled:
-            raise UsageError(
-                "a weight is a function of the token's number, which nothing counts between calls",
-                where="weights",
-                mend="give it with the prompt: generate(prompts, [profile])",
-            )
-        with self.lock:
-            if row.weights:
-                self._made([self._scaled(row)], token_rows=None, rows_each=None)
-            self._served, self._is_enabled = row, True
-            self.settle()
-
-    def check(self, row: ExpertWeights) -> None:
-        """Raise what a mixture of this row would; nothing is set.
-
-        Raises:
-            UsageError, DeclarationError: as Mixture.
-        """
-        plain = {expert: weight for expert, weight in row.weights.items() if isinstance(weight, float)}
-        if len(plain) < len(row.weights) or not self._layers.gates.holds(plain):
-            self._made([row], token_rows=None, rows_each=None)
-
-    def enable(self, is_enabled: bool) -> None:
-        """Serve the row, or be the bare base."""
-        with self.lock:
-            self._is_enabled = is_enabled
-            self.settle()
-
-    def forget(self, experts: Collection[str]) -> None:
-        """Serve no other experts than these, by no patterns of layers that are gone."""
-        self._served = self._served.restricted(experts, list(self._layers.by_name))
-        self.settle()
+        plain = {expert: weight for expert, weight in weights.weights.items() if isinstance(weight, float)}
+        # The short way for most requests: plain numbers need no table.
+        if len(plain) < len(weights.weights) or not self._layers.gates.holds(plain):
+            self.new_mixture([weights])
 
     def settle(self) -> None:
-        """Write into the gates what they shall hold now."""
+        """Write into the gates the weights that belong there now."""
         self._layers.follow()
         if self._set:
             self._set[-1].apply()
-        elif self.served.weights:
-            self._layers.gates.is_on = False  # should the weights not fit
-            self._made([self._scaled(self.served)], token_rows=None, rows_each=None).apply()
-        else:
-            self._layers.gates.is_on = False
+            return
+        weights = self.idle_weights()
+        self._layers.gates.is_on = False  # stays off where the weights do not fit and `new_mixture` raises
+        if weights.weights:
+            self.new_mixture([weights]).apply()
+
+    def new_mixture(
+        self, rows: Sequence[ExpertWeights], *, token_rows: Tensor | None = None, rows_each: int | None = None
+    ) -> Mixture:
+        """Return a mixture of these rows that is not set yet. Raises as `Mixture`."""
+        names = list(self._layers.by_name)
+        return Mixture(rows, self._layers.gates, names, token_rows=token_rows, rows_each=rows_each)
 
     def _check_task(self) -> None:
-        # one that was set outside of any task holds for the tasks within
+        # A mixture that was set outside of any task holds for the tasks within it.
         if self._set and self._set[-1].task is not None and self._set[-1].task is not _task():
             raise UsageError(
-                "another task of this thread has set a mixture",
+                "another asyncio task of this thread has set a mixture",
                 where="mixture",
                 mend="let each task generate on a thread of its own: asyncio.to_thread(model.generate, ...)",
             )
 
-    def _made(self, rows: Sequence[ExpertWeights], *, token_rows: Tensor | None, rows_each: int | None) -> Mixture:
-        names = list(self._layers.by_name)
-        return Mixture(rows, self._layers.gates, names, token_rows=token_rows, rows_each=rows_each)
-
 
 class NextStep:
-    """A logits processor of transformers that moves a mixture on; made for one call of generate.
+    """A logits processor of transformers that steps a mixture; made for one call of generate.
 
-    It is called after each forward, whose logits make the next token: the weights that it sets are those of the forward
-    after that. After the last token there is none, so a schedule that ends there is at fault only if there is.
+    transformers calls it after each forward pass, whose logits choose the next token. The weights that it sets are
+    those of the following forward pass. After the last token no pass follows, so an error of a schedule is kept and
+    raised only if there is a next token.
     """
 
     def __init__(self, mixture: Mixture) -> None:
@@ -233,10 +217,10 @@ class NextStep:
         self._fault: Exception | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return the scores as they are.
+        """Return the scores unchanged.
 
         Raises:
-            Exception: what the schedule raised for the token that is being chosen.
+            Exception: the schedule's error for the token that is being chosen.
         """
         if self._fault is not None:
             raise self._fault
@@ -244,6 +228,7 @@ class NextStep:
         if self._prompt_width is None:
             self._prompt_width = width
         try:
+            # The token that is being chosen is not in `input_ids` yet, so the next pass makes token width + 1.
             self._mixture.step(width - self._prompt_width + 1)
         except Exception as fault:
             self._fault = fault
@@ -251,21 +236,26 @@ class NextStep:
 
 
 def _task() -> object:
-    """Return the asyncio task that runs, None outside of any."""
+    """Return the asyncio task that runs in this thread, None outside of tasks."""
     try:
         return asyncio.current_task()
-    except RuntimeError:  # no event loop in this thread
+    except RuntimeError:  # this thread has no event loop
         return None
 
 
 def _checked_tokens(token_rows: Tensor, num_rows: int) -> Tensor:
     if token_rows.is_floating_point() or token_rows.numel() == 0:
-        raise UsageError("rows holds no whole numbers", where="rows", mend="give an int64 tensor of the tokens' shape")
+        raise UsageError(
+            f"rows must hold integers, got {str(token_rows.dtype).removeprefix('torch.')} of shape "
+            f"{list(token_rows.shape)}",
+            where="rows",
+            mend="give an int64 tensor of the shape of input_ids",
+        )
     low, high = int(token_rows.min()), int(token_rows.max())
     if low < 0 or high >= num_rows:
         raise UsageError(
             f"rows goes from {low} to {high}, there are {num_rows} profiles",
             where="rows",
-            mend=f"number the profiles from 0 to {num_rows - 1}; one of None is the base alone",
+            mend=f"give numbers from 0 to {num_rows - 1}; a profile of None is the base alone",
         )
     return token_rows.long()

@@ -53,8 +53,8 @@ _ROOM = 1 / 8
 _FEW_NUMBERS = 1 << 17
 
 # On a CPU the weights of a group move into one buffer up to so many numbers, as in the embedded base. With the 1B base
-# one product for weights and A's was no faster than two (docs/explanation/decisions.md), moving the weights takes 5 seconds, and a
-# memory-mapped base would become private memory.
+# one product for weights and A's was no faster than two (docs/explanation/decisions.md), moving the weights takes 5
+# seconds, and a memory-mapped base would become private memory.
 _MOST_NUMBERS_ON_CPU = 1 << 20
 
 # `is_hooked` compares with it: code that patches nn.Linear.forward must be called.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import secrets
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain, count
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -16,14 +15,12 @@ from torch.utils.hooks import RemovableHandle
 from personalized_soups.adapters.library import Expert
 from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.launching.threads import in_order, num_workers
+from personalized_soups.mixing.cache_keys import CacheKeys
 from personalized_soups.mixing.experts import Members, bare_layer, check_experts
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.groups import LayerGroup, arranged, new_group, storages_of, units
 from personalized_soups.mixing.layer import MixedLinear
 from personalized_soups.mixing.stack import Member, Stack
-
-# Over all models of the process.
-_STAMPS = count(1)
 
 
 class MixedLayers:
@@ -40,9 +37,7 @@ class MixedLayers:
         self._units: list[list[int]] = []
         self._groups: list[LayerGroup] = []
         self._experts: dict[str, Expert] = {}
-        self._stamps: dict[str, int] = {}
-        # what another model computed is never taken for this one's
-        self._token = secrets.token_hex(8)
+        self.cache_keys = CacheKeys()
         self._hook: RemovableHandle | None = None
         self.when_moved: Callable[[], None] = self.follow
 
@@ -51,12 +46,9 @@ class MixedLayers:
         """The experts by name, sorted."""
         return MappingProxyType(self._experts)
 
-    def cache_key_of(self, weights: ExpertWeights) -> str:
-        """Return the key under which a prompt's keys and values may be cached, as `ExpertWeights.cache_key` makes it.
-
-        Keys differ between models, between dtypes, and between two times that one expert was added.
-        """
-        return weights.cache_key(self._stamps, f"{self._token} {self._model.dtype}")
+    def cache_key(self, weights: ExpertWeights) -> str:
+        """Return the key under which a prompt's keys and values may be cached, if it is read with these weights."""
+        return self.cache_keys.of(weights, self._model.dtype)
 
     @property
     def by_name(self) -> Mapping[str, MixedLinear]:
@@ -96,9 +88,8 @@ class MixedLayers:
         for name, stack in zip(names, stacks, strict=True):
             self._put(name, stack)
         self._experts = dict(sorted({**kept, **{expert.name: expert for expert in added}}.items()))
-        self._stamps = {name: self._stamps.get(name, 0) for name in self._experts}
-        for expert in added:
-            self.restamp(expert.name)
+        self.cache_keys.keep(self._experts)
+        self.cache_keys.renew(expert.name for expert in added)
         self._hook_up()
         self._regroup()
 
@@ -167,10 +158,6 @@ class MixedLayers:
 
     def _lay_out(self) -> None:
         self.gates.lay_out(list(self._experts), [layer.stack for layer in self._layers.values()], self._units)
-
-    def restamp(self, name: str) -> None:
-        """Let an expert count as another one."""
-        self._stamps[name] = next(_STAMPS)
 
     def _stack_of(self, name: str, fresh: Sequence[Member], gone: set[str]) -> Stack | None:
         """Return a layer's new stack, None where no expert is left; a stack that nothing changes is the old one."""

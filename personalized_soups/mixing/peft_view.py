@@ -13,7 +13,7 @@ from torch import nn
 from personalized_soups.declare.expert_weights import ProfileLike
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError
-from personalized_soups.mixing.generating import one_for_each, rows_for_each
+from personalized_soups.mixing.batch_rows import profile_per_prompt, rows_per_prompt
 
 if TYPE_CHECKING:
     from personalized_soups.mixing.model import SoupModel
@@ -45,8 +45,9 @@ class PeftView(PeftModel):
     def active_adapters(self) -> list[str]:
         """The adapters that serve where no batch is mixed."""
         served = self.soup.served
-        named = [name for name, row in self.soup.profiles.items() if row is served]
-        return named[:1] or list(served.weights)
+        # A served profile keeps the object that its name has, so the identity tells it from equal weights.
+        named = [name for name, weights in self.soup.profiles.items() if weights is served.weights]
+        return named[:1] or served.experts
 
     @property
     def active_adapter(self) -> Any:  # type: ignore[override]
@@ -66,9 +67,9 @@ class PeftView(PeftModel):
         if adapter_names is None:
             return self.soup.model.generate(*arguments, **keywords)
         given: Any = arguments[0] if arguments else keywords.get("input_ids", keywords.get("inputs_embeds"))
-        profiles = one_for_each(list(given), _named(adapter_names))
+        profiles = profile_per_prompt(list(given), _named(adapter_names))
         config = keywords.get("generation_config") or self.soup.model.generation_config
-        with self.soup.mixture(profiles, rows_each=rows_for_each(keywords, config)):
+        with self.soup.mixture(profiles, rows_each=rows_per_prompt(keywords, config)):
             return self.soup.model.generate(*arguments, **keywords)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = True) -> None:
@@ -80,9 +81,9 @@ class PeftView(PeftModel):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._adapters_disabled = False
         if len(names) == 1 and names[0] in self.soup.profiles:
-            self.soup.serve(names[0])
+            self.soup.served.set(names[0])
         else:
-            self.soup.set_adapters(names)
+            self.soup.served.set_adapters(names)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -121,7 +122,7 @@ class PeftView(PeftModel):
                 mend="give one for each adapter",
             )
         table = dict(zip(adapters, map(float, weights), strict=True))
-        self.soup.add_profile(Profile(user=adapter_name, weights=table, allow_opposed=True))
+        self.soup.profiles.add(Profile(user=adapter_name, weights=table, allow_opposed=True))
 
     def load_adapter(  # type: ignore[override]
         self, model_id: str | Path, adapter_name: str, *_: Any, **__: Any
@@ -129,9 +130,9 @@ class PeftView(PeftModel):
         """Hold one more expert under that name: a folder with a LoRA adapter. PEFT's further options say nothing here.
 
         Raises:
-            SoupError: as SoupModel.add_expert.
+            SoupError: as `SoupModel.experts.add`.
         """
-        self.soup.add_expert(model_id, adapter_name)
+        self.soup.experts.add(model_id, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Let go of an expert, or forget a profile.
@@ -141,10 +142,10 @@ class PeftView(PeftModel):
         """
         if adapter_name in self.soup.profiles:
             if self.active_adapters == [adapter_name]:
-                self.soup.serve(None)
-            self.soup.remove_profile(adapter_name)
+                self.soup.served.set(None)
+            self.soup.profiles.remove(adapter_name)
         else:
-            self.soup.remove_expert(adapter_name)
+            self.soup.experts.remove(adapter_name)
 
     def get_base_model(self) -> Any:
         """Return the transformers model, its layers mixed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
-from types import MappingProxyType
 
 from personalized_soups.adapters.library import Expert
 from personalized_soups.declare.expert_weights import (
@@ -26,19 +25,18 @@ _VERSIONS = count()
 
 
 class ProfileRegistry:
-    """Resolves profiles into checked weights. Callers must hold a lock where several threads use one registry."""
+    """Resolves profiles into checked weights. Callers must hold a lock where several threads use one registry.
+
+    Attributes:
+        named: the weights of each profile that has a name.
+    """
 
     def __init__(self) -> None:
+        self.named: dict[str, ExpertWeights] = {}
         self._experts: tuple[str, ...] = ()
         self._version = next(_VERSIONS)
         self._sides = SideRule()
-        self._profiles: dict[str, ExpertWeights] = {}
         self._scales: dict[str, float] = {}
-
-    @property
-    def profiles(self) -> Mapping[str, ExpertWeights]:
-        """The weights of each named profile."""
-        return MappingProxyType(self._profiles)
 
     def check_new(self, names: Sequence[str]) -> None:
         """Raise if an expert is to get the name of a profile.
@@ -47,11 +45,11 @@ class ProfileRegistry:
             UsageError: with that name.
         """
         for name in names:
-            if name in self._profiles:
+            if name in self.named:
                 raise UsageError(
                     f"a profile is called {name!r}",
                     where="name",
-                    mend="give the expert another name: add_expert(..., name=)",
+                    mend="give the expert another name: experts.add(..., name=...)",
                 )
 
     def put(self, experts: Mapping[str, Expert]) -> None:
@@ -124,6 +122,10 @@ class ProfileRegistry:
         """Return the weights times the experts' scales, as the gates hold them."""
         return weights.scaled(self._scales)
 
+    def resolve_scaled(self, profile: ProfileLike) -> ExpertWeights:
+        """Return checked weights times the experts' scales. Raises as `resolve`."""
+        return self.scaled(self.resolve(profile))
+
     def set_scale(self, name: str, scale: float) -> None:
         """Set the factor by which every weight of an expert is multiplied.
 
@@ -134,24 +136,9 @@ class ProfileRegistry:
         self.check_expert(name)
         self._scales[name] = checked_number(scale, f"scale of {name}")
 
-    def add(self, profile: Profile, name: str) -> None:
-        """Give a profile a name.
-
-        Raises:
-            DeclarationError, UsageError: as `resolve`. UsageError if an expert has that name.
-        """
-        if name in self._experts:
-            raise UsageError(f"an expert is called {name!r}", where="name", mend="give the profile another name")
-        self._profiles[name] = self.resolve(profile)
-
-    def remove(self, name: str) -> None:
-        """Remove a named profile.
-
-        Raises:
-            UsageError: if no profile has that name.
-        """
-        if self._profiles.pop(name, None) is None:
-            raise UsageError(f"no profile is called {name!r}", where="profiles", mend=choose_from(name, self._profiles))
+    def has_expert(self, name: str) -> bool:
+        """Return whether an expert has that name."""
+        return name in self._experts
 
     def check_expert(self, name: str) -> None:
         """Raise if no expert has that name.
@@ -163,8 +150,8 @@ class ProfileRegistry:
             raise UsageError(f"no expert is called {name!r}", where="experts", mend=choose_from(name, self._experts))
 
     def _of_name(self, name: str) -> ExpertWeights:
-        if name in self._profiles:
-            weights = self._profiles[name]
+        if name in self.named:
+            weights = self.named[name]
             self._check_known(weights.weights, lambda _: f"profile {name}")
             return weights
         if name in self._experts:
@@ -172,7 +159,7 @@ class ProfileRegistry:
         raise UsageError(
             f"no profile and no expert is called {name!r}",
             where="profiles",
-            mend=choose_from(name, [*self._profiles, *self._experts]),
+            mend=choose_from(name, [*self.named, *self._experts]),
         )
 
     def _of_weights(self, weights: Weights) -> ExpertWeights:

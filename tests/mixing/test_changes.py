@@ -16,6 +16,7 @@ from torch.profiler import profile as profiled
 
 from personalized_soups import ExpertLibrary, Profile, SoupModel
 from personalized_soups.errors import DeclarationError, IncompatibleExpertsError, UsageError
+from personalized_soups.mixing.diffusers_view import DiffusersView
 from tests.experts import SHAPES, write_expert
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
 
@@ -34,25 +35,25 @@ def test_experts_come_and_go(model: SoupModel, folders: list[Path], tmp_path: Pa
     ids = random_ids(2, 6)
     far = write_expert(tmp_path / "more" / "far", seed=9, rank=5, shapes={"model.layers.1.mlp.gate_proj": (96, 64)})
     assert "model.layers.1.mlp.gate_proj" not in model.layers.by_name
-    assert model.add_expert(far) == "far"
+    assert model.experts.add(far) == "far"
     assert list(model.experts) == ["cold", "far", "plain", "warm"]
     rows: list[dict[str, float]] = [{"far": 0.7, "cold": 0.5}, {"warm": 1.0}]
     with torch.no_grad(), model.mixture(rows):
         got = model(input_ids=ids).logits
     for row, weights in enumerate(rows):
         assert relative(got[row], true_logits(small_base, [*folders, far], weights, ids[row])) < LOGITS
-    model.remove_expert("far")
+    model.experts.remove("far")
     assert "model.layers.1.mlp.gate_proj" not in model.layers.by_name
-    model.remove_expert("cold")
+    model.experts.remove("cold")
     with pytest.raises(DeclarationError, match="'cold'"), model.mixture([{"cold": 1.0}]):
         pass
     with torch.no_grad(), model.mixture([None, {"warm": 1.0}]):
         assert relative(model(input_ids=ids).logits[1], true_logits(small_base, folders, rows[1], ids[1])) < LOGITS
     other = write_expert(tmp_path / "new" / "warm", seed=77, rank=6)
-    model.add_expert(other)
+    model.experts.add(other)
     with torch.no_grad(), model.mixture(rows[1:]):
         assert relative(model(input_ids=ids[1:]).logits[0], true_logits(small_base, [other], rows[1], ids[1])) < LOGITS
-    assert model.add_expert(folders[0], name="icy") == "icy"
+    assert model.experts.add(folders[0], name="icy") == "icy"
     with torch.no_grad(), model.mixture(["icy"]):
         want = true_logits(small_base, folders, {"cold": 1.0}, ids[0])
         assert relative(model(input_ids=ids[:1]).logits[0], want) < LOGITS
@@ -61,8 +62,8 @@ def test_experts_come_and_go(model: SoupModel, folders: list[Path], tmp_path: Pa
 def test_an_expert_that_shares_its_a_keeps_sharing_it_when_others_go(tmp_path: Path, small_base: Path) -> None:
     folders = write_shared(tmp_path / "experts")
     model = open_model(small_base, tmp_path / "experts")
-    model.remove_expert("cold")
-    model.add_expert(write_expert(tmp_path / "more" / "free", seed=5, rank=2))
+    model.experts.remove("cold")
+    model.experts.add(write_expert(tmp_path / "more" / "free", seed=5, rank=2))
     (stack, *_) = [layer.stack for layer in model.layers.by_name.values()]
     assert (stack.a_CI.shape[0], stack.b_KO.shape[0]) == (4 + 2, 4 + 2 + 4)
     ids = random_ids(1, 6)
@@ -77,14 +78,14 @@ def test_an_expert_that_does_not_fit_changes_nothing(model: SoupModel, tmp_path:
     before = {name: layer.stack for name, layer in model.layers.by_name.items()}
     wrong = write_expert(tmp_path / "more" / "wrong", shapes={"model.layers.0.self_attn.q_proj": (64, 32)})
     with pytest.raises(IncompatibleExpertsError):
-        model.add_expert(wrong)
+        model.experts.add(wrong)
     assert {name: layer.stack for name, layer in model.layers.by_name.items()} == before
     with pytest.raises(UsageError, match="several experts"):
-        model.add_expert(tmp_path / "experts")
+        model.experts.add(tmp_path / "experts")
     with pytest.raises(UsageError, match="no expert is called 'wrm'"):
-        model.remove_expert("wrm")
+        model.experts.remove("wrm")
     with model.mixture("warm"), pytest.raises(UsageError, match="cannot change while a mixture is set"):
-        model.remove_expert("warm")
+        model.experts.remove("warm")
 
 
 def test_nobody_uses_it_so_it_is_not_computed(model: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +171,7 @@ def test_a_compiled_model_notices_experts_that_come(
     far = write_expert(
         tmp_path / "more" / "far", seed=9, rank=5, shapes={"model.layers.1.mlp.gate_proj": (96, 64), **SHAPES}
     )
-    model.add_expert(far)
+    model.experts.add(far)
     with torch.no_grad(), model.mixture(["far"]):
         got = compiled(input_ids=ids, use_cache=False).logits[0]
     assert relative(got, true_logits(small_base, [far], {"far": 1.0}, ids[0])) < LOGITS
@@ -183,65 +184,66 @@ def test_diffusers_calls(model: SoupModel, folders: list[Path], small_base: Path
         with torch.no_grad():
             return model(input_ids=ids).logits
 
+    view = DiffusersView(model)
     bare = logits()
-    model.set_adapters(["cold", "warm"], [0.5, 0.8])
-    assert model.get_active_adapters() == ["cold", "warm"]
+    view.set_adapters(["cold", "warm"], [0.5, 0.8])
+    assert view.get_active_adapters() == ["cold", "warm"]
     want = [true_logits(small_base, folders, {"cold": 0.5, "warm": 0.8}, row) for row in ids]
     assert max(relative(got, true) for got, true in zip(logits(), want, strict=True)) < LOGITS
     with model.mixture([None, "warm"]):
         assert relative(logits()[0], true_logits(small_base, folders, None, ids[0])) < LOGITS
     assert relative(logits()[0], want[0]) < LOGITS
-    model.disable_adapters()
-    assert model.get_active_adapters() == []
+    view.disable_adapters()
+    assert view.get_active_adapters() == []
     assert torch.equal(logits(), bare)
-    model.enable_adapters()
-    model.set_scale("cold", 3.0)
+    view.enable_adapters()
+    model.experts.set_scale("cold", 3.0)
     tripled = true_logits(small_base, folders, {"cold": 1.5, "warm": 0.8}, ids[0])
     assert relative(logits()[0], tripled) < LOGITS
     with model.mixture([{"cold": 0.5, "warm": 0.8}] * 2):
         assert relative(logits()[0], tripled) < LOGITS
-    model.set_scale("cold", 1.0)
-    model.set_adapters("warm", {"*.mlp.*": 1.0})
+    model.experts.set_scale("cold", 1.0)
+    view.set_adapters("warm", {"*.mlp.*": 1.0})
     layered = logits()
-    model.set_adapters("warm")
+    view.set_adapters("warm")
     assert not torch.equal(layered, logits())
-    model.delete_adapters("warm")
+    view.delete_adapters("warm")
     assert torch.equal(logits(), bare)
     calls: tuple[Callable[[], None], ...] = (
-        lambda: model.set_adapters(["cold", "plain"], [1.0]),
-        lambda: model.set_adapters("wrm"),
-        lambda: model.set_scale("wrm", 1.0),
+        lambda: view.set_adapters(["cold", "plain"], [1.0]),
+        lambda: view.set_adapters("wrm"),
+        lambda: model.experts.set_scale("wrm", 1.0),
     )
     for call in calls:
         with pytest.raises(UsageError):
             call()
     with pytest.raises(DeclarationError, match="not a finite number"):
-        model.set_scale("cold", float("nan"))
+        model.experts.set_scale("cold", float("nan"))
 
 
 def test_versions_tell_what_a_cache_was_computed_with(model: SoupModel, folders: list[Path]) -> None:
-    model.add_profile(Profile(user="u1", weights={"cold": 0.5}))
+    model.profiles.add(Profile(user="u1", weights={"cold": 0.5}))
     versions = [model.cache_key(who) for who in (None, "u1", "warm", {"cold": 0.6}, {"cold": {"*": 0.5}})]
     assert len(set(versions)) == 5
     assert model.cache_key({"cold": 0.5, "warm": 0.0}) == model.cache_key("u1")
     assert model.cache_key({"cold": lambda step: 0.5 + step}) == model.cache_key("u1")
-    model.add_profile(Profile(user="u1", weights={"cold": 0.7}))
+    model.profiles.add(Profile(user="u1", weights={"cold": 0.7}))
     assert model.cache_key("u1") not in versions
     before = model.cache_key("cold"), model.cache_key("warm")
-    model.add_expert(folders[0])
+    model.experts.add(folders[0])
     assert (model.cache_key("cold") != before[0], model.cache_key("warm") == before[1]) == (True, True)
-    model.set_scale("warm", 2.0)
+    model.experts.set_scale("warm", 2.0)
     assert model.cache_key("warm") != before[1]
-    model.remove_profile("u1")
+    model.profiles.remove("u1")
     with pytest.raises(UsageError, match="no profile is called 'u1'"):
-        model.remove_profile("u1")
+        model.profiles.remove("u1")
 
 
 def test_a_batch_sees_one_version_of_everything(model: SoupModel) -> None:
     """While a batch is generated other threads replace its profile and an expert: nothing of them is seen in it."""
     ids = random_ids(2, 6)
-    model.add_profile(Profile(user="u1", weights={"cold": 0.5}))
-    model.add_profile(Profile(user="u2", weights={"warm": 0.5}))
+    model.profiles.add(Profile(user="u1", weights={"cold": 0.5}))
+    model.profiles.add(Profile(user="u2", weights={"warm": 0.5}))
     options: dict[str, Any] = {"input_ids": ids, "max_new_tokens": 24, "eos_token_id": None}
     want = model.generate(profiles=["u1", "u2"], **options)
     begun = threading.Event()
@@ -249,11 +251,11 @@ def test_a_batch_sees_one_version_of_everything(model: SoupModel) -> None:
 
     def change() -> None:
         begun.wait()
-        model.add_profile(Profile(user="u1", weights={"cold": -3.0}))
+        model.profiles.add(Profile(user="u1", weights={"cold": -3.0}))
         seen.append(time.monotonic())
         with model.mixture(["plain"]):
             seen.append(time.monotonic())
-        model.remove_expert("plain")
+        model.experts.remove("plain")
 
     thread = threading.Thread(target=change)
     thread.start()
@@ -288,13 +290,13 @@ def test_what_a_user_costs(model: SoupModel) -> None:
     ]
     tracemalloc.start()
     for profile in profiles:
-        model.add_profile(profile)
+        model.profiles.add(profile)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert model.layers.num_bytes == before
     assert len(model.profiles) == 500
     assert taken / 500 < 1000
-    model.remove_expert("plain")
+    model.experts.remove("plain")
     with pytest.raises(DeclarationError, match="no expert is called 'plain'"), model.mixture(["u7"]):
         pass
 
@@ -306,17 +308,17 @@ def test_several_experts_change_at_once_or_not_at_all(
     write_expert(tmp_path / "new" / "warm", seed=77, rank=6)
     write_expert(tmp_path / "new" / "more", seed=78)
     fresh = ExpertLibrary.open(tmp_path / "new")
-    model.change_experts(list(fresh.values()), ["cold"])
+    model.experts.change(list(fresh.values()), ["cold"])
     assert list(model.experts) == ["more", "plain", "warm"]
     with torch.no_grad(), model.mixture([{"warm": 1.0, "more": -0.5}]):
         got = model(input_ids=ids).logits[0]
     new = [tmp_path / "new" / "warm", tmp_path / "new" / "more"]
     assert relative(got, true_logits(small_base, new, {"warm": 1.0, "more": -0.5}, ids[0])) < LOGITS
     with pytest.raises(UsageError, match="'nobody'"):
-        model.change_experts([], ["nobody"])
+        model.experts.change([], ["nobody"])
     write_expert(tmp_path / "odd" / "odd", shapes={"model.layers.0.mlp.up_proj": (7, 64)})
     with pytest.raises(IncompatibleExpertsError):
-        model.change_experts([ExpertLibrary.open(tmp_path / "odd")["odd"]], ["plain"])
+        model.experts.change([ExpertLibrary.open(tmp_path / "odd")["odd"]], ["plain"])
     assert list(model.experts) == ["more", "plain", "warm"]
     with torch.no_grad(), model.mixture([{"plain": 0.5}]):
         assert (
@@ -345,11 +347,11 @@ def test_a_row_is_checked_once_and_taken_as_often_as_you_like(model: SoupModel, 
     ):
         with pytest.raises((DeclarationError, UsageError), match=what):
             model.resolve(odd)
-    model.remove_expert("plain")
+    model.experts.remove("plain")
     again = model.resolve(row)
     assert again == row
     assert again is not row  # the experts have changed, so the names were checked again
-    model.remove_expert("warm")
+    model.experts.remove("warm")
     with pytest.raises(DeclarationError, match="'warm'"), model.mixture([row]):
         pass
 

@@ -152,7 +152,7 @@ def test_a_stream_may_be_read_by_any_thread_and_left_early(model: SoupModel) -> 
     other.start()
     other.join(timeout=30)
     assert done == [[want]]
-    with pytest.raises(UsageError, match="nobody is called 'wram'"):
+    with pytest.raises(UsageError, match="no profile and no expert is called 'wram'"):
         next(model.stream(PROMPTS[0], "wram"))
 
 
@@ -239,24 +239,24 @@ def test_weights_may_differ_by_layer(tmp_path: Path, small_base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "profiles", "told"),
+    ("prompts", "profiles", "problem"),
     [
         (PROMPTS, PROFILES[:2], "2 profiles for 3 prompts"),
         ([], [], "there are no prompts"),
-        (PROMPTS[:1], ["wram"], "nobody is called 'wram'"),
+        (PROMPTS[:1], ["wram"], "no profile and no expert is called 'wram'"),
         (PROMPTS[:1], [{"wram": 1.0}], "no expert is called 'wram'"),
-        (PROMPTS[:1], [{"warm": float("nan")}], "no finite number"),
-        (PROMPTS[:1], [{"warm": float("inf")}], "no finite number"),
-        (PROMPTS[:1], [{"warm": True}], "no finite number"),
+        (PROMPTS[:1], [{"warm": float("nan")}], "not a finite number"),
+        (PROMPTS[:1], [{"warm": float("inf")}], "not a finite number"),
+        (PROMPTS[:1], [{"warm": True}], "not a finite number"),
         (PROMPTS[:1], [{"warm": 1e31}], "beyond"),
-        (PROMPTS[:1], [{"warm": lambda step: float("nan")}], "no finite number"),
-        (PROMPTS[:1], [3.0], "a float is no profile"),
+        (PROMPTS[:1], [{"warm": lambda step: float("nan")}], "not a finite number"),
+        (PROMPTS[:1], [3.0], "a profile cannot be a float"),
         (PROMPTS[:1], [Profile(weights={"warm": 1.0}, rank=2)], "a mixture is exact"),
-        (PROMPTS[:1], [Profile(weights={"warm": 1.0}, method="ties")], "a mixture is linear"),
+        (PROMPTS[:1], [Profile(weights={"warm": 1.0}, method="ties")], "a mixture is always linear"),
     ],
 )
-def test_bad_input_is_told(model: SoupModel, prompts: Sequence[str], profiles: Sequence[Any], told: str) -> None:
-    with pytest.raises((UsageError, DeclarationError), match=told) as caught:
+def test_bad_input_is_told(model: SoupModel, prompts: Sequence[str], profiles: Sequence[Any], problem: str) -> None:
+    with pytest.raises((UsageError, DeclarationError), match=problem) as caught:
         model.generate(prompts, profiles, max_new_tokens=2)
     assert caught.value.mend
     assert not model.layers.gates.is_on

@@ -422,10 +422,10 @@ def test_experts_that_come_and_go_move_no_weight(
     more = [write_expert(tmp_path / "more" / f"more{number}", seed=20 + number, rank=40) for number in range(2)]
     for expert in (*more, None):
         if expert is not None:
-            model.add_expert(expert)
+            model.experts.add(expert)
         else:
             for folder in more:
-                model.remove_expert(folder.name)
+                model.experts.remove(folder.name)
         assert group_of(model) is group
         assert model.model.get_submodule(Q).weight.data_ptr() == address
         weights = dict.fromkeys(model.experts, 0.3)
@@ -596,7 +596,7 @@ def test_memory_that_runs_out_leaves_every_layer_right(
         calls = 0
         if place != "buffers":
             with pytest.warns(RuntimeWarning, match="memory ran out"):
-                model.add_expert(one)
+                model.experts.add(one)
     check_right(made, small_base, folders)
     check_right(model, small_base, folders)
     if place != "buffers":
@@ -615,7 +615,7 @@ def test_memory_that_runs_out_leaves_every_layer_right(
 @pytest.mark.parametrize("change", ["data", "assign", "hook", "global hook"])
 def test_what_is_compiled_and_served_sees_changes_of_the_base(model: SoupModel, change: str) -> None:
     """Where a profile is served no mixture begins, so what is compiled has to look by itself."""
-    model.serve({"cold": 0.6, "warm": 0.5})
+    model.served.set({"cold": 0.6, "warm": 0.5})
     torch._dynamo.reset()
     compiled: Any = torch.compile(model.model, backend="eager", dynamic=False)
 
@@ -752,7 +752,7 @@ def test_a_warning_that_is_an_error_leaves_experts_and_names_agreed(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeWarning, match="memory ran out"):
-            model.add_expert(more)
+            model.experts.add(more)
     assert "anew" in model.experts
     assert model.resolve("anew").weights == {"anew": 1.0}
     assert relative(logits(model), ungrouped(model)) < LOGITS

@@ -197,7 +197,7 @@ def test_an_opt_whose_layers_are_given_tokens_laid_out_flat(tmp_path: Path) -> N
 def test_profiles_names_and_normalised_weights(tmp_path: Path, small_base: Path) -> None:
     folders = write_experts(tmp_path / "experts")
     model = open_model(small_base, tmp_path / "experts")
-    model.add_profile(Profile(user="u1", weights={"cold": 1.0, "warm": 3.0}, normalize="sum"))
+    model.profiles.add(Profile(user="u1", weights={"cold": 1.0, "warm": 3.0}, normalize="sum"))
     ids_BT = random_ids(3, 5)
     with model.mixture(["u1", "warm", Profile(weights={"plain": 0.5})]), torch.no_grad():
         got = model(input_ids=ids_BT).logits

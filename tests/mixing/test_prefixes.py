@@ -52,7 +52,7 @@ def test_another_soup_never_sees_it(model: SoupModel, tmp_path: Path) -> None:
         want, _ = _asked(model, CHAT, who, None)
         got, own = _asked(model, CHAT, who, prefixes)
         assert (got, own[0]) == (want, read[0])
-    model.add_expert(tmp_path / "experts" / "warm")
+    model.experts.add(tmp_path / "experts" / "warm")
     assert _asked(model, CHAT, {"warm": 1.0}, prefixes)[1][0] == read[0]
 
 

@@ -50,7 +50,7 @@ def test_generate_without_profiles_answers_by_what_is_set_or_served(model: SoupM
         tokens = model.generate(input_ids=ids, **options)
         assert torch.equal(tokens, model.model.generate(input_ids=ids, **options))
         assert model.generate(PROMPT, [None], **options) == [base]
-    model.set_adapters("warm", 3.0)
+    model.served.set_adapters("warm", 3.0)
     assert model.generate(PROMPT, **options) == [want]
     assert "".join(model.stream(PROMPT, **options, prefixes=PrefixCache())) == want
     assert torch.equal(model.generate(input_ids=ids, **options), tokens)
@@ -139,13 +139,13 @@ def test_mixtures_that_end_out_of_order_and_tasks_of_one_thread(
     got, refused = asyncio.run(both())
     assert relative(got[0], true_logits(small_base, folders, {"warm": 1.0}, ids[0])) < LOGITS
     assert isinstance(refused, UsageError)
-    assert "another task" in refused.what
+    assert "another asyncio task" in refused.what
 
 
 def test_schedules_are_refused_where_nothing_counts_tokens(model: SoupModel) -> None:
     falling = {"warm": lambda step: 1.0 - 0.1 * step}
     with pytest.raises(UsageError, match="nothing counts"):
-        model.serve(falling)
+        model.served.set(falling)
     with pytest.raises(UsageError, match="several tokens are decoded at once") as caught:
         model.generate(profiles=[falling], input_ids=random_ids(1, 5), max_new_tokens=4, prompt_lookup_num_tokens=2)
     assert caught.value.where == "prompt_lookup_num_tokens"
@@ -191,19 +191,19 @@ def test_rows_of_tokens_have_the_batchs_shape(model: SoupModel) -> None:
 
 def test_what_cannot_be_served_changes_nothing(model: SoupModel, tmp_path: Path) -> None:
     ids = random_ids(1, 5)
-    model.set_adapters("cold")
+    model.served.set_adapters("cold")
     before = _logits(model, ids)
     for wrong in ({"*.nowhere": 1.0}, float("nan"), 1e31):
         with pytest.raises(DeclarationError):
-            model.set_adapters("warm", wrong)
+            model.served.set_adapters("warm", wrong)
         assert torch.equal(_logits(model, ids), before)
     gate = write_expert(tmp_path / "more" / "gate", seed=9, shapes={"model.layers.1.mlp.gate_proj": (96, 64)})
-    model.add_expert(gate)
-    model.set_adapters("warm", {"*.gate_proj": 0.5, "*": 1.0})
-    model.remove_expert("gate")  # no layer is called so any more
-    assert model.get_active_adapters() == ["warm"]
+    model.experts.add(gate)
+    model.served.set_adapters("warm", {"*.gate_proj": 0.5, "*": 1.0})
+    model.experts.remove("gate")  # no layer is called so any more
+    assert model.served.experts == ["warm"]
     served = _logits(model, ids)
-    model.set_adapters("warm")
+    model.served.set_adapters("warm")
     assert torch.equal(_logits(model, ids), served)
 
 
@@ -235,7 +235,7 @@ def test_a_model_may_be_cast_while_something_is_served_or_set(
 ) -> None:
     ids = random_ids(1, 5)
     want = true_logits(small_base, folders, {"warm": 1.0}, ids[0])
-    model.set_adapters("warm")
+    model.served.set_adapters("warm")
     assert model.double() is model
     assert relative(_logits(model, ids)[0], want) < 1e-6
     with model.mixture(["warm"]):
@@ -319,11 +319,11 @@ def test_gates_and_spans_do_not_grow_without_bound(model: SoupModel) -> None:
 @pytest.mark.parametrize(
     ("call", "told"),
     [
-        (lambda model: model.generate(random_ids(1, 4)), "a Tensor is no list of prompts"),
+        (lambda model: model.generate(random_ids(1, 4)), "must be a text or a list, got Tensor"),
         (lambda model: model.generate([{"role": "user", "content": "soap"}]), "one chat is"),
-        (lambda model: model.generate([3]), "a prompt is a int"),
+        (lambda model: model.generate([3]), "must be a text or a chat, got int"),
         (lambda model: model.generate(["  "]), "the prompt is empty"),
-        (lambda model: model.add_profile(Profile(user="warm", weights={"cold": 1.0})), "an expert is called 'warm'"),
+        (lambda model: model.profiles.add(Profile(user="warm", weights={"cold": 1.0})), "an expert is called 'warm'"),
     ],
 )
 def test_calls_that_mean_nothing_are_told(model: SoupModel, call: Callable[[SoupModel], Any], told: str) -> None:
@@ -337,7 +337,7 @@ def test_weights_that_no_gate_can_hold_are_told(folders: list[Path], small_base:
     with pytest.raises(UsageError, match=r"the weight of 'warm' times its scaling is .*, beyond float16"):
         half.generate(PROMPT, [{"warm": 1e5}])
     model = open_model(small_base, folders[0].parent)
-    model.set_scale("warm", 1e30)
+    model.experts.set_scale("warm", 1e30)
     with pytest.raises(UsageError, match="beyond float32"), model.mixture([{"warm": 1e30}]):
         pass
     assert not model.layers.gates.is_on
@@ -351,16 +351,16 @@ def test_numpys_numbers_are_numbers(model: SoupModel) -> None:
 
 
 def test_an_expert_cannot_take_a_profiles_name(model: SoupModel, folders: list[Path]) -> None:
-    model.add_profile(Profile(user="u1", weights={"cold": 1.0}))
+    model.profiles.add(Profile(user="u1", weights={"cold": 1.0}))
     with pytest.raises(UsageError, match="a profile is called 'u1'"):
-        model.add_expert(folders[0], "u1")
+        model.experts.add(folders[0], "u1")
 
 
 def test_deleting_several_adapters_is_all_or_nothing(model: SoupModel) -> None:
     with pytest.raises(UsageError, match="'nope'"):
-        model.delete_adapters(["warm", "nope"])
+        model.experts.change([], ["warm", "nope"])
     assert "warm" in model.experts
-    model.delete_adapters(["warm", "cold"])
+    model.experts.change([], ["warm", "cold"])
     assert list(model.experts) == ["plain"]
 
 
@@ -376,15 +376,15 @@ def test_a_model_is_wrapped_once_and_left_as_it_was(model: SoupModel, folders: l
 def test_a_view_for_peft_sees_what_the_model_serves(model: SoupModel) -> None:
     view: Any = PeftView(model)
     assert view.active_adapters == []
-    model.set_adapters(["warm", "cold"])
+    model.served.set_adapters(["warm", "cold"])
     assert view.active_adapters == ["warm", "cold"]
-    model.remove_expert("warm")
+    model.experts.remove("warm")
     assert view.active_adapters == ["cold"]
 
 
 def test_what_is_served_is_not_disturbed_by_another_threads_mixture(model: SoupModel) -> None:
     options: dict[str, Any] = {"input_ids": random_ids(2, 6), "max_new_tokens": 24, "eos_token_id": None}
-    model.set_adapters("cold")
+    model.served.set_adapters("cold")
     want = model.generate(**options)
     begun = threading.Event()
     handle = model.model.register_forward_pre_hook(lambda *_: begun.set())

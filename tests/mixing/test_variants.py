@@ -247,7 +247,7 @@ def test_an_expert_that_records_another_base_is_refused(tmp_path: Path, small_ba
     write_expert(tmp_path / "fine" / "near")
     known = open_model(small_base, tmp_path / "fine")
     with pytest.raises(IncompatibleExpertsError, match="far was trained on"):
-        known.add_expert(folder)
+        known.experts.add(folder)
     assert list(known.experts) == ["near"]
 
 
@@ -260,6 +260,6 @@ def test_a_nan_in_an_expert_is_told_by_file_and_tensor(tmp_path: Path, small_bas
     write_expert(tmp_path / "good" / "fine")
     model = open_model(small_base, tmp_path / "good")
     with pytest.raises(InputError, match=r"lora_A.*nan"):
-        model.add_expert(tmp_path / "experts" / "ill")
+        model.experts.add(tmp_path / "experts" / "ill")
     assert list(ExpertLibrary.open(tmp_path / "experts")) == ["ill"]
     assert list(model.experts) == ["fine"]

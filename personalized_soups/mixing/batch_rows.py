@@ -1,0 +1,87 @@
+"""Which profile each prompt of a batch has, and how many rows of the batch each prompt takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from personalized_soups.declare.expert_weights import ProfileLike
+from personalized_soups.errors import UsageError
+from personalized_soups.generation.prompts import Prompt, check_text
+
+
+class AsSet(Enum):
+    """The type of `AS_SET`: the profiles argument of callers who leave it out."""
+
+    AS_SET = "as set"
+
+
+# Answer with the mixture that is set already, or with the served profile.
+AS_SET = AsSet.AS_SET
+
+
+def profile_per_prompt(
+    prompts: Sequence[object], profiles: ProfileLike | Sequence[ProfileLike] | AsSet
+) -> list[ProfileLike] | AsSet:
+    """Return one profile for each prompt; a single profile is repeated for all prompts.
+
+    Raises:
+        UsageError: if there are no prompts, or if the numbers of profiles and prompts differ.
+    """
+    if not prompts:
+        raise UsageError("there are no prompts", where="prompts", mend="give at least one")
+    if isinstance(profiles, AsSet):
+        return profiles
+    if profiles is None or isinstance(profiles, str) or not isinstance(profiles, Sequence):
+        return [profiles] * len(prompts)
+    if len(profiles) != len(prompts):
+        raise UsageError(
+            f"{len(profiles)} profiles for {len(prompts)} prompts",
+            where="profiles",
+            mend="give one profile for each prompt (None is the base alone), or a single profile for all",
+        )
+    return list(profiles)
+
+
+def checked_prompts(prompts: Any) -> list[Prompt]:
+    """Return the prompts as a list; None is an empty list.
+
+    Raises:
+        UsageError: if a prompt is neither a text nor a chat.
+        InputError: if a text is empty or not valid Unicode.
+    """
+    listed = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else None
+    if listed is None and prompts is not None:
+        raise UsageError(
+            f"prompts must be a text or a list, got {type(prompts).__name__}",
+            where="prompts",
+            mend="give texts, or give token ids as input_ids=...",
+        )
+    for prompt in listed or []:
+        # A chat that was not put into a list is iterated message by message.
+        if isinstance(prompt, Mapping) or not isinstance(prompt, str | Sequence):
+            raise UsageError(
+                f"a prompt must be a text or a chat, got {type(prompt).__name__}",
+                where="prompts",
+                mend='give texts or chats; one chat is [[{"role": "user", "content": "..."}]]',
+            )
+        if isinstance(prompt, str):
+            check_text(prompt, where="prompts")
+    return listed or []
+
+
+def rows_per_prompt(options: Mapping[str, Any], config: Any) -> int:
+    """Return how many rows transformers makes of each prompt: its beams, or its sampled answers.
+
+    Args:
+        options: keywords for transformers' generate.
+        config: the generation config whose values apply where `options` has none.
+    """
+
+    def value(name: str) -> int:
+        return int(options.get(name) or getattr(config, name, None) or 1)
+
+    beams = value("num_beams")
+    # With beams, the returned sequences are chosen among the beams and take no rows of their own.
+    return beams if beams > 1 else value("num_return_sequences")

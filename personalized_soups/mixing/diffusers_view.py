@@ -1,0 +1,61 @@
+"""The LoRA calls of diffusers' pipelines, for a SoupModel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from personalized_soups.declare.expert_weights import LayerWeights
+from personalized_soups.mixing.model import SoupModel
+from personalized_soups.mixing.profile_registry import Names
+
+
+class DiffusersView:
+    """A SoupModel with the LoRA calls of diffusers. They decide what answers while no mixture is set.
+
+    Weights mean what they mean in diffusers: the experts' deltas are added, each times its weight.
+
+    Args:
+        soup: the model.
+
+    Example::
+
+        view = DiffusersView(model)
+        view.set_adapters(["friendly", "concise"], [0.6, 0.4])
+        model.generate("How do I clean a kettle?")
+    """
+
+    def __init__(self, soup: SoupModel) -> None:
+        self.soup = soup
+
+    def set_adapters(self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights] = 1.0) -> None:
+        """Answer with the weighted sum of experts.
+
+        Args:
+            names: of one expert or several.
+            weights: one weight for all of them, or one for each. A weight may differ by layer, as in `mixture`.
+
+        Raises:
+            UsageError: for an unknown expert, or if the numbers of names and weights differ.
+            DeclarationError: if a weight is not a finite number, or a pattern matches no layer.
+        """
+        self.soup.served.set_adapters(names, weights)
+
+    def get_active_adapters(self) -> list[str]:
+        """Return the names of the experts that answer."""
+        return self.soup.served.experts
+
+    def disable_adapters(self) -> None:
+        """Answer with the bare base until `enable_adapters` or `set_adapters`."""
+        self.soup.served.disable()
+
+    def enable_adapters(self) -> None:
+        """Answer again with the experts that were active before `disable_adapters`."""
+        self.soup.served.enable()
+
+    def delete_adapters(self, names: Names) -> None:
+        """Remove experts and free their memory, all or nothing.
+
+        Raises:
+            UsageError: if an expert is unknown, or this thread has set a mixture. Nothing has changed then.
+        """
+        self.soup.experts.change([], [names] if isinstance(names, str) else list(names))
