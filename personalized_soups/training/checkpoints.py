@@ -1,7 +1,7 @@
-"""Where a training stands while it runs: checkpoints beside the expert's folder, each with a mark once it is whole.
+"""Checkpoints of a training that runs, in a hidden folder next to the expert's, each marked once it is complete.
 
-A kill at any moment leaves at most one checkpoint without its mark; it is skipped and removed. `run.json` says what is
-being trained, so that a training never goes on from another one's steps.
+A kill at any moment leaves at most one checkpoint without a mark, which the next run removes. `run.json` records the
+training's settings, so that a training never resumes from the checkpoints of a different one.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ _RUN = "run.json"
 
 
 def partial_folder(out: Path) -> Path:
-    """Return the folder of the checkpoints of the expert that will be written to `out`: hidden, beside it."""
+    """Return the hidden folder, next to `out`, for the checkpoints of the expert that a training writes to `out`."""
     return out.parent / f".{out.name}.training"
 
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Hold the folder of the checkpoints while the block runs, so that one run at a time trains into `out`.
+    """Lock the folder of the checkpoints while the block runs, so that one run at a time trains into `out`.
 
-    A run that is killed holds it no longer. What a kill within `remove` left is taken away.
+    The lock of a killed run is released. Remains of a kill within `remove` are deleted.
 
     Raises:
-        OutputExistsError: if another run holds it.
-        UsageError: if no folder can be made there.
+        OutputExistsError: if another run holds the lock.
+        UsageError: if the folder cannot be made.
     """
     partial = partial_folder(out)
     with workplace.held(partial, out):
@@ -42,7 +42,7 @@ def held(out: Path) -> Iterator[None]:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Record that every file of `checkpoint` is written, with its size; the mark appears by one rename."""
+    """Record the size of every file of a complete `checkpoint`. The mark appears by one rename."""
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file() and path.name != MARK}
     scratch = checkpoint / f"{MARK}.partial"
     scratch.write_text(json.dumps(sizes), encoding="utf-8")
@@ -50,7 +50,7 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return whether `checkpoint` bears its mark and every file that the mark names has its size."""
+    """Return whether `checkpoint` has its mark and every file has the size that the mark records."""
     try:
         sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -59,25 +59,30 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def last_complete(partial: Path) -> Path | None:
-    """Return the complete checkpoint with the most steps, or None where there is none."""
+    """Return the complete checkpoint with the most steps, or None if there is none."""
     complete = [folder for folder in partial.glob("checkpoint-*") if is_complete(folder)]
     return max(complete, key=_steps, default=None)
 
 
 def prepare(partial: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
-    """Make the folder ready for a training described by `run`, and return the checkpoint from which it goes on.
+    """Prepare the folder for a training, and return the checkpoint to resume from, or None to start.
 
     Incomplete checkpoints are removed.
 
+    Args:
+        partial: the folder of the checkpoints.
+        run: the training's settings; a resumed training must have the same.
+        resume: whether to resume.
+
     Raises:
-        OutputExistsError: if there are checkpoints already and `resume` is false.
-        UsageError: if they are those of another training.
+        OutputExistsError: if the folder holds a complete checkpoint and `resume` is false.
+        UsageError: if its checkpoints belong to a training with other settings.
     """
     if not resume and last_complete(partial) is not None:
         raise OutputExistsError(
-            "an interrupted training stands here",
+            "the folder holds the checkpoints of an interrupted training",
             where=str(partial),
-            mend="pass resume=True to go on from its last checkpoint, or delete the folder to start again",
+            mend="pass resume=True to continue from the last checkpoint, or delete the folder to start again",
         )
     checkpoint = last_complete(partial)
     if checkpoint is not None:
@@ -93,17 +98,17 @@ def prepare(partial: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
 
 
 def remove_if_useless(partial: Path) -> None:
-    """Remove the folder unless a training can go on from it."""
+    """Remove the folder unless it holds a checkpoint to resume from."""
     if last_complete(partial) is None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove(partial: Path) -> None:
-    """Remove the folder: the expert is written. First out of sight by one rename, so that no half of it is left."""
-    gone = _done(partial)
-    shutil.rmtree(gone, ignore_errors=True)
-    partial.replace(gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    """Remove the folder of a finished training: rename it first, so that a kill leaves no partial folder."""
+    renamed = _done(partial)
+    shutil.rmtree(renamed, ignore_errors=True)
+    partial.replace(renamed)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
 def _done(partial: Path) -> Path:
@@ -118,9 +123,9 @@ def _check_same_run(partial: Path, run: dict[str, Any]) -> None:
     run = json.loads(json.dumps(run))
     differing = sorted(key for key in {*begun, *run} if begun.get(key) != run.get(key))
     if differing:
-        told = "; ".join(f"{key} was {_short(begun.get(key))}, is now {_short(run.get(key))}" for key in differing)
+        changes = "; ".join(f"{key} was {_short(begun.get(key))}, is now {_short(run.get(key))}" for key in differing)
         raise UsageError(
-            f"the interrupted training was another one: {told}",
+            f"the interrupted training had other settings: {changes}",
             where=str(partial),
             mend="resume with the same options, or delete the folder to start again",
         )

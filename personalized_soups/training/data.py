@@ -1,9 +1,9 @@
-"""Preference pairs in TRL's formats, read from JSON lines; every fault names its file and line.
+"""Preference pairs in TRL's formats, read from JSON lines; every error names file and line.
 
 Standard: `{"prompt": "...", "chosen": "...", "rejected": "..."}`. Conversational: the same fields as lists of messages,
-`[{"role": "user", "content": "..."}]`, perhaps with `tools`. Implicit: no `prompt`; what `chosen` and `rejected` share
-at their beginning is the prompt. Other fields of a pair are ignored, except those by which TRL would change the text.
-Further keys of a message are kept for the chat template.
+`[{"role": "user", "content": "..."}]`, with or without `tools`. Implicit: no `prompt`; the common start of `chosen` and
+`rejected` is the prompt. Other fields of a pair are ignored, except fields with which TRL would change the text. All
+keys of a message go to the chat template.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from personalized_soups.files.regular import check_no_lfs_pointer
 from personalized_soups.training.messages import Message, check_answer, read_messages, spoken
 
 FIELDS = ("prompt", "chosen", "rejected")
-_NOT_TAKEN = ("images", "image", "chat_template_kwargs")
-# Names that data sets give to a prompt. Beside one of them, a beginning that two texts share is no prompt.
+_UNSUPPORTED = ("images", "image", "chat_template_kwargs")
+# Names that data sets give to a prompt. If a pair has one of them, the common start of its texts is not its prompt.
 _PROMPT_NAMES = (
     "question",
     "instruction",
@@ -46,11 +46,11 @@ class Preferences:
     """The pairs of one file.
 
     Args:
-        path: the file they were read from.
+        path: the file.
         blake3: the digest of its bytes, in hex.
-        pairs: prompt, chosen, rejected and perhaps `tools` of each pair, in the order of the file.
-        conversational: whether they are lists of messages rather than plain text.
-        lines: the number of each pair's line.
+        pairs: prompt, chosen, rejected and, if present, `tools` of each pair, in the order of the file.
+        conversational: whether the texts are lists of messages rather than plain text.
+        lines: the line number of each pair.
     """
 
     path: Path
@@ -68,16 +68,16 @@ def read_preferences(path: Path) -> Preferences:
     """Read a file of preference pairs, all of one format.
 
     Raises:
-        InputError: naming file and line: not readable, empty, not UTF-8, not JSON, a field missing or of the wrong
-            kind, an empty answer, equal answers, an answer that is not the assistant's alone, plain text and
-            conversations mixed.
+        InputError: with file and line, if the file is not readable, empty, not UTF-8 or not JSON; if a field is missing
+            or of the wrong kind; if an answer is empty, equal to the other, or has messages of another role than the
+            assistant's; if plain text and conversations are mixed.
     """
     try:
         content = path.read_bytes()
-    except OSError as fault:
+    except OSError as error:
         raise InputError(
-            f"the preference data can't be read: {fault.strerror}", where=str(path), mend="check the path"
-        ) from fault
+            f"the preference data can't be read: {error.strerror}", where=str(path), mend="check the path"
+        ) from error
     check_no_lfs_pointer(content, path)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(
@@ -92,14 +92,14 @@ def read_preferences(path: Path) -> Preferences:
         formats.add(isinstance(pair["prompt"], list))
         if len(formats) > 1:
             raise InputError(
-                "plain text and conversations are mixed in one file; the lines above hold the other format",
+                "the file mixes plain text and conversations; the lines above this line hold the other format",
                 where=where,
                 mend="write all fields of all lines as strings, or all as lists of messages",
             )
         pairs.append(pair)
         lines.append(number)
     if not pairs:
-        raise InputError("the file holds no pair", where=str(path), mend=_MEND)
+        raise InputError("the file holds no pairs", where=str(path), mend=_MEND)
     digest = blake3(content).hexdigest()
     return Preferences(path, digest, tuple(pairs), conversational=formats == {True}, lines=tuple(lines))
 
@@ -116,7 +116,7 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of each line that is not blank; split at line feeds only, as JSON lines are."""
+    """Yield number and bytes of each line that is not blank. JSON lines end at line feeds only."""
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             yield number, line
@@ -135,7 +135,7 @@ def _pair(line: bytes, where: str) -> Pair:
     _check_encodable(pair, where)
     if is_equal:
         raise InputError(
-            "`chosen` and `rejected` are equal: the pair says nothing", where=where, mend="take the line out"
+            "`chosen` and `rejected` are equal: the pair states no preference", where=where, mend="remove the line"
         )
     return pair
 
@@ -143,36 +143,36 @@ def _pair(line: bytes, where: str) -> Pair:
 def _row(line: bytes, where: str) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as fault:
+    except UnicodeDecodeError as error:
         raise InputError(
-            f"byte {line[fault.start]:#04x} at column {fault.start + 1} is not UTF-8",
+            f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8",
             where=where,
             mend="save the file as UTF-8, e.g. with: iconv -f latin1 -t utf-8",
-        ) from fault
-    except (ValueError, RecursionError) as fault:
-        raise InputError(f"not a JSON object: {fault}", where=where, mend=_MEND) from fault
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not a JSON object: {error}", where=where, mend=_MEND) from error
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object, found {_kind(row)}", where=where, mend=_MEND)
     for field in ("chosen", "rejected"):
         if field not in row:
             raise _missing(field, row, where)
-    for field in _NOT_TAKEN:
+    for field in _UNSUPPORTED:
         if row.get(field):
             raise InputError(
-                f"the field {field!r} is not taken: experts are trained on text alone",
+                f"the field {field!r} is not supported: experts are trained on text only",
                 where=where,
-                mend=f"take {field!r} out, or the line",
+                mend=f"remove {field!r}, or the line",
             )
     return row
 
 
 def _missing(field: str, row: Mapping[str, Any], where: str, because: str = "") -> InputError:
-    found = ", ".join(repr(name) for name in row) or "none"
-    return InputError(f"the field {field!r} is missing{because}; found: {found}", where=where, mend=_MEND)
+    names = ", ".join(repr(name) for name in row) or "none"
+    return InputError(f"the field {field!r} is missing{because}; found: {names}", where=where, mend=_MEND)
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> Pair:
-    """Return a pair of conversations; a prompt that both answers hold is taken out of them."""
+    """Return a pair of conversations; if both answers begin with the prompt, remove it from them."""
     for field in FIELDS:
         if field in row and not isinstance(row[field], list) and isinstance(row.get("prompt"), list):
             raise InputError(
@@ -186,7 +186,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> Pair:
     prompt = _shared_messages(row, chosen, rejected, where) if given is None else given
     num_shared = len(prompt)
     if given is not None and (given[0]["role"] == "assistant" or not _both_begin_with(given, chosen, rejected)):
-        num_shared = 0  # the answers stand alone
+        num_shared = 0  # the answers do not repeat the prompt
     pair: Pair = {"prompt": prompt, "chosen": chosen[num_shared:], "rejected": rejected[num_shared:]}
     for field in ("chosen", "rejected"):
         check_answer(pair[field], field, where)
@@ -197,18 +197,18 @@ def _conversation(row: Mapping[str, Any], where: str) -> Pair:
 def _shared_messages(
     row: Mapping[str, Any], chosen: list[Message], rejected: list[Message], where: str
 ) -> list[Message]:
-    """Return the messages that both conversations begin with, at most all but one: the rule of TRL's extract_prompt.
+    """Return the common first messages of both conversations, at most all but one, as TRL's extract_prompt does.
 
-    Some data sets repeat the last of them as a text, under `prompt`.
+    Some data sets repeat the last of these messages as plain text under `prompt`.
     """
     prompt = chosen[: _num_shared(chosen, rejected)]
     if "prompt" not in row:
         if not prompt:
-            raise _missing("prompt", row, where, ", and `chosen` and `rejected` share no message to take it from")
+            raise _missing("prompt", row, where, ", and `chosen` and `rejected` have no common first message")
         return prompt
     if not prompt or prompt[-1]["role"] != "user" or prompt[-1]["content"].strip() != row["prompt"].strip():
         raise InputError(
-            "`chosen` is a list of messages, and `prompt` is text that is not the message before both answers",
+            "`chosen` is a list of messages, but `prompt` is text and differs from the message before both answers",
             where=where,
             mend="write all three as strings, or all three as lists of messages",
         )
@@ -225,12 +225,12 @@ def _num_shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 
 
 def _texts(row: dict[str, Any], where: str) -> Pair:
-    """Return a pair of plain texts; without a prompt, the beginning that they share: TRL's extract_prompt."""
+    """Return a pair of plain texts. Without a prompt, take their common start, as TRL's extract_prompt does."""
     if row.get("tools"):
         raise InputError(
-            "the field 'tools' is not taken with plain text: only a chat template can render it",
+            "the field 'tools' is not supported with plain text: only a chat template can render it",
             where=where,
-            mend="write all three as lists of messages, or take 'tools' out",
+            mend="write all three as lists of messages, or remove 'tools'",
         )
     if "prompt" not in row:
         row = {**row, **_implicit_texts(row, where)}
@@ -248,14 +248,14 @@ def _implicit_texts(row: Mapping[str, Any], where: str) -> Pair:
         raise _missing("prompt", row, where)
     num_shared = _num_shared(chosen, rejected) if chosen and rejected else 0
     if num_shared and chosen[num_shared - 1] == " ":
-        num_shared -= 1  # a space begins the word after it
+        num_shared -= 1  # the space belongs to the word after it
     if not chosen[:num_shared].strip():
-        raise _missing("prompt", row, where, ", and `chosen` and `rejected` share no beginning to take it from")
+        raise _missing("prompt", row, where, ", and `chosen` and `rejected` have no common start")
     return {"prompt": chosen[:num_shared], "chosen": chosen[num_shared:], "rejected": rejected[num_shared:]}
 
 
 def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Return the tools that a conversation may call: a list of JSON schemas, or its JSON text, as TRL takes them."""
+    """Return the tools of a conversation: a list of JSON schemas, or the JSON text of such a list, as in TRL."""
     tools = row.get("tools") or []
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -263,21 +263,23 @@ def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         tools = None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
         raise InputError(
-            "`tools` is not a list of JSON schemas", where=where, mend="write one object for each tool, or take it out"
+            "`tools` is not a list of JSON schemas",
+            where=where,
+            mend="write one object for each tool, or remove `tools`",
         )
     return tools
 
 
 def _check_encodable(pair: Pair, where: str) -> None:
-    """Raise InputError where a `\\ud800` in the JSON stands alone: it is no character, and no file can hold it."""
+    """Raise InputError if the JSON has a lone surrogate such as `\\ud800`, which UTF-8 cannot encode."""
     try:
         json.dumps(pair, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as fault:
+    except UnicodeEncodeError as error:
         raise InputError(
-            f"{fault.object[fault.start]!r} is half of a surrogate pair, not a character",
+            f"{error.object[error.start]!r} is half of a surrogate pair, not a character",
             where=where,
-            mend="write the character itself, or take it out",
-        ) from fault
+            mend="write the character itself, or remove it",
+        ) from error
 
 
 def _check_text(value: object, field: str, where: str) -> None:
@@ -289,7 +291,7 @@ def _check_text(value: object, field: str, where: str) -> None:
             mend="write all three as strings, or all three as lists of messages",
         )
     if not value.strip():
-        raise InputError(f"`{field}` is empty", where=where, mend="fill it in, or take the line out")
+        raise InputError(f"`{field}` is empty", where=where, mend="fill it in, or remove the line")
 
 
 def _kind(value: object) -> str:

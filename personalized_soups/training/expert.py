@@ -1,4 +1,4 @@
-"""Training one expert: preference pairs and a frozen base in, a PEFT adapter folder with expert.json out."""
+"""Train one expert: from preference pairs and a frozen base to a PEFT adapter folder with expert.json."""
 
 from __future__ import annotations
 
@@ -39,13 +39,22 @@ from personalized_soups.training.progress import Silent, TrainingProgress
 if TYPE_CHECKING:
     from personalized_soups.training.trainer import ExpertTrainer
 
-# The figures of expert.json are means over the last steps: a single batch says little.
+# The figures in expert.json are means over this many last steps, because those of a single batch vary too much.
 _STEPS_OF_METRICS = 10
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
-    """What is asked for, checked as far as it goes without the model."""
+class _Training:
+    """The arguments of a training, checked as far as possible without the model.
+
+    Attributes:
+        side: the side to train for.
+        base: the base model: a folder or a hub id.
+        out: the folder to write.
+        recipe: the recipe, with the overrides of the side.
+        preferences: the pairs.
+        record: the contents of expert.json, without the base's fingerprint and the metrics.
+    """
 
     side: str
     base: str | Path
@@ -75,18 +84,18 @@ def train_expert(
         base: the base model: a folder or a hub id.
         data: preference pairs in TRL's format, JSON lines.
         out: the folder to write: adapter_config.json, adapter_model.safetensors, expert.json.
-        recipe: every hyper-parameter; the overrides of `side` are put in.
-        catalogue: names the side's dimension, and refuses a side that it does not have.
-        device: `auto`, `cpu` or `cuda`. Under torchrun each process takes its own.
-        seed: of LoRA's start and of the order of the pairs. On one machine and thread count the same seed gives the
-            same bytes.
-        resume: go on from the last complete checkpoint, with the same result as without the interruption; start
-            where there is none; return at once where `out` is this very expert already.
-        progress: hears of every step.
+        recipe: every hyper-parameter; `recipe.sides` may override some for this side.
+        catalogue: gives the side's dimension; a side that the catalogue lacks is an error. None checks no side.
+        device: `auto`, `cpu` or `cuda`. Under torchrun each process uses its own GPU.
+        seed: random seed for LoRA's initial A and the order of the pairs. On one machine and thread count the same
+            seed gives the same bytes.
+        resume: continue from the last complete checkpoint, with the same result as without the interruption. Without
+            a checkpoint, start. Return at once if `out` already holds this expert.
+        progress: receives every step.
 
     Raises:
-        SoupError: input at fault, a folder in the way, another run that writes to `out`, a diverging loss, a full disk
-            or GPU.
+        SoupError: if an input is wrong, `out` exists, another run writes to `out`, the loss diverges, or the disk or
+            the GPU's memory is full.
     """
     progress = progress or Silent()
     dimension = catalogue.side(side)[0] if catalogue is not None else None
@@ -103,40 +112,40 @@ def train_expert(
         versions=library_versions("torch", "transformers", "peft", "trl"),
         files=(CONFIG_FILE, WEIGHTS_FILE),
     )
-    order = _Order(side, base, out, recipe, preferences, record)
+    training = _Training(side, base, out, recipe, preferences, record)
     with ExitStack() as stack:
         on_first_process(lambda: stack.enter_context(checkpoints.held(out)))
         if resume and on_first_process(lambda: _is_same(read_expert_record(out), record)):
             partial = checkpoints.partial_folder(out)
-            # a kill between the expert's last rename and the end leaves checkpoints that nobody needs
+            # a kill after the expert's last rename leaves checkpoints that no run needs
             on_first_process(lambda: checkpoints.remove(partial))
             if is_first_process():
-                progress.note(side, f"{out} is this expert already")
+                progress.note(side, f"{out} already holds this expert")
             return out
         on_first_process(lambda: _check_free(out, resume=resume))
-        with _clear_faults(order):
-            _train(order, device=device, resume=resume, progress=progress)
+        with _clear_errors(training):
+            _train(training, device=device, resume=resume, progress=progress)
     return out
 
 
-def _train(order: _Order, *, device: str, resume: bool, progress: TrainingProgress) -> None:
+def _train(training: _Training, *, device: str, resume: bool, progress: TrainingProgress) -> None:
     check_extra("train", "trl", "datasets", "accelerate")
     from personalized_soups.training.trainer import Marking, Reporting, quiet_training
 
-    partial = checkpoints.partial_folder(order.out)
+    partial = checkpoints.partial_folder(training.out)
     with quiet_training():
-        trainer, changes = _build(order, partial=partial, device=device, progress=progress)
-        fingerprint = on_first_process(lambda: base_fingerprint(order.base))
-        base = BaseRecord(name=str(order.base), fingerprint=fingerprint)
-        record = order.record.model_copy(update={"base": base})
+        trainer, changes = _build(training, partial=partial, device=device, progress=progress)
+        fingerprint = on_first_process(lambda: base_fingerprint(training.base))
+        base = BaseRecord(name=str(training.base), fingerprint=fingerprint)
+        record = training.record.model_copy(update={"base": base})
         run = {**record.model_dump(mode="json"), "num_processes": trainer.args.world_size, **changes}
         checkpoint = on_first_process(lambda: checkpoints.prepare(partial, run, resume=resume))
-        trainer.add_callback(Reporting(order.side, progress))
+        trainer.add_callback(Reporting(training.side, progress))
         trainer.add_callback(Marking())
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             record = record.model_copy(update={"metrics": _metrics(trainer.state.log_history)})
-            on_first_process(lambda: _write(trainer.model, record, order.out))
+            on_first_process(lambda: _write(trainer.model, record, training.out))
         except BaseException:
             if trainer.args.process_index == 0:
                 checkpoints.remove_if_useless(partial)
@@ -144,13 +153,13 @@ def _train(order: _Order, *, device: str, resume: bool, progress: TrainingProgre
         on_first_process(lambda: checkpoints.remove(partial))
         wait_for_all()
     if trainer.args.process_index == 0:
-        progress.end(order.side)
+        progress.end(training.side)
 
 
 def _build(
-    order: _Order, *, partial: Path, device: str, progress: TrainingProgress
+    training: _Training, *, partial: Path, device: str, progress: TrainingProgress
 ) -> tuple[ExpertTrainer, dict[str, Any]]:
-    """Return the trainer, and what decides about resuming beside the record."""
+    """Return the trainer, and the facts, in addition to the record, that a resumed training must share."""
     import torch
 
     from personalized_soups.generation.generator import num_embeddings, pad_id, stop_ids
@@ -158,49 +167,49 @@ def _build(
     from personalized_soups.training.trainer import ExpertTrainer, trainer_config
 
     chosen = choose_device(device)
-    tokenizer = load_tokenizer(order.base)
-    if order.preferences.conversational and tokenizer.chat_template is None:
+    tokenizer = load_tokenizer(training.base)
+    if training.preferences.conversational and tokenizer.chat_template is None:
         raise InputError(
-            "the pairs are conversations, and the base's tokenizer has no chat template",
-            where=str(order.preferences.path),
+            "the pairs are conversations, but the base's tokenizer has no chat template",
+            where=str(training.preferences.path),
             mend="write the pairs as plain text, or give the tokenizer a chat template",
         )
-    encoded = encode_pairs(order.preferences, tokenizer, max_length=order.recipe.dpo.max_length)
-    model = load_base(order.base, device=torch.device("cpu"), dtype=order.recipe.dtype)
+    encoded = encode_pairs(training.preferences, tokenizer, max_length=training.recipe.dpo.max_length)
+    model = load_base(training.base, device=torch.device("cpu"), dtype=training.recipe.dtype)
     config = trainer_config(
-        order.recipe,
+        training.recipe,
         partial=partial,
         device=chosen,
-        num_pairs=len(order.preferences.pairs),
+        num_pairs=len(training.preferences.pairs),
         model_dtype=model.dtype,
-        seed=order.record.seed or 0,
+        seed=training.record.seed or 0,
     )
     check_pairs(encoded, tokenizer, num_embeddings(model))
     pad = pad_id(tokenizer, num_embeddings(model))
     if pad != tokenizer.pad_token_id:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    trainer = ExpertTrainer(order.recipe, model=model, tokenizer=tokenizer, pairs=encoded, config=config)
+    trainer = ExpertTrainer(training.recipe, model=model, tokenizer=tokenizer, pairs=encoded, config=config)
     if config.process_index == 0:
         notes = encoded.notes(tokenizer, stop_ids(model, tokenizer))
-        if not order.preferences.conversational and tokenizer.chat_template is not None:
-            notes.append("the pairs are plain text and are trained as they are, without the tokenizer's chat template")
+        if not training.preferences.conversational and tokenizer.chat_template is not None:
+            notes.append("the pairs are plain text: they are trained without the tokenizer's chat template")
         for note in notes:
-            progress.note(order.side, note)
+            progress.note(training.side, note)
     return trainer, encoded.changes()
 
 
 def _write(model: Any, record: ExpertRecord, out: Path) -> None:
-    """Write the expert's folder, all or nothing; equal trainings write equal bytes."""
+    """Write the expert's folder, all or nothing. Equal trainings write equal bytes."""
     with new_folder(out) as scratch:
         model.save_pretrained(str(scratch), save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)
         config_path = scratch / CONFIG_FILE
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        # PEFT writes a set in the order of this process's string hashes.
+        # PEFT writes a set, whose order depends on this process's string hashes.
         config["target_modules"] = sorted(config["target_modules"])
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_record(scratch, record)
-        # safetensors writes 0600 whatever the umask says; the record has the mode that the umask gives.
+        # safetensors ignores the umask and writes mode 0600; the record has the mode that the umask gives.
         mode = (scratch / EXPERT_FILE).stat().st_mode & 0o777
         (scratch / WEIGHTS_FILE).chmod(mode)
 
@@ -212,64 +221,64 @@ def _metrics(history: list[dict[str, float]]) -> dict[str, float]:
     return {**means, "num_steps": float(steps[-1]["step"])}
 
 
-def _is_same(found: ExpertRecord | None, wanted: ExpertRecord) -> bool:
-    """Return whether an expert that is there came from the same training, as far as its record says."""
-    if found is None:
+def _is_same(existing: ExpertRecord | None, wanted: ExpertRecord) -> bool:
+    """Return whether an existing expert's record describes the same training."""
+    if existing is None or existing.base.name != wanted.base.name:
         return False
-    aside = {"base", "metrics"}
-    if found.base.name != wanted.base.name or found.model_dump(exclude=aside) != wanted.model_dump(exclude=aside):
+    known_later = {"base", "metrics"}
+    if existing.model_dump(exclude=known_later) != wanted.model_dump(exclude=known_later):
         return False
-    return found.base.fingerprint == base_fingerprint(found.base.name or "")
+    return existing.base.fingerprint == base_fingerprint(existing.base.name or "")
 
 
 def _check_free(out: Path, *, resume: bool) -> None:
-    """Raise OutputExistsError if `out` is there: a training replaces nothing."""
+    """Raise OutputExistsError if `out` exists: a training replaces nothing."""
     try:
         check_replaceable(out, overwrite=False)
     except OutputExistsError as error:
-        another = "; it is not this expert: side, base, data, recipe, seed or versions differ" if resume else ""
+        reason = "; its side, base, data, recipe, seed or versions differ from this training's" if resume else ""
         raise OutputExistsError(
-            f"{error.what}{another}", where=error.where, mend="choose another output folder, or delete this one"
+            f"{error.what}{reason}", where=error.where, mend="choose another output folder, or delete this one"
         ) from error
 
 
 @contextmanager
-def _clear_faults(order: _Order) -> Iterator[None]:
-    """Turn what torch, PEFT and safetensors raise for a full disk, a full GPU or unknown modules into our errors."""
+def _clear_errors(training: _Training) -> Iterator[None]:
+    """Raise a SoupError for the errors of torch, PEFT and safetensors on a full disk, a full GPU or unknown modules."""
     import torch
 
     try:
         yield
-    except torch.OutOfMemoryError as fault:
+    except torch.OutOfMemoryError as error:
         raise RunError(
             "the GPU's memory is full",
-            where=order.side,
+            where=training.side,
             mend="lower optimizer.batch_size and raise optimizer.gradient_accumulation, or set gradient_checkpointing",
-        ) from fault
-    except Exception as fault:
-        if _is_full_disk(fault):
+        ) from error
+    except Exception as error:
+        if _is_full_disk(error):
             raise RunError(
                 "no space is left on the device",
-                where=str(order.out.parent),
-                mend="free some space and pass resume=True to go on from the last whole checkpoint",
-            ) from fault
-        if isinstance(fault, ValueError) and ("arget modules" in str(fault) or "`lm_head`" in str(fault)):
+                where=str(training.out.parent),
+                mend="free some space and pass resume=True to continue from the last complete checkpoint",
+            ) from error
+        if isinstance(error, ValueError) and ("arget modules" in str(error) or "`lm_head`" in str(error)):
             raise DeclarationError(
-                f"these modules can't be adapted: {fault}",
-                where=order.recipe.place("lora", "target_modules"),
+                f"LoRA cannot adapt these modules: {error}",
+                where=training.recipe.place("lora", "target_modules"),
                 mend="write all-linear, or names of linear layers inside the base, e.g. [q_proj, v_proj]",
-            ) from fault
+            ) from error
         raise
 
 
-def _is_full_disk(fault: BaseException) -> bool:
-    """Return whether a library's error tells of a full disk; safetensors and torch hide the number in the text."""
-    told = str(fault)
+def _is_full_disk(error: BaseException) -> bool:
+    """Return whether a library's error means a full disk; safetensors and torch give the number only in the text."""
+    message = str(error)
     signs = (
         "No space left on device",
         "os error 28",
         os.strerror(errno.EDQUOT),
         "PytorchStreamWriter failed writing file",
-        "inline_container.cc",  # the same, met when the file is closed: "unexpected pos 125312 vs 125200"
+        "inline_container.cc",  # torch, when it closes the file: "unexpected pos 125312 vs 125200"
     )
-    return any(sign in told for sign in signs)
+    return any(sign in message for sign in signs)

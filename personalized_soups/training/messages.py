@@ -1,4 +1,4 @@
-"""Messages of preference data, as a chat template takes them; what can't be trained is refused by name."""
+"""Messages of preference data, as a chat template takes them. Messages that cannot be trained are rejected by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from personalized_soups.errors import InputError
 
 Message: TypeAlias = dict[str, Any]
 
-# Keys that hold a part of what was said. Where a chat template has no place for one, training would lose it.
+# Keys that hold a part of what the speaker said. If a chat template does not render such a key, training would lose it.
 SPOKEN_KEYS = (
     "tool_calls",
     "function_call",
@@ -20,71 +20,72 @@ SPOKEN_KEYS = (
     "refusal",
 )
 _MEDIA_KEYS = ("audio", "image", "images", "video", "videos")
-# OpenAI's `weight` and its likes: 0 or false asks for a message without loss.
+# OpenAI's `weight` and similar keys: 0 or false excludes a message from the loss.
 _LOSS_KEYS = ("weight", "loss_weight", "train", "trainable")
 _MESSAGE_MEND = 'write each message as {"role": "user", "content": "..."}'
 
 
 def read_messages(value: list[Any], field: str, where: str) -> list[Message]:
-    """Return the messages of a field: role, text, and every further key that is not empty.
+    """Return the messages of a field, each with role, text, and every further key that is not empty.
 
-    Parts of content are joined. Which of the further keys the model reads, the chat template decides.
+    Parts of content are joined. The chat template decides which of the further keys the model reads.
 
     Raises:
-        InputError: naming `where` and the message: no role, no text, a part that is not text, a call without a name.
+        InputError: with `where` and the message, if a message has no role, no text, a part that is not text, or a tool
+            call without a name.
     """
     if not value:
-        raise InputError(f"`{field}` is empty", where=where, mend="give it at least one message")
+        raise InputError(f"`{field}` is empty", where=where, mend="write at least one message")
     return [_message(message, field, number, where) for number, message in enumerate(value)]
 
 
 def check_answer(messages: Sequence[Message], field: str, where: str) -> None:
-    """Raise InputError unless every message of an answer is the assistant's and is to be trained.
+    """Raise InputError unless every message of an answer is the assistant's and has a loss.
 
-    All tokens of an answer enter the loss: another speaker's words in it would be learned as the model's own.
+    All tokens of an answer enter the loss: the model would learn another speaker's words as its own.
     """
     first = messages[0]["role"]
     if first != "assistant":
         raise InputError(
-            f"`{field}` begins with a message of the role {first!r}: an answer is the assistant's",
+            f"`{field}` begins with a message of the role {first!r}, expected 'assistant'",
             where=where,
-            mend='write {"role": "assistant", "content": "..."}, and what was said before it under `prompt`',
+            mend='write {"role": "assistant", "content": "..."}, and put earlier messages under `prompt`',
         )
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             raise InputError(
-                f"`{field}` has a message of the role {message['role']!r} (message {number + 1}); every message of an "
-                "answer is trained as the assistant's own words",
+                f"`{field}` has a message of the role {message['role']!r} (message {number + 1}): training learns "
+                "every message of an answer as the assistant's own words",
                 where=where,
                 mend=f"end `{field}` before that message, or move everything up to it into `prompt`",
             )
         for key in _LOSS_KEYS:
             if key in message and not message[key]:
                 raise InputError(
-                    f"`{field}` has a message with {key!r}: {json.dumps(message[key])} (message {number + 1}); every "
-                    "message of an answer is trained",
+                    f"`{field}` has a message with {key!r}: {json.dumps(message[key])} (message {number + 1}), but "
+                    "every message of an answer enters the loss",
                     where=where,
-                    mend=f"move that message into `prompt`, or take {key!r} out",
+                    mend=f"move that message into `prompt`, or remove {key!r}",
                 )
 
 
 def spoken(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with the keys alone that hold what was said and by whom."""
-    return [{key: value for key, value in message.items() if key in _SAID} for message in messages]
+    """Return the messages with only the keys that hold the speaker and the speaker's words."""
+    return [{key: value for key, value in message.items() if key in _COMPARED} for message in messages]
 
 
 def further_keys(messages: Sequence[Message]) -> set[str]:
-    """Return the keys of the messages besides role and content."""
+    """Return the keys of the messages other than role and content."""
     return {key for message in messages for key in message} - {"role", "content"}
 
 
-_SAID = frozenset({"role", "content", *SPOKEN_KEYS})
+_COMPARED = frozenset({"role", "content", *SPOKEN_KEYS})
 
 
 def _message(message: object, field: str, number: int, where: str) -> Message:
     if not isinstance(message, dict) or not _is_text(message.get("role")):
         raise _no_text(message, field, where)
-    # Tables exported from a dataset write null into every key that only some messages have.
+    # An exported dataset has null in every key that only some messages have.
     further = {
         key: value
         for key, value in message.items()
@@ -93,9 +94,9 @@ def _message(message: object, field: str, number: int, where: str) -> Message:
     for key in _MEDIA_KEYS:
         if key in further:
             raise InputError(
-                f"`{field}` has a message with {key!r}: experts are trained on text alone",
+                f"`{field}` has a message with {key!r}: experts are trained on text only",
                 where=where,
-                mend=f"take {key!r} out, or the line",
+                mend=f"remove {key!r}, or the line",
             )
     _check_calls(further.get("tool_calls", []), field, number, where)
     content = _content(message.get("content"), field, where)
@@ -106,7 +107,7 @@ def _message(message: object, field: str, number: int, where: str) -> Message:
 
 
 def _content(content: object, field: str, where: str) -> str | None:
-    """Return a message's text, None where it is of another kind; parts are joined as the server joins them."""
+    """Return a message's text, or None if the content is not text. Parts are joined as the server joins them."""
     if content is None:
         return ""
     if not isinstance(content, list):
@@ -118,15 +119,15 @@ def _content(content: object, field: str, where: str) -> str | None:
             raise InputError(
                 f"`{field}` has a content part that is not text: {json.dumps(part)[:80]}",
                 where=where,
-                mend='experts are trained on text alone: write parts as {"type": "text", "text": "..."}, or take the '
-                "line out",
+                mend='write parts as {"type": "text", "text": "..."}, or remove the line: experts are trained on text '
+                "only",
             )
         texts.append(part["text"])
     return "".join(texts)
 
 
 def _check_calls(calls: object, field: str, number: int, where: str) -> None:
-    """Raise InputError unless `calls` are tool calls with names, nested as OpenAI writes them or flat."""
+    """Raise InputError unless every call in `calls` names a function, nested as OpenAI writes calls or flat."""
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not _is_text(function.get("name")):

@@ -1,6 +1,6 @@
-"""The order in which pairs are seen: shuffled anew in each epoch, pairs of like length side by side.
+"""The order in which a training sees pairs: shuffled in each epoch, with pairs of similar length in one batch.
 
-Answers differ in length by a factor of five and more; in batches drawn blindly half of all tokens would be padding.
+Answers differ in length by a factor of five and more. In random batches half of all tokens would be padding.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-# Lengths are sorted within this many batches: enough to save most padding, few enough that batches change with the
-# epoch.
+# Pairs are sorted by length within this many batches: enough to save most padding, few enough that the batches differ
+# between epochs.
 _BATCHES_SORTED = 16
 
 
 class LikeLengthOrder(Sampler[int]):
-    """Yields indices so that each run of `batch_size` of them has pairs of like length.
+    """Yields indices of pairs; each batch of `batch_size` consecutive indices has pairs of similar length.
 
-    The order depends on seed and epoch alone, so that a resumed training sees what an uninterrupted one does.
+    The order depends only on seed and epoch, so a resumed training sees the same batches as an uninterrupted one.
+
+    Args:
+        lengths: the number of tokens of each pair.
+        batch_size: pairs in a batch.
+        seed: random seed for the shuffling.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int) -> None:
@@ -38,7 +43,7 @@ class LikeLengthOrder(Sampler[int]):
         for start in range(0, len(order), stride):
             group = sorted(order[start : start + stride], key=self.lengths.__getitem__)
             batches += [group[first : first + self.batch_size] for first in range(0, len(group), self.batch_size)]
-        # A batch that is not full must stay the last one, or all batches after it would be cut askew.
+        # An incomplete batch must be the last: after it, the trainer would cut all batches at the wrong indices.
         last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         rng.shuffle(batches)
         for batch in [*batches, *last]:

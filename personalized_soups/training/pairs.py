@@ -1,6 +1,6 @@
-"""Preference pairs from a base's own answers: sample several to each prompt, score them, pair those that differ.
+"""Preference pairs from a base's own answers: sample answers to each prompt, score them, pair answers that differ.
 
-A pool of answers is sampled once and labelled for as many sides as there are.
+One pool of answers is sampled once and gives pairs for every side.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from personalized_soups.training.data import Pair, write_lines
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One prompt and the answers that a model gave to it."""
+    """One prompt and a model's sampled answers."""
 
-    prompt: str
-    answers: tuple[str, ...]
+    prompt: str  # the prompt
+    answers: tuple[str, ...]  # the answers, in the order of sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def sample_pool(
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Sampled]:
-    """Return `num_samples` sampled answers to each prompt; `on_done` hears how many answers there are so far."""
+    """Return `num_samples` sampled answers to each prompt; `on_done` is called with the number of answers so far."""
     answers = generator.answers(
         prompts,
         num_samples=num_samples,
@@ -58,7 +58,7 @@ def sample_pool(
         seed=seed,
         on_done=on_done,
     )
-    return [Sampled(prompt, tuple(said)) for prompt, said in zip(prompts, answers, strict=True)]
+    return [Sampled(prompt, tuple(texts)) for prompt, texts in zip(prompts, answers, strict=True)]
 
 
 def label_pool(
@@ -72,35 +72,35 @@ def label_pool(
     conversational: bool = False,
     scorers: Mapping[str, Scorer] | None = None,
 ) -> list[Pair]:
-    """Return pairs of answers that differ by at least `min_gap` in how well they suit `side`.
+    """Return pairs of answers whose scores towards `side` differ by at least `min_gap`.
 
-    The chosen answer is always valid. A prompt whose valid answers differ too little gives a pair with an invalid
-    rejected answer instead, and those pairs are the first to be left out where there are more than `max_pairs`. Each
-    answer stands in one pair at most: the best with the worst, the second best with the second worst, and so on.
+    Each answer is in one pair at most: the best with the worst, the second best with the second worst, and so on. The
+    chosen answer is always valid. If the valid answers to a prompt differ too little, its pair has an invalid rejected
+    answer. Such pairs are the first to be left out if there are more than `max_pairs`.
 
     Args:
         pool: prompts with their answers.
         side: the side that the pairs favour.
-        catalogue: declares the side and what scores it.
-        min_gap: in (0, 1].
-        max_pairs: a random choice of so many, or None for all.
-        seed: of that choice and of the order.
+        catalogue: declares the side and its scorer.
+        min_gap: least difference of the scores, in (0, 1].
+        max_pairs: most pairs to return, chosen at random; None returns all.
+        seed: random seed for the choice and the order of the pairs.
         conversational: write prompt and answers as messages, for a base with a chat template.
         scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
 
     Raises:
-        DeclarationError: if the catalogue has no such side, or nothing scores it.
-        InputError: if no pair is found.
+        DeclarationError: if the catalogue lacks the side, or the side has no scorer.
+        InputError: if no two answers to a prompt differ enough.
     """
     if not 0 < min_gap <= 1:
         raise ValueError(f"min_gap must be in (0, 1], got {min_gap}")
     score, end = scorer_of(catalogue, side, scorers=scorers), catalogue.side(side)[1].end
     candidates: list[_Candidate] = []
-    spans: list[tuple[float, float]] = []  # of each prompt's valid answers, worst and best
+    spans: list[tuple[float, float]] = []  # worst and best score of each prompt's valid answers
     for sampled in pool:
         scored = [(score(sampled.prompt, answer), answer) for answer in sampled.answers]
-        valid = sorted((found.toward(end), answer) for found, answer in scored if found.valid)
-        invalid = sorted(answer for found, answer in scored if not found.valid)
+        valid = sorted((result.toward(end), answer) for result, answer in scored if result.valid)
+        invalid = sorted(answer for result, answer in scored if not result.valid)
         candidates += _paired(sampled.prompt, valid, invalid, min_gap)
         spans += [(valid[0][0], valid[-1][0])] if valid else []
     if not candidates:
@@ -117,16 +117,16 @@ def write_pool(path: Path, pool: Sequence[Sampled]) -> None:
 
 
 def read_pool(path: Path) -> list[Sampled]:
-    """Return the pool of a file that `write_pool` wrote.
+    """Return the pool in a file that `write_pool` wrote.
 
     Raises:
-        InputError: naming file and line, if it is not such a file.
+        InputError: with file and line, if the file holds anything else.
     """
     pool = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise InputError(f"the pool can't be read: {fault}", where=str(path), mend="sample it anew") from fault
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the pool can't be read: {error}", where=str(path), mend="sample it again") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -141,16 +141,16 @@ def read_pool(path: Path) -> list[Sampled]:
             raise InputError(
                 "expected a JSON object with a prompt and a list of answers",
                 where=f"{path}:{number}",
-                mend="sample the pool anew",
+                mend="sample the pool again",
             )
         pool.append(Sampled(prompt, tuple(answers)))
     if not pool:
-        raise InputError("the pool is empty", where=str(path), mend="sample it anew")
+        raise InputError("the pool is empty", where=str(path), mend="sample it again")
     return pool
 
 
 def _paired(prompt: str, valid: list[tuple[float, str]], invalid: list[str], min_gap: float) -> list[_Candidate]:
-    """Return the pairs of one prompt; `valid` is sorted by how well an answer suits the side."""
+    """Return the pairs of one prompt. `valid` is sorted by score, worst answer first."""
     pairs = [
         _Candidate(prompt, best, worst, high, low, both_valid=True)
         for (low, worst), (high, best) in zip(valid, reversed(valid[(len(valid) + 1) // 2 :]), strict=False)
@@ -163,19 +163,19 @@ def _paired(prompt: str, valid: list[tuple[float, str]], invalid: list[str], min
 
 
 def _no_pairs(side: str, pool: Sequence[Sampled], spans: Sequence[tuple[float, float]], min_gap: float) -> InputError:
-    """Return the error that says why there is no pair: no valid answer, all scored alike, or too near each other."""
+    """Return the error for no pair, with the reason: no valid answer, equal scores, or too small differences."""
     low, high = min((low for low, _ in spans), default=0.0), max((high for _, high in spans), default=0.0)
     widest = max((best - worst for worst, best in spans), default=0.0)
     what = f"no two answers differ by {min_gap:g} for the side {side!r} ({len(pool)} prompts)"
     if not spans:
         what += ": no answer is valid"
-        mend = "look at the answers (pool=FILE keeps them): the scorer takes none of them for an answer"
+        mend = "look at the answers (pool=FILE stores them): the scorer calls all of them invalid"
     elif low == high:
         what += f": every valid answer scores {low:g}"
-        mend = "mend the scorer: name markers, or bounds, that the base's own answers do meet (pool=FILE keeps them)"
+        mend = "change the scorer to markers or bounds that the base's answers reach (pool=FILE stores the answers)"
     else:
-        what += f": the scores lie from {low:g} to {high:g}, those of one prompt {widest:g} apart at most"
-        mend = "sample more answers to each prompt, raise the temperature, lower the least gap, or mend the scorer"
+        what += f": all scores lie between {low:g} and {high:g}, those of one prompt at most {widest:g} apart"
+        mend = "sample more answers to each prompt, raise the temperature, lower the least gap, or change the scorer"
     return InputError(what, where=f"pairs for {side}", mend=mend)
 
 

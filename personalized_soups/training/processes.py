@@ -1,4 +1,4 @@
-"""One training in several processes (torchrun, accelerate launch): the first one reads, decides and writes for all."""
+"""One training in several processes (torchrun, accelerate launch): the first process reads and writes for all."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ Result = TypeVar("Result")
 
 
 def is_first_process() -> bool:
-    """Return whether this is the process that writes and prints; alone, it is."""
+    """Return whether this process writes and prints: rank 0, or the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def num_processes() -> int:
-    """Return how many processes train together, as the launcher says."""
+    """Return the number of processes that train together, from the launcher's WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_first_process(action: Callable[[], Result]) -> Result:
-    """Return what `action` returns on the first process, on every process; a SoupError of it is raised on all."""
+    """Run `action` on the first process; return its result, or raise its SoupError, on every process."""
     if num_processes() == 1:
         return action()
     from accelerate.utils import broadcast_object_list
 
-    told: list[object] = [None, None]
+    outcome: list[object] = [None, None]  # the result, the error
     if is_first_process():
         try:
-            told[0] = action()
+            outcome[0] = action()
         except SoupError as error:
-            told[1] = error
-    broadcast_object_list(told)
-    if isinstance(told[1], SoupError):
-        raise told[1]
-    result: Result = told[0]  # type: ignore[assignment] # what the first process sent
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if isinstance(outcome[1], SoupError):
+        raise outcome[1]
+    result: Result = outcome[0]  # type: ignore[assignment] # sent by the first process
     return result
 
 
 def wait_for_all() -> None:
-    """Return when every process is here."""
+    """Wait until every process has called this function."""
     if num_processes() > 1:
         from accelerate import PartialState
 
@@ -51,7 +51,7 @@ def wait_for_all() -> None:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Let go of the other processes when the block ends, well or with a SoupError, which all of them meet.
+    """Leave the process group when the block ends normally or with a SoupError, which every process raises.
 
     Threads of a process group that still run can abort Python's exit (SIGABRT, "terminate called").
     """

@@ -1,4 +1,4 @@
-"""What a training tells while it runs; whoever calls it decides how that looks."""
+"""Progress reports of a training; the caller decides how to show them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Protocol
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """One optimizer step.
+    """The figures of one optimizer step.
 
     Args:
-        step: steps done, this one included.
-        num_steps: steps in all.
+        step: steps done, including this step.
+        num_steps: steps of the whole training.
         loss: DPO loss plus the weighted SFT term.
         margin: mean reward of the chosen answers minus that of the rejected ones.
         accuracy: share of pairs whose chosen answer has the higher reward.
-        learning_rate: of this step.
+        learning_rate: learning rate of this step.
     """
 
     step: int
@@ -28,36 +28,36 @@ class StepReport:
 
 
 class TrainingProgress(Protocol):
-    """Hears of a training; each call names the side, since several experts may train at once."""
+    """Receives the progress of trainings. Each call names the side, since several experts may train at once."""
 
     def begin(self, side: str, *, step: int, num_steps: int) -> None:
-        """The steps begin; `step` are done already where a training goes on."""
+        """Called before the first step; a resumed training has done `step` of `num_steps` already."""
         ...
 
     def advance(self, side: str, report: StepReport) -> None:
-        """A step is done."""
+        """Called after each step."""
         ...
 
     def note(self, side: str, text: str) -> None:
-        """Something that the reader should know."""
+        """Called with a note for the user."""
         ...
 
     def end(self, side: str) -> None:
-        """The expert is written."""
+        """Called when the expert is written."""
         ...
 
 
 class Silent:
-    """Says nothing."""
+    """Ignores all progress."""
 
     def begin(self, side: str, *, step: int, num_steps: int) -> None:
-        """Say nothing."""
+        """Ignore."""
 
     def advance(self, side: str, report: StepReport) -> None:
-        """Say nothing."""
+        """Ignore."""
 
     def note(self, side: str, text: str) -> None:
-        """Say nothing."""
+        """Ignore."""
 
     def end(self, side: str) -> None:
-        """Say nothing."""
+        """Ignore."""

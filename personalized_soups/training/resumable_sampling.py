@@ -1,7 +1,7 @@
-"""Answers kept on disk while they are sampled, so that a sampling that was cut short goes on where it stood.
+"""Sampling that stores its answers on disk, so that an interrupted run resumes.
 
-The file's first line says what is being sampled; each other line holds one prompt's answers. Prompts are sampled in
-portions that do not depend on where a sampling stopped, so that it ends with the answers of one that never did.
+The first line of the file records the settings. Each further line holds the answers to one prompt. Prompts are sampled
+in portions whose borders do not depend on the interruption, so a resumed run gives the answers of an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from personalized_soups.generation.generator import Generator
 from personalized_soups.training.data import write_lines
 from personalized_soups.training.pairs import Sampled
 
-# Batches in a portion: prompts of like length find each other within it, and a kill costs no more than one.
+# Batches in a portion. A portion is sorted by length, to save padding; a kill loses one portion at most.
 _BATCHES = 8
 
 
@@ -37,19 +37,19 @@ def sample_kept(
     on_begin: Callable[[int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Sampled]:
-    """Return `num_samples` sampled answers to each prompt; those that the file `kept` holds are not sampled again.
+    """Return `num_samples` sampled answers to each prompt; answers in the file `kept` are not sampled again.
 
     Args:
-        generator: answers.
-        prompts: what is asked.
-        kept: the file; made where it is not there, and left when all is sampled.
-        base: what tells one base from another, such as its fingerprint.
+        generator: samples the answers.
+        prompts: the prompts.
+        kept: the file of the answers. It is made if it does not exist, and stays when all answers are sampled.
+        base: identifies the base, for example its fingerprint.
         num_samples, temperature, max_new_tokens, batch_size, seed: as for `Generator.answers`.
-        on_begin: hears how many answers are there already.
-        on_done: hears how many answers there are so far.
+        on_begin: called once with the number of answers that the file holds.
+        on_done: called with the number of answers so far.
 
     Raises:
-        UsageError: if `kept` holds the unfinished answers of another sampling.
+        UsageError: if `kept` holds the unfinished answers of a run with other settings.
     """
     sampling: dict[str, Any] = {
         "base": base,
@@ -64,45 +64,45 @@ def sample_kept(
     }
     portion = max(1, _BATCHES * batch_size // num_samples)
     pool = _read(kept, sampling)
-    if len(pool) < len(prompts):  # a portion whose writing was cut short is sampled again
+    if len(pool) < len(prompts):  # sample an incompletely written portion again
         pool = pool[: len(pool) - len(pool) % portion]
     write_lines(kept, [sampling, *map(_row, pool)])
     if on_begin is not None:
         on_begin(len(pool) * num_samples)
     for first in range(len(pool), len(prompts), portion):
-        asked = prompts[first : first + portion]
+        batch = prompts[first : first + portion]
         answers = generator.answers(
-            asked,
+            batch,
             num_samples=num_samples,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             seed=seed,
-            places=range(first * num_samples, (first + len(asked)) * num_samples),
-            on_done=None if on_done is None else partial(_tell, on_done, first * num_samples),
+            places=range(first * num_samples, (first + len(batch)) * num_samples),
+            on_done=None if on_done is None else partial(_report, on_done, first * num_samples),
         )
-        pool += [Sampled(prompt, tuple(said)) for prompt, said in zip(asked, answers, strict=True)]
+        pool += [Sampled(prompt, tuple(texts)) for prompt, texts in zip(batch, answers, strict=True)]
         with kept.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(_row(sampled), ensure_ascii=False) + "\n" for sampled in pool[first:])
     return pool
 
 
 def _read(kept: Path, sampling: dict[str, Any]) -> list[Sampled]:
-    """Return what the file holds of this sampling; a last line that a kill cut short does not count."""
+    """Return the answers that the file holds for these settings; an incomplete last line does not count."""
     try:
         begun, *rows = [json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]]
         pool = [Sampled(row["prompt"], tuple(row["answers"])) for row in rows]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return []  # no file of ours
+        return []  # another kind of file
     differing = sorted(key for key in sampling if begun.get(key) != sampling[key])
     if not differing:
         return pool
     if not pool or len(pool) == begun.get("num_prompts"):
-        return []  # nothing is lost; or it is finished, and whoever asks for other answers wants them
+        return []  # the file has no answers to lose, or a finished run's: other settings ask for new answers
     raise UsageError(
-        f"an interrupted sampling of other answers stands here; it differs in {', '.join(differing)}",
+        f"the file holds an interrupted sampling with other settings; they differ in {', '.join(differing)}",
         where=str(kept),
-        mend="give the same options to go on with it, or delete the file to start again",
+        mend="give the same options to resume it, or delete the file to start again",
     )
 
 
@@ -110,5 +110,5 @@ def _row(sampled: Sampled) -> dict[str, Any]:
     return {"prompt": sampled.prompt, "answers": list(sampled.answers)}
 
 
-def _tell(on_done: Callable[[int], None], before: int, done: int) -> None:
+def _report(on_done: Callable[[int], None], before: int, done: int) -> None:
     on_done(before + done)

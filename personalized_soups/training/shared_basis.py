@@ -1,8 +1,8 @@
 """The shared basis: one frozen A for all experts, drawn from a seed, so that their merges are exact at one rank.
 
-Each module's A depends on the seed, the module's name and its shape alone: experts of one seed and rank have the same
-bytes, whatever else they adapt. The draws are raw counter-based random bits (Philox), turned into floats here, so that
-they are the same on every machine and under every version of torch and NumPy.
+Each module's A depends only on the seed, the module's name and its shape: experts of one seed and rank have the same
+bytes, regardless of the other modules they adapt. The draws are raw counter-based random bits (Philox), converted to
+floats here, so they are equal on every machine and under every version of torch and NumPy.
 
 R rank, I in features
 """
@@ -20,7 +20,7 @@ _WRAPPER = "base_model.model."
 
 
 def basis_factor(module: str, rank: int, in_features: int, seed: int) -> Tensor:
-    """Return a_RI of one module: float32 on the CPU, uniform in +-1/sqrt(I), as LoRA's own start is distributed."""
+    """Return a_RI of one module: float32 on the CPU, uniform in +-1/sqrt(I), the distribution of PEFT's initial A."""
     name = f"{seed}/{module}/{rank}x{in_features}".encode()
     key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), dtype="<u8")
     raw = np.random.Philox(key=key).random_raw(rank * in_features)
@@ -29,7 +29,7 @@ def basis_factor(module: str, rank: int, in_features: int, seed: int) -> Tensor:
 
 
 def set_shared_basis(model: Any, seed: int, *, adapter: str = "default") -> None:
-    """Give every LoRA module of a PEFT model its part of the basis, in place, and freeze it."""
+    """Set A of every LoRA module of a PEFT model to the basis, in place, and freeze it."""
     for name, module in model.named_modules():
         if adapter in getattr(module, "lora_A", {}):
             weight = module.lora_A[adapter].weight
@@ -40,7 +40,7 @@ def set_shared_basis(model: Any, seed: int, *, adapter: str = "default") -> None
 
 
 def freeze_basis(model: Any, *, adapter: str = "default") -> None:
-    """Freeze A in place; loading a checkpoint makes every factor trainable again."""
+    """Freeze A of every LoRA module, in place: loading a checkpoint makes all factors trainable again."""
     for module in model.modules():
         if adapter in getattr(module, "lora_A", {}):
             module.lora_A[adapter].weight.requires_grad_(False)

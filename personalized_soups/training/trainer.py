@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, set up from a recipe: silent, exactly resumable, with pairs of like length in a batch."""
+"""TRL's DPOTrainer, configured by a recipe: silent, exactly resumable, with pairs of similar length in a batch."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-_CHECKPOINTS_KEPT = 2  # the last one may be cut short by a kill
-_REFERENCE_BATCHES = 4  # the reference pass keeps no activations: larger batches fit
+_CHECKPOINTS_KEPT = 2  # a kill may leave the last checkpoint incomplete
+_REFERENCE_BATCHES = 4  # training batches in one batch of the reference pass, which stores no activations
 
 
 class ExpertTrainer(DPOTrainer):
-    """DPOTrainer with our order of the pairs and without what it does beside the training.
+    """DPOTrainer with our order of the pairs, without model card, telemetry and tokenization.
 
     Args:
-        recipe: of the side that is trained, overrides put in.
-        model: the base; it is wrapped in place.
-        tokenizer: the base's.
+        recipe: the recipe, with the overrides of the side.
+        model: the base; PEFT wraps it in place.
+        tokenizer: the base's tokenizer.
         pairs: the pairs as token ids.
-        config: from `trainer_config`.
+        config: the configuration that `trainer_config` returns.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class ExpertTrainer(DPOTrainer):
     ) -> None:
         self._recipe = recipe
         self._order: LikeLengthOrder | None = None
-        # TRL turns off all dropout or none; the base's own stays off and LoRA's, added later, is the recipe's.
+        # TRL turns off all dropout or none. This turns off the base's; LoRA's dropout is added later, from the recipe.
         disable_dropout_in_model(model)
         super().__init__(
             model,
             args=config,
-            # In memory and without a cache on disk: nothing of one training is met by another.
+            # In memory: a cache on disk could pass the data of one training to another.
             train_dataset=datasets.Dataset.from_dict(pairs.columns()),
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
@@ -73,25 +73,25 @@ class ExpertTrainer(DPOTrainer):
             set_shared_basis(self.model, recipe.basis_seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the order of the pairs which epoch begins."""
+        """Shuffle the pairs for an epoch."""
         if self._order is not None:
             self._order.epoch = epoch
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Make the optimizer; a shared basis, which a loaded checkpoint has made trainable, is frozen before."""
+        """Make the optimizer. Freeze a shared basis before, which loading a checkpoint makes trainable."""
         if self._recipe.basis == "shared":
             freeze_basis(self.model)
         return super().create_optimizer(*args, **options)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Write no model card: expert.json says what there is to say."""
+        """Write no model card; expert.json records the training."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        """Return the dataset as it is: encode_pairs has made TRL's token ids."""
+        """Return the dataset unchanged: encode_pairs has computed TRL's token ids."""
         return dataset
 
     def _send_telemetry(self) -> None:
-        """Send nothing to anybody."""
+        """Send nothing."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengthOrder:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -107,18 +107,18 @@ class _Epochs(TrainerCallback):
         self._trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A training that goes on within an epoch has its fraction here.
+        # A training that resumes within an epoch has a fraction here.
         self._trainer.set_epoch(math.floor(state.epoch or 0))
 
 
 class Reporting(TrainerCallback):
-    """Hands every step's figures to a TrainingProgress, from the first process only."""
+    """Passes the figures of every step to a TrainingProgress, in the first process only."""
 
     def __init__(self, side: str, progress: TrainingProgress) -> None:
         self._side, self._progress = side, progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report where the steps begin."""
+        """Report the first step and the number of steps."""
         if state.is_world_process_zero:
             self._progress.begin(self._side, step=state.global_step, num_steps=state.max_steps)
 
@@ -126,14 +126,14 @@ class Reporting(TrainerCallback):
         """Report a step.
 
         Raises:
-            RunError: if the loss is no number any more.
+            RunError: if the loss or the gradient's norm is not finite.
         """
         if not logs or "loss" not in logs:
             return  # the summary at the end
         if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
             raise RunError(
                 f"the training diverged: at step {state.global_step} the loss is {logs['loss']} "
-                f"and the gradient's norm {logs.get('grad_norm')}",
+                f"and the gradient's norm is {logs.get('grad_norm')}",
                 where=self._side,
                 mend="lower optimizer.learning_rate in the recipe",
             )
@@ -150,7 +150,7 @@ class Reporting(TrainerCallback):
 
 
 class Marking(TrainerCallback):
-    """Marks every checkpoint once all processes have written their part of it."""
+    """Marks each checkpoint as complete when all processes have written their parts."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint of this step."""
@@ -162,10 +162,10 @@ class Marking(TrainerCallback):
 def trainer_config(
     recipe: TrainingRecipe, *, partial: Path, device: torch.device, num_pairs: int, model_dtype: torch.dtype, seed: int
 ) -> DPOConfig:
-    """Return TRL's configuration of a recipe.
+    """Return TRL's configuration for a recipe.
 
-    The reference log-probabilities are computed once, before the steps, where pairs are seen more than once (and by
-    one process: TRL keeps them in a file of its own); else with each step, which costs the same.
+    One process that trains more than one epoch computes the reference log-probabilities once, before the steps. For a
+    single epoch, computing them in each step costs the same. Several processes would share TRL's file of them.
     """
     optimizer = recipe.optimizer
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -207,16 +207,16 @@ def trainer_config(
         seed=seed,
     )
     if num_processes == 1 and config.n_gpu > 1:
-        config._n_gpu = 1  # several GPUs and one process: Trainer would use DataParallel, which TRL refuses
+        config._n_gpu = 1  # with several GPUs in one process, Trainer would use DataParallel, which TRL rejects
     return config
 
 
 def lora_config(recipe: TrainingRecipe) -> LoraConfig:
-    """Return PEFT's configuration of a recipe."""
+    """Return PEFT's configuration for a recipe."""
     lora = recipe.lora
     return LoraConfig(
         r=lora.rank,
-        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type] # floats are taken
+        lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,  # type: ignore[arg-type] # PEFT accepts floats
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         use_rslora=lora.rslora,
@@ -227,8 +227,8 @@ def lora_config(recipe: TrainingRecipe) -> LoraConfig:
 
 @contextmanager
 def quiet_training() -> Iterator[None]:
-    """Show none of the bars and notes of transformers, datasets and TRL within the block."""
-    shown = datasets.are_progress_bars_disabled()
+    """Hide the progress bars and messages of transformers, datasets and TRL within the block."""
+    were_disabled = datasets.are_progress_bars_disabled()
     tqdm = os.environ.get("TQDM_DISABLE")
     datasets.disable_progress_bars()
     os.environ["TQDM_DISABLE"] = "1"
@@ -236,7 +236,7 @@ def quiet_training() -> Iterator[None]:
         with quiet_transformers():
             yield
     finally:
-        if not shown:
+        if not were_disabled:
             datasets.enable_progress_bars()
         if tqdm is None:
             del os.environ["TQDM_DISABLE"]

@@ -177,7 +177,7 @@ def test_what_was_said_and_the_template_does_not_render_is_refused_by_name(
     mentioned = "{# no tool_calls, no message.reasoning: 'thinking' #}"
     tokenizer = _tokenizer(small_base)
     tokenizer.chat_template = mentioned + str(tokenizer.chat_template) + "{% if false %}some reasoning{% endif %}"
-    with pytest.raises(InputError, match=f"'{key}'.*does not render.*lost") as caught:
+    with pytest.raises(InputError, match=f"'{key}'.*does not render.*lose it") as caught:
         _encoded(tmp_path, [_chat("a"), row], tokenizer)
     assert caught.value.where == f"{tmp_path / 'pairs.jsonl'}:2"
     assert key in caught.value.mend
@@ -282,7 +282,7 @@ def test_nothing_but_equal_pairs_is_refused(small_base: Path, tmp_path: Path) ->
     shared = _words("rub")
     with pytest.raises(InputError, match="no pair is left") as caught:
         _encoded(tmp_path, [_chat("a", shared + "so", shared + "dry")] * 2, tokenizer, max_length=24)
-    assert "2 have equal answers once they are cut to dpo.max_length (24 tokens)" in caught.value.what
+    assert "2 have equal answers once cut to dpo.max_length (24 tokens)" in caught.value.what
     assert "max_length" in caught.value.mend
     trimming = "{% for message in messages %}<|{{ message.role }}|>{{ message.content | lower }}{% endfor %}"
     with pytest.raises(InputError, match="1 have equal answers before the cut") as caught:

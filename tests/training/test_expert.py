@@ -326,7 +326,7 @@ def test_a_folder_in_the_way_is_left_alone(
     with pytest.raises(OutputExistsError) as caught:
         train_expert("concise", base=small_base, data=pairs_file, out=expert, recipe=recipe, device="cpu")
     assert "overwrite" not in caught.value.mend  # psoups train has no such option
-    with pytest.raises(OutputExistsError, match="not this expert"):  # another seed is, --resume or not
+    with pytest.raises(OutputExistsError, match="seed or versions differ"):  # another seed is, --resume or not
         train_expert(
             "concise", base=small_base, data=pairs_file, out=expert, recipe=recipe, device="cpu", seed=1, resume=True
         )
@@ -347,7 +347,7 @@ def test_an_expert_of_a_base_that_has_changed_since_is_not_this_one(
     assert heard.begun == [0]
     tensors = load_file(base / "model.safetensors")
     save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(OutputExistsError, match="not this expert"):
+    with pytest.raises(OutputExistsError, match="seed or versions differ"):
         train_expert("x", base=base, data=pairs_file, out=out, recipe=one_step, device="cpu", resume=True)
 
 

@@ -59,7 +59,7 @@ def test_an_unfinished_sampling_of_other_answers_is_not_thrown_away(generator: G
     unfinished = b"".join(content.splitlines(keepends=True)[:4])
     for other in ({"seed": 4}, {"base": "c"}, {"temperature": 0.5}):
         kept.write_bytes(unfinished)
-        with pytest.raises(UsageError, match=f"differs in {next(iter(other))}\n") as caught:
+        with pytest.raises(UsageError, match=f"differ in {next(iter(other))}\n") as caught:
             sample_kept(generator, PROMPTS, kept=kept, **{**OPTIONS, **other})
         assert caught.value.where == str(kept)
         assert kept.read_bytes() == unfinished
