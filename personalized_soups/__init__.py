@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from personalized_soups.merging.writing.adapter import merge
     from personalized_soups.merging.writing.into_base import merge_into_base
     from personalized_soups.merging.writing.many import merge_many
+    from personalized_soups.mixing.diffusers_view import DiffusersView
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.mixing.peft_view import PeftView
     from personalized_soups.mixing.prefixes import PrefixCache
@@ -39,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TINY_BASE",
     "Catalogue",
+    "DiffusersView",
     "Expert",
     "ExpertLibrary",
     "Generator",
@@ -69,6 +71,7 @@ __all__ = [
 # Where each public name is defined: the module, and after the colon its name there if that is another one.
 _HOME = {
     "Catalogue": "personalized_soups.declare.dimension",
+    "DiffusersView": "personalized_soups.mixing.diffusers_view",
     "Expert": "personalized_soups.adapters.library",
     "ExpertLibrary": "personalized_soups.adapters.library",
     "Generator": "personalized_soups.generation.generator",
