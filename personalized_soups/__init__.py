@@ -14,9 +14,11 @@ from personalized_soups.errors import SoupError
 if TYPE_CHECKING:
     from personalized_soups.adapters.library import Expert, ExpertLibrary
     from personalized_soups.declare.dimension import Catalogue
+    from personalized_soups.declare.expert_weights import ExpertWeights
     from personalized_soups.declare.loader import load
     from personalized_soups.declare.profile import Profile, load_profile
     from personalized_soups.declare.shipped import shipped_recipe
+    from personalized_soups.declare.side_rule import SideRule
     from personalized_soups.declare.training import TrainingRecipe
     from personalized_soups.generation.generator import Generator
     from personalized_soups.merging.doctor.diagnose import diagnose
@@ -43,6 +45,7 @@ __all__ = [
     "DiffusersView",
     "Expert",
     "ExpertLibrary",
+    "ExpertWeights",
     "Generator",
     "LiveAdapter",
     "MergeOptions",
@@ -52,6 +55,7 @@ __all__ = [
     "ProfileStore",
     "Scored",
     "Scorer",
+    "SideRule",
     "SoupError",
     "SoupModel",
     "TrainingRecipe",
@@ -74,6 +78,7 @@ _HOME = {
     "DiffusersView": "personalized_soups.mixing.diffusers_view",
     "Expert": "personalized_soups.adapters.library",
     "ExpertLibrary": "personalized_soups.adapters.library",
+    "ExpertWeights": "personalized_soups.declare.expert_weights",
     "Generator": "personalized_soups.generation.generator",
     "LiveAdapter": "personalized_soups.merging.live.adapter",
     "MergeOptions": "personalized_soups.merging.planning.options",
@@ -83,6 +88,7 @@ _HOME = {
     "ProfileStore": "personalized_soups.users.profiles.store",
     "Scored": "personalized_soups.scoring.scorers",
     "Scorer": "personalized_soups.scoring.scorers",
+    "SideRule": "personalized_soups.declare.side_rule",
     "SoupModel": "personalized_soups.mixing.model",
     "TINY_BASE": "personalized_soups.tiny:BASE_FOLDER",
     "TrainingRecipe": "personalized_soups.declare.training",
