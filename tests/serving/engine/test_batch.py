@@ -16,7 +16,7 @@ from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.serving.engine.batch import Batch, BatchRow
 from personalized_soups.serving.engine.request import GenerationRequest
 from personalized_soups.serving.engine.token_sampler import SamplingParams, TokenSampler
-from tests.serving.engine.worlds import BASES, Forwards, greedy, small_soup, some_ask, true_logits
+from tests.serving.engine.worlds import BASES, Forwards, greedy, small_soup, some_request, true_logits
 
 
 @pytest.fixture(autouse=True)
@@ -31,22 +31,26 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> SoupModel:
     return small_soup(tmp_path_factory.mktemp("llama"))
 
 
-def _row(ask: GenerationRequest) -> BatchRow:
-    return BatchRow(list(ask.tokens), ask.weights, TokenSampler(ask.sampling_params))
+def _row(request: GenerationRequest) -> BatchRow:
+    return BatchRow(list(request.tokens), request.weights, TokenSampler(request.sampling_params))
 
 
 def _lived(
-    model: SoupModel, asks: Sequence[GenerationRequest], random: random.Random, *, most: int = 7
+    model: SoupModel, requests: Sequence[GenerationRequest], random: random.Random, *, most: int = 7
 ) -> dict[GenerationRequest, list[int]]:
-    """Answer asks in one batch, into which they come and from which they go at random times; some go unanswered."""
+    """Answer requests in one batch, into which they come and from which they go at random times; some go unanswered."""
     batch = Batch(model)
-    waiting, running, answers = list(asks), dict[BatchRow, GenerationRequest](), dict[GenerationRequest, list[int]]()
+    waiting, running, answers = (
+        list(requests),
+        dict[BatchRow, GenerationRequest](),
+        dict[GenerationRequest, list[int]](),
+    )
 
     def leave(rows: list[BatchRow]) -> None:
         batch.remove(rows)
         for row in rows:
-            ask = running.pop(row)
-            answers[ask] = row.tokens[len(ask.tokens) :]
+            request = running.pop(row)
+            answers[request] = row.tokens[len(request.tokens) :]
 
     def is_done(row: BatchRow) -> bool:
         return len(row.tokens) - len(running[row].tokens) >= running[row].max_new_tokens
@@ -54,7 +58,7 @@ def _lived(
     while waiting or running:
         if waiting and random.random() < 0.5:
             group, waiting = (waiting[:1], waiting[1:]) if random.random() < 0.5 else (waiting[:3], waiting[3:])
-            rows = [_row(ask) for ask in group]
+            rows = [_row(request) for request in group]
             parts = most if len(rows) == 1 else 99  # several are read whole
             while batch.read(rows, parts) is None:
                 if batch.rows:  # the others go on meanwhile, and leave
@@ -71,12 +75,12 @@ def _lived(
 def _check_alone(model: SoupModel, answers: dict[GenerationRequest, list[int]], *, off: float) -> None:
     """Hold answers to those of transformers' generate; they may part where two tokens are as likely."""
     assert sum(map(len, answers.values())) > len(answers)
-    for ask, got in answers.items():
-        want = greedy(model, ask)[: len(got)]
+    for request, got in answers.items():
+        want = greedy(model, request)[: len(got)]
         got = got[: len(want)]  # theirs ends at an end token  # noqa: PLW2901
         parted = next((place for place, pair in enumerate(zip(got, want, strict=True)) if len(set(pair)) > 1), None)
         if parted is not None:
-            logits_V = true_logits(model, ask.weights, [*ask.tokens, *want[:parted]])[-1]
+            logits_V = true_logits(model, request.weights, [*request.tokens, *want[:parted]])[-1]
             assert float(logits_V[want[parted]] - logits_V[got[parted]]) < off
 
 
@@ -84,9 +88,9 @@ def _check_alone(model: SoupModel, answers: dict[GenerationRequest, list[int]], 
 def test_answers_are_those_of_each_row_alone(tmp_path: Path, name: str) -> None:
     model = small_soup(tmp_path, name)
     chance = random.Random(name)
-    asks = [some_ask(chance, most=12, longest=20) for _ in range(8)]
-    answers = _lived(model, asks, chance)
-    assert answers.keys() == set(asks)
+    requests = [some_request(chance, most=12, longest=20) for _ in range(8)]
+    answers = _lived(model, requests, chance)
+    assert answers.keys() == set(requests)
     _check_alone(model, answers, off=1e-9)  # float64: see test_slots
 
 
@@ -94,26 +98,26 @@ def test_answers_are_those_of_each_row_alone(tmp_path: Path, name: str) -> None:
 def test_answers_of_float32_part_where_tokens_are_as_likely_at_most(tmp_path: Path, name: str) -> None:
     model = small_soup(tmp_path, name, attention="eager", dtype=torch.float32)
     chance = random.Random(name)
-    asks = [some_ask(chance, most=12, longest=20) for _ in range(8)]
+    requests = [some_request(chance, most=12, longest=20) for _ in range(8)]
     # sums of up to 1000 terms below 10: both logits are off by that many roundings at most
-    _check_alone(model, _lived(model, asks, chance), off=2 * 1000 * 10 * 1.2e-7)
+    _check_alone(model, _lived(model, requests, chance), off=2 * 1000 * 10 * 1.2e-7)
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_answers_are_those_of_each_row_alone_whatever_happens(llama: SoupModel, seed: int) -> None:
     chance = random.Random(seed)
-    asks = [some_ask(chance, most=8, longest=20) for _ in range(7)]
-    _check_alone(llama, _lived(llama, asks, chance), off=1e-9)
+    requests = [some_request(chance, most=8, longest=20) for _ in range(7)]
+    _check_alone(llama, _lived(llama, requests, chance), off=1e-9)
 
 
 def test_a_prompt_that_is_read_in_parts_keeps_them_while_others_leave(llama: SoupModel) -> None:
     batch = Batch(llama)
     chance = random.Random(1)
-    others = [_row(some_ask(chance)) for _ in range(5)]
+    others = [_row(some_request(chance)) for _ in range(5)]
     batch.read(others, 99)
-    ask = GenerationRequest(list(range(50, 80)), ExpertWeights({"warm": 0.8}), 6)
-    row = _row(ask)
+    request = GenerationRequest(list(range(50, 80)), ExpertWeights({"warm": 0.8}), 6)
+    row = _row(request)
     assert batch.read([row], 10) is None
     batch.step()
     batch.remove(others[:3])
@@ -122,7 +126,7 @@ def test_a_prompt_that_is_read_in_parts_keeps_them_while_others_leave(llama: Sou
     assert batch.read([row], 10) is not None
     for _ in range(5):
         batch.step()
-    assert row.tokens[30:] == greedy(llama, ask)
+    assert row.tokens[30:] == greedy(llama, request)
 
 
 def test_keys_that_are_no_numbers_harm_nobody_and_leave_nothing_behind(llama: SoupModel) -> None:
@@ -137,18 +141,18 @@ def test_keys_that_are_no_numbers_harm_nobody_and_leave_nothing_behind(llama: So
         layer.values[1, :, :30] = torch.inf
     assert [choice.is_sound for choice in batch.step()] == [True, False]
     batch.remove([ill])
-    ask = GenerationRequest([50, 60, 70], ExpertWeights({"warm": 0.8}), 6)
-    row = _row(ask)  # takes its slot
+    request = GenerationRequest([50, 60, 70], ExpertWeights({"warm": 0.8}), 6)
+    row = _row(request)  # takes its slot
     batch.read([row], 99)
     for _ in range(5):
         batch.step()
-    assert row.tokens[3:] == greedy(llama, ask)
+    assert row.tokens[3:] == greedy(llama, request)
     assert beside.tokens[40:46] == greedy(llama, GenerationRequest(beside.tokens[:40], ExpertWeights(), 6))
 
 
 def test_passes_are_counted(llama: SoupModel) -> None:
     batch = Batch(llama)
-    rows = [_row(some_ask(random.Random(seed), longest=9)) for seed in range(9)]
+    rows = [_row(some_request(random.Random(seed), longest=9)) for seed in range(9)]
     longest = max(len(row.tokens) for row in rows)
     with Forwards(llama) as forwards:
         batch.read(rows, 99)
@@ -160,8 +164,8 @@ def test_passes_are_counted(llama: SoupModel) -> None:
 
 def test_a_read_that_fails_changes_nothing(llama: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch(llama)
-    ask = GenerationRequest([50, 60, 70], ExpertWeights({"warm": 0.8}), 6)
-    row = _row(ask)
+    request = GenerationRequest([50, 60, 70], ExpertWeights({"warm": 0.8}), 6)
+    row = _row(request)
     batch.read([row], 99)
     with Forwards(llama) as forwards:
 
@@ -180,7 +184,7 @@ def test_a_read_that_fails_changes_nothing(llama: SoupModel, monkeypatch: pytest
     assert list(batch.rows) == [row]
     for _ in range(5):
         batch.step()
-    assert row.tokens[3:] == greedy(llama, ask)
+    assert row.tokens[3:] == greedy(llama, request)
 
 
 def _full(*_: object) -> None:

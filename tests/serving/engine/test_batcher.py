@@ -1,4 +1,4 @@
-"""The batcher: what is asked is answered, once, as it would be alone, whatever becomes of the others."""
+"""The batcher: every request gets the answer that it gets alone, once, regardless of the other requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from itertools import pairwise
 from pathlib import Path
@@ -29,17 +29,18 @@ from personalized_soups.serving.engine.request import Finish, GenerationRequest,
 from personalized_soups.serving.engine.token_sampler import SamplingParams
 from tests.experts import write_expert
 from tests.serving.engine.worlds import (
+    DEADLINE,
     Forwards,
     RunningBatcher,
     check_alone,
     greedy,
     small_model,
     small_soup,
-    some_ask,
+    some_request,
     some_row,
 )
 
-LONG = 60  # tokens of an answer that is not over soon
+LONG = 60  # tokens of an answer that is still running when a test goes on
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def soup(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> SoupModel:
 
 @pytest.fixture
 def changing(tmp_path: Path, tokenizer: Any) -> SoupModel:
-    """Return a model whose experts a test may change."""
+    """Return a model whose experts the test may change."""
     return small_soup(tmp_path / "experts", tokenizer=tokenizer)
 
 
@@ -67,24 +68,26 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert not [thread for thread in threading.enumerate() if thread.name == "batcher"]
 
 
-def _asks(count: int, seed: int = 0, **options: Any) -> list[GenerationRequest]:
+def _requests(count: int, seed: int = 0, **options: Any) -> list[GenerationRequest]:
     chance = random.Random(seed)
-    return [some_ask(chance, **options) for _ in range(count)]
+    return [some_request(chance, **options) for _ in range(count)]
 
 
-def _held(soup: SoupModel, running: RunningBatcher, ask: GenerationRequest) -> tuple[Forwards, threading.Event]:
-    """Submit an ask, and let the batcher wait in its first step until the event is set."""
+def _submit_and_hold(
+    soup: SoupModel, running: RunningBatcher, request: GenerationRequest
+) -> tuple[Forwards, threading.Event]:
+    """Submit a request, and make the batcher wait in its first step until the event is set."""
     forwards, go = Forwards(soup), threading.Event()
     reached = threading.Event()
 
     def wait(number: int) -> None:
         if number >= 1:
             reached.set()
-            assert go.wait(30)
+            assert go.wait(DEADLINE)
 
     forwards.before = wait
-    running.batcher.submit([ask])
-    assert reached.wait(30)
+    running.batcher.submit([request])
+    assert reached.wait(DEADLINE)
     return forwards, go
 
 
@@ -93,152 +96,156 @@ def _held(soup: SoupModel, running: RunningBatcher, ask: GenerationRequest) -> t
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32), read=st.sampled_from([4, 9, 4096]), rows=st.sampled_from([1, 3, 64]))
-def test_answers_are_those_of_each_alone_whenever_they_come(soup: SoupModel, seed: int, read: int, rows: int) -> None:
+def test_answers_are_those_of_each_request_alone_whenever_it_arrives(
+    soup: SoupModel, seed: int, read: int, rows: int
+) -> None:
     chance = random.Random(seed)
-    asks = [some_ask(chance, most=10, longest=24) for _ in range(9)]
+    requests = [some_request(chance, most=10, longest=24) for _ in range(9)]
     with RunningBatcher(soup, Limits(read_tokens=read, max_rows=rows)) as running:
-        rest = list(asks)
+        rest = list(requests)
         while rest:
             count = chance.randint(1, 3)
             running.batcher.submit(rest[:count])
             rest = rest[count:]
-            time.sleep(chance.random() * 0.01)
-        running.heard.wait_for(asks)
-        check_alone(soup, running, asks)
+            time.sleep(chance.random() * 0.01)  # any delay is right: it varies which requests are read together
+        running.delivered.wait_for(requests)
+        check_alone(soup, running, requests)
 
 
 def test_draws_are_those_of_generate(soup: SoupModel) -> None:
     prompts = ["wash the kettle", "rub", "dry it with a clean towel", "old"]
     weights = [some_row(random.Random(place)) for place in range(4)]
     want = soup.generate(prompts, weights, temperature=0.9, seed=5, max_new_tokens=12)
-    asks = [
+    requests = [
         GenerationRequest(soup.generator.encoded(prompt), row, 12, SamplingParams(temperature=0.9, seed=5, place=place))
         for place, (prompt, row) in enumerate(zip(prompts, weights, strict=True))
     ]
     with RunningBatcher(soup) as running:
-        running.answer(asks[:1])
-        running.answer(asks[1:][::-1])
-        assert [running.heard.text(ask).strip() for ask in asks] == want
+        running.answer(requests[:1])
+        running.answer(requests[1:][::-1])
+        assert [running.delivered.text(request).strip() for request in requests] == want
 
 
 def test_stop_strings_end_tokens_and_lengths_end_an_answer(soup: SoupModel, tokenizer: Any) -> None:
     plain = GenerationRequest(list(range(60, 70)), ExpertWeights({"warm": 1.0}), 30, ignore_eos=True)
     with RunningBatcher(soup) as running:
         running.answer([plain])
-        tokens = running.heard.tokens(plain)
+        tokens = running.delivered.tokens(plain)
         assert len(tokens) == 30
-        assert running.heard.pieces[plain][-1].finish == Finish.LENGTH
-        whole = running.heard.text(plain)
+        assert running.delivered.pieces[plain][-1].finish == Finish.LENGTH
+        whole = running.delivered.text(plain)
         stop = whole[len(whole) // 2 :][:3]
         stopped = GenerationRequest(plain.tokens, plain.weights, 30, stops=[stop], ignore_eos=True)
-        unheard = GenerationRequest(plain.tokens, plain.weights, 30, stops=["never said"], ignore_eos=True)
+        unmatched = GenerationRequest(plain.tokens, plain.weights, 30, stops=["not in the text"], ignore_eos=True)
         one = GenerationRequest(plain.tokens, plain.weights, 1, ignore_eos=True)
-        running.answer([stopped, unheard, one])
-        assert running.heard.text(stopped) == whole[: whole.index(stop)]
-        assert running.heard.pieces[stopped][-1].finish == Finish.STOP
-        assert len(running.heard.tokens(stopped)) < 30
-        assert running.heard.text(unheard) == whole
-        assert running.heard.tokens(one) == tokens[:1]
-        # an end token is chosen where a bias has it so
+        running.answer([stopped, unmatched, one])
+        assert running.delivered.text(stopped) == whole[: whole.index(stop)]
+        assert running.delivered.pieces[stopped][-1].finish == Finish.STOP
+        assert len(running.delivered.tokens(stopped)) < 30
+        assert running.delivered.text(unmatched) == whole
+        assert running.delivered.tokens(one) == tokens[:1]
+        # a bias of 100 makes the end token the likeliest
         ended = GenerationRequest(plain.tokens, plain.weights, 30, SamplingParams(logit_bias={1: 100.0}, logprobs=1))
         going = GenerationRequest(
             plain.tokens, plain.weights, 30, SamplingParams(logit_bias={1: 100.0}), ignore_eos=True
         )
         running.answer([ended, going])
-        (piece,) = running.heard.pieces[ended]
+        (piece,) = running.delivered.pieces[ended]
         assert (piece.token, piece.text, piece.finish) == (1, "", Finish.STOP)
         assert piece.logprobs is not None
-        assert running.heard.tokens(going) == [1] * 30
-        assert running.heard.text(going) == ""
+        assert running.delivered.tokens(going) == [1] * 30
+        assert running.delivered.text(going) == ""
 
 
-# Passes, places, memory.
+# Passes, rows, memory.
 
 
 def test_prompts_are_read_together_and_rows_step_together(soup: SoupModel) -> None:
-    asks = _asks(8, most=1)
-    for ask in asks:
-        ask.max_new_tokens, ask.ignore_eos = 5, True
+    requests = _requests(8, most=1)
+    for request in requests:
+        request.max_new_tokens, request.ignore_eos = 5, True
     steps: list[int] = []
     with RunningBatcher(soup, on_step=lambda rows, seconds: steps.append(rows)) as running, Forwards(soup) as forwards:
-        running.answer(asks)
-    assert forwards.shapes == [(8, max(len(ask.tokens) for ask in asks)), *[(8, 1)] * 4]
+        running.answer(requests)
+    assert forwards.shapes == [(8, max(len(request.tokens) for request in requests)), *[(8, 1)] * 4]
     assert steps == [8] * 4
 
 
-def test_no_more_tokens_are_read_at_once_than_may(soup: SoupModel) -> None:
+def test_at_most_read_tokens_are_read_at_once(soup: SoupModel) -> None:
     first = GenerationRequest(list(range(6, 16)), ExpertWeights(), LONG, ignore_eos=True)
-    asks = [
+    requests = [
         GenerationRequest(list(range(6, 6 + count)), ExpertWeights(), 2, ignore_eos=True)
         for count in (7, 7, 7, 3, 50, 4)
     ]
     with RunningBatcher(soup, Limits(read_tokens=20)) as running:
-        forwards, go = _held(soup, running, first)
+        forwards, go = _submit_and_hold(soup, running, first)
         with forwards:
-            running.batcher.submit(asks)
+            running.batcher.submit(requests)
             go.set()
-            running.heard.wait_for(asks)
+            running.delivered.wait_for(requests)
         reads = [shape for shape in forwards.shapes[1:] if shape[1] > 1]
     assert reads == [(2, 7), (2, 7), (1, 20), (1, 20), (1, 10), (1, 4)]
-    # and those that run have a step in between
+    # the running rows take a step between two reads
     places = [place for place, shape in enumerate(forwards.shapes) if shape[1] > 1]
     assert all(after > before + 1 for before, after in pairwise(places))
 
 
-def test_what_is_asked_first_is_begun_first(soup: SoupModel) -> None:
-    asks = _asks(20, seed=3, most=6)
+def test_requests_start_in_the_order_of_their_arrival(soup: SoupModel) -> None:
+    requests = _requests(20, seed=3, most=6)
     with RunningBatcher(soup, Limits(max_rows=3)) as running:
-        running.answer(asks)
-        assert list(running.heard.pieces) == asks  # in the order of their first pieces
+        running.answer(requests)
+        assert list(running.delivered.pieces) == requests  # in the order of their first pieces
 
 
-def test_no_more_rows_run_than_may(soup: SoupModel) -> None:
-    asks = _asks(12, seed=4, most=6)
+def test_at_most_max_rows_run(soup: SoupModel) -> None:
+    requests = _requests(12, seed=4, most=6)
     with RunningBatcher(soup, Limits(max_rows=3)) as running, Forwards(soup) as forwards:
-        running.answer(asks)
+        running.answer(requests)
     assert max(rows for rows, _ in forwards.shapes) == 3
 
 
 @pytest.mark.parametrize("read", [16, 4096])
-def test_no_more_bytes_are_held_than_may_unless_one_alone_needs_them(soup: SoupModel, read: int) -> None:
+def test_at_most_cache_bytes_are_allocated_unless_a_single_request_needs_more(soup: SoupModel, read: int) -> None:
     token_bytes = 512
     limit = 4 * 64 * token_bytes
     chance = random.Random(2)
-    asks = [some_ask(chance, most=9, longest=20) for _ in range(12)]
-    asks.insert(3, GenerationRequest(list(range(6, 206)), ExpertWeights({"warm": 0.5}), 5))  # within the limit alone
-    asks.insert(
+    requests = [some_request(chance, most=9, longest=20) for _ in range(12)]
+    requests.insert(
+        3, GenerationRequest(list(range(6, 206)), ExpertWeights({"warm": 0.5}), 5)
+    )  # within the limit alone
+    requests.insert(
         8, GenerationRequest([7 + place % 300 for place in range(240)], ExpertWeights(), 16)
     )  # beyond it, alone
-    held: list[tuple[int, int]] = []
+    allocated: list[tuple[int, int]] = []
     with (
         RunningBatcher(soup, Limits(cache_bytes=limit, read_tokens=read, max_context=512)) as running,
         Forwards(soup) as forwards,
     ):
-        # before each pass, and so after all room is made but for the very first
-        forwards.before = lambda _: held.append((running.batcher.load.cache_bytes, running.batcher.load.running))
-        running.answer(asks)
-    check_alone(soup, running, asks)
-    beyond = [rows for size, rows in held if size > limit]
+        # before each pass: after every allocation except the first one
+        forwards.before = lambda _: allocated.append((running.batcher.load.cache_bytes, running.batcher.load.running))
+        running.answer(requests)
+    check_alone(soup, running, requests)
+    beyond = [rows for size, rows in allocated if size > limit]
     assert beyond == [1] * len(beyond)
-    assert beyond  # the long one
-    assert max(rows for _, rows in held) >= 3
-    # what the long one needed is let go once more fits
-    assert held[-1][0] <= limit
+    assert beyond  # the long request
+    assert max(rows for _, rows in allocated) >= 3
+    # the memory of the long request is freed for the others
+    assert allocated[-1][0] <= limit
 
 
-def test_memory_is_let_go_when_nobody_has_been_answered_for_a_while(
-    soup: SoupModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(queue_module, "_IDLE_SECONDS", 0.5)
+def test_an_idle_batcher_frees_its_memory(soup: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "_IDLE_SECONDS", 0.01)
+    allocated: list[int] = []
     with RunningBatcher(soup) as running:
-        running.answer(_asks(3))
-        assert running.batcher.load.cache_bytes > 0
+        running.delivered.on_pieces = lambda _: allocated.append(running.batcher.load.cache_bytes)
+        running.answer(_requests(3))
+        assert min(allocated) > 0
         _until(lambda: running.batcher.load.cache_bytes == 0)
         assert running.batcher.load.running == running.batcher.load.waiting == 0
 
 
-def _until(condition: Any, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
+def _until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + DEADLINE
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)
@@ -247,38 +254,42 @@ def _until(condition: Any, seconds: float = 30) -> None:
 # The queue.
 
 
-def test_too_many_are_refused_together_and_those_before_are_answered(soup: SoupModel) -> None:
+def test_a_full_queue_rejects_requests_together_and_answers_those_before(soup: SoupModel) -> None:
     with RunningBatcher(soup, Limits(max_rows=1, max_waiting=3)) as running:
-        first, *asks = _asks(6, seed=5)
-        forwards, go = _held(soup, running, GenerationRequest(first.tokens, first.weights, LONG, ignore_eos=True))
-        running.batcher.submit(asks[:2])
+        first, *requests = _requests(6, seed=5)
+        forwards, go = _submit_and_hold(
+            soup, running, GenerationRequest(first.tokens, first.weights, LONG, ignore_eos=True)
+        )
+        running.batcher.submit(requests[:2])
         with pytest.raises(QueueFullError) as caught:
-            running.batcher.submit(asks[2:4])
+            running.batcher.submit(requests[2:4])
         assert "2 are waiting" in caught.value.what
         assert running.batcher.load.waiting == 2
         assert running.batcher.load.running == 1
-        running.batcher.submit(asks[2:3])  # one has a place
+        running.batcher.submit(requests[2:3])  # one more fits
         with pytest.raises(QueueFullError):
-            running.batcher.submit(asks[3:4])
+            running.batcher.submit(requests[3:4])
         go.set()
-        running.heard.wait_for(asks[:3])
+        running.delivered.wait_for(requests[:3])
         forwards.__exit__()
-        check_alone(soup, running, asks[:3])
-        assert not running.heard.pieces.keys() & set(asks[3:])
+        check_alone(soup, running, requests[:3])
+        assert not running.delivered.pieces.keys() & set(requests[3:])
 
 
-def test_when_to_come_back(soup: SoupModel) -> None:
+def test_retry_after_follows_the_queue_and_the_seconds_of_an_answer(soup: SoupModel) -> None:
     with RunningBatcher(soup, Limits(max_rows=2, max_waiting=500)) as running:
         assert running.batcher.retry_after() == 1
         assert running.batcher.load.seconds_per_answer == 0
-        asks = _asks(1)
-        running.answer(asks)
-        assert 0 < running.batcher.load.seconds_per_answer < 30
+        requests = _requests(1)
+        running.answer(requests)
+        assert running.batcher.load.seconds_per_answer > 0
         running.batcher._scheduler.seconds_per_answer = 4.0
-        forwards, go = _held(soup, running, GenerationRequest([7, 8], ExpertWeights(), LONG, ignore_eos=True))
-        waiting = _asks(9, seed=6)
+        forwards, go = _submit_and_hold(
+            soup, running, GenerationRequest([7, 8], ExpertWeights(), LONG, ignore_eos=True)
+        )
+        waiting = _requests(9, seed=6)
         running.batcher.submit(waiting)
-        assert running.batcher.retry_after() == 18  # nine wait for two places of four seconds
+        assert running.batcher.retry_after() == 18  # nine requests wait for two rows that take four seconds each
         running.batcher._scheduler.seconds_per_answer = 1e9
         assert running.batcher.retry_after() == 60
         running.batcher.abort(waiting)
@@ -287,7 +298,7 @@ def test_when_to_come_back(soup: SoupModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ask", "said"),
+    ("rejected", "message"),
     [
         (GenerationRequest([], ExpertWeights(), 3), "prompt has 0 tokens"),
         (GenerationRequest([7], ExpertWeights(), 0), "answer may have 0"),
@@ -298,15 +309,15 @@ def test_when_to_come_back(soup: SoupModel) -> None:
         (GenerationRequest([7] * 90, ExpertWeights(), 11), None),
     ],
 )
-def test_what_would_fail_in_everybodys_step_is_refused(
-    soup: SoupModel, ask: GenerationRequest, said: str | None
+def test_a_request_that_would_fail_a_shared_step_is_rejected(
+    soup: SoupModel, rejected: GenerationRequest, message: str | None
 ) -> None:
-    fine = _asks(1)
-    with RunningBatcher(soup, Limits(max_context=512 if said else 100)) as running:
-        with pytest.raises(InputError, match=said):
-            running.batcher.submit([*fine, ask])
+    fine = _requests(1)
+    with RunningBatcher(soup, Limits(max_context=512 if message else 100)) as running:
+        with pytest.raises(InputError, match=message):
+            running.batcher.submit([*fine, rejected])
         running.answer(fine)
-        assert set(running.heard.pieces) == set(fine)
+        assert set(running.delivered.pieces) == set(fine)
 
 
 def test_the_limits_are_those_of_the_model(soup: SoupModel) -> None:
@@ -317,12 +328,12 @@ def test_the_limits_are_those_of_the_model(soup: SoupModel) -> None:
             Limits(**{name: 0})
 
 
-def test_weights_that_follow_the_tokens_are_refused(soup: SoupModel) -> None:
+def test_scheduled_weights_are_rejected(soup: SoupModel) -> None:
     with RunningBatcher(soup) as running, pytest.raises(UsageError, match="number of the generated token"):
         running.batcher.submit([GenerationRequest([7], ExpertWeights({"warm": lambda step: 0.5}), 3)])
 
 
-def test_a_context_beyond_which_rows_would_turn_each_other_is_not_taken() -> None:
+def test_the_context_ends_where_one_row_would_change_the_rotation_of_all() -> None:
     from transformers import LlamaConfig, Phi3Config
 
     assert max_context_of(LlamaConfig(max_position_embeddings=300)) == 300
@@ -335,36 +346,36 @@ def test_a_context_beyond_which_rows_would_turn_each_other_is_not_taken() -> Non
     assert max_context_of(config) == 64
 
 
-# Giving up.
+# Aborting.
 
 
 @settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_who_gives_up_frees_a_place_and_harms_nobody(soup: SoupModel, seed: int) -> None:
+def test_an_aborted_request_frees_its_row_and_leaves_the_others_as_they_are(soup: SoupModel, seed: int) -> None:
     chance = random.Random(seed)
-    asks = [some_ask(chance, most=25, longest=24) for _ in range(14)]
+    requests = [some_request(chance, most=25, longest=24) for _ in range(14)]
     with RunningBatcher(soup, Limits(max_rows=4, read_tokens=8)) as running:
-        running.batcher.submit(asks)
-        gone: set[GenerationRequest] = set()
+        running.batcher.submit(requests)
+        aborted: set[GenerationRequest] = set()
         for _ in range(6):
-            time.sleep(chance.random() * 0.01)
-            some = chance.sample(asks, 2)
-            gone.update(some)
+            time.sleep(chance.random() * 0.01)  # any delay is right: it varies how far the answers are
+            some = chance.sample(requests, 2)
+            aborted.update(some)
             running.batcher.abort(some)
-        kept = [ask for ask in asks if ask not in gone]
-        running.heard.wait_for(kept)
+        kept = [request for request in requests if request not in aborted]
+        running.delivered.wait_for(kept)
         check_alone(soup, running, kept)
-        for ask in gone & running.heard.pieces.keys():  # as far as they came
-            assert greedy(soup, ask)[: len(running.heard.tokens(ask))] == running.heard.tokens(ask)
+        for request in aborted & running.delivered.pieces.keys():  # the part that was generated
+            assert greedy(soup, request)[: len(running.delivered.tokens(request))] == running.delivered.tokens(request)
         _until(lambda: running.batcher.load.running == running.batcher.load.waiting == 0)
 
 
-def test_who_gives_up_while_waiting_reading_or_running_is_let_go(soup: SoupModel) -> None:
+def test_requests_are_aborted_while_they_wait_are_read_or_run(soup: SoupModel) -> None:
     ran = GenerationRequest([7, 8, 9], ExpertWeights(), LONG, ignore_eos=True)
     read = GenerationRequest([7] * 100, ExpertWeights(), 2)
-    waited, kept = _asks(2, seed=7)
+    waited, kept = _requests(2, seed=7)
     with RunningBatcher(soup, Limits(read_tokens=10, max_rows=2)) as running:
-        forwards, go = _held(soup, running, ran)
+        forwards, go = _submit_and_hold(soup, running, ran)
         running.batcher.submit([read, waited, kept])
         passed = threading.Event()
 
@@ -376,35 +387,35 @@ def test_who_gives_up_while_waiting_reading_or_running_is_let_go(soup: SoupModel
 
         forwards.before = look
         go.set()
-        assert passed.wait(30)
-        running.heard.wait_for([kept])
+        assert passed.wait(DEADLINE)
+        running.delivered.wait_for([kept])
         forwards.__exit__()
         check_alone(soup, running, [kept])
-        assert read not in running.heard.pieces
-        assert waited not in running.heard.pieces
-        assert not running.heard.is_done(ran)
-        assert sum(shape == (1, 10) for shape in forwards.shapes) < 10  # the prompt was not read to its end
+        assert read not in running.delivered.pieces
+        assert waited not in running.delivered.pieces
+        assert not running.delivered.is_done(ran)
+        assert sum(shape == (1, 10) for shape in forwards.shapes) < 10  # the rest of the prompt was not read
 
 
-def test_what_is_aborted_and_not_there_does_not_pile_up(soup: SoupModel) -> None:
+def test_aborting_requests_that_ended_or_never_arrived_leaves_nothing_behind(soup: SoupModel) -> None:
     with RunningBatcher(soup) as running:
-        done = _asks(3)
+        done = _requests(3)
         running.answer(done)
-        running.batcher.abort([*done, *_asks(1000, seed=8)])
+        running.batcher.abort([*done, *_requests(1000, seed=8)])
         _until(lambda: not running.batcher._queue._aborted)
-        running.answer(_asks(1, seed=9))
-        running.answer(done_again := _asks(3))
+        running.answer(_requests(1, seed=9))
+        running.answer(done_again := _requests(3))
         check_alone(soup, running, done_again)
 
 
-# Faults.
+# Errors.
 
 
-def test_a_fault_of_a_step_ends_those_that_run_and_no_others(soup: SoupModel) -> None:
-    asks = _asks(3, seed=10)
-    for ask in asks:
-        ask.ignore_eos, ask.max_new_tokens = True, 9
-    later = _asks(2, seed=11)
+def test_an_error_in_a_step_ends_the_running_requests_only(soup: SoupModel) -> None:
+    requests = _requests(3, seed=10)
+    for request in requests:
+        request.ignore_eos, request.max_new_tokens = True, 9
+    later = _requests(2, seed=11)
     with RunningBatcher(soup, Limits(max_rows=3)) as running:
 
         def fail(number: int) -> None:
@@ -413,19 +424,19 @@ def test_a_fault_of_a_step_ends_those_that_run_and_no_others(soup: SoupModel) ->
 
         with Forwards(soup) as forwards:
             forwards.before = fail
-            running.answer([*asks, *later])
-        for ask in asks:
-            running.heard.check_ended_once(ask)
-            fault = running.heard.pieces[ask][-1].error
-            assert isinstance(fault, RuntimeError)
-            assert fault.__traceback__ is None  # it would hold tensors
-            assert len(running.heard.tokens(ask)) == 3
+            running.answer([*requests, *later])
+        for request in requests:
+            running.delivered.check_ended_once(request)
+            error = running.delivered.pieces[request][-1].error
+            assert isinstance(error, RuntimeError)
+            assert error.__traceback__ is None  # its frames hold tensors
+            assert len(running.delivered.tokens(request)) == 3
         check_alone(soup, running, later)
         assert running.batcher.is_alive
 
 
-def test_prompts_for_which_memory_is_lacking_are_read_fewer_at_a_time(soup: SoupModel) -> None:
-    asks = _asks(9, seed=12)
+def test_prompts_that_do_not_fit_into_memory_are_read_fewer_at_a_time(soup: SoupModel) -> None:
+    requests = _requests(9, seed=12)
     with RunningBatcher(soup) as running, Forwards(soup) as forwards:
 
         def fail(_: int) -> None:
@@ -433,17 +444,17 @@ def test_prompts_for_which_memory_is_lacking_are_read_fewer_at_a_time(soup: Soup
             if width > 1 and rows > 2:
                 raise torch.OutOfMemoryError("no more")
 
-        for ask in asks:
-            ask.tokens = [*ask.tokens, 7]
+        for request in requests:
+            request.tokens = [*request.tokens, 7]
         forwards.before = fail
-        running.answer(asks)
-        check_alone(soup, running, asks)
-        assert list(running.heard.pieces) == asks
+        running.answer(requests)
+        check_alone(soup, running, requests)
+        assert list(running.delivered.pieces) == requests
 
 
 def test_a_prompt_that_fails_alone_ends_alone(soup: SoupModel) -> None:
-    asks = _asks(7, seed=13)
-    asks[3].tokens = [300, 301]
+    requests = _requests(7, seed=13)
+    requests[3].tokens = [300, 301]
     with RunningBatcher(soup) as running:
 
         def fail(module: Any, arguments: Any, keywords: Any) -> None:
@@ -451,17 +462,17 @@ def test_a_prompt_that_fails_alone_ends_alone(soup: SoupModel) -> None:
                 raise IndexError("an ill prompt")
 
         handle = soup.model.register_forward_pre_hook(fail, with_kwargs=True)
-        running.answer(asks)
+        running.answer(requests)
         handle.remove()
-        running.heard.check_ended_once(asks[3])
-        (piece,) = running.heard.pieces[asks[3]]
+        running.delivered.check_ended_once(requests[3])
+        (piece,) = running.delivered.pieces[requests[3]]
         assert isinstance(piece.error, IndexError)
-        check_alone(soup, running, asks[:3] + asks[4:])
+        check_alone(soup, running, requests[:3] + requests[4:])
 
 
-def test_a_fault_at_any_time_leaves_nobody_waiting(soup: SoupModel) -> None:
+def test_no_request_waits_forever_after_an_error_at_any_time(soup: SoupModel) -> None:
     chance = random.Random(14)
-    asks = [some_ask(chance, most=10, longest=30) for _ in range(40)]
+    requests = [some_request(chance, most=10, longest=30) for _ in range(40)]
     with RunningBatcher(soup, Limits(max_rows=4, read_tokens=12)) as running, Forwards(soup) as forwards:
 
         def fail(_: int) -> None:
@@ -469,16 +480,16 @@ def test_a_fault_at_any_time_leaves_nobody_waiting(soup: SoupModel) -> None:
                 raise chance.choice([RuntimeError, torch.OutOfMemoryError, KeyError, UsageError])(*"abc")
 
         forwards.before = fail
-        running.answer(asks)
-    fine = [ask for ask in asks if running.heard.pieces[ask][-1].error is None]
-    assert 0 < len(fine) < len(asks)
-    for ask in asks:
-        running.heard.check_ended_once(ask)
+        running.answer(requests)
+    fine = [request for request in requests if running.delivered.pieces[request][-1].error is None]
+    assert 0 < len(fine) < len(requests)
+    for request in requests:
+        running.delivered.check_ended_once(request)
     check_alone(soup, running, fine)
 
 
 def test_an_answer_whose_text_fails_ends_alone(soup: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    asks = _asks(4, seed=15)
+    requests = _requests(4, seed=15)
 
     class Ill(Detokenizer):
         def add(self, token: int) -> str:
@@ -487,17 +498,17 @@ def test_an_answer_whose_text_fails_ends_alone(soup: SoupModel, monkeypatch: pyt
             return super().add(token)
 
     monkeypatch.setattr("personalized_soups.serving.engine.scheduler.Detokenizer", Ill)
-    asks[1].stops = ["x"]
+    requests[1].stops = ["x"]
     with RunningBatcher(soup) as running:
-        running.answer(asks)
-        running.heard.check_ended_once(asks[1])
-        assert isinstance(running.heard.pieces[asks[1]][-1].error, ValueError)
-        check_alone(soup, running, [asks[0], *asks[2:]])
+        running.answer(requests)
+        running.delivered.check_ended_once(requests[1])
+        assert isinstance(running.delivered.pieces[requests[1]][-1].error, ValueError)
+        check_alone(soup, running, [requests[0], *requests[2:]])
 
 
-def test_a_soup_of_which_nothing_comes_is_told_of(soup: SoupModel) -> None:
-    asks = _asks(4, seed=16)
-    asks[2].tokens, asks[2].max_new_tokens = [7] * 40, 5
+def test_logits_that_are_not_finite_end_the_request_with_an_error(soup: SoupModel) -> None:
+    requests = _requests(4, seed=16)
+    requests[2].tokens, requests[2].max_new_tokens = [7] * 40, 5
 
     def ill(module: Any, arguments: Any, keywords: Any, output: Any) -> Any:
         output.logits[keywords["input_ids"][:, -3:].eq(7).all(1) & (keywords["input_ids"].shape[1] > 3)] = torch.nan
@@ -505,84 +516,84 @@ def test_a_soup_of_which_nothing_comes_is_told_of(soup: SoupModel) -> None:
 
     with RunningBatcher(soup) as running:
         handle = soup.model.register_forward_hook(ill, with_kwargs=True)
-        running.answer(asks)
+        running.answer(requests)
         handle.remove()
-        (piece,) = running.heard.pieces[asks[2]]
+        (piece,) = running.delivered.pieces[requests[2]]
         assert isinstance(piece.error, RunError)
         assert "smaller weights" in piece.error.mend
-        check_alone(soup, running, [*asks[:2], asks[3]])
+        check_alone(soup, running, [*requests[:2], requests[3]])
 
 
-def test_a_listener_that_fails_loses_its_own_pieces_only(soup: SoupModel) -> None:
-    asks = _asks(5, seed=17)
-    for ask in asks:
-        ask.ignore_eos, ask.max_new_tokens = True, 30
-    ill = asks[2]
+def test_a_receiver_that_raises_loses_its_own_pieces_only(soup: SoupModel) -> None:
+    requests = _requests(5, seed=17)
+    for request in requests:
+        request.ignore_eos, request.max_new_tokens = True, 30
+    ill = requests[2]
     with RunningBatcher(soup) as running:
 
         def fail(pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
-            if any(ask is ill for ask, _ in pieces):
-                raise OSError("nobody listens")
+            if any(request is ill for request, _ in pieces):
+                raise OSError("the receiver has closed")
 
-        running.heard.on_pieces = fail
-        fine = [ask for ask in asks if ask is not ill]
-        running.batcher.submit(asks)
-        running.heard.wait_for(fine)
-        running.heard.on_pieces = lambda _: None
-        for ask in fine:
-            running.heard.check_ended_once(ask)
-            assert len(running.heard.tokens(ask)) == 30
-        assert ill not in running.heard.pieces  # it was given up
+        running.delivered.on_pieces = fail
+        fine = [request for request in requests if request is not ill]
+        running.batcher.submit(requests)
+        running.delivered.wait_for(fine)
+        running.delivered.on_pieces = lambda _: None
+        for request in fine:
+            running.delivered.check_ended_once(request)
+            assert len(running.delivered.tokens(request)) == 30
+        assert ill not in running.delivered.pieces  # it was aborted
         _until(lambda: running.batcher.load.running == 0)
-        running.answer(later := _asks(2, seed=18))
+        running.answer(later := _requests(2, seed=18))
         check_alone(soup, running, later)
 
 
-def test_one_who_counts_steps_and_fails_harms_nobody(soup: SoupModel) -> None:
-    asks = _asks(3, seed=19)
+def test_an_error_of_on_step_changes_nothing(soup: SoupModel) -> None:
+    requests = _requests(3, seed=19)
 
     def fail(rows: int, seconds: float) -> None:
         raise ZeroDivisionError
 
     with RunningBatcher(soup, on_step=fail) as running:
-        running.answer(asks)
-        check_alone(soup, running, asks)
+        running.answer(requests)
+        check_alone(soup, running, requests)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_ends_against_all_expectation_leaves_nobody_waiting(soup: SoupModel) -> None:
-    asks = _asks(4, seed=20, most=9)
+def test_no_request_waits_forever_after_the_thread_ends_unexpectedly(soup: SoupModel) -> None:
+    requests = _requests(4, seed=20, most=9)
     with RunningBatcher(soup, Limits(max_rows=2)) as running, Forwards(soup) as forwards:
 
         def fail(number: int) -> None:
             if number == 2:
                 raise SystemExit
 
-        for ask in asks:
-            ask.ignore_eos, ask.max_new_tokens = True, 9
+        for request in requests:
+            request.ignore_eos, request.max_new_tokens = True, 9
         forwards.before = fail
-        running.answer(asks)
-        for ask in asks:
-            running.heard.check_ended_once(ask)
-            assert isinstance(running.heard.pieces[ask][-1].error, ClosedError)
+        running.answer(requests)
+        for request in requests:
+            running.delivered.check_ended_once(request)
+            assert isinstance(running.delivered.pieces[request][-1].error, ClosedError)
         assert not running.batcher.is_alive
         with pytest.raises(ClosedError):
-            running.batcher.submit(asks)
+            running.batcher.submit(requests)
 
 
 # Experts that change.
 
 
-def test_jobs_are_done_when_nothing_runs_and_waiting_ones_go_on_afterwards(changing: SoupModel, tmp_path: Path) -> None:
+def test_jobs_run_while_no_answer_is_generated_and_waiting_requests_follow(changing: SoupModel, tmp_path: Path) -> None:
     shapes = {name: (layer.out_features, layer.in_features) for name, layer in changing.layers.by_name.items()}
     new = write_expert(tmp_path / "more" / "new", seed=9, rank=2, alpha=2, shapes=shapes, base=None)
     with RunningBatcher(changing, Limits(max_rows=2)) as running:
         first = GenerationRequest([7, 8, 9], ExpertWeights({"warm": 1.0}), 20, ignore_eos=True)
-        forwards, go = _held(changing, running, first)
+        forwards, go = _submit_and_hold(changing, running, first)
         states: list[tuple[int, bool]] = []
 
         def add() -> str:
-            states.append((running.batcher.load.running, running.heard.is_done(first)))
+            states.append((running.batcher.load.running, running.delivered.is_done(first)))
             assert not torch.is_inference_mode_enabled()
             return changing.experts.add(new)
 
@@ -597,166 +608,175 @@ def test_jobs_are_done_when_nothing_runs_and_waiting_ones_go_on_afterwards(chang
         running.batcher.submit(waiting)
         assert not added.done()
         go.set()
-        assert added.result(30) == "new"
-        assert isinstance(failed.exception(30), ZeroDivisionError)
+        assert added.result(DEADLINE) == "new"
+        assert isinstance(failed.exception(DEADLINE), ZeroDivisionError)
         assert states == [(0, True)]
-        running.heard.wait_for(waiting)
+        running.delivered.wait_for(waiting)
         forwards.__exit__()
         check_alone(changing, running, waiting)
-        assert running.batcher.run_when_idle(lambda: 4).result(30) == 4  # of an idle one
+        assert running.batcher.run_when_idle(lambda: 4).result(DEADLINE) == 4  # while the batcher is idle
 
 
-def test_an_ask_whose_expert_is_gone_fails_alone(changing: SoupModel) -> None:
+def test_a_request_whose_expert_was_removed_fails_alone(changing: SoupModel) -> None:
     with RunningBatcher(changing) as running:
         first = GenerationRequest([7, 8, 9], ExpertWeights({"cold": 1.0}), 20, ignore_eos=True)
-        forwards, go = _held(changing, running, first)
+        forwards, go = _submit_and_hold(changing, running, first)
         removed = running.batcher.run_when_idle(lambda: changing.experts.remove("warm"))
-        asks = _asks(6, seed=21)
-        for ask in asks:
-            ask.weights = ExpertWeights({"cold": 0.5})
-        asks[1].weights = asks[4].weights = ExpertWeights({"warm": 1.0})
-        running.batcher.submit(asks)
+        requests = _requests(6, seed=21)
+        for request in requests:
+            request.weights = ExpertWeights({"cold": 0.5})
+        requests[1].weights = requests[4].weights = ExpertWeights({"warm": 1.0})
+        running.batcher.submit(requests)
         go.set()
-        running.heard.wait_for(asks)
-        removed.result(30)
+        running.delivered.wait_for(requests)
+        removed.result(DEADLINE)
         forwards.__exit__()
-        for ask in (asks[1], asks[4]):
-            (piece,) = running.heard.pieces[ask]
+        for request in (requests[1], requests[4]):
+            (piece,) = running.delivered.pieces[request]
             assert isinstance(piece.error, DeclarationError)
-        check_alone(changing, running, [ask for ask in asks if "warm" not in ask.weights.weights])
+        check_alone(changing, running, [request for request in requests if "warm" not in request.weights.weights])
 
 
-def test_a_running_row_whose_expert_is_taken_away_fails_alone(changing: SoupModel) -> None:
-    asks = [
+def test_a_running_row_whose_expert_was_removed_fails_alone(changing: SoupModel) -> None:
+    requests = [
         GenerationRequest([7, 8, 9], ExpertWeights({name: 1.0}), 20, ignore_eos=True)
         for name in ("cold", "warm", "plain")
     ]
     with RunningBatcher(changing) as running:
 
-        def take_away(pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
+        def remove_expert(pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
             if (
                 "warm" in changing.experts
             ):  # between the first tokens and their step, by the thread that holds the model
                 running.batcher._scheduler.batch.release()
                 changing.experts.remove("warm")
 
-        running.heard.on_pieces = take_away
-        running.answer(asks)
-        running.heard.check_ended_once(asks[1])
-        assert isinstance(running.heard.pieces[asks[1]][-1].error, DeclarationError)
-        for ask in (asks[0], asks[2]):
-            running.heard.check_ended_once(ask)
-            assert running.heard.tokens(ask) == greedy(changing, ask)
+        running.delivered.on_pieces = remove_expert
+        running.answer(requests)
+        running.delivered.check_ended_once(requests[1])
+        assert isinstance(running.delivered.pieces[requests[1]][-1].error, DeclarationError)
+        for request in (requests[0], requests[2]):
+            running.delivered.check_ended_once(request)
+            assert running.delivered.tokens(request) == greedy(changing, request)
 
 
 # The end.
 
 
-def test_what_was_taken_is_finished(soup: SoupModel) -> None:
-    asks = _asks(9, seed=22)
+def test_closing_finishes_accepted_requests(soup: SoupModel) -> None:
+    requests = _requests(9, seed=22)
     running = RunningBatcher(soup, Limits(max_rows=2, read_tokens=8))
-    running.batcher.submit(asks)
+    running.batcher.submit(requests)
     job = running.batcher.run_when_idle(lambda: 5)
-    assert running.batcher.close(timeout=30)
+    assert running.batcher.close(timeout=DEADLINE)
     assert job.result(0) == 5
-    check_alone(soup, running, asks)
+    check_alone(soup, running, requests)
     assert not running.batcher.is_alive
     with pytest.raises(ClosedError):
-        running.batcher.submit(asks)
+        running.batcher.submit(requests)
     with pytest.raises(ClosedError):
         running.batcher.run_when_idle(lambda: 5).result(0)
-    running.batcher.abort(asks)
-    assert running.batcher.close(timeout=30)
+    running.batcher.abort(requests)
+    assert running.batcher.close(timeout=DEADLINE)
 
 
-def test_what_was_taken_is_cut_off(soup: SoupModel) -> None:
-    asks = _asks(9, seed=23)
-    for ask in asks:
-        ask.ignore_eos, ask.max_new_tokens = True, LONG
+def test_closing_can_cut_off_accepted_requests(soup: SoupModel) -> None:
+    requests = _requests(9, seed=23)
+    for request in requests:
+        request.ignore_eos, request.max_new_tokens = True, LONG
     running = RunningBatcher(soup, Limits(max_rows=4))
-    forwards, go = _held(soup, running, asks[0])
-    running.batcher.submit(asks[1:])
+    forwards, go = _submit_and_hold(soup, running, requests[0])
+    running.batcher.submit(requests[1:])
     job: Future[int] = running.batcher.run_when_idle(lambda: 5)
     cancelled: Future[int] = running.batcher.run_when_idle(lambda: 6)
     cancelled.cancel()
     assert not running.batcher.close(finish=False, timeout=0.01)
     go.set()
-    assert running.batcher.close(finish=False, timeout=30)
+    assert running.batcher.close(finish=False, timeout=DEADLINE)
     forwards.__exit__()
     assert isinstance(job.exception(0), ClosedError)
-    for ask in asks:
-        running.heard.check_ended_once(ask)
-        assert isinstance(running.heard.pieces[ask][-1].error, ClosedError)
+    for request in requests:
+        running.delivered.check_ended_once(request)
+        assert isinstance(running.delivered.pieces[request][-1].error, ClosedError)
 
 
-def test_it_may_be_closed_by_its_own_thread(soup: SoupModel) -> None:
-    asks = _asks(2, seed=24)
+def test_the_batchers_own_thread_may_close_it(soup: SoupModel) -> None:
+    requests = _requests(2, seed=24)
 
     def close(_: object) -> None:
         running.batcher.close()
 
     with RunningBatcher(soup) as running:
-        running.heard.on_pieces = close
-        running.answer(asks)
-        check_alone(soup, running, asks)
+        running.delivered.on_pieces = close
+        running.answer(requests)
+        check_alone(soup, running, requests)
 
 
-def test_a_batcher_refuses_a_model_without_slots(tokenizer: Any) -> None:
+def test_a_model_without_slots_is_rejected(tokenizer: Any) -> None:
     model = small_model("llama")
     model.config.layer_types = ["linear_attention", "full_attention"]
     with pytest.raises(UsageError, match="linear_attention"):
         Batcher(SoupModel(model, [], tokenizer=tokenizer), lambda _: None)
 
 
-# Many at once.
+# Many clients.
 
 
-def test_many_threads_ask_and_give_up_and_change_experts_at_once(changing: SoupModel) -> None:
+def test_many_threads_submit_and_abort_and_run_jobs_at_once(changing: SoupModel) -> None:
     answered: list[GenerationRequest] = []
-    gone: list[GenerationRequest] = []
     jobs: list[Future[int]] = []
-    faults: list[BaseException] = []
+    errors: list[BaseException] = []
 
-    def ask_on(seed: int) -> None:
+    def submit_all(seed: int) -> None:
         chance = random.Random(seed)
         try:
             for _ in range(6):
-                asks = [some_ask(chance, most=8, longest=16) for _ in range(chance.randint(1, 3))]
-                running.batcher.submit(asks)
+                requests = [some_request(chance, most=8, longest=16) for _ in range(chance.randint(1, 3))]
+                running.batcher.submit(requests)
                 if chance.random() < 0.3:
-                    time.sleep(chance.random() * 0.01)
-                    running.batcher.abort(asks)
-                    gone.extend(asks)
+                    time.sleep(chance.random() * 0.01)  # any delay is right
+                    running.batcher.abort(requests)
                 else:
-                    answered.extend(asks)
+                    answered.extend(requests)
                 if chance.random() < 0.2:
                     jobs.append(running.batcher.run_when_idle(lambda: len(changing.experts)))
                 assert running.batcher.load.waiting >= 0
-        except BaseException as fault:
-            faults.append(fault)
+        except BaseException as error:
+            errors.append(error)
 
     with RunningBatcher(changing, Limits(max_rows=8, read_tokens=32, cache_bytes=16 * 64 * 512)) as running:
-        threads = [threading.Thread(target=ask_on, args=(seed,)) for seed in range(8)]
+        threads = [threading.Thread(target=submit_all, args=(seed,)) for seed in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        assert not faults
-        running.heard.wait_for(answered, seconds=60)
-        assert [job.result(30) for job in jobs] == [3] * len(jobs)
+        assert not errors
+        running.delivered.wait_for(answered)
+        assert [job.result(DEADLINE) for job in jobs] == [3] * len(jobs)
     assert jobs
     check_alone(changing, running, answered)
 
 
-def test_a_crowds_prompts_are_read_together_though_they_come_one_by_one(
-    soup: SoupModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(queue_module, "_QUIET_SECONDS", 0.3)
-    monkeypatch.setattr(queue_module, "_GATHER_SECONDS", 10.0)
-    asks = _asks(6)
+def test_prompts_that_arrive_one_by_one_are_read_together(soup: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue_module, "_GATHER_SECONDS", DEADLINE)
+    requests = _requests(6)
+    gathering, submitted = threading.Event(), threading.Event()
     with RunningBatcher(soup) as running, Forwards(soup) as forwards:
-        for ask in asks:
-            running.batcher.submit([ask])
-            time.sleep(0.01)
-        running.heard.wait_for(asks)
-        assert forwards.shapes[0][0] == len(asks)
+        condition = running.batcher._queue.lock
+        wait = condition.wait
+
+        def wait_for_all(timeout: float | None = None) -> bool:
+            is_notified = wait(timeout)
+            while timeout == queue_module._QUIET_SECONDS and not submitted.is_set():
+                gathering.set()
+                wait(0.01)
+            return is_notified
+
+        monkeypatch.setattr(condition, "wait", wait_for_all)
+        running.batcher.submit(requests[:1])
+        assert gathering.wait(DEADLINE)
+        for request in requests[1:]:
+            running.batcher.submit([request])
+        submitted.set()
+        running.delivered.wait_for(requests)
+        assert forwards.shapes[0][0] == len(requests)

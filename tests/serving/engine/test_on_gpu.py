@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from personalized_soups.serving.engine.limits import Limits
-from tests.serving.engine.worlds import RunningBatcher, check_alone, small_soup, some_ask
+from tests.serving.engine.worlds import RunningBatcher, check_alone, small_soup, some_request
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_on_a_gpu_answers_are_those_of_each_alone_on_the_cpu(tmp_path: Path, tok
     soup = small_soup(tmp_path / "cpu", tokenizer=tokenizer)
     on_gpu = small_soup(tmp_path / "gpu", tokenizer=tokenizer).to("cuda")
     chance = random.Random(0)
-    asks = [some_ask(chance, most=10, longest=24) for _ in range(12)]
+    requests = [some_request(chance, most=10, longest=24) for _ in range(12)]
     with RunningBatcher(on_gpu, Limits(read_tokens=9, max_rows=5)) as running:
-        running.answer(asks)
-        check_alone(soup, running, asks)
+        running.answer(requests)
+        check_alone(soup, running, requests)

@@ -1,4 +1,4 @@
-"""Small bases of several architectures, experts on all of their layers, and the slow truth: each answer alone."""
+"""Small bases of several architectures, experts on all of their layers, and the reference: each answer alone."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from personalized_soups.serving.engine.token_sampler import SamplingParams
 from tests.experts import write_expert
 
 VOCAB = 320
-WINDOW = 5  # tokens of sliding layers: answers are longer, so that it matters
+WINDOW = 5  # tokens of sliding layers; answers are longer than the window
 EXPERTS = ("cold", "plain", "warm")
+DEADLINE = 250.0  # seconds; only ends a hang, before the suite's timeout does
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -31,7 +32,7 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    # large, so that attention is sharp and every wrong key is seen in the logits
+    # large: attention is sharp, and every wrong key changes the logits
     "initializer_range": 0.25,
     "bos_token_id": 0,
     "eos_token_id": 1,
@@ -39,7 +40,7 @@ _SIZES: dict[str, Any] = {
 }
 _MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 
-# Name: transformers' class without its ending, and what its config says beside the sizes.
+# By name: the class of transformers without its ending, and options of its config in addition to the sizes.
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama, tied": ("Llama", {"tie_word_embeddings": True}),
@@ -71,7 +72,7 @@ def small_model(name: str, *, attention: str = "sdpa", dtype: torch.dtype = torc
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.manual_seed(0)
         model = getattr(transformers, model_name)._from_config(config, attn_implementation=attention)
-        for parameter in model.parameters():  # biases begin as zeros, which tell nothing
+        for parameter in model.parameters():  # biases start as zeros, which would hide a missing bias
             if not parameter.any():
                 nn.init.normal_(parameter, std=0.1)
         return model.to(dtype).eval()
@@ -100,34 +101,34 @@ def small_soup(
 
 
 def some_row(random: Any) -> ExpertWeights:
-    """Return somebody's weights; `random` has `random()`, as the module of that name."""
+    """Return random weights; `random` has a method `random()`, like the module."""
     if random.random() < 0.2:
         return ExpertWeights()
     return ExpertWeights({name: round(2 * random.random() - 0.5, 3) for name in EXPERTS if random.random() < 0.7})
 
 
 def true_logits(model: SoupModel, weights: ExpertWeights, tokens: Sequence[int]) -> Tensor:
-    """Return the logits after each token, `[T, V]`, of one row alone, without a cache."""
+    """Return the logits after each token of one row alone, `[T, V]`, computed without a cache."""
     with model.mixture([weights]), torch.no_grad():
-        found: Tensor = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
-    return found
+        logits_TV: Tensor = model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+    return logits_TV
 
 
-def greedy(model: SoupModel, ask: GenerationRequest) -> list[int]:
-    """Return the tokens that transformers' generate gives this ask alone, up to and with its end."""
-    ids = torch.tensor([list(ask.tokens)])
+def greedy(model: SoupModel, request: GenerationRequest) -> list[int]:
+    """Return the tokens that transformers' generate gives for this request alone, including an end token."""
+    ids = torch.tensor([list(request.tokens)])
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        profiles=[ask.weights],
-        max_new_tokens=ask.max_new_tokens,
+        profiles=[request.weights],
+        max_new_tokens=request.max_new_tokens,
         do_sample=False,
         pad_token_id=2,
     )
-    return [int(token) for token in out[0, len(ask.tokens) :]]
+    return [int(token) for token in out[0, len(request.tokens) :]]
 
 
-def some_ask(
+def some_request(
     random: Any, *, most: int = 12, longest: int = 20, sampling_params: SamplingParams | None = None
 ) -> GenerationRequest:
     tokens = [random.randrange(6, VOCAB) for _ in range(random.randint(1, longest))]
@@ -135,77 +136,72 @@ def some_ask(
 
 
 @dataclass(eq=False)
-class Heard:
-    """What a batcher delivered, by ask."""
+class DeliveredPieces:
+    """The pieces that a batcher delivered, by request."""
 
     pieces: dict[GenerationRequest, list[Piece]] = field(default_factory=dict)
     on_pieces: Callable[[Sequence[tuple[GenerationRequest, Piece]]], None] = lambda _: None
-    _news: threading.Condition = field(default_factory=threading.Condition)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def deliver(self, pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
         self.on_pieces(pieces)
-        with self._news:
-            for ask, piece in pieces:
-                self.pieces.setdefault(ask, []).append(piece)
-            self._news.notify_all()
+        with self._changed:
+            for request, piece in pieces:
+                self.pieces.setdefault(request, []).append(piece)
+            self._changed.notify_all()
 
-    def wait_for(self, asks: Sequence[GenerationRequest], *, seconds: float = 30) -> None:
-        """Wait until every ask has its last piece."""
-        with self._news:
-            done = self._news.wait_for(lambda: all(map(self.is_done, asks)), seconds)
-        assert done, f"{sum(not self.is_done(ask) for ask in asks)} of {len(asks)} answers are stuck"
+    def wait_for(self, requests: Sequence[GenerationRequest]) -> None:
+        """Wait until every request has its last piece."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: all(map(self.is_done, requests)), DEADLINE)
+        assert done, f"{sum(not self.is_done(request) for request in requests)} of {len(requests)} answers are stuck"
 
-    def wait_until(self, condition: Callable[[], bool], *, seconds: float = 30) -> None:
-        """Wait until something holds of what was delivered."""
-        with self._news:
-            assert self._news.wait_for(condition, seconds)
+    def is_done(self, request: GenerationRequest) -> bool:
+        return any(piece.is_last for piece in self.pieces.get(request, ()))
 
-    def is_done(self, ask: GenerationRequest) -> bool:
-        return any(piece.is_last for piece in self.pieces.get(ask, ()))
+    def tokens(self, request: GenerationRequest) -> list[int]:
+        return [piece.token for piece in self.pieces[request] if piece.token is not None]
 
-    def tokens(self, ask: GenerationRequest) -> list[int]:
-        return [piece.token for piece in self.pieces[ask] if piece.token is not None]
+    def text(self, request: GenerationRequest) -> str:
+        return "".join(piece.text for piece in self.pieces[request])
 
-    def text(self, ask: GenerationRequest) -> str:
-        return "".join(piece.text for piece in self.pieces[ask])
-
-    def check_ended_once(self, ask: GenerationRequest) -> None:
-        """Every answer ends, once, with its last piece."""
-        assert [piece.is_last for piece in self.pieces[ask]] == [False] * (len(self.pieces[ask]) - 1) + [True]
+    def check_ended_once(self, request: GenerationRequest) -> None:
+        """Check that the last piece, and no other, ends the answer."""
+        assert [piece.is_last for piece in self.pieces[request]] == [False] * (len(self.pieces[request]) - 1) + [True]
 
 
 class RunningBatcher:
-    """A batcher and what it delivers; ended with the block."""
+    """A batcher and the pieces that it delivered; closed with the block."""
 
     def __init__(self, model: SoupModel, limits: Limits | None = None, **options: Any) -> None:
-        self.heard = Heard()
-        self.batcher = Batcher(model, self.heard.deliver, limits, **options)
+        self.delivered = DeliveredPieces()
+        self.batcher = Batcher(model, self.delivered.deliver, limits, **options)
 
     def __enter__(self) -> RunningBatcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self.batcher.close(finish=False, timeout=30)
+        assert self.batcher.close(finish=False, timeout=DEADLINE)
 
-    def answer(self, asks: Sequence[GenerationRequest]) -> None:
-        self.batcher.submit(asks)
-        self.heard.wait_for(asks)
+    def answer(self, requests: Sequence[GenerationRequest]) -> None:
+        self.batcher.submit(requests)
+        self.delivered.wait_for(requests)
 
 
-def check_alone(soup: SoupModel, running: RunningBatcher, asks: Sequence[GenerationRequest]) -> None:
-    """Compare answers with those of transformers' generate: in float64 no two tokens are equally likely."""
-    for ask in asks:
-        running.heard.check_ended_once(ask)
-        tokens = running.heard.tokens(ask)
-        assert tokens == greedy(soup, ask)
-        last = running.heard.pieces[ask][-1]
+def check_alone(soup: SoupModel, running: RunningBatcher, requests: Sequence[GenerationRequest]) -> None:
+    """Compare answers with those of transformers' generate; in float64 no two tokens are equally likely."""
+    for request in requests:
+        running.delivered.check_ended_once(request)
+        tokens = running.delivered.tokens(request)
+        assert tokens == greedy(soup, request)
+        last = running.delivered.pieces[request][-1]
         assert last.finish == (Finish.STOP if tokens[-1] == 1 else Finish.LENGTH)
         text = soup.generator.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert running.heard.text(ask) == text
+        assert running.delivered.text(request) == text
 
 
 class Forwards:
-    """Counts forward passes of a model, and may wait or fail in them.
+    """Counts the forward passes of a model; `before` may wait or raise in one.
 
     Attributes:
         shapes: of the token ids of each pass.
