@@ -19,9 +19,10 @@ from personalized_soups.adapters.tie_flag import says_tied
 from personalized_soups.errors import InputError, UnsupportedAdapterError
 from personalized_soups.files.atomic import MARKERS, files_below
 from personalized_soups.files.file_names import INDEX_SUFFIX, MODEL_CONFIG_FILE, MODEL_INDEX_FILE
-from personalized_soups.files.reader import PICKLES, parse_json
+from personalized_soups.files.pickles import PICKLES
 from personalized_soups.files.regular import check_no_lfs_pointers
 from personalized_soups.files.shards import Checkpoint
+from personalized_soups.files.strict_json import parse_json
 
 # Weights in other forms would stay those of the base alone: they are left out of the new folder.
 _OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".tflite", ".ot"}

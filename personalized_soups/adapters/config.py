@@ -17,7 +17,7 @@ from personalized_soups.adapters.patterns import Patterns
 from personalized_soups.adapters.variants import HARMLESS, MOVING_INITS, OTHER_INIT, PLAIN_INITS, READ, REFUSED
 from personalized_soups.errors import FileFormatError, InputError, UnsupportedAdapterError
 from personalized_soups.files.file_names import CONFIG_FILE
-from personalized_soups.files.reader import parse_json
+from personalized_soups.files.strict_json import parse_json
 
 _MAX_CONFIG_BYTES = 16 << 20
 

@@ -13,8 +13,8 @@ from personalized_soups.adapters.library import Expert, ExpertLibrary, is_adapte
 from personalized_soups.adapters.provenance import SoupRecord, read_soup_record
 from personalized_soups.errors import InputError, SoupError
 from personalized_soups.files.file_names import CONFIG_FILE, MODEL_CONFIG_FILE, MODEL_INDEX_FILE, MODEL_WEIGHTS_FILE
-from personalized_soups.files.reader import parse_json
 from personalized_soups.files.shards import Checkpoint
+from personalized_soups.files.strict_json import parse_json
 
 Facts = Mapping[str, Any]
 

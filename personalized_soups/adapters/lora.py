@@ -20,7 +20,8 @@ from personalized_soups.adapters.names import parse_name
 from personalized_soups.adapters.trained import TrainedTensor, trained_of
 from personalized_soups.errors import InputError, choose_from
 from personalized_soups.files.file_names import CONFIG_FILE, INDEX_SUFFIX, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
-from personalized_soups.files.reader import TensorEntry, check_no_pickle
+from personalized_soups.files.header import TensorEntry
+from personalized_soups.files.pickles import check_no_pickle
 from personalized_soups.files.shards import Checkpoint
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.finite import all_finite

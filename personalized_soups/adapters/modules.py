@@ -23,7 +23,7 @@ from personalized_soups.adapters.names import (
 )
 from personalized_soups.errors import FileFormatError, UnsupportedAdapterError
 from personalized_soups.files.file_names import CONFIG_FILE
-from personalized_soups.files.reader import TensorEntry
+from personalized_soups.files.header import TensorEntry
 
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _PAIRS = (("A", "B"), ("embedding A", "embedding B"))

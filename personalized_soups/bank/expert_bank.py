@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from personalized_soups.adapters.library import Expert
-from personalized_soups.files.reader import TensorEntry
+from personalized_soups.files.header import TensorEntry
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.shared_a import SharedRows, group_numbers
 

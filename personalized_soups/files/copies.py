@@ -1,4 +1,4 @@
-"""Copying bytes from file to file by the shortest way that the file systems offer."""
+"""Copying bytes between files in the fastest way that the file systems support."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from personalized_soups.files.syscalls import UNSUPPORTED, reflink
 
 CopyMode = Literal["copy", "reflink", "link"]
 
-# Bytes that one call moves: few enough for Ctrl-C to be heard soon.
+# Bytes per system call, so that Ctrl-C is handled soon.
 _PIECE = 32 << 20
 _BUFFER = 4 << 20
 
 
 def copy_file(source: Path, target: Path, how: CopyMode = "copy") -> CopyMode:
-    """Make a new file `target` of the bytes of `source`; return how: where a way is closed, a plain copy is made.
+    """Make a new file `target` with the bytes of `source`, and return how it was made.
 
-    `reflink` shares the blocks on the disk until one of the two is changed. `link` gives the one file a second name:
-    who changes it in place changes both. Modes follow the umask, but for a link, which has its source's. Symbolic links
-    are followed.
+    `reflink` shares the blocks on the disk until one of the files changes. `link` gives the same file a second name, so
+    a change in place changes both. If the file system supports neither, the bytes are copied. A copy's mode follows the
+    umask; a link has its source's mode. Symbolic links are followed.
 
     Raises:
-        InputError: if the source is no regular file or cannot be opened.
-        OSError: if copying fails, or `target` is there.
+        InputError: if the source is not a regular file or cannot be opened.
+        OSError: if copying fails, or if `target` exists.
     """
     with opened(source) as reading:
         if how == "link" and _linked(source, target):
@@ -36,7 +36,7 @@ def copy_file(source: Path, target: Path, how: CopyMode = "copy") -> CopyMode:
             if how == "reflink" and reflink(reading, writing):
                 return "reflink"
             length = os.fstat(reading).st_size
-            if length == 0 or not copy_range(reading, 0, writing, 0, length):  # files of /proc have no size
+            if length == 0 or not copy_range(reading, 0, writing, 0, length):  # files in /proc have size 0
                 _copy_through_memory(reading, writing)
         except BaseException:
             target.unlink(missing_ok=True)
@@ -47,9 +47,10 @@ def copy_file(source: Path, target: Path, how: CopyMode = "copy") -> CopyMode:
 
 
 def copy_range(source: int, start: int, target: int, begin: int, length: int) -> bool:
-    """Let the kernel copy `length` bytes from `start` in one open file to `begin` in another; return whether it did.
+    """Let the kernel copy `length` bytes from offset `start` of `source` to offset `begin` of `target`.
 
-    Where it returns False nothing or a part was copied: the kernel cannot, or the source is shorter than that.
+    Return whether all bytes were copied. If the kernel does not support it, or the source is too short, return False;
+    a part may then have been copied.
 
     Raises:
         OSError: if reading or writing fails.
@@ -65,7 +66,7 @@ def copy_range(source: int, start: int, target: int, begin: int, length: int) ->
                 return False
             raise
         if moved == 0:
-            return False  # the file is shorter than it was
+            return False  # the file was truncated in the meantime
         done += moved
     return True
 
@@ -76,7 +77,7 @@ def _linked(source: Path, target: Path) -> bool:
     except FileExistsError:
         raise
     except OSError:
-        return False  # across devices, on file systems without links, on files of others: copied instead
+        return False  # other device, file system without links, or file of another user: copy instead
     return True
 
 
@@ -88,11 +89,11 @@ def _copy_through_memory(reading: int, writing: int) -> None:
 
 
 def write_at(descriptor: int, data: memoryview, place: int) -> None:
-    """Write all of `data` at a place of an open file.
+    """Write all of `data` at an offset of an open file.
 
     Raises:
         OSError: if writing fails.
     """
     done = 0
-    while done < len(data):  # a write may be cut short, by a signal or at 2 GiB
+    while done < len(data):  # one write may be partial: a signal interrupts it, and Linux writes at most 2 GiB
         done += os.pwrite(descriptor, data[done : done + _PIECE], place + done)

@@ -1,4 +1,4 @@
-"""BLAKE3 digests of files, computed beside other work so that provenance does not cost the merge its time."""
+"""BLAKE3 digests of files, computed in background threads so that provenance does not slow down a merge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from personalized_soups.files.regular import opened, unreadable
 
-# blake3 starts its own threads only where a buffer is long enough to pay for them.
+# For smaller files, starting blake3's threads costs more than it saves.
 _PARALLEL_FROM_BYTES = 1 << 20
 
 
@@ -22,25 +22,25 @@ def digest_file(path: Path) -> str:
     """Return the BLAKE3 digest of a file's bytes, in hex.
 
     Raises:
-        FileFormatError: if it is no regular file.
+        FileFormatError: if it is not a regular file.
         InputError: if it cannot be read.
     """
     with opened(path) as descriptor:
         try:
             size = os.fstat(descriptor).st_size
-            if size == 0:  # cannot be mapped
+            if size == 0:  # an empty file cannot be mapped
                 return str(blake3().hexdigest())
             with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as mapped:
                 max_threads = blake3.AUTO if size >= _PARALLEL_FROM_BYTES else 1
                 return str(blake3(mapped, max_threads=max_threads).hexdigest())
-        except (OSError, ValueError) as error:  # ValueError: the file was cut between the two calls
+        except (OSError, ValueError) as error:  # ValueError: the file was truncated after fstat
             raise unreadable(path, error) from error
 
 
 class BackgroundDigests:
-    """Hashes files on threads of its own while the caller computes; `results` waits for what is left.
+    """Hashes files in background threads; `results` waits for the digests.
 
-    A context manager: leaving it without asking for the results drops the files that were not begun.
+    A context manager. Leaving the block without calling `results` cancels the files that were not started.
     """
 
     def __init__(self, paths: Iterable[Path] = (), *, num_threads: int = 1) -> None:
@@ -58,12 +58,12 @@ class BackgroundDigests:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def add(self, path: Path) -> None:
-        """Hash one more file, which is whole by now; a path that was given before is not hashed again."""
+        """Start hashing a file, which must be complete. A path that was added before is not hashed again."""
         if path not in self._futures:
             self._futures[path] = self._pool.submit(digest_file, path)
 
     def results(self) -> Mapping[Path, str]:
-        """Return each file's digest in hex, waiting for those that are not done.
+        """Wait for all files, and return each one's digest in hex.
 
         Raises:
             InputError: if a file could not be read.

@@ -1,4 +1,4 @@
-"""What of a long work is finished: a text file that only grows, one line a piece, made so that a kill costs a line."""
+"""The record of finished pieces of a long run: an append-only text file, of which a kill loses at most one line."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-# The kernel's name of the time since the machine was started. What was written before a power cut may be lost although
-# the journal tells of it, unless it was synced.
+# Linux's identifier of the current boot. After a power cut, pieces may be lost that the journal lists, unless they were
+# synced. So a journal counts only within the boot that wrote it.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Journal:
     """The names of finished pieces, in the order in which they were added. A context manager; safe between threads.
 
-    The first line says whose journal it is. A last line that was cut short is dropped. A journal of another identity,
-    or from before the machine was started anew, is begun anew, but for one whose writer was `durable`.
+    The first line has the run's identity and the boot. An incomplete last line is dropped. A journal of another
+    identity or of an earlier boot is discarded; one written with `durable` survives a reboot.
 
     Args:
-        path: the file; it need not be there.
-        identity: what the work is: two works of one identity write the same bytes.
-        durable: every line is on the disk before `add` returns.
+        path: the file, which need not exist.
+        identity: the identity of the run. Two runs with the same identity write the same bytes.
+        durable: whether every line is synced to the disk before `add` returns.
 
     Raises:
         OSError: if it cannot be read or written.
@@ -54,7 +54,7 @@ class Journal:
         os.close(self._descriptor)
 
     def add(self, name: str) -> None:
-        """Add the name of a piece that is finished.
+        """Add the name of a finished piece.
 
         Raises:
             OSError: if it cannot be written.
@@ -79,7 +79,8 @@ class Journal:
         os.ftruncate(self._descriptor, sound)
 
     def _append(self, line: bytes) -> None:
-        while line:  # a line that was cut short by a full disk is no JSON with what comes after it
+        # a full disk may leave half a line; with the next line appended it is not JSON, so it is never read as a name
+        while line:
             line = line[os.write(self._descriptor, line) :]
         if self._durable:
             os.fsync(self._descriptor)
@@ -90,7 +91,7 @@ def _line(value: object) -> bytes:
 
 
 def _name(line: bytes) -> str | None:
-    """Return what a whole line names; None for one that was cut short or is no line of a journal's."""
+    """Return the name in a line, or None if the line is incomplete or invalid."""
     with suppress(ValueError):
         name = json.loads(line)
         if isinstance(name, str) and line == _line(name):
@@ -102,4 +103,4 @@ def _boot() -> str:
     try:
         return _BOOT_ID.read_text(encoding="ascii").strip()
     except OSError:
-        return secrets.token_hex(8)  # nobody can say that it is still the same: nothing is taken on trust
+        return secrets.token_hex(8)  # unknown boot: match no other journal

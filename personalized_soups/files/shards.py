@@ -15,15 +15,24 @@ from torch import Tensor
 
 from personalized_soups.errors import FileFormatError, InputError, choose_from
 from personalized_soups.files.file_names import INDEX_SUFFIX, MODEL_INDEX_FILE, MODEL_WEIGHTS_FILE
-from personalized_soups.files.reader import PICKLES, SafetensorsFile, TensorEntry, check_no_pickle, parse_json, shown
+from personalized_soups.files.header import TensorEntry
+from personalized_soups.files.pickles import PICKLES, check_no_pickle
+from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.files.regular import read_small
+from personalized_soups.files.strict_json import parse_json, shown
 
 _MAX_INDEX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Checkpoint:
-    """The weight files of one model folder, opened and checked; `shards` stand in the order of their names."""
+    """The weight files of one folder, opened and checked.
+
+    Attributes:
+        folder: the folder.
+        shards: the files, sorted by name.
+        has_index: whether an index names the files.
+    """
 
     folder: Path
     shards: Mapping[str, SafetensorsFile]
@@ -32,17 +41,18 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path | str, *, weights_file: str = MODEL_WEIGHTS_FILE) -> Self:
-        """Open every weight file of `folder`, by the rules of transformers.
+        """Open all weight files of `folder`, by the rules of transformers.
 
-        A whole file takes precedence over an index of other files. The index says which files there are, and these say
-        which tensors they hold: where the index names others, a warning says so.
+        A single weights file takes precedence over an index of other files. The index decides which files are read, and
+        the files decide which tensors they have. If the index names other tensors, a warning says so.
 
         Args:
-            folder: where the files are.
+            folder: the folder of the files.
             weights_file: the name of the file that holds all weights if there is no index.
 
         Raises:
-            FileFormatError: if there is no safetensors file, a shard is missing or damaged, or a tensor is in two.
+            FileFormatError: if there is no safetensors file, if a shard is missing or damaged, or if two shards have
+                the same tensor.
         """
         folder = Path(folder)
         index = folder / f"{weights_file}{INDEX_SUFFIX}"
@@ -53,7 +63,7 @@ class Checkpoint:
         for file, shard in shards.items():
             for name in shard.entries:
                 if name in shard_of:
-                    raise _fault(index, f"{shown(name)}: it is in {shard_of[name]} and in {file}")
+                    raise _fault(index, f"{shown(name)}: the tensor is in both {shard_of[name]} and {file}")
                 shard_of[name] = file
         if names is not None and names != shard_of:
             warnings.warn(_differences(index, names, shard_of), RuntimeWarning, stacklevel=2)
@@ -70,24 +80,24 @@ class Checkpoint:
         return name in self._shard_of
 
     def entry(self, name: str) -> TensorEntry:
-        """Return where one tensor stands in its shard."""
+        """Return the entry of one tensor in its shard."""
         return self.shard_of(name).entry(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor, as SafetensorsFile.tensor does."""
+        """Return one tensor, as `SafetensorsFile.tensor` does."""
         return self.shard_of(name).tensor(name)
 
     def raw(self, name: str) -> memoryview:
-        """Return one tensor's bytes, without a copy."""
+        """Return the stored bytes of one tensor, without a copy."""
         return self.shard_of(name).raw(name)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all weight files together."""
+        """The size of all weight files together."""
         return sum(shard.num_bytes for shard in self.shards.values())
 
     def shard_of(self, name: str) -> SafetensorsFile:
-        """Return the file that one tensor stands in.
+        """Return the file that has one tensor.
 
         Raises:
             FileFormatError: if there is no such tensor.
@@ -101,7 +111,7 @@ class Checkpoint:
 
 
 def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
-    """Return the index of a folder's weight files, or None where a whole file is to be read."""
+    """Return the file of each tensor from the index, or None if the single weights file is to be read."""
     index = folder / f"{whole}{INDEX_SUFFIX}"
     if not os.path.lexists(index):
         if not os.path.lexists(folder / whole):
@@ -109,7 +119,7 @@ def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
         return None
     if not (folder / whole).is_file():
         return _indexed(index)
-    # transformers reads the whole file and does not open the index
+    # Both exist. transformers then reads the single file and ignores the index, so a damaged index is no error.
     try:
         names = _indexed(index)
     except (FileFormatError, InputError):
@@ -117,8 +127,8 @@ def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
     if set(names.values()) == {whole}:
         return names
     warnings.warn(
-        f"{folder} has {whole} and {index.name}, which names other files: {whole} is read, as by transformers, and the "
-        "index is not. Remove the one that is out of date.",
+        f"{folder} has both {whole} and {index.name}, and the index names other files. As in transformers, {whole} is "
+        "read and the index is ignored. Remove the outdated one.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -126,7 +136,7 @@ def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
 
 
 def _indexed(index: Path) -> dict[str, str]:
-    """Return the file of each tensor, by an index."""
+    """Return the file of each tensor from an index."""
     parsed = parse_json(read_small(index, _MAX_INDEX_BYTES), index)
     names = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(names, dict) or not names:
@@ -135,28 +145,28 @@ def _indexed(index: Path) -> dict[str, str]:
     for name, file in names.items():
         if isinstance(file, str) and file in plain:
             continue
-        # a name with a folder in it could point anywhere on the disk
-        beside = file.removeprefix("./") if isinstance(file, str) else ""
-        if not _is_plain(beside):
-            raise _fault(index, f"{shown(name)}: the index names {reprlib.repr(file)}, not a file beside it")
-        check_no_pickle(index.with_name(beside))
-        if not os.path.lexists(index.with_name(beside)):
-            raise _fault(index, f"the shard {shown(beside)} is missing; {shown(name)} should be in it")
-        plain[file] = beside
+        # a path with a folder could point to any file on the disk
+        shard = file.removeprefix("./") if isinstance(file, str) else ""
+        if not _is_plain(shard):
+            raise _fault(index, f"{shown(name)}: the index names {reprlib.repr(file)}, not a file in its folder")
+        check_no_pickle(index.with_name(shard))
+        if not os.path.lexists(index.with_name(shard)):
+            raise _fault(index, f"the shard {shown(shard)} is missing; it should have {shown(name)}")
+        plain[file] = shard
     return {name: plain[file] for name, file in names.items()}
 
 
 def _differences(index: Path, names: Mapping[str, str], shard_of: Mapping[str, str]) -> str:
-    """Return the warning about an index that does not name what the shards hold."""
+    """Return the warning about an index whose tensors are not those of the shards."""
     kinds = {
-        "names {}, which no shard holds": sorted(names.keys() - shard_of.keys()),
-        "does not name {}, which a shard holds": sorted(shard_of.keys() - names.keys()),
-        "names another shard for {} than the one that holds it": sorted(
+        "names {}, which no shard has": sorted(names.keys() - shard_of.keys()),
+        "does not name {}, which a shard has": sorted(shard_of.keys() - names.keys()),
+        "names the wrong shard for {}": sorted(
             name for name in names.keys() & shard_of.keys() if names[name] != shard_of[name]
         ),
     }
-    found = [kind.format(_some(differing)) for kind, differing in kinds.items() if differing]
-    return f"{index}: the index {', and '.join(found)}. What the shards hold is read."
+    differences = [kind.format(_some(differing)) for kind, differing in kinds.items() if differing]
+    return f"{index}: the index {', and '.join(differences)}. The tensors in the shards are read."
 
 
 def _some(names: Sequence[str]) -> str:
@@ -176,7 +186,7 @@ def _no_weights(folder: Path) -> FileFormatError:
     return FileFormatError(
         f"the folder has neither {MODEL_WEIGHTS_FILE} nor {MODEL_INDEX_FILE}",
         where=str(folder),
-        mend="give a model folder that save_pretrained wrote with safetensors",
+        mend="give a model folder written by save_pretrained with safetensors",
     )
 
 

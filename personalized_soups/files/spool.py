@@ -1,4 +1,4 @@
-"""Tensors set aside on the disk until it is known where they shall stand."""
+"""Temporary storage of tensors on the disk, for tensors whose place in the output is not known yet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Spool:
-    """A file of tensors, safe to write from several threads; a context manager: the file is taken away at the end."""
+    """A temporary file of tensors, safe to write from several threads. A context manager that removes the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -30,12 +30,12 @@ class Spool:
         self._path.unlink(missing_ok=True)
 
     def kept(self, tensor: Tensor) -> Tensor:
-        """Write a tensor and return it as it stands in the file's pages, which need no memory of their own."""
+        """Write a tensor and return it backed by the file's pages, which the system can drop from memory."""
         if not tensor.numel():
             return tensor
         flat = tensor.detach().to("cpu").contiguous()
         with self._lock:
-            # a mapping begins at a page
+            # a mapping must start at a page
             place = -(-self._file.tell() // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
             self._file.seek(place)
             self._file.write(flat.reshape(-1).view(torch.uint8).numpy().data)

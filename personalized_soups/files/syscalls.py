@@ -1,4 +1,4 @@
-"""Calls of the Linux kernel that Python lacks; each says whether it was done, so that its caller can fall back."""
+"""Linux system calls that Python lacks. Each returns whether it is supported, so that the caller can fall back."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# What kernels and file systems answer where they lack a call, or lack it for these two files.
+# Errors of kernels and file systems that do not support a call, or not for these two files.
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EPERM})
 
 _AT_FDCWD = -100
@@ -19,9 +19,9 @@ _FICLONE = 0x40049409
 
 
 def allocate(descriptor: int, num_bytes: int) -> bool:
-    """Give a file its size and its room on the disk; return whether that was done.
+    """Set a file's size and reserve its space on the disk; return False if unsupported.
 
-    Not os.posix_fallocate: where the file system cannot, glibc writes into every block instead.
+    Not os.posix_fallocate: if the file system does not support it, glibc writes into every block instead.
 
     Raises:
         OSError: if the disk has no room.
@@ -29,7 +29,7 @@ def allocate(descriptor: int, num_bytes: int) -> bool:
     libc = _libc()
     if libc is None or num_bytes == 0:
         return False
-    # an interrupted call may be made again
+    # repeat the call if a signal interrupts it
     while libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(num_bytes)) != 0:
         error = ctypes.get_errno()
         if error == errno.EINTR:
@@ -38,23 +38,23 @@ def allocate(descriptor: int, num_bytes: int) -> bool:
     return True
 
 
-def exchange(one: Path, other: Path) -> bool:
-    """Swap what two paths lead to, in one step; return whether that was done.
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange the files or folders at two paths atomically; return False if unsupported.
 
     Raises:
-        OSError: if one of them is not there or may not be moved.
+        OSError: if a path does not exist or may not be moved.
     """
     libc = _libc()
     if libc is None or not hasattr(libc, "renameat2"):
         return False
-    names = os.fsencode(one), os.fsencode(other)
+    names = os.fsencode(first), os.fsencode(second)
     if libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
         return True
     return _refused(ctypes.get_errno())
 
 
 def reflink(source: int, target: int) -> bool:
-    """Let an empty file share the blocks of another until one of them is changed; return whether that was done."""
+    """Let an empty file share the blocks of another until one of them changes; return False if unsupported."""
     if sys.platform != "linux":
         return False
     import fcntl

@@ -70,5 +70,5 @@ def test_a_damaged_record_is_told_with_its_key(tmp_path: Path, text: str, where:
 
 def test_a_number_that_json_does_not_have_is_refused(tmp_path: Path) -> None:
     (tmp_path / "expert.json").write_text('{"side": "friendly", "recipe": {"beta": NaN}}')
-    with pytest.raises(FileFormatError, match="NaN is no JSON number"):
+    with pytest.raises(FileFormatError, match="NaN is not a JSON number"):
         read_expert_record(tmp_path)

@@ -43,13 +43,13 @@ def test_one_file_needs_no_index(tmp_path: Path) -> None:
         ({}, "no weight_map"),
         ([], "no weight_map"),
         ({"a": "three.safetensors"}, "the shard three.safetensors is missing"),
-        ({"a": "../one.safetensors"}, "not a file beside it"),
-        ({"a": "/etc/passwd"}, "not a file beside it"),
-        ({"a": 3}, "not a file beside it"),
+        ({"a": "../one.safetensors"}, "not a file in its folder"),
+        ({"a": "/etc/passwd"}, "not a file in its folder"),
+        ({"a": 3}, "not a file in its folder"),
         ({"a": "pytorch_model-1.bin"}, "pickle"),
         ({"a": "./three.safetensors"}, "the shard three.safetensors is missing"),
-        ({"a": "sub/one.safetensors"}, "not a file beside it"),
-        ({"a": None}, "not a file beside it"),
+        ({"a": "sub/one.safetensors"}, "not a file in its folder"),
+        ({"a": None}, "not a file in its folder"),
     ],
 )
 def test_an_index_that_lies_is_refused(tmp_path: Path, weight_map: Any, message: str) -> None:
@@ -58,14 +58,14 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, weight_map: Any, message:
 
 
 DIFFERING: dict[str, tuple[dict[str, str], str]] = {
-    "one less": ({"a": "one.safetensors", "b": "two.safetensors"}, "the index does not name c, which a shard holds"),
+    "one less": ({"a": "one.safetensors", "b": "two.safetensors"}, "the index does not name c, which a shard has"),
     "one more": (
         {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors", "d": "two.safetensors"},
-        "the index names d, which no shard holds",
+        "the index names d, which no shard has",
     ),
     "another shard": (
         {"a": "two.safetensors", "b": "one.safetensors", "c": "one.safetensors"},
-        "the index names another shard for a and 1 more than the one that holds it",
+        "the index names the wrong shard for a and 1 more",
     ),
 }
 
@@ -134,7 +134,7 @@ def test_a_git_lfs_pointer_is_named_with_the_command(tmp_path: Path, name: str) 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     write_sharded(tmp_path)
     oracles.write_tensors(tmp_path / "two.safetensors", {"b": ("F16", np.arange(4)), "a": ("F32", np.ones(1))})
-    with pytest.raises(FileFormatError, match=r"a: it is in one\.safetensors and in two\.safetensors"):
+    with pytest.raises(FileFormatError, match=r"a: the tensor is in both one\.safetensors and two\.safetensors"):
         Checkpoint.open(tmp_path)
 
 

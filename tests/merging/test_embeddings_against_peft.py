@@ -304,6 +304,6 @@ def test_a_base_is_folded_whose_index_differs_from_its_shards(tmp_path: Path, ch
     # the output embedding gets a tensor of its own, so that the index is written anew
     expert = write_expert(tmp_path / "expert", base, KINDS["tokens of the head"])
     library, profile = ExpertLibrary.open(expert), Profile(weights={"expert": 1.0})
-    with pytest.warns(RuntimeWarning, match="What the shards hold is read"):
+    with pytest.warns(RuntimeWarning, match="The tensors in the shards are read"):
         folded = merge_into_base(library, profile, base, tmp_path / "out")
     check(effects(loaded(folded)), effects(loaded(base, expert)), effects(loaded(base)))

@@ -19,19 +19,12 @@ from personalized_soups.files.header import BITS, TORCH_DTYPES
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.files.writer import TensorSpec
 from personalized_soups.launching.threads import num_file_threads
-from personalized_soups.merging.computing.blocks import (
-    Dense,
-    Product,
-    Rescale,
-    Term,
-    Toward,
-    TowardRows,
-    arithmetic_dtype,
-)
+from personalized_soups.merging.computing.blocks import arithmetic_dtype
 from personalized_soups.merging.computing.changes import Changes
+from personalized_soups.merging.computing.terms import Dense, Product, Rescale, Term, Toward, TowardRows
 from personalized_soups.merging.verify.adapter import same_bytes
 from personalized_soups.merging.verify.verification import Comparison, Difference, Distance, Fault
-from personalized_soups.merging.writing.into_base import fold_shard, shard_specs
+from personalized_soups.merging.writing.model_shards import fold_shard, shard_specs
 
 # Bytes of a copied tensor that are compared at once.
 _CHUNK_BYTES = 4 << 20

@@ -9,16 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from personalized_soups.adapters.library import ExpertLibrary
-from personalized_soups.adapters.provenance import SoupRecord, TruncationRecord
+from personalized_soups.adapters.provenance import MethodRecord, SoupRecord, TruncationRecord
 from personalized_soups.files.atomic import files_below
 from personalized_soups.files.file_names import CONFIG_FILE, SOUP_FILE
 from personalized_soups.files.strict_json import parse_json
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.verify.verification import Fault, Subject
-from personalized_soups.merging.writing.into_base import json_text, untied_tables
+from personalized_soups.merging.writing.model_record import json_text, untied_tables
 
 # Compared by themselves, or no part of what is claimed: where and by what it was computed.
-_NOT_COMPARED = {"profile", "experts", "base", "base_folder", "truncation", "device", "versions", "files"}
+_NOT_COMPARED = {
+    "profile",
+    "method_source",
+    "experts",
+    "base",
+    "base_folder",
+    "truncation",
+    "device",
+    "versions",
+    "files",
+}
 
 # Two computations of one relative error agree better than this; that of an error of nearly 0 has no more digits.
 _ERROR_TOLERANCE = 1e-5
@@ -77,6 +87,9 @@ def of_configuration(folder: Path, expected: Mapping[str, Any]) -> Iterator[Faul
 def of_record(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
     """Tell where soup.json says otherwise than what it says of its own profile and inputs comes to."""
     skipped = _NOT_COMPARED | {"base_blake3"}
+    if record.method_source is not None:
+        # a function has another name when it is imported from elsewhere: of_method compares its source
+        skipped = skipped | {"method"}
     found, wanted = (each.model_dump(mode="json", exclude=skipped) for each in (record, expected))
     yield from _unequal("record", f"{SOUP_FILE}: ", found, wanted)
     weights = {expert.name: expert.weight for expert in expected.experts}
@@ -85,6 +98,31 @@ def of_record(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
             told = f"says {expert.weight!r}, the profile gives {weights[expert.name]!r}"
             yield Fault("record", f"{SOUP_FILE}: the weight of {expert.name}", told)
     yield from _of_truncation(record.truncation, expected.truncation)
+
+
+def of_missing_method(record: SoupRecord) -> Fault:
+    """Return the fault of a soup whose method is from outside the package and was not given."""
+    source = record.method_source
+    assert source is not None
+    return Fault(
+        "record",
+        f"{SOUP_FILE}: method",
+        f"the tensors cannot be recomputed: the soup was merged by {source.module}:{source.function}, a method from "
+        "outside this package; give the method, to recompute them",
+    )
+
+
+def of_method(record: SoupRecord, given: MethodRecord | None) -> Iterator[Fault]:
+    """Yield a fault if a method from outside the package is another function than the recorded one."""
+    source = record.method_source
+    if source is None or given is None:
+        return
+    where = f"{SOUP_FILE}: method_source"
+    if source.function != given.function:
+        yield Fault("record", where, f"the method is {given.function}, recorded {source.function}")
+    if source.blake3 != given.blake3:
+        digests = f"BLAKE3 {given.blake3[:12]}, recorded {source.blake3[:12]}"
+        yield Fault("record", where, f"the source file of {given.function} has changed since: {digests}")
 
 
 def _of_truncation(found: TruncationRecord | None, wanted: TruncationRecord | None) -> Iterator[Fault]:

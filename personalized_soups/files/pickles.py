@@ -1,0 +1,26 @@
+"""Pickle files. They are rejected by name, because loading one can run any code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from personalized_soups.errors import FileFormatError
+
+PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
+
+
+def check_no_pickle(path: Path) -> None:
+    """Raise if the suffix of `path` is that of a pickle.
+
+    Raises:
+        FileFormatError: with a command that converts the file.
+    """
+    if path.suffix.lower() in PICKLES:
+        converted = path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors")
+        raise FileFormatError(
+            f"{path.name} is a pickle; loading a pickle can run any code, so it was not opened",
+            where=str(path),
+            mend='if you trust its source, convert it: python -c "import sys, torch, safetensors.torch as s; '
+            "s.save_file({k: v.clone().contiguous() for k, v in torch.load(sys.argv[1], weights_only=True).items()}, "
+            f"sys.argv[2])\" '{path}' '{converted}'",
+        )

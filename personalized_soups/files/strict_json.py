@@ -1,0 +1,62 @@
+"""JSON files, parsed strictly: UTF-8, no repeated keys, no NaN."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.errors import FileFormatError
+from personalized_soups.files.regular import check_no_lfs_pointer
+
+
+def parse_json(data: bytes, path: Path, *, constants: bool = False) -> Any:
+    """Return the value of a JSON file.
+
+    Args:
+        data: the file's bytes.
+        path: the file, for errors.
+        constants: accept NaN and Infinity. They are not JSON, but transformers writes them into config.json.
+
+    Raises:
+        FileFormatError: if the file is not UTF-8 or not JSON, repeats a key, or is a Git LFS pointer.
+    """
+    check_no_lfs_pointer(data, path)
+    try:
+        parsed = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_repeats,
+            parse_constant=float if constants else _refuse_constant,
+        )
+        if b"\\u" in data:  # an escape may be half a surrogate pair, which cannot be encoded and so not written
+            json.dumps(parsed, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        raise damaged(path, f"not UTF-8: byte 0x{data[error.start]:02x} at {error.start}") from None
+    except UnicodeEncodeError as error:
+        raise damaged(path, f"not Unicode: {error.reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, f"not JSON: {str(error)[:200]}") from None
+    return parsed
+
+
+def shown(name: str) -> str:
+    """Return a name from a file in a form that is safe in a message: control characters escaped, long names cut."""
+    return name if name.isprintable() and len(name) <= 300 else ascii(name[:300])
+
+
+def damaged(path: Path, what: str) -> FileFormatError:
+    """Return the error for a damaged file."""
+    return FileFormatError(what, where=str(path), mend="the file is damaged or incomplete: download or write it again")
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the name {shown(repeated)!r} is repeated")
+    return table
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
