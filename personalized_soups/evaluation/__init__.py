@@ -1,1 +1,1 @@
-"""Measures of answers and comparisons of models, and how they are told: tables, reports, pictures."""
+"""Scores of answers, comparisons of models, and their tables, reports and pictures."""

@@ -1,24 +1,28 @@
-"""Markdown from values: tables, and text that a model wrote, shown as it is."""
+"""Markdown from values: tables, and a model's text, escaped so that it is shown unchanged."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-# What GitHub and CommonMark give a meaning to inside a line; a model may write any of it.
-# An underscore inside a word means nothing.
+# Characters with a meaning inside a line in GitHub's Markdown or CommonMark. An underscore inside a word has none.
 _SPECIAL = re.compile(r"([\\`*\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
 
 
 def plain(text: str) -> str:
-    """Return Markdown that shows `text` as it is, in one line: special characters escaped, line breaks as `<br>`."""
+    """Return Markdown that shows `text` unchanged, in one line: special characters escaped, line breaks as `<br>`."""
     return "<br>".join(_SPECIAL.sub(r"\\\1", line).strip() for line in text.strip().splitlines())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
-    """Return a table whose first `words` columns are aligned left and the others, numbers, right.
+    """Return a Markdown table with the first `words` columns aligned left and the others right.
 
-    Cells are Markdown already. Columns are padded, so that the source reads as well as what is made from it.
+    Cells are Markdown. Columns are padded, so that the source is readable too.
+
+    Args:
+        head: the heading of each column.
+        rows: the cells of each row.
+        words: number of columns that hold words; the others hold numbers.
     """
     cells = [list(head), *map(list, rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(head))]

@@ -1,4 +1,4 @@
-"""Whether a sweep rises all the way, and if it dips, whether that is more than noise."""
+"""Whether the scores of a sweep only rise, and whether a fall is more than noise."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from personalized_soups.evaluation.results import Interval
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`largest_dip` is the most that the score falls from a point to a later one, between the weights `dip_at`.
+    """The falls of a sweep.
 
-    `is_within_noise` is true where every fall lies within its two points' 95% intervals (so for a sweep that never
-    falls), and None where it falls and there are no intervals to judge by.
+    Attributes:
+        largest_dip: the largest fall of the score from a point to a later one.
+        dip_at: the weights of these two points; None for a sweep that never falls.
+        is_within_noise: whether the 95% intervals of the two points overlap for every fall, which holds for a sweep
+            that never falls. None if the sweep falls and has no intervals.
     """
 
     largest_dip: float
@@ -36,10 +39,14 @@ class Verdict:
 
 
 def judge_sweep(points: Sequence[Sequence[float]], intervals: Sequence[Interval] | None = None) -> Verdict:
-    """Return whether the score rises with the weight; `points` are (weight, score) by rising weight.
+    """Return whether the score rises with the weight.
 
-    A fall counts as noise where the two points' intervals overlap. All pairs are compared, not only neighbours, so
-    that a slow fall made of small steps is seen.
+    A fall is noise if the intervals of its two points overlap. All pairs of points are compared, not only neighbours,
+    because a slow fall may consist of small steps.
+
+    Args:
+        points: (weight, score), by rising weight.
+        intervals: the interval of each point's score.
     """
     dip, at = 0.0, None
     is_within_noise: bool | None = True

@@ -1,4 +1,4 @@
-"""The report of an evaluation in Markdown: every number and every verdict in it is computed from the results."""
+"""The report of an evaluation in Markdown. Every number and verdict in it is computed from the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from personalized_soups.evaluation.results import (
 
 
 def report(results: Results, *, examples: Examples) -> str:
-    """Return the report; scores have three decimals, those that are held to a bar six significant digits.
+    """Return the report. Scores have three decimals; in the table of targets, six significant digits.
 
     Raises:
         ValueError: if the results lack a row or the averages of their best method.
@@ -55,15 +55,16 @@ def _headline(results: Results) -> str:
     what = f"`{best['method']}` with weight {best['weight']:g} for each expert"
     if gain > 0:
         times = f", {best['joint'] / base:.1f} times as much" if base > 0 else ""
-        found = f"{what} raises the joint score from {base:.3f} (base alone) to {best['joint']:.3f}{times}"
+        verdict = f"{what} raises the joint score from {base:.3f} (base alone) to {best['joint']:.3f}{times}"
     else:
-        found = f"{what} does not raise the joint score: {best['joint']:.3f}, base alone {base:.3f}"
+        verdict = f"{what} does not raise the joint score: {best['joint']:.3f}, base alone {base:.3f}"
     combinations = combinations_of(results)
     rows = [row_of(results, sides, best["method"]) for sides in combinations]
     above = sum(row["joint"] > row["base_joint"] for row in rows)
     worst = min(rows, key=lambda row: row["win_rate_vs_base"])
     return (
-        f"**Over {len(combinations)} combinations of preferences, {found}.** It is above the base in {above} of them; "
+        f"**Over {len(combinations)} combinations of preferences, {verdict}.** "
+        f"It is above the base in {above} of them; "
         f"its answers win {best['win_rate_vs_base']:.1%} of the comparisons with the base's (ties count half), "
         f"{worst['win_rate_vs_base']:.1%} in the worst combination, {name_of(worst['sides'])}."
         f"{_met(results['checks'])}"
@@ -76,9 +77,9 @@ def _met(checks: Sequence[Check]) -> str:
 
 def _examples(examples: Examples) -> str:
     answers = examples["answers"]
-    head = [plain(each["name"]) for each in answers]
-    shown = table(head, [[plain(each["answer"]) for each in answers]], words=len(answers))
-    return f"**Prompt:** {plain(examples['prompt'])}\n\n{shown}"
+    head = [plain(answer["name"]) for answer in answers]
+    body = table(head, [[plain(answer["answer"]) for answer in answers]], words=len(answers))
+    return f"**Prompt:** {plain(examples['prompt'])}\n\n{body}"
 
 
 def _base_and_best(results: Results) -> str:
@@ -124,26 +125,26 @@ def _methods(results: Results) -> str:
     base, best = results["base"]["distinct_bigrams"], results["best_method"]
     rows = [
         [
-            _emphasised(f"`{each['method']}`", each["method"] == best),
-            f"{each['weight']:g}",
-            *(_score(each["mean"]), _score(each["joint"]), _score(each["valid"])),
-            _score(each["win_rate_vs_base"]),
-            _score(each["distinct_bigrams"]),
-            f"{each['distinct_bigrams'] / base:.2f}" if base > 0 else "-",
+            _emphasised(f"`{method['method']}`", method["method"] == best),
+            f"{method['weight']:g}",
+            *(_score(method["mean"]), _score(method["joint"]), _score(method["valid"])),
+            _score(method["win_rate_vs_base"]),
+            _score(method["distinct_bigrams"]),
+            f"{method['distinct_bigrams'] / base:.2f}" if base > 0 else "-",
         ]
-        for each in results["methods"]
+        for method in results["methods"]
     ]
     head = ["method", "weight", "mean", "joint", "valid", "win rate", "distinct bigrams", "of the base's"]
     return f"Averages over the combinations, each method at its own weight.\n\n{table(head, rows)}{_overtaken(results)}"
 
 
 def _overtaken(results: Results) -> str:
-    """Say so where a method that was not chosen scores higher here than the one that was."""
+    """Return a note on methods with a higher joint score here than the chosen method, or nothing."""
     best = method_of(results, results["best_method"])
-    higher = [each for each in results["methods"] if each["joint"] > best["joint"]]
+    higher = [method for method in results["methods"] if method["joint"] > best["joint"]]
     if not higher:
         return ""
-    names = ", ".join(f"`{each['method']}` ({each['joint']:.3f})" for each in higher)
+    names = ", ".join(f"`{method['method']}` ({method['joint']:.3f})" for method in higher)
     return f"\n\nHigher joint score here than the chosen `{best['method']}` ({best['joint']:.3f}): {names}."
 
 
@@ -175,25 +176,25 @@ def _combinations(results: Results) -> str:
 def _selection(results: Results) -> str:
     if not results["selection"]:
         return ""
-    chosen = {each["method"]: each["weight"] for each in results["methods"]}
+    chosen = {method["method"]: method["weight"] for method in results["methods"]}
     rows = []
-    for each in results["selection"]:
-        is_chosen = chosen.get(each["method"]) == each["weight"]
-        scores = [f"{each['weight']:g}", *(_score(score) for score in (each["mean"], each["joint"], each["valid"]))]
-        rows.append([f"`{each['method']}`", *(_emphasised(text, is_chosen) for text in scores)])
-    said = " ".join(_reason(results["selection"], each) for each in results["methods"])
+    for trial in results["selection"]:
+        is_chosen = chosen.get(trial["method"]) == trial["weight"]
+        scores = [f"{trial['weight']:g}", *(_score(score) for score in (trial["mean"], trial["joint"], trial["valid"]))]
+        rows.append([f"`{trial['method']}`", *(_emphasised(text, is_chosen) for text in scores)])
+    reasons = " ".join(_reason(results["selection"], method) for method in results["methods"])
     intro = "Scores on the validation topics, averaged over the combinations; the chosen weights in bold."
-    return f"{intro} {said}\n\n{table(['method', 'weight', 'mean', 'joint', 'valid'], rows)}"
+    return f"{intro} {reasons}\n\n{table(['method', 'weight', 'mean', 'joint', 'valid'], rows)}"
 
 
 def _reason(selection: Sequence[ValidationScores], method: MethodScores) -> str:
-    tried = [each for each in selection if each["method"] == method["method"]]
+    trials = [trial for trial in selection if trial["method"] == method["method"]]
     what = f"`{method['method']}`: {method['weight']:g}"
-    scores = [each["joint"] for each in tried if each["weight"] == method["weight"]]
+    scores = [trial["joint"] for trial in trials if trial["weight"] == method["weight"]]
     if not scores:
         return f"{what}, which is not among the weights tried."
-    rank = sum(each["joint"] > max(scores) for each in tried) + 1
-    return f"{what}, {'the highest' if rank == 1 else f'number {rank} by'} joint score of {len(tried)} tried."
+    rank = sum(trial["joint"] > max(scores) for trial in trials) + 1
+    return f"{what}, {'the highest' if rank == 1 else f'number {rank} by'} joint score of {len(trials)} tried."
 
 
 def _sweeps(results: Results) -> str:
@@ -220,11 +221,11 @@ def _seconds(results: Results) -> str:
 
 def _provenance(results: Results) -> str:
     versions = ", ".join(f"{plain(name)} {plain(version)}" for name, version in results["versions"].items())
-    each = fmean(len(sides) for sides in combinations_of(results))
+    per_merge = fmean(len(sides) for sides in combinations_of(results))
     lines = [
         f"- seed: {results['seed']}",
         f"- basis of the experts: {results['basis']}",
-        f"- experts: {sum(len(sides) for sides in results['sides'].values())}, {each:g} in each merge",
+        f"- experts: {sum(len(sides) for sides in results['sides'].values())}, {per_merge:g} in each merge",
         f"- versions: {versions}",
     ]
     return "\n".join(lines)

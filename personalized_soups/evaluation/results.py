@@ -1,7 +1,7 @@
-"""What an evaluation found, as plain data: what results.json holds and what the report and the pictures are made from.
+"""The results of an evaluation, as plain data: the contents of results.json, and the input of report and pictures.
 
-Every score is in [0, 1] and gated on validity: an answer that is not well formed or not on topic scores nothing.
-The mean is over the dimensions; joint is the share of answers that are valid and on the asked side of every dimension.
+Every score is in [0, 1] and gated on validity: an answer that is ill-formed or off topic scores 0. `mean` is over the
+dimensions. `joint` is the share of answers that are valid and on the wanted side of every dimension.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Scores(TypedDict):
 
 
 class BaseScores(Scores):
-    """The base alone; mean and joint are averages over the combinations, `per_dimension` is towards the high sides."""
+    """The base alone: `mean` and `joint` averaged over the combinations, `per_dimension` towards the high sides."""
 
     distinct_bigrams: float
 
 
 class CombinationScores(Scores):
-    """One combination merged by one method; `per_dimension` is towards the side that the combination asks for.
+    """One combination, merged by one method. `per_dimension` is towards the sides of the combination.
 
-    `weight` is the mixing weight of each of its experts, `base_joint` the base's joint score for the same sides.
+    `weight` is the mixing weight of each expert, `base_joint` the base's joint score for the same sides.
     """
 
     sides: Sequence[str]
@@ -44,7 +44,7 @@ class CombinationScores(Scores):
 
 
 class ValidationScores(TypedDict):
-    """One weight that was tried for one method, on the validation topics."""
+    """The scores of one method with one weight on the validation topics."""
 
     method: str
     weight: float
@@ -54,14 +54,14 @@ class ValidationScores(TypedDict):
 
 
 class MethodScores(ValidationScores):
-    """One method at its chosen weight, averaged over the combinations, on the evaluation's own prompts."""
+    """The scores of one method at its chosen weight on the evaluation's prompts, averaged over the combinations."""
 
     win_rate_vs_base: float
     distinct_bigrams: float
 
 
 class Check(TypedDict):
-    """One target: what was measured, what it has to reach (a bar, its words, or a range), whether it does."""
+    """One target: the measured value, its bar (a least value, a range, or words), and whether the value meets it."""
 
     name: str
     value: float | str
@@ -70,11 +70,11 @@ class Check(TypedDict):
 
 
 class Results(TypedDict):
-    """Everything that one evaluation found.
+    """All results of one evaluation.
 
-    A point of a sweep is (w, score): the expert of the dimension's high side weighs w, that of its low side 1 - w, and
-    the score is towards the high side. `num_prompts` counts a combination's prompts, `num_samples` a prompt's answers.
-    `files` names what was written beside the report: a caption and a path relative to it.
+    A point of a sweep is (w, score): the expert of the dimension's high side has the weight w, that of its low side
+    1 - w, and the score is towards the high side. `num_prompts` is the number of prompts of a combination,
+    `num_samples` the number of answers to a prompt. `files` maps captions to paths relative to the report.
     """
 
     base: BaseScores
@@ -96,7 +96,7 @@ class Results(TypedDict):
 
 
 class NamedAnswer(TypedDict):
-    """What the model of this name ("base", or the sides it was merged for) answered."""
+    """The answer of one model, named "base" or by the sides it was merged for."""
 
     name: str
     answer: str
@@ -115,7 +115,7 @@ def name_of(sides: Sequence[str]) -> str:
 
 
 def combinations_of(results: Results) -> list[tuple[str, ...]]:
-    """Return the combinations, each once, in the order of their first rows."""
+    """Return the distinct combinations, in the order of their first rows."""
     return list(dict.fromkeys(tuple(row["sides"]) for row in results["combinations"]))
 
 

@@ -1,4 +1,4 @@
-"""What the answers of one model are worth: scored once per side, then summed up for any combination of sides."""
+"""Scores of one model's answers: computed once per side, then summarised for any combination of sides."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Graded:
     """One answer with its scores.
 
     Args:
-        prompt: what was asked.
-        answer: what was said.
-        valid: well formed and on topic, by every scorer that was asked.
-        toward: side -> score in [0, 1]; 0 for every side of an invalid answer.
+        prompt: the prompt.
+        answer: the model's answer.
+        valid: whether every scorer calls the answer well formed and on topic.
+        toward: side -> score in [0, 1]; 0 for every side if the answer is invalid.
     """
 
     prompt: str
@@ -64,23 +64,23 @@ def grade(
 
 
 def worth(entry: Graded, sides: Sequence[str]) -> float:
-    """Return the mean of one answer's scores towards `sides`: what a user of that combination makes of it."""
+    """Return the mean of one answer's scores towards `sides`: its value to a user who prefers these sides."""
     return fsum(entry.toward[side] for side in sides) / len(sides)
 
 
 def mean_worth(graded: Sequence[Graded], sides: Sequence[str]) -> float:
-    """Return the mean worth over all answers, invalid ones counted as 0."""
+    """Return the mean worth over all answers; invalid answers count as 0."""
     return fsum(worth(entry, sides) for entry in graded) / len(graded)
 
 
 def mean_toward(graded: Sequence[Graded], side: str, *, of_valid: bool = False) -> float:
-    """Return the mean score towards one side, over all answers or over the valid ones alone (0 where none is)."""
+    """Return the mean score towards one side, over all answers or only the valid answers; 0 if there are none."""
     counted = [entry for entry in graded if entry.valid or not of_valid]
     return fsum(entry.toward[side] for entry in counted) / len(counted) if counted else 0.0
 
 
 def joint_share(graded: Sequence[Graded], sides: Sequence[str]) -> float:
-    """Return the share of answers that are valid and lie on the asked half of every dimension at once."""
+    """Return the share of answers that are valid and in the wanted half of every dimension at once."""
     return sum(entry.valid and all(entry.toward[side] > 0.5 for side in sides) for entry in graded) / len(graded)
 
 
@@ -90,26 +90,26 @@ def valid_share(graded: Sequence[Graded]) -> float:
 
 
 def distinct_bigrams(answers: Sequence[str], *, sample: int, seed: int = 0, num_draws: int = 20) -> float:
-    """Return how many distinct word pairs there are among `sample` drawn ones, as a share of `sample`.
+    """Return the share of distinct bigrams among `sample` bigrams drawn from the answers.
 
-    Distinct-2 (arXiv:1510.03055) falls with the length of the text, so texts are compared at one number of bigrams:
-    drawn without replacement from all answers, the mean over `num_draws` draws.
+    Distinct-2 (arXiv:1510.03055) falls with the length of the text, so models are compared at one number of bigrams.
+    The result is the mean over `num_draws` draws without replacement.
 
     Raises:
         ValueError: if the answers have fewer bigrams.
     """
     bigrams = [pair for answer in answers for pair in _bigrams(answer)]
     if len(bigrams) < sample:
-        raise ValueError(f"{sample} bigrams are to be drawn, the answers have {len(bigrams)}")
+        raise ValueError(f"cannot draw {sample} bigrams: the answers have {len(bigrams)}")
     rng = random.Random(seed)
     return fsum(len(set(rng.sample(bigrams, sample))) for _ in range(num_draws)) / num_draws / sample
 
 
 def num_bigrams(answers: Sequence[str]) -> int:
-    """Return how many bigrams the answers have in all."""
+    """Return the number of bigrams in all answers."""
     return sum(len(_bigrams(answer)) for answer in answers)
 
 
 def _bigrams(answer: str) -> list[tuple[str, str]]:
-    found = _WORD.findall(answer.lower())
-    return list(pairwise(found))
+    words = _WORD.findall(answer.lower())
+    return list(pairwise(words))

@@ -1,4 +1,4 @@
-"""Win rates: which of two models a user would rather have, prompt by prompt, with a bootstrap interval.
+"""Win rates: how often a user prefers one of two models, prompt by prompt, with a bootstrap interval.
 
 P prompts, N resamples
 """
@@ -15,26 +15,33 @@ import numpy as np
 class WinRate:
     """The share of comparisons won, ties counted half, and its interval."""
 
-    rate: float
-    low: float
-    high: float
+    rate: float  # in [0, 1]
+    low: float  # lower end of the interval
+    high: float  # upper end of the interval
 
 
 def win_rate(
     ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0, num_resamples: int = 2000, level: float = 0.95
 ) -> WinRate:
-    """Return how often `ours` beats `theirs`, entry by entry (one entry a prompt).
+    """Return the share of prompts where `ours` is above `theirs`, ties counted half.
 
     The interval is the percentile bootstrap over prompts: (wins + ties / 2) / P of each resample.
+
+    Args:
+        ours: one model's value for each prompt.
+        theirs: the other model's values for the same prompts.
+        seed: random seed of the bootstrap.
+        num_resamples: N, the number of resamples.
+        level: the share of resamples inside the interval.
 
     Raises:
         ValueError: if the two differ in length or are empty, or a value is not finite.
     """
     if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"{len(ours)} values of ours, {len(theirs)} of theirs: one each per prompt is needed")
+        raise ValueError(f"`ours` has {len(ours)} values, `theirs` {len(theirs)}: give both one value per prompt")
     gap_P = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     if not np.isfinite(gap_P).all():
-        raise ValueError("a value to compare is not finite")
+        raise ValueError("`ours` or `theirs` has a value that is not finite")
     points_P = np.where(gap_P > 0, 1.0, np.where(gap_P < 0, 0.0, 0.5))
     low, high = bootstrap_interval(points_P.tolist(), seed=seed, num_resamples=num_resamples, level=level)
     return WinRate(float(points_P.mean()), low, high)
@@ -43,7 +50,7 @@ def win_rate(
 def bootstrap_interval(
     values: Sequence[float], *, seed: int = 0, num_resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile-bootstrap interval of the mean of `values` (one a prompt)."""
+    """Return the percentile-bootstrap interval of the mean of `values`, one value per prompt."""
     values_P = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means_N = values_P[rng.integers(0, len(values_P), size=(num_resamples, len(values_P)))].mean(axis=1)

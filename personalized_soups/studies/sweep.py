@@ -14,7 +14,7 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.expert_weights import ProfileLike
 from personalized_soups.declare.profile import Profile
 from personalized_soups.evaluation.monotone import judge_sweep
-from personalized_soups.evaluation.pictures import Curve, draw_curve
+from personalized_soups.evaluation.pictures.curves import Curve, draw_curve
 from personalized_soups.evaluation.scores import grade
 from personalized_soups.evaluation.win_rates import bootstrap_interval
 from personalized_soups.files.lines import GrowingLines, read_lines

@@ -11,13 +11,9 @@ import numpy as np
 import pytest
 
 from personalized_soups.errors import UsageError
-from personalized_soups.evaluation.pictures import (
-    DPI,
-    combinations_figure,
-    draw_combinations,
-    draw_sweeps,
-    sweeps_figure,
-)
+from personalized_soups.evaluation.pictures.curves import draw_sweeps, sweeps_figure
+from personalized_soups.evaluation.pictures.heat_map import combinations_figure, draw_combinations
+from personalized_soups.evaluation.pictures.style import DPI
 from personalized_soups.evaluation.results import Results
 
 if TYPE_CHECKING:

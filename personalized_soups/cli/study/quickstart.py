@@ -42,7 +42,8 @@ def quickstart(
     check_extra("train", "trl", "datasets", "accelerate")
     check_extra("plot", "matplotlib")
 
-    from personalized_soups.evaluation.pictures import draw_combinations, draw_sweeps
+    from personalized_soups.evaluation.pictures.curves import draw_sweeps
+    from personalized_soups.evaluation.pictures.heat_map import draw_combinations
     from personalized_soups.evaluation.report import report
     from personalized_soups.studies.folder import StudyFolder, write_text
     from personalized_soups.studies.quickstart import run_study
