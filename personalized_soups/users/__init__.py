@@ -1,1 +1,1 @@
-"""Everybody's profiles: kept with all their versions in SQLite or PostgreSQL."""
+"""What the system knows about each user: stored profiles."""

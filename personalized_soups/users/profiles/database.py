@@ -1,4 +1,4 @@
-"""What a store asks of its database, whichever it is."""
+"""`Database`: the operations that a store needs of SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import TypeVar
 
 from sqlalchemy import Connection, Engine, select
 
-from personalized_soups.users.profiles.failures import told
+from personalized_soups.users.profiles.failures import translated_errors
 from personalized_soups.users.profiles.schema import check_schema, store
 
 T = TypeVar("T")
 
-# User and document of profiles that come together.
+# User and document of each profile in one batch of an import.
 Batch = Sequence[tuple[str, str]]
 
 
 class Database(ABC):
-    """An engine with its connections; safe between threads.
+    """A SQLAlchemy engine with its connections. Threads may share a database.
 
     Args:
-        engine: SQLAlchemy's.
-        where: how errors name it; never with a password.
+        engine: SQLAlchemy's engine.
+        where: the database's name in errors, without its password.
     """
 
     def __init__(self, engine: Engine, where: str) -> None:
@@ -32,16 +32,16 @@ class Database(ABC):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a connection for single statements, each of which sees what is committed when it begins.
+        """Yield a connection for single statements. Each statement sees what is committed when it starts.
 
         Raises:
-            StoreUnavailable, StoreFull, FileFormatError: as `told` does.
+            StoreUnavailable, StoreFull, FileFormatError: as `translated_errors`.
         """
-        with told(self.where), self.engine.connect() as connection:
+        with translated_errors(self.where), self.engine.connect() as connection:
             yield connection
 
     def check_schema(self, connection: Connection) -> None:
-        """Raise FileFormatError if the tables are of another schema than this version knows."""
+        """Raise FileFormatError if this version of the package does not know the schema of the tables."""
         check_schema(connection.execute(select(store.c.schema)).scalar_one(), self.where)
 
     def close(self) -> None:
@@ -50,12 +50,12 @@ class Database(ABC):
 
     @abstractmethod
     def write(self, work: Callable[[Connection], T]) -> T:
-        """Return what `work` returns, run in one transaction beside which no other writes; it may be run again."""
+        """Run `work` in one transaction that excludes other writers, and return its result. `work` may run again."""
 
     @abstractmethod
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Fill the temporary table without keeping anybody waiting, then do as `write` does."""
+        """Fill the temporary table without a lock, then run `work` as `write` does."""
 
     @abstractmethod
     def erase(self, user: str) -> None:
-        """Overwrite what a deletion has left of a user's rows, as far as the database lets us."""
+        """Overwrite the bytes of a deleted user's rows, as far as the database allows."""

@@ -1,4 +1,4 @@
-"""What can go wrong between a store of profiles and its database, told as this project tells errors."""
+"""The errors of a profile store, and the translation of database errors into them."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from personalized_soups.errors import FileFormatError, RunError, SoupError, UsageError
 
-# https://www.sqlite.org/rescode.html; the lowest byte of an extended code is its primary code
+# https://www.sqlite.org/rescode.html: the lowest byte of an extended code is its primary code.
 _PRIMARY = 0xFF
 _FULL = frozenset({sqlite3.SQLITE_FULL})
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-# the statement or its use is wrong: a fault of this program
+# The statement or its use is wrong: a bug of this package.
 _OURS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_INTERNAL})
-# the shared memory beside the file could not be made longer: the disk is full
+# The shared-memory file could not grow, because the disk is full.
 _FULL_EXTENDED = frozenset({sqlite3.SQLITE_IOERR_SHMSIZE})
 
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
@@ -29,14 +29,15 @@ _NO_RIGHT = "42501"
 _DISK_FULL = "53100"
 
 
-class UnknownProfile(UsageError):  # noqa: N818 # it says what is the case, and callers know it by this name
-    """The store has no profile of this user, or not this version of it."""
+class UnknownProfile(UsageError):  # noqa: N818 # the name states the condition
+    """The store has no profile of the user, or not the version of it."""
 
 
 class VersionConflict(RunError):  # noqa: N818
-    """A write expected a version that is not the current one: somebody else has written meanwhile.
+    """A write expected another version than the current one, because another write came first.
 
-    `current` is the version that there is; None where the user has no profile.
+    Attributes:
+        current: the current version; None if the user has no profile.
     """
 
     def __init__(self, what: str, *, where: str, mend: str, current: int | None = None) -> None:
@@ -44,26 +45,29 @@ class VersionConflict(RunError):  # noqa: N818
         self.current = current
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Keep the version across a process border, too."""
+        """Keep `current` when the error is pickled."""
         return (_conflict, (self.what, self.where, self.mend, self.current))
 
 
 class StoreUnavailable(RunError):  # noqa: N818
-    """The database cannot be reached or opened, or others had it locked for too long; a later call may do better."""
+    """The database cannot be reached or opened, or was locked for too long. A later call may succeed."""
 
 
 class StoreFull(RunError):  # noqa: N818
-    """The database's disk is full; nothing of the write is left."""
+    """The database's disk is full; the write was undone."""
 
 
 @contextmanager
-def told(where: str) -> Iterator[None]:
-    """Raise what the database says as an error of this project; what is a fault of the program stays as it is.
+def translated_errors(where: str) -> Iterator[None]:
+    """Translate errors of the database within the block. Errors that show a bug of this package are not translated.
+
+    Args:
+        where: the database's name in errors.
 
     Raises:
-        StoreUnavailable: if the database is away, locked or may not be written.
+        StoreUnavailable: if the database cannot be reached, is locked, or is read-only.
         StoreFull: if its disk is full.
-        FileFormatError: if it is damaged, or not a store of profiles.
+        FileFormatError: if it is damaged, or is not a profile store.
     """
     try:
         yield
@@ -71,7 +75,7 @@ def told(where: str) -> Iterator[None]:
         raise StoreUnavailable(
             "all connections to the database are in use",
             where=where,
-            mend="try again; let fewer threads ask at once",
+            mend="try again, or use fewer threads at once",
         ) from error
     except DBAPIError as error:
         translated = (
@@ -83,36 +87,36 @@ def told(where: str) -> Iterator[None]:
 
 
 def sqlstate(error: SQLAlchemyError) -> str | None:
-    """Return PostgreSQL's code of an error; None where it has none."""
+    """Return PostgreSQL's code of an error, None if it has none."""
     return getattr(getattr(error, "orig", None), "sqlstate", None)
 
 
 def is_busy(error: DBAPIError) -> bool:
-    """Return whether SQLite says that another connection has the file locked."""
+    """Return whether SQLite failed because another connection holds the lock."""
     return getattr(error.orig, "sqlite_errorcode", 0) & _PRIMARY in _BUSY
 
 
 def _of_sqlite(error: sqlite3.Error, where: str) -> SoupError | None:
     extended = getattr(error, "sqlite_errorcode", None)
     code = None if extended is None else extended & _PRIMARY
-    found: SoupError | None = StoreUnavailable(
-        f"the file cannot be used: {error}", where=where, mend="see that it is there, and may be read and written"
+    translated: SoupError | None = StoreUnavailable(
+        f"the file cannot be used: {error}", where=where, mend="check that it exists and that you may read and write it"
     )
     if code in _FULL or extended in _FULL_EXTENDED:
-        found = _full(str(error), where)
+        translated = _full(str(error), where)
     elif code in _DAMAGED:
-        found = FileFormatError(
-            f"the file is damaged, or no SQLite database: {error}",
+        translated = FileFormatError(
+            f"the file is damaged, or is not a SQLite database: {error}",
             where=where,
-            mend="restore it from a copy or an export",
+            mend="restore it from a backup or an export",
         )
     elif code in _BUSY:
-        found = _locked(str(error), where)
+        translated = _locked(str(error), where)
     elif code == sqlite3.SQLITE_ERROR and "no such table" in str(error):
-        found = _no_store(where)
+        translated = _no_store(where)
     elif code is None or code in _OURS:
-        found = None
-    return found
+        translated = None
+    return translated
 
 
 def _of_server(error: DBAPIError, where: str) -> SoupError | None:
@@ -125,24 +129,24 @@ def _of_server(error: DBAPIError, where: str) -> SoupError | None:
         return _no_store(where)
     if code == _NO_RIGHT or isinstance(error, OperationalError | InterfaceError | InternalError):
         return StoreUnavailable(
-            f"the database does not answer: {words}", where=where, mend="see that it runs and that the URL is right"
+            f"the database does not answer: {words}",
+            where=where,
+            mend="check that the server runs and that the URL is right",
         )
     return None
 
 
 def _full(words: str, where: str) -> StoreFull:
-    return StoreFull(
-        f"the database's disk is full: {words}", where=where, mend="free some space; nothing of this write is left"
-    )
+    return StoreFull(f"the database's disk is full: {words}", where=where, mend="free some space; the write was undone")
 
 
 def _locked(words: str, where: str) -> StoreUnavailable:
-    return StoreUnavailable(f"other writers were in the way for too long: {words}", where=where, mend="try again")
+    return StoreUnavailable(f"other writers held the lock for too long: {words}", where=where, mend="try again")
 
 
 def _no_store(where: str) -> FileFormatError:
     return FileFormatError(
-        "the database holds no store of profiles any more", where=where, mend="restore it, or give another database"
+        "the database no longer contains a profile store", where=where, mend="restore it, or use another database"
     )
 
 

@@ -1,4 +1,4 @@
-"""A store of profiles in PostgreSQL, through psycopg 3."""
+"""A profile store in PostgreSQL, through psycopg 3."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sqlalchemy.exc import DBAPIError
 
 from personalized_soups.errors import UsageError, check_extra
 from personalized_soups.users.profiles.database import Batch, Database
-from personalized_soups.users.profiles.failures import CONFLICTS, sqlstate, told
+from personalized_soups.users.profiles.failures import CONFLICTS, sqlstate, translated_errors
 from personalized_soups.users.profiles.schema import create_tables, profiles, staged
 
 T = TypeVar("T")
 
-# A server that went away without a word is given up after so many seconds, unless the URL says otherwise.
+# Limits for a server that stops answering, unless the URL sets others.
 _CONNECT_SECONDS = 5
 _SILENT_MILLISECONDS = 10_000
 
-# Any number: all who make the tables take the same lock.
+# An arbitrary number: all processes that create the tables take the same advisory lock.
 _CREATION_LOCK = 0x50534F5550
 
 _STAGE = f"INSERT INTO {staged.name} SELECT * FROM unnest(%(users)s::text[], %(documents)s::text[])"
@@ -31,14 +31,14 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 
 
 class PostgresDatabase(Database):
-    """A database that a server keeps; its tables are made where they are not there.
+    """A database on a PostgreSQL server.
 
-    Writers run SERIALIZABLE and are run again where two of them got in each other's way.
+    Writers run in SERIALIZABLE transactions. A write that conflicts with another runs again.
 
     Args:
-        url: of any spelling: postgres://, postgresql://, postgresql+psycopg://.
-        create: make the tables where they are not there.
-        patience: seconds that a writer waits for others.
+        url: the database; its scheme is postgres, postgresql or postgresql+psycopg.
+        create: whether to create the tables if they do not exist.
+        patience: seconds that a writer waits for other writers.
     """
 
     def __init__(self, url: URL, *, create: bool, patience: float) -> None:
@@ -52,7 +52,7 @@ class PostgresDatabase(Database):
         engine = create_engine(
             url.set(drivername="postgresql+psycopg"),
             connect_args={key: value for key, value in defaults.items() if key not in url.query},
-            isolation_level="AUTOCOMMIT",  # a single statement needs no BEGIN around it
+            isolation_level="AUTOCOMMIT",  # a single statement needs no BEGIN
             pool_pre_ping=True,
         )
         super().__init__(engine, url.render_as_string(hide_password=True))
@@ -62,9 +62,9 @@ class PostgresDatabase(Database):
             self._prepare(connection, create=create)
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """Return what `work` returns, run in one SERIALIZABLE transaction, again where it conflicts with another.
+        """Run `work` in one SERIALIZABLE transaction, again if it conflicts with another, and return its result.
 
-        A connection that is lost while it commits leaves it open whether the write is there: read it to know.
+        If the connection is lost during the commit, the write may have happened or not: read the profile to find out.
         """
 
         def attempt() -> T:
@@ -74,14 +74,14 @@ class PostgresDatabase(Database):
         return self._retried(attempt)
 
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Fill the temporary table, then run `work` while other writers wait and readers do not."""
+        """Fill the temporary table, then run `work` while other writers wait; readers do not wait."""
 
         def locked(connection: Connection) -> T:
-            # before anything is read: the snapshot is then of what all others have committed
+            # before the first read, so that the snapshot contains everything that other writers have committed
             connection.exec_driver_sql(f"LOCK TABLE {profiles.name} IN EXCLUSIVE MODE")
             return work(connection)
 
-        with told(self.where), self._serializable.connect() as connection:
+        with translated_errors(self.where), self._serializable.connect() as connection:
             try:
                 staged.create(connection, checkfirst=False)
                 for batch in batches:
@@ -91,10 +91,10 @@ class PostgresDatabase(Database):
                 connection.commit()
                 return self._retried(lambda: self._run(connection, locked))
             finally:
-                connection.invalidate()  # the temporary table goes with the connection
+                connection.invalidate()  # the temporary table ends with the connection
 
     def erase(self, user: str) -> None:
-        """Leave it to the server: dead rows are overwritten by its vacuum."""
+        """Do nothing: the server's vacuum overwrites dead rows."""
 
     def _run(self, connection: Connection, work: Callable[[Connection], T]) -> T:
         with connection.begin():
@@ -104,28 +104,30 @@ class PostgresDatabase(Database):
     def _retried(self, attempt: Callable[[], T]) -> T:
         deadline = time.monotonic() + self._patience
         pause = _FIRST_PAUSE
-        with told(self.where):
+        with translated_errors(self.where):
             while True:
                 try:
                     return attempt()
                 except DBAPIError as error:
                     if sqlstate(error) not in CONFLICTS or time.monotonic() > deadline:
                         raise
-                time.sleep(random.uniform(0, pause))  # by chance, or the same two meet again
+                time.sleep(random.uniform(0, pause))  # a random pause, so that two writers do not conflict again
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _prepare(self, connection: Connection, *, create: bool) -> None:
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
         if encoding != "UTF8":
             raise UsageError(
-                f"the database's encoding is {encoding}, which does not hold every name; UTF8 does",
+                f"the database's encoding is {encoding}, which cannot store every name; UTF8 can",
                 where=self.where,
                 mend="CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0",
             )
         if not inspect(connection).has_table(profiles.name):
             if not create:
                 raise UsageError(
-                    "the database holds no store of profiles", where=self.where, mend="psoups profile set makes one"
+                    "the database contains no profile store",
+                    where=self.where,
+                    mend="create one with psoups profile set",
                 )
             self._create()
         self.check_schema(connection)

@@ -1,4 +1,4 @@
-"""The two tables of a store of profiles, and every question that is asked of them."""
+"""The tables of a profile store, and every statement on them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ SCHEMA = 1
 
 _metadata = MetaData()
 
-# Users are listed in the order of code points, as SQLite does by itself and PostgreSQL where it is told to.
+# Users are sorted by code points: SQLite's default, and the collation "C" of PostgreSQL.
 _NAME = Text().with_variant(Text(collation="C"), "postgresql")
 
-# A write adds a row, never changes one: two writers who saw the same version add the same key, and one of them fails.
+# A write adds a row and never changes one. Two writers that saw the same version add the same key, so one fails.
 profiles = Table(
     "psoups_profiles",
     _metadata,
     Column("user", _NAME, primary_key=True),
     Column("version", BigInteger, primary_key=True, autoincrement=False),
-    Column("document", Text, nullable=False),  # JSON in ASCII: everything of the profile but its user
+    Column("document", Text, nullable=False),  # JSON in ASCII: the profile without its user
     Column("written_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
     sqlite_with_rowid=False,
 )
 
-# One row: the schema's version, and the greatest version of any profile that was ever deleted (nobody's name is kept).
+# One row: the version of the schema, and the greatest version of any deleted profile (without its user's name).
 store = Table(
     "psoups_store",
     _metadata,
@@ -45,7 +45,7 @@ store = Table(
     Column("retired", BigInteger, nullable=False),
 )
 
-# What an import has read so far, on its own connection alone.
+# The profiles that an import has read so far; visible to its connection only.
 staged = Table(
     "psoups_staged",
     MetaData(),
@@ -66,7 +66,7 @@ PAGE = (
     .order_by(profiles.c.user)
     .limit(bindparam("limit"))
 )
-# `pattern` is in lower case. lower() changes ASCII letters alone: SQLite's always, PostgreSQL's by the collation "C".
+# `pattern` is in lower case. lower() changes only ASCII letters: always in SQLite, and by collation "C" in PostgreSQL.
 SEARCH = PAGE.where(func.lower(profiles.c.user).like(bindparam("pattern"), escape="\\"))
 RETIRED = select(store.c.retired)
 ADD = insert(profiles)
@@ -74,7 +74,7 @@ DELETE = delete(profiles).where(profiles.c.user == bindparam("name"))
 RETIRE = update(store).where(store.c.retired < bindparam("last")).values(retired=bindparam("last"))
 
 _last = select(func.max(_later.c.version)).where(_later.c.user == staged.c.user).correlate(staged).scalar_subquery()
-# Every staged profile that differs from the current one becomes that user's next version.
+# Every staged profile that differs from the user's current profile becomes the user's next version.
 ADD_STAGED = (
     insert(profiles)
     .from_select(
@@ -94,20 +94,20 @@ ADD_STAGED = (
 
 
 def create_tables(connection: Connection) -> None:
-    """Make the tables; the caller has seen that they are not there and holds a lock."""
+    """Create the tables. The caller holds a lock and has checked that they do not exist."""
     _metadata.create_all(connection, checkfirst=False)
     connection.execute(insert(store).values(schema=SCHEMA, retired=0))
 
 
-def check_schema(found: int, where: str) -> None:
-    """Raise if the tables were made by a version of this package that this one does not know.
+def check_schema(version: int, where: str) -> None:
+    """Raise if this version of the package does not know the schema of the tables.
 
     Raises:
-        FileFormatError: with both versions.
+        FileFormatError: with both versions of the schema.
     """
-    if found != SCHEMA:
+    if version != SCHEMA:
         raise FileFormatError(
-            f"the store of profiles has schema {found}, and this version of personalized_soups knows schema {SCHEMA}",
+            f"the profile store has schema {version}, and this version of personalized_soups knows schema {SCHEMA}",
             where=where,
-            mend="install the version of personalized_soups that wrote it, or a newer one",
+            mend="install the version of personalized_soups that wrote it, or a newer version",
         )

@@ -1,4 +1,4 @@
-"""A store of profiles in one SQLite file, with its write-ahead log beside it."""
+"""A profile store in one SQLite file and its write-ahead log."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-# Threads that ask at once: each has a connection; more of them wait for one.
+# Each thread that uses the store at the same time has a connection; further threads wait for one.
 _CONNECTIONS = 16
 
-# The log of a large import is cut back to so many bytes once it is in the file.
+# The log of a large import is truncated to this size once its content is in the file.
 _LOG_BYTES = 64 << 20
 
-# A connection whose file was exchanged while it was being opened is opened again.
+# How often a connection is opened again because its file was replaced meanwhile.
 _ATTEMPTS = 5
 
 _PAUSE_SECONDS = 0.01
 
 
 class _Connection(sqlite3.Connection):
-    """A connection that knows which file it has open."""
+    """A connection that records the identity of its file."""
 
     file: Identity | None = None
 
 
 class SqliteDatabase(Database):
-    """A file that is made where it is not there; readers never wait, writers wait for each other.
+    """A SQLite file. Readers never wait; writers wait for each other.
 
-    Every transaction is on the disk when it is committed. What is deleted is overwritten.
+    A committed transaction is on the disk. Deleted bytes are overwritten.
 
     Args:
-        path: the file. Once opened it is never made anew: a file that was taken away is missed, not replaced by an
-            empty one, and found again when it is back.
-        create: make it where it is not there.
-        patience: seconds that a writer waits for others.
+        path: the file. After it is opened it is never created again: if the file is moved away, calls raise
+            StoreUnavailable until it is back.
+        create: whether to create the file if it does not exist.
+        patience: seconds that a writer waits for other writers.
     """
 
     def __init__(self, path: Path, *, create: bool, patience: float) -> None:
@@ -70,20 +70,20 @@ class SqliteDatabase(Database):
             raise
 
     def close(self) -> None:
-        """Close all connections; the last one to close brings the log into the file."""
+        """Close all connections. Closing the last one moves the log's content into the file."""
         super().close()
         while self._held:
             release(self._held.pop())
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """Return what `work` returns, run in one transaction that has the write lock from its beginning."""
+        """Run `work` in one transaction that takes the write lock at its start, and return its result."""
         with self.reading() as connection:
             return _locked(connection, work)
 
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Fill the temporary table, which locks nothing, then run `work` with the write lock."""
+        """Fill the temporary table without a lock, then run `work` with the write lock."""
         with self.reading() as connection:
-            connection.detach()  # the temporary table goes with the connection
+            connection.detach()  # the temporary table ends with the connection
             staged.create(connection, checkfirst=False)
             connection.exec_driver_sql("BEGIN")
             for batch in batches:
@@ -94,21 +94,21 @@ class SqliteDatabase(Database):
             return written
 
     def erase(self, user: str) -> None:
-        """Bring the log into the file and empty it, then see that the file has no copy of the name in unused places.
+        """Empty the log into the file, then make sure that unused space in the file does not contain the name.
 
-        SQLite overwrites what is deleted (secure_delete), but now and then a page that was split keeps a copy of a row
-        in the space between its rows: about one deletion in a hundred. The file is searched for it (0.1 s for a
-        million profiles) and written anew where the rows that are left do not account for what is found.
+        SQLite overwrites deleted rows (secure_delete). In about one deletion in a hundred, though, a page that was
+        split keeps a copy of a row between its rows. This method counts the name in the file's bytes (0.1 s for a
+        million profiles) and in the remaining rows, and rewrites the file if the counts differ.
         """
         with self.reading() as connection:
             if not _checkpointed(connection):
-                _log.warning("%s: a reader was in the way; what was deleted stays in the log for now", self.where)
+                _log.warning("%s: a reader blocks the log, which still contains the deleted bytes", self.where)
                 return
             held = identity_of(self._path)
-            if held not in self._held:  # taken away meanwhile
+            if held not in self._held:  # the file was moved away meanwhile
                 return
-            found = count_bytes(held, user.encode())
-            if found and found > connection.execute(_OCCURRENCES, {"name": user}).scalar_one():
+            count = count_bytes(held, user.encode())
+            if count and count > connection.execute(_OCCURRENCES, {"name": user}).scalar_one():
                 connection.exec_driver_sql("VACUUM")
                 _checkpointed(connection)
 
@@ -116,21 +116,23 @@ class SqliteDatabase(Database):
         if not os.path.lexists(self._path):
             self._make(create=create)
         elif os.path.exists(self._path) and not stat.S_ISREG(self._path.stat().st_mode):  # noqa: PTH110
-            raise FileFormatError("this is no file", where=self.where, mend="give a file, such as profiles.db")
+            raise FileFormatError("this is not a file", where=self.where, mend="give a file, such as profiles.db")
         with self.reading() as connection:
             self._prepare(connection, create=create)
 
     def _make(self, *, create: bool) -> None:
         if not create:
-            raise UsageError("there is no such file", where=self.where, mend="psoups profile set makes one")
+            raise UsageError("the file does not exist", where=self.where, mend="create it with psoups profile set")
         try:
-            # SQLite's own mode is 0644 at most; the log beside it takes the file's mode
+            # SQLite creates files with mode 0644 at most; its log gets the file's mode.
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
-            pass  # made by another process meanwhile
+            pass  # another process created it meanwhile
         except OSError as error:
             raise UsageError(
-                f"the file cannot be made: {error.strerror}", where=self.where, mend="give a file in a folder of yours"
+                f"the file cannot be created: {error.strerror}",
+                where=self.where,
+                mend="give a file in a folder that you own",
             ) from error
 
     def _prepare(self, connection: Connection, *, create: bool) -> None:
@@ -140,20 +142,20 @@ class SqliteDatabase(Database):
             _locked(connection, _create_if_empty)
         elif store.name not in tables:
             raise FileFormatError(
-                "this database is not a store of profiles" + (f": it holds {tables[0]!r}" if tables else ""),
+                "this database is not a profile store" + (f": it contains {tables[0]!r}" if tables else ""),
                 where=self.where,
-                mend="give another file, or none: it is made",
+                mend="give another file, or one that does not exist yet",
             )
         self.check_schema(connection)
 
     def _begin_log(self, connection: Connection) -> None:
-        """Have the file written through a log, from now on and by everybody."""
+        """Switch the file to a write-ahead log, for all processes."""
         deadline = time.monotonic() + self._patience
         while True:
             try:
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
             except OperationalError as error:
-                # SQLite does not wait here by itself where others make the same file
+                # SQLite itself does not wait here for other processes that create the same file.
                 if not is_busy(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(_PAUSE_SECONDS)
@@ -165,7 +167,7 @@ class SqliteDatabase(Database):
             f"{self._path.as_uri()}?mode=rw",
             uri=True,
             timeout=self._patience,
-            isolation_level=None,  # transactions begin where this module says so, and with the lock that it says
+            isolation_level=None,  # this module starts transactions, with the lock that it needs
             check_same_thread=False,
             factory=_Connection,
         )
@@ -178,7 +180,7 @@ class SqliteDatabase(Database):
         return connection
 
     def _opened(self) -> _Connection:
-        """Open the file and hold it; again where another file took its name meanwhile."""
+        """Open the file and hold its descriptor. Open it again if the file was replaced meanwhile."""
         for _ in range(_ATTEMPTS):
             before = identity_of(self._path)
             connection = self._connect()
@@ -186,27 +188,27 @@ class SqliteDatabase(Database):
                 connection.file = before
                 return connection
             connection.close()
-        raise StoreUnavailable("another file takes its name again and again", where=self.where, mend="try again")
+        raise StoreUnavailable("the file is replaced again and again", where=self.where, mend="try again")
 
     def _hold(self, identity: Identity) -> bool:
-        """Keep the file until `close`; return whether the path names it still."""
+        """Hold the file until `close`. Return whether the path still names this file."""
         with self._lock:
             if identity in self._held:
                 return identity_of(self._path) == identity
-            found = hold(self._path)
-            if found == identity:
+            held = hold(self._path)
+            if held == identity:
                 self._held.add(identity)
-            elif found is not None:
-                release(found)
-            return found == identity
+            elif held is not None:
+                release(held)
+            return held == identity
 
     def _check_file(self, connection: _Connection, _: object, __: object) -> None:
-        """Let go of connections whose file is no longer the one of that name."""
+        """Discard connections whose file is no longer the file at the path."""
         if connection.file != identity_of(self._path):
             raise InvalidatePoolError
 
 
-# How often a name stands in the rows that there are: within longer names, and within names of experts.
+# How often a name occurs in all rows, including within longer names and within names of experts.
 _OCCURRENCES = select(
     func.coalesce(
         func.sum(
@@ -220,7 +222,7 @@ _OCCURRENCES = select(
 
 
 def _locked(connection: Connection, work: Callable[[Connection], T]) -> T:
-    # IMMEDIATE: a transaction that reads first and locks later could lose what it read to another writer
+    # IMMEDIATE takes the lock first. What a transaction reads before it has the lock may be outdated when it writes.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
     try:
         result = work(connection)

@@ -1,7 +1,7 @@
-"""Descriptors of SQLite files, one a file and process, that nobody closes while SQLite has the file open.
+"""Descriptors for reading the bytes of SQLite files: one per file and process, open as long as SQLite's.
 
-A process loses all its POSIX locks on a file when it closes any descriptor of it (https://www.sqlite.org/howtocorrupt.html,
-section 2.2), SQLite's among them. So whoever reads the bytes of a database reads them here.
+A process that closes any descriptor of a file loses all its POSIX locks on that file, including SQLite's
+(https://www.sqlite.org/howtocorrupt.html, section 2.2). Code that reads the bytes of a database must read them here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import threading
 from pathlib import Path
 
-# Device and inode; an inode is not used for another file as long as a descriptor of it is open.
+# Device and inode. The system does not reuse an inode while a descriptor of it is open.
 Identity = tuple[int, int]
 
 _BLOCK = 4 << 20
@@ -22,16 +22,16 @@ _strays: list[int] = []
 
 
 def identity_of(path: Path) -> Identity | None:
-    """Return which file a path names now; None where there is none."""
+    """Return the identity of the file at a path, None if there is no file."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return (found.st_dev, found.st_ino)
+    return (status.st_dev, status.st_ino)
 
 
 def hold(path: Path) -> Identity | None:
-    """Keep a descriptor of the file that a path names until `release`; None where there is none, or another by now."""
+    """Keep a descriptor of the file at a path until `release`. Return None if the file is missing or was replaced."""
     with _lock:
         identity = identity_of(path)
         if identity is None:
@@ -41,9 +41,9 @@ def hold(path: Path) -> Identity | None:
                 descriptor = os.open(path, os.O_RDONLY)
             except OSError:
                 return None
-            found = os.fstat(descriptor)
-            if (found.st_dev, found.st_ino) != identity:
-                _strays.append(descriptor)  # it may be of a file that SQLite has open: it stays open, too
+            status = os.fstat(descriptor)
+            if (status.st_dev, status.st_ino) != identity:
+                _strays.append(descriptor)  # SQLite may have this file open, so the descriptor must stay open
                 return None
             _descriptors[identity] = descriptor
         _holders[identity] = _holders.get(identity, 0) + 1
@@ -51,7 +51,7 @@ def hold(path: Path) -> Identity | None:
 
 
 def release(identity: Identity) -> None:
-    """Let go of a file; its descriptor is closed with its last holder, who has closed SQLite's connections before."""
+    """Release a file. The last holder closes its descriptor, after it has closed SQLite's connections."""
     with _lock:
         _holders[identity] -= 1
         if not _holders[identity]:
@@ -59,12 +59,12 @@ def release(identity: Identity) -> None:
             os.close(_descriptors.pop(identity))
 
 
-def count_bytes(identity: Identity, sought: bytes) -> int:
-    """Return how often `sought` stands in a file that is held."""
+def count_bytes(identity: Identity, pattern: bytes) -> int:
+    """Return how often `pattern` occurs in a held file."""
     descriptor, place, count, kept = _descriptors[identity], 0, 0, b""
     while block := os.pread(descriptor, _BLOCK, place):
         place += len(block)
         block = kept + block
-        count += block.count(sought)
-        kept = block[len(block) - len(sought) + 1 :] if len(sought) > 1 else b""
+        count += block.count(pattern)
+        kept = block[len(block) - len(pattern) + 1 :] if len(pattern) > 1 else b""
     return count

@@ -45,15 +45,15 @@ def test_a_profile_is_written_read_and_deleted(psoups: Run) -> None:
     assert "friendly=1; method: ties" in told
 
     code, _, err = psoups("profile", "set", "u1", "--weights", "friendly=2", "--expect", 1)
-    assert (code, "'u1' is at version 2, and version 1 was expected" in err) == (1, True)
+    assert (code, "'u1' is at version 2, but version 1 was expected" in err) == (1, True)
     code, _, err = psoups("profile", "delete", "u1")
     assert (code, "give --yes" in err) == (2, True)
     code, _, err = psoups("profile", "delete", "u1", "--yes", "--expect", 1)
     assert code == 1
-    assert psoups("profile", "delete", "u1", "--yes") == (0, "", "u1 is deleted, and the history too\n")
+    assert psoups("profile", "delete", "u1", "--yes") == (0, "", "u1 is deleted, with all versions\n")
     for ask in (("get", "u1"), ("history", "u1"), ("delete", "u1", "--yes")):
         code, out, err = psoups("profile", *ask)
-        assert (code, out, "there is no profile of 'u1'" in err) == (2, "", True)
+        assert (code, out, "no profile of 'u1' is stored" in err) == (2, "", True)
 
 
 def test_a_profile_file_is_written(psoups: Run, tmp_path: Path) -> None:
@@ -79,8 +79,8 @@ def test_a_profile_file_is_written(psoups: Run, tmp_path: Path) -> None:
         (["u1", "--weights", "a=1", "--normalize", "some"], "'some' is no known normalize"),
         (["u1", "--weights", "a=1", "--method", "tise"], "did you mean 'ties'"),
         (["", "--weights", "a=1"], "the user's name is empty"),
-        (["u1", "--weights", "a=1", "--profiles", "mysql://h/d"], "no kind of database"),
-        (["u1", "--weights", "a=1", "--profiles", "missing/p.db"], "cannot be made"),
+        (["u1", "--weights", "a=1", "--profiles", "mysql://h/d"], "only in SQLite or PostgreSQL"),
+        (["u1", "--weights", "a=1", "--profiles", "missing/p.db"], "cannot be created"),
     ],
 )
 def test_what_is_wrong_is_told_and_no_store_is_made(
@@ -95,7 +95,7 @@ def test_what_is_wrong_is_told_and_no_store_is_made(
 def test_who_reads_makes_no_store(psoups: Run, tmp_path: Path) -> None:
     for arguments in (["get", "u1"], ["list"], ["history", "u1"], ["delete", "u1", "--yes"], ["export"]):
         code, out, err = psoups("profile", *arguments, "--profiles", "typo.db")
-        assert (code, out, "there is no such file" in err) == (2, "", True)
+        assert (code, out, "the file does not exist" in err) == (2, "", True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -140,7 +140,7 @@ def test_what_is_exported_is_imported_again(psoups: Run, tmp_path: Path) -> None
     psoups("profile", "export", "--out", "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == out
     code, _, err = psoups("profile", "export", "--out", "out.jsonl")
-    assert (code, "there already" in err) == (2, True)
+    assert (code, "already exists" in err) == (2, True)
     assert psoups("profile", "export", "--out", "out.jsonl", "--overwrite")[0] == 0
     told = psoups("profile", "import", "out.jsonl", "--json")[1]
     assert json.loads(told) == {"profiles": 8, "written": 0, "there_already": 8}

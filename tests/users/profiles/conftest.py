@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if find_programs() is None:
-        terminalreporter.write_line(f"the store of profiles was tested with SQLite alone: {NOT_INSTALLED}")
+        terminalreporter.write_line(f"the profile store was tested with SQLite only: {NOT_INSTALLED}")
 
 
 @pytest.fixture(scope="session")

@@ -108,7 +108,7 @@ def test_a_reader_in_the_way_is_told_of_and_the_log_is_emptied_later(
         reader.execute("SELECT * FROM psoups_profiles").fetchall()
         with caplog.at_level(logging.WARNING):
             store.delete("somebody")
-        assert "in the way" in caplog.text
+        assert "a reader blocks the log" in caplog.text
         assert "somebody" not in caplog.text
         assert b"somebody" in read_elsewhere(path)
         reader.close()

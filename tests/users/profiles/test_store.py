@@ -77,7 +77,7 @@ def test_expected_versions_are_held_to(store: ProfileStore) -> None:
         store.put(of("u1"), expected=3)
     assert absent.value.current is None
     assert store.put(of("u1", 0.1), expected=ABSENT).version == 1
-    with pytest.raises(VersionConflict, match="'u1' is at version 1, and no profile was expected") as there:
+    with pytest.raises(VersionConflict, match="'u1' is at version 1, but no profile was expected") as there:
         store.put(of("u1", 0.2), expected=ABSENT)
     assert there.value.current == 1
     assert store.put(of("u1", 0.2), expected=1).version == 2
@@ -139,9 +139,9 @@ def test_all_goes_on_from_page_to_page(store: ProfileStore, monkeypatch: pytest.
     monkeypatch.setattr(store_module, "_PAGE", 3)
     monkeypatch.setattr(store_module, "_BATCH", 4)
     users = [f"u{number:02d}" for number in range(10)]
-    told: list[int] = []
-    assert store.put_many((of(user) for user in reversed(users)), on_done=told.append) == 10
-    assert told == [4, 8, 10]
+    counts: list[int] = []
+    assert store.put_many((of(user) for user in reversed(users)), on_done=counts.append) == 10
+    assert counts == [4, 8, 10]
     assert [each.profile.user for each in store.all()] == users
 
 
@@ -196,7 +196,7 @@ def test_any_text_is_a_name(store: ProfileStore, user: str) -> None:
     ("user", "what"),
     [
         ("", "is empty"),
-        ("a\0b", "holds NUL"),
+        ("a\0b", "contains NUL"),
         ("\ud800", "half of a surrogate pair"),
         ("x" * (MAX_USER_BYTES + 1), f"takes {MAX_USER_BYTES + 1} bytes"),
         ("😀" * (MAX_USER_BYTES // 4 + 1), f"takes {MAX_USER_BYTES + 4} bytes"),
@@ -251,7 +251,7 @@ def test_export_and_import_give_the_same(where: str, store: ProfileStore, tmp_pa
 
 
 def test_a_store_is_there_when_it_is_opened_again(where: str) -> None:
-    with pytest.raises(UsageError, match=r"there is no such file|holds no store"):
+    with pytest.raises(UsageError, match=r"the file does not exist|contains no profile store"):
         ProfileStore.open(where, create=False)
     with ProfileStore.open(where) as store:
         written = store.put(of("u1"))
@@ -279,7 +279,9 @@ def test_a_document_of_a_newer_version_is_told_with_its_user(store: ProfileStore
         document = json.dumps({"method": "new", "weights": {"a": 1}})
         connection.execute(text("UPDATE psoups_profiles SET document = :document"), {"document": document})
         connection.commit()
-    with pytest.raises(FileFormatError, match="version 1 of 'u1' is no profile: 'new' is not a known merge method"):
+    with pytest.raises(
+        FileFormatError, match="version 1 of 'u1' is not a valid profile: 'new' is not a known merge method"
+    ):
         store.get("u1")
 
 
@@ -288,16 +290,16 @@ def test_faults_are_passed_over_and_told_where_that_is_asked_for(where: str) -> 
         if "bad" in profile.weights:
             raise DeclarationError("no such expert", where=profile.user, mend="take another")
 
-    told: list[str] = []
+    errors: list[str] = []
     profiles = [of("u1"), Profile(user="u2", weights={"bad": 1.0}), of("u\0"), of("u1", 2), of("u2", 3), of("u3")]
     with ProfileStore.open(where, check=check) as store:
-        written = store.put_many(profiles, on_bad=lambda error: told.append(error.what))
+        written = store.put_many(profiles, on_bad=lambda error: errors.append(error.what))
         # the first profile of u2 was no good: the second one is not its double
         assert [(each.profile.user, each.profile) for each in store.all()] == [
             (user, profile) for user, profile in (("u1", profiles[0]), ("u2", profiles[4]), ("u3", profiles[5]))
         ]
     assert written == 3
-    assert told == ["no such expert", "the user's name 'u\\x00' holds NUL", "the user 'u1' has two profiles"]
+    assert errors == ["no such expert", "the user's name 'u\\x00' contains NUL", "the user 'u1' has two profiles"]
 
 
 def test_a_search_finds_names_that_contain_a_text(store: ProfileStore) -> None:
@@ -321,7 +323,7 @@ def test_what_no_name_can_hold_is_found_nowhere(store: ProfileStore) -> None:
     for after in ("\0", "u\0", "u0\0z"):
         assert [each.profile.user for each in store.page(after=after)] == ["u1"]
     assert store.page(after="u1\0") == []
-    with pytest.raises(DeclarationError, match="no Unicode text"):
+    with pytest.raises(DeclarationError, match="not Unicode text"):
         store.page(after="\ud800")
 
 
@@ -361,8 +363,8 @@ def test_files_of_others_are_refused_and_left_as_they_are(tmp_path: Path) -> Non
     connection.close()
     (tmp_path / "text.db").write_text("not a database at all\n" * 100)
     for name, what in (
-        ("foreign.db", "not a store of profiles: it holds 'accounts'"),
-        ("text.db", "no SQLite database"),
+        ("foreign.db", "not a profile store: it contains 'accounts'"),
+        ("text.db", "is not a SQLite database"),
     ):
         before = (tmp_path / name).read_bytes()
         with pytest.raises(FileFormatError, match=what):

@@ -1,0 +1,58 @@
+"""Which user names a store accepts."""
+
+from __future__ import annotations
+
+from personalized_soups.errors import DeclarationError
+
+MAX_USER_BYTES = 256
+
+
+def check_user(user: str, where: str = "user") -> None:
+    """Raise if a store cannot hold a user's name.
+
+    A name is any text: slashes, quotes, line breaks and control characters are allowed. It must not be empty, contain
+    NUL (PostgreSQL cannot store it) or lone surrogates, or take more than MAX_USER_BYTES in UTF-8.
+
+    Args:
+        user: the name.
+        where: where the name was given, for the error.
+
+    Raises:
+        DeclarationError: with the rule that the name breaks.
+    """
+    if not user:
+        raise DeclarationError("the user's name is empty", where=where, mend="give a name, such as u1042")
+    if "\0" in user:
+        raise DeclarationError(f"the user's name {user[:40]!r} contains NUL", where=where, mend="remove the NUL")
+    check_unicode(user, where)
+    if len(user) * 4 > MAX_USER_BYTES and (size := len(user.encode())) > MAX_USER_BYTES:
+        raise DeclarationError(
+            f"the user's name {user[:40]!r}... takes {size} bytes, more than {MAX_USER_BYTES}",
+            where=where,
+            mend="use a shorter name, such as a number or a hash",
+        )
+
+
+def check_unicode(user: str, where: str) -> None:
+    """Raise if a user's name contains lone surrogates.
+
+    Raises:
+        DeclarationError: with the name.
+    """
+    if has_surrogates(user):
+        raise DeclarationError(
+            f"the user's name {user[:40]!r} is not Unicode text: it contains half of a surrogate pair",
+            where=where,
+            mend="decode the name as UTF-8",
+        )
+
+
+def has_surrogates(text: str) -> bool:
+    """Return whether a text contains lone surrogates, which UTF-8 cannot encode."""
+    if text.isascii():
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
