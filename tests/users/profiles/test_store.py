@@ -370,7 +370,7 @@ def test_files_of_others_are_refused_and_left_as_they_are(tmp_path: Path) -> Non
         with pytest.raises(FileFormatError, match=what):
             ProfileStore.open(tmp_path / name)
         assert (tmp_path / name).read_bytes() == before
-    with pytest.raises(FileFormatError, match="this is no file"):
+    with pytest.raises(FileFormatError, match="this is not a file"):
         ProfileStore.open(tmp_path)
     with pytest.raises(UsageError, match="No such file or directory"):
         ProfileStore.open(tmp_path / "missing" / "profiles.db")
