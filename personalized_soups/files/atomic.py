@@ -12,10 +12,9 @@ from pathlib import Path, PurePosixPath
 
 from personalized_soups.errors import InputError, RunError, UsageError
 from personalized_soups.files.journal import Journal
+from personalized_soups.files.locks import FULL_DISK, NO_ROOM
 from personalized_soups.files.swap import MARKERS, check_replaceable, files_below, publish, settle, sync, sync_folder
 from personalized_soups.files.workplace import (
-    FULL_DISK,
-    NO_ROOM,
     Workplace,
     abandoned,
     claimed,

@@ -125,7 +125,9 @@ class SafetensorsWriter:
         spec = self._spec(name)
         view = _bytes_of(data, spec)
         if start < 0 or start + len(view) > spec.num_bytes:
-            raise ValueError(f"{name}: {len(view)} bytes at offset {start} do not fit into the tensor's {spec.num_bytes} bytes")
+            raise ValueError(
+                f"{name}: {len(view)} bytes at offset {start} do not fit into the tensor's {spec.num_bytes} bytes"
+            )
         place = self._places[name] + start
         with self._writing(name, place, place + len(view)):
             write_at(self._descriptor, view, place)

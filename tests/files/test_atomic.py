@@ -254,7 +254,7 @@ def test_files_of_others_outlive_a_run_that_was_killed_just_after_the_exchange(t
 def test_the_second_of_two_runs_is_refused_before_any_work(tmp_path: Path) -> None:
     with new_folder(tmp_path / "out") as scratch:
         (scratch / "x").write_text("first")
-        with pytest.raises(OutputExistsError, match="another run is writing it") as caught:
+        with pytest.raises(OutputExistsError, match="another run is writing this output") as caught:
             new_folder(tmp_path / "out").__enter__()
     assert caught.value.where == str(tmp_path / "out")
     assert (tmp_path / "out" / "x").read_text() == "first"
@@ -426,7 +426,7 @@ def test_a_folder_is_held_by_a_file_where_folders_cannot_be_locked(
 def check_held(tmp_path: Path) -> None:
     folder, out = tmp_path / "deep" / ".x.training", tmp_path / "deep" / "x"
     with held(folder, out):
-        with pytest.raises(OutputExistsError, match="another run is writing it") as caught, held(folder, out):
+        with pytest.raises(OutputExistsError, match="another run is writing this output") as caught, held(folder, out):
             pytest.fail("the block must not be entered")
         assert caught.value.where == str(out)
     assert left_in(tmp_path) == []

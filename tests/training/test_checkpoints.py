@@ -110,7 +110,7 @@ def test_a_second_run_is_refused_while_the_first_lives_and_no_lock_outlives_a_ki
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(OutputExistsError, match="another run is writing it") as caught, checkpoints.held(out):
+        with pytest.raises(OutputExistsError, match="another run is writing this output") as caught, checkpoints.held(out):
             pytest.fail("the block must not be entered")
         assert (caught.value.where, caught.value.exit_code) == (str(out), 2)
         with checkpoints.held(tmp_path / "concise"):

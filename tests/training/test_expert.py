@@ -309,7 +309,7 @@ def test_a_second_training_into_the_same_folder_is_refused_and_the_first_goes_on
     class Second(Heard):
         def advance(self, side: str, report: StepReport) -> None:
             for resume in (False, True) if report.step == 5 else ():  # there is a checkpoint by now
-                with pytest.raises(OutputExistsError, match="another run is writing it") as caught:
+                with pytest.raises(OutputExistsError, match="another run is writing this output") as caught:
                     train(resume=resume)
                 refused.append(caught.value)
 
