@@ -19,16 +19,20 @@ from torch import Tensor
 
 from benchmarks import decoding
 from benchmarks.ways.missing import give_up
-from personalized_soups.mixing import groups
+from personalized_soups.mixing import grouping, weight_group
 from personalized_soups.mixing.model import SoupModel
 
 _ROUNDS = 9
 _STEPS = 10
 
-# What each way sets in personalized_soups.mixing.groups; None computes every layer by itself.
-_WAYS: Mapping[str, Mapping[str, float] | None] = {
-    "one": {"_MOST_NUMBERS_ON_CPU": 1 << 40},
-    "two": {"_MOST_NUMBERS_ON_CPU": 1 << 40, "_ROOM": 0, "_FEW_NUMBERS": 0},
+# The constants that each way changes, by module and name; None computes every layer separately.
+_WAYS: Mapping[str, Mapping[tuple[Any, str], float] | None] = {
+    "one": {(grouping, "_MOST_NUMBERS_ON_CPU"): 1 << 40},
+    "two": {
+        (grouping, "_MOST_NUMBERS_ON_CPU"): 1 << 40,
+        (weight_group, "_ROOM"): 0,
+        (weight_group, "_FEW_NUMBERS"): 0,
+    },
     "layers": None,
 }
 
@@ -41,7 +45,7 @@ def main(config: Mapping[str, Any], experts: str, device: str, dtype: str) -> No
     inputs = _Inputs(model)
     seconds = {"bare": _seconds(lambda: _step(model, inputs), device)}
     for way, settings in _WAYS.items():
-        with _set(groups, settings or {}):
+        with _set(settings or {}):
             soup = SoupModel(model, experts)
         with torch.no_grad(), soup.mixture(list(decoding.profiles())):
             if settings is None:
@@ -109,14 +113,14 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
 
 
 @contextmanager
-def _set(module: Any, settings: Mapping[str, float]) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in settings}
-    for name, value in settings.items():
+def _set(settings: Mapping[tuple[Any, str], float]) -> Iterator[None]:
+    before = {(module, name): getattr(module, name) for module, name in settings}
+    for (module, name), value in settings.items():
         setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
+        for (module, name), value in before.items():
             setattr(module, name, value)
 
 

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from personalized_soups import SoupModel
-from personalized_soups.mixing import groups
-from personalized_soups.mixing.groups import LayerGroup, WeightGroup, arranged
+from personalized_soups.mixing import grouping, weight_group
+from personalized_soups.mixing.grouping import in_slot_order
+from personalized_soups.mixing.groups import LayerGroup
+from personalized_soups.mixing.weight_group import WeightGroup
 from tests.experts import SHAPES, write_expert
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
 
@@ -99,9 +101,9 @@ def test_layers_that_read_alike_are_one_group(model: SoupModel) -> None:
     assert slots == list(range(slots[0], slots[0] + 2))
 
 
-def test_names_are_arranged_in_the_order_of_their_calls() -> None:
+def test_names_are_in_the_order_of_their_calls() -> None:
     names = [f"m.{leaf}" for leaf in ("up_proj", "k_proj", "o_proj", "q_proj", "gate_proj", "v_proj")]
-    assert arranged([*names, "n.k_proj", "plain"]) == [
+    assert in_slot_order([*names, "n.k_proj", "plain"]) == [
         ["m.gate_proj", "m.up_proj"],
         ["m.q_proj", "m.k_proj", "m.v_proj"],
         ["m.o_proj"],
@@ -123,10 +125,10 @@ def test_each_way_of_computing_a_group_is_right(
 ) -> None:
     """A's in the buffer of the weights; A's that do not fit there, as a second product; A's alone."""
     if way == "two products":
-        monkeypatch.setattr(groups, "_ROOM", 0)
-        monkeypatch.setattr(groups, "_FEW_NUMBERS", 0)
+        monkeypatch.setattr(weight_group, "_ROOM", 0)
+        monkeypatch.setattr(weight_group, "_FEW_NUMBERS", 0)
     if way == "A's alone":
-        monkeypatch.setattr(groups, "_MOST_NUMBERS_ON_CPU", 0)
+        monkeypatch.setattr(grouping, "_MOST_NUMBERS_ON_CPU", 0)
     folders = write(tmp_path / "experts")
     model = open_model(small_base, folders[0].parent)
     check_right(model, small_base, folders)
@@ -141,7 +143,7 @@ def test_each_way_of_computing_a_group_is_right(
 def test_a_batch_that_uses_few_ranks_multiplies_no_others(
     model: SoupModel, small_base: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, products: list[int]
 ) -> None:
-    monkeypatch.setattr(groups, "_MOST_NUMBERS_ON_CPU", 0)
+    monkeypatch.setattr(grouping, "_MOST_NUMBERS_ON_CPU", 0)
     monkeypatch.setattr("personalized_soups.mixing.stack._WORTH_A_GAP", 0)
     model = open_model(small_base, folders[0].parent)
     got = logits(model, IDS[:1], [{"warm": 1.0}])
@@ -590,7 +592,7 @@ def test_memory_that_runs_out_leaves_every_layer_right(
         if place == "buffers":
             patched.setattr(WeightGroup, "__init__", full)
         else:
-            patched.setattr("personalized_soups.mixing.groups.torch.cat", full)
+            patched.setattr("personalized_soups.mixing.weight_group.torch.cat", full)
         with pytest.warns(RuntimeWarning, match="memory ran out"):
             made = open_model(small_base, folders[0].parent)
         calls = 0

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from personalized_soups import SoupModel
 from personalized_soups.kernels import add_gated as kernel
 from personalized_soups.kernels import launching
-from personalized_soups.mixing import groups
+from personalized_soups.mixing import grouping, weight_group
 from tests.experts import write_expert
 from tests.mixing.worlds import random_ids
 
@@ -85,14 +85,14 @@ def test_a_decoder_layer_takes_four_products_for_seven(
     # each layer by itself
     for layer in model.layers.by_name.values():
         layer.group = None
-    model.layers._groups.clear()
+    model.layers.groups.clear()
     assert added(model, bare) == {"mm": 7, "mul": 7, "addmm_": 7}
 
 
 def test_where_weights_stay_the_as_are_one_product(
     small_base: Path, experts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(groups, "_MOST_NUMBERS_ON_CPU", 0)
+    monkeypatch.setattr(grouping, "_MOST_NUMBERS_ON_CPU", 0)
     model = SoupModel.from_pretrained(small_base, experts, device="cpu")
     assert added(model, step(model.model)) == {"mm": 4, "mul": 7, "addmm_": 7}
 
@@ -103,8 +103,8 @@ def test_with_the_kernel_a_decoder_layer_takes_eight_launches(
 ) -> None:
     """Four products and four gated sums, against the bare base's seven products; eight products without room."""
     if not has_room:
-        monkeypatch.setattr(groups, "_ROOM", 0)
-        monkeypatch.setattr(groups, "_FEW_NUMBERS", 0)
+        monkeypatch.setattr(weight_group, "_ROOM", 0)
+        monkeypatch.setattr(weight_group, "_FEW_NUMBERS", 0)
     model = SoupModel.from_pretrained(small_base, experts, device="cpu")
     bare = step(model.model)
     launches = 0

@@ -1,0 +1,239 @@
+"""Which layers of a model form a group, and the groups while models and experts change."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from personalized_soups.launching.threads import in_order, num_workers
+from personalized_soups.mixing.gates import Gates
+from personalized_soups.mixing.groups import FactorGroup, LayerGroup
+from personalized_soups.mixing.stack import Stack
+from personalized_soups.mixing.weight_group import WeightGroup, is_hooked
+
+if TYPE_CHECKING:
+    from personalized_soups.mixing.layer import MixedLinear
+
+# Names of layers that read the same input, in the order in which transformers' models call them. A wrong guess costs
+# time, never correctness: a layer that gets another input than its neighbours computes its own product.
+_READ_ALIKE = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+
+# On a CPU, a group's weights move into one buffer only if they are at most so many numbers, as in the embedded base.
+# For a 1B base one product for weights and A's was no faster than two (docs/explanation/decisions.md), moving its
+# weights takes 5 seconds, and memory-mapped weights would become private memory.
+_MOST_NUMBERS_ON_CPU = 1 << 20
+
+
+class LayerGroups:
+    """The groups of a model's layers.
+
+    Attributes:
+        slots: the slots of the layers that each product covers, in the order of the gates; a layer without a group is
+            alone.
+
+    Args:
+        model: of transformers.
+        gates: of the model.
+    """
+
+    def __init__(self, model: Any, gates: Gates) -> None:
+        self.slots: list[list[int]] = []
+        self._model = model
+        self._gates = gates
+        self._groups: list[LayerGroup] = []
+
+    @property
+    def num_spare_bytes(self) -> int:
+        """Bytes of the groups' buffers that hold neither weights nor factors."""
+        return sum(group.num_spare_bytes for group in self._groups)
+
+    def is_current(self) -> bool:
+        """Return whether every group computes what its layers would compute separately."""
+        return all(group.is_current() for group in self._groups)
+
+    def clear(self) -> None:
+        """Forget all groups, without releasing their layers."""
+        self._groups.clear()
+
+    def dissolve_of(self, layers: set[MixedLinear]) -> None:
+        """Dissolve the groups that contain one of these layers."""
+        for group in self._groups:
+            if not layers.isdisjoint(group.layers):
+                group.dissolve()
+        self._groups = [group for group in self._groups if layers.isdisjoint(group.layers)]
+
+    def regroup(self, layers: Mapping[str, MixedLinear]) -> tuple[dict[str, MixedLinear], int]:
+        """Form the groups of these layers, keep the groups that are still right, and give all layers their slots.
+
+        Slots depend on the layers' names alone, because a mixture that is set has a weight for each slot.
+
+        Returns:
+            The layers in the order of their slots, and for how many groups memory ran out.
+        """
+        names = in_slot_order(layers)
+        candidates = [candidate for alike in names for candidate in candidate_groups([layers[name] for name in alike])]
+        # A tensor that is made in inference mode can be neither changed nor trained outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            kept = {group.layers: group for group in self._groups if group.has_these_bases()}
+            for group in self._groups:
+                if group.layers not in candidates or group.layers not in kept:
+                    group.dissolve()
+            self._groups = [kept[candidate] for candidate in candidates if candidate in kept]
+            num_failed = self._form(candidates, kept)
+        ordered = {name: layers[name] for alike in names for name in alike}
+        for slot, layer in enumerate(ordered.values()):
+            layer.slot = slot
+        self.slots = [[layer.slot for layer in candidate] for candidate in candidates]
+        return ordered, num_failed
+
+    def _form(
+        self, candidates: Sequence[tuple[MixedLinear, ...]], kept: Mapping[tuple[MixedLinear, ...], LayerGroup]
+    ) -> int:
+        """Make the missing groups, give the kept groups their new stacks, and return how many of them failed."""
+        storages = storage_counts(self._model)
+
+        def formed(candidate: tuple[MixedLinear, ...]) -> LayerGroup | RuntimeError | None:
+            group = kept.get(candidate)
+            try:
+                if group is None:
+                    return new_group(candidate, self._gates, storages)
+                if not group.has_these_stacks():
+                    group.hold()
+            except RuntimeError as error:  # torch's error where memory runs out, on a CPU and on a GPU
+                if group is not None:
+                    group.dissolve()
+                return error
+            return group
+
+        # On a GPU the caller's thread works alone: other threads have other current streams.
+        is_on_gpu = any(layer.stack.a_CI.is_cuda for candidate in candidates for layer in candidate)
+        results = list(in_order(formed, candidates, 1 if is_on_gpu else num_workers(torch.device("cpu"))))
+        if is_on_gpu:
+            torch.cuda.empty_cache()  # the memory from which the weights have moved
+        self._groups = [result for result in results if isinstance(result, LayerGroup)]
+        return sum(isinstance(result, RuntimeError) for result in results)
+
+
+def in_slot_order(names: Collection[str]) -> list[list[str]]:
+    """Return names of layers in the order of their slots. Layers that may read the same input are in one list."""
+    alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for name in sorted(names):
+        parent, _, leaf = name.rpartition(".")
+        leaves = next((row for row in _READ_ALIKE if leaf in row), (leaf,))
+        alike.setdefault((parent, leaves), []).append(name)
+    return [
+        sorted(own, key=lambda name, leaves=leaves: leaves.index(name.rpartition(".")[2]))  # type: ignore[misc]
+        for (_, leaves), own in alike.items()
+    ]
+
+
+def candidate_groups(layers: Sequence[MixedLinear]) -> list[tuple[MixedLinear, ...]]:
+    """Split layers that may read the same input into the layers that can form one group, and the others alone.
+
+    The layers of a group have plain stacks of one width, dtype and device.
+    """
+
+    def kind(layer: MixedLinear) -> tuple[int, torch.dtype, torch.device]:
+        a_CI = layer.stack.a_CI
+        return a_CI.shape[1], a_CI.dtype, a_CI.device
+
+    plain = [layer for layer in layers if _is_plain_stack(layer.stack)]
+    together = tuple(layer for layer in plain if kind(layer) == kind(plain[0]))
+    alone = [(layer,) for layer in layers if layer not in together]
+    return [together, *alone] if together else list(alone)
+
+
+def new_group(candidate: Sequence[MixedLinear], gates: Gates, storages: Mapping[int, int]) -> LayerGroup | None:
+    """Return a group of layers; None if they are no faster as a group.
+
+    Args:
+        candidate: the layers, one of the results of `candidate_groups`.
+        gates: of the model.
+        storages: of the model, as `storage_counts` returns them.
+
+    Raises:
+        RuntimeError: if memory runs out. The layers are as they were.
+    """
+    if not _is_plain_stack(candidate[0].stack):
+        return None
+    group: LayerGroup
+    if takes_weights(candidate, storages):
+        group = weights = WeightGroup(candidate, gates)
+        weights.move_weights()
+    elif len(candidate) > 1:
+        group = FactorGroup(candidate, gates)
+    else:
+        return None
+    try:
+        group.hold()
+    except RuntimeError:
+        group.dissolve()
+        raise
+    group.join()
+    return group
+
+
+def takes_weights(layers: Sequence[MixedLinear], storages: Mapping[int, int]) -> bool:
+    """Return whether a group of these layers moves the base's weights into its buffer.
+
+    Args:
+        layers: the layers of one candidate.
+        storages: of the model, as `storage_counts` returns them.
+    """
+    if not all(is_plain_linear(layer.base_layer, layer.stack.a_CI, storages) for layer in layers):
+        return False
+    num_numbers = sum(layer.weight.numel() for layer in layers)
+    return layers[0].stack.a_CI.is_cuda or num_numbers <= _MOST_NUMBERS_ON_CPU
+
+
+def is_plain_linear(base: nn.Module, like: Tensor, storages: Mapping[int, int]) -> bool:
+    """Return whether a layer computes x W^T + b and nothing else, with a weight that may move into another buffer.
+
+    The layer must be `nn.Linear` itself, without hooks, parametrisation, or wrapping by PEFT or accelerate. Its tensors
+    must have `like`'s dtype and device, be neither sharded nor on the meta device, and own their storage: a weight that
+    is tied to another one, or part of a memory-mapped file, stays where it is.
+    """
+    if type(base) is not nn.Linear or is_hooked(base):
+        return False
+    tensors = [tensor for tensor in base._parameters.values() if tensor is not None]
+    return all(_may_move(tensor, like, storages) for tensor in tensors)
+
+
+def storage_counts(model: nn.Module) -> Counter[int]:
+    """Return how often each storage, by its address, occurs among a model's parameters and buffers.
+
+    A parameter counts once for each of its names: one layer may be in several modules, or have several names.
+    """
+    named: Iterable[tuple[str, Tensor]] = (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    )
+    # A subclass of Tensor may have no storage at an address.
+    tensors = (tensor for _, tensor in named if type(tensor.data) is Tensor and not tensor.is_meta)
+    return Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+
+def _may_move(tensor: nn.Parameter, like: Tensor, storages: Mapping[int, int]) -> bool:
+    """Return whether a parameter may become a view of another buffer, as `is_plain_linear` says."""
+    is_usual = type(tensor) is nn.Parameter and type(tensor.data) is Tensor and not tensor.is_inference()
+    if not is_usual or tensor.is_meta or (tensor.dtype, tensor.device) != (like.dtype, like.device):
+        return False
+    storage = tensor.untyped_storage()
+    is_alone = storage.nbytes() == tensor.nbytes and storages.get(storage.data_ptr(), 0) == 1
+    # torch reports every CUDA tensor as shared.
+    return is_alone and tensor.is_contiguous() and (tensor.is_cuda or not tensor.is_shared())
+
+
+def _is_plain_stack(stack: Stack) -> bool:
+    return stack.gains_DO is None and stack.biases_DO is None
