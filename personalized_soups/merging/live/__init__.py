@@ -1,1 +1,1 @@
-"""Live weights: a soup inside a loaded model, changed in place."""
+"""Live soups: a soup inside a loaded model, changed in place."""

@@ -1,4 +1,4 @@
-"""The buffers behind a live soup: laid out so that one product over one buffer sets every module at once.
+"""The buffers of a live soup. All modules lie in one buffer, so one product sets all of them.
 
 E experts, K rank of the live adapter, O out features, I in features, P numbers in all A's (or all B's) of one expert.
 """
@@ -24,35 +24,43 @@ from personalized_soups.methods.factors import Factors
 
 Shape = tuple[int, int]
 
-# Rows of a RowSum are a multiple of this long: the kernel then reads and writes 16 bytes at a time.
+# The length of a RowSum's rows is a multiple of 16 numbers, 64 bytes, so that the kernel reads 16 bytes at a time.
 _ROW_UNIT = 16
 
 
 class Product(Protocol):
-    """What is fixed (float32) times what a profile gives (float32), written into `live`, which never moves."""
+    """The product of the experts' fixed numbers and a profile's coefficients, both float32.
+
+    Attributes:
+        live: the buffer that receives the product. Its address never changes.
+    """
 
     live: Tensor
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """How many numbers the product takes from each expert, all of them that expert's coefficient."""
+        """How many times `run` takes each expert's coefficient."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of its tensors."""
+        """Bytes of all tensors of the product."""
 
     def run(self, coefficients: Tensor) -> None:
-        """Write the product into `live`: computed in float32, rounded once where `live` is narrower."""
+        """Compute the product in float32, and write it into `live`, rounded once to `live`'s dtype.
+
+        Args:
+            coefficients: float32 on the device of `live`: each expert's coefficient, repeated as `widths` says.
+        """
 
     def bound(self, coefficients: Sequence[float]) -> float:
-        """Return a number that no magnitude in the product of one coefficient per expert exceeds."""
+        """Return an upper bound of the magnitudes in the product, from one coefficient per expert."""
 
 
 class RowSum:
-    """`live_P = sum_e c_e experts_EP`; takes one number per expert.
+    """`live_P = sum_e c_e experts_EP`, with one coefficient per expert.
 
-    One kernel on a GPU, elsewhere a matrix-vector product: a matrix-matrix product may be computed in TF32 where the
-    user has allowed it.
+    A kernel computes the sum on a GPU, and a matrix-vector product elsewhere. A matrix-matrix product would be computed
+    in TF32 or bfloat16 if the user has lowered torch's float32 matmul precision.
     """
 
     def __init__(self, experts_EP: Tensor, dtype: torch.dtype) -> None:
@@ -61,14 +69,14 @@ class RowSum:
         self.widths = (1,) * num_experts
         self._experts_EP = experts_EP
         self._experts_PE = experts_EP.T
-        # no BLAS takes coefficients that are more exact than its matrix: it sums a 16-bit soup in float32 first
+        # BLAS needs one dtype for matrix, coefficients and result, so a 16-bit soup is first summed in float32
         has_scratch = dtype != torch.float32 and not experts_EP.is_cuda
         self._sum_P = torch.zeros_like(self.live, dtype=torch.float32) if has_scratch else None
         self._peaks: list[float] = torch.linalg.vector_norm(experts_EP, math.inf, dim=1).tolist()
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of its tensors."""
+        """Bytes of all tensors of the product."""
         return _num_bytes(self._experts_EP, self.live, *([] if self._sum_P is None else [self._sum_P]))
 
     def run(self, coefficients: Tensor) -> None:
@@ -77,26 +85,26 @@ class RowSum:
             return
         sum_P = self.live if self.live.dtype == torch.float32 else self._sum_P
         if sum_P is None:
-            # without a kernel, a GPU takes the memory anew each time from what torch has at hand
+            # a GPU without the kernel: torch's caching allocator returns the same memory again
             sum_P = torch.empty_like(self.live, dtype=torch.float32)
-        # not torch.mv: before torch 2.11 that allocates the whole result, whatever `out` says
+        # not torch.mv: before torch 2.11, it allocates the whole result even if `out` is given
         torch.addmv(sum_P, self._experts_PE, coefficients, beta=0, out=sum_P)
         if sum_P is not self.live:
             self.live.copy_(sum_P)
 
     def bound(self, coefficients: Sequence[float]) -> float:
-        """Return a number that no magnitude in the product exceeds: the sum of the experts' largest."""
+        """Return the sum of the experts' largest magnitudes, an upper bound of those in the product."""
         return math.fsum(abs(c) * peak for c, peak in zip(coefficients, self._peaks, strict=True))
 
 
 class ColumnScale:
-    """`live_OK = pristine_OK * columns_K`: one elementwise product; takes each expert's number once per rank."""
+    """`live_OK = pristine_OK * columns_K`, elementwise. Each expert's coefficient scales the columns of its rank."""
 
     def __init__(self, pristine_OK: Tensor, ranks: Sequence[int], dtype: torch.dtype) -> None:
         self.live = torch.zeros_like(pristine_OK, dtype=dtype)
         self.widths = tuple(ranks)
         self._pristine_OK = pristine_OK
-        # CUDA rounds to the output's dtype inside the kernel; on the CPU torch would allocate what is kept here
+        # CUDA rounds to the output's dtype inside the kernel; on the CPU, torch would allocate this buffer every time
         direct = dtype == torch.float32 or pristine_OK.is_cuda
         self._scaled_OK = self.live if direct else torch.zeros_like(pristine_OK)
         peaks = torch.linalg.vector_norm(pristine_OK, math.inf, dim=0)
@@ -104,7 +112,7 @@ class ColumnScale:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all of its tensors."""
+        """Bytes of all tensors of the product."""
         return _num_bytes(self._pristine_OK, self.live, self._scaled_OK)
 
     def run(self, coefficients: Tensor) -> None:
@@ -122,9 +130,14 @@ class ColumnScale:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LiveBuffers:
-    """A live soup: each module's `factors` (scaling 1; views), the products that set them, and by which numbers.
+    """The tensors of a live soup, and the products that set them.
 
-    `coefficients` takes the experts' weights and returns, for each product, one number per expert.
+    Attributes:
+        factors: each module's factors, with scaling 1, by the module's name; views into the products' buffers, except
+            for A's that never change.
+        products: the products that set the factors.
+        coefficients: a function of the experts' weights that returns one coefficient per expert, for each product.
+        num_bytes: bytes of all tensors.
     """
 
     factors: Mapping[str, Factors]
@@ -135,23 +148,29 @@ class LiveBuffers:
 
 @dataclass(frozen=True, slots=True)
 class FactorRule:
-    """A method that sums A's and B's apart: what of an expert's factors is fixed, and the weights' part of the rule."""
+    """A method that sums the A's and the B's separately, split into a part of the expert and a part of the weights.
+
+    Attributes:
+        a: an expert's fixed term in the sum of A's.
+        b: an expert's fixed term in the sum of B's.
+        coefficients: a function that takes the weights and returns one coefficient per expert, for A's and for B's.
+    """
 
     a: Callable[[Factors], Tensor]
     b: Callable[[Factors], Tensor]
     coefficients: Callable[[Sequence[float]], Sequence[Sequence[float]]]
 
 
-# The formulas of methods/factors.py, taken apart into what depends on the expert and what on the weights.
+# The formulas of methods/factors.py. A scaling goes into the expert's part, so that `set` needs the weights alone.
 FACTOR_RULES: Mapping[str, FactorRule] = MappingProxyType({
     "factor_average": FactorRule(
-        a=lambda each: each.a_RI,
-        b=lambda each: each.b_OR.double() * each.scaling,
+        a=lambda factors: factors.a_RI,
+        b=lambda factors: factors.b_OR.double() * factors.scaling,
         coefficients=lambda weights: ([weight / math.fsum(weights) for weight in weights], weights),
     ),
     "factor_linear": FactorRule(
-        a=lambda each: each.a_RI.double() * _signed_root(each.scaling),
-        b=lambda each: each.b_OR.double() * abs(each.scaling) ** 0.5,
+        a=lambda factors: factors.a_RI.double() * _signed_root(factors.scaling),
+        b=lambda factors: factors.b_OR.double() * abs(factors.scaling) ** 0.5,
         coefficients=lambda weights: ([_signed_root(w) for w in weights], [abs(w) ** 0.5 for w in weights]),
     ),
 })  # fmt: skip
@@ -160,14 +179,15 @@ FACTOR_RULES: Mapping[str, FactorRule] = MappingProxyType({
 def free_buffers(
     bank: ExpertBank, modules: Sequence[PlannedModule], dtype: torch.dtype, *, device: torch.device
 ) -> LiveBuffers:
-    """Return `linear` of free experts: A is the experts' stack and stays; B's columns are scaled.
+    """Return the buffers for `linear` of experts with A's of their own: A's are stacked once, B's columns are scaled.
 
-    Every module has the one rank K, so that the B's of all modules stand below one another in one buffer: an expert
-    takes as many columns as its highest rank, zeros where it has a lower one or lacks the module. Scalings stand in B.
+    All modules have the same rank K, so the B's of all modules are rows of one buffer. An expert has as many columns as
+    its highest rank; columns above the rank of a module, or in a module that it does not adapt, are zero. The fixed B's
+    include the scalings.
 
     Raises:
-        InputError: where an expert holds NaN or infinity.
-        UsageError: where an A does not fit into `dtype`.
+        InputError: if an expert holds NaN or infinity.
+        UsageError: if an A does not fit into `dtype`.
     """
     ranks = [max(module.rank for module in expert.adapter.modules.values()) for expert in bank.experts]
     starts = list(accumulate(ranks, initial=0))
@@ -177,10 +197,10 @@ def free_buffers(
     for module, a_KI, part_OK in zip(modules, a_stacks, pristine_OK.split(heights), strict=True):
         b_OK = torch.zeros(module.out_features, starts[-1])
         for index in bank.members(module.name):
-            each = bank.factors(index, module.name)
-            columns = slice(starts[index], starts[index] + each.rank)
-            a_KI[columns] = each.a_RI
-            b_OK[:, columns] = each.b_OR.double() * each.scaling
+            factors = bank.factors(index, module.name)
+            columns = slice(starts[index], starts[index] + factors.rank)
+            a_KI[columns] = factors.a_RI
+            b_OK[:, columns] = factors.b_OR.double() * factors.scaling
         part_OK.copy_(b_OK)
     product = ColumnScale(pristine_OK, ranks, dtype)
     return _with_fixed_a(modules, a_stacks, product.live.split(heights), product)
@@ -189,21 +209,21 @@ def free_buffers(
 def shared_buffers(
     bank: ExpertBank, modules: Sequence[PlannedModule], rank: int, dtype: torch.dtype, *, device: torch.device
 ) -> LiveBuffers:
-    """Return `linear` of experts with one basis: A is theirs and stays; B is the sum of theirs, scalings included.
+    """Return the buffers for `linear` of experts that share their A's: A's are fixed, B's are summed with the scalings.
 
     Modules of a lower rank are padded with zeros, as in a merged adapter.
 
     Raises:
-        InputError: where an expert holds NaN or infinity.
-        UsageError: where an A does not fit into `dtype`.
+        InputError: if an expert holds NaN or infinity.
+        UsageError: if an A does not fit into `dtype`.
     """
     shapes = _b_shapes(modules, rank)
-    rows_EP = _expert_rows(bank, modules, shapes, lambda each: each.b_OR.double() * each.scaling, device)
+    rows_EP = _expert_rows(bank, modules, shapes, lambda factors: factors.b_OR.double() * factors.scaling, device)
     product = RowSum(rows_EP, dtype)
     a_stacks = [torch.zeros(rank, module.in_features) for module in modules]
     for module, a_KI in zip(modules, a_stacks, strict=True):
-        each = bank.factors(0, module.name)
-        a_KI[: each.rank] = each.a_RI
+        factors = bank.factors(0, module.name)
+        a_KI[: factors.rank] = factors.a_RI
     return _with_fixed_a(modules, a_stacks, _views(product.live, shapes), product)
 
 
@@ -216,10 +236,10 @@ def factor_buffers(
     *,
     device: torch.device,
 ) -> LiveBuffers:
-    """Return a method that sums A's and B's apart, each in a buffer and with coefficients of its own.
+    """Return the buffers for a method that sums the A's and the B's separately: one buffer and one product for each.
 
     Raises:
-        InputError: where an expert holds NaN or infinity.
+        InputError: if an expert holds NaN or infinity.
     """
     a_shapes, b_shapes = [(rank, module.in_features) for module in modules], _b_shapes(modules, rank)
     a_product = RowSum(_expert_rows(bank, modules, a_shapes, rule.a, device), dtype)
@@ -231,16 +251,17 @@ def factor_buffers(
 
 
 def check_fits(largest: float, dtype: torch.dtype) -> None:
-    """Raise if a soup whose magnitudes reach `largest` may leave `dtype`.
+    """Raise if `dtype` cannot hold values of magnitude `largest`.
 
     Raises:
-        UsageError: naming both.
+        UsageError: if `largest` is beyond the dtype's largest number, or is NaN.
     """
     if not largest <= torch.finfo(dtype).max:
         raise UsageError(
-            f"the soup has values up to {largest:g}, beyond {str(dtype).removeprefix('torch.')}",
+            f"the soup may have values up to {largest:g}, beyond {str(dtype).removeprefix('torch.')} "
+            f"(at most {torch.finfo(dtype).max:g})",
             where="dtype",
-            mend="take dtype float32 or bfloat16, or smaller weights",
+            mend="use dtype='float32' or 'bfloat16', or smaller weights",
         )
 
 
@@ -261,14 +282,14 @@ def _expert_rows(
     part: Callable[[Factors], Tensor],
     device: torch.device,
 ) -> Tensor:
-    """Return experts_EP in float32: one row an expert, that part of its factors; zeros where it has none.
+    """Return experts_EP in float32: one row per expert, with its `part` of every module's factors concatenated.
 
-    Zeros behind them make the rows' length a multiple of _ROW_UNIT.
+    Modules that an expert does not adapt are zero. Zeros at the end make the rows' length a multiple of _ROW_UNIT.
     """
     num_values = sum(map(math.prod, shapes))
     rows_EP = torch.zeros(len(bank.experts), num_values + -num_values % _ROW_UNIT, device=device)
     for index, expert in enumerate(bank.experts):
-        # put together on the CPU: a GPU gets a row at once and not each module by itself
+        # assembled on the CPU, so that a GPU receives one copy per expert and not one per module
         row_P = rows_EP[index] if device.type == "cpu" else torch.zeros(rows_EP.shape[1])
         for module, target in zip(modules, _views(row_P, shapes), strict=True):
             if module.name in expert.adapter.modules:
@@ -280,7 +301,7 @@ def _expert_rows(
 
 
 def _views(values_P: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """Return a vector's first parts, one behind the other, as matrices of these shapes; they share its memory."""
+    """Split the start of a vector into consecutive matrices of these shapes. They share its memory."""
     sizes = [math.prod(shape) for shape in shapes]
     parts = values_P[: sum(sizes)].split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -1,4 +1,4 @@
-"""Whether experts and a model can have a live soup."""
+"""Checks of the experts and of the model before a live soup is built or attached."""
 
 from __future__ import annotations
 
@@ -16,54 +16,55 @@ _MAX_SHOWN = 5
 
 
 def check_plain(experts: Sequence[Expert]) -> None:
-    """Raise if an expert holds more than low-rank factors of linear layers.
+    """Raise if an expert has anything but low-rank factors of linear layers.
 
     Raises:
-        UnsupportedAdapterError: naming the expert and what it holds.
+        UnsupportedAdapterError: with the expert and the first such tensor.
     """
     for expert in experts:
         for module in expert.adapter.modules.values():
             if module.kind != "linear":
-                raise _unsupported(expert, f"{module.name} is of the kind {module.kind}")
+                raise _unsupported(expert, f"adapts {module.name}, which is a module of the kind {module.kind}")
         for whole in expert.adapter.trained.values():
-            raise _unsupported(expert, f"{whole.name} is trained whole ({whole.origin})")
+            raise _unsupported(expert, f"has {whole.name}, which is trained whole ({whole.origin})")
 
 
 def check_model(base: nn.Module, plan: MergePlan, device: torch.device) -> None:
-    """Raise unless a model has, on that device, every linear layer that the plan's experts adapt.
+    """Raise if the model lacks a linear layer that the experts adapt, or has it in another shape or on another device.
 
     Raises:
-        IncompatibleExpertsError: naming the modules that are missing or of other shapes.
+        IncompatibleExpertsError: with the modules that are missing or have other shapes.
         UsageError: if a module is on another device.
     """
     layers = dict(base.named_modules())
-    found = []
+    faults = []
     for module in plan.modules:
         layer: Any = layers.get(module.name)
         shape = None if layer is None else (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
         if shape is None:
-            found.append(f"{module.name} is missing")
+            faults.append(f"{module.name} is missing")
         elif shape != (module.out_features, module.in_features):
-            described = list(shape) if None not in shape else f"a {type(layer).__name__}"
-            found.append(f"{module.name} is {described}, the experts adapt {[module.out_features, module.in_features]}")
+            described = f"has the shape {list(shape)}" if None not in shape else f"is of type {type(layer).__name__}"
+            expected = [module.out_features, module.in_features]
+            faults.append(f"{module.name} {described}; the experts adapt a linear layer of shape {expected}")
         elif layer.weight.device != device:
             raise UsageError(
-                f"{module.name} is on {layer.weight.device}, the live soup on {device}",
+                f"{module.name} is on {layer.weight.device}, and the live soup is on {device}",
                 where="model",
-                mend="move the model first: model.to(live.device)",
+                mend="move the model before you attach the soup: model.to(live.device)",
             )
-    if found:
-        more = f" (and {len(found) - _MAX_SHOWN} more)" if len(found) > _MAX_SHOWN else ""
+    if faults:
+        more = f" (and {len(faults) - _MAX_SHOWN} more)" if len(faults) > _MAX_SHOWN else ""
         raise IncompatibleExpertsError(
-            "the model does not fit the experts: " + "; ".join(found[:_MAX_SHOWN]) + more,
-            where=", ".join(each.name for each in plan.experts),
-            mend="attach to the base that they were trained on",
+            "the model does not fit the experts: " + "; ".join(faults[:_MAX_SHOWN]) + more,
+            where=", ".join(expert.name for expert in plan.experts),
+            mend="attach the soup to the base model that the experts were trained on",
         )
 
 
 def _unsupported(expert: Expert, what: str) -> UnsupportedAdapterError:
     return UnsupportedAdapterError(
-        f"expert {expert.name!r}: {what}, a live soup holds only low-rank factors of linear layers",
+        f"the expert {expert.name!r} {what}; a live soup can only hold low-rank factors of linear layers",
         where=str(expert.folder),
-        mend="merge instead, or leave this expert out",
+        mend="merge the experts instead, or leave this expert out",
     )

@@ -1,4 +1,4 @@
-"""The numbers of a profile on their way to the products of a live soup, which may run on a GPU."""
+"""Carry a profile's coefficients to the device where a live soup's products read them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Each number, and how many times it is written.
+# Pairs of a number and how many times it is written.
 Numbers = Iterable[tuple[float, int]]
 
 
 class Coefficients(Protocol):
-    """float32 numbers that the host writes and products read."""
+    """A buffer of float32 numbers that the host writes and the products read."""
 
     def written(self, numbers: Numbers) -> AbstractContextManager[Sequence[Tensor]]:
-        """Write all numbers, and lend them to the products that are started within: a part for each product."""
+        """Write all numbers, and return one tensor for each product; start the products inside the `with` block."""
         ...
 
 
 def coefficients_on(device: torch.device, widths: Sequence[int]) -> Coefficients:
-    """Return the coefficients of products that take so many numbers each."""
+    """Return a buffer for products that take these numbers of coefficients."""
     return _ForGpu(device, widths) if device.type == "cuda" else _ForCpu(widths)
 
 
 class _ForCpu:
-    """The products read what the host has written."""
+    """A buffer in the host's memory, which the products read directly."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         values = torch.zeros(sum(widths))
@@ -44,16 +44,16 @@ class _ForCpu:
 
 
 class _ForGpu:
-    """Two slots, used in turn, and a stream that copies them to the GPU.
+    """Two slots, used alternately, and a stream that copies them to the GPU.
 
-    The numbers of the next `set` are copied while the products of this one run, so that no transfer stands between the
-    products of the two. The host waits only for the `set` before the last, whose slot it needs.
+    The numbers for the next `set` are copied while the products of this `set` run. The host waits only for the `set`
+    before the last, because it needs that slot.
     """
 
     def __init__(self, device: torch.device, widths: Sequence[int]) -> None:
         self._slots = cycle([_Slot(device, widths), _Slot(device, widths)])
         self._stream = torch.cuda.Stream(device)
-        # the slots are filled with zeros by the current stream, which may not have come to that yet
+        # the current stream fills the slots with zeros, perhaps after this constructor returns
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @contextmanager
@@ -72,7 +72,15 @@ class _ForGpu:
 
 
 class _Slot:
-    """The numbers of one `set`: in pinned memory of the host, and on the GPU."""
+    """The numbers of one `set`, in pinned host memory and on the GPU.
+
+    Attributes:
+        on_host: the pinned tensor.
+        array: the pinned tensor as a NumPy array.
+        on_device: the tensor on the GPU.
+        parts: one view of `on_device` for each product.
+        was_read: the event after which the products have read the slot.
+    """
 
     def __init__(self, device: torch.device, widths: Sequence[int]) -> None:
         self.on_host = torch.zeros(sum(widths), pin_memory=True)
