@@ -1,4 +1,4 @@
-"""A running batch: every row's answer is its answer alone, whatever joins and leaves beside it."""
+"""A running batch: every row gets the answer that it gets alone, regardless of the rows that join and leave."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.serving.engine.worlds import BASES, Forwards, greedy, small_soup, som
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
-    """Be in inference mode, as the batcher's thread is."""
+    """Enter inference mode, as the batcher's thread does."""
     with torch.inference_mode():
         yield
 
@@ -35,10 +35,10 @@ def _row(request: GenerationRequest) -> BatchRow:
     return BatchRow(list(request.tokens), request.weights, TokenSampler(request.sampling_params))
 
 
-def _lived(
+def _answer(
     model: SoupModel, requests: Sequence[GenerationRequest], random: random.Random, *, most: int = 7
 ) -> dict[GenerationRequest, list[int]]:
-    """Answer requests in one batch, into which they come and from which they go at random times; some go unanswered."""
+    """Answer requests in one batch, which they join and leave at random times; some answers are cut off."""
     batch = Batch(model)
     waiting, running, answers = (
         list(requests),
@@ -59,9 +59,9 @@ def _lived(
         if waiting and random.random() < 0.5:
             group, waiting = (waiting[:1], waiting[1:]) if random.random() < 0.5 else (waiting[:3], waiting[3:])
             rows = [_row(request) for request in group]
-            parts = most if len(rows) == 1 else 99  # several are read whole
+            parts = most if len(rows) == 1 else 99  # several prompts must be read in one call
             while batch.read(rows, parts) is None:
-                if batch.rows:  # the others go on meanwhile, and leave
+                if batch.rows:  # the other rows continue and leave meanwhile
                     batch.step()
                     leave([row for row in batch.rows if is_done(row) or random.random() < 0.2])
             running.update(zip(rows, group, strict=True))
@@ -72,16 +72,18 @@ def _lived(
     return answers
 
 
-def _check_alone(model: SoupModel, answers: dict[GenerationRequest, list[int]], *, off: float) -> None:
-    """Hold answers to those of transformers' generate; they may part where two tokens are as likely."""
+def _check_alone(model: SoupModel, answers: dict[GenerationRequest, list[int]], *, tolerance: float) -> None:
+    """Compare answers with those of transformers' generate; they may differ where two tokens are equally likely."""
     assert sum(map(len, answers.values())) > len(answers)
     for request, got in answers.items():
         want = greedy(model, request)[: len(got)]
-        got = got[: len(want)]  # theirs ends at an end token  # noqa: PLW2901
-        parted = next((place for place, pair in enumerate(zip(got, want, strict=True)) if len(set(pair)) > 1), None)
-        if parted is not None:
-            logits_V = true_logits(model, request.weights, [*request.tokens, *want[:parted]])[-1]
-            assert float(logits_V[want[parted]] - logits_V[got[parted]]) < off
+        got = got[: len(want)]  # generate stops at an end token  # noqa: PLW2901
+        first_difference = next(
+            (place for place, pair in enumerate(zip(got, want, strict=True)) if len(set(pair)) > 1), None
+        )
+        if first_difference is not None:
+            logits_V = true_logits(model, request.weights, [*request.tokens, *want[:first_difference]])[-1]
+            assert float(logits_V[want[first_difference]] - logits_V[got[first_difference]]) < tolerance
 
 
 @pytest.mark.parametrize("name", [name for name in BASES if name not in {"gemma2", "gpt_oss"}])
@@ -89,29 +91,29 @@ def test_answers_are_those_of_each_row_alone(tmp_path: Path, name: str) -> None:
     model = small_soup(tmp_path, name)
     chance = random.Random(name)
     requests = [some_request(chance, most=12, longest=20) for _ in range(8)]
-    answers = _lived(model, requests, chance)
+    answers = _answer(model, requests, chance)
     assert answers.keys() == set(requests)
-    _check_alone(model, answers, off=1e-9)  # float64: see test_slots
+    _check_alone(model, answers, tolerance=1e-9)  # float64: see test_kv_slots
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss"])
-def test_answers_of_float32_part_where_tokens_are_as_likely_at_most(tmp_path: Path, name: str) -> None:
+def test_answers_in_float32_differ_only_where_tokens_are_equally_likely(tmp_path: Path, name: str) -> None:
     model = small_soup(tmp_path, name, attention="eager", dtype=torch.float32)
     chance = random.Random(name)
     requests = [some_request(chance, most=12, longest=20) for _ in range(8)]
-    # sums of up to 1000 terms below 10: both logits are off by that many roundings at most
-    _check_alone(model, _lived(model, requests, chance), off=2 * 1000 * 10 * 1.2e-7)
+    # sums of up to 1000 terms below 10: each of two logits is off by at most as many roundings
+    _check_alone(model, _answer(model, requests, chance), tolerance=2 * 1000 * 10 * 1.2e-7)
 
 
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_answers_are_those_of_each_row_alone_whatever_happens(llama: SoupModel, seed: int) -> None:
+def test_answers_are_those_of_each_row_alone_in_any_order(llama: SoupModel, seed: int) -> None:
     chance = random.Random(seed)
     requests = [some_request(chance, most=8, longest=20) for _ in range(7)]
-    _check_alone(llama, _lived(llama, requests, chance), off=1e-9)
+    _check_alone(llama, _answer(llama, requests, chance), tolerance=1e-9)
 
 
-def test_a_prompt_that_is_read_in_parts_keeps_them_while_others_leave(llama: SoupModel) -> None:
+def test_a_prompt_read_in_parts_keeps_them_while_other_rows_leave(llama: SoupModel) -> None:
     batch = Batch(llama)
     chance = random.Random(1)
     others = [_row(some_request(chance)) for _ in range(5)]
@@ -129,14 +131,14 @@ def test_a_prompt_that_is_read_in_parts_keeps_them_while_others_leave(llama: Sou
     assert row.tokens[30:] == greedy(llama, request)
 
 
-def test_keys_that_are_no_numbers_harm_nobody_and_leave_nothing_behind(llama: SoupModel) -> None:
+def test_nan_keys_stay_in_their_row_and_vanish_with_it(llama: SoupModel) -> None:
     batch = Batch(llama)
     ill = _row(GenerationRequest(list(range(50, 80)), ExpertWeights({"warm": 0.8}), 6))
-    beside = _row(
+    neighbor = _row(
         GenerationRequest(list(range(50, 90)), ExpertWeights(), 6)
-    )  # longer, so that all of the others' columns are looked at
-    batch.read([beside, ill], 99)
-    for layer in batch._slots._layers:  # as a soup makes them that is too much for float16
+    )  # longer, so that attention covers all columns of the other row
+    batch.read([neighbor, ill], 99)
+    for layer in batch._slots._layers:  # as large weights make them in float16
         layer.keys[1, :, :30] = torch.nan
         layer.values[1, :, :30] = torch.inf
     assert [choice.is_sound for choice in batch.step()] == [True, False]
@@ -147,10 +149,10 @@ def test_keys_that_are_no_numbers_harm_nobody_and_leave_nothing_behind(llama: So
     for _ in range(5):
         batch.step()
     assert row.tokens[3:] == greedy(llama, request)
-    assert beside.tokens[40:46] == greedy(llama, GenerationRequest(beside.tokens[:40], ExpertWeights(), 6))
+    assert neighbor.tokens[40:46] == greedy(llama, GenerationRequest(neighbor.tokens[:40], ExpertWeights(), 6))
 
 
-def test_passes_are_counted(llama: SoupModel) -> None:
+def test_a_read_and_a_step_are_one_forward_pass_each(llama: SoupModel) -> None:
     batch = Batch(llama)
     rows = [_row(some_request(random.Random(seed), longest=9)) for seed in range(9)]
     longest = max(len(row.tokens) for row in rows)
@@ -180,7 +182,7 @@ def test_a_read_that_fails_changes_nothing(llama: SoupModel, monkeypatch: pytest
         with pytest.raises(torch.OutOfMemoryError):
             batch.read([_row(GenerationRequest([7, 8, 9], ExpertWeights(), 3))], 999)
         with pytest.raises(torch.OutOfMemoryError):
-            batch.step()  # may be tried again
+            batch.step()  # the step can be repeated
     assert list(batch.rows) == [row]
     for _ in range(5):
         batch.step()
@@ -191,7 +193,7 @@ def _full(*_: object) -> None:
     raise torch.OutOfMemoryError("no more")
 
 
-def test_the_model_is_let_go_between_changes(llama: SoupModel) -> None:
+def test_release_and_clear_leave_the_mixture(llama: SoupModel) -> None:
     batch = Batch(llama)
     batch.read([_row(GenerationRequest([7, 8], ExpertWeights({"warm": 1.0}), 3))], 99)
     batch.step()
@@ -205,7 +207,7 @@ def test_the_model_is_let_go_between_changes(llama: SoupModel) -> None:
     assert batch.num_bytes == 0
 
 
-def test_token_bytes_are_those_that_are_held(tmp_path: Path) -> None:
+def test_token_bytes_are_those_allocated(tmp_path: Path) -> None:
     # keys and values of two layers in float64: two heads of eight, or four
     for name, size in (("llama", 512), ("gemma3", 512), ("gpt2", 1024), ("gpt_neox", 1024)):
         model = small_soup(tmp_path / name, name)

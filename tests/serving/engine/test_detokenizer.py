@@ -1,4 +1,4 @@
-"""An answer's text while it grows: its pieces together are the whole text, cut at the first stop string."""
+"""The detokenizer: the pieces together are the whole text, cut at the first stop string."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from personalized_soups.serving.engine.detokenizer import Detokenizer, silent_tokens
 from tests.serving.engine.worlds import VOCAB
 
-# Characters of one to four bytes, and what stands for half of one.
+# Characters of one to four bytes, and the replacement character, to which half a character decodes.
 LETTERS = "ab €\u00e9\U0001f600\ufffd\n"
 WORDS = st.text(LETTERS, max_size=12)
 STOPS = st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=4)
@@ -28,7 +28,7 @@ def tokenizer(small_base: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def bytewise() -> Any:
-    """Return a tokenizer like Llama's first one: spaces before words, and bytes as tokens where a word is none."""
+    """Return a tokenizer like that of Llama 1: a space before each word, and a token for each byte of unknown words."""
     from tokenizers import Tokenizer, decoders, models, normalizers
     from transformers import PreTrainedTokenizerFast
 
@@ -52,25 +52,25 @@ def _whole(tokenizer: Any, tokens: Sequence[int]) -> str:
 def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """Return a text up to the stop string that is complete first, letter by letter, and whether there is one."""
     for end in range(1, len(text) + 1):
-        ended = [stop for stop in stops if stop and text[:end].endswith(stop)]
-        if ended:
-            return text[: end - max(map(len, ended))], True
+        complete = [stop for stop in stops if stop and text[:end].endswith(stop)]
+        if complete:
+            return text[: end - max(map(len, complete))], True
     return text, False
 
 
 def _check(tokenizer: Any, tokens: Sequence[int], stops: Sequence[str]) -> None:
-    """Feed tokens one by one, and hold every piece to the whole text."""
+    """Add tokens one by one, and compare every piece with the whole text."""
     want, is_stopped = _cut(_whole(tokenizer, tokens), stops)
-    growing = Detokenizer(tokenizer, stops, silent_tokens(tokenizer))
-    told = ""
+    detokenizer = Detokenizer(tokenizer, stops, silent_tokens(tokenizer))
+    text_so_far = ""
     for token in tokens:
-        told += growing.add(token)
-        assert want.startswith(told)  # nothing is told that proves to be another character, or of a stop string
-        if growing.is_stopped:
+        text_so_far += detokenizer.add(token)
+        assert want.startswith(text_so_far)  # no piece has half a character, or text of a stop string
+        if detokenizer.is_stopped:
             break
     else:
-        told += growing.end()
-    assert (told, growing.is_stopped) == (want, is_stopped)
+        text_so_far += detokenizer.end()
+    assert (text_so_far, detokenizer.is_stopped) == (want, is_stopped)
 
 
 @settings(max_examples=400, deadline=None)
@@ -103,37 +103,37 @@ def test_letters_whose_bytes_are_tokens(bytewise: Any, text: str, stops: list[st
 @settings(max_examples=200, deadline=None)
 @given(text=WORDS, stops=STOPS, cut=st.integers(1, 5))
 @example(text="aabb", stops=["aabb", "ab"], cut=5)
-def test_how_tokens_cut_the_text_does_not_matter(tokenizer: Any, text: str, stops: list[str], cut: int) -> None:
-    growing = Detokenizer(tokenizer, stops)
+def test_the_division_into_tokens_does_not_matter(tokenizer: Any, text: str, stops: list[str], cut: int) -> None:
+    detokenizer = Detokenizer(tokenizer, stops)
     pieces = [text[start : start + cut] for start in range(0, len(text), cut)]
-    told = ""
+    text_so_far = ""
     for piece in pieces:
-        told += growing._until_stop(piece)
-    told += growing.end()
-    assert (told, growing.is_stopped) == _cut(text, stops)
+        text_so_far += detokenizer._until_stop(piece)
+    text_so_far += detokenizer.end()
+    assert (text_so_far, detokenizer.is_stopped) == _cut(text, stops)
 
 
-def test_bytes_that_come_after_special_tokens_are_waited_for(tokenizer: Any) -> None:
+def test_a_character_may_continue_after_special_tokens(tokenizer: Any) -> None:
     half, *rest = tokenizer("\U0001f600")["input_ids"]
     tokens = [*[half] * 20, half, *[1] * 20, *rest]
-    growing = Detokenizer(tokenizer)  # which does not know that they are special
-    told = "".join([growing.add(token) for token in tokens]) + growing.end()
-    assert told == _whole(tokenizer, tokens)
-    assert told.endswith("\U0001f600")
+    detokenizer = Detokenizer(tokenizer)  # without the list of special tokens
+    text_so_far = "".join([detokenizer.add(token) for token in tokens]) + detokenizer.end()
+    assert text_so_far == _whole(tokenizer, tokens)
+    assert text_so_far.endswith("\U0001f600")
 
 
-def test_a_stop_string_is_held_back_only_as_long_as_it_may_come(tokenizer: Any) -> None:
-    growing = Detokenizer(tokenizer, ["abc"])
+def test_text_is_held_back_only_while_it_may_start_a_stop_string(tokenizer: Any) -> None:
+    detokenizer = Detokenizer(tokenizer, ["abc"])
     tokens = [int(tokenizer(letter)["input_ids"][0]) for letter in "xababdab"]
-    assert [growing.add(token) for token in tokens] == ["x", "", "", "ab", "", "abd", "", ""]
-    assert growing.end() == "ab"
-    assert growing.end() == ""
+    assert [detokenizer.add(token) for token in tokens] == ["x", "", "", "ab", "", "abd", "", ""]
+    assert detokenizer.end() == "ab"
+    assert detokenizer.end() == ""
 
 
-def test_no_stop_string_stops_nothing(tokenizer: Any) -> None:
-    growing = Detokenizer(tokenizer, ["", ""])
-    assert growing.add(int(tokenizer("x")["input_ids"][0])) == "x"
-    assert not growing.is_stopped
+def test_empty_stop_strings_are_ignored(tokenizer: Any) -> None:
+    detokenizer = Detokenizer(tokenizer, ["", ""])
+    assert detokenizer.add(int(tokenizer("x")["input_ids"][0])) == "x"
+    assert not detokenizer.is_stopped
 
 
 class _Counting:
@@ -149,14 +149,14 @@ class _Counting:
 
 
 @pytest.mark.parametrize("kind", ["special", "half letters", "whole letters", "bytes"])
-def test_long_answers_of_any_kind_are_not_decoded_again_and_again(tokenizer: Any, bytewise: Any, kind: str) -> None:
+def test_the_work_for_a_token_does_not_grow_with_the_answer(tokenizer: Any, bytewise: Any, kind: str) -> None:
     used = bytewise if kind == "bytes" else tokenizer
     half = int(tokenizer("\U0001f600")["input_ids"][0])
     token = {"special": 1, "half letters": half, "whole letters": int(tokenizer("a")["input_ids"][0]), "bytes": 3 + 255}
     counting: Any = _Counting(used)
-    growing = Detokenizer(counting, silent=silent_tokens(used))
-    told = "".join([growing.add(token[kind]) for _ in range(1000)])
-    # what is told stays near what was said, and each token costs a bounded number of others
-    assert len(_whole(used, [token[kind]] * 1000)) - len(told) <= 20
+    detokenizer = Detokenizer(counting, silent=silent_tokens(used))
+    text_so_far = "".join([detokenizer.add(token[kind]) for _ in range(1000)])
+    # little text is held back, and each new token decodes a bounded number of earlier ones
+    assert len(_whole(used, [token[kind]] * 1000)) - len(text_so_far) <= 20
     assert counting.count < 100 * 1000
-    assert told + growing.end() == _whole(used, [token[kind]] * 1000)
+    assert text_so_far + detokenizer.end() == _whole(used, [token[kind]] * 1000)

@@ -1,4 +1,4 @@
-"""Keys and values in slots: whatever joins, leaves and moves, every row's logits are those of its tokens alone."""
+"""Keys and values in slots: a row's logits are those of its tokens alone while rows join, leave and move."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from personalized_soups.serving.engine.batch import Batch
 from personalized_soups.serving.engine.kv_slots import KvSlots
 from tests.serving.engine.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, some_row, true_logits
 
-# Two ways of the same sums, of fewer than 1000 terms below 100 in float64: each is off by less than 1000 eps of its
-# terms' size, and a layer makes that at most ten times larger. The eager softmax is of float32, in which ten roundings
-# are 1e-6. A wrong key or position changes logits by 0.01 and more.
+# Both sides sum fewer than 1000 terms below 100 in float64: each is off by less than 1000 eps of the terms' size, and a
+# layer multiplies that by ten at most. The eager softmax is computed in float32, in which ten roundings are 1e-6. A
+# wrong key or position changes logits by at least 0.01.
 NEAR = {"sdpa": 1e-9, "eager": 1e-5}
 
-# Of a token of the small Llama: keys and values of two layers with two heads of eight numbers in float64.
+# Bytes of a token in the small Llama: keys and values of two layers with two heads of eight numbers in float64.
 BYTES = 2 * 2 * 2 * 8 * 8
 
 KINDS = [
@@ -39,27 +39,27 @@ KINDS = [
 
 @pytest.fixture(autouse=True)
 def _inference() -> Iterator[None]:
-    """Be in inference mode, as the batcher's thread is: what is made there can't be changed elsewhere."""
+    """Enter inference mode, as the batcher's thread does: tensors made there cannot be changed outside."""
     with torch.inference_mode():
         yield
 
 
-class Slow:
-    """Slots as a batch uses them, with what they hold as lists of tokens beside them."""
+class World:
+    """Slots used as a batch uses them, and the tokens of each slot as a list."""
 
-    def __init__(self, model: SoupModel, most_bytes: int | None = None) -> None:
+    def __init__(self, model: SoupModel, max_bytes: int | None = None) -> None:
         self.model = model
-        self.slots = KvSlots(model.model.config, most_bytes)
+        self.slots = KvSlots(model.model.config, max_bytes)
         self.rows: list[tuple[ExpertWeights, list[int]]] = []
 
     def forward(self, first: int, chunks: list[list[int]]) -> Tensor:
-        """Let rows from `first` on have more tokens, and return the logits after them."""
+        """Append tokens to the rows from `first` on, and return the logits after the last ones."""
         rows = self.rows[first : first + len(chunks)]
         most = max(map(len, chunks))
-        told = self.slots.place(first, [len(row[1]) for row in rows], list(map(len, chunks)), torch.device("cpu"))
+        inputs = self.slots.place(first, [len(row[1]) for row in rows], list(map(len, chunks)), torch.device("cpu"))
         ids_NQ = torch.tensor([[0] * (most - len(chunk)) + chunk for chunk in chunks])
         with self.model.mixture([row[0] for row in rows]):
-            logits: Tensor = self.model.model(input_ids=ids_NQ, use_cache=True, **told).logits[:, -1]
+            logits: Tensor = self.model.model(input_ids=ids_NQ, use_cache=True, **inputs).logits[:, -1]
         for row, chunk in zip(rows, chunks, strict=True):
             row[1].extend(chunk)
         return logits
@@ -79,21 +79,21 @@ class Slow:
             self.rows[slot] = last
 
     def poison(self) -> None:
-        """Let everything that rows which have left wrote, and what padding wrote, be NaN."""
+        """Overwrite with NaN what padding wrote, and what rows that have left wrote."""
         for slot in range(len(self.rows), self.slots.num_slots):
             self._spoil(slot)
         for layer in self.slots._layers:
-            for held in (layer.keys, layer.values) if layer.is_initialized else ():
-                held[:, :, -1] = torch.nan
+            for stored in (layer.keys, layer.values) if layer.is_initialized else ():
+                stored[:, :, -1] = torch.nan
 
     def _spoil(self, slot: int) -> None:
         for layer in self.slots._layers:
-            for held in (layer.keys, layer.values) if layer.is_initialized else ():
-                held[slot, :, : self.slots._written[slot]] = torch.nan
+            for stored in (layer.keys, layer.values) if layer.is_initialized else ():
+                stored[slot, :, : self.slots._written[slot]] = torch.nan
 
 
-def _live(world: Slow, random: random.Random, num_events: int, *, longest: int = 9) -> None:
-    """Let rows join, leave and go on at random, and compare all logits on the way."""
+def _run(world: World, random: random.Random, num_events: int, *, longest: int = 9) -> None:
+    """Let rows join, continue and leave at random, and compare all logits."""
 
     def tokens(count: int) -> list[int]:
         return [random.randrange(6, VOCAB) for _ in range(count)]
@@ -105,11 +105,11 @@ def _live(world: Slow, random: random.Random, num_events: int, *, longest: int =
             first = len(world.rows)
             world.rows.extend((some_row(random), []) for _ in range(count))
             world.check(first, [tokens(random.randint(1, longest)) for _ in range(count)])
-        elif event < 0.4:  # a long prompt, in parts
+        elif event < 0.4:  # a prompt in three parts
             world.rows.append((some_row(random), []))
             for _ in range(3):
                 world.check(len(world.rows) - 1, [tokens(random.randint(1, longest))])
-        elif event < 0.5:  # several tokens of each of the last rows, the first ones of a new row among them
+        elif event < 0.5:  # several tokens for each of the last rows, including a new one
             first = random.randrange(len(world.rows))
             world.rows.append((some_row(random), []))
             world.check(first, [tokens(random.randint(1, 3)) for _ in world.rows[first:]])
@@ -124,20 +124,20 @@ def _live(world: Slow, random: random.Random, num_events: int, *, longest: int =
 
 @pytest.mark.parametrize(("name", "attention"), KINDS)
 def test_rows_are_as_they_are_alone(tmp_path: Path, name: str, attention: str) -> None:
-    world = Slow(small_soup(tmp_path, name, attention=attention))
-    _live(world, random.Random(name), 25)
+    world = World(small_soup(tmp_path, name, attention=attention))
+    _run(world, random.Random(name), 25)
     assert world.slots.num_bytes
 
 
-def test_the_sinks_of_gpt_oss_and_its_experts_are_as_they_are_alone(tmp_path: Path) -> None:
-    # its grouped product knows no float64: float32 with 1000 terms, below 10, through two layers
+def test_rows_of_gpt_oss_are_as_they_are_alone(tmp_path: Path) -> None:
+    # its grouped product does not support float64: float32 with 1000 terms below 10, through two layers
     model = small_model("gpt_oss", attention="eager", dtype=torch.float32)
     slots = KvSlots(model.config)
     assert slots.kinds == ("full_attention", "sliding_attention")
     prompts = [[7, 8, 9], [random.Random(0).randrange(6, VOCAB) for _ in range(2 * WINDOW)]]
-    told = slots.place(0, [0, 0], [3, 2 * WINDOW], torch.device("cpu"))
+    inputs = slots.place(0, [0, 0], [3, 2 * WINDOW], torch.device("cpu"))
     ids = torch.tensor([[0] * (2 * WINDOW - len(prompt)) + prompt for prompt in prompts])
-    got = model(input_ids=ids, use_cache=True, **told).logits[:, -1]
+    got = model(input_ids=ids, use_cache=True, **inputs).logits[:, -1]
     for row, prompt in enumerate(prompts):
         want = model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0, -1]
         torch.testing.assert_close(got[row], want, atol=1000 * 10 * 1.2e-7, rtol=0)
@@ -155,15 +155,15 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> SoupModel:
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
-def test_rows_are_as_they_are_alone_whatever_happens(llama: SoupModel, gemma: SoupModel, seed: int) -> None:
+def test_rows_are_as_they_are_alone_in_any_order(llama: SoupModel, gemma: SoupModel, seed: int) -> None:
     for model in (llama, gemma):
-        _live(Slow(model), random.Random(seed), 12, longest=40)
+        _run(World(model), random.Random(seed), 12, longest=40)
 
 
-def test_room_shrinks_where_the_limit_asks_for_it_and_rows_keep_what_they_have(llama: SoupModel) -> None:
-    world = Slow(llama, most_bytes=4 * 64 * BYTES)
+def test_memory_shrinks_to_the_limit_and_rows_keep_their_tokens(llama: SoupModel) -> None:
+    world = World(llama, max_bytes=4 * 64 * BYTES)
     world.rows = [(ExpertWeights(), [])]
-    world.slots.fit(1, 300)  # it is alone, and needs more
+    world.slots.fit(1, 300)  # a single row may exceed the limit
     world.check(0, [list(range(6, 246))])
     assert world.slots.num_bytes == 320 * BYTES
     world.rows = [(ExpertWeights({"warm": 1.0}), [])]
@@ -177,10 +177,8 @@ def test_room_shrinks_where_the_limit_asks_for_it_and_rows_keep_what_they_have(l
         world.check(0, [[token], [token + 1]])
 
 
-def test_room_that_cannot_be_made_leaves_everything_as_it_was(
-    llama: SoupModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world = Slow(llama)
+def test_a_failed_allocation_changes_nothing(llama: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(llama)
     world.rows = [(ExpertWeights({"warm": 1.0}), [])]
     world.check(0, [[7, 8, 9]])
     second: Any = world.slots._layers[1]
@@ -201,20 +199,20 @@ def test_room_that_cannot_be_made_leaves_everything_as_it_was(
     world.check(0, [[5], [6]])
 
 
-def test_what_is_held_is_what_it_is_said_to_be(llama: SoupModel) -> None:
+def test_fits_and_num_bytes_are_those_allocated(llama: SoupModel) -> None:
     slots = KvSlots(llama.model.config, 16 * 128 * BYTES)
     assert slots.fits(16, 127, BYTES)
     assert not slots.fits(16, 128, BYTES)  # one column is for padding
     assert not slots.fits(17, 127, BYTES)
     with llama.mixture([None] * 9):
-        told = slots.place(0, [0] * 9, [3] * 9, torch.device("cpu"))
-        llama.model(input_ids=torch.full((9, 3), 7), use_cache=True, **told)
+        inputs = slots.place(0, [0] * 9, [3] * 9, torch.device("cpu"))
+        llama.model(input_ids=torch.full((9, 3), 7), use_cache=True, **inputs)
     assert slots.num_bytes == 16 * 64 * BYTES
     slots.clear()
     assert slots.num_bytes == 0
 
 
-def test_layers_that_keep_no_tokens_are_refused() -> None:
+def test_layers_without_keys_and_values_are_rejected() -> None:
     from transformers import LlamaConfig
 
     config = LlamaConfig(num_hidden_layers=2)
@@ -244,15 +242,15 @@ def _odd(kind: str) -> Any:
     return model.eval()
 
 
-@pytest.mark.filterwarnings("ignore")  # transformers tells of kernels that these would like to have
+@pytest.mark.filterwarnings("ignore")  # transformers warns about missing kernels of these models
 @pytest.mark.parametrize("kind", ["Bloom", "Falcon", "Rwkv", "Mamba", "GPTNeo"])
-def test_a_model_whose_rows_are_not_their_own_is_refused(tmp_path: Path, kind: str) -> None:
+def test_a_model_whose_rows_depend_on_each_other_is_rejected(tmp_path: Path, kind: str) -> None:
     with pytest.raises(UsageError) as caught:
         Batch(SoupModel(_odd(kind), []))
     assert caught.value.where == "base"
 
 
-def test_attention_that_heeds_no_mask_is_refused() -> None:
+def test_attention_that_ignores_masks_is_rejected() -> None:
     model = small_model("llama")
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(UsageError, match="flash_attention_2") as caught:

@@ -1,4 +1,4 @@
-"""How rows choose their tokens, against NumPy."""
+"""The token sampler, compared with NumPy."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def _logits(seed: int, rows: int, *, dtype: torch.dtype = torch.float32) -> torc
 
 
 def _adjusted(logits: Vector, params: SamplingParams, before: list[int]) -> Vector:
-    """Return a row's logits as OpenAI's protocol has them changed."""
-    found = logits.copy()
+    """Return a row's logits with bias and penalties, as OpenAI's protocol defines them."""
+    adjusted = logits.copy()
     for token, bias in params.logit_bias.items():
-        found[token] += bias
+        adjusted[token] += bias
     for token in set(before):
-        found[token] -= params.presence_penalty + params.frequency_penalty * before.count(token)
-    return found
+        adjusted[token] -= params.presence_penalty + params.frequency_penalty * before.count(token)
+    return adjusted
 
 
 def _nucleus(logits: Vector, temperature: float, top_p: float) -> Vector:
-    """Return the probabilities among which is drawn, by a loop over tokens from the likeliest on."""
+    """Return the probabilities of the tokens that may be drawn, by a loop from the likeliest token on."""
     scaled = (logits - logits.max()) / temperature
     shares = np.exp(scaled) / np.exp(scaled).sum()
     kept = np.zeros_like(shares)
@@ -44,12 +44,12 @@ def _nucleus(logits: Vector, temperature: float, top_p: float) -> Vector:
             break
         kept[token] = shares[token]
         reached += shares[token]
-    found: Vector = kept / kept.sum()
-    return found
+    probabilities: Vector = kept / kept.sum()
+    return probabilities
 
 
-def _is_at(shares: Vector, token: int, draw: float) -> bool:
-    """Whether a token holds the quantile; float32 sums of 40 shares are off by less than 1e-5."""
+def _selects(shares: Vector, token: int, draw: float) -> bool:
+    """Return whether a draw selects a token; float32 sums of 40 shares are off by less than 1e-5."""
     ends = shares.cumsum()
     return bool(shares[token] > 0 and ends[token] - shares[token] - 1e-5 <= draw <= ends[token] + 1e-5)
 
@@ -68,26 +68,26 @@ _params = st.builds(
 
 
 @settings(max_examples=60, deadline=None)
-@given(asked=st.lists(_params, min_size=1, max_size=5), seed=st.integers(0, 999))
-def test_every_row_chooses_by_its_own_parameters(asked: list[SamplingParams], seed: int) -> None:
-    samplers = [TokenSampler(params) for params in asked]
-    said: list[list[int]] = [[] for _ in asked]
+@given(row_params=st.lists(_params, min_size=1, max_size=5), seed=st.integers(0, 999))
+def test_every_row_chooses_by_its_own_parameters(row_params: list[SamplingParams], seed: int) -> None:
+    samplers = [TokenSampler(params) for params in row_params]
+    chosen: list[list[int]] = [[] for _ in row_params]
     for step in range(6):
-        logits_NV = _logits(1000 * seed + step, len(asked))
+        logits_NV = _logits(1000 * seed + step, len(row_params))
         kept = logits_NV.clone()
         choices = choose(logits_NV, samplers)
         assert torch.equal(logits_NV, kept)
-        for row, (params, choice) in enumerate(zip(asked, choices, strict=True)):
+        for row, (params, choice) in enumerate(zip(row_params, choices, strict=True)):
             own = logits_NV[row].double().numpy()
-            wanted = _adjusted(own, params, said[row])
+            wanted = _adjusted(own, params, chosen[row])
             if params.temperature == 0:
                 # float32's rounding of sums below 128
                 assert wanted[choice.token] >= wanted.max() - 128 * 1.2e-7
             else:
                 draw = float(uniforms(params.seed, params.place, step + 1)[step])
-                assert _is_at(_nucleus(wanted, params.temperature, params.top_p), choice.token, draw)
+                assert _selects(_nucleus(wanted, params.temperature, params.top_p), choice.token, draw)
             _check_logprobs(own, params, choice)
-            said[row].append(choice.token)
+            chosen[row].append(choice.token)
 
 
 def _check_logprobs(logits: Vector, params: SamplingParams, choice: Choice) -> None:
@@ -105,29 +105,28 @@ def _check_logprobs(logits: Vector, params: SamplingParams, choice: Choice) -> N
 @settings(max_examples=40, deadline=None)
 @given(mine=_params, others=st.lists(_params, min_size=1, max_size=4), seed=st.integers(0, 999))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_what_others_wish_changes_nothing(
+def test_the_parameters_of_other_rows_change_nothing(
     mine: SamplingParams, others: list[SamplingParams], seed: int, dtype: torch.dtype
 ) -> None:
     def tokens(params: list[SamplingParams]) -> list[Choice]:
         samplers = [TokenSampler(each) for each in params]
         return [choose(_logits(seed + step, len(params), dtype=dtype), samplers)[0] for step in range(4)]
 
-    # the same logits whatever the others wish
     plain = tokens([mine, *(SamplingParams() for _ in others)])
     assert tokens([mine, *others]) == plain
 
 
-def test_others_do_not_round_the_logits_of_a_model_of_float64() -> None:
+def test_other_rows_do_not_round_logits_of_float64() -> None:
     logits_NV = torch.zeros(2, V, dtype=torch.float64)
-    logits_NV[0, 7] = 1e-12  # float32 sees it, and 1 plus it not
+    logits_NV[0, 7] = 1e-12  # float32 holds this number, but not 1 plus it
     logits_NV[0] += 1
     alone = choose(logits_NV[:1], [TokenSampler(SamplingParams())])
-    beside = choose(logits_NV, [TokenSampler(SamplingParams()), TokenSampler(SamplingParams(logit_bias={3: 1.0}))])
-    assert alone[0].token == beside[0].token == 7
+    together = choose(logits_NV, [TokenSampler(SamplingParams()), TokenSampler(SamplingParams(logit_bias={3: 1.0}))])
+    assert alone[0].token == together[0].token == 7
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.6), (1.5, 0.95), (1.0, 0.0)])
-def test_tokens_are_as_frequent_as_the_nucleus_says(temperature: float, top_p: float) -> None:
+def test_frequencies_are_the_probabilities_of_the_nucleus(temperature: float, top_p: float) -> None:
     logits = _logits(5, 1)
     count = 20000
     draw_B = torch.from_numpy(uniforms(7, 0, count))
@@ -136,13 +135,13 @@ def test_tokens_are_as_frequent_as_the_nucleus_says(temperature: float, top_p: f
     got = torch.bincount(tokens, minlength=V).double().numpy() / count
     want = _nucleus(logits[0].double().numpy(), temperature, top_p)
     assert not got[want == 0].any()
-    # Half the sum of |got - want| is at most half the sum of sqrt(p (1 - p) / n) in the mean (Jensen), and one draw
-    # changes it by 1 / n: beyond the mean by t it is with probability exp(-2 n t^2) (McDiarmid), 1e-9 here.
+    # The mean of half the sum of |got - want| is at most half the sum of sqrt(p (1 - p) / n) (Jensen). One draw changes
+    # the sum by 1 / n, so it exceeds its mean by t with probability exp(-2 n t^2) (McDiarmid), 1e-9 here.
     mean = 0.5 * np.sqrt(want * (1 - want) / count).sum()
     assert 0.5 * np.abs(got - want).sum() < mean + math.sqrt(math.log(1e9) / (2 * count))
 
 
-def test_draws_go_on_beyond_those_that_were_made_at_once() -> None:
+def test_draws_continue_beyond_the_first_block() -> None:
     sampler = TokenSampler(SamplingParams(temperature=1.0, seed=3, place=2))
     draws = []
     for _ in range(700):
@@ -151,7 +150,7 @@ def test_draws_go_on_beyond_those_that_were_made_at_once() -> None:
     assert draws == uniforms(3, 2, 700).tolist()
 
 
-def test_a_row_has_the_tokens_of_the_packages_other_sampling() -> None:
+def test_a_row_gets_the_tokens_of_choose_tokens() -> None:
     logits_BV = _logits(9, 8)
     draw_B = torch.from_numpy(np.stack([uniforms(4, place, 1)[0] for place in range(8)]))
     samplers = [TokenSampler(SamplingParams(temperature=0.8, seed=4, place=place)) for place in range(8)]
@@ -159,7 +158,7 @@ def test_a_row_has_the_tokens_of_the_packages_other_sampling() -> None:
     assert tokens == choose_tokens(logits_BV, draw_B, 0.8).tolist()
 
 
-def test_logits_that_are_no_numbers_are_told_of_and_harm_nobody_else() -> None:
+def test_logits_that_are_not_finite_are_reported_and_leave_other_rows_as_they_are() -> None:
     logits_NV = _logits(1, 4)
     logits_NV[1, 5] = math.nan
     logits_NV[2, 6] = math.inf
@@ -171,7 +170,7 @@ def test_logits_that_are_no_numbers_are_told_of_and_harm_nobody_else() -> None:
     assert (choices[0], choices[3]) == (sound[0], sound[3])
 
 
-def test_what_cannot_be_is_written_as_the_protocol_writes_it() -> None:
+def test_an_impossible_token_has_the_log_probability_that_the_protocol_uses() -> None:
     logits_NV = torch.full((1, V), -math.inf)
     logits_NV[0, 3] = 1.0
     (choice,) = choose(logits_NV, [TokenSampler(SamplingParams(logprobs=2))])
@@ -199,6 +198,6 @@ def test_what_cannot_be_is_written_as_the_protocol_writes_it() -> None:
         {"logprobs": -1},
     ],
 )
-def test_a_parameter_out_of_its_range_is_rejected_when_it_is_made(params: dict[str, Any]) -> None:
+def test_a_parameter_out_of_its_range_is_rejected(params: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(params))):
         SamplingParams(**params)

@@ -1,4 +1,4 @@
-"""How answers are written, byte by byte where a client of ours would not see it: streams, usage, limits, offsets."""
+"""The exact form of answers where the openai client would hide it: streams, usage, limits, offsets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from personalized_soups.serving.web.settings import Settings
 from tests.serving.servers import RunningServer, running
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
-NO_END = {"logit_bias": {"1": -100}}  # the small base's end token
+NO_END = {"logit_bias": {"1": -100}}  # never choose the end token of the small base
 
 
 def _chat(text: str = "wash it", **options: Any) -> dict[str, Any]:
@@ -44,14 +44,14 @@ def _whole(served: RunningServer, path: str, body: dict[str, Any]) -> Any:
 
 
 def _events(body: bytes) -> list[Any]:
-    """Return a stream's events; [DONE] is the last one and stands once."""
+    """Return the events of a stream, which ends with exactly one [DONE]."""
     *lines, done, rest = body.decode().split("\n\n")
     assert (done, rest) == ("data: [DONE]", "")
     assert all(line.startswith("data: ") and "\n" not in line for line in lines)
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def test_a_stream_is_written_as_the_protocol_has_it(served: RunningServer) -> None:
+def test_a_stream_has_the_protocols_form(served: RunningServer) -> None:
     body = _chat(temperature=1.2, seed=4, n=2, max_tokens=9)
     whole = _whole(served, CHAT, body)
     reply = served.ask("POST", CHAT, {**body, "stream": True, "stream_options": {"include_usage": True}})
@@ -70,10 +70,10 @@ def test_a_stream_is_written_as_the_protocol_has_it(served: RunningServer) -> No
         assert ["role" in each["delta"] for each in own].count(True) == 1
         assert "".join(each["delta"].get("content", "") for each in own) == choice["message"]["content"]
         assert [each["finish_reason"] for each in own] == [None] * (len(own) - 1) + [choice["finish_reason"]]
-    assert whole["choices"][0]["message"] != whole["choices"][1]["message"]  # else nothing is shown
+    assert whole["choices"][0]["message"] != whole["choices"][1]["message"]  # equal answers would hide a mix-up
 
 
-def test_a_stream_tells_no_usage_unless_it_is_asked_for(served: RunningServer) -> None:
+def test_a_stream_has_usage_only_on_request(served: RunningServer) -> None:
     for path, body in ((CHAT, _chat(max_tokens=3)), (COMPLETIONS, _completion(max_tokens=3))):
         for options in ({}, {"stream_options": {"include_usage": False}}):
             events = _events(served.ask("POST", path, {**body, "stream": True, **options}).body)
@@ -95,13 +95,13 @@ def test_usage_counts_each_prompt_once_and_all_answers(served: RunningServer) ->
     }  # fmt: skip
     ids = [[7, 8, 9], [10, 11]]
     body = _completion(ids, max_tokens=4, n=2)
-    told = {"prompt_tokens": 5, "completion_tokens": 16, "total_tokens": 21}
-    assert _whole(served, COMPLETIONS, body)["usage"] == told
+    usage = {"prompt_tokens": 5, "completion_tokens": 16, "total_tokens": 21}
+    assert _whole(served, COMPLETIONS, body)["usage"] == usage
     streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    assert _events(served.ask("POST", COMPLETIONS, streamed).body)[-1]["usage"] == told
+    assert _events(served.ask("POST", COMPLETIONS, streamed).body)[-1]["usage"] == usage
 
 
-def test_answers_to_several_prompts_stand_prompt_by_prompt(served: RunningServer) -> None:
+def test_answers_to_several_prompts_are_ordered_by_prompt(served: RunningServer) -> None:
     prompts = ["wash the", "rub it dry with"]
     first, second = (
         _whole(served, COMPLETIONS, _completion(each, max_tokens=6))["choices"][0]["text"] for each in prompts
@@ -112,9 +112,9 @@ def test_answers_to_several_prompts_stand_prompt_by_prompt(served: RunningServer
     assert [each["index"] for each in choices] == [0, 1, 2, 3]
 
 
-def test_answers_are_cut_where_nothing_is_said(served: RunningServer) -> None:
-    assert _whole(served, CHAT, _chat())["usage"]["completion_tokens"] == 24  # the server's own
-    assert _whole(served, COMPLETIONS, _completion())["usage"]["completion_tokens"] == 16  # the protocol's
+def test_answers_have_default_length_limits(served: RunningServer) -> None:
+    assert _whole(served, CHAT, _chat())["usage"]["completion_tokens"] == 24  # the default of the server
+    assert _whole(served, COMPLETIONS, _completion())["usage"]["completion_tokens"] == 16  # the default of the protocol
     newer = _chat(max_completion_tokens=2, max_tokens=7)
     assert _whole(served, CHAT, newer)["usage"]["completion_tokens"] == 2
 
@@ -123,7 +123,7 @@ def test_prompt_and_answer_may_fill_the_context_and_no_more(served: RunningServe
     ids = [7] * 250
     assert _whole(served, COMPLETIONS, _completion(ids, max_tokens=6))["usage"]["total_tokens"] == 256
     encoded = served.model.generator.encoded
-    # what a chat that says nothing may have: the room that is left, and at least one token
+    # a chat without a limit may fill the context, and gets at least one token
     for left in (3, 1):
         text = next(text for text in ("~" * size for size in range(256)) if len(encoded(text)) == 256 - left)
         assert _whole(served, CHAT, _chat(text))["usage"]["completion_tokens"] == left
@@ -137,7 +137,7 @@ def test_prompt_and_answer_may_fill_the_context_and_no_more(served: RunningServe
         assert (reply.status, reply.error["code"], reply.error["param"]) == (400, "context_length_exceeded", param)
 
 
-def test_the_first_token_that_there_is_not_is_refused(served: RunningServer) -> None:
+def test_the_first_unknown_token_id_is_rejected(served: RunningServer) -> None:
     size = len(served.model.tokenizer)  # type: ignore[arg-type]
     _whole(served, COMPLETIONS, _completion([size - 1], max_tokens=1, logit_bias={str(size - 1): -1}))
     for body, param in (
@@ -151,30 +151,30 @@ def test_the_first_token_that_there_is_not_is_refused(served: RunningServer) -> 
         assert (reply.status, reply.error["param"].split(".")[0]) == (400, param), reply.body
 
 
-def test_a_chat_that_names_no_temperature_has_one(served: RunningServer) -> None:
-    def said(**options: Any) -> str:
+def test_the_default_temperature_is_1(served: RunningServer) -> None:
+    def answer(**options: Any) -> str:
         body = {"model": "small", "messages": [{"role": "user", "content": "wash it"}], "seed": 6, **NO_END, **options}
         return str(_whole(served, CHAT, body)["choices"][0]["message"]["content"])
 
-    assert said() == said(temperature=1, top_p=1, n=None) != said(temperature=0)
+    assert answer() == answer(temperature=1, top_p=1, n=None) != answer(temperature=0)
 
 
 @pytest.mark.parametrize("stop", [None, ["e x", " t", "a b"]])
-def test_a_streams_log_probabilities_are_the_whole_ones(served: RunningServer, stop: list[str] | None) -> None:
+def test_a_stream_has_the_log_probabilities_of_a_whole_response(served: RunningServer, stop: list[str] | None) -> None:
     body = _completion(temperature=1.5, seed=3, logprobs=2, max_tokens=30, stop=stop)
     whole = _whole(served, COMPLETIONS, body)["choices"][0]["logprobs"]
-    found: dict[str, list[Any]] = {name: [] for name in whole}
+    streamed: dict[str, list[Any]] = {name: [] for name in whole}
     for event in _events(served.ask("POST", COMPLETIONS, {**body, "stream": True}).body):
         for name, values in (event["choices"][0]["logprobs"] or {}).items():
-            found[name] += values
-    assert found["tokens"] == whole["tokens"]
-    assert found["text_offset"] == whole["text_offset"]
+            streamed[name] += values
+    assert streamed["tokens"] == whole["tokens"]
+    assert streamed["text_offset"] == whole["text_offset"]
     assert whole["text_offset"] == [sum(map(len, whole["tokens"][:place])) for place in range(len(whole["tokens"]))]
-    assert found["token_logprobs"] == pytest.approx(whole["token_logprobs"])
+    assert streamed["token_logprobs"] == pytest.approx(whole["token_logprobs"])
     assert all(len(each) <= 2 for each in whole["top_logprobs"])
 
 
-def test_time_that_is_over_before_a_stream_begins_is_an_error_like_any_other(
+def test_a_time_limit_before_the_first_event_is_an_error_with_its_status(
     small_base: Path, expert_folders: Path
 ) -> None:
     settings = Settings("small", limits=Limits(max_context=256), request_seconds=0.0)
@@ -185,7 +185,7 @@ def test_time_that_is_over_before_a_stream_begins_is_an_error_like_any_other(
             assert reply.headers["content-type"] == "application/json"
         served.wait_until(served.is_idle)
         page = served.ask("GET", "/metrics").body.decode()
-        assert "psoups_request_seconds_count 2.0" in page  # those that failed, too
+        assert "psoups_request_seconds_count 2.0" in page  # failed requests count
         assert "psoups_time_to_first_token_seconds_count 0.0" in page
 
 
@@ -201,7 +201,7 @@ def _context() -> Any:
 
 
 class _Pending(PendingChat):
-    """One answer whose pieces are these; then what is wrong."""
+    """One answer with given pieces, and an error after them."""
 
     source: tuple[list[Piece], Exception]
 
@@ -211,18 +211,18 @@ class _Pending(PendingChat):
         raise self.source[1]
 
 
-def _sent(pieces: list[Piece], fault: Exception) -> list[Any]:
-    """Return what a stream sends of pieces and a fault after them."""
-    asked = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True})
+def _sent(pieces: list[Piece], error: Exception) -> list[Any]:
+    """Return the ASGI messages of a stream that ends with an error."""
+    body = ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], "stream": True})
     pending = _Pending(
         _context(),
-        asked,
+        body,
         ResolvedProfile(ExpertWeights(), "base", None, "m"),
         [GenerationRequest([1], ExpertWeights(), 4)],
         1,
         0.0,
     )
-    object.__setattr__(pending, "source", (pieces, fault))
+    object.__setattr__(pending, "source", (pieces, error))
     sent: list[Any] = []
 
     async def send(message: Any) -> None:
@@ -235,7 +235,7 @@ def _sent(pieces: list[Piece], fault: Exception) -> list[Any]:
     return sent
 
 
-def test_a_fault_after_the_beginning_is_the_streams_last_event() -> None:
+def test_an_error_after_the_first_event_is_the_last_event() -> None:
     start, *bodies = _sent([Piece(5, "a")], ApiError(422, "it broke", code="odd"))
     assert start["status"] == 200
     assert [each["more_body"] for each in bodies] == [True] * (len(bodies) - 1) + [False]
@@ -245,32 +245,32 @@ def test_a_fault_after_the_beginning_is_the_streams_last_event() -> None:
                                     "code": "odd"}}  # fmt: skip
 
 
-def test_a_fault_before_the_beginning_is_left_to_others() -> None:
+def test_an_error_before_the_first_event_is_raised() -> None:
     with pytest.raises(ApiError, match="it broke"):
         _sent([], ApiError(422, "it broke"))
 
 
-def test_nothing_is_sent_to_those_who_have_gone() -> None:
+def test_nothing_is_sent_after_a_disconnection() -> None:
     assert _sent([], ClientDisconnectedError()) == []
     messages = _sent([Piece(5, "a")], ClientDisconnectedError())
     assert b"[DONE]" not in b"".join(message.get("body", b"") for message in messages)
 
 
-def test_log_probabilities_tell_bytes_only_of_whole_characters() -> None:
-    asked = ChatRequest.model_validate(
+def test_only_whole_characters_have_bytes() -> None:
+    body = ChatRequest.model_validate(
         {"model": "m", "messages": [{"role": "user", "content": "x"}], "logprobs": True, "top_logprobs": 1}
     )
-    pending = PendingChat(_context(), asked, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
-    told = pending.logprobs([(3, TokenLogprobs(-1.0, ((4, -0.5),)))], 0)["content"]
-    assert told == [
+    pending = PendingChat(_context(), body, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
+    content = pending.logprobs([(3, TokenLogprobs(-1.0, ((4, -0.5),)))], 0)["content"]
+    assert content == [
         {"token": "\ufffd", "logprob": -1.0, "bytes": None,
          "top_logprobs": [{"token": "é", "logprob": -0.5, "bytes": [0xC3, 0xA9]}]}
     ]  # fmt: skip
 
 
-def test_end_tokens_are_no_part_of_what_is_told() -> None:
-    asked = CompletionRequest.model_validate({"model": "m", "prompt": "x", "logprobs": 0})
-    pending = PendingCompletion(_context(), asked, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
+def test_end_tokens_have_no_log_probabilities() -> None:
+    body = CompletionRequest.model_validate({"model": "m", "prompt": "x", "logprobs": 0})
+    pending = PendingCompletion(_context(), body, ResolvedProfile(ExpertWeights(), "base", None, "m"), [], 1, 0.0)
     logprobs = TokenLogprobs(-1.0, ())
     assert pending.logprobs_of(Piece(1, "", logprobs, Finish.STOP)) == []
     assert pending.logprobs_of(Piece(5, "t5", logprobs)) == [(5, logprobs)]

@@ -1,6 +1,6 @@
-"""Every parameter that the installed openai package can send, read from its types: each is sorted, and treated so.
+"""Every parameter in the types of the installed openai package is supported, ignored or unsupported.
 
-A newer package that adds a parameter turns these red until the parameter is sorted.
+These tests fail for a newer package that adds a parameter, until the parameter is in one of the three groups.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _REQUIRED: dict[type[AnswerRequest], dict[str, Any]] = {
     ChatRequest: {"model": "m", "messages": [{"role": "user", "content": "x"}]},
     CompletionRequest: {"model": "m", "prompt": "x"},
 }
-# What no parameter's type has: no harmless value is like it.
+# A value that no parameter's type has, and so no harmless value.
 _SAMPLE = {"x": [1]}
 
 
 def _hints(union: Any) -> dict[str, list[Any]]:
     """Return the types of every key of the typed dictionaries in a union."""
-    found: dict[str, list[Any]] = {}
+    hints: dict[str, list[Any]] = {}
     for table in _members(union):
         for name, hint in get_type_hints(table).items():
-            found.setdefault(name, []).append(hint)
-    return found
+            hints.setdefault(name, []).append(hint)
+    return hints
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -51,7 +51,7 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _words(hint: Any) -> Iterator[Any]:
-    """Yield the values that a type spells out, wherever in it."""
+    """Yield the literal values in a type."""
     if get_origin(hint) is Literal:
         yield from get_args(hint)
     elif get_origin(hint) in {Union, UnionType}:
@@ -79,7 +79,7 @@ _PARTS = {
 }
 
 
-def _asked(kind: type[AnswerRequest], **options: Any) -> AnswerRequest:
+def _parsed(kind: type[AnswerRequest], **options: Any) -> AnswerRequest:
     return kind.model_validate({**_REQUIRED[kind], **options})
 
 
@@ -95,34 +95,34 @@ def test_the_types_are_read() -> None:
 
 
 @pytest.mark.parametrize(("kind", "name"), _ALL)
-def test_every_parameter_is_sorted_once(kind: type[AnswerRequest], name: str) -> None:
+def test_every_parameter_is_in_one_group(kind: type[AnswerRequest], name: str) -> None:
     places = [name in kind.model_fields, name in IGNORED, name in UNSUPPORTED]
-    assert places.count(True) == 1, f"{name} is new: honour it, pass it over, or refuse it"
+    assert places.count(True) == 1, f"{name} is new: support it, or add it to IGNORED or UNSUPPORTED"
 
 
 @pytest.mark.parametrize(("kind", "name"), [pair for pair in _ALL if pair[1] not in {"model", "messages", "prompt"}])
-def test_null_is_a_parameter_that_is_left_out(kind: type[AnswerRequest], name: str) -> None:
-    assert _asked(kind, **{name: None}) == _asked(kind)
+def test_null_means_that_a_parameter_is_absent(kind: type[AnswerRequest], name: str) -> None:
+    assert _parsed(kind, **{name: None}) == _parsed(kind)
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
 @pytest.mark.parametrize("name", sorted(IGNORED))
-def test_what_is_passed_over_may_have_any_value(kind: type[AnswerRequest], name: str) -> None:
+def test_an_ignored_parameter_may_have_any_value(kind: type[AnswerRequest], name: str) -> None:
     words = [word for hint in _PARAMETERS[ChatRequest].get(name, []) for word in _words(hint)]
     for value in (_SAMPLE, "x", True, *words):
-        assert _asked(kind, **{name: value}) == _asked(kind)
+        assert _parsed(kind, **{name: value}) == _parsed(kind)
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
-def test_what_would_change_the_answer_is_refused_by_name(kind: type[AnswerRequest], name: str) -> None:
+def test_an_unsupported_parameter_is_rejected_by_name(kind: type[AnswerRequest], name: str) -> None:
     words = [word for names in _PARAMETERS.values() for hint in names.get(name, []) for word in _words(hint)]
-    refused = [_SAMPLE, *(word for word in words if word not in UNSUPPORTED[name])]
-    for value in refused:
+    rejected = [_SAMPLE, *(word for word in words if word not in UNSUPPORTED[name])]
+    for value in rejected:
         with pytest.raises(ValidationError, match=f"{name} is not supported"):
-            _asked(kind, **{name: value})
+            _parsed(kind, **{name: value})
     for value in UNSUPPORTED[name]:
-        assert _asked(kind, **{name: value}) == _asked(kind)
+        assert _parsed(kind, **{name: value}) == _parsed(kind)
 
 
 def test_stream_options_are_all_known() -> None:
@@ -135,12 +135,12 @@ def test_stream_options_are_all_known() -> None:
 @pytest.mark.parametrize(
     ("role", "name"), [(role, name) for role, table in _MESSAGES.items() for name in _hints(table)]
 )
-def test_every_key_of_a_message_is_sorted_once(role: str, name: str) -> None:
+def test_every_key_of_a_message_is_in_one_group(role: str, name: str) -> None:
     assert (name in ChatMessage.model_fields) + (name in UNSUPPORTED_KEYS) == 1, f"{name} of {role} is new"
 
 
 @pytest.mark.parametrize("role", sorted(_MESSAGES))
-def test_every_role_is_taken_or_refused_by_name(role: str) -> None:
+def test_every_role_is_accepted_or_rejected_by_name(role: str) -> None:
     if role in {"developer", "system", "user", "assistant"}:
         assert _message(role=role).plain()["role"] == ("system" if role == "developer" else role)
         return
@@ -149,7 +149,7 @@ def test_every_role_is_taken_or_refused_by_name(role: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED_KEYS))
-def test_what_a_message_says_beside_its_text_is_refused_by_name(name: str) -> None:
+def test_content_other_than_text_is_rejected_by_name(name: str) -> None:
     for value in (_SAMPLE, [_SAMPLE], "x", True):
         with pytest.raises(ValidationError, match=f"{name} is not supported"):
             _message(**{name: value})
@@ -159,24 +159,24 @@ def test_what_a_message_says_beside_its_text_is_refused_by_name(name: str) -> No
 
 
 @pytest.mark.parametrize(
-    "noted",
+    "notes",
     [{"id": 1}, {"id": "msg_1", "createdAt": "2026-01-01T00:00:00Z"}, {"timestamp": 1.5}, {"metadata": {"a": 1}},
      {"cache_control": {"type": "ephemeral"}}, {"annotations": [{"type": "url_citation"}]}, {"weight": 0}, {"": None}],
 )  # fmt: skip
-def test_a_clients_own_notes_on_a_message_are_passed_over(noted: dict[str, Any]) -> None:
-    assert _message(**noted) == _message()
-    part = TextPart.model_validate({"type": "text", "text": "x", **noted})
+def test_a_clients_own_notes_on_a_message_are_ignored(notes: dict[str, Any]) -> None:
+    assert _message(**notes) == _message()
+    part = TextPart.model_validate({"type": "text", "text": "x", **notes})
     assert part == TextPart(type="text", text="x")
 
 
-def test_an_answer_goes_back_as_it_came() -> None:
+def test_an_answer_can_be_sent_back_unchanged() -> None:
     answer = ChatCompletionMessage(role="assistant", content="rub it")
     for sent in (answer.model_dump(), answer.model_dump(exclude_unset=True)):
         assert ChatMessage.model_validate(sent).plain() == {"role": "assistant", "content": "rub it"}
 
 
 @pytest.mark.parametrize("kind", sorted(_PARTS))
-def test_every_part_of_a_content_is_text_or_refused_by_name(kind: str) -> None:
+def test_content_parts_other_than_text_are_rejected_by_name(kind: str) -> None:
     if kind == "text":
         keys = {name: _SAMPLE for name in _hints(_PARTS[kind])} | {"type": "text", "text": "ab"}
         assert _message(content=[keys, keys]).plain()["content"] == "abab"
@@ -186,7 +186,7 @@ def test_every_part_of_a_content_is_text_or_refused_by_name(kind: str) -> None:
 
 
 class _NamingTokenizer:
-    """Stands for a tokenizer whose template names the speaker, as some do."""
+    """A tokenizer whose template names the speaker, as some templates do."""
 
     chat_template = "{{ message.name }}"
     name_or_path = "naming"
@@ -200,6 +200,6 @@ class _NamingTokenizer:
 
 def test_a_speakers_name_reaches_the_template() -> None:
     messages = [{"role": "user", "content": "x", "name": "ada"}, {"role": "user", "content": "y", "name": None}]
-    asked = ChatRequest.model_validate({"model": "m", "messages": messages})
+    body = ChatRequest.model_validate({"model": "m", "messages": messages})
     tokenizer: Any = _NamingTokenizer()
-    assert bytes(encode_prompt(tokenizer, asked.conversation())) == b"ada: x\nuser: y\n"
+    assert bytes(encode_prompt(tokenizer, body.conversation())) == b"ada: x\nuser: y\n"
