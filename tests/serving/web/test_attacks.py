@@ -383,6 +383,6 @@ def test_an_end_waits_for_no_body_and_tells_those_it_cuts_off(small_base: Path, 
         served.server.close()
         answer = _whole_answer(waiting[0])
         assert b" 503 " in answer.split(b"\r\n")[0]
-        assert b"the server has ended" in answer
+        assert b"the server has shut down" in answer
         for sent in (half, *waiting):
             sent.close()
