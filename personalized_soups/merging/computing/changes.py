@@ -18,19 +18,11 @@ from personalized_soups.adapters.placement import Placement
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.adapters.tying import are_tied_tokens, tied_copies
 from personalized_soups.errors import UnsupportedAdapterError
-from personalized_soups.merging.computing.blocks import (
-    Dense,
-    Product,
-    Rescale,
-    Term,
-    Toward,
-    TowardRows,
-    arithmetic_dtype,
-    as_matrix,
-)
+from personalized_soups.merging.computing.blocks import arithmetic_dtype, as_matrix
 from personalized_soups.merging.computing.dora import Dora
 from personalized_soups.merging.computing.fitting import Fitting
 from personalized_soups.merging.computing.module_soups import ModuleSoup, Soups
+from personalized_soups.merging.computing.terms import Dense, Product, Rescale, Term, Toward, TowardRows
 from personalized_soups.merging.planning.plan import PlannedModule
 
 

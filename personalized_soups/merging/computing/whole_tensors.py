@@ -18,10 +18,11 @@ from personalized_soups.adapters.tying import are_tied_tokens
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.errors import UnsupportedAdapterError
 from personalized_soups.files.writer import NAMES_OF_DTYPES, TensorSpec
-from personalized_soups.merging.computing.blocks import Toward, as_matrix, folded_blocks
+from personalized_soups.merging.computing.blocks import as_matrix, folded_blocks
 from personalized_soups.merging.computing.dora import is_same
 from personalized_soups.merging.computing.fitting import Fitting
 from personalized_soups.merging.computing.module_soups import Soups
+from personalized_soups.merging.computing.terms import Toward
 from personalized_soups.merging.planning.plan import MergePlan, torch_dtype
 
 # Tensors that experts (by their positions in the bank) trained, by their targets in the base.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from personalized_soups.adapters.library import Expert
@@ -15,6 +16,7 @@ from personalized_soups.errors import (
     UnsupportedAdapterError,
     UsageError,
 )
+from personalized_soups.merging.planning.plan import MergePlan
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.method import Method
 
@@ -139,3 +141,13 @@ def _unequal(method: Method, bank: ExpertBank, what: str, of: Callable[[Expert, 
             mend="take the method `linear`, which merges any ranks and scalings",
         )
     ]
+
+
+@contextmanager
+def naming_user(plan: MergePlan) -> Iterator[None]:
+    """Name the user in every UsageError of the block: a merge for many users must say whose profile is wrong."""
+    try:
+        yield
+    except UsageError as fault:
+        user = plan.profile.user
+        raise UsageError(f"{user!r}: {fault.what}", where=plan.profile.place("weights"), mend=fault.mend) from None

@@ -187,31 +187,6 @@ def missing_base(experts: Sequence[Expert]) -> list[SoupError]:
     return found
 
 
-def unfit_for_vllm(experts: Sequence[Expert]) -> list[SoupError]:
-    """Return what vLLM does not load, or passes over without a word, for each expert that has some of it.
-
-    Source: vllm/lora/peft_helper.py of vLLM 0.32 (modules_to_save, DoRA, bias) and its lists of supported layers;
-    adapters of target_parameters leave its mixtures as they are (vllm-project/vllm#41384).
-    """
-    found: list[SoupError] = []
-    for expert in experts:
-        whole = [f"{each.name} ({each.origin})" for each in expert.adapter.trained.values()]
-        kinds = [
-            f"{module.name} (a {'convolution' if module.kind == 'conv' else 'parameter'})"
-            for module in expert.adapter.modules.values()
-            if module.kind in {"conv", "parameter"}
-        ]
-        if whole or kinds:
-            found.append(
-                UsageError(
-                    f"{expert.name}: vLLM does not take {(whole + kinds)[0]}",
-                    where=str(expert.folder),
-                    mend="leave target=vllm out, or serve the soup as a full model: into_base=BASE",
-                )
-            )
-    return found
-
-
 def _modules(experts: Sequence[Expert]) -> dict[str, LoraModule]:
     """Return every module that an expert adapts, as the first such expert holds it, sorted."""
     found: dict[str, LoraModule] = {}

@@ -15,11 +15,11 @@ from torch import Tensor
 from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.files.reader import SafetensorsFile
+from personalized_soups.merging.computing.merged_modules import Loss, MergedModule
 from personalized_soups.merging.computing.whole_tensors import WholeTensors
 from personalized_soups.merging.planning.plan import torch_dtype
 from personalized_soups.merging.verify.verification import Comparison, Difference, Distance, Fault, finite
 from personalized_soups.merging.writing.adapter import MergedAdapter
-from personalized_soups.merging.writing.adapter_writer import Loss, MergedModule
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.linear import linear
 from personalized_soups.methods.lowrank import decompose

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from personalized_soups.adapters.library import Expert, ExpertLibrary
-from personalized_soups.adapters.provenance import InputRecord
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
-from personalized_soups.errors import UsageError
 from personalized_soups.files.atomic import check_replaceable, check_target, new_folder
 from personalized_soups.files.digest import BackgroundDigests
+from personalized_soups.merging.computing.merged_modules import MergedModule, common_ranks
 from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.computing.whole_tensors import WholeTensors, on_base
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, plan_merge
-from personalized_soups.merging.writing.adapter_writer import AdapterWriter, MergedModule, common_ranks
+from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device
+from personalized_soups.merging.planning.planner import plan_merge
+from personalized_soups.merging.writing.adapter_writer import AdapterWriter
+from personalized_soups.merging.writing.inputs import check_output_apart, input_records
 
 Result = TypeVar("Result")
 
@@ -135,31 +136,3 @@ def merge(library: ExpertLibrary, profile: Profile, options: MergeOptions | None
     options = options or MergeOptions()
     plan = plan_merge(library, profile, options)
     return MergedAdapter(plan, library, arithmetic_device(plan, options.device))
-
-
-def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path, str]) -> tuple[InputRecord, ...]:
-    """Return what soup.json says of each expert that took part."""
-    return tuple(
-        InputRecord(
-            name=expert.name,
-            folder=expert.folder,
-            weight=expert.weight,
-            blake3={path.name: digests[path] for path in library[expert.name].adapter.files},
-        )
-        for expert in plan.experts
-    )
-
-
-def check_output_apart(folder: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise if an output folder is an input folder, or inside or around one: writing it would destroy the input.
-
-    Raises:
-        UsageError: naming the input.
-    """
-    output = folder.resolve()
-    for name in inputs:
-        source = Path(name).resolve()
-        if output == source or source in output.parents or output in source.parents:
-            raise UsageError(
-                f"the output folder overlaps the input {source}", where=str(folder), mend="choose another output folder"
-            )

@@ -6,121 +6,40 @@ R rank, I in features, O out features.
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from personalized_soups.adapters.modules import LoraModule
-from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.adapters.provenance import (
     InputRecord,
     SoupRecord,
-    TruncationRecord,
-    library_versions,
     write_record,
 )
-from personalized_soups.errors import UsageError
-from personalized_soups.files.file_names import CONFIG_FILE, SOUP_FILE, WEIGHTS_FILE
+from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from personalized_soups.files.spool import Spool
 from personalized_soups.files.writer import NAMES_OF_DTYPES, SafetensorsWriter, TensorSpec
-from personalized_soups.merging.computing.dora import unscaled
-from personalized_soups.merging.computing.module_soups import ModuleSoup
-from personalized_soups.merging.computing.whole_tensors import WholeTensors
-from personalized_soups.merging.planning.layout import Layout
-from personalized_soups.merging.planning.plan import (
-    MergePlan,
-    PlannedModule,
-    check_vllm_rank,
-    torch_dtype,
-    vllm_max_lora_rank,
+from personalized_soups.merging.computing.merged_modules import (
+    Loss,
+    MergedModule,
+    a_shape,
+    b_shape,
+    beside_shapes,
+    common_ranks,
+    rounded,
+    too_large,
 )
+from personalized_soups.merging.computing.whole_tensors import WholeTensors
+from personalized_soups.merging.planning.plan import MergePlan, PlannedModule, torch_dtype
+from personalized_soups.merging.writing.adapter_record import adapter_config, adapter_record
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.finite import all_finite
 
 _SPOOL_FILE = ".spool"
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What a truncation lost: squared Frobenius norms of the delta and of what was taken from it."""
-
-    energy: float
-    lost: float
-
-    @property
-    def relative_error(self) -> float:
-        """`|dW - dW_R| / |dW|`; 0 where dW is 0."""
-        return (self.lost / self.energy) ** 0.5 if self.energy > 0 else 0.0
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class MergedModule:
-    """One module of a merged adapter, on the CPU in the adapter's dtype.
-
-    `beside` are its other tensors by their names in the file: a magnitude (DoRA), the bias of its B (lora_bias).
-    """
-
-    like: LoraModule
-    factors: Factors
-    loss: Loss
-    beside: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, soup: ModuleSoup, plan: MergePlan) -> Self:
-        """Round a module's soup once to the plan's dtype; at the plan's rank, unless an energy share decides.
-
-        A DoRA adapter has `W' = m / |W + B A| (W + B A)`: with the soup `d W + G` it is `B A = d^-1 G`, truncated
-        before it is divided, and `m = d |W + B A|` of the factors as they are written.
-
-        Raises:
-            UsageError: where a value does not fit into the dtype, or d is about 0.
-        """
-        assert soup.factors is not None, "a dense soup is truncated before it is held as an adapter"
-        like, factors = soup.module.like, soup.factors
-        scale_O = torch.ones(like.out_features, dtype=torch.float64) if soup.scale_O is None else soup.scale_O
-        if soup.scale_O is not None:
-            factors = unscaled(like.name, factors, scale_O)
-        rounded = Factors(_rounded(like.a_name, factors.a_RI, plan), _rounded(like.b_name, factors.b_OR, plan))
-        shapes = beside_shapes(like, plan.layout)
-        values = {}
-        if soup.dora is not None:
-            values[plan.layout.magnitude_name(like.name)] = scale_O * soup.dora.norms(like.name, rounded)
-        if soup.bias_O is not None:
-            values[plan.layout.b_bias_name(like.name)] = soup.bias_O
-        beside = {name: _rounded(name, value, plan).reshape(shapes[name]) for name, value in values.items()}
-        merged = cls(like, rounded, Loss(soup.energy, soup.lost), beside)
-        return merged if plan.energy is not None else merged.padded(plan.rank)
-
-    @property
-    def name(self) -> str:
-        """The module's name in the base model."""
-        return self.like.name
-
-    @property
-    def rank(self) -> int:
-        """The rank of the change, of each block's where there are several."""
-        return self.factors.rank // self.like.blocks
-
-    def padded(self, rank: int) -> Self:
-        """Return it at a higher rank: rows and columns of zeros are added, the delta stays the same."""
-        if rank <= self.rank:
-            return self
-        blocks = blocks_of(self.factors, self.like.blocks)
-        return replace(self, factors=of_blocks([each.padded(rank) for each in blocks]))
-
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield both factors, and what stands beside them, by their names in the file and in their shapes there."""
-        yield self.like.a_name, self.factors.a_RI.reshape(a_shape(self.like, self.rank))
-        yield self.like.b_name, self.factors.b_OR.reshape(b_shape(self.like, self.rank))
-        yield from self.beside.items()
 
 
 class AdapterWriter:
@@ -176,8 +95,8 @@ class AdapterWriter:
         Raises:
             UsageError: where a value does not fit into the dtype.
         """
-        rounded = _rounded(module.like.b_name, values, self.plan)
-        self._writer.write(module.like.b_name, rounded, start * rounded.element_size())
+        part = rounded(module.like.b_name, values, self.plan)
+        self._writer.write(module.like.b_name, part, start * part.element_size())
 
     def finish(self, device: torch.device, inputs: tuple[InputRecord, ...]) -> SoupRecord:
         """Write what is left: modules set aside, adapter_config.json, soup.json."""
@@ -192,7 +111,7 @@ class AdapterWriter:
                 self._write(self._writer, module)
         for name, start, part in () if self._whole is None else self._whole.parts():
             if not all_finite(part):
-                raise _too_large(f"{name}: the soup has values", self.plan)
+                raise too_large(f"{name}: the soup has values", self.plan)
             self._writer.write(name, part, start)
         text = json.dumps(adapter_config(self.plan, self._ranks), indent=2, ensure_ascii=False)
         (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
@@ -215,121 +134,3 @@ class AdapterWriter:
     def _write(self, writer: SafetensorsWriter, module: MergedModule) -> None:
         for name, tensor in module.padded(self._ranks[module.name]).named():
             writer.write(name, tensor)
-
-
-def common_ranks(plan: MergePlan, own: Mapping[str, int]) -> dict[str, int]:
-    """Return the rank at which each module is written: its own where an energy share decides, one for all for vLLM."""
-    if plan.energy is not None and plan.target == "peft":
-        return dict(own)
-    rank = max(own.values())
-    if plan.target == "vllm":
-        check_vllm_rank(rank)
-    return dict.fromkeys(own, rank)
-
-
-def a_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
-    """Return the shape of a module's A in the file."""
-    return (rank * like.blocks, like.in_features // math.prod(like.kernel), *like.kernel)
-
-
-def b_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
-    """Return the shape of a module's B in the file."""
-    return (like.out_features, rank * like.blocks, *(1 for _ in like.kernel))
-
-
-def beside_shapes(like: LoraModule, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of what stands beside a module's factors in the file."""
-    found: dict[str, tuple[int, ...]] = {}
-    if layout.use_dora:
-        ones = (1,) * len(like.kernel)
-        found[layout.magnitude_name(like.name)] = (*ones[:1], like.out_features, *ones)
-    if layout.lora_bias:
-        found[layout.b_bias_name(like.name)] = (like.out_features,)
-    return found
-
-
-def _rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
-    # rounded before it is transferred: truncated factors are float64
-    rounded = tensor.to(torch_dtype(plan.dtype)).to("cpu").contiguous()
-    if not all_finite(rounded):
-        raise _too_large(f"{name}: the soup has values up to {tensor.abs().max().item():g}", plan)
-    return rounded
-
-
-def _too_large(what: str, plan: MergePlan) -> UsageError:
-    return UsageError(
-        f"{what}, beyond {plan.dtype}",
-        where="dtype",
-        mend="take dtype=float32 or bfloat16, or smaller weights",
-    )
-
-
-def adapter_record(
-    plan: MergePlan,
-    device: torch.device,
-    ranks: Mapping[str, int],
-    losses: Mapping[str, Loss],
-    inputs: tuple[InputRecord, ...],
-) -> SoupRecord:
-    """Return what soup.json says of a merged adapter whose modules have these ranks and losses."""
-    rank = max(ranks.values())
-    total = Loss(sum(loss.energy for loss in losses.values()), sum(loss.lost for loss in losses.values()))
-    in_order = [module.name for module in plan.modules]
-    truncation = TruncationRecord(
-        rank=rank,
-        energy=plan.energy,
-        total=total.relative_error,
-        modules={name: losses[name].relative_error for name in in_order},
-        ranks={name: ranks[name] for name in in_order if ranks[name] != rank},
-    )
-    return SoupRecord(
-        kind="adapter",
-        profile=plan.profile.model_dump(mode="json"),
-        method=plan.method.name,
-        method_source=plan.method_source,
-        options=dict(plan.options),
-        encoding=plan.encoding,
-        target=plan.target,
-        experts=inputs,
-        base=plan.base,
-        base_folder=plan.base_folder,
-        rank=rank,
-        dtype=plan.dtype,
-        device=str(device),
-        truncation=truncation if plan.encoding == "truncated" else None,
-        vllm_max_lora_rank=vllm_max_lora_rank(rank) if plan.fits_vllm else None,
-        versions=library_versions("torch", "numpy"),
-        files=tuple(sorted((CONFIG_FILE, WEIGHTS_FILE, SOUP_FILE))),
-    )
-
-
-def adapter_config(plan: MergePlan, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return what PEFT reads: rank and alpha are equal at every module, so that the scaling is 1."""
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {name: rank for name, rank in ranks.items() if rank != usual}
-    table = {
-        **plan.layout.config,
-        "alpha_pattern": pattern,
-        "base_model_name_or_path": plan.base.name,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": usual,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": usual,
-        "rank_pattern": pattern,
-        "revision": plan.revision,
-        "task_type": plan.task_type,
-        "use_rslora": False,
-    }
-    return dict(sorted(table.items()))
-
-
-@contextmanager
-def told_whose(plan: MergePlan) -> Iterator[None]:
-    """Say in an error whose soup it is, among so many."""
-    try:
-        yield
-    except UsageError as fault:
-        user = plan.profile.user
-        raise UsageError(f"{user!r}: {fault.what}", where=plan.profile.place("weights"), mend=fault.mend) from None

@@ -1,55 +1,40 @@
-"""Many users' soups of experts on one basis, from the product straight to the files: A as it is, B's block by block.
-
-U users, E experts.
-"""
+"""Write the soups of many users whose experts share one basis: blocks of B go from the product to the users' files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from personalized_soups.merging.computing.module_soups import ModuleSoup, Soups
+from personalized_soups.merging.computing.merged_modules import MergedModule
+from personalized_soups.merging.computing.module_soups import Soups
+from personalized_soups.merging.computing.one_basis import OneBasisSums
+from personalized_soups.merging.planning.checks import naming_user
 from personalized_soups.merging.planning.plan import PlannedModule
-from personalized_soups.merging.writing.adapter_writer import AdapterWriter, MergedModule, told_whose
-from personalized_soups.methods.product import BlockSums
+from personalized_soups.merging.writing.adapter_writer import AdapterWriter
 
 
-def is_plain_product(soups: Soups) -> bool:
-    """Return whether every module of every soup is A and one product of the B's, and nothing else."""
-    plan = soups.plan
-    return (
-        len(soups.plans) > 1
-        and len(plan.experts) > 1
-        and (plan.method.family, plan.encoding) == ("linear", "stacked")
-        and plan.shares_basis
-        and plan.layout.is_plain
-        and all(module.rank == plan.rank and module.like.blocks == 1 for module in plan.modules)
-    )
+class OneBasisWriter:
+    """Writes the modules of soups for which is_plain_product holds; several threads may write at once.
 
-
-class ProductWriter:
-    """Writes modules for which is_plain_product holds; several threads at once, each with buffers of its own."""
+    Args:
+        soups: the soups of all users.
+        writers: each user's writer, in the order of the soups' plans.
+    """
 
     def __init__(self, soups: Soups, writers: Sequence[AdapterWriter]) -> None:
-        self._soups = soups
+        self._sums = OneBasisSums(soups)
         self._writers = writers
-        self._sums = BlockSums()
 
     def write(self, module: PlannedModule) -> None:
-        """Compute and write one module of every user.
+        """Compute and write one module for every user.
 
         Raises:
-            InputError: naming file and tensor where an expert holds NaN or infinity.
-            UsageError: naming the user whose soup does not fit into the dtype.
+            InputError: if an expert holds NaN or infinity; it names the file and the tensor.
+            UsageError: if a user's soup does not fit into the dtype; it names the user.
         """
-        stack = self._soups.bank.read(module.name)
-        scalings = torch.tensor(stack.scalings, dtype=torch.float64)
-        weights_UE = torch.tensor([plan.weights for plan in self._soups.plans], dtype=torch.float64) * scalings
-        first = stack.factors[0]
+        soup, blocks = self._sums.of(module)
         for writer in self._writers:
-            writer.begin(MergedModule.of(ModuleSoup(module, first), writer.plan))
-        for start, sums_UC in self._sums.blocks(weights_UE, [each.b_OR for each in stack.factors]):
-            for writer, sums in zip(self._writers, sums_UC, strict=True):
-                with told_whose(writer.plan):
-                    writer.add(module, start, sums)
+            writer.begin(MergedModule.of(soup, writer.plan))
+        for start, sums_UC in blocks:
+            for writer, sums_C in zip(self._writers, sums_UC, strict=True):
+                with naming_user(writer.plan):
+                    writer.add(module, start, sums_C)

@@ -9,18 +9,8 @@ from torch import Tensor
 
 from personalized_soups.launching.threads import in_order
 from personalized_soups.merging.computing import blocks
-from personalized_soups.merging.computing.blocks import (
-    Dense,
-    FoldedBlock,
-    Product,
-    Queue,
-    Rescale,
-    Term,
-    Toward,
-    TowardRows,
-    folded_blocks,
-    queued_blocks,
-)
+from personalized_soups.merging.computing.blocks import FoldedBlock, Queue, folded_blocks, queued_blocks
+from personalized_soups.merging.computing.terms import Dense, Product, Rescale, Term, Toward, TowardRows
 from tests.merging.computing.queues import EagerQueue, LazyQueue
 
 CPU = torch.device("cpu")

@@ -15,7 +15,9 @@ from personalized_soups.errors import (
     UnsupportedAdapterError,
     UsageError,
 )
-from personalized_soups.merging.planning.plan import VLLM_RANKS, MergePlan, plan_merge
+from personalized_soups.merging.planning.plan import MergePlan
+from personalized_soups.merging.planning.planner import plan_merge
+from personalized_soups.merging.planning.vllm import VLLM_RANKS
 from personalized_soups.methods.method import Method
 from tests.experts import SHAPES, write_config, write_expert, write_record
 

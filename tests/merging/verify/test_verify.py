@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merge_into_base
-from personalized_soups.merging.computing.blocks import Dense, Product, Rescale, Term, Toward, TowardRows
+from personalized_soups.merging.computing.terms import Dense, Product, Rescale, Term, Toward, TowardRows
 from personalized_soups.merging.verify.folder import verify
 from personalized_soups.merging.verify.model import magnitude_of
 from personalized_soups.merging.writing.many import merge_many

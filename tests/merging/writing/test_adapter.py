@@ -14,8 +14,8 @@ import torch
 from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge
 from personalized_soups.adapters.provenance import SoupRecord, read_soup_record
 from personalized_soups.errors import InputError, OutputExistsError, RunError, UsageError
+from personalized_soups.merging.computing.merged_modules import MergedModule
 from personalized_soups.merging.writing.adapter import MergedAdapter
-from personalized_soups.merging.writing.adapter_writer import MergedModule
 from tests import oracles
 from tests.experts import SHAPES, write_expert
 

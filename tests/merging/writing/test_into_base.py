@@ -25,7 +25,7 @@ from personalized_soups.errors import (
 )
 from personalized_soups.merging.computing import blocks
 from personalized_soups.merging.computing.blocks import FoldedBlock, queued_blocks
-from personalized_soups.merging.writing import into_base
+from personalized_soups.merging.writing import model_shards
 from personalized_soups.merging.writing.into_base import MergedModel
 from tests import oracles
 from tests.experts import SHAPES, write_expert, write_record
@@ -350,7 +350,7 @@ def test_a_queue_writes_the_same_model(
     def queued(base_MN: Tensor, soups: Any, device: torch.device) -> Iterator[FoldedBlock]:
         return queued_blocks(base_MN, soups, device, base_MN.dtype, queue())
 
-    monkeypatch.setattr(into_base, "folded_blocks", queued)
+    monkeypatch.setattr(model_shards, "folded_blocks", queued)
     found = merge_into_base(library, PROFILE, base, tmp_path / "found")
     for path in wanted.glob("*.safetensors"):
         assert (found / path.name).read_bytes() == path.read_bytes()

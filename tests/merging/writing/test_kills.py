@@ -29,7 +29,7 @@ SHAPES = {
     for layer in range(6)
     for name, shape in {"self_attn.q_proj": (384, 256), "mlp.down_proj": (256, 640)}.items()
 }
-BUSY, THERE = "another run is writing this output", "the output folder is there already"
+BUSY, THERE = "another run is writing this output", "the output folder exists already"
 USERS = 5
 
 

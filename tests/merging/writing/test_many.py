@@ -15,7 +15,8 @@ from personalized_soups import ExpertLibrary, MergeOptions, Profile, merge, merg
 from personalized_soups.adapters.provenance import read_soup_record
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, UsageError
 from personalized_soups.files.reader import SafetensorsFile
-from personalized_soups.merging.writing import into_base, many, one_basis
+from personalized_soups.merging.computing import one_basis
+from personalized_soups.merging.writing import many, model_shards
 from personalized_soups.merging.writing.many import Merged, merge_many
 from personalized_soups.methods.product import BlockSums
 from tests import oracles
@@ -247,13 +248,13 @@ def test_many_models_come_out_of_one_reading_of_the_base(
     tmp_path: Path, library: ExpertLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read = []
-    fold = into_base._fold_tensor
+    fold = model_shards._fold_tensor
 
     def counted(source: SafetensorsFile, name: str, *rest: Any) -> None:
         read.append(name)
         fold(source, name, *rest)
 
-    monkeypatch.setattr(into_base, "_fold_tensor", counted)
+    monkeypatch.setattr(model_shards, "_fold_tensor", counted)
     base = write_base(tmp_path / "base", "BF16")
     profiles = [Profile(user=f"u{n}", weights={"one": 0.3 * n + 0.1, "two": -0.2, "three": 1.0}) for n in range(3)]
     assert merge_many(library, profiles, tmp_path / "out", into_base=base) == Merged(3, 0)

@@ -17,7 +17,7 @@ from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
 from personalized_soups.merging.computing import blocks, dora
 from personalized_soups.merging.computing.module_soups import Soups
-from personalized_soups.merging.planning.plan import plan_merge
+from personalized_soups.merging.planning.planner import plan_merge
 from tests.adapters.test_against_peft import CASES, llama
 from tests.merging.variants import MIXTURES, World, make_world, named_weights, read
 
@@ -170,4 +170,4 @@ def test_a_model_wide_threshold_counts_each_expert_of_a_mixture(tmp_path: Path) 
     entries = torch.cat([each.abs().flatten() for each in changed if bool(each.any())])
     want = entries.topk(int(0.2 * entries.numel())).values[-1].item()
     # PEFT's merge is float32: the differences owe 2^-24 of the base's values of a few times the deltas'
-    assert soups.thresholds[0] == pytest.approx(want, rel=1e-4)
+    assert soups.method.thresholds[0] == pytest.approx(want, rel=1e-4)

@@ -1,0 +1,136 @@
+"""Apply the plan's merge method to the factors of one module, for one or many users.
+
+R rank, I in features, O out features, E experts, U users.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from personalized_soups.adapters.placement import blocks_of
+from personalized_soups.bank.expert_bank import ExpertBank, StackedModule
+from personalized_soups.launching.threads import full_precision
+from personalized_soups.merging.computing.custom_method import merged_delta, merged_factors
+from personalized_soups.merging.planning.plan import MergePlan, PlannedModule
+from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.options import OPTIONS
+from personalized_soups.methods.product import weighted_sums
+from personalized_soups.methods.sparsify import global_threshold
+from personalized_soups.methods.streams import Stream
+
+
+@dataclass(frozen=True, eq=False)
+class AppliedMethod:
+    """The merge method of plans over the same experts.
+
+    Attributes:
+        plans: the users' plans; they differ only in their profiles and weights.
+        bank: the experts.
+    """
+
+    plans: Sequence[MergePlan]
+    bank: ExpertBank
+
+    @property
+    def plan(self) -> MergePlan:
+        """The choices that all plans share."""
+        return self.plans[0]
+
+    def prepare(self) -> None:
+        """Compute what all modules need, so that threads do not compute it twice."""
+        if self.plan.method.trims_globally:
+            with full_precision():
+                _ = self.thresholds
+
+    @cached_property
+    def thresholds(self) -> tuple[float, ...]:
+        """Each expert's magnitude below which a method that trims over the whole model trims."""
+        density = self.plan.options["density"]
+        return tuple(
+            global_threshold(lambda expert=index: self._deltas_of(expert), density)  # type: ignore[misc]
+            for index in range(len(self.bank.experts))
+        )
+
+    def factors(self, module: PlannedModule, stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
+        """Return every user's factors of one module, by a method that merges factors; scaling 1.
+
+        Args:
+            module: the planned module.
+            stack: the experts' factors.
+            weights: for each plan, the weights of the stack's experts.
+        """
+        method = self.plan.method
+        if len(self.plans) > 1 and len(stack.experts) > 1:  # one expert's own is scaled, which needs no product
+            if method.family == "linear" and not any(stack.basis):
+                return _on_one_basis(stack, weights)
+            if method.coefficients:
+                return self._in_products(stack, weights)
+        keywords = self._keywords(stack)
+        if method.family == "linear":
+            keywords["basis"] = stack.basis
+        function = method.load()
+        if self.plan.method_source is not None:
+            function = partial(merged_factors, method, stack.name, rank=module.full_rank)
+        if not method.divides_by_sum:
+            return [function(stack.factors, each, **keywords) for each in weights]
+        # a module that an expert lacks contributes zero: the sum of the weights stays that of all experts
+        totals = [math.fsum(plan.weights) for plan in self.plans]
+        return [
+            function(stack.factors, each, total=total, **keywords) for each, total in zip(weights, totals, strict=True)
+        ]
+
+    def delta(self, module: PlannedModule, stack: StackedModule, weights: Sequence[float]) -> Tensor:
+        """Return one user's delta_OI of one module, by a method that merges dense deltas."""
+        keywords = self._keywords(stack)
+        if self.plan.method.trims_globally:
+            keywords["thresholds"] = [self.thresholds[index] for index in stack.experts]
+        deltas = [each.delta() for each in stack.factors]
+        if self.plan.method_source is not None:
+            return merged_delta(self.plan.method, stack.name, deltas, weights, **keywords)
+        delta_OI: Tensor = self.plan.method.load()(deltas, weights, **keywords)
+        return delta_OI
+
+    def _in_products(self, stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
+        """Return every user's A and B, each of them out of one product."""
+        method = self.plan.method
+        totals = [{"total": math.fsum(plan.weights)} if method.divides_by_sum else {} for plan in self.plans]
+        coefficients = method.load_coefficients()
+        pairs = [coefficients(stack.scalings, each, **total) for each, total in zip(weights, totals, strict=True)]
+        a_UE, b_UE = (torch.tensor(each, dtype=torch.float64) for each in zip(*pairs, strict=True))
+        a_URI = _summed(a_UE, [each.a_RI for each in stack.factors])
+        b_UOR = _summed(b_UE, [each.b_OR for each in stack.factors])
+        return [Factors(a_RI, b_OR) for a_RI, b_OR in zip(a_URI, b_UOR, strict=True)]
+
+    def _keywords(self, stack: StackedModule) -> dict[str, Any]:
+        options = self.plan.options
+        keywords: dict[str, Any] = {OPTIONS[name].keyword: value for name, value in options.items() if name != "seed"}
+        if "seed" in options:
+            names = [self.bank.experts[index].name for index in stack.experts]
+            keywords["streams"] = [Stream.of(int(options["seed"]), stack.name, name) for name in names]
+        return keywords
+
+    def _deltas_of(self, expert: int) -> Iterator[Tensor]:
+        for name in self.bank.modules:
+            if expert in self.bank.members(name):
+                blocks = self.bank.experts[expert].adapter.modules[name].blocks
+                for block in blocks_of(self.bank.factors(expert, name), blocks):
+                    yield block.delta()
+
+
+def _on_one_basis(stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
+    """Return every user's sum of experts that share their A: A as it is, and all B's in one product."""
+    scalings = torch.tensor(stack.scalings, dtype=torch.float64)
+    weights_UE = torch.tensor(weights, dtype=torch.float64) * scalings
+    b_UOR = _summed(weights_UE, [each.b_OR for each in stack.factors])
+    return [Factors(stack.factors[0].a_RI, b_OR) for b_OR in b_UOR]
+
+
+def _summed(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    return weighted_sums(weights_UE, tensors).view(len(weights_UE), *tensors[0].shape)

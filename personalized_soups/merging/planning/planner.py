@@ -1,0 +1,219 @@
+"""Plan a merge: check the experts and the options, and decide everything that headers can decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from personalized_soups.adapters.base_model import BaseModel
+from personalized_soups.adapters.compatible import disagreements
+from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.adapters.modules import LoraModule
+from personalized_soups.adapters.provenance import BaseRecord
+from personalized_soups.bank.expert_bank import ExpertBank
+from personalized_soups.declare.profile import Profile
+from personalized_soups.declare.side_rule import SideRule
+from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.merging.planning.checks import Cut, checked_cut, faults_of, raise_all, unmet_needs
+from personalized_soups.merging.planning.layout import conflicts, layout_of, missing_base, named_modules
+from personalized_soups.merging.planning.method_source import method_source
+from personalized_soups.merging.planning.options import MergeOptions
+from personalized_soups.merging.planning.plan import (
+    DtypeName,
+    MergePlan,
+    PlannedEncoding,
+    PlannedExpert,
+    PlannedModule,
+    Target,
+)
+from personalized_soups.merging.planning.vllm import check_vllm_rank, unfit_for_vllm
+from personalized_soups.methods.method import Method
+from personalized_soups.methods.plugins import find_method
+
+_TARGETS: Mapping[str, Target] = {"peft": "peft", "vllm": "vllm"}
+_CHOICES: Mapping[str, DtypeName] = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_OF_FILES: Mapping[str, DtypeName] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def plan_merge(
+    library: ExpertLibrary, profile: Profile, options: MergeOptions | None = None, *, into_base: bool = False
+) -> MergePlan:
+    """Return the plan for merging `profile`, from the experts' headers and the first bytes of their A's.
+
+    Args:
+        library: the experts.
+        profile: the user's weights. Experts of weight 0 take no part.
+        options: the choices that override the profile's; the defaults if left out.
+        into_base: plan to fold the soup into a base model, which decides the dtype; the soup then has no rank.
+
+    Raises:
+        DeclarationError: if the profile names unknown experts or two sides of one dimension.
+        IncompatibleExpertsError: if the experts disagree with each other, or do not meet the method's needs.
+        InputError: if an expert is damaged, or is a variant of LoRA that cannot be merged.
+        UsageError: if an option is wrong, or an adapter cannot hold the soup, or cannot without the base. All errors
+            of one step are raised together.
+    """
+    options = options or MergeOptions()
+    method = find_method(profile.method if options.method is None else options.method)
+    method_options = _method_options(method, profile, options.method_options)
+    cut = checked_cut(profile, options.rank, options.energy, into_base=into_base)
+    _check_dtype(options.dtype, into_base=into_base)
+    _check_base(options.base, into_base=into_base)
+    library.check(profile)
+    # by name, so that a soup's bytes do not depend on the order in which its profile was written
+    chosen = [(library[name], weight) for name, weight in sorted(profile.resolved_weights().items()) if weight != 0]
+    experts = [expert for expert, _ in chosen]
+    # experts are compared only if each of them is sound
+    raise_all([fault for expert in experts for fault in faults_of(expert)])
+    bank = ExpertBank(experts)
+    SideRule.of(experts).check(profile)
+    raise_all(
+        [
+            *disagreements(experts, same_base=options.same_base),
+            *unmet_needs(method, bank, [weight for _, weight in chosen]),
+        ]
+    )
+    target = _checked_target(options.target, into_base=into_base)
+    layout = layout_of(experts)
+    unfit = unfit_for_vllm(experts)
+    if not into_base:
+        raise_all(unfit if target == "vllm" else [])
+        raise_all([*conflicts(experts, layout), *(missing_base(experts) if options.base is None else [])])
+    modules = tuple(_planned(bank, like, method, cut.rank) for like in named_modules(experts, layout))
+    if target == "vllm" and options.energy is None:
+        check_vllm_rank(max(module.rank for module in modules))
+    base, base_folder = _read_base(options.base, experts, same_base=options.same_base)
+    return MergePlan(
+        profile=profile,
+        method=method,
+        method_source=method_source(method),
+        options=method_options,
+        target=target,
+        fits_vllm=not unfit,
+        energy=cut.energy,
+        encoding=_encoding(method, modules, cut, into_base=into_base),
+        experts=tuple(PlannedExpert(expert.name, str(expert.folder.resolve()), weight) for expert, weight in chosen),
+        modules=modules,
+        rank=max(module.rank for module in modules),
+        dtype=_resolved_dtype(options.dtype, experts),
+        base=base,
+        base_folder=base_folder,
+        revision=_agreed([expert.adapter.config.revision for expert in experts]),
+        task_type=_agreed([expert.adapter.config.task_type for expert in experts]),
+        layout=layout,
+        shares_basis=bank.shares_basis,
+    )
+
+
+def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
+    if dtype is None:
+        return
+    if into_base:
+        raise UsageError("a folded model keeps its base's dtypes", where="dtype", mend=f"leave dtype={dtype} out")
+    if dtype not in _CHOICES:
+        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", mend=choose_from(dtype, _CHOICES))
+
+
+def _check_base(base: Path | str | None, *, into_base: bool) -> None:
+    if into_base and base is not None:
+        raise UsageError(
+            "base is the base model of a merged adapter, but the soup is folded into a model",
+            where="base",
+            mend="leave base out of the options",
+        )
+
+
+def _checked_target(target: str, *, into_base: bool) -> Target:
+    if target not in _TARGETS:
+        raise UsageError(f"unknown target {target!r}", where="target", mend=choose_from(target, _TARGETS))
+    if into_base and target != "peft":
+        raise UsageError(
+            f"a full model needs nothing done for {target}",
+            where="target",
+            mend=f"leave target={target} out: vLLM loads the model",
+        )
+    return _TARGETS[target]
+
+
+def _method_options(row: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
+    """Return the options of the method: the caller's, else those of the profile's that this method takes, too."""
+    is_own = row.name == profile.method
+    own = {name: value for name, value in profile.options.items() if is_own or name in row.options}
+    try:
+        return row.resolved({**own, **(given or {})})
+    except UsageError as fault:
+        is_in_profile = fault.where in own and fault.where not in (given or {})
+        place = profile.place("options", fault.where) if is_in_profile else fault.where
+        raise UsageError(fault.what, where=place, mend=fault.mend) from None
+
+
+def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_base: bool) -> PlannedEncoding:
+    if into_base:
+        encoding: PlannedEncoding = "folded"
+    elif cut.energy is not None or any(module.rank < module.full_rank for module in modules):
+        encoding = "truncated"
+    elif row.family == "dense":
+        # a dense delta at its full rank is decomposed all the same
+        encoding = "truncated" if cut.is_asked_for else "stacked"
+    else:
+        encoding = "stacked"
+    if encoding not in row.encodings:
+        raise UsageError(
+            f"what {row.name} gives has full rank: as an adapter it must be truncated"
+            if row.family == "dense"
+            else f"a soup by {row.name} cannot be held {encoding}",
+            where="method",
+            mend="give rank=16, energy=0.99 or into_base=BASE, or take the method linear",
+        )
+    return encoding
+
+
+def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | None) -> PlannedModule:
+    members = bank.members(like.name)
+    described = [bank.experts[index].adapter.modules[like.name] for index in members]
+    most = min(like.out_features, like.in_features)
+    if method.family == "dense":
+        full = most
+    elif method.needs_equal_ranks:
+        full = described[0].rank
+    elif method.family == "linear":
+        full = bank.stacked_rank(like.name)
+    else:
+        full = sum(each.rank for each in described)
+    return PlannedModule(
+        like=like,
+        experts=tuple(bank.experts[index].name for index in members),
+        full_rank=full,
+        rank=full if rank is None else min(rank, full),
+    )
+
+
+def _resolved_dtype(dtype: str | None, experts: Sequence[Expert]) -> DtypeName:
+    if dtype is not None:
+        return _CHOICES[dtype]
+    own = {name for expert in experts for name in expert.adapter.dtypes}
+    return _OF_FILES.get(own.pop(), "float32") if len(own) == 1 else "float32"
+
+
+def _common_base(experts: Sequence[Expert]) -> BaseRecord:
+    """Return the first expert's name for the base, and the first fingerprint that an expert records."""
+    bases = [expert.base for expert in experts]
+    return BaseRecord(
+        name=next((base.name for base in bases if base.name), None),
+        fingerprint=next((base.fingerprint for base in bases if base.fingerprint), None),
+    )
+
+
+def _read_base(base: Path | str | None, experts: Sequence[Expert], *, same_base: bool) -> tuple[BaseRecord, str | None]:
+    """Return how the base is known, and its folder where it is given."""
+    named = _common_base(experts)
+    if base is None:
+        return named, None
+    model = BaseModel.open(base)
+    if not same_base:
+        model.check_fingerprints(list(experts))
+    return BaseRecord(name=named.name, fingerprint=model.fingerprint), str(model.folder.resolve())
+
+
+def _agreed(values: Sequence[str | None]) -> str | None:
+    return values[0] if len(set(values)) == 1 else None

@@ -1,0 +1,91 @@
+"""The JSON files of a merged model: soup.json, and the tables that change with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+
+from personalized_soups.adapters.provenance import (
+    BaseRecord,
+    InputRecord,
+    SoupRecord,
+    library_versions,
+)
+from personalized_soups.files.atomic import files_below
+from personalized_soups.files.copies import CopyMode
+from personalized_soups.files.file_names import MODEL_CONFIG_FILE, MODEL_INDEX_FILE, SOUP_FILE
+from personalized_soups.merging.computing.changes import Changes
+from personalized_soups.merging.planning.plan import MergePlan
+
+
+def untied_tables(changes: Changes) -> dict[str, object]:
+    """Return the tables of the base, by file, that must say that its output embedding is now a tensor of its own."""
+    if changes.unties is None:
+        return {}
+    assert changes.model.tied is not None
+    config = dict(changes.model.config)
+    for key, value in config.items():
+        if isinstance(value, dict) and "tie_word_embeddings" in value:
+            config[key] = {**value, "tie_word_embeddings": False}
+    config["tie_word_embeddings"] = False
+    tables: dict[str, object] = {MODEL_CONFIG_FILE: config}
+    index = changes.model.folder / MODEL_INDEX_FILE
+    if changes.model.checkpoint.has_index and changes.unties not in changes.model.checkpoint:
+        table = json.loads(index.read_bytes())
+        source = changes.model.checkpoint.entry(changes.model.tied[0])
+        # the index itself may not name the tensor
+        table["weight_map"][changes.unties] = changes.model.checkpoint.shard_of(changes.model.tied[0]).path.name
+        if "total_size" in table.get("metadata", {}):
+            table["metadata"]["total_size"] += source.end - source.start
+        tables[MODEL_INDEX_FILE] = table
+    return tables
+
+
+def json_text(table: object) -> str:
+    """Return a table of a model folder as it is written."""
+    return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
+
+
+def identity(plan: MergePlan, files: Sequence[Path], device: torch.device, untouched: CopyMode) -> str:
+    """Return what decides the bytes of the shards; files count by size and time, since digests would cost the merge."""
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    told = [
+        plan.profile.model_dump(mode="json"),
+        plan.method.name,
+        dict(plan.options),
+        [(expert.name, expert.folder, expert.weight) for expert in plan.experts],
+        states,
+        device.type,
+        untouched,
+        library_versions("torch"),
+        *([] if plan.method_source is None else [plan.method_source.model_dump()]),
+    ]
+    return str(blake3(json.dumps(told, sort_keys=True).encode()).hexdigest())
+
+
+def model_record(
+    plan: MergePlan, changes: Changes, inputs: tuple[InputRecord, ...], digests: Mapping[Path, str], folder: Path
+) -> SoupRecord:
+    """Return what soup.json says of a merged model; `folder` holds all of its other files."""
+    model = changes.model
+    changed = {model.checkpoint.entry(name).dtype for name in changes.changes if name in model.checkpoint}
+    return SoupRecord(
+        kind="model",
+        profile=plan.profile.model_dump(mode="json"),
+        method=plan.method.name,
+        method_source=plan.method_source,
+        options=dict(plan.options),
+        encoding="folded",
+        experts=inputs,
+        base=BaseRecord(name=model.name, fingerprint=model.fingerprint),
+        untied=changes.unties,
+        base_blake3={path.name: digests[path] for path in (each.path for each in model.checkpoint.shards.values())},
+        dtype=", ".join(sorted(changed)),
+        device=str(changes.soups.bank.device),
+        versions=library_versions("torch", "numpy"),
+        files=tuple(sorted({SOUP_FILE, *files_below(folder)})),
+    )

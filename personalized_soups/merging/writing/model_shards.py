@@ -1,0 +1,106 @@
+"""The shards of a merged model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from personalized_soups.errors import InputError
+from personalized_soups.files.reader import SafetensorsFile
+from personalized_soups.files.writer import TensorSpec
+from personalized_soups.launching.threads import in_order, num_file_threads
+from personalized_soups.merging.computing.blocks import folded_blocks
+from personalized_soups.merging.computing.changes import Changes
+from personalized_soups.methods.finite import all_finite
+
+
+class Sink(Protocol):
+    """Where the tensors of one shard go; several threads give at once. See files.writer.SafetensorsWriter."""
+
+    def write(self, name: str, data: Tensor | memoryview, start: int = 0) -> None:
+        """Take a part of a tensor, from its byte `start` on."""
+        ...
+
+    def copy(self, names: Sequence[str], source: SafetensorsFile) -> None:
+        """Take whole tensors as they stand in `source`."""
+        ...
+
+
+def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Sink]) -> Iterator[int]:
+    """Give every tensor of a shard to the sink of each soup, changed by it; yield the bytes done, piece by piece.
+
+    Several threads work on a tensor each; its bytes do not depend on their number.
+
+    Args:
+        source: one shard of the base.
+        changes: what the soups change.
+        sinks: by the soup's place in `changes.soups.plans`; soups without one are left out.
+
+    Raises:
+        InputError: if the base holds NaN or infinity, or a soup has values beyond the base's dtype.
+    """
+
+    def done(names: Sequence[str]) -> int:
+        if len(names) == 1 and changes.touches(names[0]):
+            _fold_tensor(source, names[0], changes, sinks)
+        else:
+            for sink in sinks.values():
+                sink.copy(names, source)
+        return sum(source.entry(name).end - source.entry(name).start for name in names)
+
+    return in_order(done, _pieces(source, changes), num_file_threads(changes.soups.bank.device))
+
+
+def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Mapping[int, Sink]) -> None:
+    base = source.tensor(name)
+    for written in changes.written_as(name):
+        base_MN = changes.as_matrix(written, base)
+        row_bytes = base_MN.shape[1] * base_MN.element_size()
+        terms = changes.terms(written, base_MN)
+        wanted = list(sinks)
+        if not any(terms[soup] for soup in wanted):
+            for soup in wanted:
+                sinks[soup].write(written, source.raw(name))
+            continue
+        device = changes.soups.bank.device
+        for block in folded_blocks(base_MN, [terms[soup] for soup in wanted], device):
+            if not block.is_finite():
+                _raise_not_finite(written, base_MN[block.start : block.start + block.rows_BN.shape[0]])
+            sinks[wanted[block.soup]].write(written, block.rows_BN.reshape(-1), block.start * row_bytes)
+
+
+def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]]:
+    """Yield the tensors in the order of the file: changed ones each by itself, stretches of others together."""
+    stretch: list[str] = []
+    for name in source.entries:
+        if not changes.touches(name):
+            stretch.append(name)
+            continue
+        if stretch:
+            yield stretch
+            stretch = []
+        yield [name]
+    if stretch:
+        yield stretch
+
+
+def _raise_not_finite(name: str, before: Tensor) -> None:
+    damaged = not all_finite(before)
+    raise InputError(
+        f"{name}: the base itself holds NaN or infinity"
+        if damaged
+        else f"{name}: the soup has values beyond {before.dtype}",
+        where=name,
+        mend="give a sound base" if damaged else "take smaller weights, or a base in float32 or bfloat16",
+    )
+
+
+def shard_specs(source: SafetensorsFile, changes: Changes) -> list[TensorSpec]:
+    """Return the tensors that a shard of the base becomes, in their order."""
+    return [
+        TensorSpec(name, entry.dtype, entry.shape)
+        for entry in source.entries.values()
+        for name in changes.written_as(entry.name)
+    ]
