@@ -1,1 +1,1 @@
-"""OpenAI's protocol: what clients ask, how it is answered, and how errors are told."""
+"""OpenAI's protocol: requests, responses, streams and errors; knows no web server."""
