@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: made beside their target, then put in place in one step."""
+"""All-or-nothing output: folders and files are made next to their target and moved there in one step."""
 
 from __future__ import annotations
 
@@ -40,23 +40,22 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def new_folder(target: Path | str, overwrite: bool = False, *, durable: bool = False) -> Iterator[Path]:
-    """Yield an empty scratch folder beside `target`; it becomes `target` when the block ends well.
+    """Yield an empty scratch folder next to `target`, which is moved to `target` when the block ends without an error.
 
-    Nothing is left behind when the block raises, Ctrl-C included; what a killed run left is taken away by the next one.
-    One run at a time writes to `target`. With `overwrite` an existing folder that this tool wrote is exchanged for the
-    new one in one step; files in it that this tool did not write are not deleted: the old folder is then kept beside
-    the new one as `NAME.replaced-1`. With `durable` all is on the disk before it is put in place. Modes follow the
-    umask.
+    If the block raises (or on Ctrl-C), nothing is left. What a killed run left is removed by the next run. Only one run
+    at a time can write to `target`. With `overwrite`, an existing folder that this package wrote is exchanged for the
+    new one in one step. If the old folder has files that this package did not write, it is renamed to `NAME.replaced-1`
+    instead of deleted. With `durable`, all files are synced to the disk before the move. Modes follow the umask.
 
     Raises:
-        OutputExistsError: if `target` is there and `overwrite` is false, or is not a folder of this tool's; if another
-            run is writing it.
-        UsageError: if no folder can be made there.
+        OutputExistsError: if `target` exists and `overwrite` is false, if `target` is not a folder that this package
+            wrote, or if another run is writing it.
+        UsageError: if the folder cannot be made.
         RunError: if the disk is full.
     """
     target = _absolute(target)
-    mend = "free some space or write to another disk; nothing half-written was left"
-    with _room_told(target, mend), _ready(target, overwrite=overwrite) as place:
+    mend = "free some space, or write to another disk; no partial output was left"
+    with _full_disk_reported(target, mend), _ready(target, overwrite=overwrite) as place:
         try:
             place.clear()
             yield place.new
@@ -67,7 +66,12 @@ def new_folder(target: Path | str, overwrite: bool = False, *, durable: bool = F
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Resumable:
-    """A scratch folder that outlives an interruption, and the pieces in it that an earlier run has finished."""
+    """A scratch folder that survives an interruption.
+
+    Attributes:
+        folder: the folder.
+        done: the pieces in it that an earlier run has finished, as paths relative to it.
+    """
 
     folder: Path
     done: frozenset[str]
@@ -75,15 +79,15 @@ class Resumable:
     _durable: bool
 
     def mark(self, name: str) -> None:
-        """Note that a piece is finished: the file or folder of that path below `folder`. Safe between threads.
+        """Record that a piece is finished: the file or folder at the path `name` below `folder`. Thread-safe.
 
         Raises:
-            ValueError: if it is not there, or not below `folder`.
-            OSError: if the note cannot be written.
+            ValueError: if it does not exist, or is not below `folder`.
+            OSError: if the record cannot be written.
         """
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or not os.path.lexists(self.folder / path):
-            raise ValueError(f"{name!r}: no file or folder in {self.folder}")
+            raise ValueError(f"{name!r} is not a file or folder in {self.folder}")
         if self._durable:
             sync(self.folder / path)
             for parent in path.parents:
@@ -95,31 +99,31 @@ class Resumable:
 def resumable_folder(
     target: Path | str, identity: str, overwrite: bool = False, *, durable: bool = False
 ) -> Iterator[Resumable]:
-    """Yield a scratch folder as new_folder does, which is kept when the block is interrupted after a piece was marked.
+    """Yield a scratch folder as `new_folder` does, but keep it if the block is interrupted after a piece was marked.
 
-    The next run with the same target and identity finds the marked pieces in place (`done`); all else was taken away,
-    so that a piece is either whole or absent. A run of another identity begins anew. What is kept holds until the
-    machine is started anew, and beyond with `durable`; nothing is kept where there are no locks (Windows), nor where
-    the block finds input or usage at fault.
+    The next run with the same target and identity resumes: it finds the marked pieces in place (`done`). Everything
+    else is removed, so each piece is either complete or absent. A run with another identity starts from scratch. The
+    pieces are kept until the next boot, and with `durable` across boots. Nothing is kept on systems without locks
+    (Windows), or if the block raises InputError or UsageError.
 
     Args:
         target: the folder.
-        identity: all that decides the bytes of the pieces: digests of the inputs, options, versions.
-        overwrite: as in new_folder.
-        durable: as in new_folder; each piece is on the disk before it is marked, too.
+        identity: everything that decides the bytes of the pieces: digests of the inputs, options, versions.
+        overwrite: as in `new_folder`.
+        durable: as in `new_folder`; in addition, each piece is synced to the disk before it is marked.
 
     Raises:
-        SoupError: as new_folder does.
+        SoupError: as `new_folder` does.
     """
     target = _absolute(target)
-    mend = "free some space and run the same again: it goes on from what is finished; or write to another disk"
-    with _room_told(target, mend), _ready(target, overwrite=overwrite) as place:
+    mend = "free some space and repeat the run, which resumes with the finished pieces; or write to another disk"
+    with _full_disk_reported(target, mend), _ready(target, overwrite=overwrite) as place:
         keeps = place.is_locked
         try:
             with _journal(place, identity, durable=durable) as journal:
                 try:
                     yield Resumable(place.new, frozenset(journal.names), journal, durable)
-                except (InputError, UsageError):  # to mend them is to make something else
+                except (InputError, UsageError):  # with other input or options, other pieces are needed
                     keeps = False
                     raise
                 finally:
@@ -129,16 +133,16 @@ def resumable_folder(
         finally:
             if keeps:
                 settle(place, target)
-                _log.warning("what is finished is kept in %s: the same run goes on from there", place.folder)
+                _log.warning("the finished pieces are kept in %s: repeat the run to resume", place.folder)
             else:
                 _end(place, target)
 
 
 def check_target(target: Path | str, *, overwrite: bool = False) -> None:
-    """Raise what new_folder would raise before its block, and take away what a run killed at its very end left behind.
+    """Raise the error that `new_folder` would raise at its start, and finish the swap of a run that was killed in it.
 
     Raises:
-        SoupError: as new_folder does.
+        SoupError: as `new_folder` does.
     """
     target = _absolute(target)
     if _has_leftovers(target):
@@ -150,9 +154,9 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> None:
 
 @contextmanager
 def new_file(target: Path | str) -> Iterator[Path]:
-    """Yield an empty scratch file beside `target`; it replaces `target` in one step when the block ends well.
+    """Yield an empty scratch file next to `target`, which replaces `target` when the block ends without an error.
 
-    Nothing is left behind when the block raises; what killed runs left is taken away by the next one.
+    If the block raises, nothing is left. What killed runs left is removed by the next run.
 
     Raises:
         OSError: if it cannot be written.
@@ -169,14 +173,14 @@ def new_file(target: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def _ready(target: Path, *, overwrite: bool) -> Iterator[Workplace]:
-    """Yield the workplace of a target that can be written, where what killed runs left is settled."""
-    if not _has_leftovers(target):  # else there may be a swap to settle first
+    """Yield the workplace of a target that may be written, after cleaning up what killed runs left."""
+    if not _has_leftovers(target):  # otherwise an unfinished swap may have to be settled first
         check_replaceable(target, overwrite=overwrite)
     with claimed(target) as place:
         if not place.is_locked:
             _clear_abandoned(target)
         settle(place, target)
-        if not os.path.lexists(place.journal) and not os.path.lexists(place.old):  # there is nothing to go on with
+        if not os.path.lexists(place.journal) and not os.path.lexists(place.old):  # nothing to resume
             place.clear_dead()
         check_replaceable(target, overwrite=overwrite)
         yield place
@@ -187,7 +191,7 @@ def _has_leftovers(target: Path) -> bool:
 
 
 def _clear_abandoned(target: Path) -> None:
-    """Take away what killed runs left in scratch folders and files with names of their own; never a living run's."""
+    """Remove the scratch folders and files with random names that killed runs left, not those of running ones."""
     for scratch in scratches_of(target):
         with abandoned(scratch) as is_dead:
             if not is_dead:
@@ -201,7 +205,7 @@ def _clear_abandoned(target: Path) -> None:
 
 @contextmanager
 def _journal(place: Workplace, identity: str, *, durable: bool) -> Iterator[Journal]:
-    """Yield the journal of a workplace whose `new` holds what the journal names and nothing else."""
+    """Yield the workplace's journal, after removing everything from `new` that the journal does not name."""
     place.new.mkdir(exist_ok=True)
     with Journal(place.journal, identity, durable=durable) as journal:
         above = {parent.as_posix() for name in journal.names for parent in PurePosixPath(name).parents}
@@ -229,16 +233,16 @@ def _end(place: Workplace, target: Path) -> None:
 
 
 @contextmanager
-def _room_told(target: Path, mend: str) -> Iterator[None]:
+def _full_disk_reported(target: Path, mend: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         full = error.errno in FULL_DISK
-        what = "no space is left on the device" if full else "a limit on file sizes is reached"
+        what = "no space is left on the device" if full else "the file is larger than the limit for files"
         raise RunError(f"{what}: {error.strerror}", where=str(target), mend=mend) from error
 
 
 def _absolute(target: Path | str) -> Path:
-    return Path(os.path.abspath(target))  # noqa: PTH100 # resolve() would follow the link that is refused
+    return Path(os.path.abspath(target))  # noqa: PTH100 # resolve() would follow a link, which is rejected

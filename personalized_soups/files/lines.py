@@ -1,4 +1,4 @@
-"""A JSON Lines file that grows while work is done, and goes on where a run was interrupted."""
+"""JSON Lines files that grow during a run, so that an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ from typing import Any
 from personalized_soups.errors import OutputExistsError, UsageError
 from personalized_soups.files.workplace import claimed, workplace_of
 
-# A last line that was cut short is looked for from the end, in steps.
+# Bytes read at a time.
 _BLOCK = 1 << 20
 
 
 @dataclass(slots=True)
 class GrowingLines:
-    """The file while this run has it: `num_done` lines were there when it began.
+    """A growing file of this run.
 
-    Nothing is written before the first rows are there, so that a run that fails before leaves everything as it was.
+    Nothing is written before the first rows, so a run that fails earlier changes nothing.
+
+    Attributes:
+        path: the file.
+        num_done: the number of lines from an earlier run.
     """
 
     path: Path
@@ -31,7 +35,7 @@ class GrowingLines:
     _is_begun: bool
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append rows, one a line; a kill costs the last one.
+        """Append one line per row. A kill loses at most the last line.
 
         Raises:
             OSError: if they cannot be written.
@@ -42,7 +46,7 @@ class GrowingLines:
             file.write(text)
 
     def begin(self) -> None:
-        """Take away what stood there before; what the lines depend on is written before the first of them."""
+        """Remove an earlier file, and write the settings next to the new one."""
         if not self._is_begun:
             self.path.unlink(missing_ok=True)
             self._journal.write_text(json.dumps(self._settings), encoding="utf-8")
@@ -52,24 +56,25 @@ class GrowingLines:
 
 @contextmanager
 def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[GrowingLines]:
-    """Yield a file that is held by this run alone; it is whole once the block ends well.
+    """Yield a file that only this run can write. It is complete when the block ends without an error.
 
-    What it was begun with stands beside it, hidden, until then, so that only the same work goes on with it.
+    Until then its settings are in a hidden file next to it, so that a run resumes only with the same settings.
 
     Args:
-        path: the file; missing parents are made.
-        settings: what the lines depend on, as JSON holds it.
-        overwrite: begin anew where the file is there and whole, or was begun with other settings; the old one goes with
-            the first rows of the new.
+        path: the file; missing parent folders are made.
+        settings: the JSON values on which the lines depend.
+        overwrite: start from scratch if the file is complete or was started with other settings. The old file is
+            removed when the first rows are written.
 
     Raises:
-        OutputExistsError: if the file is there and whole, or another run has it.
-        UsageError: if it was begun with other settings; it names them.
+        OutputExistsError: if the file exists and is complete, or if another run is writing it.
+        UsageError: if it was started with other settings; the message names them.
         OSError: if it cannot be written.
     """
     if path.is_dir():
-        raise OutputExistsError("the output is a folder", where=str(path), mend="name a file, e.g. answers.jsonl")
-    _check_free(path, overwrite=overwrite)  # at once, and again when no other run can end in between
+        raise OutputExistsError("the output is a folder", where=str(path), mend="give a file, e.g. answers.jsonl")
+    # before and after locking: fail early, and notice a run that ended in between
+    _check_free(path, overwrite=overwrite)
     with claimed(path) as place:
         _check_free(path, overwrite=overwrite)
         begun = _begun(place.journal) if path.exists() else None
@@ -78,9 +83,9 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
             if not overwrite:
                 differing = sorted(key for key in settings if begun.get(key) != settings[key])
                 raise UsageError(
-                    f"a run with other settings was interrupted here; it differs in {', '.join(differing)}",
+                    f"the file is from an interrupted run with other settings; different are: {', '.join(differing)}",
                     where=str(path),
-                    mend="give the same options to go on with it, or pass overwrite=True to begin anew",
+                    mend="give the same options to resume it, or pass overwrite=True to start from scratch",
                 )
             num_done = 0
         lines = GrowingLines(path, num_done, place.journal, settings, num_done > 0)
@@ -91,12 +96,12 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
 
 def read_lines(path: Path) -> list[Any]:
     """Return the values of a JSON Lines file."""
-    # not splitlines: it ends lines at characters that JSON leaves in texts (U+2028, U+0085)
+    # not splitlines, which also splits at characters that JSON strings may contain (U+2028, U+0085)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def is_whole(path: Path, num_lines: int) -> bool:
-    """Return whether a file is there, is no longer growing, and has so many lines."""
+    """Return whether a file exists, is complete, and has `num_lines` lines."""
     return path.is_file() and not _is_growing(path) and len(read_lines(path)) == num_lines
 
 
@@ -107,7 +112,7 @@ def _is_growing(path: Path) -> bool:
 def _check_free(path: Path, *, overwrite: bool) -> None:
     if path.exists() and not overwrite and not _is_growing(path):
         raise OutputExistsError(
-            "the output file is there already", where=str(path), mend="choose another name, or pass overwrite=True"
+            "the output file exists already", where=str(path), mend="choose another name, or pass overwrite=True"
         )
 
 
@@ -119,7 +124,7 @@ def _begun(journal: Path) -> Any:
 
 
 def _sound_lines(path: Path) -> int:
-    """Return how many whole lines a file has; what stands after the last of them is cut off."""
+    """Return the number of complete lines of a file, and cut off an incomplete last line."""
     count, sound = 0, 0
     with path.open("r+b") as file:
         while block := file.read(_BLOCK):

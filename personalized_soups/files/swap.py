@@ -1,6 +1,7 @@
-"""Putting a finished folder in its place: by one rename, or where an old one stands there, by one exchange of the two.
+"""Moving a finished folder to its place, by a rename or by an atomic exchange with the old folder.
 
-At no moment is there neither, but on systems that cannot exchange: there the next run puts the old one back.
+At every moment the old or the new folder is in place. On systems that cannot exchange folders there is a gap of two
+renames; if the process is killed there, the next run moves the old folder back.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from personalized_soups.files.file_names import EXPERT_FILE, SOUP_FILE, TINY_BAS
 from personalized_soups.files.syscalls import exchange
 from personalized_soups.files.workplace import Workplace
 
-# A folder that holds one of these was written by this tool and may be replaced with `overwrite`.
+# A folder with one of these files was written by this package. `overwrite` may replace it.
 MARKERS = (SOUP_FILE, EXPERT_FILE, TINY_BASE_FILE)
 
 _MAX_MARKER_BYTES = 64 << 20
@@ -27,14 +28,16 @@ _log = logging.getLogger(__name__)
 
 
 def check_replaceable(target: Path, *, overwrite: bool) -> None:
-    """Raise unless `target` can be written: absent, or with `overwrite` empty or made by this tool.
+    """Raise unless `target` does not exist or, with `overwrite`, is an empty folder or one that this package wrote.
 
     Raises:
-        OutputExistsError: saying why not.
+        OutputExistsError: if `target` may not be replaced.
         UsageError: if `target` is the root of a file system.
     """
     if not target.name:
-        raise UsageError("the output cannot be the root folder", where=str(target), mend="name a new folder")
+        raise UsageError(
+            "the output cannot be the root folder", where=str(target), mend="give the path of a new folder"
+        )
     if not os.path.lexists(target):
         return
     if target.is_symlink() or not target.is_dir():
@@ -44,30 +47,32 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputExistsError(
-            "the output folder is there already", where=str(target), mend="choose another one, or pass overwrite=True"
+            "the output folder exists already",
+            where=str(target),
+            mend="choose another output folder, or pass overwrite=True",
         )
     if any(target.iterdir()) and not any((target / marker).is_file() for marker in MARKERS):
         raise OutputExistsError(
-            f"the output folder holds files that this tool did not write (it has no {' or '.join(MARKERS)})",
+            f"the output folder has files that psoups did not write (it has no {' or '.join(MARKERS)})",
             where=str(target),
-            mend="choose another output folder; overwrite=True replaces only what this tool wrote",
+            mend="choose another output folder; overwrite=True replaces only folders that psoups wrote",
         )
 
 
 def files_below(folder: Path) -> set[str]:
     """Return the paths of all files and links below `folder`, relative to it, with forward slashes."""
-    found: set[str] = set()
+    paths: set[str] = set()
     for root, folders, names in os.walk(folder):
         links = [name for name in folders if (Path(root) / name).is_symlink()]
-        found.update((Path(root) / name).relative_to(folder).as_posix() for name in (*names, *links))
-    return found
+        paths.update((Path(root) / name).relative_to(folder).as_posix() for name in (*names, *links))
+    return paths
 
 
 def publish(place: Workplace, target: Path, *, overwrite: bool, durable: bool) -> None:
-    """Put `place.new` at `target`; with `durable` all of it is on the disk before, and its name after.
+    """Move `place.new` to `target`. With `durable`, sync the contents before the move and the name after it.
 
     Raises:
-        OutputExistsError: if `target` has appeared meanwhile, or holds files of others.
+        OutputExistsError: if `target` was made in the meantime, or has files that this package did not write.
         OSError: if it cannot be moved.
     """
     if durable:
@@ -83,9 +88,9 @@ def publish(place: Workplace, target: Path, *, overwrite: bool, durable: bool) -
 
 
 def settle(place: Workplace, target: Path) -> None:
-    """Bring a swap to its end, begun just now or by a run that was killed in it: the old folder back, or away."""
+    """Finish a swap of this run, or of a run that was killed during a swap: move the old folder back, or remove it."""
     if not os.path.lexists(place.new):
-        place.journal.unlink(missing_ok=True)  # of a folder that is in its place
+        place.journal.unlink(missing_ok=True)  # the folder that it describes is in place
     if not os.path.lexists(place.old):
         return
     if not os.path.lexists(target):
@@ -95,7 +100,7 @@ def settle(place: Workplace, target: Path) -> None:
         kept = _free_name(target)
         place.old.rename(kept)
         _log.warning(
-            "%s held files that this tool did not write (%s): the old folder is kept as %s",
+            "%s had files that psoups did not write (%s): the old folder was renamed to %s",
             target,
             ", ".join(sorted(foreign)[:3]),
             kept,
@@ -105,10 +110,10 @@ def settle(place: Workplace, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder with all that is below it, is on the disk.
+    """Wait until a file, or a folder with everything below it, is on the disk.
 
     Raises:
-        OSError: if it cannot be written there.
+        OSError: if writing to the disk fails.
     """
     if path.is_dir():
         for root, _, names in os.walk(path):
@@ -123,10 +128,10 @@ def sync_folder(folder: Path) -> None:
     """Wait until the names in a folder are on the disk.
 
     Raises:
-        OSError: if they cannot be written there.
+        OSError: if writing to the disk fails.
     """
     if sys.platform == "win32":
-        return  # folders cannot be opened there
+        return  # Windows cannot open folders
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -135,7 +140,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _swap(place: Workplace, target: Path) -> None:
-    place.new.rename(place.old)  # what stands there is looked through before it is taken away
+    place.new.rename(place.old)  # `settle` checks the old folder's files before it is removed
     is_swapped = False
     try:
         is_swapped = exchange(place.old, target)
@@ -154,15 +159,15 @@ def _rename_new(new: Path, target: Path) -> None:
     except OSError as error:
         if error.errno in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR}:
             raise OutputExistsError(
-                "the output folder appeared while this was running",
+                "another run made the output folder in the meantime",
                 where=str(target),
-                mend="another run wrote it: choose another output folder",
+                mend="choose another output folder",
             ) from error
         raise
 
 
 def _written_by_us(folder: Path) -> set[str]:
-    """Return the files that a marker in `folder` lists under its key `files`, and the markers themselves."""
+    """Return the markers, and the files that the markers in `folder` list under the key `files`."""
     written = set(MARKERS)
     for marker in MARKERS:
         path = folder / marker
@@ -171,7 +176,7 @@ def _written_by_us(folder: Path) -> set[str]:
                 listed = json.loads(path.read_bytes()).get("files", [])
                 written.update(name for name in listed if isinstance(name, str))
         except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-            continue  # a marker that says nothing lists nothing: what it does not list is kept
+            continue  # an unreadable marker lists no files, and files that no marker lists are kept
     return written
 
 
@@ -184,7 +189,7 @@ def _free_name(target: Path) -> Path:
 
 def _sync_file(path: Path) -> None:
     if path.is_symlink():
-        return  # it is part of its folder
+        return  # a link is stored in its folder, which is synced separately
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY | os.O_NONBLOCK)
     try:
         os.fsync(descriptor)

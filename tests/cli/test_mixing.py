@@ -84,7 +84,7 @@ def test_every_prompt_is_answered_for_every_user(run: Run, world: Path, small_ba
         assert json.loads(alone.stdout)["answer"] == wanted
     again = run(*_many(world, small_base, "--out", str(out)))
     assert again.exit_code == 2
-    assert "there already" in again.stderr
+    assert "exists already" in again.stderr
     to_stdout = run(*_many(world, small_base, "--batch-size", "2"))
     assert [json.loads(line) for line in to_stdout.stdout.splitlines()] == rows
 
@@ -129,7 +129,7 @@ def test_what_is_missing_or_wrong_in_the_files_is_told(run: Run, world: Path, sm
     assert only_out.exit_code == 2
     cases: list[tuple[str, list[dict[str, Any]], str]] = [
         ("prompts.jsonl", [{"prompt": "a", "user": "u9"}], "no profile is 'u9'"),
-        ("prompts.jsonl", [{"prompt": "a", "user": 3}], "which is no name"),
+        ("prompts.jsonl", [{"prompt": "a", "user": 3}], "the user must be a string, got 3"),
         ("users.jsonl", [PROFILES[0], PROFILES[0]], "two profiles are 'u1'"),
         ("users.jsonl", [{"user": "u1", "weights": {"wram": 1.0}}], "no expert is called 'wram'"),
         ("users.jsonl", [], "the file holds no profile"),
@@ -175,7 +175,7 @@ def test_a_sweep_leaves_answers_scores_and_a_picture(run: Run, world: Path, smal
     assert "sweeping" not in again.stderr
     assert (out / "answers.jsonl").read_bytes() == before
     for change, told in (
-        (["--seed", "1"], "there already"),
+        (["--seed", "1"], "exists already"),
         (["--scale", "nan"], "the scale is nan"),
         (["--scale", "0"], "the scale is 0"),
     ):
@@ -184,7 +184,7 @@ def test_a_sweep_leaves_answers_scores_and_a_picture(run: Run, world: Path, smal
     # cut answers of another run are not taken for those of this one
     (out / "answers.jsonl").write_bytes(before.splitlines(keepends=True)[0])
     cut = run(*command)
-    assert (cut.exit_code, "there already" in cut.stderr) == (2, True)
+    assert (cut.exit_code, "exists already" in cut.stderr) == (2, True)
     (out / "answers.jsonl").unlink()
     anew = run(*command)
     assert anew.exit_code == 0, anew.stderr
@@ -229,6 +229,6 @@ def test_a_prompt_that_the_template_refuses_is_told_with_its_line_before_any_ans
     for command in commands:
         done = run(*command)
         assert (done.exit_code, done.stdout) == (2, "")
-        assert "refuses the messages: No!" in done.stderr
+        assert "rejects the messages: No!" in done.stderr
         assert f"at: {world / 'prompts.jsonl'}:3" in done.stderr
     assert not list(world.rglob("answers.jsonl"))

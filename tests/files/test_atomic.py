@@ -63,7 +63,7 @@ def test_a_full_disk_is_a_failed_run_and_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_existing_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(OutputExistsError, match="there already") as caught, new_folder(tmp_path / "out"):
+    with pytest.raises(OutputExistsError, match="exists already") as caught, new_folder(tmp_path / "out"):
         pytest.fail("the block must not be entered")
     assert "overwrite=True" in caught.value.mend
 
@@ -114,7 +114,7 @@ def test_a_target_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> None:
     block.__enter__()
     target.mkdir()
     (target / "theirs.txt").write_text("theirs")
-    with pytest.raises(OutputExistsError, match="there already"):
+    with pytest.raises(OutputExistsError, match="exists already"):
         block.__exit__(None, None, None)
     assert left_in(tmp_path) == ["out"]
     assert left_in(target) == ["theirs.txt"]
@@ -232,7 +232,7 @@ def test_a_run_killed_between_the_two_renames_is_mended_by_the_next(tmp_path: Pa
     target.rename(place / "old")
     (place / "new").mkdir()
     (place / "new" / "soup.json").write_text('{"is": "new"}')
-    with pytest.raises(OutputExistsError, match="there already"), new_folder(target):
+    with pytest.raises(OutputExistsError, match="exists already"), new_folder(target):
         pytest.fail("the block must not be entered")
     assert what_is(target) == "old"
     written(target, "newer", overwrite=True)
@@ -294,7 +294,7 @@ def test_a_refused_run_takes_away_what_a_killed_one_left_too(tmp_path: Path) -> 
     half = tmp_path / ".out.partial" / "new"
     half.mkdir(parents=True)
     (half / "half.safetensors").write_bytes(b"half")
-    with pytest.raises(OutputExistsError, match="there already"), new_folder(target):
+    with pytest.raises(OutputExistsError, match="exists already"), new_folder(target):
         pytest.fail("the block must not be entered")
     assert left_in(tmp_path) == ["out"]
     assert what_is(target) == "old"
@@ -306,7 +306,7 @@ def test_a_refused_run_keeps_what_another_can_go_on_with(tmp_path: Path) -> None
     (place / "new").mkdir(parents=True)
     (place / "new" / "one").write_text("finished")
     (place / "journal").write_text('{"identity": "x"}\n"one"\n')
-    with pytest.raises(OutputExistsError, match="there already"), new_folder(target):
+    with pytest.raises(OutputExistsError, match="exists already"), new_folder(target):
         pytest.fail("the block must not be entered")
     assert (place / "new" / "one").read_text() == "finished"
     assert left_in(place) == ["journal", "new"]
@@ -326,7 +326,7 @@ def test_where_only_files_can_be_locked_a_living_runs_scratch_is_not_touched(
     assert not dead.parent.exists()
     written(tmp_path / "out", "second")
     assert (scratch / "soup.json").read_text() == '{"is": "first"}'
-    with pytest.raises(OutputExistsError, match="there already"):
+    with pytest.raises(OutputExistsError, match="exists already"):
         living.__exit__(None, None, None)
     assert what_is(tmp_path / "out") == "second"
     assert left_in(tmp_path) == [".out.notes.partial", "out"]
@@ -339,7 +339,7 @@ def test_the_old_folder_in_a_dead_runs_own_scratch_is_put_back(tmp_path: Path, m
     dead = tmp_path / ".out.0123abcd.partial"
     (dead / "new").mkdir(parents=True)
     target.rename(dead / "old")
-    with pytest.raises(OutputExistsError, match="there already"), new_folder(target):
+    with pytest.raises(OutputExistsError, match="exists already"), new_folder(target):
         pytest.fail("the block must not be entered")
     assert what_is(target) == "old"
     assert left_in(tmp_path) == ["out"]
@@ -457,7 +457,7 @@ def test_without_locks_every_run_has_a_scratch_of_its_own(tmp_path: Path, monkey
     one = new_folder(tmp_path / "out")
     one.__enter__()
     written(tmp_path / "out", "two")
-    with pytest.raises(OutputExistsError, match="there already"):
+    with pytest.raises(OutputExistsError, match="exists already"):
         one.__exit__(None, None, None)
     assert what_is(tmp_path / "out") == "two"
     assert left_in(tmp_path) == ["out"]

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks, and read
 PIECES = ["one", "two/a", "two/b", "three", "four"]
 ROOT = Path(__file__).parents[2]
 BUSY = "refused: another run is writing this output"
-THERE = "refused: the output folder is there already"
+THERE = "refused: the output folder exists already"
 
 
 def findings(folder: Path, *arguments: str, count: int = 40) -> list[dict[str, Any]]:

@@ -64,7 +64,7 @@ def test_lines_longer_than_a_block_are_counted(tmp_path: Path) -> None:
 def test_other_settings_do_not_go_on_with_it(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     _interrupted(path, 2)
-    with pytest.raises(UsageError, match="it differs in seed"), growing_lines(path, {**SETTINGS, "seed": 1}):
+    with pytest.raises(UsageError, match="different are: seed"), growing_lines(path, {**SETTINGS, "seed": 1}):
         pass
     assert len(path.read_text().splitlines()) == 2
     with growing_lines(path, {**SETTINGS, "seed": 1}, overwrite=True) as lines:
@@ -75,7 +75,7 @@ def test_other_settings_do_not_go_on_with_it(tmp_path: Path) -> None:
 def test_a_whole_file_is_not_written_over(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     path.write_text("mine\n")
-    with pytest.raises(OutputExistsError, match="there already"), growing_lines(path, SETTINGS):
+    with pytest.raises(OutputExistsError, match="exists already"), growing_lines(path, SETTINGS):
         pass
     assert path.read_text() == "mine\n"
     with pytest.raises(OutputExistsError, match="a folder"), growing_lines(tmp_path, SETTINGS):
@@ -135,7 +135,7 @@ def test_a_run_that_ends_while_another_begins_keeps_its_lines(tmp_path: Path, mo
         return claimed(target)
 
     monkeypatch.setattr(place, ended_meanwhile)
-    with pytest.raises(OutputExistsError, match="there already"), growing_lines(path, SETTINGS):
+    with pytest.raises(OutputExistsError, match="exists already"), growing_lines(path, SETTINGS):
         pass
     assert read_lines(path) == [{"row": 0}, {"row": 1}]
     assert is_whole(path, 2)

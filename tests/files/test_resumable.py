@@ -112,7 +112,7 @@ def test_a_plain_folder_takes_the_place_of_what_was_kept(tmp_path: Path) -> None
 def test_a_full_disk_keeps_what_is_finished_and_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no space is left") as caught:
         run(tmp_path / "out", fault=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), after=3)
-    assert "goes on from what is finished" in caught.value.mend
+    assert "resumes with the finished pieces" in caught.value.mend
     assert run(tmp_path / "out") == [PIECES[3]]
 
 
@@ -121,7 +121,7 @@ def test_the_old_folder_stays_until_the_new_one_is_whole(tmp_path: Path) -> None
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", fault=KeyboardInterrupt(), after=3, overwrite=True)
     assert read_below(tmp_path / "out") == whole("old")
-    with pytest.raises(OutputExistsError, match="there already"):
+    with pytest.raises(OutputExistsError, match="exists already"):
         run(tmp_path / "out")
     assert run(tmp_path / "out", overwrite=True) == [PIECES[3]]  # the refusal has not cost the work
     assert read_below(tmp_path / "out") == whole()
@@ -230,7 +230,7 @@ def test_without_locks_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
 def test_only_what_is_there_can_be_marked(tmp_path: Path, name: str) -> None:
     with resumable_folder(tmp_path / "out", "x") as work:
         (work.folder / "one.bin").write_text("1")
-        with pytest.raises(ValueError, match="no file or folder in"):
+        with pytest.raises(ValueError, match="not a file or folder in"):
             work.mark(name)
         work.mark("./one.bin")
 

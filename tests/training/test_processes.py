@@ -160,7 +160,7 @@ def test_two_processes_train_one_expert(
     if launcher == "torchrun":
         again = _run("-m", *launch, *options)
         assert again.returncode != 0
-        assert again.stderr.count("the output folder is there already") == 1
+        assert again.stderr.count("the output folder exists already") == 1
 
 
 class _Heard(Silent):

@@ -59,7 +59,7 @@ def test_the_way_from_a_base_to_an_expert(psoups: Run, small_base: Path, files: 
     assert json.loads(out)["metrics"]["num_steps"] == 2
     code, _, err = psoups(*_train(files, small_base))
     assert code == 2
-    assert "there already" in err
+    assert "exists already" in err
 
 
 def test_a_pool_serves_both_sides(psoups: Run, small_base: Path, files: Path) -> None:
@@ -159,7 +159,7 @@ def test_what_a_chat_template_refuses_is_told_with_file_and_line(psoups: Run, sm
     base = _refusing(small_base, files / "base")
     code, out, err = psoups(*_pairs(files, base, "--prompts", files / "prompts.txt"))
     assert (code, out) == (2, "")
-    assert "refuses the messages: No!" in err
+    assert "rejects the messages: No!" in err
     assert f"at: {files / 'prompts.txt'}:3" in err
     pair = {
         "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "wash"}],
@@ -169,7 +169,7 @@ def test_what_a_chat_template_refuses_is_told_with_file_and_line(psoups: Run, sm
     (files / "pairs.jsonl").write_text("\n" + json.dumps(pair) + "\n")
     code, out, err = psoups(*_train(files, base))
     assert (code, out) == (2, "")
-    assert "refuses the messages: No!" in err
+    assert "rejects the messages: No!" in err
     assert f"at: {files / 'pairs.jsonl'}:2" in err
     assert not [path for path in files.iterdir() if path.name.startswith(".")]
 
