@@ -86,7 +86,7 @@ def test_every_command_names_its_options_at_any_depth(monkeypatch: pytest.Monkey
     def fail(*_: object, **__: object) -> None:
         raise SoupError("the limit is 1", where="after", mend="give skip_bad=True or limit=2")
 
-    monkeypatch.setattr("personalized_soups.cli.serve.profile.check_extra", fail)
+    monkeypatch.setattr("personalized_soups.cli.serve.stored_profiles.check_extra", fail)
     output = CliRunner().invoke(build_app(), ["profile", "list"]).stderr
     assert "at: --after\n" in output
     assert "give skip_bad=True or --limit 2" in output

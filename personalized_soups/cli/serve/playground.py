@@ -1,4 +1,4 @@
-"""`psoups playground`: the page with sliders, for this machine alone."""
+"""`psoups playground`: serve the page with sliders on this machine only."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Annotated
 
 import typer
 
-from personalized_soups.cli.bases import EMBEDDED
-from personalized_soups.cli.serve.serve import (
-    PORT,
-    Base,
-    Device,
-    Dimensions,
-    Dtype,
-    Experts,
-    Profiles,
-    SameBase,
-    ServeOptions,
-    serve_asked,
+from personalized_soups.cli.bases import EMBEDDED, LoadOptions, checked_dtype
+from personalized_soups.cli.options import (
+    BaseOption,
+    DeviceOption,
+    DimensionsOption,
+    DtypeOption,
+    ExpertsOption,
+    SameBaseOption,
+    ServedStoreOption,
 )
+from personalized_soups.cli.serve.server_run import HOST, PORT, ServerRun, served_name, started_with
+from personalized_soups.errors import check_extra
+from personalized_soups.serving.web.settings import Rules, Settings
 
 
 def register(app: typer.Typer) -> None:
@@ -28,30 +28,32 @@ def register(app: typer.Typer) -> None:
 
 def playground(
     *,
-    base: Base = EMBEDDED,
-    experts: Experts,
-    profiles: Profiles = None,
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port; 8000 if left out, or a free one.")] = None,
-    dimensions: Dimensions = None,
+    base: BaseOption = EMBEDDED,
+    experts: ExpertsOption,
+    profiles: ServedStoreOption = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on instead of 8000, or of a free port.")
+    ] = None,
+    dimensions: DimensionsOption = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in your browser.")] = False,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    same_base: SameBase = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    same_base: SameBaseOption = False,
 ) -> None:
-    """Serve a page with a slider for each dimension, for this machine alone; base and mixture answer side by side.
+    """Serve a page with a slider for each dimension, on this machine only.
 
-    With --profiles, mixtures can be saved, and compared again.
+    The base and the mixture answer side by side. With --profiles, the page saves mixtures and compares them.
     """
-    asked = ServeOptions(
-        base,
+    check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
+    loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
+    settings = Settings(served_name(base), Rules(hosts=[HOST]), started_with=started_with(base, experts))
+    ServerRun(
+        loading,
         experts,
+        settings,
         profiles=profiles,
-        port=PORT if port is None else port,
         dimensions=dimensions,
-        device=device,
-        dtype=dtype,
-        same_base=same_base,
+        port=PORT if port is None else port,
         takes_any_port=port is None,
         opens_browser=open_browser,
-    )
-    serve_asked(asked)
+    ).run()

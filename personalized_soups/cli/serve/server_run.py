@@ -1,0 +1,160 @@
+"""A server's run, from loading to its end, for `psoups serve` and `psoups playground`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from personalized_soups.cli import render
+from personalized_soups.cli.bases import LoadOptions, catalogue_of
+
+if TYPE_CHECKING:
+    from personalized_soups.declare.profile import Profile
+    from personalized_soups.mixing.model import SoupModel
+    from personalized_soups.serving.web.settings import Settings
+    from personalized_soups.users.profiles.store import ProfileStore
+
+HOST, PORT = "127.0.0.1", 8000
+
+# How long a client's write waits for other writers, such as an import.
+_PATIENCE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerRun:
+    """A server with all that it loads.
+
+    Attributes:
+        loading: how the base is loaded.
+        experts: folders of experts.
+        settings: the server's settings, without the API keys and the limits that depend on the loaded base.
+        profiles: the profile store; None stores no profiles.
+        dimensions: the catalogue's file; None takes the shipped catalogue.
+        host: the address to listen on.
+        port: the port to listen on; 0 takes a free port.
+        api_key_file: file of API keys; None serves every client.
+        max_context: tokens of a prompt and its answer; None takes the base's limit.
+        cache_memory: GiB for keys and values; None takes half of the free memory.
+        takes_any_port: take a free port if `port` is in use.
+        opens_browser: open the playground in the browser.
+    """
+
+    loading: LoadOptions
+    experts: Sequence[Path]
+    settings: Settings
+    _: KW_ONLY
+    profiles: str | None = None
+    dimensions: Path | None = None
+    host: str = HOST
+    port: int = PORT
+    api_key_file: Path | None = None
+    max_context: int | None = None
+    cache_memory: float | None = None
+    takes_any_port: bool = False
+    opens_browser: bool = False
+
+    def run(self) -> None:
+        """Load the base and the experts, and answer requests until the server is stopped.
+
+        Raises:
+            SoupError: if a file cannot be read, the address cannot be used, or the base and the experts do not match.
+        """
+        from personalized_soups.adapters.library import ExpertLibrary
+        from personalized_soups.declare.dimension import Catalogue
+        from personalized_soups.declare.loader import load
+        from personalized_soups.serving.web.server import listen, load_model, read_keys, serve
+
+        keys = [] if self.api_key_file is None else read_keys(self.api_key_file)
+        catalogue = load(catalogue_of(self.loading.base, self.dimensions), Catalogue)
+        with ExitStack() as stack:
+            listening = stack.enter_context(
+                listen(self.host, self.port, has_key=bool(keys), or_any=self.takes_any_port)
+            )
+            render.say(f"loading {self.loading.base} ...")
+            model, files = load_model(
+                self.loading.path,
+                lambda: ExpertLibrary.open(*self.experts),
+                device=self.loading.device,
+                dtype=self.loading.dtype,
+                same_base=self.loading.same_base,
+            )
+            store = self._store(model)
+            settings = self.completed_settings(keys, model)
+            serve(
+                model,
+                settings,
+                listening,
+                files=files,
+                store=None if store is None else stack.enter_context(store),
+                catalogue=catalogue,
+                on_started=lambda: self.report_start(model, listening.getsockname()[1]),
+                on_ending=lambda number: _report_end(settings, number),
+            )
+        render.say("stopped")
+
+    def completed_settings(self, keys: Sequence[str], model: SoupModel) -> Settings:
+        """Return the settings with the API keys and the limits that depend on the loaded base.
+
+        Raises:
+            UsageError: if the base has fewer positions than `max_context`.
+        """
+        from personalized_soups.serving.web.server import cache_bytes, context_of
+
+        memory = cache_bytes(model.model.device) if self.cache_memory is None else round(self.cache_memory * 2**30)
+        context = context_of(model, self.max_context)
+        return replace(
+            self.settings,
+            rules=replace(self.settings.rules, keys=keys),
+            limits=replace(self.settings.limits, max_context=context, cache_bytes=memory),
+        )
+
+    def report_start(self, model: SoupModel, port: int) -> None:
+        """Print the server's addresses, and open the browser if asked to."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        address = f"http://{host}:{port}"
+        render.say(f"serving {self.settings.base} with {len(model.experts)} experts: {', '.join(model.experts)}")
+        render.say(f"  playground   {address}/playground/")
+        render.say(f"  OpenAI's API {address}/v1")
+        if self.profiles is None:
+            unused = "; profiles.db exists but is not used" if Path("profiles.db").exists() else ""
+            render.say(f"  profiles are not stored; --profiles profiles.db stores them{unused}")
+        render.say("Ctrl-C stops the server after the running answers")
+        if self.opens_browser:
+            import webbrowser
+
+            webbrowser.open(f"{address}/playground/")
+
+    def _store(self, model: SoupModel) -> ProfileStore | None:
+        from personalized_soups.users.profiles.store import ProfileStore
+
+        if self.profiles is None:
+            return None
+        # the store rejects profiles that this server cannot resolve
+        return ProfileStore.open(
+            self.profiles, check=lambda profile: _check(model, profile), patience=_PATIENCE_SECONDS
+        )
+
+
+def served_name(base: str) -> str:
+    """Return the name under which a base is served: its folder's name, or its model id."""
+    return Path(base).resolve().name if Path(base).is_dir() else base
+
+
+def started_with(base: str, experts: Sequence[Path]) -> list[str]:
+    """Return the options that say what is served. The playground offers them for copying."""
+    return ["--base", base, *(word for folder in experts for word in ("--experts", str(folder)))]
+
+
+def _check(model: SoupModel, profile: Profile) -> None:
+    model.resolve(profile)
+
+
+def _report_end(settings: Settings, num_answers: int) -> None:
+    if num_answers:
+        render.say(
+            f"finishing {num_answers} answer{'s' if num_answers > 1 else ''}, for up to {settings.grace_seconds:g} s; "
+            "press Ctrl-C again to stop at once"
+        )
