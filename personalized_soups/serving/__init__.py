@@ -1,1 +1,1 @@
-"""One base for many users at once: continuous batching, an API that speaks OpenAI's protocol, and a playground."""
+"""Serving: continuous batching with a soup for each request, OpenAI's API over HTTP, and a playground page."""

@@ -1,4 +1,4 @@
-"""The server put together: one base, its experts, a store of profiles, and every route, behind the guard."""
+"""`Server`: the ASGI application with all routes, for one base, its experts and a profile store."""
 
 from __future__ import annotations
 
@@ -40,19 +40,22 @@ PLAYGROUND = Path(__file__).parents[1] / "playground"
 
 
 class Server:
-    """Everything that a running server holds; `app` is what uvicorn runs.
+    """A batcher and an ASGI application around it.
 
-    Made in the event loop that serves it. `close` ends its thread.
+    Create a server in the event loop that runs it. `close` ends the batcher's thread.
 
     Args:
         model: base and experts, with a tokenizer.
-        settings: of the server.
-        files: of the model's experts.
-        store: of profiles; its `check` should refuse what the model can't honour.
-        catalogue: of the dimensions, for names and scorers.
+        settings: the server's settings.
+        files: the folders of the model's experts.
+        store: the profile store; its `check` should reject profiles that the model cannot serve.
+        catalogue: names and scorers of the dimensions.
+
+    Attributes:
+        app: the ASGI application.
 
     Raises:
-        SoupError: if the model can't be served, or a scorer is not there.
+        SoupError: if the model cannot be served, or a scorer cannot be found.
     """
 
     def __init__(
@@ -82,7 +85,7 @@ class Server:
             title="personalized_soups",
             version=__version__,
             description="One base, and a soup of its experts for every request.",
-            docs_url=None,  # its pages would load scripts from elsewhere
+            docs_url=None,  # the page would load scripts from another host
             redoc_url=None,
             redirect_slashes=False,
         )
@@ -107,11 +110,11 @@ class Server:
         self.app: ASGIApp = self._guard
 
     def refuse_bodies(self) -> None:
-        """Wait for no request whose body has not come yet: the server is about to end."""
+        """Reject requests whose body has not arrived yet, because the server is about to end."""
         self._guard.refuse_bodies()
 
     def close(self) -> None:
-        """Cut off what is still being made."""
+        """End all answers that are still being generated, with an error."""
         self.batcher.close(finish=False, timeout=self.settings.grace_seconds)
 
     def _count_response(self, scope: Scope, status: int) -> None:
@@ -119,7 +122,10 @@ class Server:
 
 
 def _route_of(scope: Scope) -> str:
-    """Return a request's route, whose parameters are not told; what was refused before it found one has one, too."""
+    """Return the route template (`/v1/profiles/{user:any}`), so that metrics never contain user names.
+
+    A request that was rejected before routing gets the template of its path, or `other`.
+    """
     route = scope.get("route")
     if route is not None:
         return str(getattr(route, "path", "other"))
@@ -143,7 +149,7 @@ def _add_playground(api: FastAPI) -> None:
 
 
 def _add_faults(api: FastAPI) -> None:
-    """Let every error be told as OpenAI's protocol tells them."""
+    """Send every error in the format of OpenAI's API."""
     known = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})
 
     @api.exception_handler(ApiError)
@@ -163,11 +169,11 @@ def _add_faults(api: FastAPI) -> None:
     @api.exception_handler(HTTPException)
     async def on_http(request: Request, fault: Exception) -> Response:
         assert isinstance(fault, HTTPException)
-        told: dict[int, str] = {
+        messages: dict[int, str] = {
             404: f"Unknown request URL: {request.method} {request.url.path}",
             405: f"Not allowed: {request.method} {request.url.path}",
         }
-        message = told.get(fault.status_code, str(fault.detail))
+        message = messages.get(fault.status_code, str(fault.detail))
         return ApiError(fault.status_code, message, code=None, headers=fault.headers).response()
 
     @api.exception_handler(Exception)

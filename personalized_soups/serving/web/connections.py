@@ -1,4 +1,4 @@
-"""Connections that cost nothing when nobody speaks or listens at their other end: uvicorn's, with deadlines."""
+"""uvicorn's HTTP protocol with deadlines for clients that send or read nothing."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# A request's line and headers come within so long, and have no more bytes.
+# Limits for the head of a request: its request line and headers.
 HEAD_SECONDS = 15.0
 MAX_HEAD_BYTES = 64 << 10
 
-# A client that reads nothing for so long is not waited for.
+# The connection of a client that reads nothing for this long is closed.
 WRITE_SECONDS = 60.0
 
 _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 
 
 class PatientProtocol(HttpToolsProtocol):
-    """uvicorn's protocol: a head that does not come, or does not end, and a client that does not read, are let go.
+    """uvicorn's protocol with three limits: the time and the size of a request's head, and the time of a write.
 
-    uvicorn itself waits without end for all three.
+    uvicorn itself has none of them.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -31,34 +31,34 @@ class PatientProtocol(HttpToolsProtocol):
         self._is_in_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a head."""
+        """Start the timer for the first head."""
         super().connection_made(transport)
-        self._await_head()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing any more."""
+        """Cancel all timers."""
         self._cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head."""
+        """Count the bytes of a head, and close the connection if there are too many."""
         if self._is_in_head:
             self._num_head_bytes += len(data)
         super().data_received(data)
-        # what is counted beyond the head's end was forgotten when that came
+        # `on_headers_complete` resets the count, so bytes after the head do not count.
         if self._is_in_head and self._num_head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.transport.write(_TOO_LARGE)
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        """Begin to wait for the rest of a head."""
+        """Start the timer for the next head."""
         super().on_message_begin()
         self._is_in_head = True
         if self._head_timer is None:
-            self._await_head()
+            self._start_head_timer()
 
     def on_headers_complete(self) -> None:
-        """Take the head as come."""
+        """Cancel the timer: the head is complete."""
         self._is_in_head = False
         self._num_head_bytes = 0
         if self._head_timer is not None:
@@ -67,22 +67,22 @@ class PatientProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
-        """Begin to wait for the client to read."""
+        """Start the timer: the client does not read."""
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Take it that the client reads."""
+        """Cancel the timer: the client reads again."""
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
         super().resume_writing()
 
-    def _await_head(self) -> None:
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._give_up_head)
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close)
 
-    def _give_up_head(self) -> None:
+    def _close(self) -> None:
         self._head_timer = None
         if not self.transport.is_closing():
             self.transport.close()

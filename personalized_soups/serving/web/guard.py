@@ -1,4 +1,4 @@
-"""What stands before every request: the right host, no foreign page, a key, a body of a decent size, not too many."""
+"""`Guard`: checks host, origin, API key, body size and load before a request reaches the application."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _log = logging.getLogger(__name__)
 
 _USUAL_HEADERS = "Authorization, Content-Type, If-Match, If-None-Match"
 
-# Of a Content-Length that can be meant.
+# A longer Content-Length is larger than any limit.
 _MAX_DIGITS = 15
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
-# What a page of ours may do: be itself, and speak to this server.
+# Our pages may load files from this server and send requests to it, and nothing else.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,18 +41,18 @@ _ALWAYS = {
 
 _PROBED = ("/health", "/ready")
 
-# Told to everybody: whether the server lives, and a page that knows nothing by itself.
+# Paths that need no key: health checks, and a page that contains no data.
 _OPEN = ("/health", "/ready", "/favicon.ico", "/openapi.json", "/playground")
 
 
 class Guard:
-    """ASGI middleware that lets through what keeps the rules, its body read already.
+    """ASGI middleware that rejects requests that break a rule, and reads the bodies of all others.
 
     Args:
-        app: what is guarded.
-        rules: to be kept.
-        retry_after: says after how many seconds to come back.
-        on_response: is told path and status of each response.
+        app: the application.
+        rules: who may send requests, and how much.
+        retry_after: returns the seconds for a Retry-After header.
+        on_response: called with scope and status of each response.
     """
 
     def __init__(
@@ -72,11 +72,11 @@ class Guard:
         self._is_ending = asyncio.Event()
 
     def refuse_bodies(self) -> None:
-        """Refuse, from now on, requests whose bodies have not come."""
+        """From now on, reject requests whose bodies have not arrived."""
         self._is_ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or let it through."""
+        """Reject a request, or pass it to the application."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -86,19 +86,19 @@ class Guard:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self._on_response(scope, message["status"])
-                told = MutableHeaders(scope=message)
+                sent = MutableHeaders(scope=message)
                 for name, value in _ALWAYS.items():
-                    told.setdefault(name, value)
+                    sent.setdefault(name, value)
                 if self._rules.origins:
-                    told.add_vary_header("Origin")
-                if origin is not None and self._is_invited(origin):
-                    told["Access-Control-Allow-Origin"] = origin
-                    told["Access-Control-Expose-Headers"] = "ETag, Retry-After"
-                    told["Cross-Origin-Resource-Policy"] = "cross-origin"
+                    sent.add_vary_header("Origin")
+                if origin is not None and self._is_allowed_origin(origin):
+                    sent["Access-Control-Allow-Origin"] = origin
+                    sent["Access-Control-Expose-Headers"] = "ETag, Retry-After"
+                    sent["Cross-Origin-Resource-Policy"] = "cross-origin"
             await send(message)
 
         try:
-            if scope["path"] not in _PROBED:  # balancers ask by names of their own, and learn nothing
+            if scope["path"] not in _PROBED:  # load balancers use other host names, and these paths reveal nothing
                 self._check_host(headers)
             self._check_origin(headers)
             if scope["method"] == "OPTIONS" and origin is not None:
@@ -118,31 +118,31 @@ class Guard:
             self._num_running -= counts
 
     def _check_host(self, headers: Headers) -> None:
-        """Refuse names that are not ours: a foreign page's name that was pointed at this machine (DNS rebinding)."""
+        """Reject unknown host names: another site could point its name at this machine (DNS rebinding)."""
         if len(headers.getlist("host")) > 1 or len(headers.getlist("origin")) > 1:
-            raise ApiError(400, "there is more than one Host or Origin", code="invalid_value")
+            raise ApiError(400, "the request has more than one Host or Origin header", code="invalid_value")
         host = _host_of(headers.get("host", ""))
         if host in _LOOPBACK or "*" in self._rules.hosts or host in self._rules.hosts or _is_address(host):
             return
         raise ApiError(
             HTTPStatus.MISDIRECTED_REQUEST,
-            f"this server does not answer for the host {host!r}: it was not started with this name",
+            f"this server was not started with the host name {host!r}",
             code="unknown_host",
         )
 
     def _check_origin(self, headers: Headers) -> None:
         origin = headers.get("origin")
-        if origin is None or self._is_invited(origin):
+        if origin is None or self._is_allowed_origin(origin):
             return
         if origin.partition("://")[2] == headers.get("host"):
             return
         raise ApiError(
             403,
-            f"pages of {origin!r} may not ask this server: it was not started with this CORS origin",
+            f"pages of {origin!r} may not use this server: it was not started with this CORS origin",
             code="foreign_origin",
         )
 
-    def _is_invited(self, origin: str) -> bool:
+    def _is_allowed_origin(self, origin: str) -> bool:
         return origin in self._rules.origins or "*" in self._rules.origins
 
     def _check_key(self, path: str, headers: Headers) -> None:
@@ -150,9 +150,9 @@ class Guard:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # every one is compared, so that the time tells nothing
-        found = [hmac.compare_digest(given, known) for known in self._digests]
-        if scheme.lower() != "bearer" or not any(found):
+        # All keys are compared, so that the time does not depend on which key matches.
+        matches = [hmac.compare_digest(given, known) for known in self._digests]
+        if scheme.lower() != "bearer" or not any(matches):
             what = "Incorrect API key provided" if key else "You didn't provide an API key"
             raise ApiError(
                 401,
@@ -163,8 +163,8 @@ class Guard:
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         most = self._rules.max_body
-        told = headers.get("content-length", "0")
-        if told.isdigit() and (len(told) > _MAX_DIGITS or int(told) > most):
+        length = headers.get("content-length", "0")
+        if length.isdigit() and (len(length) > _MAX_DIGITS or int(length) > most):
             raise _too_large(most)
         parts: list[bytes] = []
         size = 0
@@ -173,7 +173,9 @@ class Guard:
                 while True:
                     message = await self._received(receive)
                     if message["type"] == "http.disconnect":
-                        raise ApiError(400, "the request was broken off", code="broken_off")
+                        raise ApiError(
+                            400, "the client closed the connection before the whole body arrived", code="broken_off"
+                        )
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > most:
@@ -182,37 +184,40 @@ class Guard:
                         return b"".join(parts)
         except TimeoutError:
             raise ApiError(
-                408, f"the body did not come within {self._rules.body_seconds:g} s", code="body_timeout"
+                408, f"the body did not arrive within {self._rules.body_seconds:g} s", code="body_timeout"
             ) from None
 
     async def _received(self, receive: Receive) -> Message:
         """Return the next part of a body.
 
         Raises:
-            ApiError: 503, if the server is about to end and it is not there.
+            ApiError: 503 if the server is about to end and the part has not arrived.
         """
-        coming = asyncio.ensure_future(receive())
+        arriving = asyncio.ensure_future(receive())
         await asyncio.sleep(0)
-        if coming.done():
-            return coming.result()
+        if arriving.done():
+            return arriving.result()
         ending = asyncio.ensure_future(self._is_ending.wait())
         try:
-            await asyncio.wait({coming, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if coming.done():
-                return coming.result()
+            await asyncio.wait({arriving, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if arriving.done():
+                return arriving.result()
             raise ApiError(
-                503, "the server is about to end; ask again", code="shutting_down", headers={"Retry-After": "1"}
+                503,
+                "the server is shutting down; send the request again",
+                code="shutting_down",
+                headers={"Retry-After": "1"},
             )
         finally:
             ending.cancel()
-            if not coming.done():
-                coming.cancel()
+            if not arriving.done():
+                arriving.cancel()
 
     def _check_room(self, scope: Scope) -> None:
         if _is_counted(scope) and self._num_running >= self._rules.max_requests:
             raise ApiError(
                 429,
-                f"{self._num_running} requests are being answered, as many as may at once; come back later",
+                f"the server handles {self._num_running} requests, its limit; try again later",
                 code="too_many_requests",
                 headers={"Retry-After": str(self._retry_after())},
             )
@@ -223,7 +228,7 @@ async def _preflight(headers: Headers, scope: Scope, receive: Receive, send: Sen
 
     allowed = {
         "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
-        # the openai client for browsers sends headers of its own
+        # OpenAI's client for browsers sends headers of its own
         "Access-Control-Allow-Headers": headers.get("access-control-request-headers", _USUAL_HEADERS),
         "Access-Control-Max-Age": "600",
     }
@@ -231,12 +236,12 @@ async def _preflight(headers: Headers, scope: Scope, receive: Receive, send: Sen
 
 
 def _refusal(fault: Exception, headers: Headers) -> ApiError:
-    """Return what is told of a request that is not let through."""
+    """Return the error for a request that is rejected."""
     if not isinstance(fault, ApiError):
-        _log.error("a request could not be looked at", exc_info=fault)
+        _log.error("a request could not be checked", exc_info=fault)
     refusal = api_error(fault)
     if "transfer-encoding" in headers or headers.get("content-length", "0") != "0":
-        refusal.headers["Connection"] = "close"  # the rest of its body is not waited for
+        refusal.headers["Connection"] = "close"  # the server does not wait for the rest of the body
     return refusal
 
 
@@ -254,7 +259,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _is_counted(scope: Scope) -> bool:
-    """Whether a request is one of those that there may be too many of: whether the server lives can always be asked."""
+    """Return whether a request counts towards the limit. Health checks do not."""
     return bool(scope["path"].startswith("/v1/"))
 
 
@@ -263,7 +268,7 @@ def _too_large(most: int) -> ApiError:
 
 
 def _host_of(header: str) -> str:
-    """Return the name in a Host header, without port and brackets, in lower case; none where it is no name."""
+    """Return the name in a Host header, in lower case, without port and brackets; empty if the header is invalid."""
     if "@" in header or "/" in header or "?" in header or "#" in header:
         return ""
     try:
@@ -273,7 +278,7 @@ def _host_of(header: str) -> str:
 
 
 def _is_address(host: str) -> bool:
-    """Whether it is an address: those can't be pointed elsewhere."""
+    """Return whether a host is an IP address, which DNS rebinding cannot redirect."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

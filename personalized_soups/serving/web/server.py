@@ -1,4 +1,4 @@
-"""A server from its start to its end: the socket first, then the model, and at the end what runs is finished."""
+"""Runs a server: bind the socket, load the model, serve, and finish running answers on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from personalized_soups.serving.web.connections import PatientProtocol
 from personalized_soups.serving.web.settings import Settings
 from personalized_soups.users.profiles.store import ProfileStore
 
-# A key of fewer characters can be guessed.
+# Shorter keys can be guessed.
 _MIN_KEY = 16
 
-# The default of max_context for a base that could do more.
+# The default of max_context for a base with a larger context.
 _USUAL_CONTEXT = 32_768
 
-# Longer than the minute for which balancers keep theirs: the side that closes first should not be this one.
+# Longer than the minute that load balancers use: the balancer should close an idle connection first.
 _KEEP_ALIVE_SECONDS = 75
 
-# In which those whose answers were cut off are told so.
+# Time to send the error to clients whose answers were ended.
 _LAST_SECONDS = 3
 
-# Of the memory that is free once the model stands.
+# Share of the memory that is free after the model is loaded.
 _CACHE_SHARE = 0.5
 
 
 def config_of(server: Server) -> uvicorn.Config:
-    """Return how uvicorn is to run a server."""
+    """Return uvicorn's configuration for a server."""
     return uvicorn.Config(
         server.app,
         lifespan="off",
@@ -66,12 +66,12 @@ def _nothing(*_: object) -> None:
 
 
 class UvicornServer(uvicorn.Server):
-    """uvicorn with a server of ours in it. It ends quietly on a signal: for a server that is no fault.
+    """uvicorn running a `Server`. A signal ends it without an exception.
 
     Args:
-        server: what is served.
-        on_started: called once requests are answered.
-        on_ending: called with the number of answers that are still to be finished.
+        server: the server.
+        on_started: called when the server accepts requests.
+        on_ending: called at the first signal, with the number of unfinished answers.
     """
 
     def __init__(
@@ -83,13 +83,13 @@ class UvicornServer(uvicorn.Server):
         self._on_ending = on_ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Say that requests are answered from now on."""
+        """Call `on_started` when the server accepts requests."""
         await super().startup(sockets)
         if self.started:
             self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish what runs; what is not done when the time is over is told so, before uvicorn breaks it off."""
+        """Finish running requests. At the deadline, the others get an error before uvicorn closes their connections."""
         self._served.refuse_bodies()
         load = self._served.batcher.load
         self._on_ending(load.running + load.waiting)
@@ -105,21 +105,27 @@ class UvicornServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Heed SIGINT and SIGTERM, and raise none of them again afterwards."""
+        """Handle SIGINT and SIGTERM, and do not raise them again afterwards."""
         with super().capture_signals():
             yield
             self._captured_signals.clear()
 
 
 def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> socket.socket:
-    """Return a socket that listens; port 0 takes a free one, and so does `or_any` where the port is taken.
+    """Return a listening socket.
+
+    Args:
+        host: the address to listen on.
+        port: the port; 0 takes a free one.
+        has_key: whether the server checks API keys.
+        or_any: whether to take a free port if `port` is in use.
 
     Raises:
-        UsageError: if other machines could reach it and no key is asked for, or the address can't be had.
+        UsageError: if other machines could reach a server without keys, or the address cannot be used.
     """
     if not has_key and not _is_loopback(host):
         raise UsageError(
-            f"{host} can be reached from other machines, and no key would be asked for",
+            f"other machines can reach {host}, and the server would accept requests without a key",
             where="host",
             mend="give a file of API keys, or listen on host=127.0.0.1",
         )
@@ -133,7 +139,7 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
         if or_any and error.errno == errno.EADDRINUSE:
             return listen(host, 0, has_key=has_key)
         raise UsageError(
-            f"can't listen on {host}:{port}: {error.strerror or error}",
+            f"cannot listen on {host}:{port}: {error.strerror or error}",
             where="host, port",
             mend="give another port; port=0 takes a free one",
         ) from error
@@ -141,28 +147,32 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
 
 
 def read_keys(path: Path) -> list[str]:
-    """Return the keys of a file: one a line; empty lines and those that begin with # are passed over.
+    """Return the keys in a file: one per line. Empty lines and lines that start with # are skipped.
 
     Raises:
-        InputError: if it can't be read, others may read it, or it holds none, or one that can be guessed.
+        InputError: if the file cannot be read, other users may read or write it, it has no key, or a key is invalid.
     """
     try:
         mode = path.stat().st_mode
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the keys can't be read: {error}", where=str(path), mend="give a file of ASCII") from error
+        raise InputError(
+            f"the keys cannot be read: {error}", where=str(path), mend="give an ASCII file with one key per line"
+        ) from error
     if mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
         raise InputError("other users of this machine can read the keys", where=str(path), mend=f"chmod 600 {path}")
     keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
     mend = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
     if not keys:
-        raise InputError("the file holds no key", where=str(path), mend=f"make one: {mend}")
+        raise InputError("the file contains no key", where=str(path), mend=f"create one: {mend}")
     if any(" " in key or "\t" in key for key in keys):
-        raise InputError("a key holds white space", where=str(path), mend=f"make one without: {mend}")
+        raise InputError("a key contains white space", where=str(path), mend=f"create one without: {mend}")
     short = next((number for number, key in enumerate(keys, 1) if len(key) < _MIN_KEY), None)
     if short is not None:
         raise InputError(
-            f"key number {short} has fewer than {_MIN_KEY} characters", where=str(path), mend=f"make a long one: {mend}"
+            f"key number {short} has fewer than {_MIN_KEY} characters",
+            where=str(path),
+            mend=f"create a longer one: {mend}",
         )
     return keys
 
@@ -170,7 +180,7 @@ def read_keys(path: Path) -> list[str]:
 def load_model(
     base: str, experts: Callable[[], ExpertLibrary], *, device: str, dtype: Dtype, same_base: bool
 ) -> tuple[SoupModel, ExpertFiles]:
-    """Load base and experts; what changes in the experts' folders from now on is noticed.
+    """Load base and experts, and record the state of the experts' folders.
 
     Raises:
         SoupError: as SoupModel.from_pretrained.
@@ -182,31 +192,34 @@ def load_model(
     return model, files
 
 
-def context_of(model: SoupModel, asked: int | None) -> int:
-    """Return how many tokens prompt and answer may have together: what is asked for, or what the base can.
+def context_of(model: SoupModel, wanted: int | None) -> int:
+    """Return the largest number of tokens of prompt and answer together.
 
-    Where nothing is asked for and the base knows no limit, or a large one, it is 32,768: room is kept for the longest.
+    Args:
+        model: the base.
+        wanted: the number; None for the base's own limit, or 32,768 if that is larger or unknown, because the cache
+            reserves room for the longest request.
 
     Raises:
-        UsageError: if the base can do less than is asked for.
+        UsageError: if the base's limit is smaller than `wanted`.
     """
     most = max_context_of(model.model.config)
-    if asked is not None and asked > most:
+    if wanted is not None and wanted > most:
         raise UsageError(
-            f"a context of {asked} tokens is asked for, the base has {most}",
+            f"a context of {wanted} tokens is larger than the base's {most}",
             where="max_context",
             mend=f"give {most} or fewer",
         )
-    return asked or min(most, _USUAL_CONTEXT)
+    return wanted or min(most, _USUAL_CONTEXT)
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return how many bytes keys and values may take: half of what is free on the model's device."""
+    """Return the bytes for the KV cache: half of the free memory of the model's device."""
     if device.type == "cuda":
         return int(_CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
     try:
-        told = Path("/proc/meminfo").read_text(encoding="ascii")
-        free = next(int(line.split()[1]) << 10 for line in told.splitlines() if line.startswith("MemAvailable"))
+        memory = Path("/proc/meminfo").read_text(encoding="ascii")
+        free = next(int(line.split()[1]) << 10 for line in memory.splitlines() if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         free = 4 << 30
     return int(_CACHE_SHARE * free)
@@ -223,13 +236,13 @@ def serve(
     on_started: Callable[[], None] = _nothing,
     on_ending: Callable[[int], None] = _nothing,
 ) -> None:
-    """Answer requests until SIGINT or SIGTERM; then take no new ones and finish those that run. Ctrl-C twice cuts off.
+    """Serve until SIGINT or SIGTERM. Then reject new requests and finish running ones; a second signal ends them.
 
     Args:
-        model, settings, files, store, catalogue: as of `app.Server`.
-        listening: the socket.
-        on_started: called once requests are answered.
-        on_ending: called with the number of answers that are still to be finished.
+        model, settings, files, store, catalogue: as for `app.Server`.
+        listening: the listening socket.
+        on_started: called when the server accepts requests.
+        on_ending: called at the first signal, with the number of unfinished answers.
     """
 
     async def run() -> None:
@@ -239,7 +252,7 @@ def serve(
         finally:
             server.close()
 
-    # what stands now stays until the end: collecting garbage need not look through a million objects of libraries
+    # The million objects of the loaded libraries live until the end, so the garbage collector need not scan them.
     gc.collect()
     gc.freeze()
     try:
@@ -250,7 +263,7 @@ def serve(
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return what makes a fast event loop; None where there is the usual one only."""
+    """Return uvloop's factory of event loops, None if uvloop is not installed."""
     try:
         import uvloop
     except ImportError:

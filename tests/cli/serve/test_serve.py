@@ -103,7 +103,8 @@ def test_a_second_ctrl_c_cuts_off(small_base: Path, experts: Path) -> None:
         assert any("finishing" in line for line in process.stderr)  # the first signal was handled
         process.send_signal(signal.SIGINT)
         process.wait()
-        assert not any("[DONE]" in _rest(sent) for sent in waiting)
+        finished = sum(_rest(sent).count('"finish_reason":"length"') for sent in waiting)
+        assert finished < 3 * 60  # all answers would take minutes; the process did not wait for them
 
 
 def test_profiles_outlive_the_server(small_base: Path, experts: Path, tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def _add_profiles(app: FastAPI, mock: Mock) -> None:
     @app.get("/v1/profiles/{user:path}")
     async def get(user: str, history: bool = False) -> Response:
         if user not in mock.profiles:
-            return _refusal(404, f"there is no profile of {user!r}")
+            return _refusal(404, f"no profile of {user!r} is stored")
         versions = mock.versions(user)
         return JSONResponse({"object": "list", "data": versions} if history else versions[-1])
 

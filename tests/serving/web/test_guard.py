@@ -261,7 +261,7 @@ def test_a_page_that_is_asked_for_without_its_slash_is_found_behind_a_proxy_too(
 
 def test_only_loopback_is_listened_on_without_a_key() -> None:
     for host in ("0.0.0.0", "::", "10.0.0.1", "example.com"):
-        with pytest.raises(UsageError, match="no key would be asked for"):
+        with pytest.raises(UsageError, match="would accept requests without a key"):
             listen(host, 0, has_key=False)
     for host in ("127.0.0.1", "localhost"):
         listen(host, 0, has_key=False).close()
@@ -271,7 +271,7 @@ def test_only_loopback_is_listened_on_without_a_key() -> None:
 def test_a_port_that_is_taken_is_told_or_another_one_found() -> None:
     with listen("127.0.0.1", 0, has_key=False) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(UsageError, match=f"can't listen on 127.0.0.1:{port}"):
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1:{port}"):
             listen("127.0.0.1", port, has_key=False)
         with listen("127.0.0.1", port, has_key=False, or_any=True) as other:
             assert other.getsockname()[1] != port
@@ -289,14 +289,18 @@ def test_keys_are_read_from_a_file_that_is_private(tmp_path: Path) -> None:
     path.chmod(0o600)
     path.write_text("x" * 16)
     assert read_keys(path) == ["x" * 16]
-    for text, what in (("# none\n", "holds no key"), ("x" * 15, "fewer than 16"), (f"{KEY}\nshort\n", "key number 2")):
+    for text, what in (
+        ("# none\n", "contains no key"),
+        ("x" * 15, "fewer than 16"),
+        (f"{KEY}\nshort\n", "key number 2"),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=what):
             read_keys(path)
     path.write_bytes(b"\xff" * 20)
-    with pytest.raises(InputError, match="can't be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         read_keys(path)
-    with pytest.raises(InputError, match="can't be read"):
+    with pytest.raises(InputError, match="cannot be read"):
         read_keys(tmp_path / "nothing")
 
 

@@ -201,7 +201,7 @@ def test_the_context_is_what_the_base_can_or_less(most: int | None, asked: int |
 
 def test_more_than_the_base_can_is_refused() -> None:
     base: Any = _Base(256)
-    with pytest.raises(UsageError, match="a context of 257 tokens is asked for, the base has 256"):
+    with pytest.raises(UsageError, match="a context of 257 tokens is larger than the base's 256"):
         context_of(base, 257)
 
 

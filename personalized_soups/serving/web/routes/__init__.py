@@ -1,4 +1,4 @@
-"""The routes of the server, a file for each thing that is asked for."""
+"""The server's routes: one file for each kind of resource."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from starlette.convertors import Convertor, register_url_convertor
 
 
 class AnyText(Convertor[str]):
-    """The rest of an address, whatever is in it: names hold slashes and line breaks."""
+    """Matches the rest of a path. User names may contain slashes and line breaks."""
 
     regex = r"[\s\S]*"
 
     def convert(self, value: str) -> str:
-        """Return it as it is."""
+        """Return the value unchanged."""
         return value
 
     def to_string(self, value: str) -> str:
-        """Return it as it is."""
+        """Return the value unchanged."""
         return value
 
 

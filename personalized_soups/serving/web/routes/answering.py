@@ -18,7 +18,7 @@ from personalized_soups.serving.protocol.strict_json import BodyRoute
 from personalized_soups.serving.protocol.submission import submit
 from personalized_soups.users.profiles.store import ProfileStore
 
-# Stored profiles that are listed among the models: enough to choose from by hand.
+# How many stored profiles GET /v1/models lists.
 _LISTED = 100
 
 
@@ -35,21 +35,21 @@ def router(context: AnswerContext, store: ProfileStore | None) -> APIRouter:
 
     @routes.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation with somebody's soup; with `stream`, as server-sent events."""
+        """Answer a conversation with a user's soup; with `stream`, as server-sent events."""
         started = time.perf_counter()
         pending = await submit(context, body, [body.conversation()], PendingChat, started)
         return await answered(pending, request)
 
     @routes.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Go on with texts or tokens, as they are."""
+        """Continue texts or tokens without a chat template."""
         started = time.perf_counter()
         pending = await submit(context, body, body.prompts(), PendingCompletion, started)
         return await answered(pending, request)
 
     @reading.get("/v1/models")
     def models() -> dict[str, Any]:
-        """List the base, and the first stored profiles as `soup:USER`."""
+        """List the base and the first stored profiles, as `soup:USER`."""
         names = [context.resolver.base]
         if store is not None:
             names += [f"{SOUP}{stored.profile.user}" for stored in store.page(limit=_LISTED)]
@@ -57,7 +57,7 @@ def router(context: AnswerContext, store: ProfileStore | None) -> APIRouter:
 
     @reading.get("/v1/models/{model:any}")
     async def one_model(model: str) -> dict[str, Any]:
-        """Return one model, a stored profile's among them."""
+        """Return one model: the base, or the soup of a stored profile."""
         profile = await run_in_threadpool(context.resolver.resolve, model, None)
         return _model(profile.model if profile.kind == "base" else model, since)
 

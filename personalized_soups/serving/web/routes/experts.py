@@ -1,4 +1,4 @@
-"""/v1/experts: what can be mixed, and serving what is in the folders now; /v1/scores: how answers are seen."""
+"""/v1/experts: list and reload experts. /v1/scores: score answers."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.serving.protocol.requests import RequestBody
 from personalized_soups.serving.protocol.strict_json import StrictRoute
 
-# Of each expert in a preset: what the tiny base's quickstart chooses, and a good beginning elsewhere.
+# The weight of each expert in a preset: the choice of the quickstart on the embedded base.
 _PRESET_WEIGHT = 0.6
 
-# Of all answers that are to be scored at once.
+# Limit for the answers of one request, in characters.
 _MAX_CHARACTERS = 65_536
 
 _log = logging.getLogger(__name__)
 
 
 class ScoresRequest(RequestBody):
-    """POST /v1/scores."""
+    """The body of POST /v1/scores."""
 
     prompt: str
     answers: Annotated[list[str], Field(min_length=1, max_length=64)]
@@ -55,9 +55,9 @@ def router(
     """Return the routes."""
     routes = APIRouter(route_class=StrictRoute, tags=["soups"])
     reloading = _Reloading(model, batcher, files)
-    scoring = CapacityLimiter(1)  # pure Python, beside the batch
+    scoring = CapacityLimiter(1)  # pure Python, which competes with the batcher's thread
 
-    def told() -> dict[str, Any]:
+    def listing() -> dict[str, Any]:
         experts = [_expert(expert, files, catalogue) for expert in list(model.experts.values())]
         return {
             "object": "list",
@@ -72,26 +72,24 @@ def router(
     @routes.get("/v1/experts")
     def list_experts() -> dict[str, Any]:
         """List experts and dimensions."""
-        return told()
+        return listing()
 
     @routes.post("/v1/experts/reload")
     async def reload_experts() -> dict[str, Any]:
-        """Serve what is in the experts' folders now, once the answers that are being made are done."""
+        """Load the experts' folders again, after the running answers are finished."""
         await reloading.done()
-        return told()
+        return listing()
 
     @routes.post("/v1/scores")
-    async def scores(asked: ScoresRequest) -> dict[str, Any]:
+    async def scores(body: ScoresRequest) -> dict[str, Any]:
         """Score answers in every dimension that has a scorer."""
         if not scales.dimensions:
-            raise ApiError(
-                404, "the preference catalogue that this server was started with has no scorers", code="no_scorers"
-            )
-        if sum(map(len, asked.answers)) > _MAX_CHARACTERS:
-            raise ApiError(400, f"answers of more than {_MAX_CHARACTERS} characters in all", param="answers")
+            raise ApiError(404, "the server's preference catalogue has no scorers", code="no_scorers")
+        if sum(map(len, body.answers)) > _MAX_CHARACTERS:
+            raise ApiError(400, f"the answers have more than {_MAX_CHARACTERS} characters in total", param="answers")
 
         def score() -> list[Any]:
-            return [scales.scores(asked.prompt, answer) for answer in asked.answers]
+            return [scales.scores(body.prompt, answer) for answer in body.answers]
 
         return {"object": "list", "data": await to_thread.run_sync(score, limiter=scoring)}
 
@@ -99,7 +97,7 @@ def router(
 
 
 class _Reloading:
-    """Serves what is in the experts' folders; who asks while one waits for its turn is served by that one."""
+    """Reloads the experts. Requests that arrive while a reload waits to start share that reload."""
 
     def __init__(self, model: SoupModel, batcher: Batcher, files: ExpertFiles) -> None:
         self._model = model
@@ -108,10 +106,10 @@ class _Reloading:
         self._pending: Future[None] | None = None
 
     async def done(self) -> None:
-        """Return once it is done.
+        """Return when the experts are reloaded.
 
         Raises:
-            ApiError: 409 if the experts are at fault, 503 if the server is about to end.
+            ApiError: 409 if the new experts are invalid, 503 if the server is about to end.
         """
         if self._pending is None or self._pending.running() or self._pending.done():
             self._pending = self._batcher.run_when_idle(self._reload)
@@ -120,10 +118,10 @@ class _Reloading:
         except ClosedError as fault:
             raise api_error(fault) from fault
         except SoupError as fault:
-            _log.error("the experts can't be reloaded", exc_info=fault)
+            _log.error("the experts cannot be reloaded", exc_info=fault)
             expert = next((name for name in Path(fault.where).parts[::-1] if name in self._model.experts), None)
-            whose = "" if expert is None else f"{expert}: "
-            message = f"{whose}{fault.what}; the server's log says where; those that were loaded are served on"
+            prefix = "" if expert is None else f"{expert}: "
+            message = f"{prefix}{fault.what}; the server's log says where; the experts loaded before are still served"
             raise ApiError(409, message, code="experts_at_fault") from fault
 
     def _reload(self) -> None:
@@ -150,21 +148,23 @@ def _expert(expert: Expert, files: ExpertFiles, catalogue: Catalogue | None) -> 
 
 
 def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, scales: Scales) -> list[dict[str, Any]]:
-    """Return the dimensions that experts have, in the catalogue's order, with their experts from low end to high."""
+    """Return the dimensions in the catalogue's order, each with its experts from the low end to the high end."""
     declared = {} if catalogue is None else catalogue.dimensions
     names = sorted(
         {each["dimension"] for each in experts} - {None},
         key=lambda name: (list(declared).index(name) if name in declared else len(declared), name),
     )
-    found = []
+    dimensions = []
     for name in names:
         declared_sides = declared[name].sides if name in declared else {}
-        sides = sorted(declared_sides, key=lambda side: declared_sides[side].end == "high")  # else as they stand
+        sides = sorted(
+            declared_sides, key=lambda side: declared_sides[side].end == "high"
+        )  # stable: otherwise in the catalogue's order
         own = sorted(
             (each for each in experts if each["dimension"] == name),
             key=lambda each: (sides.index(each["side"]) if each["side"] in sides else len(sides), each["name"]),
         )
-        found.append(
+        dimensions.append(
             {
                 "name": name,
                 "about": declared[name].about if name in declared else None,
@@ -174,4 +174,4 @@ def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, 
                 "is_scored": name in scales.dimensions,
             }
         )
-    return found
+    return dimensions

@@ -1,4 +1,4 @@
-"""/v1/profiles: the stored profiles, with ETags, so that nobody overwrites what somebody else has written."""
+"""/v1/profiles: read and write stored profiles, with ETags against lost updates."""
 
 from __future__ import annotations
 
@@ -28,11 +28,16 @@ from personalized_soups.users.profiles.store import (
 _ETAG = re.compile(r'\s*"([0-9]{1,9})"\s*')
 _MAX_VERSION = 2**31 - 1
 
-# Writers wait for each other: readers, and whoever asks whether the server is ready, do not wait behind them.
+# Writers wait for each other. Few of them may hold a thread, so that readers and health checks get one.
 _WRITERS = 8
 
-IfMatch = Annotated[str | None, Header(alias="If-Match", description='A version as an ETag: "7"; * is any.')]
-IfNoneMatch = Annotated[str | None, Header(alias="If-None-Match", description='* writes new ones only; GET: "7".')]
+IfMatch = Annotated[
+    str | None, Header(alias="If-Match", description='The current version as an ETag, such as "7"; * matches any.')
+]
+IfNoneMatch = Annotated[
+    str | None,
+    Header(alias="If-None-Match", description='PUT: * writes only a new profile. GET: the known version, such as "7".'),
+]
 Version = Annotated[int | None, Query(ge=1, le=_MAX_VERSION)]
 
 
@@ -40,23 +45,27 @@ def router(store: ProfileStore) -> APIRouter:
     """Return the routes.
 
     Args:
-        store: whose `check` refuses what cannot be served.
+        store: the profile store; its `check` rejects profiles that cannot be served.
     """
     routes = APIRouter(route_class=StrictRoute, tags=["profiles"])
     writers = CapacityLimiter(_WRITERS)
 
     @routes.get("/v1/profiles")
     def list_profiles(
-        after: Annotated[str, Query(description="Those that come next after this name.")] = "",
+        after: Annotated[str, Query(description="List the users after this name.")] = "",
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
         search: Annotated[
-            str, Query(max_length=MAX_USER_BYTES, description='Only names that contain this text; "a" and "A" are one.')
+            str,
+            Query(
+                max_length=MAX_USER_BYTES,
+                description="List only names that contain this text; ASCII letters match in either case.",
+            ),
         ] = "",
     ) -> JSONResponse:
-        """List current profiles by user."""
-        found = store.page(after=after, limit=limit + 1, search=search)
-        data = [_told(stored) for stored in found[:limit]]
-        return JSONResponse({"object": "list", "data": data, "has_more": len(found) > limit})
+        """List current profiles in the order of their users' names."""
+        stored_profiles = store.page(after=after, limit=limit + 1, search=search)
+        data = [_content(stored) for stored in stored_profiles[:limit]]
+        return JSONResponse({"object": "list", "data": data, "has_more": len(stored_profiles) > limit})
 
     @routes.get("/v1/profiles/{user:any}")
     def get_profile(
@@ -68,11 +77,11 @@ def router(store: ProfileStore) -> APIRouter:
         """Return a user's current profile, or an older version."""
         _check(user)
         if history:
-            return JSONResponse({"object": "list", "data": [_told(stored) for stored in store.history(user)]})
+            return JSONResponse({"object": "list", "data": [_content(stored) for stored in store.history(user)]})
         stored = store.get(user, version)
         if if_none_match is not None and _is_known(if_none_match, stored.version):
             return Response(status_code=304, headers=_etag(stored))
-        return JSONResponse(_told(stored), headers=_etag(stored))
+        return JSONResponse(_content(stored), headers=_etag(stored))
 
     @routes.put("/v1/profiles/{user:any}")
     async def put_profile(
@@ -90,11 +99,11 @@ def router(store: ProfileStore) -> APIRouter:
             stored = store.put(declared, expected=condition)
         except SoupError as fault:
             raise api_error(fault, param="profile", status=422) from fault
-        return JSONResponse(_told(stored), status_code=201 if is_new else 200, headers=_etag(stored))
+        return JSONResponse(_content(stored), status_code=201 if is_new else 200, headers=_etag(stored))
 
     @routes.delete("/v1/profiles/{user:any}", status_code=204)
     async def delete_profile(user: str, if_match: IfMatch = None) -> Response:
-        """Erase a user with all versions."""
+        """Delete a user with all versions."""
         await to_thread.run_sync(partial(delete, user, if_match), limiter=writers)
         return Response(status_code=204)
 
@@ -106,7 +115,7 @@ def router(store: ProfileStore) -> APIRouter:
 
 
 def no_store() -> APIRouter:
-    """Return routes that say that there is no store."""
+    """Return routes that report that the server has no store."""
     routes = APIRouter(tags=["profiles"])
 
     @routes.api_route("/v1/profiles", methods=["GET"], include_in_schema=False)
@@ -118,20 +127,22 @@ def no_store() -> APIRouter:
 
 
 def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_match: str | None) -> int | None:
-    """Return the version at which a user must be; None is any.
+    """Return the version that a request's condition requires; None for any.
 
     Raises:
-        ApiError: 412 if that can't be, 400 if the condition is none.
+        ApiError: 412 if the condition does not hold, 400 if it is not an ETag or `*`.
     """
     if if_none_match is not None:
         if if_none_match.strip() != "*" or if_match is not None:
-            raise ApiError(400, "the condition is none; write If-None-Match: * alone", param="If-None-Match")
+            raise ApiError(
+                400, "for a write, the `If-None-Match` header must be * and the only condition", param="If-None-Match"
+            )
         return ABSENT
     if if_match is None:
         return None
     current = _version_of(store, user)
     if current is None:
-        raise ApiError(412, f"there is no profile of {user!r}", param="If-Match", code="version_conflict")
+        raise ApiError(412, f"no profile of {user!r} is stored", param="If-Match", code="version_conflict")
     if if_match.strip() != "*" and str(current) not in _versions(if_match):
         raise ApiError(
             412,
@@ -144,7 +155,7 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
 
 
 def _version_of(store: ProfileStore, user: str) -> int | None:
-    """Return a user's current version; None where there is no such user."""
+    """Return a user's current version, None if the user does not exist."""
     try:
         return store.get(user).version
     except UnknownProfile:
@@ -152,13 +163,13 @@ def _version_of(store: ProfileStore, user: str) -> int | None:
 
 
 def _declared(user: str, profile: Mapping[str, Any]) -> Profile:
-    """Return what a body declares.
+    """Return the profile in a request's body.
 
     Raises:
-        ApiError: 400 if it is no profile, or another user's.
+        ApiError: 400 if the body is not a profile, or names another user.
     """
     if profile.get("user", user) != user:
-        raise ApiError(400, "the profile names another user than the address", param="user", code="invalid_value")
+        raise ApiError(400, "the profile's user differs from the user in the path", param="user", code="invalid_value")
     try:
         return load_data({**profile, "user": user}, Profile, "profile")
     except SoupError as fault:
@@ -172,7 +183,7 @@ def _check(user: str) -> None:
         raise api_error(fault, param="user") from fault
 
 
-def _told(stored: StoredProfile) -> dict[str, Any]:
+def _content(stored: StoredProfile) -> dict[str, Any]:
     return {
         "object": "profile",
         "user": stored.profile.user,
@@ -191,6 +202,6 @@ def _etag(stored: StoredProfile) -> dict[str, str]:
 
 
 def _versions(header: str, *, weakly: bool = False) -> set[str]:
-    """Return the versions that a condition names."""
+    """Return the versions in a condition header."""
     parts = [part.strip().removeprefix("W/") if weakly else part for part in header.split(",")]
-    return {found[1] for part in parts if (found := _ETAG.fullmatch(part))}
+    return {match[1] for part in parts if (match := _ETAG.fullmatch(part))}

@@ -261,5 +261,5 @@ def test_a_side_with_a_scorer_of_its_own_is_at_no_end() -> None:
     own = {"scorer": {"kind": "length", "low": 1, "high": 9}}
     (row,) = _scales(warm={"end": "high"}, cold=own).scores("p", "dear now")
     assert (row["low"], row["high"], row["value"]) == ("not warm", "warm", 0.5)
-    with pytest.raises(DeclarationError, match="'heat' has a scorer that no side is scored by"):
+    with pytest.raises(DeclarationError, match="no side uses the scorer of the dimension 'heat'"):
         _scales(warm=own)
