@@ -139,7 +139,7 @@ def test_its_own_description_tried_against_it_brings_no_server_error(
         )  # fmt: skip
         @given(case=operation.as_strategy(generation_mode=mode))
         def run(case: Any) -> None:
-            case.call_and_validate(checks=[not_a_server_error])
+            case.call_and_validate(checks=[not_a_server_error], timeout=250)
 
         with suppress(Unsatisfiable):  # nothing can be wrong with a request for /health
             run()
