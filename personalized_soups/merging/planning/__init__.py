@@ -1,1 +1,1 @@
-"""Plan a merge from headers alone: no tensor is read."""
+"""Plan a merge: decide from headers, without computing a tensor."""

@@ -1,4 +1,4 @@
-"""What must hold before a merge begins: each expert sound by itself, the options in place, the method's needs met."""
+"""Checks before a merge: each expert is sound, the options are valid, and the experts meet the method's needs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ _MAX_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Where the truncation ends, as it was asked for: at a rank, at a share of the energy, or nowhere."""
+    """The requested truncation: to a rank, to a share of the energy, or none.
+
+    Attributes:
+        rank: the highest rank; None if there is no limit.
+        energy: the share of each module's squared Frobenius norm to keep; None if there is no limit.
+        where: the argument or the line of the profile that requests it, for errors.
+    """
 
     rank: int | None = None
     energy: float | None = None
@@ -33,23 +39,24 @@ class Cut:
 
     @property
     def is_asked_for(self) -> bool:
-        """Whether anything shall be truncated."""
+        """Whether truncation is requested."""
         return self.rank is not None or self.energy is not None
 
 
 def checked_cut(profile: Profile, rank: int | None, energy: float | None, *, into_base: bool) -> Cut:
-    """Return what the options, else the profile, ask for.
+    """Return the truncation that the options request, or else the profile.
 
     Raises:
-        UsageError: if it is out of bounds, asked for twice, or the soup is to be folded into a base.
+        UsageError: if the value is out of bounds, both a rank and an energy are given, or the soup is folded into a
+            base, which needs no rank.
     """
     if rank is not None and energy is not None:
-        raise UsageError("a rank and an energy share are both given", where="rank, energy", mend="give one of the two")
+        raise UsageError("rank and energy are both given", where="rank, energy", mend="give one of the two")
     if energy is not None:
         cut = Cut(energy=energy, where="energy")
         if not 0 < energy <= 1:
             raise UsageError(
-                f"the energy share is {energy:g}, it must be above 0 and at most 1",
+                f"energy is {energy:g}; it must be above 0 and at most 1",
                 where=cut.where,
                 mend="give energy=0.99",
             )
@@ -60,85 +67,85 @@ def checked_cut(profile: Profile, rank: int | None, energy: float | None, *, int
     else:
         return Cut()
     if cut.rank is not None and cut.rank < 1:
-        raise UsageError(f"the rank is {cut.rank}, it must be at least 1", where=cut.where, mend="give rank=16")
+        raise UsageError(f"rank is {cut.rank}; it must be at least 1", where=cut.where, mend="give rank=16")
     if into_base:
         raise UsageError(
             "a soup folded into a base is exact and has no rank",
             where=cut.where,
-            mend="leave the rank out, or write an adapter instead",
+            mend="leave out the rank, or write an adapter instead",
         )
     return cut
 
 
 def faults_of(expert: Expert) -> list[SoupError]:
-    """Return what is wrong with an expert by itself: its adapter and its record."""
-    steps: tuple[Callable[[], object], ...] = (lambda: expert.adapter, lambda: expert.record)
-    found: list[SoupError] = []
-    for step in steps:
+    """Return the errors in one expert's adapter and record."""
+    readings: tuple[Callable[[], object], ...] = (lambda: expert.adapter, lambda: expert.record)
+    faults: list[SoupError] = []
+    for read in readings:
         try:
-            step()
+            read()
         except SoupError as fault:
-            found.append(fault)
-    return found
+            faults.append(fault)
+    return faults
 
 
 def raise_all(faults: Sequence[SoupError]) -> None:
-    """Raise the only fault, or one error that tells all of them."""
+    """Raise the only error, or one error with the texts of all; return if there are none."""
     if not faults:
         return
     if len(faults) == 1:
         raise faults[0]
     kind = type(faults[0]) if len({type(fault) for fault in faults}) == 1 else InputError
     raise kind(
-        f"{len(faults)} faults: " + "; ".join(f"({number}) {fault.what}" for number, fault in enumerate(faults, 1)),
+        f"{len(faults)} errors: " + "; ".join(f"({number}) {fault.what}" for number, fault in enumerate(faults, 1)),
         where="; ".join(f"({number}) {fault.where}" for number, fault in enumerate(faults, 1)),
         mend="; ".join(f"({number}) {fault.mend}" for number, fault in enumerate(faults, 1)),
     )
 
 
 def unmet_needs(method: Method, bank: ExpertBank, weights: Sequence[float]) -> list[SoupError]:
-    """Return what a method needs of its experts and weights and does not find."""
-    found: list[SoupError] = []
+    """Return an error for each of the method's needs that the experts and weights do not meet."""
+    faults: list[SoupError] = []
     if method.family != "linear":
-        found += [_no_rule(method, expert) for expert in bank.experts if expert.adapter.trained]
+        faults += [_no_rule(method, expert) for expert in bank.experts if expert.adapter.trained]
     if method.needs_equal_ranks:
-        found += _unequal(method, bank, "rank", lambda expert, name: expert.adapter.modules[name].rank)
+        faults += _unequal(method, bank, "rank", lambda expert, name: expert.adapter.modules[name].rank)
     if method.needs_equal_scalings:
-        found += _unequal(method, bank, "scaling", lambda expert, name: expert.adapter.modules[name].scaling)
+        faults += _unequal(method, bank, "scaling", lambda expert, name: expert.adapter.modules[name].scaling)
     if method.divides_by_sum and cancels(weights):
-        found.append(
+        faults.append(
             UsageError(
                 f"{method.name} divides by the sum of the weights, which is {sum(weights):g}",
                 where="weights",
-                mend="take the method `linear`, or weights that do not cancel",
+                mend="use the method linear, or weights that do not cancel",
             )
         )
-    return found
+    return faults
 
 
 def _no_rule(method: Method, expert: Expert) -> SoupError:
-    each = next(iter(expert.adapter.trained.values()))
+    tensor = next(iter(expert.adapter.trained.values()))
     return UnsupportedAdapterError(
-        f"{expert.name}: {each.name} is trained whole ({each.origin}), for which {method.name} has no rule",
+        f"{expert.name}: {tensor.name} is trained whole ({tensor.origin}), and {method.name} merges only factors",
         where=str(expert.folder),
-        mend="take the method linear",
+        mend="use the method linear",
     )
 
 
 def _unequal(method: Method, bank: ExpertBank, what: str, of: Callable[[Expert, str], float]) -> list[SoupError]:
-    found = []
+    unequal = []
     for name in bank.modules:
         values = {bank.experts[index].name: of(bank.experts[index], name) for index in bank.members(name)}
         if len(set(values.values())) > 1:
-            found.append(f"{name}: " + ", ".join(f"{expert} has {value:g}" for expert, value in values.items()))
-    if not found:
+            unequal.append(f"{name}: " + ", ".join(f"{expert} has {value:g}" for expert, value in values.items()))
+    if not unequal:
         return []
-    more = f" (and {len(found) - _MAX_SHOWN} more modules)" if len(found) > _MAX_SHOWN else ""
+    more = f" (and {len(unequal) - _MAX_SHOWN} more modules)" if len(unequal) > _MAX_SHOWN else ""
     return [
         IncompatibleExpertsError(
-            f"{method.name} needs one {what} for all experts: " + "; ".join(found[:_MAX_SHOWN]) + more,
+            f"{method.name} needs one {what} for all experts: " + "; ".join(unequal[:_MAX_SHOWN]) + more,
             where=", ".join(expert.name for expert in bank.experts),
-            mend="take the method `linear`, which merges any ranks and scalings",
+            mend="use the method linear, which merges any ranks and scalings",
         )
     ]
 

@@ -1,7 +1,7 @@
-"""How a merged adapter is laid out: what its tensors are called, and what adapter_config.json says of them.
+"""The layout of a merged adapter: the names of its tensors, and its adapter_config.json.
 
-Everything here is decided from the experts' headers and configurations. PEFT names a tensor by its place in the wrapped
-model (adapters/names.py), so the names depend on what all experts together adapt.
+The experts' headers and configurations decide the layout. PEFT names a tensor by its place in the wrapped model
+(adapters/names.py), so the names depend on the modules that all experts together adapt.
 """
 
 from __future__ import annotations
@@ -30,9 +30,18 @@ _WRAPPED = "base_layer"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """A merged adapter beside its low-rank factors. `tokens` are the trained rows of embeddings, by module.
+    """The parts of a merged adapter in addition to its low-rank factors, and the names of all tensors.
 
-    `wrappers` counts how often PEFT wraps each module of the base.
+    Attributes:
+        target_modules: adapter_config.json's names of adapted modules, sorted.
+        target_parameters: the full names of adapted parameters (mixtures of experts), sorted.
+        fan_in_fan_out: whether any adapted module stores its weight transposed.
+        bias: which biases the experts trained, in PEFT's words.
+        lora_bias: whether any B has a bias.
+        use_dora: whether any module has a magnitude (DoRA).
+        modules_to_save: the names of modules that experts saved whole, sorted.
+        tokens: the trained rows of each embedding, by the embedding's name.
+        wrappers: how often PEFT wraps each module of the base, by the module's name.
     """
 
     target_modules: tuple[str, ...]
@@ -47,7 +56,7 @@ class Layout:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The keys of adapter_config.json; those that few adapters need stand there only where they are needed."""
+        """The keys of adapter_config.json that the layout decides; keys that few adapters need only if they do."""
         table: dict[str, Any] = {
             "bias": self.bias,
             "fan_in_fan_out": self.fan_in_fan_out,
@@ -65,11 +74,11 @@ class Layout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether every module has its factors and nothing beside them."""
+        """Whether every module has only its two factors."""
         return not (self.lora_bias or self.use_dora)
 
     def named(self, module: LoraModule) -> LoraModule:
-        """Return a module, as an expert holds it, with the names that its factors have in the merged adapter."""
+        """Return an expert's module with the names that its factors have in the merged adapter."""
         owner, depth = module.name, 0
         if module.kind == "parameter":
             owner, _, parameter = module.name.rpartition(".")
@@ -79,7 +88,7 @@ class Layout:
         return replace(module, a_name=a_name, b_name=b_name)
 
     def order_of(self, owner: str) -> list[str]:
-        """Return a module's adapted parameters from the outermost wrapper inwards; nothing where it is not known."""
+        """Return a module's adapted parameters from the outermost wrapper inwards; empty if the order is unknown."""
         return wrapping_order(parameters_of(owner, self.target_parameters))
 
     def magnitude_name(self, module: str) -> str:
@@ -91,7 +100,7 @@ class Layout:
         return b_bias_name(self._path(module))
 
     def whole_name(self, target: str) -> str:
-        """Return the name of a tensor of the base that is replaced as a whole."""
+        """Return the name of a tensor that replaces a tensor of the base."""
         module, _, attribute = target.rpartition(".")
         wrapped = f".{_WRAPPED}" * self.wrappers.get(module, 0)
         return f"{PREFIX}{self._path(module)}{wrapped}.{attribute}"
@@ -101,34 +110,34 @@ class Layout:
         return tokens_name(self._path(module))
 
     def _path(self, module: str) -> str:
-        """Return a module's own path, through the wrappers of the modules around it."""
+        """Return the path of a module in the wrapped model, through the wrappers of the modules around it."""
         steps = module.split(".")
-        found = []
+        path = []
         for end, step in enumerate(steps, start=1):
-            found.append(step)
+            path.append(step)
             if end < len(steps):
-                found += [_WRAPPED] * self.wrappers.get(".".join(steps[:end]), 0)
-        return ".".join(found)
+                path += [_WRAPPED] * self.wrappers.get(".".join(steps[:end]), 0)
+        return ".".join(path)
 
 
 def layout_of(experts: Sequence[Expert]) -> Layout:
-    """Return the layout of what experts adapt and train together."""
+    """Return the layout of the merged adapter of these experts."""
     configs = [expert.adapter.config for expert in experts]
     modules = _modules(experts)
-    whole = [each for expert in experts for each in expert.adapter.trained.values()]
+    trained = [tensor for expert in experts for tensor in expert.adapter.trained.values()]
     biases = {config.bias for config in configs}
     tokens: dict[str, set[int]] = {}
-    for each in whole:
-        if each.kind == "rows":
-            tokens.setdefault(each.target.removesuffix(".weight"), set()).update(each.rows)
+    for tensor in trained:
+        if tensor.kind == "rows":
+            tokens.setdefault(tensor.target.removesuffix(".weight"), set()).update(tensor.rows)
     is_parameter = {name: module.kind == "parameter" for name, module in modules.items()}
     return Layout(
         target_modules=_targets(experts, [name for name in modules if not is_parameter[name]]),
         target_parameters=tuple(name for name in modules if is_parameter[name]),
         fan_in_fan_out=any(module.kind == "transposed" for module in modules.values()),
         bias="all" if "all" in biases else "lora_only" if "lora_only" in biases else "none",
-        lora_bias=any(each.kind == "added" for each in whole),
-        use_dora=any(each.kind == "magnitude" for each in whole),
+        lora_bias=any(tensor.kind == "added" for tensor in trained),
+        use_dora=any(tensor.kind == "magnitude" for tensor in trained),
         modules_to_save=tuple(sorted({name for config in configs for name in config.modules_to_save})),
         tokens={module: tuple(sorted(rows)) for module, rows in sorted(tokens.items())},
         wrappers=Counter(name.rpartition(".")[0] if is_parameter[name] else name for name in modules),
@@ -136,72 +145,75 @@ def layout_of(experts: Sequence[Expert]) -> Layout:
 
 
 def named_modules(experts: Sequence[Expert], layout: Layout) -> list[LoraModule]:
-    """Return every module that an expert adapts, sorted, with the names of the merged adapter."""
+    """Return every module that any expert adapts, sorted by name, with the factors' names in the merged adapter."""
     return [layout.named(module) for module in _modules(experts).values()]
 
 
 def conflicts(experts: Sequence[Expert], layout: Layout) -> list[SoupError]:
-    """Return what of the experts PEFT cannot hold together in one adapter; folded into the base it can be."""
-    found = []
+    """Return an error for each combination of the experts' parts that PEFT cannot load as one adapter.
+
+    A model that the soup is folded into can hold every combination.
+    """
+    conflicts = []
     modules = _modules(experts)
     for name, module in modules.items():
         if module.kind == "parameter" and not layout.order_of(name.rpartition(".")[0]):
-            found.append(f"{name}: the order in which PEFT wraps the parameters beside it is not known")
+            conflicts.append(f"{name}: the order in which PEFT wraps the adapted parameters of its module is unknown")
         if layout.lora_bias and module.kind in {"embedding", "parameter"}:
-            found.append(f"{name}: it is of the kind {module.kind}, which takes no lora_bias")
+            conflicts.append(f"{name}: modules of the kind {module.kind} have no lora_bias")
         if layout.use_dora and module.kind == "parameter":
-            found.append(f"{name}: it is a parameter, which takes no DoRA")
+            conflicts.append(f"{name}: parameters have no DoRA magnitude")
         if name.endswith(layout.modules_to_save):
-            found.append(f"{name}: one expert adapts it, another saves it whole (modules_to_save)")
+            conflicts.append(f"{name}: one expert adapts it, another saves it whole (modules_to_save)")
     for name in layout.tokens:
         if name in modules:
-            found.append(f"{name}: one expert adapts it, another trains some of its rows (trainable_token_indices)")
+            conflicts.append(f"{name}: one expert adapts it, another trains some of its rows (trainable_token_indices)")
         if name.endswith(layout.modules_to_save):
-            found.append(f"{name}: one expert saves it whole, another trains some of its rows")
+            conflicts.append(f"{name}: one expert saves it whole, another trains some of its rows")
     if layout.lora_bias and layout.use_dora:
-        found.append("one expert has DoRA, another lora_bias")
+        conflicts.append("one expert has DoRA, another lora_bias")
     return [
         UsageError(
-            f"{what}: PEFT cannot hold this in one adapter",
+            f"{conflict}; PEFT cannot load such an adapter",
             where=", ".join(expert.name for expert in experts),
             mend="fold the soup into the base model: into_base=BASE",
         )
-        for what in found
+        for conflict in conflicts
     ]
 
 
 def missing_base(experts: Sequence[Expert]) -> list[SoupError]:
-    """Return why a merged adapter of these experts needs the base model, for each that does."""
-    found: list[SoupError] = []
+    """Return an error for each expert with a tensor that cannot be merged without the base model."""
+    faults: list[SoupError] = []
     for expert in experts:
-        each = next((each for each in expert.adapter.trained.values() if each.kind != "added"), None)
-        if each is not None:
-            what = "is relative to the base" if each.kind == "magnitude" else "takes the place of the base's"
-            found.append(
+        tensor = next((tensor for tensor in expert.adapter.trained.values() if tensor.kind != "added"), None)
+        if tensor is not None:
+            what = "is relative to the base" if tensor.kind == "magnitude" else "replaces the base's"
+            faults.append(
                 UsageError(
-                    f"{expert.name}: {each.name} ({each.origin}) {what}, and no base is given",
+                    f"{expert.name}: {tensor.name} ({tensor.origin}) {what}, and no base is given",
                     where=str(expert.folder),
                     mend="give the base model: base=BASE; or fold the soup into it: into_base=BASE",
                 )
             )
-    return found
+    return faults
 
 
 def _modules(experts: Sequence[Expert]) -> dict[str, LoraModule]:
-    """Return every module that an expert adapts, as the first such expert holds it, sorted."""
-    found: dict[str, LoraModule] = {}
+    """Return every module that any expert adapts, sorted by name, as the first expert with that module has it."""
+    modules: dict[str, LoraModule] = {}
     for expert in experts:
         for name, module in expert.adapter.modules.items():
-            found.setdefault(name, module)
-    return dict(sorted(found.items()))
+            modules.setdefault(name, module)
+    return dict(sorted(modules.items()))
 
 
 def _targets(experts: Sequence[Expert], modules: Sequence[str]) -> tuple[str, ...]:
-    """Return `target_modules` that match the adapted modules of the base and no others.
+    """Return `target_modules` that match exactly the adapted modules.
 
-    Where every expert lists its targets, the union of the lists matches the union of the modules; where one gives a
+    If every expert lists its targets, the union of the lists matches the union of the modules. If an expert gives a
     regular expression, leaves out layers, or has modules that it does not list (the output embedding, under
-    ensure_weight_tying), the modules' full names do.
+    ensure_weight_tying), the modules' full names are returned.
     """
     listed: set[str] = set()
     for expert in experts:

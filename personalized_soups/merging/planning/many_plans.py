@@ -12,10 +12,12 @@ from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import DeclarationError, UsageError
 from personalized_soups.merging.planning.checks import raise_all, unmet_needs
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import MergePlan, PlannedExpert
+from personalized_soups.merging.planning.plan import MergePlan
 from personalized_soups.merging.planning.planner import plan_merge
 
+# A pattern holds the experts' headers, some MB for a large model.
 _MOST_PATTERNS = 64
+# File systems allow names of 255 bytes, and the scratch folder's name is longer than the user's.
 _MAX_NAME_BYTES = 200
 
 
@@ -35,11 +37,11 @@ class ManyPlans:
         self._known: dict[object, _Pattern] = {}
 
     def plan(self, profile: Profile) -> tuple[object, MergePlan]:
-        """Return a key, equal for plans that can be merged together, and the profile's plan.
+        """Return the profile's plan, and a key that is equal for plans that can be merged in one batch.
 
         Raises:
-            DeclarationError: if the user's name cannot be that of a folder.
-            SoupError: everything that plan_merge raises.
+            DeclarationError: if the user's name cannot be the name of a folder.
+            SoupError: all errors of plan_merge.
         """
         _check_user(profile)
         weights = {name: weight for name, weight in profile.resolved_weights().items() if weight != 0}
@@ -51,14 +53,20 @@ class ManyPlans:
                 plan = plan_merge(self.library, profile, self._options, into_base=self._into_base)
                 self._known[key] = _Pattern.of(plan, self.library)
             return key, self._known[key].filled(self.library, profile, weights)
-        except UsageError as fault:  # of the command, or of this one line
+        except UsageError as fault:  # the cause is an option of the caller or this profile, so both are named
             where = f"{fault.where} ({profile.place('user')})"
             raise UsageError(f"{profile.user!r}: {fault.what}", where=where, mend=fault.mend) from None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Pattern:
-    """A plan over some experts, to be filled with anybody's weights over them."""
+    """The plan for one set of experts, in which the weights of each user replace the first user's.
+
+    Attributes:
+        plan: the plan of the first profile with these experts.
+        bank: the experts.
+        sides: finds opposed experts.
+    """
 
     plan: MergePlan
     bank: ExpertBank
@@ -72,17 +80,17 @@ class _Pattern:
     def filled(self, library: ExpertLibrary, profile: Profile, weights: Mapping[str, float]) -> MergePlan:
         library.check(profile)
         self.sides.check(profile)
-        experts = tuple(PlannedExpert(each.name, each.folder, weights[each.name]) for each in self.plan.experts)
+        experts = tuple(replace(expert, weight=weights[expert.name]) for expert in self.plan.experts)
         if self.plan.method.divides_by_sum:
-            raise_all(unmet_needs(self.plan.method, self.bank, [each.weight for each in experts]))
+            raise_all(unmet_needs(self.plan.method, self.bank, [expert.weight for expert in experts]))
         return replace(self.plan, profile=profile, experts=experts)
 
 
 def _check_user(profile: Profile) -> None:
-    """Raise if a user's name cannot be that of a folder of their own.
+    """Raise if the user's name cannot be the name of a folder.
 
     Raises:
-        DeclarationError: naming the line.
+        DeclarationError: with the profile's line.
     """
     name = profile.user
     is_plain = not set(name) & set("/\\") and name.isprintable() and not name.startswith(".")
@@ -96,6 +104,6 @@ def _check_user(profile: Profile) -> None:
             if "user" in profile.model_fields_set
             else "the profile names no user",
             where=profile.place("user"),
-            mend="write `user: u1042`: letters, digits and signs but slashes, not beginning with a dot, at most "
+            mend="write a name such as `user: u1042`: printable, without slashes, not starting with a dot, at most "
             f"{_MAX_NAME_BYTES} bytes",
         )

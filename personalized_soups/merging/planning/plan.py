@@ -1,4 +1,4 @@
-"""What a merge will do, decided from headers alone; every fault that can be known before is found here."""
+"""The plan of a merge: all of its decisions, made from headers before any tensor is computed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,13 @@ Target = Literal["peft", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class PlannedExpert:
-    """One expert that takes part, and the weight with which it enters the method."""
+    """One expert of a merge.
+
+    Attributes:
+        name: the expert's name in the library.
+        folder: the expert's folder, as an absolute path.
+        weight: the mixing weight that the method gets, after the profile's normalization.
+    """
 
     name: str
     folder: str
@@ -33,10 +39,13 @@ class PlannedExpert:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """One module: `full_rank` is what the method gives, `rank` the most that is left after truncation.
+    """One module of a merge. If the module is a mixture-of-experts parameter, its ranks are those of each block.
 
-    `like` is the module as an expert holds it, with the names that its factors have in a merged adapter. A mixture's
-    parameter has these ranks in each of its blocks.
+    Attributes:
+        like: the module as an expert has it, with the names that its factors have in the merged adapter.
+        experts: the names of the experts that adapt this module.
+        full_rank: the rank of the method's result.
+        rank: the highest rank after truncation.
     """
 
     like: LoraModule
@@ -56,16 +65,33 @@ class PlannedModule:
 
     @property
     def in_features(self) -> int:
-        """Columns of A, a convolution's kernel among them."""
+        """Columns of A; a convolution's kernel counts as columns."""
         return self.like.in_features
 
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """The frozen list of what a merge will do. It holds no tensor; `lines()` prints it.
+    """All decisions of a merge. A plan holds no tensors; `lines()` describes it for people.
 
-    `rank` is the merged adapter's, or the most that it can be where an `energy` share decides module by module.
-    `base_folder` is the base model's where an adapter is made with its help.
+    Attributes:
+        profile: the profile, as it was given.
+        method: the merge method.
+        method_source: the module and the source digest of a method from outside this package; None for a built-in one.
+        options: the method's options, with defaults filled in.
+        target: the program that loads the merged adapter.
+        energy: the share of each module's squared Frobenius norm that truncation keeps; None if a rank decides.
+        encoding: how the soup is written: stacked, truncated or folded.
+        experts: the experts with weights other than 0, sorted by name.
+        modules: the modules that any expert adapts, sorted by name.
+        rank: the merged adapter's rank. If `energy` decides, the highest rank that a module can get.
+        dtype: the merged adapter's dtype. A folded model keeps the dtypes of its base.
+        fits_vllm: whether vLLM supports every kind of module and tensor that the experts have.
+        base: the base model's name and fingerprint, as far as they are known.
+        base_folder: the folder of the base that an adapter is computed with; None if no base is given.
+        revision: the base's revision in the experts' configurations; None if they differ.
+        task_type: PEFT's task type in the experts' configurations; None if they differ.
+        layout: the names and shapes of the merged adapter's tensors, and its configuration.
+        shares_basis: whether all experts have the same A at every module.
     """
 
     profile: Profile
@@ -89,7 +115,7 @@ class MergePlan:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The experts' weights, in their order."""
+        """The experts' weights, in the order of `experts`."""
         return tuple(expert.weight for expert in self.experts)
 
     @property
@@ -100,7 +126,7 @@ class MergePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the merged adapter's factors, or the most that they can be where `energy` decides."""
+        """The size of the merged adapter's factors in bytes; an upper bound if `energy` decides the ranks."""
         numbers = sum(
             self.rank * module.like.blocks * (module.in_features + module.out_features) for module in self.modules
         )
@@ -108,11 +134,11 @@ class MergePlan:
 
     @property
     def vllm_max_lora_rank(self) -> int | None:
-        """The smallest --max-lora-rank with which vLLM loads the merged adapter; None where none is large enough."""
+        """The smallest --max-lora-rank with which vLLM loads the merged adapter; None if vLLM cannot load it."""
         return vllm_max_lora_rank(self.rank) if self.fits_vllm else None
 
     def lines(self) -> list[str]:
-        """Return the plan as lines for people."""
+        """Return the plan as lines of text for people."""
         experts = " + ".join(f"{expert.weight:g} {expert.name}" for expert in self.experts)
         basis = ", one shared basis" if self.shares_basis else ""
         share = "" if self.energy is None else f"at most, {self.energy:g} of each module's energy, "

@@ -60,7 +60,7 @@ def plan_merge(
     _check_dtype(options.dtype, into_base=into_base)
     _check_base(options.base, into_base=into_base)
     library.check(profile)
-    # by name, so that a soup's bytes do not depend on the order in which its profile was written
+    # sorted by name, so that a soup's bytes do not depend on the order of the profile's weights
     chosen = [(library[name], weight) for name, weight in sorted(profile.resolved_weights().items()) if weight != 0]
     experts = [expert for expert, _ in chosen]
     # experts are compared only if each of them is sound
@@ -109,7 +109,7 @@ def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
     if dtype is None:
         return
     if into_base:
-        raise UsageError("a folded model keeps its base's dtypes", where="dtype", mend=f"leave dtype={dtype} out")
+        raise UsageError("a folded model keeps its base's dtypes", where="dtype", mend=f"leave out dtype={dtype}")
     if dtype not in _CHOICES:
         raise UsageError(f"unknown dtype {dtype!r}", where="dtype", mend=choose_from(dtype, _CHOICES))
 
@@ -119,7 +119,7 @@ def _check_base(base: Path | str | None, *, into_base: bool) -> None:
         raise UsageError(
             "base is the base model of a merged adapter, but the soup is folded into a model",
             where="base",
-            mend="leave base out of the options",
+            mend="leave out base",
         )
 
 
@@ -128,42 +128,45 @@ def _checked_target(target: str, *, into_base: bool) -> Target:
         raise UsageError(f"unknown target {target!r}", where="target", mend=choose_from(target, _TARGETS))
     if into_base and target != "peft":
         raise UsageError(
-            f"a full model needs nothing done for {target}",
+            f"target={target} is for adapters, but the soup is folded into a full model",
             where="target",
-            mend=f"leave target={target} out: vLLM loads the model",
+            mend=f"leave out target={target}; {target} loads the full model as it is",
         )
     return _TARGETS[target]
 
 
-def _method_options(row: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
-    """Return the options of the method: the caller's, else those of the profile's that this method takes, too."""
-    is_own = row.name == profile.method
-    own = {name: value for name, value in profile.options.items() if is_own or name in row.options}
+def _method_options(method: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
+    """Return the method's options: the caller's, then the profile's.
+
+    If the caller overrides the profile's method, the profile's options that the new method lacks are dropped.
+    """
+    is_own = method.name == profile.method
+    own = {name: value for name, value in profile.options.items() if is_own or name in method.options}
     try:
-        return row.resolved({**own, **(given or {})})
+        return method.resolved({**own, **(given or {})})
     except UsageError as fault:
         is_in_profile = fault.where in own and fault.where not in (given or {})
         place = profile.place("options", fault.where) if is_in_profile else fault.where
         raise UsageError(fault.what, where=place, mend=fault.mend) from None
 
 
-def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_base: bool) -> PlannedEncoding:
+def _encoding(method: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_base: bool) -> PlannedEncoding:
     if into_base:
         encoding: PlannedEncoding = "folded"
     elif cut.energy is not None or any(module.rank < module.full_rank for module in modules):
         encoding = "truncated"
-    elif row.family == "dense":
-        # a dense delta at its full rank is decomposed all the same
+    elif method.family == "dense":
+        # a dense delta becomes factors only by a decomposition, even at its full rank
         encoding = "truncated" if cut.is_asked_for else "stacked"
     else:
         encoding = "stacked"
-    if encoding not in row.encodings:
+    if encoding not in method.encodings:
         raise UsageError(
-            f"what {row.name} gives has full rank: as an adapter it must be truncated"
-            if row.family == "dense"
-            else f"a soup by {row.name} cannot be held {encoding}",
+            f"{method.name} returns deltas of full rank, and an adapter needs a rank"
+            if method.family == "dense"
+            else f"a soup merged by {method.name} cannot be written in the encoding {encoding}",
             where="method",
-            mend="give rank=16, energy=0.99 or into_base=BASE, or take the method linear",
+            mend="give rank=16 or energy=0.99, fold the soup into the base (into_base=BASE), or use the method linear",
         )
     return encoding
 
@@ -171,9 +174,8 @@ def _encoding(row: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_b
 def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | None) -> PlannedModule:
     members = bank.members(like.name)
     described = [bank.experts[index].adapter.modules[like.name] for index in members]
-    most = min(like.out_features, like.in_features)
     if method.family == "dense":
-        full = most
+        full = min(like.out_features, like.in_features)
     elif method.needs_equal_ranks:
         full = described[0].rank
     elif method.family == "linear":
@@ -196,7 +198,7 @@ def _resolved_dtype(dtype: str | None, experts: Sequence[Expert]) -> DtypeName:
 
 
 def _common_base(experts: Sequence[Expert]) -> BaseRecord:
-    """Return the first expert's name for the base, and the first fingerprint that an expert records."""
+    """Return the base's name and fingerprint: the first ones that an expert records."""
     bases = [expert.base for expert in experts]
     return BaseRecord(
         name=next((base.name for base in bases if base.name), None),
@@ -205,7 +207,7 @@ def _common_base(experts: Sequence[Expert]) -> BaseRecord:
 
 
 def _read_base(base: Path | str | None, experts: Sequence[Expert], *, same_base: bool) -> tuple[BaseRecord, str | None]:
-    """Return how the base is known, and its folder where it is given."""
+    """Return the base's name and fingerprint, and its folder if a base is given."""
     named = _common_base(experts)
     if base is None:
         return named, None

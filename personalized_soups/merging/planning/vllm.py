@@ -1,4 +1,4 @@
-"""What vLLM loads: ranks, and the kinds of modules that it supports."""
+"""The limits of vLLM 0.32: the ranks and the kinds of modules that it loads."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from personalized_soups.adapters.library import Expert
 from personalized_soups.errors import SoupError, UsageError
 
-# The values that vLLM's --max-lora-rank can have (vllm/config/lora.py, 0.32).
+# The values of vLLM's --max-lora-rank (vllm/config/lora.py).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
-    """Return the smallest --max-lora-rank with which vLLM loads an adapter of `rank`; None where none is enough."""
+    """Return the smallest --max-lora-rank with which vLLM loads this rank; None if no value is large enough."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def check_vllm_rank(rank: int) -> None:
-    """Raise if vLLM loads no adapter of this rank.
+    """Raise if vLLM cannot load an adapter of this rank.
 
     Raises:
-        UsageError: naming the highest rank that it loads.
+        UsageError: with the highest rank that vLLM loads.
     """
     if vllm_max_lora_rank(rank) is None:
         raise UsageError(
@@ -31,10 +31,10 @@ def check_vllm_rank(rank: int) -> None:
 
 
 def unfit_for_vllm(experts: Sequence[Expert]) -> list[SoupError]:
-    """Return what vLLM does not load, or passes over without a word, for each expert that has some of it.
+    """Return an error for each expert with a tensor or module that vLLM rejects or silently ignores.
 
-    Source: vllm/lora/peft_helper.py of vLLM 0.32 (modules_to_save, DoRA, bias) and its lists of supported layers;
-    adapters of target_parameters leave its mixtures as they are (vllm-project/vllm#41384).
+    Source: vllm/lora/peft_helper.py (modules_to_save, DoRA, bias) and vLLM's lists of supported layers. vLLM ignores
+    adapters of target_parameters (vllm-project/vllm#41384).
     """
     found: list[SoupError] = []
     for expert in experts:
@@ -47,9 +47,9 @@ def unfit_for_vllm(experts: Sequence[Expert]) -> list[SoupError]:
         if whole or kinds:
             found.append(
                 UsageError(
-                    f"{expert.name}: vLLM does not take {(whole + kinds)[0]}",
+                    f"{expert.name}: vLLM does not support {(whole + kinds)[0]}",
                     where=str(expert.folder),
-                    mend="leave target=vllm out, or serve the soup as a full model: into_base=BASE",
+                    mend="leave out target=vllm, or write a full model for vLLM: into_base=BASE",
                 )
             )
     return found

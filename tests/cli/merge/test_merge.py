@@ -149,7 +149,7 @@ def test_a_damaged_expert_is_told_without_a_traceback(
         capsys, "merge", "--weights", "concise=1,friendly=1", "--experts", experts, "--out", tmp_path / "soup"
     )
     assert code == 2
-    assert "2 faults" in err
+    assert "2 errors" in err
     assert str(path) in err
     assert "use_dora" in err
 

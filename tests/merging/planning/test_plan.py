@@ -79,7 +79,7 @@ def test_all_broken_experts_are_told_at_once(tmp_path: Path) -> None:
         write_expert(tmp_path / name, seed=index)
     write_config(tmp_path / "a", use_dora=True)
     (tmp_path / "c" / "adapter_model.safetensors").write_bytes(b"1234")
-    with pytest.raises(InputError, match="2 faults") as caught:
+    with pytest.raises(InputError, match="2 errors") as caught:
         plan_of(tmp_path)
     assert "use_dora" in caught.value.what
     assert "truncated" in caught.value.what
@@ -145,7 +145,7 @@ def test_a_strangers_method_comes_in_as_an_argument(tmp_path: Path) -> None:
     write_expert(tmp_path / "a")
     row = Method("mine", "tests.experts:write_expert", "factor", ("folded",), "?", "me", "A test.")
     assert plan_of(tmp_path, method=row, into_base=True).method is row
-    with pytest.raises(UsageError, match="cannot be held stacked"):
+    with pytest.raises(UsageError, match="cannot be written in the encoding stacked"):
         plan_of(tmp_path, method=row)
 
 

@@ -216,9 +216,9 @@ def test_embeddings_that_were_saved_unchanged_are_not_written(tmp_path: Path) ->
 
 NEEDS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, r"lora_magnitude_vector \(use_dora\) is relative to the base, and no base is given"),
-    "bias": ({"bias": "all"}, r"bias \(bias\) takes the place of the base's, and no base is given"),
-    "saved": ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight \(modules_to_save\) takes the place"),
-    "tokens": ({"trainable_token_indices": [3]}, r"trainable_tokens_delta \(trainable_token_indices\) takes the place"),
+    "bias": ({"bias": "all"}, r"bias \(bias\) replaces the base's, and no base is given"),
+    "saved": ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight \(modules_to_save\) replaces the base's"),
+    "tokens": ({"trainable_token_indices": [3]}, r"trainable_tokens_delta \(trainable_token_indices\) replaces the base's"),
 }
 
 
@@ -236,7 +236,7 @@ def test_what_is_relative_to_the_base_needs_it(tmp_path: Path, name: str) -> Non
 def test_what_vllm_does_not_take_is_refused_by_name(tmp_path: Path, name: str) -> None:
     config = NEEDS[name][0] if name in NEEDS else {"lora_bias": True}
     world = make_world(tmp_path, lambda: llama(biased=True), [{"target_modules": ["q_proj"], **config}])
-    with pytest.raises(UsageError, match=r"e0: vLLM does not take base_model\.model\..*\("):
+    with pytest.raises(UsageError, match=r"e0: vLLM does not support base_model\.model\..*\("):
         merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base, target="vllm"))
 
 
@@ -244,7 +244,7 @@ def test_what_vllm_does_not_take_is_refused_by_name(tmp_path: Path, name: str) -
 def test_layers_that_vllm_has_no_lora_for_are_refused_by_name(tmp_path: Path, name: str) -> None:
     make, configs = MIXTURES[name]
     world = make_world(tmp_path, make, configs[:1])
-    with pytest.raises(UsageError, match=r"e0: vLLM does not take .* \(a (convolution|parameter)\)"):
+    with pytest.raises(UsageError, match=r"e0: vLLM does not support .* \(a (convolution|parameter)\)"):
         merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base, target="vllm"))
 
 
@@ -268,7 +268,7 @@ def test_what_peft_cannot_hold_together_is_refused_by_name(tmp_path: Path, name:
 def test_parameters_take_no_dora(tmp_path: Path) -> None:
     make, configs = MIXTURES["experts of a mixture"]
     world = make_world(tmp_path, make, [configs[0], {"target_modules": ["q_proj"], "use_dora": True}])
-    with pytest.raises(UsageError, match="it is a parameter, which takes no DoRA"):
+    with pytest.raises(UsageError, match="parameters have no DoRA magnitude"):
         merge(world.library, Profile(weights={"e0": 0.5, "e1": 0.5}), MergeOptions(base=world.base))
 
 

@@ -152,7 +152,7 @@ def test_what_is_trained_for_other_shapes_is_told_at_once(tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", ["ties", "factor_average"])
 def test_methods_without_a_rule_for_whole_tensors_are_refused(tmp_path: Path, method: str) -> None:
     world = make_world(tmp_path, llama, [{"target_modules": ["q_proj"], "use_dora": True}])
-    with pytest.raises(UnsupportedAdapterError, match=rf"trained whole \(use_dora\), for which {method} has no rule"):
+    with pytest.raises(UnsupportedAdapterError, match=rf"trained whole \(use_dora\), and {method} merges only factors"):
         merge_into_base(world.library, Profile(weights={"e0": 1.0}, method=method), world.base, tmp_path / "out")
 
 
