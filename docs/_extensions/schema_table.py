@@ -54,7 +54,8 @@ def _lines(schema: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table(title: str, schema: Mapping[str, Any]) -> Iterator[str]:
-    yield from (f"**{title}**: {' '.join(schema.get('description', '').split())}", "")
+    about = schema.get("description", "").partition("\n\nExample:")[0]
+    yield from (f"**{title}**: {' '.join(about.split())}", "")
     yield from ("| key | type | default | meaning |", "|---|---|---|---|")
     required = schema.get("required", [])
     for key, field in schema["properties"].items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +15,8 @@ from personalized_soups.cli import render
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from personalized_soups.declare.declared import Declared
 
 _HEAD = """# The command line
 
@@ -50,7 +52,6 @@ def cli_page() -> str:
 
 def schema_pages() -> dict[str, str]:
     """Return the JSON schema of each kind of file that people write, by file name."""
-    from personalized_soups.declare.declared import Declared
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.evaluation import StudyRecipe
     from personalized_soups.declare.profile import Profile
@@ -62,13 +63,16 @@ def schema_pages() -> dict[str, str]:
         "train": TrainingRecipe,
         "evaluation": StudyRecipe,
     }
-    return {
-        f"{name}.schema.json": json.dumps(
-            {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}, indent=2
-        )
-        + "\n"
-        for name, model in models.items()
-    }
+    return {f"{name}.schema.json": json.dumps(_schema(model), indent=2) + "\n" for name, model in models.items()}
+
+
+def _schema(model: type[Declared]) -> dict[str, Any]:
+    """Return a model's JSON schema; the docstrings' Python examples are left out of the descriptions."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
+    for definition in (schema, *schema.get("$defs", {}).values()):
+        if "description" in definition:
+            definition["description"] = definition["description"].partition("\n\nExample:")[0]
+    return schema
 
 
 def _helps(command: object, name: str, parent: object) -> Iterator[str]:
