@@ -78,7 +78,7 @@ def is_builtin(method: Method) -> bool:
     return METHODS.get(method.name) == method
 
 
-def method_of_function(function: DenseMerge, name: str | None = None) -> Method:
+def method_of_function(function: object, name: str | None = None) -> Method:
     """Return the `Method` of a function on dense deltas; its name is `module:function` if none is given.
 
     Raises:

@@ -46,12 +46,18 @@ def inspect(
 
 def _show_methods(*, as_json: bool) -> None:
     from personalized_soups.methods.options import OPTIONS
+    from personalized_soups.methods.plugins import installed_methods, package_of
     from personalized_soups.methods.table import METHODS
 
     columns = ["method", "dW", "options", "encodings", "source", "about"]
-    rows = [
+    rows: list[list[render.Cell]] = [
         [row.name, row.formula, ", ".join(row.options), ", ".join(row.encodings), row.source, row.about]
         for row in METHODS.values()
+    ]
+    # a package's formula and options are in its code, which is imported only to merge
+    rows += [
+        [name, None, None, None, f"{package_of(entry_point)}, {entry_point.value}", "A method of an installed package."]
+        for name, entry_point in installed_methods().items()
     ]
     if as_json:
         render.show_table(columns, rows, as_json=True)

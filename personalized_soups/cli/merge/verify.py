@@ -33,6 +33,13 @@ def verify(
     base: Annotated[
         str | None, typer.Option(help="New folder of the base model, if it was moved.", show_default=False)
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            help="Merge method that an installed package provides. Required if the soup was merged by such a method.",
+            show_default=False,
+        ),
+    ] = None,
     device: MergeDeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
@@ -44,6 +51,7 @@ def verify(
             folder,
             base=None if base is None else resolve_base(base),
             experts=experts,
+            method=method,
             device=device,
             progress=lambda done, total: bar.update(done >> _KIB, total=max(total >> _KIB, 1)),
         )

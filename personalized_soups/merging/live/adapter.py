@@ -1,4 +1,4 @@
-"""Live weights: a soup inside a loaded model, changed in place by one product over one buffer.
+"""`LiveAdapter`: a soup inside a loaded model, changed in place by one product over one buffer.
 
 E experts, K rank of the live adapter.
 """
@@ -28,35 +28,37 @@ from personalized_soups.merging.live.buffers import (
 from personalized_soups.merging.live.checks import check_model, check_plain
 from personalized_soups.merging.live.coefficients import coefficients_on
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import MergePlan, plan_merge, resolve_device, torch_dtype
+from personalized_soups.merging.planning.plan import MergePlan, resolve_device, torch_dtype
+from personalized_soups.merging.planning.planner import plan_merge
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.method import Method
-from personalized_soups.methods.table import method_named
+from personalized_soups.methods.plugins import DenseMerge, find_method, is_method_name
+from personalized_soups.methods.table import METHODS
 
 
 class LiveAdapter:
-    """The soup of a library's experts, held on a device such that `set(profile)` changes it in place.
+    """The soup of a library's experts on a device, which `set(profile)` changes in place.
 
-    `set` reads the experts once and writes the soup once: no loop over modules, no allocation, no new addresses (CUDA
-    graphs and compiled models see every change). Until the first `set` the soup is zero. `linear` of free experts
-    holds the stack, of rank sum r, and scales B's columns; `linear` of experts that share their A byte for byte, and
-    the factor methods, sum the experts' B's (and A's) at one expert's rank. Everything is computed in float32; 16-bit
-    soups are rounded once from that.
+    `set` reads the experts once and writes the soup once, without a loop over modules, an allocation or a new address:
+    CUDA graphs and compiled models see every change. The soup is zero until the first `set`. For `linear` of experts
+    with A's of their own, the soup has the experts' stacked factors, and `set` scales the columns of B. For `linear` of
+    experts whose A's are equal byte for byte, and for the factor methods, `set` sums the experts' B's (and A's) at the
+    rank of one expert. The arithmetic is float32; 16-bit soups are rounded once from float32.
 
-    `set` is not atomic: a forward pass that runs on another thread or stream meanwhile sees a mixture of two soups.
-    On CUDA it is queued on the current stream like any other kernel.
+    `set` is not atomic: a forward pass on another thread or stream at the same time may read parts of both soups. On
+    CUDA, `set` is queued on the current stream like any kernel.
 
     Args:
-        library: where the experts are.
-        device: where the model is: auto (the CPU), cpu, cuda, cuda:N.
-        method: linear, factor_average or factor_linear; the others are no product and have to be merged.
-        experts: names of those that profiles may weigh; the whole library where left out.
-        dtype: of the live factors: float32 (where left out), bfloat16 or float16.
-        same_base: take it that all experts have one base.
+        library: the experts.
+        device: the model's device: auto (the CPU), cpu, cuda or cuda:N.
+        method: linear, factor_average or factor_linear. Soups of other methods have to be merged.
+        experts: the names of the experts that profiles may weigh. Default: all experts of the library.
+        dtype: the dtype of the live factors: float32 (the default), bfloat16 or float16.
+        same_base: accept experts that name different bases, or bases with different fingerprints.
 
     Raises:
-        SoupError: everything that plan_merge raises of the experts; UnsupportedAdapterError where one holds more than
-            low-rank factors of linear layers; InputError where one holds NaN or infinity.
+        SoupError: all errors of plan_merge about experts; UnsupportedAdapterError if an expert has anything but
+            low-rank factors of linear layers; InputError if an expert holds NaN or infinity.
     """
 
     def __init__(
@@ -64,19 +66,19 @@ class LiveAdapter:
         library: ExpertLibrary,
         *,
         device: str = "auto",
-        method: str = "linear",
+        method: str | Method | DenseMerge = "linear",
         experts: Sequence[str] | None = None,
         dtype: str | None = None,
         same_base: bool = False,
     ) -> None:
         self.method = _checked_method(method)
-        # with its index, as a model's tensors tell it
+        # a tensor's device has an index, "cuda:0", as the devices of the model's tensors do
         self.device = torch.empty(0, device=resolve_device(device)).device
         self._library = library
         self._plan = _plan_of_all(library, self.method, experts, dtype or "float32", same_base=same_base)
-        self._experts = {each.name: library[each.name] for each in self._plan.experts}
+        self._experts = {expert.name: library[expert.name] for expert in self._plan.experts}
         self._sides = SideRule.of(self._experts.values())
-        # a buffer that was made in inference mode could not be changed outside of it
+        # a buffer created in inference mode cannot be changed outside of it
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = _buffers(ExpertBank(list(self._experts.values())), self._plan, self.device)
             widths = [sum(product.widths) for product in self._buffers.products]
@@ -86,7 +88,7 @@ class LiveAdapter:
 
     @property
     def profile(self) -> Profile | None:
-        """The profile whose soup this is; None while the soup is zero."""
+        """The profile of the last `set`; None while the soup is zero."""
         return self._profile
 
     @property
@@ -96,18 +98,18 @@ class LiveAdapter:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on the device: the experts as they are kept, and the live factors."""
+        """Bytes on the device: the experts' fixed numbers and the live factors."""
         return self._buffers.num_bytes
 
     def set(self, profile: Profile) -> None:
-        """Make the soup in place that of `profile`; experts that it does not name have weight 0.
+        """Change the soup in place to that of `profile`. Experts that the profile does not name have weight 0.
 
-        On a fault nothing is changed.
+        If `set` raises, the soup stays unchanged.
 
         Raises:
-            DeclarationError: if the profile names unknown experts, or opposed sides.
-            UsageError: if it asks for another method or a lower rank, its weights cancel where the method divides by
-                their sum, the soup leaves the dtype, or a model was moved or cast since it was attached.
+            DeclarationError: if the profile names unknown experts or two sides of one dimension.
+            UsageError: if the profile asks for another method or a lower rank, if its weights cancel and the method
+                divides by their sum, if the dtype cannot hold the soup, or if a model was moved or cast after `attach`.
         """
         weights = self._checked_weights(profile)
         self._check_attached()
@@ -118,32 +120,38 @@ class LiveAdapter:
         self._profile = profile
 
     def zero(self) -> None:
-        """Make the soup zero in place, which leaves the base alone."""
+        """Set the soup to zero in place: the model then computes what the base computes.
+
+        Raises:
+            UsageError: if a model was moved or cast after `attach`.
+        """
         self._check_attached()
         self._run([[0.0] * len(self._experts)] * len(self._buffers.products))
         self._profile = None
 
     def attach(self, model: Any, *, adapter: str = "soup") -> Any:
-        """Return `model` as a PeftModel whose active adapter `adapter` is this soup; `model` itself is changed.
+        """Add this soup to `model` as an adapter, and return the PeftModel with the adapter active.
 
-        The adapter's parameters are views into the live buffers: generate, state_dict and save_pretrained see every
-        `set`. They are frozen, and their scaling is 1. Several models may have one soup. A model that is moved or cast
-        afterwards (`to`, `half`) loses its soup, which the next `set` tells.
+        `model` itself is changed. The adapter's parameters are frozen views of the live buffers with scaling 1, so
+        `generate`, `state_dict` and `save_pretrained` see every `set`. Several models may share one soup. Moving or
+        casting a model after `attach` (`to`, `half`) copies its parameters, and the next `set` raises.
 
         Args:
-            model: the base on this device, or a PeftModel of it, whose other adapters stay and become inactive.
-            adapter: a name that the model does not have yet.
+            model: the base on this device, or a PeftModel of the base; its other adapters become inactive.
+            adapter: the new adapter's name.
 
         Raises:
             IncompatibleExpertsError: if the model lacks modules that the experts adapt, or has them in other shapes.
-            UsageError: if the name is taken or the model is on another device.
+            UsageError: if the model has an adapter of that name, or is on another device.
         """
         from peft import LoraConfig, PeftModel, get_peft_model
 
         wrapped = isinstance(model, PeftModel)
         if wrapped and adapter in model.peft_config:
             raise UsageError(
-                f"the model has an adapter {adapter!r} already", where="adapter", mend="attach under another name"
+                f"the model already has an adapter called {adapter!r}",
+                where="adapter",
+                mend="attach the soup under another name",
             )
         check_model(model.get_base_model() if wrapped else model, self._plan, self.device)
         config = LoraConfig(
@@ -153,7 +161,7 @@ class LiveAdapter:
             task_type=self._plan.task_type,
             inference_mode=True,
         )
-        # PEFT makes its own factors without memory, since none of them stays
+        # PEFT's own factors are replaced below, so they are created on the meta device, without memory
         if wrapped:
             model.add_adapter(adapter, config, low_cpu_mem_usage=True)
             model.set_adapter(adapter)
@@ -164,7 +172,7 @@ class LiveAdapter:
             layer: Any = base.get_submodule(name)
             layer.lora_A[adapter].weight = nn.Parameter(factors.a_RI, requires_grad=False)
             layer.lora_B[adapter].weight = nn.Parameter(factors.b_OR, requires_grad=False)
-            # modules hold their parameters by name: the last one stands for all, for they move together
+            # `to` moves all parameters of a model, so checking the last parameter is enough
             probe = layer.lora_B[adapter].weight
         self._attached.append((weakref.ref(probe), probe.data_ptr()))
         return model
@@ -173,43 +181,43 @@ class LiveAdapter:
         products = self._buffers.products
         numbers = (
             (number, width)
-            for product, each in zip(products, coefficients, strict=True)
-            for number, width in zip(each, product.widths, strict=True)
+            for product, factors in zip(products, coefficients, strict=True)
+            for number, width in zip(factors, product.widths, strict=True)
         )
         with self._coefficients.written(numbers) as parts:
             for product, part in zip(products, parts, strict=True):
                 product.run(part)
 
     def _checked_weights(self, profile: Profile) -> list[float]:
-        """Return one weight per expert, in order, after the checks that plan_merge makes of a profile."""
+        """Check the profile as plan_merge does, and return one weight per expert."""
         self._library.check(profile)
         absent = [name for name, weight in profile.weights.items() if weight != 0 and name not in self._experts]
         if absent:
             raise DeclarationError(
-                f"the live soup holds no expert called {', '.join(map(repr, absent))}",
+                f"the live soup was created without the expert {', '.join(map(repr, absent))}",
                 where=profile.place("weights", absent[0]),
-                mend=f"make the LiveAdapter with it too: experts=[..., {absent[0]!r}]",
+                mend=f"create a LiveAdapter with it: experts=[..., {absent[0]!r}]",
             )
         self._sides.check(profile)
-        # a profile that names no method takes the one that it is given, as in a merge
+        # a profile without a method takes the live soup's, as it takes the method of a merge's options
         if "method" in profile.model_fields_set and profile.method != self.method.name:
             raise UsageError(
-                f"the profile asks for {profile.method}, the live soup is made by {self.method.name}",
+                f"the profile asks for the method {profile.method}; the live soup is computed by {self.method.name}",
                 where=profile.place("method"),
-                mend=f"make another LiveAdapter(..., method={profile.method!r}), or merge",
+                mend=f"create another LiveAdapter(..., method={profile.method!r}), or merge",
             )
         if profile.rank is not None and profile.rank < self.rank:
             raise UsageError(
-                f"the profile asks for rank {profile.rank}, a live soup is exact and has rank {self.rank}",
+                f"the profile asks for rank {profile.rank}; the live soup is exact and has rank {self.rank}",
                 where=profile.place("rank"),
-                mend="leave `rank` out, or merge",
+                mend="leave `rank` out of the profile, or merge",
             )
         weights = profile.resolved_weights()
         if self.method.divides_by_sum and cancels(list(weights.values())):
             raise UsageError(
                 f"{self.method.name} divides by the sum of the weights, which is {sum(weights.values()):g}",
                 where=profile.place("weights"),
-                mend="take the method `linear`, or weights that do not cancel",
+                mend="use the method `linear`, or weights that do not cancel",
             )
         return [weights.get(name, 0.0) for name in self._experts]
 
@@ -217,30 +225,32 @@ class LiveAdapter:
         probes = [(probe(), address) for probe, address in self._attached]
         if any(probe is not None and probe.data_ptr() != address for probe, address in probes):
             raise UsageError(
-                "a model was moved or cast since its soup was attached: its adapter is a copy that stays as it is",
+                "a model was moved or cast after the soup was attached: its adapter is a copy that cannot be set",
                 where="LiveAdapter.attach",
-                mend="move and cast the model first, then attach; delete_adapter frees it of the copy",
+                mend="remove the copy with model.delete_adapter, move and cast the model, then attach the soup again",
             )
 
 
-def _checked_method(name: str) -> Method:
-    method = method_named(name)
-    if method.name != "linear" and method.name not in FACTOR_RULES:
+def _checked_method(method: str | Method | DenseMerge) -> Method:
+    # the name of an installed package's method is rejected without importing the package
+    is_installed = isinstance(method, str) and is_method_name(method)
+    name = method if isinstance(method, str) and is_installed else find_method(method).name
+    if name != "linear" and name not in FACTOR_RULES:
         raise UsageError(
-            f"a live soup cannot be made by {method.name}, which is no product of experts and weights",
+            f"a live soup cannot be computed by {name}; expected a method that sums the experts' factors",
             where="method",
-            mend=f"merge instead, or take one of: linear, {', '.join(FACTOR_RULES)}",
+            mend=f"merge instead, or choose from: linear, {', '.join(FACTOR_RULES)}",
         )
-    return method
+    return METHODS[name]
 
 
 def _plan_of_all(
     library: ExpertLibrary, method: Method, experts: Sequence[str] | None, dtype: str, *, same_base: bool
 ) -> MergePlan:
-    """Return the plan in which every expert has weight 1: it checks of the experts whatever a merge would check."""
+    """Return the plan of a merge in which every expert has weight 1; planning checks the experts."""
     names = list(library if experts is None else experts)
     if not names:
-        raise UsageError("a live soup of no experts", where="experts", mend="name one expert or more")
+        raise UsageError("a live soup needs at least one expert", where="experts", mend="name one expert or more")
     everyone = Profile(weights=dict.fromkeys(names, 1.0), allow_opposed=True)
     check_plain([library[name] for name in names if name in library])
     return plan_merge(library, everyone, MergeOptions(method=method, dtype=dtype, same_base=same_base))

@@ -32,9 +32,11 @@ from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.files.file_names import SOUP_FILE, WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.merging.computing.changes import Changes
+from personalized_soups.merging.computing.merged_modules import common_ranks
 from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, plan_merge, resolve_device
+from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, resolve_device
+from personalized_soups.merging.planning.planner import plan_merge
 from personalized_soups.merging.verify.adapter import AdapterComparison
 from personalized_soups.merging.verify.model import compare_model
 from personalized_soups.merging.verify.record import (
@@ -43,13 +45,18 @@ from personalized_soups.merging.verify.record import (
     of_files,
     of_fingerprint,
     of_inputs,
+    of_method,
+    of_missing_method,
     of_other_files,
     of_record,
 )
 from personalized_soups.merging.verify.verification import Comparison, Fault, Verification
-from personalized_soups.merging.writing.adapter import MergedAdapter, input_records
-from personalized_soups.merging.writing.adapter_writer import adapter_config, adapter_record, common_ranks
-from personalized_soups.merging.writing.into_base import model_record
+from personalized_soups.merging.writing.adapter import MergedAdapter
+from personalized_soups.merging.writing.adapter_record import adapter_config, adapter_record
+from personalized_soups.merging.writing.inputs import input_records
+from personalized_soups.merging.writing.model_record import model_record
+from personalized_soups.methods.method import Method
+from personalized_soups.methods.plugins import DenseMerge, find_method
 
 Progress = Callable[[int, int], None]
 
@@ -62,6 +69,7 @@ def verify(
     *,
     base: Path | str | None = None,
     experts: Path | str | Sequence[Path | str] | None = None,
+    method: str | Method | DenseMerge | None = None,
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Verification:
@@ -75,27 +83,36 @@ def verify(
         base: where the base is, if it is not where the merge had it; a merged adapter's is looked at only if given, or
             if the merge read it.
         experts: folders of experts, or experts, in which to look first, by name: for experts that have moved.
+        method: the merge method, if it is from outside this package. soup.json only describes such a method, and verify
+            imports nothing that a file names, so without the method the tensors are not recomputed.
         device: where the soup is computed again: auto (the CPU), cpu, cuda.
         progress: called with the bytes of tensors done and in all.
 
     Raises:
         InputError: if the folder has no soup.json, or an expert or the base is not found.
         FileFormatError: if a file is damaged.
+        UsageError: if the soup was merged by a built-in method and another method is given, or if the method given
+            cannot be used.
     """
     folder = Path(folder)
     record = _record_of(folder)
+    given = _given_method(record, method)
     library = _library(record, experts)
     resolve_device(device)  # told before any work is done
     faults = list(of_files(folder, record))
     with BackgroundDigests([path for expert in library.values() for path in expert.adapter.files]) as digests:
+        if given is None:
+            faults += of_inputs(record, library, digests.results())
+            return Verification.of(str(folder), record.kind, None, [*faults, of_missing_method(record)])
         try:
-            plan = _plan(record, library, base)
+            plan = _plan(record, library, base, given)
             job = _Job(folder, record, plan, library, arithmetic_device(plan, device), digests)
             compared, found = job.adapter(base, progress) if record.kind == "adapter" else job.model(base, progress)
         except _UNPLANNABLE as error:
             faults += of_inputs(record, library, digests.results())
             faults.append(Fault("record", error.where, f"the soup cannot be computed again: {error.what}"))
             return Verification.of(str(folder), record.kind, None, faults)
+    found += of_method(record, plan.method_source)
     return Verification.of(str(folder), record.kind, compared, [*faults, *found])
 
 
@@ -187,12 +204,32 @@ def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None
     return ExpertLibrary(folders, where=SOUP_FILE)
 
 
-def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None) -> MergePlan:
+def _given_method(record: SoupRecord, method: str | Method | DenseMerge | None) -> Method | str | None:
+    """Return the method to merge with: the record's built-in method, or the method given; None if it has to be given.
+
+    Raises:
+        UsageError: if the record's method is built-in and another is given.
+    """
+    given = None if method is None else find_method(method)
+    if record.method_source is not None:
+        return given
+    if given is not None and given.name != record.method:
+        raise UsageError(
+            f"the soup was merged by {record.method}, a built-in method; the method given is {given.name}",
+            where="method",
+            mend="leave method out",
+        )
+    return record.method
+
+
+def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, method: Method | str) -> MergePlan:
     """Plan the merge again, with the experts in the record's order, which is that of the tensors' parts.
 
     Bases are not compared: the inputs' digests say whether they are those that were merged.
     """
-    profile = load_data(record.profile, Profile, SOUP_FILE)
+    # the profile may name a method of a package that is not installed here; the method given replaces it
+    own = {} if record.method_source is None else {"method": "linear", "options": {}}
+    profile = load_data({**record.profile, **own}, Profile, SOUP_FILE)
     weights = {name: weight for name, weight in profile.weights.items() if weight != 0}
     if set(weights) != set(library):
         raise DeclarationError(
@@ -207,7 +244,7 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None) -
         # the rank that counts is the record's: an option may have overridden the profile's
         profile.replaced(weights=ordered, rank=None, allow_opposed=True),
         MergeOptions(
-            method=record.method,
+            method=method,
             method_options=record.options,
             rank=record.rank if cut is not None and cut.energy is None else None,
             energy=None if cut is None else cut.energy,

@@ -1,4 +1,4 @@
-"""Live soups of every kind for tests, and what a model that has one holds."""
+"""Live soups of every kind for tests, and the live factors in a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.oracles import Matrix
 NAMES = ("one", "three", "two")
 MODULE = "model.layers.0.mlp.up_proj"
 
-# What each kind of live soup is made of: options of the experts, and of the LiveAdapter.
+# For each kind of live soup: the options of the experts, and those of the LiveAdapter.
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "free": ({"rank": (2, 5, 3), "alpha": (8, 3, 16), "use_rslora": (False, True, False)}, {}),
     "shared": ({"a_seed": 7, "alpha": (8, 3, 16)}, {}),
@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def write_experts(root: Path, *, shapes: Any = SHAPES, **options: Any) -> ExpertLibrary:
-    """Write three experts; a tuple gives each its own option."""
+    """Write three experts. An option that is a tuple has one value for each expert."""
     for index, name in enumerate(NAMES):
         chosen = {key: value[index] if isinstance(value, tuple) else value for key, value in options.items()}
         write_expert(root / name, seed=index, shapes=shapes, **chosen)
@@ -50,12 +50,12 @@ def base_model(folder: Path, device: str = "cpu") -> Any:
 
 def logits(model: Any) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(torch.tensor([[7, 11, 13, 17, 19, 23]], device=model.device)).logits
-    return found
+        values: Tensor = model(torch.tensor([[7, 11, 13, 17, 19, 23]], device=model.device)).logits
+    return values
 
 
 def layers(model: Any, adapter: str = "soup") -> dict[str, Any]:
-    """Return the layers that have the adapter, by the names that they have in the base."""
+    """Return the layers that have the adapter, by their names in the base."""
     named = model.get_base_model().named_modules()
     return {name: layer for name, layer in named if adapter in getattr(layer, "lora_A", {})}
 

@@ -1,4 +1,4 @@
-"""Live soups against float64 NumPy, against merged adapters in PEFT, and against what `set` must not do."""
+"""Live soups compared with float64 NumPy and with merged adapters in PEFT, and the promises of `set`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.merging.live.live_soups import (
 )
 from tests.oracles import Matrix
 
-# PEFT still asks transformers by the old name; nothing of ours to change
+# PEFT still uses transformers' old name; no code here can change that
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
 WEIGHTS = [(0.6, 0.6, 0.6), (0.7, -0.4, 1.3), (0.0, 2.0, 0.0), (-1.0, 0.0, 0.25)]
@@ -60,7 +60,7 @@ def test_a_live_soup_is_the_weighted_sum_of_the_deltas(
     got = factors(model)
     assert got.keys() == want.keys()
     for module, (a, b) in got.items():
-        # s B, w and their product are rounded, and each of the two sums of three B's: A is as it was
+        # s B, w and their product are rounded, and so are both additions of three B's; A is not rounded
         assert (np.abs(b @ a - want[module]) <= 5.01 * F32 * sizes[module]).all(), module
         delta = layers(model)[module].get_delta_weight("soup").double().cpu().numpy()
         assert oracles.relative_error(delta, want[module]) < 1e-6, module
@@ -85,14 +85,14 @@ def test_an_expert_that_lacks_modules_adds_nothing_there(tmp_path: Path, small_b
 
 
 def average_rule(a: list[Matrix], b: list[Matrix], s: list[float], w: Sequence[float]) -> list[tuple[Matrix, ...]]:
-    """Return A and its magnitude, then B's: (sum w A) / (sum w) and s sum w B."""
+    """Return A and B with their magnitudes: (sum w A) / (sum w) and s sum w B."""
     total = math.fsum(w)
     pairs = [([x / total for x in w], a), ([x * s[0] for x in w], b)]
     return [_summed(coefficients, parts) for coefficients, parts in pairs]
 
 
 def peft_rule(a: list[Matrix], b: list[Matrix], s: list[float], w: Sequence[float]) -> list[tuple[Matrix, ...]]:
-    """Return the same of PEFT's `linear`: sum sign(w s) sqrt|w s| A and sum sqrt|w s| B."""
+    """Return A and B of PEFT's `linear`, with magnitudes: sum sign(w s) sqrt|w s| A and sum sqrt|w s| B."""
     roots = [math.sqrt(abs(x * y)) for x, y in zip(w, s, strict=True)]
     signed = [math.copysign(root, x * y) for root, x, y in zip(roots, w, s, strict=True)]
     return [_summed(signed, a), _summed(roots, b)]
@@ -105,7 +105,7 @@ def _summed(coefficients: Sequence[float], parts: Sequence[Matrix]) -> tuple[Mat
 
 @pytest.mark.parametrize("weights", [(0.7, -0.4, 1.3), (1.0, 0.0, 0.0), (-0.2, 0.5, -0.9)])
 @pytest.mark.parametrize("kind", ["average", "peft"])
-def test_factor_methods_sum_as_and_bs_apart(
+def test_factor_methods_sum_as_and_bs_separately(
     tmp_path: Path, small_base: Path, device: str, kind: str, weights: Sequence[float]
 ) -> None:
     rule = {"average": average_rule, "peft": peft_rule}[kind]
@@ -121,12 +121,12 @@ def test_factor_methods_sum_as_and_bs_apart(
         experts = [each[module] for each in saved]
         wanted = rule([a for a, _ in experts], [b for _, b in experts], scalings, weights)
         for got, (want, size) in zip(found, wanted, strict=True):
-            # the fixed part, the coefficient and their product are rounded, and each of the two sums
+            # the fixed part, the coefficient and their product are rounded, and so are both additions
             assert (np.abs(got - want) <= 5.01 * F32 * size).all(), module
 
 
 @every_kind
-def test_a_live_soup_answers_as_the_merged_adapter_does(
+def test_a_live_soup_computes_the_merged_adapters_logits(
     tmp_path: Path, small_base: Path, device: str, kind: str
 ) -> None:
     library, live = live_of(kind, tmp_path / "experts", device)
@@ -178,7 +178,7 @@ def test_a_zero_soup_is_the_base(tmp_path: Path, small_base: Path, device: str, 
 
 
 class Operations(TorchDispatchMode):
-    """Take down every operation that reaches a tensor."""
+    """Records the name of every operation on a tensor."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -217,7 +217,7 @@ def test_the_operations_of_set_do_not_grow_with_the_modules(
 def test_set_allocates_nothing(tmp_path: Path, device: str, kind: str, dtype: str) -> None:
     _, live = live_of(kind, tmp_path, device, dtype=dtype)
     wanted = profile_of((0.7, -0.4, 1.3))
-    live.set(wanted)  # cuBLAS takes its workspace once
+    live.set(wanted)  # cuBLAS allocates its workspace once
 
     def allocated(call: Callable[[], object]) -> int:
         if device == "cuda":
@@ -250,7 +250,7 @@ def test_a_16_bit_soup_is_rounded_once(tmp_path: Path, small_base: Path, device:
 
 @pytest.fixture
 def rough_products() -> Iterator[None]:
-    """Let torch multiply in bfloat16 or TF32, as training scripts do: that errs by 2e-3 or 4e-4."""
+    """Let torch multiply in bfloat16 or TF32, as training scripts do: the relative errors are 2e-3 and 4e-4."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     yield
@@ -258,7 +258,7 @@ def rough_products() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("rough_products")
-def test_leave_to_multiply_roughly_is_not_taken(tmp_path: Path, small_base: Path, device: str) -> None:
+def test_a_lowered_matmul_precision_has_no_effect(tmp_path: Path, small_base: Path, device: str) -> None:
     library, live = live_of("shared", tmp_path / "experts", device)
     model = live.attach(base_model(small_base, device))
     live.set(profile_of((0.7, -0.4, 1.3)))
@@ -269,23 +269,25 @@ def test_leave_to_multiply_roughly_is_not_taken(tmp_path: Path, small_base: Path
 
 @pytest.mark.gpu
 @every_kind
-def test_no_set_overtakes_the_one_before(tmp_path: Path, small_base: Path, kind: str) -> None:
-    """The numbers of a profile wait in pinned memory until the device, which is busy, has read them."""
+def test_a_set_does_not_overwrite_the_coefficients_of_the_set_before(
+    tmp_path: Path, small_base: Path, kind: str
+) -> None:
+    """The coefficients stay in pinned memory until the busy device has read them."""
     _, live = live_of(kind, tmp_path / "experts", "cuda")
     model = live.attach(base_model(small_base, "cuda"))
     parameter = layers(model)[MODULE].lora_B["soup"].weight
     profiles = [profile_of((1.0, 0.1 * number, -0.2 * number)) for number in range(20)]
     wanted = []
-    for each in profiles:
-        live.set(each)
+    for expected in profiles:
+        live.set(expected)
         torch.cuda.synchronize()
         wanted.append(parameter.detach().clone())
-    found = []
-    for each in profiles:
+    got = []
+    for queued in profiles:
         torch.cuda._sleep(10_000_000)
-        live.set(each)
-        found.append(parameter.detach().clone())
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+        live.set(queued)
+        got.append(parameter.detach().clone())
+    assert all(torch.equal(left, right) for left, right in zip(got, wanted, strict=True))
 
 
 def test_the_adapter_is_frozen_and_set_works_while_training(tmp_path: Path, small_base: Path, device: str) -> None:
@@ -296,13 +298,13 @@ def test_the_adapter_is_frozen_and_set_works_while_training(tmp_path: Path, smal
     first = logits(model)
     model.eval()
     assert torch.equal(logits(model), first)  # no dropout
-    model.set_adapter("soup")  # PEFT makes what it activates trainable
+    model.set_adapter("soup")  # PEFT makes the adapter that it activates trainable
     live.set(profile_of((1.0, 0.0, 0.0)))
     alone = peft.PeftModel.from_pretrained(base_model(small_base, device), library["one"].folder)
     torch.testing.assert_close(logits(model), logits(alone), rtol=0, atol=1e-5)
 
 
-def test_a_soup_that_was_made_in_inference_mode_can_be_set_outside(tmp_path: Path, small_base: Path) -> None:
+def test_a_soup_created_in_inference_mode_can_be_set_outside(tmp_path: Path, small_base: Path) -> None:
     with torch.inference_mode():
         _, live = live_of("free", tmp_path / "experts", "cpu")
         model = live.attach(base_model(small_base))
@@ -313,7 +315,7 @@ def test_a_soup_that_was_made_in_inference_mode_can_be_set_outside(tmp_path: Pat
 
 
 @every_kind
-def test_what_peft_saves_is_the_soup_that_is_set(tmp_path: Path, small_base: Path, device: str, kind: str) -> None:
+def test_peft_saves_the_soup_that_is_set(tmp_path: Path, small_base: Path, device: str, kind: str) -> None:
     _, live = live_of(kind, tmp_path / "experts", device)
     model = live.attach(base_model(small_base, device), adapter="mine")
     for number, weights in enumerate([(0.7, -0.4, 1.3), (0.1, 0.2, 0.3)]):
@@ -338,12 +340,12 @@ def test_a_model_that_has_adapters_gets_one_more(tmp_path: Path, small_base: Pat
     model.set_adapter("own")
     assert torch.equal(logits(model), own)
     assert [name for name, parameter in model.named_parameters() if "soup" in name and parameter.requires_grad] == []
-    with pytest.raises(UsageError, match="has an adapter 'soup' already"):
+    with pytest.raises(UsageError, match="already has an adapter called 'soup'"):
         live.attach(model)
 
 
-def test_rows_end_where_a_kernel_can_read_them_widely(tmp_path: Path) -> None:
-    """Experts of any size lie 64 bytes apart or a multiple of that; the modules are where they would be otherwise."""
+def test_rows_are_padded_to_64_bytes(tmp_path: Path) -> None:
+    """Rows of experts start at multiples of 64 bytes; the padding moves no module."""
     shapes = {"model.layers.0.mlp.up_proj": (7, 5), "model.layers.0.mlp.down_proj": (5, 7)}
     library = write_experts(tmp_path, shapes=shapes, rank=3, a_seed=1)
     live = LiveAdapter(library)
@@ -357,7 +359,7 @@ def test_rows_end_where_a_kernel_can_read_them_widely(tmp_path: Path) -> None:
         assert oracles.relative_error((each.b_OR.double() @ each.a_RI.double()).numpy(), want[module]) < 1e-6
 
 
-def test_num_bytes_counts_what_the_buffers_hold(tmp_path: Path) -> None:
+def test_num_bytes_counts_the_buffers(tmp_path: Path) -> None:
     library = write_experts(tmp_path / "free", rank=(2, 5, 3))
     width, height = (sum(shape[side] for shape in SHAPES.values()) for side in (1, 0))
     assert LiveAdapter(library).num_bytes == 4 * 10 * (width + 2 * height)
