@@ -1,1 +1,1 @@
-"""What experts disagree in, and what will surprise, before anything is merged."""
+"""Check experts against each other and against their base before merging them."""

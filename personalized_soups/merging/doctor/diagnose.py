@@ -1,4 +1,4 @@
-"""Looking at experts before anything is written: all that stops a merge, and what will surprise in it."""
+"""`diagnose`: check experts before merging them. Reports every error that prevents a merge, and what may surprise."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from personalized_soups.files.digest import digest_file
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.doctor.diagnosis import Diagnosis, ExpertFacts, Finding, Pair
+from personalized_soups.merging.doctor.measured_experts import MeasuredExperts
 from personalized_soups.merging.doctor.measures import Measures, base_norms
-from personalized_soups.merging.doctor.surprises import Group, surprises
+from personalized_soups.merging.doctor.rules import rule_findings
 from personalized_soups.merging.planning.checks import faults_of, unmet_needs
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import plan_merge, vllm_max_lora_rank
-from personalized_soups.methods.table import method_named
+from personalized_soups.merging.planning.planner import plan_merge
+from personalized_soups.merging.planning.vllm import vllm_max_lora_rank
+from personalized_soups.methods.plugins import find_method
 
 Progress = Callable[[int, int], None]
 
@@ -41,23 +43,23 @@ def diagnose(
     num_rows: int = 64,
     progress: Progress | None = None,
 ) -> Diagnosis:
-    """Check experts against one another and against their base, and measure how they lie to one another.
+    """Check experts against each other and against their base, and measure the angles between their deltas.
 
-    Every fault is told, not the first alone. Nothing is written. Memory: one module of all experts at a time. DoRA's
-    magnitudes and tensors that are trained whole are checked but not measured.
+    Returns all errors, not only the first, and writes nothing. DoRA's magnitudes and tensors that are trained whole are
+    checked but not measured. Memory: one module of all experts at a time.
 
     Args:
         experts: a library, or experts of different names.
-        base: the base model's folder, or a hub id in the local cache.
-        profile: whose weights shall be looked at, too; it names some of the experts.
-        same_base: take it that all experts have one base, whatever their names and fingerprints say.
-        num_rows: how many rows of each module are looked at to count signs; all where it has no more.
-        progress: called with the modules done and in all.
+        base: the base model: a folder, or a hub id in the local cache. None skips the checks against the base.
+        profile: weights of some of the experts, to check the soup as well.
+        same_base: accept experts that name different bases, or bases with different fingerprints.
+        num_rows: count opposite signs in this many rows of each module, or in all rows of a module with fewer.
+        progress: called with the number of modules read and their total number.
 
     Raises:
-        DeclarationError: if the profile names an expert that is not here.
-        InputError: if the base is not found or damaged.
-        UnsupportedAdapterError: if the base is quantised.
+        DeclarationError: if the profile names an unknown expert.
+        InputError: if the base is missing or damaged.
+        UnsupportedAdapterError: if the base is quantized.
     """
     library = experts if isinstance(experts, ExpertLibrary) else _as_library(experts)
     if profile is not None:
@@ -69,7 +71,7 @@ def diagnose(
 
 @dataclass(eq=False, slots=True)
 class _Examination:
-    """What is found of one library, step by step."""
+    """Collects the findings about one library."""
 
     library: ExpertLibrary
     profile: Profile | None
@@ -88,22 +90,22 @@ class _Examination:
         bank = ExpertBank(sound)
         measures = Measures.of(bank, num_rows, progress)
         self._check_finite(bank, measures)
-        group = self._group(bank, measures)
-        self.findings += surprises(group)
-        fits = bool(group.chosen) and not any(finding.kind in {"shape", "names"} for finding in self.findings)
-        rank = _stacked_rank(group) if fits else None
+        measured = self._measured(bank, measures)
+        self.findings += rule_findings(measured)
+        fits = bool(measured.chosen) and not any(finding.kind in {"shape", "names"} for finding in self.findings)
+        rank = _stacked_rank(measured) if fits else None
         if rank is not None:
-            self.findings.append(_of_rank(rank))
+            self.findings.append(_rank_finding(rank))
         findings = sorted(self.findings, key=lambda finding: _SEVERITIES.index(finding.severity))
         return Diagnosis(
             findings=tuple(findings),
-            experts=tuple(_facts(group, index) for index in range(len(sound))),
-            pairs=tuple(_pair(group, one, other) for one, other in combinations(range(len(sound)), 2)),
+            experts=tuple(_facts(measured, index) for index in range(len(sound))),
+            pairs=tuple(_pair(measured, first, second) for first, second in combinations(range(len(sound)), 2)),
             rows_looked_at=_rows_looked_at(bank, num_rows),
-            shares_basis=None if rank is None else group.shares_basis,
+            shares_basis=None if rank is None else measured.shares_basis,
             rank=rank,
             vllm_max_lora_rank=None if rank is None else vllm_max_lora_rank(rank),
-            pile=group.pile,
+            pile=measured.pile,
         )
 
     def _sound(self) -> Iterator[Expert]:
@@ -115,7 +117,7 @@ class _Examination:
                 yield expert
 
     def _check_base(self, experts: Sequence[Expert]) -> None:
-        """Check every expert by itself, so that one's fault does not hide another's."""
+        """Check each expert separately, so that an error of one expert does not hide another's."""
         if self.model is None:
             return
         for expert in experts:
@@ -142,7 +144,11 @@ class _Examination:
             SideRule.of(chosen).check(self.profile)
         except SoupError as fault:
             self._error("opposed sides", fault)
-        method = method_named(self.profile.method)
+        try:
+            method = find_method(self.profile.method)
+        except SoupError as fault:
+            self._error("method", fault)
+            return
         for need in unmet_needs(method, ExpertBank(chosen), [weights[expert.name] for expert in chosen]):
             self._error("method", need)
 
@@ -151,21 +157,21 @@ class _Examination:
             names = [fault.what.partition(":")[0] for fault in faults[1:]]
             more = f" (and in {', '.join(names[:_MAX_SHOWN])}{', ...' if len(names) > _MAX_SHOWN else ''})"
             what = faults[0].what + (more if names else "")
-            told = InputError(what, where=faults[0].where, mend=faults[0].mend)
-            self._error("not finite", told, of=bank.experts[index])
+            error = InputError(what, where=faults[0].where, mend=faults[0].mend)
+            self._error("not finite", error, of=bank.experts[index])
 
-    def _group(self, bank: ExpertBank, measures: Measures) -> Group:
+    def _measured(self, bank: ExpertBank, measures: Measures) -> MeasuredExperts:
         weights: Mapping[str, float] = {} if self.profile is None else self.profile.resolved_weights()
-        size = None
+        norms = None
         if self.model is not None:
-            targets = {each.base_name for expert in bank.experts for each in expert.adapter.modules.values()}
-            size = base_norms(self.model, sorted(targets))
-        return Group(
+            targets = {module.base_name for expert in bank.experts for module in expert.adapter.modules.values()}
+            norms = base_norms(self.model, sorted(targets))
+        return MeasuredExperts(
             bank=bank,
             measures=measures,
-            weights=None if self.profile is None else tuple(weights.get(each.name, 0.0) for each in bank.experts),
+            weights=None if self.profile is None else tuple(weights.get(expert.name, 0.0) for expert in bank.experts),
             dimensions=SideRule.of(bank.experts).dimension_of,
-            base_norms=size,
+            base_norms=norms,
             duplicates=frozenset(_duplicates(bank, measures)),
         )
 
@@ -179,68 +185,68 @@ def _as_library(experts: Sequence[Expert]) -> ExpertLibrary:
 
 
 def _duplicates(bank: ExpertBank, measures: Measures) -> Iterator[tuple[int, int]]:
-    """Yield pairs whose weight files are equal, byte for byte."""
+    """Yield pairs of experts whose weight files are equal, byte for byte."""
     digests: dict[int, tuple[str, ...]] = {}
-    for one, other in combinations(range(len(bank.experts)), 2):
-        sizes = {bank.experts[index].adapter.num_bytes for index in (one, other)}
-        cosine = measures.cosine(one, other)
-        # two experts without an angle are two of zeros, or damaged
+    for first, second in combinations(range(len(bank.experts)), 2):
+        sizes = {bank.experts[index].adapter.num_bytes for index in (first, second)}
+        cosine = measures.cosine(first, second)
+        # hashing is slow, so it is left to candidates; the cosine is None if an expert is zero or not finite
         if len(sizes) > 1 or (cosine is not None and cosine < 1 - 1e-6):
             continue
-        for index in (one, other):
+        for index in (first, second):
             if index not in digests:
                 adapter = bank.experts[index].adapter
                 digests[index] = tuple(digest_file(path) for path in adapter.files if path != adapter.config.path)
-        if digests[one] == digests[other]:
-            yield one, other
+        if digests[first] == digests[second]:
+            yield first, second
 
 
-def _stacked_rank(group: Group) -> int:
-    bank = group.bank
-    chosen = ExpertBank([bank.experts[index] for index in group.chosen])
+def _stacked_rank(measured: MeasuredExperts) -> int:
+    chosen = ExpertBank([measured.bank.experts[index] for index in measured.chosen])
     return max(map(chosen.stacked_rank, chosen.modules))
 
 
-def _of_rank(rank: int) -> Finding:
-    told = f"merged exactly, an adapter of all of them has rank {rank}"
+def _rank_finding(rank: int) -> Finding:
+    what = f"the exact soup of all experts has rank {rank} as an adapter"
     most = vllm_max_lora_rank(rank)
     if most is None:
-        return Finding("warning", "rank of the merge", f"{told}, more than vLLM loads", "vLLM", "merge with rank 64")
+        return Finding("warning", "rank of the merge", f"{what}, more than vLLM loads", "vLLM", "merge with rank 64")
     mend = f"start vLLM with --max-lora-rank {most}, or merge with a smaller rank"
-    return Finding("note", "rank of the merge", told, "vLLM", mend)
+    return Finding("note", "rank of the merge", what, "vLLM", mend)
 
 
 def _rows_looked_at(bank: ExpertBank, num_rows: int) -> str:
-    most = max((each.out_features for one in bank.experts for each in one.adapter.modules.values()), default=0)
+    modules = [module for expert in bank.experts for module in expert.adapter.modules.values()]
+    most = max((module.out_features for module in modules), default=0)
     return "all rows" if most <= num_rows else f"{num_rows} rows of each module, drawn with seed 0"
 
 
-def _facts(group: Group, index: int) -> ExpertFacts:
-    expert = group.bank.experts[index]
+def _facts(measured: MeasuredExperts, index: int) -> ExpertFacts:
+    expert = measured.bank.experts[index]
     modules = expert.adapter.modules.values()
     return ExpertFacts(
         name=expert.name,
         folder=str(expert.folder),
-        dimension=group.dimensions.get(expert.name),
-        rank=_span([each.rank for each in modules]),
-        scaling=_span([each.scaling for each in modules]),
+        dimension=measured.dimensions.get(expert.name),
+        rank=_span([module.rank for module in modules]),
+        scaling=_span([module.scaling for module in modules]),
         num_modules=len(expert.adapter.modules),
         dtype=", ".join(sorted(expert.adapter.dtypes)),
-        norm=None if index in group.measures.faults else group.measures.norm(index),
-        relative=group.relative(index),
-        weight=None if group.weights is None else group.weights[index],
+        norm=None if index in measured.measures.faults else measured.measures.norm(index),
+        relative=measured.relative(index),
+        weight=None if measured.weights is None else measured.weights[index],
     )
 
 
-def _pair(group: Group, one: int, other: int) -> Pair:
-    measures, experts = group.measures, group.bank.experts
+def _pair(measured: MeasuredExperts, first: int, second: int) -> Pair:
+    measures = measured.measures
     return Pair(
-        one=experts[one].name,
-        other=experts[other].name,
-        cosine=measures.cosine(one, other),
-        inputs=measures.inputs(one, other),
-        outputs=measures.outputs(one, other),
-        opposed=measures.opposed(one, other),
+        one=measured.name(first),
+        other=measured.name(second),
+        cosine=measures.cosine(first, second),
+        inputs=measures.inputs(first, second),
+        outputs=measures.outputs(first, second),
+        opposed=measures.opposed(first, second),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is found of experts before they are merged: findings, one by one, and the numbers behind them."""
+"""The doctor's results: findings about experts, and the measurements behind them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing to know. An error stops a merge, a warning will surprise, a note explains.
+    """One finding about experts.
 
-    `kind` is one word or two that programs can go by.
+    Attributes:
+        severity: `error` if the experts cannot be merged, `warning` if the soup may surprise, `note` if neither.
+        kind: a stable name of the rule, for programs.
+        what: the finding, in one sentence with the values.
+        where: the experts, tensors or files.
+        mend: what to do about it.
     """
 
     severity: Severity
@@ -25,10 +30,19 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class ExpertFacts:
-    """One expert whose files are sound.
+    """An expert whose files are sound.
 
-    `norm` is the Frobenius norm of its low-rank changes over all modules, `relative` that over the norm of the base's
-    tensors which they change; `weight` is the profile's.
+    Attributes:
+        name: the expert's name.
+        folder: the expert's folder.
+        dimension: the preference dimension of the expert's side; None if unknown.
+        rank: the rank of its modules, or the lowest and the highest: `4`, `2 to 8`.
+        scaling: the scaling of its modules, or the lowest and the highest.
+        num_modules: the number of modules that it adapts.
+        dtype: the dtypes of its tensors, as its file names them.
+        norm: the Frobenius norm of its low-rank deltas, all modules as one vector; None if it holds NaN or infinity.
+        relative: `norm` divided by the norm of the base's tensors that it changes; None without a base.
+        weight: the profile's weight; None without a profile.
     """
 
     name: str
@@ -45,15 +59,15 @@ class ExpertFacts:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """How two experts' low-rank changes lie to one another; None where they have no module in common, or one is 0.
+    """Measurements of two experts' low-rank deltas. A number is None if the experts share no module or a delta is 0.
 
-    Args:
+    Attributes:
         one: the first expert's name.
-        other: the second's.
-        cosine: of the angle between their deltas, all modules taken as one vector.
+        other: the second expert's name.
+        cosine: the cosine of the angle between their deltas, all modules as one vector.
         inputs: the mean squared cosine of the principal angles between the row spaces of their A's.
-        outputs: the same of the column spaces of their B's.
-        opposed: the share of their energies in entries where their signs differ, the mean of both experts' shares.
+        outputs: the mean squared cosine of the principal angles between the column spaces of their B's.
+        opposed: the share of energy (squared norm) in entries where their signs differ, the mean of both experts'.
     """
 
     one: str
@@ -66,7 +80,13 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pile:
-    """What a profile's experts add up to: `|sum w d|`, beside its value if they were orthogonal, and its most."""
+    """The Frobenius norm of a profile's weighted sum of deltas, with two values to compare it with.
+
+    Attributes:
+        norm: `|sum w d|`.
+        orthogonal: `sqrt(sum |w d|^2)`, the norm if the experts were orthogonal.
+        most: `sum |w d|`, the norm if all weighted experts had one direction.
+    """
 
     norm: float
     orthogonal: float
@@ -75,11 +95,17 @@ class Pile:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All that is known of experts before they are merged.
+    """The result of `diagnose`.
 
-    `rows_looked_at` says how the signs were counted: in all rows of every module, or in how many of each; `rank` is
-    that of their stacked merge, `vllm_max_lora_rank` the smallest with which vLLM loads it. Both are None where the
-    experts do not fit together.
+    Attributes:
+        findings: all findings, errors first.
+        experts: facts about each expert whose files are sound.
+        pairs: measurements of each pair of those experts.
+        rows_looked_at: in words, the rows in which opposite signs were counted.
+        shares_basis: whether all experts have the same A in every module; None if they do not fit together.
+        rank: the rank of their exact soup as an adapter; None if they do not fit together.
+        vllm_max_lora_rank: the smallest --max-lora-rank with which vLLM loads that adapter; None if there is none.
+        pile: the norms of the profile's weighted sum; None without a profile, or if an expert could not be measured.
     """
 
     findings: tuple[Finding, ...]
@@ -93,7 +119,7 @@ class Diagnosis:
 
     @property
     def has_errors(self) -> bool:
-        """Whether anything stops a merge of these experts."""
+        """Whether an error prevents a merge of these experts."""
         return any(finding.severity == "error" for finding in self.findings)
 
     def of_kind(self, kind: str) -> tuple[Finding, ...]:
@@ -101,5 +127,5 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.kind == kind)
 
     def as_json(self) -> Mapping[str, Any]:
-        """Return everything as one JSON object."""
+        """Return the diagnosis as one JSON object."""
         return {"errors": self.has_errors, **asdict(self)}

@@ -1,6 +1,6 @@
-"""What experts' tensors say of them before they are merged, read module by module and never dense.
+"""Measurements of experts' tensors: norms, angles, overlaps and signs, read module by module.
 
-E experts, O out features, I in features, N rows that are looked at.
+E experts, O out features, I in features, N sampled rows.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from personalized_soups.methods.streams import Stream
 
 @dataclass(eq=False, slots=True)
 class Measures:
-    """Sums over the modules that two experts both adapt, in the same shape; all `[E, E]` in float64.
+    """Sums over the modules that two experts both adapt in the same shape, `[E, E]` in float64 on the CPU.
 
-    `products` are inner products of the deltas, `faults` what is NaN or infinite, by the expert's place.
+    Attributes:
+        products: the inner products of the deltas.
+        faults: errors about NaN or infinity, by the expert's position in the bank.
     """
 
     products: Tensor
@@ -41,9 +43,9 @@ class Measures:
         """Read every module of every expert once. Memory: one module of all experts, and `num_rows` dense rows of it.
 
         Args:
-            bank: the experts; what does not fit together is not compared.
-            num_rows: where a module has more outputs, signs are counted in a sample of so many, the same at each call.
-            progress: called with the modules done and in all.
+            bank: the experts. Modules of different shapes are not compared.
+            num_rows: signs are counted in this many sampled rows of a module, or in all rows of a module with fewer.
+            progress: called with the number of modules read and their total number.
         """
         count = len(bank.experts)
         zeros = [torch.zeros(count, count, dtype=torch.float64) for _ in range(3)]
@@ -61,28 +63,28 @@ class Measures:
         return measures
 
     def norm(self, expert: int) -> float:
-        """Return the Frobenius norm of an expert's deltas, all modules together."""
+        """Return the Frobenius norm of an expert's deltas, all modules as one vector."""
         return math.sqrt(float(self.products[expert, expert]))
 
-    def cosine(self, one: int, other: int) -> float | None:
-        """Return the cosine of the angle between two experts' deltas; None where one is 0."""
-        norms = self.norm(one) * self.norm(other)
-        return max(-1.0, min(1.0, float(self.products[one, other]) / norms)) if norms > 0 else None
+    def cosine(self, first: int, second: int) -> float | None:
+        """Return the cosine of the angle between two experts' deltas; None if a delta is 0."""
+        norms = self.norm(first) * self.norm(second)
+        return max(-1.0, min(1.0, float(self.products[first, second]) / norms)) if norms > 0 else None
 
-    def inputs(self, one: int, other: int) -> float | None:
+    def inputs(self, first: int, second: int) -> float | None:
         """Return the mean overlap of the row spaces of their A's."""
-        return self._inputs.of(one, other)
+        return self._inputs.of(first, second)
 
-    def outputs(self, one: int, other: int) -> float | None:
+    def outputs(self, first: int, second: int) -> float | None:
         """Return the mean overlap of the column spaces of their B's."""
-        return self._outputs.of(one, other)
+        return self._outputs.of(first, second)
 
-    def opposed(self, one: int, other: int) -> float | None:
-        """Return the share of their energies in entries where their signs differ: the mean of both shares."""
-        energies = self._energies[one, other], self._energies[other, one]
+    def opposed(self, first: int, second: int) -> float | None:
+        """Return the share of energy in entries where their signs differ, the mean of both experts' shares."""
+        energies = self._energies[first, second], self._energies[second, first]
         if not all(float(energy) > 0 for energy in energies):
             return None
-        shares = self._opposed[one, other] / energies[0], self._opposed[other, one] / energies[1]
+        shares = self._opposed[first, second] / energies[0], self._opposed[second, first] / energies[1]
         return float(shares[0] + shares[1]) / 2
 
     def _add_module(self, bank: ExpertBank, name: str, num_rows: int) -> None:
@@ -101,20 +103,20 @@ class Measures:
                 self._add(list(group), parts, rows_N)
 
     def _add(self, experts: Sequence[int], factors: Sequence[Factors], rows_N: Tensor) -> None:
-        places = torch.tensor(experts)
-        at = (places[:, None], places)
+        positions = torch.tensor(experts)
+        at = (positions[:, None], positions)
         self.products[at] += inner_products(factors)
-        self._inputs.add(at, row_overlaps([each.a_RI for each in factors]))
-        self._outputs.add(at, row_overlaps([each.b_OR.T for each in factors]))
+        self._inputs.add(at, row_overlaps([part.a_RI for part in factors]))
+        self._outputs.add(at, row_overlaps([part.b_OR.T for part in factors]))
         opposed_EE, energy_E = opposed_energies(factors, rows_N)
-        # a sample stands for all rows of its module
+        # extrapolates from the sampled rows to all rows, so that every module counts by its size
         scale = factors[0].b_OR.shape[0] / len(rows_N)
         self._opposed[at] += opposed_EE * scale
         self._energies[at] += energy_E[:, None].expand_as(opposed_EE) * scale
 
 
 class _Mean:
-    """The mean over modules of what may be missing (NaN) in some."""
+    """The mean over modules of values that may be missing (NaN) in some modules."""
 
     def __init__(self, count: int) -> None:
         self._sums = torch.zeros(count, count, dtype=torch.float64)
@@ -124,26 +126,26 @@ class _Mean:
         self._sums[at] += values.nan_to_num(0.0)
         self._counts[at] += (~values.isnan()).double()
 
-    def of(self, one: int, other: int) -> float | None:
-        count = float(self._counts[one, other])
-        return float(self._sums[one, other]) / count if count else None
+    def of(self, first: int, second: int) -> float | None:
+        count = float(self._counts[first, second])
+        return float(self._sums[first, second]) / count if count else None
 
 
 def sampled_rows(module: str, out_features: int, num_rows: int) -> Tensor:
-    """Return which rows of a module are looked at: all, or a random sample that is the same at each call, ascending."""
+    """Return the rows of a module in which to count signs, ascending: all, or a random sample with a fixed seed."""
     if out_features <= num_rows:
         return torch.arange(out_features)
     return Stream.of(0, module, "sampled rows").uniform((out_features,)).argsort(stable=True)[:num_rows].sort().values
 
 
 def base_norms(model: BaseModel, names: Iterable[str]) -> Mapping[str, float]:
-    """Return the Frobenius norms of tensors of a base, by name; those that it does not have are left out."""
-    found = {}
+    """Return the Frobenius norms of tensors of a base, by name. Tensors that the base does not have are left out."""
+    norms = {}
     for name in names:
         stored = model.find(name)
         if stored is not None:
             tensor = model.checkpoint.tensor(stored)
             matrix = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
             squares = (float(torch.linalg.vector_norm(matrix[rows].double())) ** 2 for rows in row_blocks(matrix))
-            found[name] = math.sqrt(math.fsum(squares))
-    return found
+            norms[name] = math.sqrt(math.fsum(squares))
+    return norms

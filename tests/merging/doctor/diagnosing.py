@@ -1,4 +1,4 @@
-"""What the tests of the doctor have in common: experts as dense vectors, and findings by their kind."""
+"""Helpers for the tests of the doctor: experts as dense vectors, and findings by their kind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def diagnosed(root: Path, **options: Any) -> Diagnosis:
     return diagnose(ExpertLibrary.open(root), **options)
 
 
-def only(found: Diagnosis, kind: str, severity: str) -> Finding:
-    (finding,) = found.of_kind(kind)
+def only(diagnosis: Diagnosis, kind: str, severity: str) -> Finding:
+    (finding,) = diagnosis.of_kind(kind)
     assert finding.severity == severity
     assert finding.where
     assert finding.mend
@@ -30,7 +30,7 @@ def only(found: Diagnosis, kind: str, severity: str) -> Finding:
 
 
 def rewrite(folder: Path, change: Any, **config: Any) -> Path:
-    """Write an expert's tensors anew, each as `change(name, values)` says."""
+    """Replace each tensor of an expert by `change(name, values)`."""
     tensors = oracles.read_tensors(folder / WEIGHTS_FILE)
     oracles.write_tensors(
         folder / WEIGHTS_FILE,
@@ -43,12 +43,12 @@ def rewrite(folder: Path, change: Any, **config: Any) -> Path:
 
 
 def vector(folder: Path) -> Matrix:
-    """All deltas of an expert, as one vector."""
-    found = oracles.deltas(folder)
-    flat: Matrix = np.concatenate([found[name].ravel() for name in sorted(found)])
+    """Return all deltas of an expert as one vector."""
+    deltas = oracles.deltas(folder)
+    flat: Matrix = np.concatenate([deltas[name].ravel() for name in sorted(deltas)])
     return flat
 
 
-def opposed_share(one: Matrix, other: Matrix) -> float:
-    differ = np.sign(one) * np.sign(other) < 0
-    return float(((one**2)[differ].sum() / (one**2).sum() + (other**2)[differ].sum() / (other**2).sum()) / 2)
+def opposed_share(first: Matrix, second: Matrix) -> float:
+    differ = np.sign(first) * np.sign(second) < 0
+    return float(((first**2)[differ].sum() / (first**2).sum() + (second**2)[differ].sum() / (second**2).sum()) / 2)

@@ -33,30 +33,35 @@ CLOSE = 1e-9
 
 @pytest.fixture
 def experts(tmp_path: Path) -> Path:
-    """Three experts of one rank, scaling and dtype, in which nothing is remarkable."""
+    """Three experts of the same rank, scaling and dtype, without findings."""
     for index, name in enumerate(("one", "two", "three")):
         write_expert(tmp_path / "experts" / name, seed=index)
     return tmp_path / "experts"
 
 
-def mean_square_cosine(one: Matrix, other: Matrix) -> float:
-    bases = [np.linalg.qr(rows.T)[0] for rows in (one, other)]
+def mean_square_cosine(first: Matrix, second: Matrix) -> float:
+    bases = [np.linalg.qr(rows.T)[0] for rows in (first, second)]
     return float(np.mean(np.linalg.svd(bases[0].T @ bases[1], compute_uv=False) ** 2))
 
 
-def test_nothing_is_found_of_experts_that_fit(tmp_path: Path, experts: Path) -> None:
+def test_experts_that_fit_have_no_findings(tmp_path: Path, experts: Path) -> None:
     base = write_base(tmp_path / "base")
-    for path in base.glob("*.safetensors"):  # a base beside which the experts are small
+    for path in base.glob("*.safetensors"):  # a base whose norm is large compared with the experts'
         tensors = {name: (kind, 100 * np.frombuffer(raw, "<f4").reshape(shape).astype(float))
                    for name, (kind, shape, raw) in oracles.raw_tensors(path).items()}  # fmt: skip
         oracles.write_tensors(path, tensors)
     steps: list[tuple[int, int]] = []
-    found = diagnosed(experts, base=base, progress=lambda done, total: steps.append((done, total)))
-    assert [finding.kind for finding in found.findings] == ["rank of the merge"]
-    assert not found.has_errors
-    assert (found.rank, found.vllm_max_lora_rank, found.shares_basis, found.pile) == (12, 16, False, None)
+    diagnosis = diagnosed(experts, base=base, progress=lambda done, total: steps.append((done, total)))
+    assert [finding.kind for finding in diagnosis.findings] == ["rank of the merge"]
+    assert not diagnosis.has_errors
+    assert (diagnosis.rank, diagnosis.vllm_max_lora_rank, diagnosis.shares_basis, diagnosis.pile) == (
+        12,
+        16,
+        False,
+        None,
+    )
     assert steps == [(number, len(SHAPES)) for number in range(1, len(SHAPES) + 1)]
-    json.dumps(found.as_json(), allow_nan=False)
+    json.dumps(diagnosis.as_json(), allow_nan=False)
 
 
 def test_norms_cosines_overlaps_and_signs_are_those_of_dense_float64(tmp_path: Path) -> None:
@@ -70,20 +75,20 @@ def test_norms_cosines_overlaps_and_signs_are_those_of_dense_float64(tmp_path: P
         for index, (name, kind) in enumerate(kinds.items())
     }
     base = write_base(tmp_path / "base")
-    found = diagnosed(tmp_path / "experts", base=base, num_rows=96)
-    assert found.rows_looked_at == "all rows"
+    diagnosis = diagnosed(tmp_path / "experts", base=base, num_rows=96)
+    assert diagnosis.rows_looked_at == "all rows"
     stored = {name: w for path in base.glob("*.safetensors") for name, w in oracles.read_tensors(path).items()}
     whole = math.sqrt(sum((stored[f"{module}.weight"] ** 2).sum() for module in SHAPES))
-    for facts in found.experts:
+    for facts in diagnosis.experts:
         norm = np.linalg.norm(vector(folders[facts.name]))
         assert facts.norm == pytest.approx(norm, rel=CLOSE)
         assert facts.relative == pytest.approx(norm / whole, rel=1e-6)  # the base's norms are summed in blocks
-    assert [(pair.one, pair.other) for pair in found.pairs] == list(combinations(sorted(folders), 2))
-    for pair in found.pairs:
-        one, other = vector(folders[pair.one]), vector(folders[pair.other])
-        cosine = one @ other / (np.linalg.norm(one) * np.linalg.norm(other))
+    assert [(pair.one, pair.other) for pair in diagnosis.pairs] == list(combinations(sorted(folders), 2))
+    for pair in diagnosis.pairs:
+        left, right = vector(folders[pair.one]), vector(folders[pair.other])
+        cosine = left @ right / (np.linalg.norm(left) * np.linalg.norm(right))
         assert pair.cosine == pytest.approx(cosine, abs=CLOSE)
-        assert pair.opposed == pytest.approx(opposed_share(one, other), rel=CLOSE)
+        assert pair.opposed == pytest.approx(opposed_share(left, right), rel=CLOSE)
         first, second = (
             oracles.factors(oracles.read_tensors(folders[name] / WEIGHTS_FILE)) for name in (pair.one, pair.other)
         )
@@ -93,48 +98,48 @@ def test_norms_cosines_overlaps_and_signs_are_those_of_dense_float64(tmp_path: P
         assert pair.outputs == pytest.approx(np.mean(outputs), rel=CLOSE)
 
 
-def test_signs_of_a_sample_of_rows_stand_for_all_rows_of_their_module(experts: Path) -> None:
-    found = diagnosed(experts, num_rows=40)
-    assert found.rows_looked_at == "40 rows of each module, drawn with seed 0"
-    for pair in found.pairs:
+def test_signs_are_estimated_from_a_sample_of_rows(experts: Path) -> None:
+    diagnosis = diagnosed(experts, num_rows=40)
+    assert diagnosis.rows_looked_at == "40 rows of each module, drawn with seed 0"
+    for pair in diagnosis.pairs:
         differ, energy = np.zeros(2), np.zeros(2)
         deltas = [oracles.deltas(experts / name) for name in (pair.one, pair.other)]
         for module, (out_features, _) in SHAPES.items():
             rows = sampled_rows(module, out_features, 40).numpy()
             assert len(set(rows)) == min(40, out_features)
-            parts = [each[module][rows] for each in deltas]
+            parts = [delta[module][rows] for delta in deltas]
             apart = np.sign(parts[0]) * np.sign(parts[1]) < 0
             for index, part in enumerate(parts):
                 differ[index] += (part**2)[apart].sum() * out_features / len(rows)
                 energy[index] += (part**2).sum() * out_features / len(rows)
         assert pair.opposed == pytest.approx(np.mean(differ / energy), rel=CLOSE)
-        # an estimate: of some 5000 entries that are nearly independent the share is known to about 0.01
+        # the standard error of a share of about 5000 nearly independent entries is about 0.01
         assert pair.opposed == pytest.approx(
             opposed_share(vector(experts / pair.one), vector(experts / pair.other)), abs=0.05
         )
 
 
-def test_what_a_profile_adds_up_to_is_that_of_dense_float64(experts: Path) -> None:
+def test_the_norms_of_a_profiles_sum_are_those_of_dense_float64(experts: Path) -> None:
     weights = {"one": 0.7, "two": -0.4, "three": 1.3}
-    found = diagnosed(experts, profile=Profile(weights=weights))
+    diagnosis = diagnosed(experts, profile=Profile(weights=weights))
     parts = [weight * vector(experts / name) for name, weight in weights.items()]
     norms = [float(np.linalg.norm(part)) for part in parts]
-    assert found.pile is not None
-    assert found.pile.norm == pytest.approx(np.linalg.norm(sum(parts)), rel=CLOSE)
-    assert found.pile.orthogonal == pytest.approx(math.hypot(*norms), rel=CLOSE)
-    assert found.pile.most == pytest.approx(sum(norms), rel=CLOSE)
-    assert {facts.name: facts.weight for facts in found.experts} == weights
-    assert not found.of_kind("cancel")
-    assert not found.of_kind("pile up")
+    assert diagnosis.pile is not None
+    assert diagnosis.pile.norm == pytest.approx(np.linalg.norm(sum(parts)), rel=CLOSE)
+    assert diagnosis.pile.orthogonal == pytest.approx(math.hypot(*norms), rel=CLOSE)
+    assert diagnosis.pile.most == pytest.approx(sum(norms), rel=CLOSE)
+    assert {facts.name: facts.weight for facts in diagnosis.experts} == weights
+    assert not diagnosis.of_kind("cancel")
+    assert not diagnosis.of_kind("pile up")
 
 
-def test_every_expert_that_cannot_be_read_or_merged_is_told_and_the_others_are_looked_at(experts: Path) -> None:
+def test_every_expert_that_cannot_be_read_is_an_error_and_the_others_are_measured(experts: Path) -> None:
     (experts / "one" / WEIGHTS_FILE).write_bytes(b"short")
     write_config(experts / "two", init_lora_weights="pissa")
     write_expert(experts / "four", seed=4)
     (experts / "four" / "expert.json").write_text("{")
-    found = diagnosed(experts)
-    errors = found.of_kind("expert")
+    diagnosis = diagnosed(experts)
+    errors = diagnosis.of_kind("expert")
     assert [error.severity for error in errors] == ["error"] * 3
     assert {name for name in ("one", "two", "three", "four") if any(e.what.startswith(name) for e in errors)} == {
         "one",
@@ -142,55 +147,56 @@ def test_every_expert_that_cannot_be_read_or_merged_is_told_and_the_others_are_l
         "four",
     }
     assert "pissa" in " ".join(error.what for error in errors)
-    assert [facts.name for facts in found.experts] == ["three"]
-    assert found.has_errors
+    assert [facts.name for facts in diagnosis.experts] == ["three"]
+    assert diagnosis.has_errors
 
 
-def test_several_disagreements_are_told_at_once(tmp_path: Path, experts: Path) -> None:
+def test_several_disagreements_are_reported_at_once(tmp_path: Path, experts: Path) -> None:
     write_config(experts / "one", base="another")
     write_expert(experts / "two", seed=1, shapes={**SHAPES, "model.layers.0.self_attn.q_proj": (64, 32)})
     rewrite(experts / "three", lambda name, values: values * (math.nan if "k_proj" in name else 1))
-    found = diagnosed(experts)
-    assert {finding.kind for finding in found.findings if finding.severity == "error"} == {
+    diagnosis = diagnosed(experts)
+    assert {finding.kind for finding in diagnosis.findings if finding.severity == "error"} == {
         "base",
         "shape",
         "not finite",
     }
-    assert found.rank is None
-    assert "[64, 32]" in only(found, "shape", "error").what
-    # what fits is compared all the same
-    (pair,) = [pair for pair in found.pairs if {pair.one, pair.other} == {"one", "two"}]
+    assert diagnosis.rank is None
+    assert "[64, 32]" in only(diagnosis, "shape", "error").what
+    # the modules that fit are compared
+    (pair,) = [pair for pair in diagnosis.pairs if {pair.one, pair.other} == {"one", "two"}]
     assert pair.cosine is not None
-    json.dumps(found.as_json(), allow_nan=False)
+    json.dumps(diagnosis.as_json(), allow_nan=False)
 
 
-def test_bases_that_are_said_to_be_one_are_no_error(experts: Path) -> None:
+def test_same_base_accepts_bases_of_different_names(experts: Path) -> None:
     write_config(experts / "one", base="another")
     assert "another" in only(diagnosed(experts), "base", "error").what
     assert not diagnosed(experts, same_base=True).has_errors
 
 
-def test_a_base_that_is_another_or_lacks_modules_is_told_for_each_expert(tmp_path: Path, experts: Path) -> None:
+def test_another_base_or_a_missing_module_is_an_error_for_each_expert(tmp_path: Path, experts: Path) -> None:
     base = write_base(tmp_path / "base")
     assert not diagnosed(experts, base=base).has_errors
     write_record(experts / "one", base={"name": "base", "fingerprint": "0" * 64})
     for name in ("two", "three"):
         write_expert(experts / name, seed=1, shapes={**SHAPES, f"model.layers.0.mlp.{name}": (4, 4)})
-    found = diagnosed(experts, base=base)
-    assert "one" in only(found, "other base", "error").what
-    assert [error.severity for error in found.of_kind("base module")] == ["error"] * 2
+    diagnosis = diagnosed(experts, base=base)
+    assert "one" in only(diagnosis, "other base", "error").what
+    assert [error.severity for error in diagnosis.of_kind("base module")] == ["error"] * 2
     assert all(
-        f"model.layers.0.mlp.{name}.weight is not in the base" in " ".join(e.what for e in found.of_kind("base module"))
+        f"model.layers.0.mlp.{name}.weight is not in the base"
+        in " ".join(e.what for e in diagnosis.of_kind("base module"))
         for name in ("two", "three")
     )
     assert not diagnosed(experts, base=base, same_base=True).of_kind("other base")
-    # a norm is not put in relation to a part of what it changes
-    assert {facts.name for facts in found.experts if facts.relative is not None} == {"one"}
+    # no relative norm if the base lacks a tensor that the expert changes
+    assert {facts.name for facts in diagnosis.experts if facts.relative is not None} == {"one"}
     with pytest.raises(InputError):
         diagnosed(experts, base=tmp_path / "nowhere")
 
 
-def test_a_damaged_base_is_told(tmp_path: Path, experts: Path) -> None:
+def test_a_damaged_base_is_an_error(tmp_path: Path, experts: Path) -> None:
     base = write_base(tmp_path / "base", shards=1)
     tensors = {name: ("F32", values) for name, values in oracles.read_tensors(base / "model.safetensors").items()}
     tensors["model.layers.1.mlp.up_proj.weight"][1][3, 4] = math.inf
@@ -199,7 +205,7 @@ def test_a_damaged_base_is_told(tmp_path: Path, experts: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_nan_and_infinity_are_told_with_their_tensors(experts: Path, value: float) -> None:
+def test_nan_and_infinity_are_errors_that_name_the_tensors(experts: Path, value: float) -> None:
     def damage(name: str, values: Matrix) -> Matrix:
         if "layers.1" in name and "lora_A" in name:
             values[1, 2] = value
@@ -214,44 +220,44 @@ def test_nan_and_infinity_are_told_with_their_tensors(experts: Path, value: floa
         assert (f"{module}.lora_A" in finding.what) == ("layers.1" in module)
 
 
-def test_only_those_with_a_weight_take_part(experts: Path) -> None:
+def test_experts_of_weight_0_are_left_out(experts: Path) -> None:
     rewrite(experts / "three", lambda name, values: values * 0 if "lora_B" in name else values)
-    found = diagnosed(experts, profile=Profile(weights={"one": 1, "two": 1, "three": 0}))
-    assert not found.of_kind("untrained")
-    assert found.rank == 8
+    diagnosis = diagnosed(experts, profile=Profile(weights={"one": 1, "two": 1, "three": 0}))
+    assert not diagnosis.of_kind("untrained")
+    assert diagnosis.rank == 8
     with pytest.raises(DeclarationError, match="'four'"):
         diagnosed(experts, profile=Profile(weights={"four": 1}))
 
 
-def test_opposed_sides_and_needs_of_the_method_are_told(experts: Path) -> None:
+def test_opposed_sides_and_needs_of_the_method_are_errors(experts: Path) -> None:
     write_record(experts / "one", dimension="style")
     write_record(experts / "two", dimension="style")
     write_expert(experts / "three", seed=2, rank=2)
     weights = {"one": 1.0, "two": -1.0, "three": 0.0}
-    found = diagnosed(experts, profile=Profile(weights=weights, method="factor_average"))
-    assert "two sides of one dimension" in only(found, "opposed sides", "error").what
-    assert "divides by the sum" in only(found, "method", "error").what
-    found = diagnosed(experts, profile=Profile(weights={"one": 1.0, "three": 1.0}, method="factor_average"))
-    assert not found.of_kind("opposed sides")
-    assert {finding.what.partition(":")[0] for finding in found.of_kind("method")} == {
+    diagnosis = diagnosed(experts, profile=Profile(weights=weights, method="factor_average"))
+    assert "two sides of one dimension" in only(diagnosis, "opposed sides", "error").what
+    assert "divides by the sum" in only(diagnosis, "method", "error").what
+    diagnosis = diagnosed(experts, profile=Profile(weights={"one": 1.0, "three": 1.0}, method="factor_average"))
+    assert not diagnosis.of_kind("opposed sides")
+    assert {finding.what.partition(":")[0] for finding in diagnosis.of_kind("method")} == {
         "factor_average needs one rank for all experts",
         "factor_average needs one scaling for all experts",
     }
 
 
-def test_the_gravest_stands_first_and_experts_may_be_given_one_by_one(experts: Path) -> None:
+def test_errors_come_first_and_experts_may_be_a_list(experts: Path) -> None:
     write_expert(experts / "two", seed=1, rank=2, alpha=4)
     rewrite(experts / "one", lambda name, values: values * 0 if "lora_B" in name else values)
     rewrite(experts / "three", lambda name, values: values * math.nan)
     library = ExpertLibrary.open(experts)
-    found = diagnose(list(library.values()))
-    assert [finding.severity for finding in found.findings] == ["error", "warning", "note", "note"]
-    assert found == diagnose(library)
+    diagnosis = diagnose(list(library.values()))
+    assert [finding.severity for finding in diagnosis.findings] == ["error", "warning", "note", "note"]
+    assert diagnosis == diagnose(library)
 
 
-def test_a_library_of_which_nothing_can_be_read_is_told(experts: Path) -> None:
+def test_a_library_without_a_readable_expert(experts: Path) -> None:
     for folder in experts.iterdir():
         (folder / WEIGHTS_FILE).unlink()
-    found = diagnosed(experts)
-    assert len(found.of_kind("expert")) == len(found.findings) == 3
-    assert (found.experts, found.pairs, found.rank) == ((), (), None)
+    diagnosis = diagnosed(experts)
+    assert len(diagnosis.of_kind("expert")) == len(diagnosis.findings) == 3
+    assert (diagnosis.experts, diagnosis.pairs, diagnosis.rank) == ((), (), None)
