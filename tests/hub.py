@@ -17,15 +17,17 @@ MODEL = "owner/model"
 
 
 class Hub:
-    """A hub on this machine that holds the files of one folder as `owner/model`.
+    """A hub on this machine that has the files of one folder as `owner/model`.
 
-    `way` says how it answers: it `serves`, `closes` each connection, `hangs`, or `refuses` with `refusal`, a status and
-    the hub's own code for it. `requests` are what it was asked for.
+    Attributes:
+        way: how the hub answers: it `serves`, `closes` each connection, `hangs`, or `refuses`.
+        refusal: the status, and the hub's error code, with which it refuses.
+        requests: method and path of each request.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.way = "serves"
+        self._way = "serves"
         self.refusal = (503, "")
         self.requests: list[str] = []
         self.is_over = threading.Event()
@@ -44,6 +46,15 @@ class Hub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.server.daemon_threads = True
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def way(self) -> str:
+        return self._way
+
+    @way.setter
+    def way(self, way: str) -> None:
+        self._way = way
+        constants.HF_HUB_ETAG_TIMEOUT = _timeout(way)
 
     @property
     def address(self) -> str:
@@ -84,16 +95,21 @@ class Hub:
         self.server.server_close()
 
 
+def _timeout(way: str) -> Any:
+    """Return the seconds that huggingface_hub waits: few where no answer comes, many on a busy machine that answers."""
+    return 0.2 if way == "hangs" else 60
+
+
 @contextmanager
 def used_hub(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """Yield a hub that huggingface_hub asks within the block, with an empty cache and a short patience."""
+    """Yield a hub that huggingface_hub asks within the block, with an empty cache."""
     hub = Hub(folder)
     template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", _timeout(hub.way))
     try:
         yield hub
     finally:

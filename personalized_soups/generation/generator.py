@@ -1,10 +1,9 @@
-"""A base model, alone or with an adapter, that answers prompts: many at once, or one streamed."""
+"""Answer prompts with a base model, alone or with an adapter: in batches, or one prompt as a stream."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeAlias
 
@@ -22,9 +21,11 @@ from personalized_soups.generation.loading import (
     load_base,
     load_tokenizer,
 )
+from personalized_soups.generation.own_config import OwnGenerationConfig
 from personalized_soups.generation.prompts import Prompt, PromptRequest, check_tokens, encode_prompt, prompt_place
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import DrawnTokens, Sampling, pad_left, uniforms
+from personalized_soups.generation.special_tokens import num_embeddings, pad_id, stop_ids
 from personalized_soups.generation.streaming import TokenStream
 
 if TYPE_CHECKING:
@@ -32,18 +33,18 @@ if TYPE_CHECKING:
 
 
 class Within(NamedTuple):
-    """What a batch is answered with, beside the model.
+    """What generates a batch, in addition to the model.
 
-    Args:
+    Attributes:
         processors: further logits processors.
-        past: a cache of transformers' that holds the keys and values of the prompts' beginnings; it grows.
+        past: a cache of transformers with the keys and values of the prompts' beginnings. It grows.
     """
 
     processors: Sequence[Any] = ()
     past: Any = None
 
 
-# Entered around each batch, by the thread that generates it, with the numbers of its rows' prompts.
+# A context that the generating thread enters around each batch, given the indices of the prompts of the batch's rows.
 Around: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[Within]]
 
 
@@ -52,9 +53,16 @@ class Generator:
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. It is put into evaluation mode. Of
-            its own generation config only the end tokens are heeded: it may sample, penalise or cut, and here only what
-            the caller asks for counts.
-        tokenizer: the base's tokenizer; its chat template is used where it has one.
+            its own generation config only the end tokens apply: sampling, penalties and lengths are the caller's.
+        tokenizer: of the base; its chat template renders the prompts if it has one.
+
+    Attributes:
+        model: the model.
+        tokenizer: the tokenizer.
+        stop_ids: the ids that end an answer.
+        num_embeddings: for how many tokens the model has an embedding; None if unknown.
+        pad_id: the id that fills shorter rows.
+        own_config: the model's own generation config.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -63,9 +71,7 @@ class Generator:
         self.stop_ids = stop_ids(model, tokenizer)
         self.num_embeddings = num_embeddings(model)
         self.pad_id = pad_id(tokenizer, self.num_embeddings)
-        self._forgetting_lock = threading.Lock()
-        self._num_forgetting = 0
-        self._own_configs: list[tuple[Any, Any]] = []
+        self.own_config = OwnGenerationConfig(model)
 
     @classmethod
     def open(
@@ -83,13 +89,14 @@ class Generator:
         Args:
             base: a folder or a hub id.
             adapter: a PEFT adapter folder, or None for the base alone.
-            device: `auto`, `cpu`, `cuda`, ...
-            dtype: in which the model is held and computes.
-            fold: fold the adapter into the weights (faster) instead of computing it beside them.
-            same_base: take it that this is the adapter's base, whatever the fingerprints say.
+            device: `auto` (CUDA if there is a CUDA device), `cpu`, `cuda`, ...
+            dtype: of the model; `auto` is the dtype of its files.
+            fold: fold the adapter into the weights, which answers faster, instead of computing it separately.
+            same_base: accept any fingerprint of a base that the adapter records.
 
         Raises:
-            SoupError: if base, adapter or device are not there or not usable, or the adapter is another base's.
+            SoupError: if the base, the adapter or the device is missing or not usable, or the adapter is of another
+                base.
         """
         if adapter is not None:
             check_adapter_folder(Path(adapter))
@@ -117,27 +124,45 @@ class Generator:
         around: Around | None = None,
         in_order: bool = False,
     ) -> list[list[str]]:
-        """Return `num_samples` answers for each prompt, without end token and outer white space.
+        """Answer prompts. The same seed gives the same answers on one machine.
 
-        The same seed gives the same answers on one machine. Answer s of prompt p has its own random numbers, which
-        depend on seed, p and s alone: two models that are asked with one seed answer from common random numbers.
-        Where these prompts are a part of more, `places` are their answers' places in the whole, one for each answer.
-        `on_done` hears after each batch how many answers there are so far. `around` is entered around each batch, with
-        the numbers of its rows' prompts. Batches are made of prompts of like length, unless `in_order`.
+        Answer s of prompt p has its own random numbers, which depend on the seed, p and s alone. So two models that are
+        given the same prompts and seed answer from common random numbers.
+
+        Args:
+            prompts: texts and chats.
+            num_samples: answers for each prompt.
+            temperature: logits are divided by it; 0 takes the most likely token.
+            max_new_tokens: the longest answer.
+            batch_size: answers at a time.
+            seed: of the draws.
+            greedy: take the most likely token at any temperature.
+            places: where the prompts are part of a longer list, the places of their answers in it, one for each answer.
+            on_done: called after each batch with the number of answers so far.
+            around: a context to enter around each batch.
+            in_order: keep the prompts' order in batches. Otherwise batches have prompts of similar length.
+
+        Returns:
+            For each prompt its answers, without the end token and without white space around the text.
+
+        Raises:
+            InputError: as `encoded`.
+            ValueError: for impossible values of max_new_tokens or temperature.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = [self.encoded(prompt) for prompt in prompts]
         rows = [index for index in range(len(prompts)) for _ in range(num_samples)]
-        # Prompts of like length share a batch, so that little of it is padding.
+        # Prompts of similar length share a batch, so that little of it is padding.
         order = sorted(range(len(rows)), key=lambda row: 0 if in_order else len(encoded[rows[row]]))
         texts = [""] * len(rows)
         for start in range(0, len(order), batch_size):
             group = order[start : start + batch_size]
-            drawn_by = group if places is None else [places[row] for row in group]
-            asked = [rows[row] for row in group]
-            with nullcontext(Within()) if around is None else around(asked) as within:
-                said = self._generate([encoded[index] for index in asked], drawn_by, sampling, seed, within=within)
-            for row, tokens in zip(group, said, strict=True):
+            own_places = group if places is None else [places[row] for row in group]
+            indices = [rows[row] for row in group]
+            with nullcontext(Within()) if around is None else around(indices) as within:
+                batch = [encoded[index] for index in indices]
+                answers = self._generate(batch, own_places, sampling, seed, within=within)
+            for row, tokens in zip(group, answers, strict=True):
                 texts[row] = self.text(tokens)
             if on_done is not None:
                 on_done(start + len(group))
@@ -153,14 +178,14 @@ class Generator:
         greedy: bool = False,
         around: Around | None = None,
     ) -> Iterator[str]:
-        """Yield the answer piece by piece; the pieces together are what `answers` gives for this prompt and seed.
+        """Yield one answer piece by piece. The concatenated pieces are the answer that `answers` returns.
 
-        `around` is entered while it is generated, on a thread of its own.
+        Another thread generates the answer, and enters `around`. Other arguments and errors are those of `answers`.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = self.encoded(prompt)
         tokens: list[int] = []
-        said = ""
+        yielded = ""
 
         def generate(stream: TokenStream) -> None:
             with nullcontext(Within()) if around is None else around([0]) as within:
@@ -168,29 +193,30 @@ class Generator:
 
         for token in TokenStream(generate):
             tokens.append(token)
-            # White space at the end waits for what follows (the answer is stripped), and so does half a character.
+            # `text` strips white space at the end, so it is yielded with the next word. A token may end within a
+            # character, which decodes as U+FFFD until the next token completes it.
             text = self.text(tokens)
-            if text.startswith(said) and not text.endswith("\ufffd") and len(text) > len(said):
-                yield text[len(said) :]
-                said = text
-        yield self.text(tokens)[len(said) :]
+            if text.startswith(yielded) and not text.endswith("\ufffd") and len(text) > len(yielded):
+                yield text[len(yielded) :]
+                yielded = text
+        yield self.text(tokens)[len(yielded) :]
 
     def _generate(
         self,
         prompts: list[list[int]],
-        rows: list[int],
+        places: list[int],
         sampling: Sampling,
         seed: int,
         *,
         within: Within,
         stream: TokenStream | None = None,
     ) -> list[list[int]]:
-        """Return the new tokens of each prompt; `rows` are the places that their random numbers depend on."""
+        """Return the new tokens of each prompt; random numbers depend on the seed and `places`."""
         from transformers import GenerationConfig
 
         device = self.model.device
         ids_BT, mask_BT = pad_left(prompts, self.pad_id, device)
-        draws = np.stack([uniforms(seed, row, sampling.max_new_tokens) for row in rows])
+        draws = np.stack([uniforms(seed, place, sampling.max_new_tokens) for place in places])
         drawn = DrawnTokens(
             torch.from_numpy(draws).to(device), temperature=sampling.temperature, prompt_width=ids_BT.shape[1]
         )
@@ -201,7 +227,7 @@ class Generator:
             eos_token_id=sorted(self.stop_ids),
             pad_token_id=self.pad_id,
         )
-        with quiet_transformers(), torch.no_grad(), self.forgetting_own_generation():
+        with quiet_transformers(), torch.no_grad(), self.own_config.set_aside():
             out_BT = self.model.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT,
@@ -214,95 +240,38 @@ class Generator:
         new_BN: Tensor = out_BT[:, ids_BT.shape[1] :]
         return [list(map(int, row)) for row in new_BN.tolist()]
 
-    @contextmanager
-    def forgetting_own_generation(self) -> Iterator[None]:
-        """Let the model, and what PEFT wraps in it, have a generation config that changes nothing within the block.
-
-        Several threads may be within at once: the last one out puts the model's own back.
-        """
-        with self._forgetting_lock:
-            if self._num_forgetting == 0:
-                self._own_configs = _forget_own_generation(self.model)
-            self._num_forgetting += 1
-        try:
-            yield
-        finally:
-            with self._forgetting_lock:
-                self._num_forgetting -= 1
-                if self._num_forgetting == 0:
-                    for part, config in self._own_configs:
-                        part.generation_config = config
-
     def encoded(self, prompt: Prompt, *, where: str | None = None) -> list[int]:
-        """Return the token ids after which the answer begins.
+        """Return the token ids of a prompt, after which the answer begins.
 
         Args:
             prompt: a text or a chat.
-            where: its place, for errors; its first words if left out.
+            where: the prompt's place, for errors; its first words if left out.
 
         Raises:
-            InputError: if there are none or more than the model has positions, if the model has no embedding for one
-                of them, or as encode_prompt.
+            InputError: if there are no tokens, more tokens than the model has positions, or a token without an
+                embedding; and as encode_prompt.
         """
         place = where or prompt_place(prompt)
         tokens = encode_prompt(self.tokenizer, prompt, where=where)
         if not tokens:
-            raise InputError("the prompt has no tokens", where=place, mend="write what is to be answered")
+            raise InputError("the prompt has no tokens", where=place, mend="write a prompt with text")
         check_tokens(tokens, self.tokenizer, self.num_embeddings, where=place)
         most = getattr(self.model.config, "max_position_embeddings", None)
         if isinstance(most, int) and len(tokens) >= most:
             raise InputError(
-                f"the prompt has {len(tokens)} tokens, the model reads fewer than {most}",
+                f"the prompt has {len(tokens)} tokens, but the model reads fewer than {most}",
                 where=place,
-                mend="shorten it, or take a base model with a longer context",
+                mend="shorten the prompt, or use a base model with a longer context",
             )
         return tokens
 
     def check(self, prompts: Iterable[PromptRequest]) -> None:
-        """Raise InputError, naming file and line, for the first prompt that can't be answered."""
-        for asked in prompts:
-            self.encoded(asked.prompt, where=asked.where)
+        """Raise InputError, with file and line, for the first prompt that can't be answered."""
+        for request in prompts:
+            self.encoded(request.prompt, where=request.where)
 
     def text(self, tokens: Sequence[int]) -> str:
-        """Return what the tokens before the first stop token say."""
+        """Return the text of the tokens before the first stop token, without white space around it."""
         end = next((place for place, token in enumerate(tokens) if token in self.stop_ids), len(tokens))
         text = self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text).strip()
-
-
-def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer: the tokenizer's end token and those of the model's generation config."""
-    declared = getattr(model.generation_config, "eos_token_id", None)
-    listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    return frozenset({int(tokenizer.eos_token_id), *map(int, listed)})
-
-
-def num_embeddings(model: Any) -> int | None:
-    """Return how many tokens the model has an embedding for, None where it does not say."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(embedding, "weight", None)
-    return None if weight is None or weight.ndim != 2 else int(weight.shape[0])
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> int:
-    """Return the id that fills shorter rows: the tokenizer's, or 0 where the base has no embedding for that one.
-
-    A padding token is often added to a tokenizer alone. Filled places are masked, so any token will do.
-    """
-    own = int(tokenizer.pad_token_id)
-    return own if num_embeddings is None or own < num_embeddings else 0
-
-
-def _forget_own_generation(model: Any) -> list[tuple[Any, Any]]:
-    """Give the model, and what PEFT wraps in it, an empty generation config, and return what each of them had."""
-    from transformers import GenerationConfig
-
-    parts = {id(part): part for part in (model, getattr(model, "base_model", model), _wrapped(model))}.values()
-    own = [(part, part.generation_config) for part in parts if getattr(part, "generation_config", None) is not None]
-    for part, _ in own:
-        part.generation_config = GenerationConfig()
-    return own
-
-
-def _wrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

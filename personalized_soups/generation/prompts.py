@@ -1,4 +1,4 @@
-"""Prompts: what stands before the answer, through the tokenizer's chat template where it has one."""
+"""Prompts: texts and chats, their token ids by the tokenizer's chat template, and files of prompts."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
 
-# What a template may raise besides jinja's own: it computes with what it is given, as Python would; transformers raises
-# ValueError where several templates are there and none is the default.
+# A template may raise these in addition to jinja's own errors, because it computes with the messages as Python would.
+# transformers raises ValueError if a tokenizer has several templates and none is the default.
 _TEMPLATE_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
-    """Return the prompt as chat messages: a string is one message of the user."""
+    """Return the prompt as chat messages; a text is one message of the user."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     return [dict(message) for message in prompt]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """Return the prompt as one string, for scorers: the last message of a chat."""
+    """Return a text, or the last message of a chat, for scorers."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 @contextmanager
 def template_faults(where: str) -> Iterator[None]:
-    """Turn what a chat template raises within the block into an InputError."""
+    """Turn an error of a chat template within the block into an InputError."""
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     try:
@@ -46,44 +46,45 @@ def template_faults(where: str) -> Iterator[None]:
         raise InputError(
             f"the base's chat template can't be read: {fault.message} (line {fault.lineno})",
             where=where,
-            mend="mend the template: chat_template.jinja, or tokenizer_config.json, in the base's folder",
+            mend="fix the template: chat_template.jinja, or tokenizer_config.json, in the base's folder",
         ) from fault
     except (TemplateError, *_TEMPLATE_FAULTS) as fault:
         raise InputError(
-            f"the base's chat template refuses the messages: {str(fault) or type(fault).__name__}",
+            f"the base's chat template rejects the messages: {str(fault) or type(fault).__name__}",
             where=where,
-            mend="give the messages the roles, order and keys that the template takes, or use another chat template",
+            mend="give messages with the roles, order and keys that the template accepts, or use another chat template",
         ) from fault
 
 
 def check_tokens(
     tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None, *, where: str
 ) -> None:
-    """Raise InputError if a token has no row in the base's embedding; None as their number checks nothing."""
+    """Raise InputError if the base has no embedding for a token; nothing is checked if their number is None."""
     if num_embeddings is not None and tokens and max(tokens) >= num_embeddings:
         token = max(tokens)
+        name = tokenizer.convert_ids_to_tokens(token)
         raise InputError(
-            f"there is no token {token} ({tokenizer.convert_ids_to_tokens(token)!r}); the base has {num_embeddings}",
+            f"the base has no token {token} ({name!r}): it has {num_embeddings} tokens",
             where=where,
-            mend="use the tokenizer that the base was made with, or resize the base's embedding to the tokenizer",
+            mend="use the base's own tokenizer, or resize the base's embedding to the tokenizer",
         )
 
 
 def prompt_place(prompt: Prompt) -> str:
-    """Return how an error names a prompt that stands in no file."""
+    """Return the place, for errors, of a prompt that is not from a file."""
     return f"the prompt that begins {prompt_text(prompt)[:40]!r}"
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, where: str | None = None) -> list[int]:
-    """Return the token ids after which the answer begins.
+    """Return the token ids of a prompt, after which the answer begins.
 
     Args:
-        tokenizer: the base's.
+        tokenizer: of the base.
         prompt: a text or a chat.
         where: the prompt's place, for errors; its first words if left out.
 
     Raises:
-        InputError: if the chat template refuses the prompt, or the prompt is a chat and there is no template.
+        InputError: if the chat template rejects the prompt, or the prompt is a chat and there is no template.
     """
     if tokenizer.chat_template is not None:
         with template_faults(where or prompt_place(prompt)):
@@ -92,7 +93,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, where: 
         return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
     if not isinstance(prompt, str):
         raise InputError(
-            "a conversation is given, and the tokenizer has no chat template",
+            "the prompt is a chat, but the tokenizer has no chat template",
             where=str(tokenizer.name_or_path),
             mend="give the prompt as plain text, or use a base model with a chat template",
         )
@@ -100,9 +101,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, where: 
 
 
 def check_text(prompt: str, *, where: str) -> None:
-    """Raise InputError if `prompt` is empty, or holds what is no character (a byte of no encoding, half a pair)."""
+    """Raise InputError if a prompt is empty, or is not valid Unicode (undecodable bytes, half a surrogate pair)."""
     if not prompt.strip():
-        raise InputError("the prompt is empty", where=where, mend="write what is to be answered")
+        raise InputError("the prompt is empty", where=where, mend="write a prompt with text")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as fault:
@@ -115,7 +116,13 @@ def check_text(prompt: str, *, where: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """A prompt of a file, the user who asks it where the line names one, and the line's place."""
+    """One prompt of a file.
+
+    Attributes:
+        prompt: the text.
+        user: the user who asks; None if the line names no user.
+        where: the file and the line.
+    """
 
     prompt: str
     user: str | None
@@ -123,19 +130,19 @@ class PromptRequest:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: one a line, or JSON lines with a string `prompt` in each (`.jsonl`).
+    """Return the prompts of a file: one for each line, or JSON lines with a string `prompt` (`.jsonl`).
 
     Raises:
-        InputError: naming file and line, if the file is missing, empty, not UTF-8, or a line holds no prompt.
+        InputError: with file and line, if the file is missing, empty or not UTF-8, or a line has no prompt.
     """
-    return [asked.prompt for asked in read_asked_prompts(path)]
+    return [request.prompt for request in read_asked_prompts(path)]
 
 
 def read_asked_prompts(path: Path) -> list[PromptRequest]:
-    """Return the prompts of a file, as read_prompts does; a JSON line may name its `user`, too.
+    """Return the prompts of a file, as read_prompts; a JSON line may also name its `user`.
 
     Raises:
-        InputError: as read_prompts, and where a user is no name.
+        InputError: as read_prompts, and if a user is not a string.
     """
     try:
         content = path.read_bytes()
@@ -147,7 +154,7 @@ def read_asked_prompts(path: Path) -> list[PromptRequest]:
     lines = content.split(b"\n")
     prompts = [_prompt_of(line, path=path, number=number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
-        raise InputError("the file holds no prompt", where=str(path), mend="write one prompt a line")
+        raise InputError("the file holds no prompt", where=str(path), mend="write one prompt on each line")
     return prompts
 
 
@@ -169,11 +176,11 @@ def _prompt_of(line: bytes, *, path: Path, number: int) -> PromptRequest:
         prompt = user = None
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(
-            'expected a JSON object with a string "prompt"', where=where, mend='write {"prompt": "..."} in every line'
+            'expected a JSON object with a string "prompt"', where=where, mend='write {"prompt": "..."} on every line'
         )
     check_text(prompt, where=where)
     if user is not None and not isinstance(user, str):
         raise InputError(
-            f"the user is {user!r}, which is no name", where=where, mend='write "user": "u1042", or leave it out'
+            f"the user must be a string, got {user!r}", where=where, mend='write "user": "u1042", or leave it out'
         )
     return PromptRequest(prompt, user, where)

@@ -1,4 +1,4 @@
-"""Keeping transformers and PEFT from writing on our standard error: their bars and notes are not for our readers."""
+"""Keep the progress bars and notes of transformers and PEFT out of our standard error."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Show only errors of transformers, and none of its bars, within the block; what was set before comes back.
+    """Show only errors of transformers, and no progress bars, within the block. Restore the settings afterwards.
 
-    Libraries that call each other's deprecated names warn of it; a user can do nothing about that.
+    Also hides the warnings of libraries that call each other's deprecated names: users can do nothing about them.
     """
     from transformers.utils import logging
 

@@ -1,10 +1,10 @@
-"""How the next token is drawn: reproducibly, and for each row on its own.
+"""Draw the next token of each row, reproducibly.
 
-The draw of a row at a step depends on the seed and the row's place alone, so that an answer does not depend on what
-else is in its batch (up to the rounding of batched arithmetic), and two models that are asked with one seed answer from
-common random numbers. transformers' own sampling takes its numbers from one stream for the whole batch.
+A row's draw at a step depends on the seed and the row's place alone. So an answer does not depend on the other rows of
+its batch (up to the rounding of batched arithmetic), and two models with equal seeds answer from common random numbers.
+transformers' own sampling draws from one stream for the whole batch.
 
-B rows in a batch, T tokens of a prompt, V vocabulary, N new tokens
+B rows in a batch, T tokens of a prompt, V vocabulary, N new tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What is less is 0 in float32, in which logits are divided.
+# The smallest temperature: a smaller number is 0 in float32, by which logits would be divided.
 _COLDEST = torch.finfo(torch.float32).tiny
 
 
@@ -24,9 +24,9 @@ _COLDEST = torch.finfo(torch.float32).tiny
 class Sampling:
     """How the next token is chosen.
 
-    Args:
-        max_new_tokens: an answer is cut there.
-        temperature: logits are divided by it; 0 takes the likeliest token.
+    Attributes:
+        max_new_tokens: the longest answer.
+        temperature: logits are divided by it; 0 takes the most likely token.
     """
 
     max_new_tokens: int = 256
@@ -40,8 +40,12 @@ class Sampling:
 
 
 def uniforms(seed: int, row: int, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return `count` draws of [0, 1), float32, that depend on `seed` and `row` alone (Philox, counter-based)."""
+    """Return `count` draws of [0, 1), float32, that depend on `seed` and `row` alone.
+
+    The generator is Philox, which is counter-based: its key selects a stream without any earlier draws.
+    """
     raw = np.random.Philox(key=[seed, row]).random_raw(count)
+    # 24 bits are the most that float32 holds exactly, so no draw rounds up to 1.
     return (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
@@ -59,16 +63,16 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Ten
 def choose_tokens(
     logits_BV: Tensor, draw_B: Tensor, temperature: float | Tensor, top_p_B: Tensor | None = None
 ) -> Tensor:
-    """Return token_B, int64: the likeliest at temperature 0, else the one at quantile `draw_B` of the softmax.
+    """Return token_B, int64: at temperature 0 the most likely token, else the token at the softmax's quantile `draw_B`.
 
-    The quantile is taken over cumulated probabilities, so that a token of probability 0 is never chosen.
+    The quantile is taken over cumulated probabilities, so a token of probability 0 is never chosen.
 
     Args:
         logits_BV: of the next token.
         draw_B: draws of [0, 1), float32.
-        temperature: logits are divided by it; one for all rows, or a tensor of one above 0 for each.
-        top_p_B: of each row, the probability of the fewest likeliest tokens among which is drawn (nucleus sampling,
-            arXiv 1904.09751); 1 draws among all.
+        temperature: logits are divided by it; a number for all rows, or a tensor with a number above 0 for each row.
+        top_p_B: for each row, draw among the fewest most likely tokens whose probabilities sum to top_p (nucleus
+            sampling, arXiv 1904.09751); 1 draws among all tokens.
     """
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None].clamp(min=_COLDEST)
@@ -77,7 +81,7 @@ def choose_tokens(
     else:
         temperature = max(temperature, _COLDEST)
     logits_BV = logits_BV.float()
-    # the likeliest is divided as 0: a temperature near 0 makes no infinity of it
+    # The largest logit becomes 0, so that dividing by a temperature near 0 cannot overflow.
     logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
     share_BV = torch.softmax(logits_BV / temperature, dim=-1)
     if top_p_B is not None:
@@ -89,21 +93,21 @@ def choose_tokens(
 
 
 def _nucleus(share_BV: Tensor, top_p_B: Tensor) -> Tensor:
-    """Return the shares of the fewest likeliest tokens that reach `top_p_B` together, and 0 for the rest."""
+    """Return the probabilities of the fewest most likely tokens that sum to `top_p_B`, and 0 for the others."""
     sorted_BV, order_BV = share_BV.sort(dim=-1, descending=True, stable=True)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
     is_out_BV = (before_BV >= top_p_B[:, None]) & (top_p_B[:, None] < 1)
-    is_out_BV[:, 0] = False  # the likeliest stays, whatever top_p is
+    is_out_BV[:, 0] = False  # the most likely token stays at any top_p
     return share_BV.masked_fill(torch.zeros_like(is_out_BV).scatter_(1, order_BV, is_out_BV), 0.0)
 
 
 class DrawnTokens:
-    """A logits processor for transformers' `generate(do_sample=False)`: leaves one token possible, the one drawn.
+    """A logits processor for transformers' `generate(do_sample=False)` that leaves only the drawn token possible.
 
     Args:
-        draws_BN: draws of [0, 1), float32, a row for each row of the batch, a column for each new token.
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        prompt_width: columns of the padded prompts, so that the step is known.
+        draws_BN: draws of [0, 1), float32: a row for each row of the batch, a column for each new token.
+        temperature: logits are divided by it; 0 takes the most likely token.
+        prompt_width: columns of the padded prompts; later columns are new tokens.
     """
 
     def __init__(self, draws_BN: Tensor, *, temperature: float, prompt_width: int) -> None:

@@ -1,4 +1,4 @@
-"""The tokens of one answer while transformers is still generating it."""
+"""Iterate over the tokens of an answer while transformers generates it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class TokenStream:
-    """Runs a generation in a thread and iterates over its new tokens; usable once.
+    """Runs a generation in a thread and iterates over its new tokens. Usable once.
 
-    It is transformers' streamer (`put`, `end`) and, so that a reader who stops early is not waited for, one of its
-    stopping criteria too.
+    The object is a streamer of transformers (`put`, `end`). It is also a stopping criterion (`__call__`): when the
+    reader stops early, the generation ends with the next token.
 
     Args:
-        generate: called in the thread with this object; a fault of it is raised to the reader.
+        generate: called in the thread with this object. The reader gets its errors.
     """
 
     def __init__(self, generate: Callable[[TokenStream], Any]) -> None:
@@ -27,20 +27,20 @@ class TokenStream:
         self._thread = threading.Thread(target=self._run, args=(generate,), daemon=True)
 
     def put(self, value: Tensor) -> None:
-        """Take the next token (int64); the first call brings the prompt, which is left out."""
+        """Take the next token (int64). The first call passes the prompt, which is left out."""
         if not self._is_prompt:
             self._tokens.put(int(value.reshape(-1)[0]))
         self._is_prompt = False
 
     def end(self) -> None:
-        """Nothing is left to do: the thread's end tells."""
+        """Do nothing: the thread reports its end itself, also after an error."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        """Say for each row whether to stop: where the reader has gone."""
+        """Return True for each row once the reader has stopped."""
         return input_ids.new_full((input_ids.shape[0],), int(self._stopped.is_set())).bool()
 
     def __iter__(self) -> Iterator[int]:
-        """Yield each new token as it comes."""
+        """Yield each new token as soon as it is generated."""
         self._thread.start()
         try:
             while (token := self._tokens.get()) is not None:
@@ -55,5 +55,5 @@ class TokenStream:
         try:
             generate(self)
             self._tokens.put(None)
-        except BaseException as fault:  # it is the reader's, who is in another thread
+        except BaseException as fault:  # raised in the reader's thread
             self._tokens.put(fault)

@@ -1,1 +1,1 @@
-"""Mixing on the fly: one base in memory, another soup in every row of a batch; nothing is merged."""
+"""Mix on the fly: one base in memory, a soup of its own for each row of a batch, and nothing is merged."""

@@ -89,8 +89,8 @@ class Mixture:
         gates.is_on = True
 
     def _tables_at(self, step: int) -> tuple[Tensor, Tensor | None]:
-        tables = weight_table([row.at(step) for row in self.rows], self._gates.experts, self._layers)
-        self._gates.check(*tables)
+        tables = weight_table([row.at(step) for row in self.rows], self._gates.layout.experts, self._layers)
+        self._gates.layout.check(*tables)
         return tables
 
 
@@ -172,7 +172,7 @@ class ActiveMixture:
         """
         plain = {expert: weight for expert, weight in weights.weights.items() if isinstance(weight, float)}
         # The short way for most requests: plain numbers need no table.
-        if len(plain) < len(weights.weights) or not self._layers.gates.holds(plain):
+        if len(plain) < len(weights.weights) or not self._layers.gates.layout.holds(plain):
             self.new_mixture([weights])
 
     def settle(self) -> None:

@@ -1,4 +1,4 @@
-"""What experts have at the layers of a loaded model: checked against it, and read.
+"""Check experts against a loaded model, and read their tensors for its layers.
 
 O out features, I in features.
 """
@@ -25,20 +25,21 @@ from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.layer import MixedLinear
 from personalized_soups.mixing.stack import Member
 
+# The most problems of one expert that an error lists.
 _MAX_SHOWN = 5
 
 
 def check_experts(experts: Sequence[Expert], model: nn.Module, gates: Gates, *, same_base: bool) -> None:
-    """Raise if an expert is damaged, cannot be mixed, or does not fit the others or the model.
+    """Raise if an expert is damaged, cannot be mixed, or does not fit the other experts or the model.
 
     Args:
-        experts: all that the model shall have.
-        model: the base, its layers bare or mixed already.
+        experts: all experts that the model is to have.
+        model: the base; its layers may be wrapped already.
         gates: of the model.
-        same_base: take it that all experts have one base, whatever their names and fingerprints say.
+        same_base: accept any names and fingerprints of bases that the experts record.
 
     Raises:
-        SoupError: naming the expert and what is wrong; all faults of one kind of step at once.
+        SoupError: with all problems that one kind of check finds.
     """
     raise_all([fault for expert in experts for fault in faults_of(expert)])
     raise_all([fault for expert in experts for fault in _unmixable(expert)])
@@ -47,23 +48,30 @@ def check_experts(experts: Sequence[Expert], model: nn.Module, gates: Gates, *, 
 
 
 def check_known_base(experts: Sequence[Expert], base: Path | str) -> None:
-    """Raise if an expert records the fingerprint of another base than this folder or hub id.
+    """Raise if an expert records the fingerprint of another base.
+
+    Args:
+        experts: the experts.
+        base: the folder or hub id of the base.
 
     Raises:
-        IncompatibleExpertsError: naming every such expert.
+        IncompatibleExpertsError: with the names of all such experts.
     """
     if any(expert.base.fingerprint is not None for expert in experts):
         raise_all(strangers(experts, base_fingerprint(base), str(base)))
 
 
 class Members:
-    """What experts have at each module of a model, read when it is asked for; may be read on several threads.
+    """The tensors of experts at each module of a model, read on demand. Safe for use by several threads.
+
+    Attributes:
+        modules: the names of all modules that an expert adapts.
 
     Args:
-        experts: checked.
-        model: the base, in its layers' own dtypes; DoRA's D is computed from them.
+        experts: checked experts.
+        model: the base; DoRA's D is computed from its weights.
         gates: of the model.
-        dtype: of the factors; DoRA's are float32.
+        dtype: of the factors. Factors with DoRA are float32, because D multiplies B before it is rounded.
     """
 
     def __init__(self, experts: Sequence[Expert], model: nn.Module, gates: Gates, dtype: torch.dtype) -> None:
@@ -71,44 +79,44 @@ class Members:
         self._dtype = dtype
         self._dora = _dora(self._bank, model, gates)
         self._biases = {
-            (index, each.module): each
+            (index, tensor.module): tensor
             for index, expert in enumerate(experts)
-            for each in expert.adapter.trained.values()
-            if each.kind == "added"
+            for tensor in expert.adapter.trained.values()
+            if tensor.kind == "added"
         }
         self.modules = frozenset(self._bank.modules)
 
     def of(self, module: str) -> list[Member]:
-        """Return what the experts have at a module, in their order; plain factors may share the files' pages.
+        """Return the tensors of each expert at a module, in the experts' order. Plain factors may be memory-mapped.
 
         Raises:
-            InputError: naming file and tensor where a value is NaN or infinite (in the dtype).
-            UnsupportedAdapterError: where an expert has DoRA on a quantised layer.
+            InputError: with file and tensor, if a value is NaN or infinite in the dtype.
+            UnsupportedAdapterError: if an expert has DoRA on a quantised layer.
         """
         bank, dora = self._bank, self._dora
         indices = bank.members(module)
         has_gains = dora is not None and any((index, module) in dora.magnitudes for index in indices)
-        kind = torch.float32 if has_gains else self._dtype
-        factors = tuple(bank.factors(index, module, kind) for index in indices)
+        dtype = torch.float32 if has_gains else self._dtype
+        factors = tuple(bank.factors(index, module, dtype) for index in indices)
         stack = StackedModule(module, indices, factors, tuple(range(len(indices))))
         gains: Mapping[int, Tensor] = dora.gains(stack) if dora is not None and has_gains else {}
-        found = []
-        for index, each in zip(indices, turned(stack, gains).factors, strict=True):
+        members = []
+        for index, turned_factors in zip(indices, turned(stack, gains).factors, strict=True):
             gain_O, bias = gains.get(index), self._biases.get((index, module))
             adapter = bank.experts[index].adapter
-            found.append(
+            members.append(
                 Member(
                     expert=bank.experts[index].name,
-                    factors=each,
+                    factors=turned_factors,
                     gain_O=None if gain_O is None else gain_O - 1,
                     bias_O=None if bias is None else adapter.trained_tensor(bias.name),
                 )
             )
-        return found
+        return members
 
 
 def bare_layer(model: nn.Module, name: str, gates: Gates) -> Any:
-    """Return the base's own layer of that name, whether it is wrapped (with these gates) or not; None without one."""
+    """Return the base's own layer of that name, wrapped with these gates or not; None if there is no such layer."""
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -128,21 +136,21 @@ class _LiveTensors:
         """Return a layer's weight.
 
         Raises:
-            UnsupportedAdapterError: if it is held quantised.
+            UnsupportedAdapterError: if the weight is quantised.
         """
         layer = bare_layer(self._model, name.removesuffix(".weight"), self._gates)
         weight: Tensor = layer.weight.detach()
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise UnsupportedAdapterError(
-                f"{name} is quantised, and DoRA scales the base's outputs by the norms of its weights",
+                f"{name} is quantised, but DoRA needs the norms of the base's weights",
                 where=", ".join(str(expert.folder) for expert in self._experts if expert.adapter.config.use_dora),
-                mend="load the base as it was before it was quantised, or leave this expert out",
+                mend="load the base without quantisation, or leave this expert out",
             )
         return weight
 
 
 def _dora(bank: ExpertBank, model: nn.Module, gates: Gates) -> Dora | None:
-    if not any(each.kind == "magnitude" for expert in bank.experts for each in expert.adapter.trained.values()):
+    if not any(tensor.kind == "magnitude" for expert in bank.experts for tensor in expert.adapter.trained.values()):
         return None
     tensors = _LiveTensors(model, gates, bank.experts)
     shapes = {}
@@ -152,30 +160,30 @@ def _dora(bank: ExpertBank, model: nn.Module, gates: Gates) -> Dora | None:
             modules.setdefault(name, module)
             shapes[module.base_name] = tuple(bare_layer(model, name, gates).weight.shape)
     placements, _ = place(modules.values(), shapes)
-    return Dora(bank, tensors, {name: (each.base_name, each) for name, each in placements.items()})
+    return Dora(bank, tensors, {name: (module.base_name, module) for name, module in placements.items()})
 
 
 def _unmixable(expert: Expert) -> list[SoupError]:
-    found = [
-        f"{module.name} is no linear layer of its own ({module.kind})"
+    problems = [
+        f"{module.name} is not a linear layer of its own ({module.kind})"
         for module in expert.adapter.modules.values()
         if module.kind not in {"linear", "transposed"} or module.base_name != f"{module.name}.weight"
     ]
-    found += [
-        f"{module.name} is given the tokens that a router sends to it"
+    problems += [
+        f"{module.name} gets only the tokens that a router sends to it"
         for module in expert.adapter.modules.values()
         if module.kind in {"linear", "transposed"} and ".experts." in module.name
     ]
-    found += [
+    problems += [
         f"{whole.name} is trained whole ({whole.origin})"
         for whole in expert.adapter.trained.values()
         if whole.kind not in {"added", "magnitude"}
     ]
-    if not found:
+    if not problems:
         return []
     return [
         UnsupportedAdapterError(
-            f"expert {expert.name!r} cannot be mixed on the fly: " + _few(found),
+            f"expert {expert.name!r} cannot be mixed on the fly: " + _first_few(problems),
             where=str(expert.folder),
             mend="merge it instead (psoups merge), or leave this expert out",
         )
@@ -183,27 +191,28 @@ def _unmixable(expert: Expert) -> list[SoupError]:
 
 
 def _unfit(expert: Expert, model: nn.Module, gates: Gates) -> list[SoupError]:
-    found: list[str] = []
+    problems: list[str] = []
+    # The first module of each layer, by the layer's identity: tied modules are one layer under two names.
     first: dict[int, str] = {}
     for module in expert.adapter.modules.values():
         layer = bare_layer(model, module.name, gates)
         want = (module.out_features, module.in_features)
         if layer is None:
-            nearest = f" ({choose_from(module.name, _layers(model))})" if len(found) < _MAX_SHOWN else ""
-            found.append(f"{module.name} is missing{nearest}")
-        elif (other := first.setdefault(id(layer), module.name)) != module.name:
-            found.append(f"{other} and {module.name} are one layer of the model")
+            nearest = f" ({choose_from(module.name, _layers(model))})" if len(problems) < _MAX_SHOWN else ""
+            problems.append(f"{module.name} is missing{nearest}")
+        elif (earlier := first.setdefault(id(layer), module.name)) != module.name:
+            problems.append(f"{earlier} and {module.name} are one layer of the model")
         elif isinstance(layer, MixedLinear):
-            found.append(f"{module.name} is wrapped by another SoupModel: unload() that one first")
+            problems.append(f"{module.name} is wrapped by another SoupModel: call its unload() first")
         elif (shape := _shape(layer)) is not None and shape != want:
-            found.append(f"{module.name} is {list(shape)}, the expert adapts {list(want)}")
+            problems.append(f"{module.name} has shape {list(shape)}, but the expert adapts {list(want)}")
         elif shape is None and not hasattr(layer, "weight"):
-            found.append(f"{module.name} is a {type(layer).__name__}")
-    if not found:
+            problems.append(f"{module.name} is a {type(layer).__name__}")
+    if not problems:
         return []
     return [
         IncompatibleExpertsError(
-            f"expert {expert.name!r} does not fit the model: " + _few(found),
+            f"expert {expert.name!r} does not fit the model: " + _first_few(problems),
             where=str(expert.folder),
             mend="give the base that it was trained on",
         )
@@ -211,19 +220,19 @@ def _unfit(expert: Expert, model: nn.Module, gates: Gates) -> list[SoupError]:
 
 
 def _layers(model: nn.Module) -> list[str]:
-    """Return the names of the layers that hold weights of their own."""
-    return [name for name, each in model.named_modules() if name and getattr(each, "weight", None) is not None]
+    """Return the names of all modules with a weight."""
+    return [name for name, module in model.named_modules() if name and getattr(module, "weight", None) is not None]
 
 
 def _shape(layer: Any) -> tuple[int, int] | None:
-    """Return a layer's out and in features, as it says them itself: a quantised weight has another shape."""
+    """Return a layer's declared out and in features, because a quantised weight has another shape."""
     if hasattr(layer, "out_features") and hasattr(layer, "in_features"):
         return int(layer.out_features), int(layer.in_features)
-    if type(layer).__name__ == "Conv1D":  # transformers' own, of GPT-2 and its kin: [I, O]
+    if type(layer).__name__ == "Conv1D":  # transformers' class in models like GPT-2; its weight is [I, O]
         return int(layer.weight.shape[1]), int(layer.weight.shape[0])
     return None
 
 
-def _few(found: Sequence[str]) -> str:
-    more = f" (and {len(found) - _MAX_SHOWN} more)" if len(found) > _MAX_SHOWN else ""
-    return "; ".join(found[:_MAX_SHOWN]) + more
+def _first_few(problems: Sequence[str]) -> str:
+    more = f" (and {len(problems) - _MAX_SHOWN} more)" if len(problems) > _MAX_SHOWN else ""
+    return "; ".join(problems[:_MAX_SHOWN]) + more

@@ -1,4 +1,4 @@
-"""Batches that do not fit on the GPU: how many rows would."""
+"""Batches that do not fit on the GPU: how many prompts would fit."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ import torch
 
 from personalized_soups.errors import RunError
 
-# Left free of what is there: the allocator's own losses, and what a batch of another shape takes more.
+# The share of the memory that stays free, for the allocator's losses and for batches of other shapes.
 _MARGIN = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory of a device, in bytes: what there is in all, what tensors take, and the most that they took."""
+    """The memory of a device, in bytes.
+
+    Attributes:
+        total: returns the device's memory.
+        taken: returns the memory of all tensors.
+        peak: returns the most memory that tensors took since `forget_peak`.
+        forget_peak: starts a new measurement of `peak`.
+    """
 
     total: Callable[[], int]
     taken: Callable[[], int]
@@ -26,7 +33,7 @@ class Room:
 
     @classmethod
     def of(cls, device: torch.device) -> Room:
-        """Return a CUDA device's."""
+        """Return the memory of a CUDA device."""
         cuda = torch.cuda
 
         def forget() -> None:
@@ -43,18 +50,18 @@ class Room:
 
 @contextmanager
 def fitting_rows(model: Any, num_prompts: int, width: Callable[[], int], *, rows_each: int = 1) -> Iterator[None]:
-    """Tell, where a batch runs out of the GPU's memory, how many prompts of it would fit.
+    """If a batch within the block runs out of the GPU's memory, report how many of its prompts would fit.
 
-    To be entered before the batch's mixture: what is measured is a batch of one row.
+    Enter the context before the batch's mixture, because the measurement runs a batch of one row.
 
     Args:
-        model: a causal language model; within the block it answers the batch.
+        model: the causal language model that answers the batch.
         num_prompts: of the batch.
-        width: returns the tokens of a row in the end; asked only where the batch does not fit.
-        rows_each: rows of the batch for each of them.
+        width: returns the tokens of a row, prompt and answer. Called only if the batch does not fit.
+        rows_each: rows of the batch for each prompt.
 
     Raises:
-        RunError: in place of CUDA's out-of-memory error; it names the largest batch that fits by measure.
+        RunError: in place of CUDA's out-of-memory error, with the largest batch that fits.
     """
     has_room = True
     try:
@@ -63,22 +70,23 @@ def fitting_rows(model: Any, num_prompts: int, width: Callable[[], int], *, rows
         has_room = False
     if has_room:
         return
-    # outside of the handler: the batch's tensors are let go with the error's frames
+    # Not in the handler: the error's frames keep the batch's tensors alive.
     tokens = width()
     fitting = min(num_prompts - 1, num_fitting(model, tokens, Room.of(model.device)) // rows_each)
     raise RunError(
         f"the GPU has no room for a batch of {num_prompts * rows_each} rows of up to {tokens} tokens",
         where="batch_size",
-        mend=f"take batch_size {fitting}"
+        mend=f"use batch_size {fitting}"
         if fitting > 0
-        else "take shorter prompts, fewer max_new_tokens, a smaller dtype, or another GPU: one prompt does not fit",
+        else "a single prompt does not fit: use shorter prompts, fewer max_new_tokens, a smaller dtype, or another GPU",
     )
 
 
 def num_fitting(model: Any, width: int, room: Room) -> int:
-    """Return how many rows of `width` tokens fit: by the memory that one of them takes in a forward, cache included.
+    """Return how many rows of `width` tokens fit, by the memory of one row's forward pass and its cache.
 
-    A forward over all of its tokens at once takes more than reading the prompt and answering token by token.
+    One pass over all tokens needs more memory than reading the prompt and generating token by token, so the number is
+    safe.
     """
     room.forget_peak()
     before = room.taken()

@@ -241,7 +241,7 @@ class MixedGeneration:
                 fitting_rows(model, len(encoded), width, rows_each=rows_each),
                 self._mixture(own, rows_each) as mixture,
                 _seeded(model, seed + (start << 32)),
-                generator.forgetting_own_generation(),
+                generator.own_config.set_aside(),
                 quiet_transformers(),
             ):
                 inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}

@@ -9,9 +9,12 @@ from torch import Tensor
 
 
 class HeldProduct:
-    """What one product gave for the layers of a group, until each has taken its part.
+    """The parts of a group's product that layers have not taken yet.
 
-    It holds its input, so that no other tensor can have the same identity meanwhile.
+    Keeps the product's input alive, so that no other tensor can get the same identity.
+
+    Attributes:
+        num_left: how many parts are left.
     """
 
     __slots__ = ("_group", "_parts", "_version", "_x", "num_left")
@@ -24,10 +27,11 @@ class HeldProduct:
         self.num_left = len(parts)
 
     def take(self, group: object, x: Tensor, place: int) -> Tensor | None:
-        """Return a layer's part, once; None where this is the product of another group or of another input.
+        """Return a layer's part, once. Return None if this is the product of another group or another input.
 
-        An input that was changed in place is another one. Tensors made in inference mode do not count their changes: a
-        model that changes its hidden states in place between two layers of one group gets the old product there.
+        An input that was changed in place counts as another input. torch does not count the changes of tensors made in
+        inference mode, so a model that changes its hidden states in place between two layers of a group would get the
+        old product there.
         """
         if self._group is not group or self._x is not x or self._version != _version(x):
             return None
@@ -38,5 +42,5 @@ class HeldProduct:
 
 
 def _version(x: Tensor) -> int:
-    """Return how often a tensor was changed in place, as far as that is counted."""
+    """Return how often a tensor was changed in place, if torch counts that; else 0."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version

@@ -1,4 +1,4 @@
-"""Many users' prompts answered in mixed batches: a batch has as many users as rows."""
+"""Answer many users' prompts in mixed batches, in which each row may have its own user."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from personalized_soups.mixing.model import SoupModel
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt with one profile."""
+    """One prompt with one profile.
+
+    Attributes:
+        prompt: the text.
+        profile: of the user who asks.
+    """
 
     prompt: str
     profile: Profile
 
 
 class Requests:
-    """Every prompt with every profile, or with that of the user whom it names; prompt by prompt, made on demand.
+    """Each prompt with every profile, or with the profile of the user that it names. Prompt by prompt, made on demand.
 
     Args:
-        prompts: what is asked, with the user who asks where one is named.
-        profiles: each of another user.
+        prompts: the prompts; a prompt may name its user.
+        profiles: one for each user.
 
     Raises:
-        UsageError: if a prompt names a user without a profile, or two profiles one user.
+        UsageError: if a prompt names a user without a profile, or two profiles have the same user.
     """
 
     def __init__(self, prompts: Sequence[PromptRequest], profiles: Sequence[Profile]) -> None:
@@ -38,16 +43,19 @@ class Requests:
         for index, profile in enumerate(profiles):
             if place.setdefault(profile.user, index) != index:
                 raise UsageError(
-                    f"two profiles are {profile.user!r}'s",
+                    f"two profiles have the user {profile.user!r}",
                     where=profile.place("user"),
-                    mend="give each profile a user of its own",
+                    mend="give each profile another user",
                 )
-        for asked in prompts:
-            if asked.user is not None and asked.user not in place:
+        for request in prompts:
+            if request.user is not None and request.user not in place:
                 raise UsageError(
-                    f"no profile is {asked.user!r}'s", where=asked.where, mend=choose_from(asked.user, place)
+                    f"no profile has the user {request.user!r}",
+                    where=request.where,
+                    mend=choose_from(request.user, place),
                 )
-        self._own = [None if asked.user is None else place[asked.user] for asked in prompts]
+        self._own = [None if request.user is None else place[request.user] for request in prompts]
+        # The number of the first request of each prompt, and at the end the number of requests.
         self._starts = [0]
         for own in self._own:
             self._starts.append(self._starts[-1] + (len(profiles) if own is None else 1))
@@ -56,14 +64,14 @@ class Requests:
         return self._starts[-1]
 
     def at(self, index: int) -> Request:
-        """Return one request, counted from 0."""
+        """Return the request with that number, counted from 0."""
         prompt = bisect_right(self._starts, index) - 1
         own = self._own[prompt]
         profile = self._profiles[index - self._starts[prompt] if own is None else own]
         return Request(self._prompts[prompt].prompt, profile)
 
     def batches(self, size: int, first: int = 0) -> Iterator[list[Request]]:
-        """Yield the requests from `first` on, `size` at a time."""
+        """Yield lists of `size` requests, from the request with the number `first`."""
         for start in range(first, len(self), size):
             yield [self.at(index) for index in range(start, min(start + size, len(self)))]
 
@@ -78,19 +86,19 @@ def answer_many(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Iterator[list[tuple[Request, str]]]:
-    """Yield the requests from `first` on with their answers, a batch at a time.
+    """Yield the requests with their answers, a batch at a time, from the request with the number `first`.
 
     An answer depends on its request, the seed and its place among all requests alone (up to the rounding of batched
-    arithmetic), so that what goes on where it was interrupted gives the answers of what never was.
+    arithmetic). So an interrupted run that is resumed gives the answers of an uninterrupted run.
 
     Raises:
-        SoupError: as SoupModel.generate.
+        SoupError: as `SoupModel.generate`.
     """
     done = first
     for batch in requests.batches(batch_size, first):
         answers: list[str] = model.generate(
-            [each.prompt for each in batch],
-            [each.profile for each in batch],
+            [request.prompt for request in batch],
+            [request.profile for request in batch],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -1,4 +1,4 @@
-"""A SoupModel as a PeftModel, for code that expects one: its experts and profiles are the adapters."""
+"""A SoupModel with the type and calls of a PeftModel, for code that expects one."""
 
 from __future__ import annotations
 
@@ -18,65 +18,88 @@ from personalized_soups.mixing.batch_rows import profile_per_prompt, rows_per_pr
 if TYPE_CHECKING:
     from personalized_soups.mixing.model import SoupModel
 
-# PEFT's word for the rows of a mixed batch that have no adapter.
+# PEFT's name for "no adapter" in `adapter_names`.
 _BASE = "__base__"
 
 
-class PeftView(PeftModel):
-    """What a PeftModel with all experts loaded does, done by the SoupModel behind it; nothing is copied.
+class _RejectedCalls:
+    """The calls of a PeftModel that make, write or fold in adapters: a mixed model rejects them."""
 
-    Adapters are the experts and the profiles that the model knows by name. `adapter_names` mixes a batch as PEFT does,
-    at the cost of one adapter. `add_weighted_adapter` makes a profile, which costs a few numbers. Training and saving
-    are not among it: experts are files already.
+    def add_adapter(self, *_: Any, **__: Any) -> NoReturn:
+        """Reject: experts are trained elsewhere."""
+        raise _rejected(
+            "add_adapter",
+            "train with psoups train, or with PEFT on the bare base, and call load_adapter with the folder",
+        )
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Reject: the experts are files already."""
+        raise _rejected("save_pretrained", "copy the experts' folders, or write a soup of them with psoups merge")
+
+    def merge_and_unload(self, *_: Any, **__: Any) -> NoReturn:
+        """Reject: the model in memory serves all users."""
+        raise _rejected("merge_and_unload", "write a merged model with psoups merge, or use LiveAdapter for one soup")
+
+
+class PeftView(_RejectedCalls, PeftModel):
+    """A SoupModel with the type and calls of a PeftModel that has loaded all experts. Nothing is copied.
+
+    The adapters are the model's experts and its named profiles. `adapter_names` mixes a batch as in PEFT, but at the
+    cost of one adapter. `add_weighted_adapter` makes a profile, which takes a few numbers. Calls that train, save or
+    merge adapters are rejected.
+
+    Args:
+        soup: the model.
     """
 
     def __init__(self, soup: SoupModel) -> None:
-        # PeftModel's own would wrap every layer
+        # Not PeftModel.__init__, which would wrap every layer.
         nn.Module.__init__(self)
         self.peft_type = "LORA"
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning = False
         self._adapters_disabled = False
-        object.__setattr__(self, "soup", soup)  # no module of its own: what it holds hangs under base_model
+        # Set past nn.Module: the model's modules are registered once, under `base_model`.
+        object.__setattr__(self, "soup", soup)
         self._tuner = _Tuner(soup)
         self.base_model = self._tuner
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that serve where no batch is mixed."""
+        """The adapters that answer while no batch is mixed."""
         served = self.soup.served
-        # A served profile keeps the object that its name has, so the identity tells it from equal weights.
+        # A served profile is the object of its name: equal weights under another name are another object.
         named = [name for name, weights in self.soup.profiles.items() if weights is served.weights]
         return named[:1] or served.experts
 
     @property
     def active_adapter(self) -> Any:  # type: ignore[override]
-        """The one that serves, or a list where there are several or none."""
+        """The active adapter, or a list if there are several or none."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
     def forward(self, *arguments: Any, adapter_names: Sequence[str] | None = None, **keywords: Any) -> Any:
-        """Run the model's forward; with `adapter_names` every row by its own adapter (`__base__`: by none)."""
+        """Run the model's forward pass. With `adapter_names`, each row has its own adapter, or none (`__base__`)."""
         if adapter_names is None:
             return self.soup.model(*arguments, **keywords)
-        with self.soup.mixture(_named(adapter_names)):
+        with self.soup.mixture(_profiles_of(adapter_names)):
             return self.soup.model(*arguments, **keywords)
 
     def generate(self, *arguments: Any, adapter_names: Sequence[str] | None = None, **keywords: Any) -> Any:
-        """Run the model's own generate; `adapter_names` as in forward, one for each prompt."""
+        """Run the model's own generate. `adapter_names` are as for `forward`, one for each prompt."""
         if adapter_names is None:
             return self.soup.model.generate(*arguments, **keywords)
-        given: Any = arguments[0] if arguments else keywords.get("input_ids", keywords.get("inputs_embeds"))
-        profiles = profile_per_prompt(list(given), _named(adapter_names))
+        inputs: Any = arguments[0] if arguments else keywords.get("input_ids", keywords.get("inputs_embeds"))
+        profiles = profile_per_prompt(list(inputs), _profiles_of(adapter_names))
         config = keywords.get("generation_config") or self.soup.model.generation_config
         with self.soup.mixture(profiles, rows_each=rows_per_prompt(keywords, config)):
             return self.soup.model.generate(*arguments, **keywords)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = True) -> None:
-        """Serve an adapter, or the sum of several, from now on.
+        """Make an adapter active, or the sum of several.
 
         Raises:
-            UsageError: if one is unknown.
+            UsageError: for an unknown adapter.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._adapters_disabled = False
@@ -87,7 +110,7 @@ class PeftView(PeftModel):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Be the bare base within the block."""
+        """Use the bare base within the block."""
         self._adapters_disabled = True
         try:
             with self.soup.mixture(None):
@@ -103,23 +126,25 @@ class PeftView(PeftModel):
         combination_type: str = "cat",
         **options: Any,
     ) -> None:
-        """Let `adapter_name` stand for a weighted sum of experts: PEFT's `cat`, which is the sum of the deltas.
+        """Add the weighted sum of experts as a profile: PEFT's `cat`, which is the sum of the deltas.
 
         Raises:
-            UsageError: if another combination is asked for, the name is an expert's, or weights are missing.
+            DeclarationError: for an unknown expert.
+            UsageError: for another combination, the name of an expert, or if the numbers of adapters and weights
+                differ.
         """
         if combination_type != "cat" or options:
-            asked = ", ".join([combination_type, *options])
+            request = ", ".join([combination_type, *options])
             raise UsageError(
-                f"a mixture is the exact sum of the experts' deltas, not {asked}",
+                f"a mixture is the exact sum of the experts' deltas, not {request}",
                 where="combination_type",
-                mend="take combination_type='cat', or merge with another method: psoups merge",
+                mend="use combination_type='cat' without options, or merge with another method: psoups merge",
             )
         if len(adapters) != len(weights):
             raise UsageError(
                 f"{len(weights)} weights for {len(adapters)} adapters",
                 where="weights",
-                mend="give one for each adapter",
+                mend="give one weight for each adapter",
             )
         table = dict(zip(adapters, map(float, weights), strict=True))
         self.soup.profiles.add(Profile(user=adapter_name, weights=table, allow_opposed=True))
@@ -127,7 +152,7 @@ class PeftView(PeftModel):
     def load_adapter(  # type: ignore[override]
         self, model_id: str | Path, adapter_name: str, *_: Any, **__: Any
     ) -> None:
-        """Hold one more expert under that name: a folder with a LoRA adapter. PEFT's further options say nothing here.
+        """Add an expert under that name, from the folder of a LoRA adapter. Further options of PEFT have no effect.
 
         Raises:
             SoupError: as `SoupModel.experts.add`.
@@ -135,10 +160,10 @@ class PeftView(PeftModel):
         self.soup.experts.add(model_id, adapter_name)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Let go of an expert, or forget a profile.
+        """Remove an expert or a named profile.
 
         Raises:
-            UsageError: if nothing is called so.
+            UsageError: if there is no adapter of that name.
         """
         if adapter_name in self.soup.profiles:
             if self.active_adapters == [adapter_name]:
@@ -148,28 +173,16 @@ class PeftView(PeftModel):
             self.soup.experts.remove(adapter_name)
 
     def get_base_model(self) -> Any:
-        """Return the transformers model, its layers mixed."""
+        """Return the transformers model, with its layers mixed."""
         return self.soup.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return 0 and the number of the base's parameters: nothing is trained here."""
+        """Return 0, because nothing is trained here, and the number of the base's parameters."""
         return 0, sum(parameter.numel() for parameter in self.soup.model.parameters())
-
-    def add_adapter(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: an expert is trained elsewhere."""
-        raise _not_here("a new adapter to train", "psoups train, or PEFT on the bare base, then load_adapter")
-
-    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: the experts are files already."""
-        raise _not_here("saving", "copy the experts' folders; a soup of them is written by psoups merge")
-
-    def merge_and_unload(self, *_: Any, **__: Any) -> NoReturn:
-        """Refuse: what is in memory serves everybody."""
-        raise _not_here("merging in memory", "psoups merge writes a model, LiveAdapter holds one soup")
 
 
 class _Tuner(nn.Module):
-    """What stands between a PeftModel and its transformers model: `base_model.model`, `base_model.peft_config`."""
+    """The `base_model` of a PeftModel, which has `model` and `peft_config`."""
 
     def __init__(self, soup: SoupModel) -> None:
         super().__init__()
@@ -178,14 +191,14 @@ class _Tuner(nn.Module):
 
     @property
     def peft_config(self) -> Mapping[str, PeftConfig]:
-        """Each expert's configuration, by its name."""
-        found = {name: PeftConfig.from_pretrained(str(each.folder)) for name, each in self.soup.experts.items()}
-        for config in found.values():
+        """The configuration of each expert, by name."""
+        configs = {name: PeftConfig.from_pretrained(str(expert.folder)) for name, expert in self.soup.experts.items()}
+        for config in configs.values():
             config.inference_mode = True
-        return found
+        return configs
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run the model's forward."""
+        """Run the model's forward pass."""
         return self.model(*arguments, **keywords)
 
     def __getattr__(self, name: str) -> Any:
@@ -195,9 +208,9 @@ class _Tuner(nn.Module):
             return getattr(super().__getattr__("model"), name)
 
 
-def _named(adapter_names: Sequence[str]) -> list[ProfileLike]:
+def _profiles_of(adapter_names: Sequence[str]) -> list[ProfileLike]:
     return [None if name == _BASE else name for name in adapter_names]
 
 
-def _not_here(what: str, mend: str) -> UsageError:
-    return UsageError(f"{what} is not what a mixed model does", where="PeftView", mend=mend)
+def _rejected(call: str, mend: str) -> UsageError:
+    return UsageError(f"a mixed model has no {call}", where=f"PeftView.{call}", mend=mend)

@@ -1,7 +1,4 @@
-"""Keys and values of prompts that were read, kept for the next prompt that begins alike and for the same soup.
-
-T tokens.
-"""
+"""A cache of prompts' keys and values, for later prompts that begin alike and have the same soup."""
 
 from __future__ import annotations
 
@@ -17,20 +14,28 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Prefix:
-    """The keys and values of a prompt's first `num_tokens` tokens, a copy of the taker's own."""
+    """The beginning of a prompt.
+
+    Attributes:
+        num_tokens: how many of the prompt's first tokens it covers.
+        past: their keys and values, a cache of transformers. It is a copy, which the caller may extend.
+    """
 
     num_tokens: int
     past: Any
 
 
 class PrefixCache:
-    """Keeps the latest prompts' keys and values; safe between threads.
+    """Keeps the keys and values of recent prompts. Safe for use by several threads.
 
-    Keys and values depend on the soup that read the tokens: a prompt is found again only under the version (see
-    SoupModel.version) with which it was put in, so that other weights, or an expert that was replaced, never see it.
+    Keys and values depend on the soup that read the tokens. So a prompt is stored under the soup's key
+    (`SoupModel.cache_key`): other weights, or an expert that was replaced, have other keys and never find it.
 
     Args:
-        max_bytes: of all keys and values; those that were used longest ago go first.
+        max_bytes: the most bytes of all keys and values. The prompts used longest ago are dropped first.
+
+    Attributes:
+        num_bytes: the bytes of all keys and values.
     """
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
@@ -39,16 +44,20 @@ class PrefixCache:
         self._lock = threading.Lock()
         self.num_bytes = 0
 
-    def longest(self, version: str, tokens: Sequence[int]) -> Prefix | None:
-        """Return the longest beginning of a prompt that is there, short of its last token; None where none is.
+    def longest(self, soup: str, tokens: Sequence[int]) -> Prefix | None:
+        """Return the longest cached beginning of a prompt, without the prompt's last token; None if there is none.
 
-        The last token is always read anew: its logits choose the first token of the answer.
+        The last token is always computed again: its logits choose the first token of the answer.
+
+        Args:
+            soup: the key of the soup.
+            tokens: of the prompt.
         """
-        wanted = tuple(tokens[:-1])
+        beginning = tuple(tokens[:-1])
         with self._lock:
             best, shared = None, 0
             for key in self._entries:
-                if key[0] == version and (common := _common(key[1], wanted)) > shared:
+                if key[0] == soup and (common := _num_common(key[1], beginning)) > shared:
                     best, shared = key, common
             if best is None:
                 return None
@@ -57,20 +66,25 @@ class PrefixCache:
         _cut(past, shared)
         return Prefix(shared, past)
 
-    def put(self, version: str, tokens: Sequence[int], past: Any) -> None:
-        """Keep the keys and values of `tokens`: a cache with one row, which is this one's from now on.
+    def put(self, soup: str, tokens: Sequence[int], past: Any) -> None:
+        """Store the keys and values of a prompt.
 
-        What it holds beyond the tokens is cut off. A cache that keeps a window alone (sliding attention) cannot be cut:
-        it is not kept.
+        Keys and values beyond the prompt are cut off. A cache with sliding attention keeps only a window, cannot be
+        cut, and is not stored.
+
+        Args:
+            soup: the key of the soup.
+            tokens: of the prompt.
+            past: a cache of transformers with one row, which the caller must not use any more.
         """
         if any(getattr(layer, "is_sliding", False) for layer in past.layers):
             return
         _cut(past, len(tokens))
         for layer in past.layers:
-            # what is cut off is no more than out of view, and would stay in memory
+            # `crop` makes views; only a copy frees the memory beyond the prompt.
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         num_bytes = sum(tensor.nbytes for tensor in _tensors(past))
-        key = (version, tuple(tokens))
+        key = (soup, tuple(tokens))
         with self._lock:
             self._forget(key)
             if num_bytes > self._max_bytes:
@@ -86,7 +100,7 @@ class PrefixCache:
 
 
 def new_past(model: Any) -> Any:
-    """Return an empty cache for a model of transformers."""
+    """Return an empty cache of keys and values for a model of transformers."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
@@ -98,12 +112,12 @@ def _cut(past: Any, num_tokens: int) -> None:
         past.crop(-beyond)
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two prompts begin alike with."""
-    for count, (mine, theirs) in enumerate(zip(one, other, strict=False)):
-        if mine != theirs:
+def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return the number of tokens at the beginning that two prompts share."""
+    for count, (left, right) in enumerate(zip(first, second, strict=False)):
+        if left != right:
             return count
-    return min(len(one), len(other))
+    return min(len(first), len(second))
 
 
 def _tensors(past: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""One layer's stack: the factors of every expert that adapts it, side by side and without weights.
+"""One layer's stack: the factors of all experts that adapt the layer, concatenated, without mixing weights.
 
 E experts of the layer, R rank of one expert, K sum of ranks, C rows of the distinct A's, I in features, O out features.
 """
@@ -16,18 +16,22 @@ from personalized_soups.kernels.add_gated import BlockDiagonal
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.shared_a import SharedRows, group_numbers
 
-# Leaving out an expert that nobody uses saves reading its factors and costs three more operations where it parts the
-# stack: below so many numbers between two used experts, the whole is one span. The CPU's was measured on two cores at
-# 16 rows; a GPU reads so many numbers of 16 bits in the 5 microseconds that two launches take.
+# Skipping an unused expert saves reading its factors, but costs three more operations if it lies between two used
+# experts. If there are fewer numbers than this between them, both are one span. The number for the CPU was measured on
+# two cores with 16 rows. A GPU reads its number, in 16 bits each, in the 5 microseconds that two launches take.
 _WORTH_A_GAP = 1 << 17
 _WORTH_A_GAP_ON_GPU = 1 << 23
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Member:
-    """What one expert has at a layer.
+    """The tensors of one expert at a layer.
 
-    `gain_O` is DoRA's D - 1 (B is D B then), `bias_O` the bias of a lora_bias, to which the scaling applies.
+    Attributes:
+        expert: the expert's name.
+        factors: A, B and scaling. With DoRA, B is D B.
+        gain_O: DoRA's D - 1; None without DoRA.
+        bias_O: the bias of a lora_bias, which is multiplied by the scaling; None without one.
     """
 
     expert: str
@@ -38,7 +42,14 @@ class Member:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Span:
-    """Neighbouring ranks of a stack that are computed at once: gate columns `start` to `stop`, views of the factors."""
+    """Neighbouring ranks of a stack that are computed at once.
+
+    Attributes:
+        start: the first gate column.
+        stop: the gate column after the last one.
+        a_CI: the A's, a view of the stack's.
+        factors: the B's, views of the stack's.
+    """
 
     start: int
     stop: int
@@ -50,9 +61,17 @@ class Span:
 class Stack:
     """The stacked factors of a layer's experts, as `mixing.arithmetic.mixed` multiplies them.
 
-    An A that several experts share stands once: `columns_K` says which row of `a_CI` each rank has. B's hold no
-    scalings (but DoRA's D): those stand in the gates. `gains_DO` and `biases_DO` have a row for each expert that has
-    one, `gained` and `biased` say for which.
+    Attributes:
+        experts: the names of the experts that adapt the layer.
+        ranks: of each expert.
+        scalings: of each expert. The gates contain them, the B's do not.
+        a_CI: the A's. An A that several experts share occurs once.
+        b_KO: the B's, with DoRA's D.
+        columns_K: the row of `a_CI` for each rank; None if rank k has row k.
+        gained: the indices of the experts with DoRA.
+        gains_DO: DoRA's D - 1, a row for each of `gained`; None without DoRA.
+        biased: the indices of the experts with a lora_bias.
+        biases_DO: the biases, a row for each of `biased`; None without biases.
     """
 
     experts: tuple[str, ...]
@@ -68,25 +87,25 @@ class Stack:
 
     @classmethod
     def of(cls, members: Sequence[Member], dtype: torch.dtype, device: torch.device) -> Stack:
-        """Return the stack of a layer's experts, new tensors; A's that are equal in `dtype` stand once."""
-        ranks = tuple(each.factors.rank for each in members)
+        """Return the stack of a layer's experts, in new tensors. A's that are equal in `dtype` are stored once."""
+        ranks = tuple(member.factors.rank for member in members)
         first = members[0].factors
         b_KO = torch.empty(sum(ranks), first.b_OR.shape[0], dtype=dtype, device=device)
-        for part, each in zip(b_KO.split(ranks), members, strict=True):
-            part.copy_(each.factors.b_OR.T)
-        basis = group_numbers([each.factors.a_RI for each in members], partial(_are_equal, dtype=dtype))
+        for part, member in zip(b_KO.split(ranks), members, strict=True):
+            part.copy_(member.factors.b_OR.T)
+        basis = group_numbers([member.factors.a_RI for member in members], partial(_are_equal, dtype=dtype))
         rows = SharedRows.of(basis, ranks)
         distinct = [members[index].factors.a_RI for index in rows.firsts]
         a_CI = torch.empty(sum(map(len, distinct)), first.a_RI.shape[1], dtype=dtype, device=device)
         for part, a_RI in zip(a_CI.split([len(a_RI) for a_RI in distinct]), distinct, strict=True):
             part.copy_(a_RI)
         columns_K = torch.tensor(rows.row_K, device=device) if len(distinct) < len(members) else None
-        gained = tuple(index for index, each in enumerate(members) if each.gain_O is not None)
-        biased = tuple(index for index, each in enumerate(members) if each.bias_O is not None)
+        gained = tuple(index for index, member in enumerate(members) if member.gain_O is not None)
+        biased = tuple(index for index, member in enumerate(members) if member.bias_O is not None)
         return cls(
-            experts=tuple(each.expert for each in members),
+            experts=tuple(member.expert for member in members),
             ranks=ranks,
-            scalings=tuple(each.factors.scaling for each in members),
+            scalings=tuple(member.factors.scaling for member in members),
             a_CI=a_CI,
             b_KO=b_KO,
             columns_K=columns_K,
@@ -103,22 +122,23 @@ class Stack:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its tensors."""
+        """Bytes of all tensors."""
         tensors = (self.a_CI, self.b_KO, self.columns_K, self.gains_DO, self.biases_DO)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def gate_columns(self) -> Iterator[tuple[int, float]]:
-        """Yield, for each column of the gate, the expert whose weight it holds and by what that is multiplied."""
+        """Yield, for each column of the gate, the expert's index and the factor that multiplies its weight."""
         for index, (rank, scaling) in enumerate(zip(self.ranks, self.scalings, strict=True)):
             yield from [(index, scaling)] * rank
+        # D - 1 is not a part of the delta, so no scaling applies to it.
         for index in self.gained:
             yield index, 1.0
         for index in self.biased:
             yield index, self.scalings[index]
 
     def members(self) -> list[Member]:
-        """Return what each expert has here, views of the stack: what another stack is made of."""
-        found = []
+        """Return the tensors of each expert, views of the stack, from which another stack can be made."""
+        members = []
         start = 0
         for index, (expert, rank, scaling) in enumerate(zip(self.experts, self.ranks, self.scalings, strict=True)):
             stop = start + rank
@@ -131,12 +151,12 @@ class Stack:
                 if self.biases_DO is not None and index in self.biased
                 else None
             )
-            found.append(Member(expert, Factors(self.a_CI[rows], self.b_KO[start:stop].T, scaling), gain, bias))
+            members.append(Member(expert, Factors(self.a_CI[rows], self.b_KO[start:stop].T, scaling), gain, bias))
             start = stop
-        return found
+        return members
 
     def moved(self, dtype: torch.dtype, device: torch.device) -> Stack:
-        """Return the stack in another dtype or on another device; itself where it is there already."""
+        """Return the stack in a dtype and on a device; the same object if nothing changes."""
         if (self.a_CI.dtype, self.a_CI.device) == (dtype, device):
             return self
         return Stack.of(self.members(), dtype, device)
@@ -146,8 +166,8 @@ class Stack:
         return Span(0, sum(self.ranks), self.a_CI, BlockDiagonal.of([self.b_KO], [0], self.columns_K))
 
     def spans(self, used: Collection[str]) -> tuple[Span, ...]:
-        """Return the spans that hold the experts in `used`; others are left out where that is worth it. No copies."""
-        runs: list[list[int]] = []
+        """Return the spans of the experts in `used`, without copies. Unused experts are left out if that saves time."""
+        runs: list[list[int]] = []  # start and stop of each span
         start = 0
         row_numbers = self.a_CI.shape[1] + self.b_KO.shape[1]
         worth_a_gap = _WORTH_A_GAP_ON_GPU if self.a_CI.is_cuda else _WORTH_A_GAP
@@ -172,17 +192,18 @@ class Stack:
 
 
 def _rows(vectors: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    found = [vector.to(device, dtype) for vector in vectors if vector is not None]
-    return torch.stack(found) if found else None
+    rows = [vector.to(device, dtype) for vector in vectors if vector is not None]
+    return torch.stack(rows) if rows else None
 
 
-def _are_equal(one: Tensor, other: Tensor, *, dtype: torch.dtype) -> bool:
-    """Return whether two A's are equal in `dtype`; different float32 values may be one 16-bit value."""
-    if one.shape != other.shape or one.device != other.device:
+def _are_equal(left: Tensor, right: Tensor, *, dtype: torch.dtype) -> bool:
+    """Return whether two A's are equal in `dtype`. Different float32 values may become one 16-bit value."""
+    if left.shape != right.shape or left.device != right.device:
         return False
-    # freely trained experts differ in their first row already
-    return all(torch.equal(one[rows].to(dtype), other[rows].to(dtype)) for rows in (slice(1), slice(None)))
+    # The first row alone comes first: experts that were trained freely differ in it already.
+    return all(torch.equal(left[rows].to(dtype), right[rows].to(dtype)) for rows in (slice(1), slice(None)))
 
 
 def _bounds(columns_K: Tensor) -> tuple[int, int]:
+    """Return the first row of A that some ranks use, and the row after their last one."""
     return int(columns_K.min()), int(columns_K.max()) + 1

@@ -1,6 +1,6 @@
 """The weights of a batch as tensors: one row for each gate, one column for each expert.
 
-G rows of weights, E experts, S layers.
+G gates, E experts, S layers.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from personalized_soups.errors import DeclarationError
 def weight_table(
     rows: Sequence[Mapping[str, Weight]], experts: Sequence[str], layers: Sequence[str]
 ) -> tuple[Tensor, Tensor | None]:
-    """Return weights_GE, float32 on the CPU, and layered_GSE where a weight differs between layers (else None).
+    """Return weights_GE, float32 on the CPU, and layered_GSE if a weight differs between layers, else None.
 
     Raises:
         DeclarationError: if a pattern matches no layer.
@@ -26,16 +26,17 @@ def weight_table(
     table = [[weight if isinstance(weight := row.get(name, 0.0), float) else 0.0 for name in experts] for row in rows]
     weights_GE = torch.tensor(table, dtype=torch.float32).reshape(len(rows), len(experts))
     by_layer = [
-        (at, experts.index(name), name, weight)
-        for at, row in enumerate(rows)
+        (gate, experts.index(name), name, weight)
+        for gate, row in enumerate(rows)
         for name, weight in row.items()
         if isinstance(weight, Mapping)
     ]
     if not by_layer:
         return weights_GE, None
     layered_GSE = weights_GE[:, None, :].repeat(1, len(layers), 1)
-    for at, expert, name, patterns in by_layer:
-        layered_GSE[at, :, expert] = torch.tensor(_of_layers(patterns, layers, name), dtype=torch.float32)
+    # Weights without patterns are the same in every layer; patterns replace an expert's column.
+    for gate, expert, name, patterns in by_layer:
+        layered_GSE[gate, :, expert] = torch.tensor(_of_layers(patterns, layers, name), dtype=torch.float32)
     return weights_GE, layered_GSE
 
 
@@ -43,10 +44,11 @@ def _of_layers(patterns: LayerWeights, layers: Sequence[str], expert: str) -> li
     idle = [pattern for pattern in patterns if not matches(pattern, layers)]
     if idle:
         raise DeclarationError(
-            f"no layer that experts adapt is called {idle[0]!r}",
+            f"the pattern {idle[0]!r} matches no layer that experts adapt",
             where=f"weights.{expert}",
-            mend=f"write patterns of names such as {layers[0]!r}: '*.mlp.*', '*.layers.0.*', '*'",
+            mend=f"give patterns of names such as {layers[0]!r}: '*.mlp.*', '*.layers.0.*', '*'",
         )
+    # The first pattern that matches counts; a layer that matches none has weight 0.
     return [
         next((weight for pattern, weight in patterns.items() if fnmatchcase(layer, pattern)), 0.0) for layer in layers
     ]

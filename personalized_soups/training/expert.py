@@ -162,7 +162,7 @@ def _build(
     """Return the trainer, and the facts, in addition to the record, that a resumed training must share."""
     import torch
 
-    from personalized_soups.generation.generator import num_embeddings, pad_id, stop_ids
+    from personalized_soups.generation.special_tokens import num_embeddings, pad_id, stop_ids
     from personalized_soups.training.encoding import check_pairs, encode_pairs
     from personalized_soups.training.trainer import ExpertTrainer, trainer_config
 

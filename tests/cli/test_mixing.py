@@ -128,9 +128,9 @@ def test_what_is_missing_or_wrong_in_the_files_is_told(run: Run, world: Path, sm
     only_out = run("generate", "hello", *base, "--out", str(world / "x"))
     assert only_out.exit_code == 2
     cases: list[tuple[str, list[dict[str, Any]], str]] = [
-        ("prompts.jsonl", [{"prompt": "a", "user": "u9"}], "no profile is 'u9'"),
+        ("prompts.jsonl", [{"prompt": "a", "user": "u9"}], "no profile has the user 'u9'"),
         ("prompts.jsonl", [{"prompt": "a", "user": 3}], "the user must be a string, got 3"),
-        ("users.jsonl", [PROFILES[0], PROFILES[0]], "two profiles are 'u1'"),
+        ("users.jsonl", [PROFILES[0], PROFILES[0]], "two profiles have the user 'u1'"),
         ("users.jsonl", [{"user": "u1", "weights": {"wram": 1.0}}], "no expert is called 'wram'"),
         ("users.jsonl", [], "the file holds no profile"),
     ]

@@ -141,15 +141,15 @@ def test_a_temperature_near_zero_takes_the_likeliest_token() -> None:
         assert torch.equal(choose_tokens(logits_BV, draw_B, torch.full((3,), temperature)), logits_BV.argmax(-1))
 
 
-def test_a_folded_adapter_answers_as_one_beside_the_weights(small_base: Path, tmp_path: Path) -> None:
+def test_a_folded_adapter_answers_as_a_separate_one(small_base: Path, tmp_path: Path) -> None:
     _write_random_adapter(small_base, tmp_path / "adapter")
-    folded, beside = (
+    folded, separate = (
         Generator.open(small_base, tmp_path / "adapter", device="cpu", fold=fold) for fold in (True, False)
     )
     assert not hasattr(folded.model, "peft_config") or not list(folded.model.peft_config)
     base = Generator.open(small_base, device="cpu").answers(PROMPTS, max_new_tokens=8, greedy=True)
     answers = folded.answers(PROMPTS, max_new_tokens=8, greedy=True)
-    assert beside.answers(PROMPTS, max_new_tokens=8, greedy=True) == answers
+    assert separate.answers(PROMPTS, max_new_tokens=8, greedy=True) == answers
     assert answers != base
 
 
@@ -218,7 +218,7 @@ def test_an_adapter_of_another_base_is_refused(small_base: Path, tmp_path: Path)
     ("fault", "what"), [("truncated", "truncated"), ("incomplete", "lack 1 tensors"), ("tokenizer", "tokenizer")]
 )
 def test_a_damaged_base_is_refused(small_base: Path, tmp_path: Path, fault: str, what: str) -> None:
-    """transformers fills what is missing with random numbers."""
+    """transformers fills missing tensors with random numbers."""
     base = tmp_path / "base"
     shutil.copytree(small_base, base)
     path = base / "model.safetensors"
@@ -236,7 +236,7 @@ def test_a_damaged_base_is_refused(small_base: Path, tmp_path: Path, fault: str,
     assert str(base) in caught.value.where
 
 
-def test_a_base_that_is_not_there_is_said_with_a_mend(small_base: Path, tmp_path: Path) -> None:
+def test_a_missing_base_is_reported_with_a_fix(small_base: Path, tmp_path: Path) -> None:
     faults: list[SoupError] = []
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled/config.json").write_bytes((small_base / "config.json").read_bytes())
@@ -298,7 +298,7 @@ def test_a_token_beyond_the_embedding_is_refused_by_name(small_base: Path, tmp_p
     size = int(generator.model.get_input_embeddings().num_embeddings)
     assert generator.num_embeddings == size
     for answer in (lambda text: generator.answers([text]), lambda text: list(generator.stream(text))):
-        with pytest.raises(InputError, match=f"no token {size} \\('<kettle>'\\); the base has {size}") as caught:
+        with pytest.raises(InputError, match=f"no token {size} \\('<kettle>'\\): it has {size}") as caught:
             answer("wash the <kettle>")
         assert caught.value.where == "the prompt that begins 'wash the <kettle>'"
     generator.model.resize_token_embeddings(size + 1)
@@ -309,7 +309,7 @@ def test_a_token_beyond_the_embedding_is_refused_by_name(small_base: Path, tmp_p
 def test_a_padding_token_beyond_the_embedding_changes_no_answer(
     generator: Generator, small_base: Path, tmp_path: Path
 ) -> None:
-    """Rows of unequal length are filled with it, and so is what follows an answer's end."""
+    """It fills rows of unequal length, and rows whose answer has ended."""
     other = Generator.open(_with_tokens(small_base, tmp_path / "base", pad_token="<|another pad|>"), device="cpu")
     assert int(other.tokenizer.pad_token_id) == other.num_embeddings
     wanted = generator.answers(PROMPTS, max_new_tokens=12, seed=2)
@@ -317,10 +317,10 @@ def test_a_padding_token_beyond_the_embedding_changes_no_answer(
 
 
 def test_prompts_of_a_file_are_checked_with_their_lines(generator: Generator) -> None:
-    asked = [PromptRequest("wash", None, "p.txt:1"), PromptRequest("wash the kettle " * 99, None, "p.txt:4")]
-    generator.check(asked[:1])
+    requests = [PromptRequest("wash", None, "p.txt:1"), PromptRequest("wash the kettle " * 99, None, "p.txt:4")]
+    generator.check(requests[:1])
     with pytest.raises(InputError, match="tokens") as caught:
-        generator.check(asked)
+        generator.check(requests)
     assert caught.value.where == "p.txt:4"
 
 

@@ -1,4 +1,4 @@
-"""Where a base is looked for: a folder, the local cache, the hub. The hub is a server of the test's own."""
+"""A base is found in a folder, in the local cache, or on the hub. The hub is a server on this machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from huggingface_hub import constants
 
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.errors import IncompatibleExpertsError, InputError
+from personalized_soups.generation.base_location import find_base
 from personalized_soups.generation.generator import Generator
-from personalized_soups.generation.loading import check_base
 from personalized_soups.mixing.model import SoupModel
 from tests.experts import write_expert
 from tests.hub import MODEL, Hub, used_hub
@@ -25,7 +25,7 @@ def hub(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
         yield hub
 
 
-def test_a_soup_model_asks_the_hub_once_and_says_both_ways(hub: Hub, tmp_path: Path) -> None:
+def test_a_soup_model_asks_the_hub_once(hub: Hub, tmp_path: Path) -> None:
     write_expert(tmp_path / "experts" / "one")
     hub.way = "closes"
     with pytest.raises(InputError, match=r"no such folder.*hub can't be reached") as caught:
@@ -46,10 +46,10 @@ def test_a_soup_model_asks_the_hub_once_and_says_both_ways(hub: Hub, tmp_path: P
         ((429, ""), "the hub refuses the model: 429", "check the path"),
     ],
 )
-def test_what_the_hub_answers_is_said(hub: Hub, answer: tuple[int, str], what: str, mend: str) -> None:
+def test_the_hubs_answer_is_reported(hub: Hub, answer: tuple[int, str], what: str, mend: str) -> None:
     hub.way, hub.refusal = "refuses", answer
     with pytest.raises(InputError) as caught:
-        check_base("owner/other")
+        find_base("owner/other")
     assert what in caught.value.what
     assert mend in caught.value.mend
     assert len(hub.asked_for_model) == 1
@@ -66,7 +66,7 @@ def test_a_model_in_the_cache_is_loaded_where_the_hub_does_not_answer(hub: Hub) 
 
 
 def test_experts_that_record_a_base_are_held_against_the_hubs(hub: Hub, small_base: Path, tmp_path: Path) -> None:
-    """Its fingerprint can be known once the model is there, not before."""
+    """A model of the hub has a fingerprint only after its download."""
     own, other = (write_expert(tmp_path / name / "warm", seed=1) for name in ("own", "other"))
     for folder, fingerprint in ((own, base_fingerprint(small_base)), (other, "ab" * 32)):
         record = {"side": "warm", "base": {"name": "b", "fingerprint": fingerprint}}
@@ -87,19 +87,21 @@ def test_a_folder_of_that_name_comes_first(
     assert hub.requests == []
 
 
-@pytest.mark.parametrize(("name", "told"), [("HF_HUB_OFFLINE", {}), ("local_files_only", {"local_files_only": True})])
+@pytest.mark.parametrize(
+    ("name", "options"), [("HF_HUB_OFFLINE", {}), ("local_files_only", {"local_files_only": True})]
+)
 def test_the_hub_is_not_asked_where_that_is_forbidden(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str, told: dict[str, Any]
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", name == "HF_HUB_OFFLINE")
     with pytest.raises(InputError, match=f"{name} keeps this run from the Hugging Face hub") as caught:
-        check_base("nofolder", **told)
+        find_base("nofolder", **options)
     assert "hf download nofolder" in caught.value.mend
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["no folder", "a..b", "x" * 300, ""])
-def test_what_is_no_hub_id_is_not_asked_for(hub: Hub, name: str) -> None:
+def test_a_name_that_is_not_a_hub_id_is_not_sent(hub: Hub, name: str) -> None:
     with pytest.raises(InputError, match="no such folder"):
-        check_base(name)
+        find_base(name)
     assert hub.requests == []

@@ -50,14 +50,14 @@ def test_a_missing_prompt_file(tmp_path: Path) -> None:
         read_prompts(tmp_path / "none.txt")
 
 
-def test_the_chat_template_stands_around_a_prompt_once(small_base: Path) -> None:
+def test_the_chat_template_is_applied_once(small_base: Path) -> None:
     tokenizer = load_tokenizer(small_base)
     text = str(tokenizer.decode(encode_prompt(tokenizer, "wash")))
     assert text.count("<|user|>") == 1
     assert text.endswith("<|assistant|>")
 
 
-def test_without_a_template_text_is_taken_as_it_is_and_chats_are_refused(small_base: Path) -> None:
+def test_without_a_template_text_stays_as_it_is_and_chats_are_rejected(small_base: Path) -> None:
     tokenizer = load_tokenizer(small_base)
     tokenizer.chat_template = None
     assert tokenizer.decode(encode_prompt(tokenizer, "wash the kettle"), skip_special_tokens=True) == "wash the kettle"
@@ -68,21 +68,21 @@ def test_without_a_template_text_is_taken_as_it_is_and_chats_are_refused(small_b
 @pytest.mark.parametrize(
     ("template", "what"),
     [
-        ("{{ raise_exception('System role not supported') }}", "refuses the messages: System role not supported"),
+        ("{{ raise_exception('System role not supported') }}", "rejects the messages: System role not supported"),
         ("{{ nothing.at_all }}", "'nothing' is undefined"),
         ("{{ messages[0].content + 1 }}", "concatenate"),
         ("{% for %}", "can't be read"),
         ({"a": "{{ messages }}", "b": ""}, "multiple chat templates"),
     ],
 )
-def test_a_template_that_raises_is_told_with_the_prompts_place(small_base: Path, template: Any, what: str) -> None:
+def test_a_template_that_raises_is_reported_with_the_prompts_place(small_base: Path, template: Any, what: str) -> None:
     tokenizer = load_tokenizer(small_base)
     tokenizer.chat_template = template
-    for where, told in ((None, "the prompt that begins 'wash'"), ("prompts.txt:3", "prompts.txt:3")):
+    for where, place in ((None, "the prompt that begins 'wash'"), ("prompts.txt:3", "prompts.txt:3")):
         with pytest.raises(InputError, match="chat template") as caught:
             encode_prompt(tokenizer, "wash", where=where)
         assert what in caught.value.what
-        assert caught.value.where == told
+        assert caught.value.where == place
         assert caught.value.mend
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,7 @@ from personalized_soups import ExpertLibrary, Profile, SoupModel
 from personalized_soups.errors import DeclarationError, IncompatibleExpertsError, UsageError
 from personalized_soups.mixing.diffusers_view import DiffusersView
 from tests.experts import SHAPES, write_expert
-from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    return write_experts(tmp_path / "experts")
-
-
-@pytest.fixture
-def model(folders: list[Path], small_base: Path) -> SoupModel:
-    return open_model(small_base, folders[0].parent)
+from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_shared
 
 
 def test_experts_come_and_go(model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path) -> None:
@@ -247,25 +237,28 @@ def test_a_batch_sees_one_version_of_everything(model: SoupModel) -> None:
     options: dict[str, Any] = {"input_ids": ids, "max_new_tokens": 24, "eos_token_id": None}
     want = model.generate(profiles=["u1", "u2"], **options)
     begun = threading.Event()
-    seen: list[float] = []
+    events: list[str] = []
 
     def change() -> None:
         begun.wait()
         model.profiles.add(Profile(user="u1", weights={"cold": -3.0}))
-        seen.append(time.monotonic())
+        events.append("profile")
         with model.mixture(["plain"]):
-            seen.append(time.monotonic())
+            events.append("mixture")
         model.experts.remove("plain")
+
+    def note(*_: Any) -> None:
+        begun.set()
+        events.append("forward")
 
     thread = threading.Thread(target=change)
     thread.start()
-    handle = model.model.register_forward_pre_hook(lambda *_: begun.set())
+    handle = model.model.register_forward_hook(note)
     got = model.generate(profiles=["u1", "u2"], **options)
-    ended = time.monotonic()
     thread.join()
     handle.remove()
     assert torch.equal(got, want)
-    assert seen[0] >= ended - 0.05  # they waited for the batch
+    assert events == ["forward"] * 24 + ["profile", "mixture"]  # the changes waited for the batch
     assert not torch.equal(model.generate(profiles=["u1", "u2"], **options), want)
 
 
@@ -326,7 +319,7 @@ def test_several_experts_change_at_once_or_not_at_all(
         )
 
 
-def test_a_row_is_checked_once_and_taken_as_often_as_you_like(model: SoupModel, small_base: Path) -> None:
+def test_resolved_weights_are_not_checked_again(model: SoupModel, small_base: Path) -> None:
     row = model.resolve({"warm": 0.7, "cold": -0.2})
     assert model.resolve(row) is row
     ids = random_ids(2, 5)
@@ -356,7 +349,7 @@ def test_a_row_is_checked_once_and_taken_as_often_as_you_like(model: SoupModel, 
         pass
 
 
-def test_a_row_that_does_not_fit_into_the_models_numbers_is_refused_before_it_is_set(
+def test_weights_that_do_not_fit_into_the_models_dtype_are_rejected_before_they_are_set(
     folders: list[Path], small_base: Path
 ) -> None:
     half = open_model(small_base, folders[0].parent, dtype="float16")
@@ -366,10 +359,6 @@ def test_a_row_that_does_not_fit_into_the_models_numbers_is_refused_before_it_is
     for weights in ({"cold": 1.01 * most / scaling}, {"warm": 0.1, "cold": -1.01 * most / scaling}):
         with pytest.raises(UsageError, match="'cold'"):
             half.resolve(weights)
-    # nobody is waited for: another thread has set a mixture
-    with half.mixture([{"warm": 0.1}]):
-        found: list[Any] = []
-        other = threading.Thread(target=lambda: found.append(half.resolve({"cold": 0.5})))
-        other.start()
-        other.join(10)
-        assert found == [half.resolve({"cold": 0.5})]
+    # `resolve` does not wait for a mixture that another thread has set
+    with half.mixture([{"warm": 0.1}]), ThreadPoolExecutor(1) as pool:
+        assert pool.submit(half.resolve, {"cold": 0.5}).result() == half.resolve({"cold": 0.5})

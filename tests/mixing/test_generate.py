@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,6 @@ from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_l
 
 PROMPTS = ["wash the kettle", "rub it dry with a clean towel so that it looks nice", "soap"]
 PROFILES: list[ProfileLike] = [{"cold": 0.9, "warm": 0.8}, None, {"plain": 2.0, "warm": -1.0}]
-
-
-@pytest.fixture
-def model(tmp_path: Path, small_base: Path) -> SoupModel:
-    write_experts(tmp_path / "experts")
-    return open_model(small_base, tmp_path / "experts")
 
 
 def test_answers_in_a_mixed_batch_are_those_alone(model: SoupModel) -> None:
@@ -147,11 +142,8 @@ def test_a_stream_may_be_read_by_any_thread_and_left_early(model: SoupModel) -> 
     left = model.stream(PROMPTS[0], PROFILES[0], max_new_tokens=200)
     assert want.startswith(next(left))
     left.close()  # type: ignore[attr-defined]
-    done: list[Any] = []
-    other = threading.Thread(target=lambda: done.append(model.generate(PROMPTS[:1], PROFILES[:1], max_new_tokens=10)))
-    other.start()
-    other.join(timeout=30)
-    assert done == [[want]]
+    with ThreadPoolExecutor(1) as pool:  # the stream's mixture has ended: another thread need not wait for it
+        assert pool.submit(model.generate, PROMPTS[:1], PROFILES[:1], max_new_tokens=10).result() == [want]
     with pytest.raises(UsageError, match="no profile and no expert is called 'wram'"):
         next(model.stream(PROMPTS[0], "wram"))
 
@@ -234,7 +226,7 @@ def test_weights_may_differ_by_layer(tmp_path: Path, small_base: Path) -> None:
             place = layer.stack.experts.index("warm")
             start = sum(layer.stack.ranks[:place])
             assert gates.of(layer.slot)[0, start].item() == pytest.approx(expected * layer.stack.scalings[place])
-    with pytest.raises(DeclarationError, match=r"no layer that experts adapt is called '\*\.nowhere'"):
+    with pytest.raises(DeclarationError, match=r"'\*\.nowhere' matches no layer that experts adapt"):
         model.generate(PROMPTS[:1], [{"warm": {"*.nowhere": 1.0}}])
 
 
@@ -264,17 +256,20 @@ def test_bad_input_is_told(model: SoupModel, prompts: Sequence[str], profiles: S
 
 def test_a_batch_of_other_rows_is_told_where_it_is_seen(model: SoupModel) -> None:
     with (
-        pytest.raises(UsageError, match="for 2 prompts of 1 rows each, the batch has 4 rows"),
+        pytest.raises(UsageError, match="for 2 prompts of 1 rows each, but the batch has 4 rows"),
         model.mixture(["warm"] * 2),
     ):
         model(input_ids=random_ids(4, 3))
     rows = torch.zeros(1, 4, dtype=torch.int64)
     with (
-        pytest.raises(UsageError, match=r"tokens of the shape \[1, 3\], rows has \[1, 4\]"),
+        pytest.raises(UsageError, match=r"tokens of shape \[1, 3\], but rows has shape \[1, 4\]"),
         model.mixture(["warm"], rows=rows),
     ):
         model(input_ids=random_ids(1, 3))
-    with pytest.raises(UsageError, match="for 1 prompts of 1 rows each, the batch has 4 rows"), model.mixture(["warm"]):
+    with (
+        pytest.raises(UsageError, match="for 1 prompts of 1 rows each, but the batch has 4 rows"),
+        model.mixture(["warm"]),
+    ):
         model(input_ids=random_ids(4, 3))
     with model.mixture("warm"), torch.no_grad():
         model(input_ids=random_ids(4, 3))
@@ -320,16 +315,16 @@ def test_a_batch_too_large_for_the_gpu_says_how_many_prompts_fit(
         peak = 160
 
     handle = model.model.register_forward_pre_hook(forward, with_kwargs=True)
-    for options, told in (({}, "batch_size 14"), ({"num_beams": 3}, "batch_size 4")):
+    for options, fix in (({}, "batch_size 14"), ({"num_beams": 3}, "batch_size 4")):
         with pytest.raises(RunError, match="no room for a batch of") as caught:
             model.generate(["soap"] * 20, ["warm"] * 20, max_new_tokens=3, **options)  # type: ignore[arg-type]
-        assert caught.value.mend == f"take {told}"
+        assert caught.value.mend == f"use {fix}"
     with pytest.raises(RunError) as caught:
         model.generate(["soap"] * 5, ["warm"] * 5, max_new_tokens=3)
-    assert caught.value.mend == "take batch_size 4"  # fewer than did not fit
+    assert caught.value.mend == "use batch_size 4"  # fewer than the batch that did not fit
     most_rows = 0
     with pytest.raises(RunError) as caught:
         model.generate(["soap"] * 5, ["warm"] * 5, max_new_tokens=3)
-    assert "one prompt does not fit" in caught.value.mend
+    assert "a single prompt does not fit" in caught.value.mend
     assert not model.layers.gates.is_on
     handle.remove()

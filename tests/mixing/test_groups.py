@@ -32,16 +32,6 @@ IDS = random_ids(len(ROWS), 7)
 Q, K = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
 
 
-@pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    return write_experts(tmp_path / "experts")
-
-
-@pytest.fixture
-def model(folders: list[Path], small_base: Path) -> SoupModel:
-    return open_model(small_base, folders[0].parent)
-
-
 def group_of(model: SoupModel, name: str = Q) -> LayerGroup:
     group = model.layers.by_name[name].group
     assert isinstance(group, LayerGroup)

@@ -17,19 +17,9 @@ from personalized_soups.errors import DeclarationError, UnsupportedAdapterError,
 from personalized_soups.mixing.peft_view import PeftView
 from personalized_soups.mixing.prefixes import PrefixCache
 from tests.experts import write_expert
-from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
+from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_shared
 
 PROMPT = "wash the kettle"
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> list[Path]:
-    return write_experts(tmp_path / "experts")
-
-
-@pytest.fixture
-def model(folders: list[Path], small_base: Path) -> SoupModel:
-    return open_model(small_base, folders[0].parent)
 
 
 def _logits(model: SoupModel, ids: Tensor) -> Tensor:
@@ -185,7 +175,10 @@ def test_what_is_saved_is_the_base(model: SoupModel, small_base: Path, tmp_path:
 
 def test_rows_of_tokens_have_the_batchs_shape(model: SoupModel) -> None:
     rows = torch.zeros(3, 2, dtype=torch.int64)
-    with pytest.raises(UsageError, match=r"shape \[2, 3\], rows has \[3, 2\]"), model.mixture(["warm"], rows=rows):
+    with (
+        pytest.raises(UsageError, match=r"\[2, 3\], but rows has shape \[3, 2\]"),
+        model.mixture(["warm"], rows=rows),
+    ):
         model(input_ids=random_ids(2, 3))
 
 

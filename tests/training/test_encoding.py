@@ -332,7 +332,7 @@ def test_a_token_that_the_base_has_no_embedding_for_names_file_and_line(small_ba
     tokenizer.add_tokens(["<kettle>"])
     for rows in ([_chat("b", "rub", "the <kettle>")], [{"prompt": "the <kettle>", "chosen": "a", "rejected": "b"}]):
         encoded = _encoded(tmp_path, rows, tokenizer)
-        with pytest.raises(InputError, match=f"no token {size} \\('<kettle>'\\); the base has {size}") as caught:
+        with pytest.raises(InputError, match=f"no token {size} \\('<kettle>'\\): it has {size}") as caught:
             check_pairs(encoded, tokenizer, size)
         assert caught.value.where == f"{tmp_path / 'pairs.jsonl'}:1"
         check_pairs(encoded, tokenizer, size + 1)

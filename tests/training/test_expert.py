@@ -388,7 +388,7 @@ def test_a_template_that_refuses_the_messages_names_file_and_line(
     lines[3] = json.dumps(pair)
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(lines))
-    with pytest.raises(InputError, match="refuses the messages: System role not supported") as caught:
+    with pytest.raises(InputError, match="rejects the messages: System role not supported") as caught:
         train_expert("x", base=base, data=data, out=tmp_path / "x", recipe=recipe, device="cpu")
     assert caught.value.where == f"{data}:4"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "pairs.jsonl"]
@@ -456,7 +456,7 @@ def test_a_token_beyond_the_bases_embedding_names_file_and_line(
     data = tmp_path / "pairs.jsonl"
     plain = {"prompt": "wash the", "chosen": " towel", "rejected": " <kettle>"}
     data.write_text("\n" + json.dumps(plain) + "\n")
-    with pytest.raises(InputError, match=r"there is no token .*<kettle>") as caught:
+    with pytest.raises(InputError, match=r"has no token .*<kettle>") as caught:
         train_expert("x", base=base, data=data, out=tmp_path / "x", recipe=recipe, device="cpu")
     assert caught.value.where == f"{data}:2"
 

@@ -154,10 +154,10 @@ def test_a_template_that_refuses_and_a_token_beyond_the_embedding(
     tokenizer.save_pretrained(base)
     code, out, err = psoups(*_ask("wash the <kettle>", base=base))
     assert (code, out) == (2, "")
-    assert "there is no token" in err
+    assert "the base has no token" in err
     assert "'<kettle>'" in err
     (base / "chat_template.jinja").write_text("{{ raise_exception('No!') }}")
     code, out, err = psoups(*_ask("wash", base=base))
     assert (code, out) == (2, "")
-    assert "refuses the messages: No!" in err
+    assert "rejects the messages: No!" in err
     assert "at: the prompt that begins 'wash'" in err
