@@ -42,8 +42,8 @@ class BatchRow:
 class Batch:
     """Rows in slots; the rows that have joined fill the first slots and are decoded together.
 
-    All calls come from one thread. It keeps the model's mixture from one change of the rows to the next; `release` lets
-    other threads use the model.
+    All calls must come from one thread. The batch holds the model's mixture between two changes of its rows; `release`
+    lets other threads use the model.
 
     Attributes:
         token_bytes: bytes of the keys and values of one token, in all layers.
@@ -85,8 +85,8 @@ class Batch:
         Args:
             rows: rows that have not joined. Several rows must be read in one call; a single one may take several calls.
             max_tokens: tokens to read.
-            num_tokens: tokens to allocate for each row at once, counting those of its answer, in these rows and in
-                those that have joined. The allocation then need not grow with every token.
+            num_tokens: columns to allocate: tokens of the longest row, including those that its answer will get. The
+                memory then need not grow while the answers do.
 
         Returns:
             The first token of each answer once the prompts are read; the rows have joined then. None before.

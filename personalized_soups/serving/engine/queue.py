@@ -74,7 +74,7 @@ class RequestQueue:
     waiting requests is answered.
 
     Attributes:
-        lock: every method holds it. Hold it around several calls that must see one state.
+        lock: reentrant; every method acquires it. Callers hold it around calls that must see the same state.
         waiting: the waiting requests, oldest first.
         is_closed: whether new requests and jobs are rejected.
 
@@ -97,8 +97,8 @@ class RequestQueue:
         """Append requests: all of them, or none.
 
         Args:
-            requests: checked ones.
-            num_running: requests that left the queue and have not ended.
+            requests: to append; GenerationRequest.check accepts each of them.
+            num_running: number of requests that left the queue and have not ended.
 
         Raises:
             QueueFullError: if more requests would wait than the limits allow.
@@ -136,20 +136,24 @@ class RequestQueue:
         return job.future
 
     def abort(self, requests: Iterable[GenerationRequest]) -> None:
-        """Mark requests as no longer wanted; requests that ended already are ignored."""
+        """Mark requests as aborted, whether they wait or run. Requests that have ended are ignored."""
         with self.lock:
             self._aborted.update(requests)
             self.lock.notify()
 
     def close(self, *, finish: bool) -> None:
-        """Reject new requests and jobs. `finish` says whether those that were accepted are still served."""
+        """Reject new requests and jobs.
+
+        Args:
+            finish: whether the accepted requests and jobs are still finished.
+        """
         with self.lock:
             self.is_closed = True
             self._is_cut_off = self._is_cut_off or not finish
             self.lock.notify()
 
     def wait(self, *, is_busy: bool, on_idle: Callable[[], None]) -> bool:
-        """Wait until there is work, and return True; return False once the queue is closed and nothing is left to do.
+        """Wait for work and return True; return False once the queue is closed and no work is left.
 
         Args:
             is_busy: whether requests are running; then there is work.
@@ -169,7 +173,7 @@ class RequestQueue:
             return False
 
     def take_aborted(self) -> set[GenerationRequest]:
-        """Remove aborted requests from those that wait, and return all that were aborted since the last call."""
+        """Return the requests that were aborted since the last call, and remove them from those that wait."""
         with self.lock:
             aborted, self._aborted = self._aborted, set()
             if aborted:
@@ -189,9 +193,9 @@ class RequestQueue:
             return self._jobs.popleft()
 
     def take(self, fits: Callable[[GenerationRequest], bool]) -> list[GenerationRequest]:
-        """Remove and return waiting requests, oldest first, up to the first one that does not fit.
+        """Remove and return waiting requests, oldest first, up to the first request that does not fit.
 
-        While a job waits for running requests to end, no request is taken.
+        The list is empty while a job waits for running requests to end.
         """
         with self.lock:
             taken: list[GenerationRequest] = []
@@ -202,7 +206,7 @@ class RequestQueue:
             return taken
 
     def cut_off(self, error: Exception) -> list[GenerationRequest]:
-        """Close the queue, fail its jobs, and remove and return the requests that wait."""
+        """Close the queue, give its jobs an error, and remove and return the waiting requests."""
         with self.lock:
             self.is_closed = True
             requests, self.waiting = list(self.waiting), deque()
@@ -215,7 +219,7 @@ class RequestQueue:
         """Wait until no request has arrived for a moment, so that prompts that arrive together are read together.
 
         Many clients' requests arrive one by one, on a thread that shares Python's lock with this one. Starting with the
-        first request would delay the others, and read their prompts in groups of two or three.
+        first request would delay the others, and their prompts would be read in groups of two or three.
         """
         end = time.monotonic() + _GATHER_SECONDS
         num_seen = 0

@@ -99,7 +99,7 @@ class Scheduler:
         return len(self._running) + len(self._reading)
 
     def drop_aborted(self) -> None:
-        """Remove requests that nobody waits for, wherever they are."""
+        """Remove aborted requests, whether they wait, are read or run."""
         aborted = self._queue.take_aborted()
         if aborted:
             self._reading = [running for running in self._reading if running.request not in aborted]
@@ -164,7 +164,7 @@ class Scheduler:
         self._pieces += [(request, Piece(error=error)) for request in (*running, *waiting)]
 
     def _admit(self) -> None:
-        """Move the requests from the queue whose prompts are read together now."""
+        """Take the requests from the queue whose prompts are read together next."""
         with self._queue.lock:  # every request counts as waiting or as running at all times
             admission = _Admission(self._limits, self.batch, self._running.values(), self._max_together)
             self._reading = [
@@ -178,7 +178,10 @@ class Scheduler:
             self._longest = admission.longest
 
     def _drop_faulty(self, error: Exception) -> None:
-        """Fail the prompts that caused an error; where none of several can be blamed, read fewer together."""
+        """End the requests that caused an error while their prompts were read, and return the others to the queue.
+
+        If the cause is unknown, as when memory is full, half as many prompts are read together the next time.
+        """
         faulty = _faulty(self._model, self._reading)
         if not faulty and len(self._reading) == 1:
             faulty = [(self._reading[0], error)]
@@ -222,7 +225,7 @@ class _Admission:
 
     Args:
         limits: of the batcher.
-        batch: says what fits into memory.
+        batch: knows how many rows fit into memory.
         running: requests that have joined the batch.
         max_together: prompts that may be read together.
     """
@@ -234,10 +237,10 @@ class _Admission:
         self._num_running = len(running)
         self._num_prompts = 0
         self._width = 0  # tokens of the longest prompt, to which the others are padded
-        self.longest = max((len(each.row.tokens) + each.num_left for each in running), default=0)
+        self.longest = max((len(request.row.tokens) + request.num_left for request in running), default=0)
 
     def accept(self, request: GenerationRequest) -> bool:
-        """Return whether a request's prompt is read too, and count it if so."""
+        """Return whether a request's prompt can be read with the others; if so, count it among them."""
         if self._num_prompts >= self._max_prompts:
             return False
         num_prompts = self._num_prompts + 1
@@ -247,7 +250,7 @@ class _Admission:
         if num_prompts > 1 and width * num_prompts > self._read_tokens:
             return False
         num_rows = self._num_running + num_prompts
-        # a request that no other row runs with may exceed the memory limit: it would never run otherwise
+        # a request that runs alone may exceed the memory limit: it would never run otherwise
         if num_rows > 1 and not self._batch.fits(num_rows, longest):
             return False
         self._num_prompts, self._width, self.longest = num_prompts, width, longest

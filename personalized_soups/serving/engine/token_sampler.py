@@ -29,15 +29,15 @@ class SamplingParams:
     Attributes:
         temperature: divides the logits; 0 takes the likeliest token.
         top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least this.
-        seed: of the random numbers, which depend on `seed` and `place` only (as in SoupModel.generate).
-        place: number of the answer among those of one seed.
+        seed: seed of the random numbers, which depend on `seed` and `place` only (as in SoupModel.generate).
+        place: number of the answer, so that several answers with one seed differ.
         presence_penalty: subtracted from the logits of tokens that the answer contains.
         frequency_penalty: subtracted once for each time that the answer contains the token.
         logit_bias: added to the logits, by token id.
         logprobs: how many of the likeliest tokens are reported with each chosen one; None reports no log-probabilities.
 
     Raises:
-        ValueError: if a parameter is out of its range. Found later, it would fail a step that other requests share.
+        ValueError: if a parameter is out of its range. Undetected, it would fail a step that other requests share.
     """
 
     temperature: float = 0.0
@@ -180,12 +180,12 @@ def _tokens(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
         drawn_NV = logits_NV if len(rows) == len(samplers) else logits_NV[rows]
         params = [samplers[row].params for row in rows]
         top_p_N = None  # choose_tokens then skips sorting the vocabulary
-        if min(each.top_p for each in params) < 1:
-            top_p_N = torch.tensor([each.top_p for each in params], device=device)
+        if min(row_params.top_p for row_params in params) < 1:
+            top_p_N = torch.tensor([row_params.top_p for row_params in params], device=device)
         token_N[rows] = choose_tokens(
             drawn_NV,
             torch.tensor([samplers[row].draw() for row in rows], dtype=torch.float32, device=device),
-            torch.tensor([each.temperature for each in params], device=device),
+            torch.tensor([row_params.temperature for row_params in params], device=device),
             top_p_N,
         )
     return token_N

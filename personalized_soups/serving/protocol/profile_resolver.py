@@ -93,8 +93,8 @@ class ProfileResolver:
         """Return a profile's checked weights.
 
         Args:
-            profile: to be served.
-            param: the request's parameter that the profile is from.
+            profile: the profile.
+            param: the parameter of the request that gave the profile, for the error.
 
         Raises:
             ApiError: 422 if the served experts do not match the profile.

@@ -55,7 +55,7 @@ class BodyRoute(APIRoute):
     """A route that calls `endpoint(body, request)`, with the body parsed and no other argument.
 
     FastAPI only describes the route in its schema. Its general way of finding an endpoint's arguments takes as long as
-    everything else that happens to a request before it is queued, and the event loop does this one request at a time.
+    all other work on a request before it is queued, and the event loop handles one request at a time.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
