@@ -1,4 +1,4 @@
-// One column: what it answers with, the answer as it streams, its figures and its scores.
+// One column of the page: its source, the answer as it streams, its speed and its scores.
 
 import { loadScores, streamAnswer } from "./api.js";
 
@@ -10,7 +10,7 @@ const EMPTY = {
 
 export class Column {
   #root;
-  #running = null; // the AbortController of the answer under way
+  #running = null; // the AbortController of the running request
   #retry = () => {};
   #hasAnswer = false;
 
@@ -45,7 +45,7 @@ export class Column {
     this.#part(".mixture").textContent = text;
   }
 
-  /** Say what will stand here, as long as nothing was answered. */
+  /** Show a description of the source until there is an answer. */
   invite() {
     if (this.#hasAnswer || this.isRunning) return;
     this.#part(".answer p").textContent = EMPTY[this.source.split(":")[0]];
@@ -56,7 +56,7 @@ export class Column {
     this.#running?.abort();
   }
 
-  /** Stream one answer; an answer under way is given up. */
+  /** Stream one answer, and abort the running one. */
   async answer(request, prompt, { isScored, retry, onRefusedKey }) {
     this.stop();
     const running = new AbortController();
@@ -89,7 +89,7 @@ export class Column {
 
   #begin() {
     const answer = this.#part(".answer");
-    // the old answer stays, dimmed, until the first word of the new one, and the page does not jump
+    // The old answer stays, dimmed, until the first word of the new one arrives, so that the page does not jump.
     answer.style.minHeight = `${answer.clientHeight}px`;
     answer.setAttribute("aria-busy", "true");
     if (!this.#hasAnswer) this.#part(".answer p").textContent = "";
@@ -115,7 +115,7 @@ export class Column {
     }
     run.last = now;
     run.text += text;
-    this.#part(".answer p").append(text); // a text node, whatever is in it
+    this.#part(".answer p").append(text); // a text node: markup in the answer stays text
     this.#hasAnswer = true;
   }
 
@@ -154,7 +154,7 @@ export class Column {
     try {
       rows = await loadScores(prompt, text, running.signal);
     } catch {
-      return; // an answer without scores is still an answer
+      return; // scores are optional
     }
     if (this.#running !== null || running.signal.aborted) return;
     const list = this.#part(".scores");
@@ -164,7 +164,7 @@ export class Column {
   }
 }
 
-/** What is known of one answer while it comes. */
+/** The state of one answer while it streams. */
 class Run {
   text = "";
   finish = null;

@@ -1,5 +1,5 @@
-// What the page asks of the server that it came from, and of no other. Paths are relative to the page, so that a proxy
-// may serve both under a prefix. The key lives in this module's variable and in the header of a request: nowhere else.
+// Requests to the server that served the page, and to no other. Paths are relative to the page, so that a proxy may
+// serve both under a prefix. The API key is kept in a variable of this module and sent in a header, and stored nowhere.
 
 export const CHAT_URL = new URL("../v1/chat/completions", document.baseURI).href;
 
@@ -13,7 +13,7 @@ export function isKeyed() {
   return key !== "";
 }
 
-/** A refusal, or a server that cannot be reached (status 0). Its message is the server's own where it gave one. */
+/** An error response, or a server that cannot be reached (status 0). The message is the server's, if it sent one. */
 export class ApiError extends Error {
   constructor(message, { status = 0, retryAfter = null } = {}) {
     super(message);
@@ -45,7 +45,7 @@ async function refusal(response) {
   try {
     message = (await response.json()).error.message || message;
   } catch {
-    // a proxy's page of HTML: the status has to do
+    // an HTML page of a proxy: only the status is useful
   }
   const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
   return new ApiError(message, { status: response.status, retryAfter: Number.isNaN(seconds) ? null : seconds });
@@ -55,7 +55,7 @@ export async function loadExperts() {
   return (await send("experts")).json();
 }
 
-/** Up to `most` saved profiles, in the order of their names. */
+/** At most `most` saved profiles, in the order of their names. */
 export async function loadProfiles(most) {
   const profiles = [];
   for (let hasMore = true; hasMore && profiles.length < most; ) {
@@ -67,12 +67,12 @@ export async function loadProfiles(most) {
   return profiles;
 }
 
-/** One page of saved profiles by name: `{data, has_more}`. */
+/** One page of saved profiles, in the order of their names: `{data, has_more}`. */
 export async function findProfiles({ search, after, limit }, signal) {
   return (await send(`profiles?${new URLSearchParams({ search, after, limit })}`, { signal })).json();
 }
 
-/** One saved profile as it is now. */
+/** The current version of a saved profile. */
 export async function loadProfile(user) {
   return (await send(`profiles/${encodeURIComponent(user)}`)).json();
 }
@@ -83,33 +83,33 @@ export async function loadVersions(user) {
 }
 
 /**
- * Save a profile. Without `isReplacing` an existing one is left alone, and the error has status 412; so it has where
- * `version` is given, and the profile is at another one.
+ * Save a profile. The error has status 412 if the profile exists and `isReplacing` is false, or if its current version
+ * is not `version`.
  */
 export async function saveProfile(user, profile, { isReplacing = false, version = null }) {
   const headers = version !== null ? { "If-Match": `"${version}"` } : isReplacing ? {} : { "If-None-Match": "*" };
   await send(`profiles/${encodeURIComponent(user)}`, { method: "PUT", body: profile, headers });
 }
 
-/** Delete a profile with all versions, if it is still at this one; else the error has status 412. */
+/** Delete a profile with all versions. The error has status 412 if its current version is another one. */
 export async function deleteProfile(user, version) {
   await send(`profiles/${encodeURIComponent(user)}`, { method: "DELETE", headers: { "If-Match": `"${version}"` } });
 }
 
-/** One answer's scores, a list with a row per dimension. */
+/** The scores of an answer: a list with one row per dimension. */
 export async function loadScores(prompt, answer, signal) {
   const response = await send("scores", { method: "POST", body: { prompt, answers: [answer] }, signal });
   return (await response.json()).data[0];
 }
 
-/** Yield the chunks of an answer as they come. */
+/** Yield the chunks of an answer as they arrive. */
 export async function* streamAnswer(request, signal) {
   const response = await send("chat/completions", { method: "POST", body: request, signal });
   let isDone = false;
   try {
     for await (const data of events(response.body)) {
       isDone = data === "[DONE]";
-      if (isDone) continue; // to the end of the stream: breaking off here would look like giving up
+      if (isDone) continue; // read to the end of the stream: the server would take an early end for a cancelled request
       const chunk = JSON.parse(data);
       if (chunk.error) throw new ApiError(chunk.error.message || "The answer failed on the server.", { status: 500 });
       yield chunk;
@@ -139,6 +139,6 @@ async function* events(stream) {
       }
     }
   } finally {
-    reader.cancel().catch(() => {}); // lets go of the connection, so that the server stops as well
+    reader.cancel().catch(() => {}); // closes the connection, so that the server stops generating
   }
 }

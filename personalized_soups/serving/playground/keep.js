@@ -1,15 +1,15 @@
-// Keeping a mixture: saved as a profile, or copied as text.
+// Save a mixture as a profile, or copy it as text.
 
 import { saveProfile } from "./api.js";
 
 const id = (name) => document.getElementById(name);
 
 /**
- * `profile()` is the mixture as the server takes it, or null; `texts` makes each text that can be copied; `isSaved(user)`
- * tells whether a profile is known; `onSaved(user, profile)` hears of a new one.
+ * `profile()` returns the mixture in the server's format, or null. `texts` has a function for each text to copy.
+ * `isSaved(user)` returns whether a profile exists. `onSaved(user, profile)` is called with each new profile.
  */
 export function startKeeping({ profile, texts, isSaved, onSaved, onRefusedKey }) {
-  let kept = null; // what waits for a word on replacing
+  let kept = null; // the profile that waits for a decision whether to replace
 
   const say = (text, isWrong = false) => {
     id("keep-note").textContent = text;
@@ -85,7 +85,7 @@ async function copy(text, name, say) {
     await navigator.clipboard.writeText(text);
     say(`Copied as ${name}.`);
   } catch {
-    // no clipboard for a page on plain http, unless it is on this machine
+    // browsers offer no clipboard to pages on plain http, except on localhost
     id("copied").hidden = false;
     field.value = text;
     field.focus();

@@ -1,5 +1,5 @@
-// The fragment of the page's address: a link shares a mixture and a prompt. A browser sends no fragment to a server, and
-// the key is never in it.
+// The fragment of the page's address, by which a link shares a mixture and a prompt. Browsers do not send fragments to
+// servers. The fragment never contains the API key.
 
 export function writeLink({ weights, prompt, sampling, sources }) {
   const fields = new URLSearchParams();
@@ -10,7 +10,7 @@ export function writeLink({ weights, prompt, sampling, sources }) {
   history.replaceState(null, "", `#${fields}`);
 }
 
-/** What the address holds, or null where it holds nothing. Nothing in it is trusted: a number may be none. */
+/** The content of the address, or null if it has none. The content is not trusted: a number may be invalid. */
 export function readLink() {
   const fields = new URLSearchParams(location.hash.slice(1));
   const known = ["w", "prompt", "temperature", "seed", "maxTokens", "column1", "column2"];

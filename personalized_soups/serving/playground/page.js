@@ -1,4 +1,4 @@
-// The page: what the server has, where the sliders are, and which column has to answer anew.
+// The page: the server's data, the sliders, and the columns that must answer again.
 
 import { ApiError, CHAT_URL, isKeyed, loadExperts, loadProfile, loadProfiles, setKey } from "./api.js";
 import { Column } from "./answers.js";
@@ -10,19 +10,19 @@ import {
 } from "./profile.js";
 import { SavedProfiles } from "./saved.js";
 
-const SETTLE_MS = 350; // longer than between two presses of an arrow key, shorter than a wait
-const MOST_PROFILES = 300; // what a select still holds
+const SETTLE_MS = 350; // longer than the pause between two presses of an arrow key, too short to notice
+const MOST_PROFILES = 300; // more make a <select> unusable
 
 const id = (name) => document.getElementById(name);
 
 const server = { base: "", model: "", isScored: false, presets: [] };
-const profiles = new Map(); // the saved ones: user to {weights, ...}
+const profiles = new Map(); // the saved profiles, by user
 let asked = null; // the prompt that the columns answer
 let settling = 0;
 
 const sliders = new Sliders(id("sliders"), {
   onMove: () => {
-    clearTimeout(settling); // nothing is asked for while a slider is on its way
+    clearTimeout(settling); // no request while a slider moves
     showMixture();
   },
   onSettle: () => settle(SETTLE_MS),
@@ -31,7 +31,7 @@ const columns = ["Left answer", "Right answer"].map(
   (label) => new Column(id("columns"), label, { onSource: sourceChanged, onState: showRunning }),
 );
 
-// ---- what a column answers with ----
+// ---- the sources of the columns ----
 
 function sourceOf(name) {
   if (name === "mixture") return { model: server.base, profile: profileOf(sliders.sliders, sliders.weights) };
@@ -53,7 +53,7 @@ function sourceChanged(column) {
   if (asked !== null) run(column);
 }
 
-// ---- asking ----
+// ---- requests ----
 
 function numberIn(input) {
   const value = input.valueAsNumber;
@@ -88,7 +88,7 @@ function ask() {
   remember();
   columns.forEach(run);
   const { top } = id("answers").getBoundingClientRect();
-  if (top > innerHeight * 0.7 || top < 0) id("answers").scrollIntoView(); // asked from afar, or on a very small screen
+  if (top > innerHeight * 0.7 || top < 0) id("answers").scrollIntoView(); // the button is far from the answers, or the screen is small
 }
 
 function settle(wait) {
@@ -145,7 +145,7 @@ function presetOf(value) {
   return value.startsWith("preset:") ? server.presets[Number(value.slice(7))] : { weights: {} };
 }
 
-/** Show what follows from the sliders: the preset that they are at, and the columns' second line. */
+/** Update what depends on the sliders: the selected preset, and the second line of each column. */
 function showMixture() {
   const { weights } = sliders;
   const values = [...id("preset").options].map(({ value }) => value).filter(Boolean);
@@ -153,7 +153,7 @@ function showMixture() {
     const preset = presetOf(value);
     return isPlain(preset) && isSameMixture(preset.weights, weights);
   });
-  // of two names for one mixture, the one that was chosen stays
+  // two presets may be the same mixture: the chosen one stays selected
   if (!matches.includes(id("preset").value)) id("preset").value = matches[0] ?? "";
   id("preset-note").textContent = "";
   columns.forEach(describe);
@@ -212,7 +212,7 @@ async function load() {
     document.querySelector("main").hidden = false;
     show(list, saved);
     if (saved) savedProfiles.list();
-    if (isAgain) id("prompt").focus(); // what was pressed is gone
+    if (isAgain) id("prompt").focus(); // the pressed button is gone
   } catch (error) {
     if (error.status === 401) return askForKey(error);
     document.querySelector("main").hidden = true;
@@ -232,7 +232,7 @@ function show(list, saved) {
   id("server").textContent = `Playground · ${list.base} with ${num} expert${num === 1 ? "" : "s"}`;
   sliders.build(slidersOf(list));
   server.presets = combinationsOf(sliders.sliders, list.preset_weight ?? 0.6);
-  // the catalogue's own first sides to begin with: where all weights are 0, a first answer would be the base's, twice
+  // Start with the first sides of the catalogue: with all weights 0, both columns would show the base's answer.
   server.begin = server.presets.find(({ weights }) => Object.keys(weights).every((name) => firsts.has(name)));
   profiles.clear();
   for (const { user, profile } of saved ?? []) profiles.set(user, profile);
@@ -249,18 +249,18 @@ function askForKey() {
   const isSecond = isKeyed();
   setKey("");
   id("key").hidden = false;
-  document.querySelector("main").hidden = !server.base; // nothing there works before the first list
+  document.querySelector("main").hidden = !server.base; // the controls need the list of experts
   id("key-error").textContent = isSecond ? "The server does not know this key." : "";
   id("key-input").focus();
 }
 
-/** The saved profiles that the page's address names: they may stand behind the first ones. */
+/** The saved profiles in the page's address, which the first page of profiles may not contain. */
 async function loadLinked(saved) {
   const sources = (readLink()?.sources ?? []).filter((source) => source?.startsWith("user:"));
   const users = new Set(sources.map((source) => source.slice(5)));
   for (const { user } of saved) users.delete(user);
   const found = await Promise.all([...users].map((user) => loadProfile(user).catch(() => null)));
-  return found.filter((stored) => stored?.profile); // a profile that is gone is the base
+  return found.filter((stored) => stored?.profile); // a deleted profile becomes the base
 }
 
 function saved(user, profile) {
@@ -269,17 +269,17 @@ function saved(user, profile) {
   savedProfiles.list();
 }
 
-/** Take note of a profile's new version; null: it is deleted. */
+/** Store a profile's new version; null means that the profile was deleted. */
 function changed(user, profile) {
   const showing = columns.filter(({ source }) => source === `user:${user}`);
   if (profile) profiles.set(user, profile);
   else profiles.delete(user);
   showChoices();
   if (profile && asked !== null) showing.forEach(run);
-  if (!profile) showing.forEach(sourceChanged); // they answer as the base now
+  if (!profile) showing.forEach(sourceChanged); // their source is the base now
 }
 
-/** Move the sliders to a saved profile; an older version is no choice of its own. */
+/** Move the sliders to a saved profile. Older versions cannot be chosen as a source. */
 function use(user, profile, version) {
   if (version === null) {
     profiles.set(user, profile);
@@ -304,7 +304,7 @@ for (const chip of document.querySelectorAll(".chip")) {
   chip.addEventListener("click", () => {
     id("prompt").value = chip.textContent;
     ask();
-    if (!chip.checkVisibility()) id("answers").focus({ preventScroll: true }); // on a phone they go, once one is asked
+    if (!chip.checkVisibility()) id("answers").focus({ preventScroll: true }); // phones hide the examples after the first request
   });
 }
 document.addEventListener("keydown", (event) => {
@@ -319,7 +319,7 @@ addEventListener("hashchange", () => {
   if (server.base && readLink()) followLink();
 });
 document.querySelector(".skip").addEventListener("click", (event) => {
-  event.preventDefault(); // the fragment is the mixture's
+  event.preventDefault(); // the fragment holds the mixture
   id("answers").focus();
 });
 id("trouble").querySelector("button").addEventListener("click", load);

@@ -1,14 +1,15 @@
-// Slider positions to mixing weights and back, and the texts that take a mixture elsewhere. No DOM, no network.
+// Converts slider positions to mixing weights and back, and writes a mixture as text. No DOM, no network.
 //
-// A slider has a `high` expert and perhaps a `low` one. Its position goes from -1 to 1; below 0 the low expert has the
-// weight, above 0 the high one. An extra expert has a slider of its own, whose position is its weight, negative or not.
+// A slider has a `high` expert and may have a `low` one. Its position is between -1 and 1: a negative position is the
+// weight of the low expert, a positive one that of the high expert. An extra expert has its own slider, whose position
+// is the expert's weight and may be negative.
 
 export const STEP = 0.05;
 
-const rounded = (number) => Number(number.toFixed(4)); // what is left of 0.1 + 0.2
+const rounded = (number) => Number(number.toFixed(4)); // removes the rounding error of sums such as 0.1 + 0.2
 const clamped = (number) => Math.max(-1, Math.min(1, number));
 
-/** The sliders of a server's list of experts: one per two-sided dimension, then the extra experts. */
+/** The sliders for a list of experts: one per dimension with two sides, then one per extra expert. */
 export function slidersOf(list) {
   const byName = new Map(list.data.map((expert) => [expert.name, expert]));
   const placed = new Set();
@@ -19,7 +20,7 @@ export function slidersOf(list) {
       .map((name) => byName.get(name))
       .filter(Boolean)
       .sort((one, other) => sideOf(one) - sideOf(other));
-    // two experts of one side do not oppose each other: they are no two ends of one slider
+    // two experts of one side are not opposed, so they cannot be the ends of one slider
     if (!high || rest.length || sideOf(low) === sideOf(high)) continue;
     sliders.push({ name: dimension.name, about: dimension.about, low, high });
     placed.add(low.name).add(high.name);
@@ -30,7 +31,7 @@ export function slidersOf(list) {
   return sliders;
 }
 
-/** The weights that are not zero, by expert, of one position per slider. */
+/** The nonzero weights, by expert, for one position per slider. */
 export function weightsOf(sliders, positions) {
   const weights = {};
   sliders.forEach(({ low, high }, at) => {
@@ -41,7 +42,7 @@ export function weightsOf(sliders, positions) {
   return weights;
 }
 
-/** The positions nearest to the weights, and whether the sliders show exactly them. */
+/** The positions nearest to the weights, and whether they equal the weights. */
 export function positionsOf(sliders, weights) {
   const weightOf = (expert) => (expert && Object.hasOwn(weights, expert.name) ? weights[expert.name] : 0);
   const positions = sliders.map(({ low, high }) => clamped(weightOf(high) - weightOf(low)));
@@ -49,7 +50,7 @@ export function positionsOf(sliders, weights) {
   return { positions, isExact };
 }
 
-/** Every combination of the two-sided dimensions at one weight; none where they would be too many to read. */
+/** All combinations of the two-sided dimensions at one weight; empty if there are too many to list. */
 export function combinationsOf(sliders, weight) {
   const sided = sliders.filter(({ low }) => low);
   if (!sided.length || sided.length > 5) return [];
@@ -65,7 +66,7 @@ export function combinationsOf(sliders, weight) {
   return combinations;
 }
 
-/** The profile as the server takes it, or null for the base alone. Two sides of one dimension have to be asked for. */
+/** The profile in the server's format, or null for the base. Two sides of one dimension set `allow_opposed`. */
 export function profileOf(sliders, weights) {
   if (!Object.values(weights).some((weight) => weight !== 0)) return null;
   const sides = new Map();
@@ -81,7 +82,7 @@ export function profileOf(sliders, weights) {
   return isOpposed ? { weights, allow_opposed: true } : { weights };
 }
 
-/** Whether a saved profile is its weights and no more: not divided by their sum, not merged by another method. */
+/** Whether a saved profile has only weights: no normalization, and no method other than linear. */
 export function isPlain(profile) {
   const { method = "linear", normalize = "none", options = {}, rank = null } = profile;
   return method === "linear" && normalize === "none" && rank === null && Object.keys(options).length === 0;
@@ -102,7 +103,7 @@ export function isSameMixture(one, other) {
   return [...names].every((name) => rounded(one[name] ?? 0) === rounded(other[name] ?? 0));
 }
 
-/** What is sent for one answer; `source` is {model, profile?}. */
+/** The request for one answer; `source` is {model, profile?}. */
 export function requestOf(source, prompt, sampling) {
   return {
     model: source.model,
@@ -116,14 +117,14 @@ export function requestOf(source, prompt, sampling) {
   };
 }
 
-// Words that YAML readers of one version or another take for something else than text.
+// Words that some version of YAML does not read as text.
 const YAML_WORDS = /^(y|n|yes|no|on|off|true|false|null)$/i;
 
 function yamlText(text) {
   return /^[A-Za-z][\w-]*$/.test(text) && !YAML_WORDS.test(text) ? text : JSON.stringify(text);
 }
 
-/** A profile file. */
+/** The text of a profile file. */
 export function profileText(user, profile) {
   const lines = [`user: ${yamlText(user)}`, "weights:"];
   for (const [name, weight] of Object.entries(profile.weights)) lines.push(`  ${yamlText(name)}: ${weight}`);
@@ -136,7 +137,7 @@ export function shellText(word) {
   return /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
 }
 
-/** `startedWith` is `--base ... --experts ...` as the server was started; a base alone takes no experts. */
+/** `startedWith` holds the options of `psoups serve`, such as --base and --experts. The base alone needs no experts. */
 export function commandText(startedWith, profile, prompt, sampling) {
   const words = ["psoups", "generate", ...(profile ? startedWith : startedWith.slice(0, 2))];
   if (profile) {
@@ -146,12 +147,12 @@ export function commandText(startedWith, profile, prompt, sampling) {
   }
   words.push("--temperature", `${sampling.temperature}`, "--seed", `${sampling.seed}`);
   words.push("--max-new-tokens", `${sampling.maxTokens}`);
-  if (prompt.startsWith("-")) words.push("--"); // or it would be read as an option
+  if (prompt.startsWith("-")) words.push("--"); // otherwise the prompt would be read as an option
   words.push(prompt);
   return words.map(shellText).join(" ");
 }
 
-/** The key itself is never in it: the shell reads it from a variable. */
+/** The text never contains the API key: the shell reads the key from a variable. */
 export function curlText(url, request, isKeyed) {
   const parts = [`curl -N ${shellText(url)}`, `-H 'Content-Type: application/json'`];
   if (isKeyed) parts.push('-H "Authorization: Bearer $PSOUPS_API_KEY"');

@@ -1,23 +1,24 @@
-// The saved profiles: found by name, with all their versions, taken onto the sliders, restored, deleted.
+// The saved profiles: search, list versions, use, restore, delete.
 
 import { deleteProfile, findProfiles, loadVersions, saveProfile } from "./api.js";
 import { isPlain, mixtureText } from "./profile.js";
 
-const PAGE = 10; // profiles that are listed at once
-const MOST_VERSIONS = 50; // the newest of a profile; `psoups profile history` prints all
-const PAUSE_MS = 250; // after a letter of the search
+const PAGE = 10; // profiles per page
+const MOST_VERSIONS = 50; // the newest versions; `psoups profile history` prints all
+const PAUSE_MS = 250; // after a key press in the search field
 
 const id = (name) => document.getElementById(name);
 const counted = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 
 export class SavedProfiles {
   #on;
-  #request = null; // the AbortController of the list under way
+  #request = null; // the AbortController of the running request
   #typing = 0;
 
   /**
-   * `on.use(user, profile, version)` moves the sliders and returns whether they show all of it; version is null for the
-   * current one. `on.changed(user, profile)` hears of a new version, null of a deletion; `on.refusedKey` of a 401.
+   * `on.use(user, profile, version)` moves the sliders and returns whether they equal the profile; version is null for
+   * the current one. `on.changed(user, profile)` is called with a new version, or with null after a deletion;
+   * `on.refusedKey` is called for a 401.
    */
   constructor(on) {
     this.#on = on;
@@ -25,11 +26,11 @@ export class SavedProfiles {
       clearTimeout(this.#typing);
       this.#typing = setTimeout(() => this.list(), PAUSE_MS);
     });
-    id("find").addEventListener("search", () => this.list()); // Enter, or the field's own button that empties it
+    id("find").addEventListener("search", () => this.list()); // Enter, or the field's clear button
     id("more").addEventListener("click", () => this.list(id("found").lastElementChild?.dataset.user));
   }
 
-  /** List the profiles that the search finds; `after` goes on behind a name. */
+  /** List the profiles that match the search; `after` continues the list after a name. */
   async list(after = "") {
     clearTimeout(this.#typing);
     this.#request?.abort();
@@ -137,7 +138,7 @@ export class SavedProfiles {
     this.#on.changed(user, profile);
     await this.#open(state);
     say(note, `Version ${state.version} is a copy of version ${version}.`);
-    return row.querySelector(".use").focus(); // the button that was pressed is gone
+    return row.querySelector(".use").focus(); // the pressed button is gone
   }
 
   async #delete(state) {
@@ -157,7 +158,7 @@ export class SavedProfiles {
     return this.#on.changed(user, null);
   }
 
-  /** Somebody else has written meanwhile: show what there is now, and leave the decision to the reader. */
+  /** Another write came first: show the current version, and let the reader decide. */
   async #conflict(state, error) {
     if (error.status !== 412) return this.#fail(error, state.note);
     await this.#open(state);

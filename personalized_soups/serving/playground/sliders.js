@@ -9,7 +9,7 @@ export class Sliders {
   #onMove;
   #onSettle;
 
-  /** `onMove` is called at every move of a slider, `onSettle` when one is let go of. */
+  /** `onMove` is called at every move of a slider, `onSettle` when it is released. */
   constructor(root, { onMove, onSettle }) {
     this.#root = root;
     this.#onMove = onMove;
@@ -41,12 +41,12 @@ export class Sliders {
     return weightsOf(this.sliders, this.#inputs.map((input) => input.valueAsNumber));
   }
 
-  /** Move the sliders to the weights; false where they cannot show exactly these. */
+  /** Move the sliders to the weights. Return whether their positions equal the weights. */
   place(weights) {
     const { positions, isExact } = positionsOf(this.sliders, weights);
     positions.forEach((position, at) => {
       const input = this.#inputs[at];
-      // a saved 0.33 lies between two steps, and would be moved to one of them
+      // a saved 0.33 lies between two steps, and the input would round it
       input.step = Math.abs(position / STEP - Math.round(position / STEP)) < 1e-6 ? STEP : "any";
       input.valueAsNumber = position;
       this.#show[at]();
@@ -96,9 +96,9 @@ export class Sliders {
     input.addEventListener("dblclick", toZero);
     reset.addEventListener("click", () => {
       toZero();
-      input.focus(); // the button goes away with its reason
+      input.focus(); // the button disappears
     });
-    // positions are told apart by their place in `sliders`, whichever group a row is shown in
+    // Inputs keep the order of `sliders`, in whichever group a row is shown.
     const at = this.sliders.indexOf(slider);
     this.#inputs[at] = input;
     this.#show[at] = show;

@@ -1,5 +1,5 @@
-// The theme of an earlier visit, before the first paint: a plain script, so that no page is seen in the other one first.
-// This is all that the page ever stores.
+// Applies the theme of an earlier visit. This is a plain script, so it runs before the first paint and no other theme
+// flashes. The theme is the only thing that the page stores.
 (() => {
   const STORED = "psoups-theme";
   const THEMES = ["auto", "light", "dark"];
@@ -8,7 +8,7 @@
     try {
       return localStorage.getItem(STORED);
     } catch {
-      return null; // storage may be forbidden
+      return null; // the browser may forbid storage
     }
   };
 
