@@ -1,7 +1,7 @@
-"""Every error that a user may meet says three things: what is wrong, where, and how to mend it.
+"""The errors that users see. Each has three parts: what is wrong, where, and how to fix it.
 
-The three parts are separate arguments, so that none can be forgotten and a test can assert each.
-The command line prints them and exits with the error's `exit_code`: 2 for usage or input, 1 for a run that failed.
+The parts are separate arguments, so that none can be forgotten and tests can check each. The command line prints them
+and exits with the error's `exit_code`: 2 for wrong usage or input, 1 for a run that failed.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import ClassVar
 
-# A mend that lists every tensor of a model is none.
+# The most names that a fix lists: a list of every tensor of a model would not help.
 _MAX_NAMES = 24
 
 
 class SoupError(Exception):
-    """What went wrong, where, and the mend.
+    """An error with its place and its fix.
 
     Args:
-        what: one sentence on the fault, with the value found and the value expected.
-        where: a file (with line where there is one), a folder, a module's name, or an option.
-        mend: what the reader should do now.
+        what: what is wrong, in one sentence, with the value found and the value expected.
+        where: a file (with the line, if known), a folder, a module's name, or an option.
+        mend: how to fix it, in the imperative.
     """
 
     exit_code: ClassVar[int] = 1
@@ -36,44 +36,44 @@ class SoupError(Exception):
         return f"{self.what}\n   at: {self.where}\n mend: {self.mend}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Keep the three parts across a process border (worker processes send their errors home)."""
+        """Keep the three parts when the error is pickled: worker processes send their errors to the main process."""
         return (_rebuild, (type(self), self.what, self.where, self.mend))
 
 
 class UsageError(SoupError):
-    """The command or call itself is at fault: options that contradict, a name that is not known."""
+    """The command or call is wrong, for example contradicting options or an unknown name."""
 
     exit_code = 2
 
 
 class InputError(SoupError):
-    """Something the user gave is at fault: a file that lies, data that cannot be used."""
+    """A file or other data from the user cannot be used."""
 
     exit_code = 2
 
 
 class DeclarationError(InputError):
-    """A profile, recipe or catalogue says something that cannot be: unknown key, bad weight, repeated name."""
+    """A profile, recipe or catalogue is invalid: an unknown key, a bad weight, a repeated name."""
 
 
 class FileFormatError(InputError):
-    """A file is not what its name promises: truncated, lying header, wrong encoding, pickle."""
+    """A file does not have the format of its name: truncated, invalid header, wrong encoding, pickle."""
 
 
 class UnsupportedAdapterError(InputError):
-    """An adapter uses a variant of LoRA that this version does not merge; refused by name, never guessed at."""
+    """An adapter uses a variant of LoRA that this version does not merge. The message names the variant."""
 
 
 class IncompatibleExpertsError(InputError):
-    """Experts (or an expert and the base) disagree: other base model, other shapes, other ranks."""
+    """Experts, or an expert and the base, do not fit together: different base models, shapes or ranks."""
 
 
 class OutputExistsError(UsageError):
-    """The output is there already and `overwrite` is false."""
+    """The output exists already and `overwrite` is false."""
 
 
 class RunError(SoupError):
-    """Usage and input are sound and the run failed all the same: a full disk, a lost process."""
+    """A run with valid usage and input failed, for example on a full disk or because a process was killed."""
 
     exit_code = 1
 
@@ -83,7 +83,7 @@ def _rebuild(kind: type[SoupError], what: str, where: str, mend: str) -> SoupErr
 
 
 def check_extra(extra: str, *modules: str) -> None:
-    """Raise UsageError, with the command that installs them, if packages of an optional extra are missing."""
+    """Raise UsageError, with the install command, if packages of an optional extra are missing."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UsageError(
@@ -94,18 +94,18 @@ def check_extra(extra: str, *modules: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most like `name`, or None where none is near."""
+    """Return the known name most similar to `name`, or None if none is similar."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def choose_from(name: str, known: Iterable[str]) -> str:
-    """Return a mend for an unknown name: the nearest known one, else the list."""
+    """Return the fix for an unknown name: the most similar known name, or else the list of known names."""
     names = sorted(known)
-    near = nearest(name, names)
-    if near is not None:
-        return f"did you mean {near!r}?"
+    match = nearest(name, names)
+    if match is not None:
+        return f"did you mean {match!r}?"
     if not names:
-        return "nothing of this kind is known here"
+        return "remove it: there is nothing to choose from"
     more = f" (and {len(names) - _MAX_NAMES} more)" if len(names) > _MAX_NAMES else ""
     return f"choose from: {', '.join(names[:_MAX_NAMES])}{more}"

@@ -1,4 +1,4 @@
-"""Whether experts fit together: one base model, one kind and shape a module. Every disagreement is told at once."""
+"""Checks that experts fit together: one base model, and one kind and shape per module. Reports all differences."""
 
 from __future__ import annotations
 
@@ -14,56 +14,56 @@ from personalized_soups.adapters.provenance import BaseRecord
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.errors import IncompatibleExpertsError
 
-# A hundred lines of the same disagreement tell no more than these.
+# The most differences that one message lists.
 _MAX_SHOWN = 8
 
 
 def disagreements(experts: Sequence[Expert], *, same_base: bool = False) -> list[IncompatibleExpertsError]:
-    """Return everything in which experts disagree, from their headers and records alone; empty if they fit."""
-    found = [] if same_base else _of_bases(experts)
-    return found + other_names(experts) + _of_shapes(experts)
+    """Return an error for each kind of difference between experts, from headers and records; none if they fit."""
+    bases = [] if same_base else _of_bases(experts)
+    return bases + other_names(experts) + _of_shapes(experts)
 
 
 def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[IncompatibleExpertsError]:
-    """Return one fault that names every expert which records another base's fingerprint than this; empty if none does.
+    """Return one error that names all experts trained on another base than this, by fingerprint; empty if none were.
 
-    Experts without a fingerprint name their base by a path or id that need not be this one's.
+    Experts without a fingerprint are skipped: the path or id of their base may differ from this one's.
     """
     known = BaseRecord(fingerprint=fingerprint)
-    found = [
+    names = [
         f"{expert.name} was trained on {expert.base.name or 'a base without a name'} ({expert.base.fingerprint[:12]})"
         for expert in experts
         if expert.base.fingerprint is not None and not is_same_base(expert.base, known)
     ]
-    if not found:
+    if not names:
         return []
     return [
         IncompatibleExpertsError(
-            f"this base ({fingerprint[:12]}) is not the experts': " + "; ".join(found),
+            f"the experts were trained on another base than this one ({fingerprint[:12]}): " + "; ".join(names),
             where=where,
-            mend="give the base that they were trained on; if it is the same one converted, pass same_base=True",
+            mend="give the base of the experts; if this is the same model, converted, pass same_base=True",
         )
     ]
 
 
 def is_same_base(
-    one: BaseRecord, other: BaseRecord, *, revisions: tuple[str | None, str | None] = (None, None)
+    first: BaseRecord, second: BaseRecord, *, revisions: tuple[str | None, str | None] = (None, None)
 ) -> bool:
-    """Return whether two records name one base model: by fingerprint where both have one, else by name."""
-    if one.fingerprint is not None and other.fingerprint is not None:
-        return one.fingerprint == other.fingerprint
-    if one.name is None or other.name is None:
-        return one.name == other.name
-    first, second = (revision or "main" for revision in revisions)
-    return first == second and _place(one.name) == _place(other.name)
+    """Return whether two records are of the same base model: by fingerprint if both have one, otherwise by name."""
+    if first.fingerprint is not None and second.fingerprint is not None:
+        return first.fingerprint == second.fingerprint
+    if first.name is None or second.name is None:
+        return first.name == second.name
+    revision, other_revision = (revision or "main" for revision in revisions)
+    return revision == other_revision and _place(first.name) == _place(second.name)
 
 
 def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
     different = [
-        (one, other)
-        for one, other in combinations(experts, 2)
+        (first, second)
+        for first, second in combinations(experts, 2)
         if not is_same_base(
-            one.base, other.base, revisions=(one.adapter.config.revision, other.adapter.config.revision)
+            first.base, second.base, revisions=(first.adapter.config.revision, second.adapter.config.revision)
         )
     ]
     if not different:
@@ -74,79 +74,83 @@ def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
             "the experts were trained on different bases: "
             + "; ".join(f"{name}: {base}" for name, base in list(named.items())[:_MAX_SHOWN]),
             where=", ".join(list(named)[:_MAX_SHOWN]),
-            mend="merge experts of one base; if these are one base under several names, pass same_base=True",
+            mend="merge experts of one base; if these are names of the same base, pass same_base=True",
         )
     ]
 
 
 def other_names(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
-    """Return a fault if experts name the modules of one base differently; empty if none do.
+    """Return an error if experts have different names for the same modules; empty if they do not.
 
-    Their soup would hold both names, and a model that loads it would leave out those that it does not know. Such names
-    differ only in wrappers and in the attributes under which a class of transformers keeps the model proper
-    (`model.layers`, `model.language_model.layers`). Where one expert has both names, the base has both modules.
+    Their soup would have both names, and a model that loads it would ignore those that it does not know. Such names
+    differ only in wrappers and in the attributes under which a class of transformers keeps the language model
+    (`model.layers`, `model.language_model.layers`). If one expert has both names, the base has both modules.
     """
     targets = [_targets_by_core(expert) for expert in experts]
     has_both = {core for own in targets for core, names in own.items() if len(names) > 1}
-    found = []
-    for (one, own), (other, others) in combinations(zip(experts, targets, strict=True), 2):
-        apart = sorted(
+    differences = []
+    for (first, own), (second, others) in combinations(zip(experts, targets, strict=True), 2):
+        cores = sorted(
             core for core in own.keys() & others.keys() if own[core] != others[core] and core not in has_both
         )
-        if apart:
-            (first,), (second,) = own[apart[0]], others[apart[0]]
-            more = f" (and {len(apart) - 1} more)" if len(apart) > 1 else ""
-            found.append(f"{one.name} has {first}, {other.name} has {second}{more}")
-    if not found:
-        return []
-    more = f"; and {len(found) - _MAX_SHOWN} more pairs" if len(found) > _MAX_SHOWN else ""
-    return [
-        IncompatibleExpertsError(
-            "the experts have different names for the same modules, so a model that loads their soup would leave out "
-            "those that it does not know: " + "; ".join(found[:_MAX_SHOWN]) + more,
-            where=", ".join(expert.name for expert in experts),
-            mend="save the experts again from the base as one class loads it (AutoModelForCausalLM or "
-            "AutoModelForImageTextToText, not both) and without wrappers (`model.module`), or rename one's tensors",
-        )
-    ]
+        if cores:
+            (name,), (other_name,) = own[cores[0]], others[cores[0]]
+            more = f" (and {len(cores) - 1} more)" if len(cores) > 1 else ""
+            differences.append(f"{first.name} has {name}, {second.name} has {other_name}{more}")
+    return _error_of(
+        differences,
+        experts,
+        "the experts have different names for the same modules, so a model that loads their soup would ignore those "
+        "that it does not know",
+        mend="save the experts again from a base loaded by one class (AutoModelForCausalLM or "
+        "AutoModelForImageTextToText) and without wrappers (`model.module`), or rename the tensors of some experts",
+    )
 
 
 def _targets_by_core(expert: Expert) -> dict[str, set[str]]:
     adapter = expert.adapter
-    targets = [each.base_name for each in adapter.modules.values()]
-    targets += [each.target for each in adapter.trained.values()]
-    found: dict[str, set[str]] = {}
+    targets = [module.base_name for module in adapter.modules.values()]
+    targets += [tensor.target for tensor in adapter.trained.values()]
+    by_core: dict[str, set[str]] = {}
     for target in targets:
-        found.setdefault(composite_core(target), set()).add(target)
-    return found
+        by_core.setdefault(composite_core(target), set()).add(target)
+    return by_core
 
 
 def _of_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
     first: dict[str, tuple[Expert, str]] = {}
-    found = []
+    differences = []
     for expert in experts:
         adapter = expert.adapter
         changes = {module.base_name: _change(module) for module in adapter.modules.values()}
-        wholes = {f"{each.target} ({each.kind})": _whole(each) for each in adapter.trained.values()}
+        wholes = {f"{tensor.target} ({tensor.kind})": _whole(tensor) for tensor in adapter.trained.values()}
         for name, change in (*changes.items(), *wholes.items()):
             other, expected = first.setdefault(name, (expert, change))
             if change != expected:
                 place = name.removesuffix(".weight")
-                found.append(f"{place}: {other.name} has {expected}, {expert.name} has {change}")
-    if not found:
+                differences.append(f"{place}: {other.name} has {expected}, {expert.name} has {change}")
+    return _error_of(
+        differences,
+        experts,
+        "the experts were trained for layers of different kinds or shapes",
+        mend="merge experts that were trained on the same base model",
+    )
+
+
+def _error_of(
+    differences: Sequence[str], experts: Sequence[Expert], what: str, *, mend: str
+) -> list[IncompatibleExpertsError]:
+    """Return one error that lists the first differences; none if there are no differences."""
+    if not differences:
         return []
-    more = f" (and {len(found) - _MAX_SHOWN} more)" if len(found) > _MAX_SHOWN else ""
-    return [
-        IncompatibleExpertsError(
-            "the experts were trained for layers of different kinds or shapes: " + "; ".join(found[:_MAX_SHOWN]) + more,
-            where=", ".join(expert.name for expert in experts),
-            mend="merge experts that were trained on one and the same base model",
-        )
-    ]
+    more = f" (and {len(differences) - _MAX_SHOWN} more)" if len(differences) > _MAX_SHOWN else ""
+    text = f"{what}: {'; '.join(differences[:_MAX_SHOWN])}{more}"
+    return [IncompatibleExpertsError(text, where=", ".join(expert.name for expert in experts), mend=mend)]
 
 
 def _change(module: LoraModule) -> str:
-    """Return what a low-rank change is for. Only the base tells a Conv1D from a linear layer (placement.place)."""
+    """Return the kind and shape of the layer of a low-rank change."""
+    # a Conv1D looks like a linear layer here: only the base's shape tells them apart (placement.place)
     shape = [module.out_features, module.in_features]
     if module.kind in {"linear", "transposed"}:
         return f"{shape}"
@@ -156,7 +160,7 @@ def _change(module: LoraModule) -> str:
 
 
 def _whole(trained: TrainedTensor) -> str:
-    # experts may train different tokens of one embedding
+    # experts may train different tokens of one embedding, so the number of rows is not compared
     return f"rows of {trained.shape[1]}" if trained.kind == "rows" else f"{list(trained.shape)}"
 
 
@@ -168,6 +172,6 @@ def _described(expert: Expert) -> str:
 
 
 def _place(name: str) -> str:
-    """Return a base's name such that two spellings of one local folder are equal."""
-    # os.path says no where Path.is_dir() raises: an adapter may name anything, even what is too long for a path
+    """Return a base's name, resolved if it is a local folder, so that two spellings of its path are equal."""
+    # os.path.isdir returns False where Path.is_dir() raises: the name may be anything, even too long for a path
     return str(Path(name).resolve()) if os.path.isdir(name) else name.rstrip("/")  # noqa: PTH112

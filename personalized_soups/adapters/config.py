@@ -1,6 +1,7 @@
-"""adapter_config.json: what kind of LoRA it is.
+"""adapter_config.json: the kind of LoRA.
 
-An allow-list stands behind it (variants.py): what is not known to be merged rightly is refused by name.
+Only settings on an allow-list (variants.py) are accepted. All others are rejected by name, because merging them could
+give wrong results.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from personalized_soups.files.strict_json import parse_json
 
 _MAX_CONFIG_BYTES = 16 << 20
 
-# LoraConfig's own.
+# The default of PEFT's LoraConfig.
 _DEFAULT_RANK = 8
 
-# Each of them is held against every tensor of the adapter.
+# The most names in a list. Each name is compared with every tensor of the adapter.
 _MAX_NAMES = 1000
 
 Biases = Literal["none", "all", "lora_only"]
@@ -32,7 +33,29 @@ Biases = Literal["none", "all", "lora_only"]
 
 @dataclass(frozen=True, slots=True)
 class AdapterConfig:
-    """The parts of a LoRA configuration that give the saved tensors their meaning."""
+    """The parts of a LoRA configuration that decide what the saved tensors mean.
+
+    Attributes:
+        path: the file.
+        rank: `r`.
+        lora_alpha: alpha.
+        use_rslora: whether the scaling is alpha / sqrt(rank) instead of alpha / rank.
+        rank_pattern: ranks of some modules, by regular expressions for their names.
+        alpha_pattern: alphas of some modules, by regular expressions for their names.
+        base_model: the base model's path or hub id.
+        revision: the base model's revision on the hub.
+        task_type: PEFT's task type, such as `CAUSAL_LM`.
+        target_modules: the names of the adapted modules; None if they are not a plain list.
+        peft_version: the version of PEFT that saved the adapter.
+        fan_in_fan_out: whether the last wrapped layer stores its weight as [in, out] (Conv1D).
+        bias: which biases of the base were trained.
+        lora_bias: whether B has a bias.
+        use_dora: whether the adapter is DoRA (arXiv 2402.09353).
+        modules_to_save: the names of modules that were trained whole.
+        trainable_tokens: the tokens whose embedding rows were trained, for all embeddings or by module name.
+        target_parameters: the names of adapted parameters that are not modules.
+        ensure_weight_tying: whether PEFT saved the change of a tied embedding twice.
+    """
 
     path: Path
     rank: int
@@ -61,14 +84,15 @@ class AdapterConfig:
         """Read and check `adapter_config.json` in `folder`.
 
         Raises:
-            FileFormatError: if it is missing, not JSON, or a value is out of place.
-            UnsupportedAdapterError: naming the first variant of LoRA that this version does not merge.
+            InputError: if the file is missing or cannot be read.
+            FileFormatError: if it is not JSON, or a value is invalid.
+            UnsupportedAdapterError: with the first variant of LoRA that this version does not merge.
         """
         path = Path(folder) / CONFIG_FILE
         table = _read(path)
         kind = table.get("peft_type")
         if kind != "LORA":
-            raise _refused(path, f"peft_type is {kind!r}", "give an adapter of type LORA")
+            raise _refused(path, f"peft_type is {kind!r}, not 'LORA'", "give a LoRA adapter")
         _check_init(path, table.get("init_lora_weights", True))
         _check_variants(path, table)
         rank_pattern, rank_keys = _pattern(path, table, "rank_pattern")
@@ -98,7 +122,7 @@ class AdapterConfig:
         )
 
     def rank_of(self, module: str) -> int:
-        """Return the rank that the configuration gives a module (or a parameter, by its full name).
+        """Return the configured rank of a module, or of a parameter by its full name.
 
         Raises:
             UnsupportedAdapterError: if rank_pattern takes too long to resolve.
@@ -129,18 +153,18 @@ class AdapterConfig:
 def _read(path: Path) -> dict[str, Any]:
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
-            raise InputError("this is not a regular file", where=str(path), mend="save the adapter anew")
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait forever
+            raise InputError("this is not a regular file", where=str(path), mend="save the adapter again")
         if status.st_size > _MAX_CONFIG_BYTES:
             raise FileFormatError(
-                f"the file is larger than {_MAX_CONFIG_BYTES >> 20} MiB", where=str(path), mend="save the adapter anew"
+                f"the file is larger than {_MAX_CONFIG_BYTES >> 20} MiB", where=str(path), mend="save the adapter again"
             )
         data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(
-            f"the folder has no {CONFIG_FILE}: it is no LoRA adapter",
+            f"the folder is not a LoRA adapter: it has no {CONFIG_FILE}",
             where=str(path.parent),
-            mend="give a folder that PEFT's save_pretrained or psoups train wrote",
+            mend="give a folder written by PEFT's save_pretrained or by psoups train",
         ) from None
     except OSError as error:
         raise InputError(
@@ -153,7 +177,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_init(path: Path, init: Any) -> None:
-    # PEFT initialises nothing where the value is falsy, and takes gaussian in capitals, too
+    # as PEFT: a falsy value means no initialisation, and case does not matter for gaussian
     if init is None or (isinstance(init, (bool, str)) and init in PLAIN_INITS):
         return
     if init == 0 or (isinstance(init, str) and init.lower() == "gaussian"):
@@ -161,7 +185,7 @@ def _check_init(path: Path, init: Any) -> None:
     mends = [mend for name, mend in MOVING_INITS.items() if isinstance(init, str) and init.lower().startswith(name)]
     raise _refused(
         path,
-        f"init_lora_weights is {init!r}, which is not known to leave the base weights as they are",
+        f"init_lora_weights is {init!r}, which may change the base weights",
         mends[0] if mends else OTHER_INIT,
     )
 
@@ -173,27 +197,25 @@ def _check_variants(path: Path, table: Mapping[str, Any]) -> None:
         if refusal := REFUSED.get(key):
             if not any(type(value) is type(off) and value == off for off in refusal.off):
                 raise _refused(path, f"{key} is {str(value)[:80]} ({refusal.name}: {refusal.why})", refusal.mend)
-        # a key that this version has never heard of may stand there as long as it is switched off
+        # an unknown key of a newer PEFT is accepted only if it is switched off
         elif value is not None and value is not False and value not in ({}, []):
-            raise _refused(
-                path, f"the key {key!r} ({str(value)[:80]}) is not known to this version", f"train without {key}"
-            )
+            raise _refused(path, f"unknown key {key!r} ({str(value)[:80]})", f"train without {key}")
 
 
 def _targets(table: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the names in target_modules where they say by themselves which modules are adapted, else None."""
+    """Return the names in target_modules if they alone decide which modules are adapted, otherwise None."""
     targets = table.get("target_modules")
     narrowed = any(table.get(key) not in (None, []) for key in ("exclude_modules", "layers_to_transform"))
     if narrowed or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         return None
-    # names in which a training tool left a wrapper are none of the base's
+    # a name with a wrapper that a training tool left is not a name in the base
     return None if any(map(is_wrapped, targets)) else tuple(sorted(targets))
 
 
 def _pattern(path: Path, table: Mapping[str, Any], key: str) -> tuple[dict[str, Any], Patterns]:
     pattern = table.get(key) or {}
     if not isinstance(pattern, dict):
-        raise _out_of_place(path, f"{key} is not a table: {str(pattern)[:80]}")
+        raise _out_of_place(path, f"{key} is not an object: {str(pattern)[:80]}")
     try:
         return pattern, Patterns(pattern)
     except ValueError as error:
@@ -226,9 +248,9 @@ def _tokens(path: Path, value: Any) -> tuple[int, ...] | dict[str, tuple[int, ..
 def _indices(path: Path, value: Any) -> tuple[int, ...]:
     key = "trainable_token_indices"
     if not isinstance(value, list) or not all(type(index) is int and 0 <= index < 1 << 31 for index in value):
-        raise _out_of_place(path, f"{key} is not a list of tokens: {str(value)[:80]}")
+        raise _out_of_place(path, f"{key} is not a list of token ids: {str(value)[:80]}")
     if len(set(value)) != len(value):
-        raise _out_of_place(path, f"{key} names a token twice: {str(value)[:80]}")
+        raise _out_of_place(path, f"{key} has a token twice: {str(value)[:80]}")
     return tuple(value)
 
 
@@ -261,7 +283,7 @@ def _text(path: Path, table: Mapping[str, Any], key: str) -> str | None:
 
 
 def _refused(path: Path, what: str, mend: str) -> UnsupportedAdapterError:
-    return UnsupportedAdapterError(f"{what}: this version does not merge such an adapter", where=str(path), mend=mend)
+    return UnsupportedAdapterError(f"{what}: this version cannot merge such an adapter", where=str(path), mend=mend)
 
 
 def _out_of_place(path: Path, what: str) -> FileFormatError:

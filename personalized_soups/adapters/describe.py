@@ -1,4 +1,4 @@
-"""What a folder is, in facts that people and programs read: an expert, a soup, a base model, a library."""
+"""Descriptions of folders for people and programs: an expert, a soup, a base model, or a library."""
 
 from __future__ import annotations
 
@@ -21,7 +21,13 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """`kind` is expert, merged adapter, merged model, model or library; `members` are a library's experts."""
+    """The description of a folder.
+
+    Attributes:
+        kind: expert, merged adapter, merged model, model or library.
+        facts: the properties of the folder, by name.
+        members: the facts of a library's experts.
+    """
 
     kind: str
     facts: Facts
@@ -34,14 +40,14 @@ class Description:
 
 
 def describe(folder: Path | str) -> Description:
-    """Return what a folder is; headers and records are read, tensors are not.
+    """Return the description of a folder. Headers and records are read, tensors are not.
 
     Raises:
-        InputError: if there is no such folder, or it is none of the kinds.
+        InputError: if the folder does not exist, or is not of a known kind.
     """
     folder = Path(folder)
-    if not os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
-        raise InputError("there is no such folder", where=str(folder), mend="check the path")
+    if not os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir() raises if the name is too long
+        raise InputError("the folder does not exist", where=str(folder), mend="check the path")
     soup = read_soup_record(folder)
     if is_adapter(folder):
         expert = Expert(folder.resolve().name, folder)
@@ -54,9 +60,9 @@ def describe(folder: Path | str) -> Description:
         library = ExpertLibrary.open(folder)
     except InputError:
         raise InputError(
-            "the folder is no adapter, no model and no library of experts",
+            "the folder is not an adapter, a model or a library of experts",
             where=str(folder),
-            mend=f"give a folder with {CONFIG_FILE}, {MODEL_WEIGHTS_FILE}, or folders of adapters in it",
+            mend=f"give a folder with {CONFIG_FILE}, with {MODEL_WEIGHTS_FILE}, or with adapter folders in it",
         ) from None
     return Description(
         "library",

@@ -1,4 +1,4 @@
-"""A library of experts: a folder whose children are LoRA adapter folders, each named by its folder."""
+"""A library of experts: a folder of LoRA adapter folders. An expert's name is that of its folder."""
 
 from __future__ import annotations
 
@@ -18,40 +18,45 @@ from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One expert: an adapter folder, and expert.json where it has one. Opened, not read."""
+    """One expert: an adapter folder, with or without expert.json. Files are read on first use.
+
+    Attributes:
+        name: the expert's name.
+        folder: the adapter folder.
+    """
 
     name: str
     folder: Path
 
     @cached_property
     def adapter(self) -> LoraAdapter:
-        """The adapter, with header and configuration checked; raises what LoraAdapter.open raises."""
+        """The adapter, with checked header and configuration; raises the errors of `LoraAdapter.open`."""
         return LoraAdapter.open(self.folder)
 
     @cached_property
     def record(self) -> ExpertRecord | None:
-        """What expert.json says, or None."""
+        """The contents of expert.json, or None if there is none."""
         return read_expert_record(self.folder)
 
     @property
     def side(self) -> str | None:
-        """The side that it was trained for, where expert.json says so."""
+        """The side that the expert was trained for, from expert.json, or None."""
         return None if self.record is None else self.record.side
 
     @property
     def dimension(self) -> str | None:
-        """That side's dimension, where expert.json says so."""
+        """The dimension of that side, from expert.json, or None."""
         return None if self.record is None else self.record.dimension
 
     @property
     def base(self) -> BaseRecord:
-        """The base model: its name by the adapter's configuration, its fingerprint by expert.json."""
+        """The base model: its name from the adapter's configuration, and its fingerprint from expert.json."""
         recorded = BaseRecord() if self.record is None else self.record.base
         return BaseRecord(name=self.adapter.config.base_model or recorded.name, fingerprint=recorded.fingerprint)
 
 
 class ExpertLibrary(Mapping[str, Expert]):
-    """Experts by name. Only headers are read, and those only of the experts that are asked for."""
+    """Experts by name. Only headers are read, and only those of the experts in use."""
 
     def __init__(self, folders: Mapping[str, Path], *, where: str) -> None:
         self._experts = {name: Expert(name, folder) for name, folder in sorted(folders.items())}
@@ -59,23 +64,23 @@ class ExpertLibrary(Mapping[str, Expert]):
 
     @classmethod
     def open(cls, *folders: Path | str) -> Self:
-        """List the experts in one or several folders, each a folder of experts or an expert itself.
+        """List the experts in one or more folders. Each is a folder of experts or an expert itself.
 
         Raises:
-            InputError: if a folder is missing or holds no expert.
-            UsageError: if two experts have one name.
+            InputError: if a folder does not exist or has no expert.
+            UsageError: if two experts have the same name.
         """
-        found: dict[str, Path] = {}
+        experts: dict[str, Path] = {}
         for root in map(Path, folders):
             for folder in _experts_in(root):
-                if folder.name in found and found[folder.name].resolve() != folder.resolve():
+                if folder.name in experts and experts[folder.name].resolve() != folder.resolve():
                     raise UsageError(
-                        f"two experts are called {folder.name!r}",
-                        where=f"{found[folder.name]} and {folder}",
+                        f"two experts have the name {folder.name!r}",
+                        where=f"{experts[folder.name]} and {folder}",
                         mend="rename one of the folders",
                     )
-                found[folder.name] = folder
-        return cls(found, where=", ".join(map(str, folders)))
+                experts[folder.name] = folder
+        return cls(experts, where=", ".join(map(str, folders)))
 
     def __getitem__(self, name: str) -> Expert:
         return self._experts[name]
@@ -87,19 +92,19 @@ class ExpertLibrary(Mapping[str, Expert]):
         return len(self._experts)
 
     def check(self, profile: Profile) -> None:
-        """Raise if the profile names an expert that is not here.
+        """Raise if the profile names an unknown expert.
 
         Raises:
-            DeclarationError: naming every unknown expert, the place of the first, and the nearest known name.
+            DeclarationError: with all unknown experts, the place of the first, and the most similar known name.
         """
         unknown = [name for name in profile.weights if name not in self._experts]
         if not unknown:
             return
         first = unknown[0]
         names = ", ".join(map(repr, unknown))
-        # people remember the side that they trained; the folder may be called otherwise
+        # people often give the side that an expert was trained for, instead of its folder's name
         folders = [name for name in self if self._side_or_none(name) == first]
-        mend = f"the expert for that side is called {folders[0]!r}" if folders else choose_from(first, self)
+        mend = f"use {folders[0]!r}, the expert for that side" if folders else choose_from(first, self)
         raise DeclarationError(
             f"no expert is called {names} in {self.where}", where=profile.place("weights", first), mend=mend
         )
@@ -112,22 +117,22 @@ class ExpertLibrary(Mapping[str, Expert]):
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder looks like a LoRA adapter, sound or not."""
-    # os.path says no where Path.is_file() raises: a folder that may not be entered, such as lost+found
+    """Return whether a folder has files of a LoRA adapter, which may be damaged."""
+    # os.path.isfile returns False where Path.is_file() raises: for folders without permission, such as lost+found
     return any(os.path.isfile(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE))  # noqa: PTH113
 
 
 def _experts_in(root: Path) -> list[Path]:
-    if not os.path.isdir(root):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
-        raise InputError("there is no such folder", where=str(root), mend="give a folder of experts")
+    if not os.path.isdir(root):  # noqa: PTH112 # Path.is_dir() raises if the name is too long
+        raise InputError("the folder does not exist", where=str(root), mend="give a folder of experts")
     if is_adapter(root):
         return [root.resolve()]
-    # names that begin with a dot are scratch folders of a run that is going on
+    # names that start with a dot are scratch folders of running trainings
     children = [child for child in _children(root) if not child.name.startswith(".") and child.is_dir()]
     experts = [child for child in children if is_adapter(child)]
     if not experts:
         raise InputError(
-            f"no folder in it holds {CONFIG_FILE}",
+            f"the folder has no experts: none of its folders has {CONFIG_FILE}",
             where=str(root),
             mend="give a folder whose children are LoRA adapter folders, or train an expert: psoups train",
         )

@@ -1,4 +1,4 @@
-"""One LoRA adapter folder: its configuration and its tensors, read straight from the safetensors files.
+"""One LoRA adapter folder: its configuration, and its tensors in safetensors files.
 
 R rank, I in features, O out features.
 """
@@ -29,9 +29,13 @@ from personalized_soups.methods.finite import all_finite
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoraAdapter:
-    """A folder with `adapter_config.json` and `adapter_model.safetensors` (or its shards and index); opened, not read.
+    """A folder with `adapter_config.json` and `adapter_model.safetensors` (or shards and an index); opened, not read.
 
-    `modules` are the low-rank changes by name, `trained` what is trained whole by its name in the file.
+    Attributes:
+        folder: the folder.
+        config: the configuration.
+        modules: the low-rank changes, by module name.
+        trained: the tensors that were trained whole, by their names in the file.
     """
 
     folder: Path
@@ -42,11 +46,11 @@ class LoraAdapter:
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
-        """Read the configuration and the headers; check that they agree and that every tensor is understood.
+        """Read the configuration and the headers, and check that they fit and that all tensors are known.
 
         Raises:
-            FileFormatError: if a file is damaged, or the factors are incomplete or of other shapes than configured.
-            UnsupportedAdapterError: naming the variant of LoRA, or the tensor, that this version does not merge.
+            FileFormatError: if a file is damaged, or if factors are missing or have other shapes than configured.
+            UnsupportedAdapterError: with the variant of LoRA, or the tensor, that this version does not merge.
             InputError: if the folder or a file is missing.
         """
         folder = Path(folder)
@@ -55,7 +59,7 @@ class LoraAdapter:
         entries = {name: weights.entry(name) for name in weights}
         header = Header(where, entries, {name: parse_name(name, where=where) for name in entries}, config)
         if not entries:
-            raise header.fault("the file holds no tensors")
+            raise header.fault("the file has no tensors")
         modules = modules_of(header)
         trained = trained_of(header, modules)
         return cls(folder, config, MappingProxyType(modules), MappingProxyType(trained), weights)
@@ -63,24 +67,25 @@ class LoraAdapter:
     def factors(self, module: str, dtype: torch.dtype = torch.float32) -> Factors:
         """Return a module's factors on the CPU, converted to `dtype`; they may share the file's pages.
 
-        A convolution's kernel is flattened into A's columns. A module with blocks has them laid into one another, as
-        PEFT saves them: placement.blocks_of takes them apart.
+        A convolution's kernel is flattened into A's columns. The factors of a module with blocks are interleaved, as
+        PEFT saves them; `placement.blocks_of` separates them.
 
         Raises:
-            InputError: naming file and tensor where a value is NaN or infinite (in `dtype`), or the module is unknown.
+            InputError: if a value is NaN or infinite in `dtype` (with file and tensor), or if the module is unknown.
         """
-        found = self._module(module)
-        a_RI = self._finite(found.a_name, dtype).flatten(1)
-        b_OR = self._finite(found.b_name, dtype).flatten(1)
-        return Factors(a_RI, b_OR, found.scaling)
+        description = self._module(module)
+        a_RI = self._finite(description.a_name, dtype).flatten(1)
+        b_OR = self._finite(description.b_name, dtype).flatten(1)
+        return Factors(a_RI, b_OR, description.scaling)
 
     def trained_tensor(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """Return a tensor that is trained whole, by its name in the file, on the CPU in `dtype` (None: the file's own).
+        """Return a tensor that was trained whole, by its name in the file, on the CPU.
 
-        Its shape is that of `trained[name]`; it may share the file's pages.
+        It has the shape of `trained[name]` and may share the file's pages. It is converted to `dtype` unless that is
+        None.
 
         Raises:
-            InputError: naming file and tensor where a value is NaN or infinite (in `dtype`), or the name is unknown.
+            InputError: if a value is NaN or infinite in `dtype` (with file and tensor), or if the name is unknown.
         """
         if name not in self.trained:
             raise InputError(
@@ -91,13 +96,13 @@ class LoraAdapter:
         return self._finite(name, dtype).reshape(self.trained[name].shape)
 
     def a_bytes(self, module: str) -> tuple[TensorEntry, memoryview]:
-        """Return a module's A as it stands in the file: its entry and its bytes, without a copy."""
+        """Return the entry and the stored bytes of a module's A, without a copy."""
         name = self._module(module).a_name
         return self._weights.entry(name), self._weights.raw(name)
 
     @property
     def dtypes(self) -> frozenset[str]:
-        """The dtypes of the tensors, in the format's own names."""
+        """The dtypes of the tensors, by their names in the safetensors format."""
         names = [name for module in self.modules.values() for name in (module.a_name, module.b_name)]
         return frozenset(self._weights.entry(name).dtype for name in [*names, *self.trained])
 
@@ -108,7 +113,7 @@ class LoraAdapter:
 
     @property
     def num_bytes(self) -> int:
-        """Size of the weight files."""
+        """The size of the weight files."""
         return self._weights.num_bytes
 
     def _module(self, name: str) -> LoraModule:
@@ -127,13 +132,13 @@ class LoraAdapter:
             raise InputError(
                 f"{name}: the value at {index} is {tensor[tuple(index)].item()}",
                 where=str(self._weights.shard_of(name).path),
-                mend="this expert's training diverged or its file is damaged: train it again, or leave it out",
+                mend="train this expert again or remove it: its training diverged, or the file is damaged",
             )
         return tensor
 
 
 def _weights_of(folder: Path) -> tuple[Checkpoint, str]:
-    """Return an adapter's weight files, and the one that errors name."""
+    """Return an adapter's weight files, and the path for errors."""
     index = folder / f"{WEIGHTS_FILE}{INDEX_SUFFIX}"
     for path in (index, folder / WEIGHTS_FILE):
         if path.is_file():
@@ -144,5 +149,5 @@ def _weights_of(folder: Path) -> tuple[Checkpoint, str]:
     raise InputError(
         f"the folder has {CONFIG_FILE} but no {WEIGHTS_FILE}",
         where=str(folder),
-        mend="the adapter is incomplete: save or download it again",
+        mend="save or download the adapter again: it is incomplete",
     )

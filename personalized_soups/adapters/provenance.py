@@ -1,4 +1,4 @@
-"""Where an expert or a soup comes from: the records `expert.json` and `soup.json` that stand beside the tensors."""
+"""The origin of an expert or a soup: the records `expert.json` and `soup.json` next to the tensors."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from personalized_soups.errors import FileFormatError, InputError
 from personalized_soups.files.file_names import EXPERT_FILE, SOUP_FILE
 from personalized_soups.files.strict_json import parse_json
 
-# soup.json has a line per module; a model with a million adapted modules would still fit.
+# soup.json has one line per module: enough for a million modules.
 _MAX_RECORD_BYTES = 256 << 20
 
 
 class BaseRecord(Declared):
-    """Which base model: by the name that was given and by what its tensors hold."""
+    """A base model: its name and its fingerprint."""
 
-    name: str | None = Field(default=None, description="Path or hub id, as it was given.")
-    fingerprint: str | None = Field(default=None, description="What base_fingerprint() said of it.")
+    name: str | None = Field(default=None, description="Path or hub id, as given.")
+    fingerprint: str | None = Field(default=None, description="Its base_fingerprint().")
 
 
 class DataRecord(Declared):
@@ -35,28 +35,28 @@ class DataRecord(Declared):
 
 
 class ExpertRecord(Declared):
-    """expert.json: what an expert is and how it came about."""
+    """expert.json: an expert's side and how it was trained."""
 
     format_version: Literal[1] = 1
-    side: str = Field(min_length=1, description="The side of a preference dimension that it was trained for.")
-    dimension: str | None = Field(default=None, description="That side's dimension.")
+    side: str = Field(min_length=1, description="The side that the expert was trained for.")
+    dimension: str | None = Field(default=None, description="The dimension of that side.")
     base: BaseRecord = Field(default_factory=BaseRecord)
-    recipe: dict[str, Any] = Field(default_factory=dict, description="Every hyper-parameter of its training.")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="All hyper-parameters of the training.")
     basis: Literal["free", "shared"] = "free"
     data: DataRecord | None = None
     seed: int | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
-    files: tuple[str, ...] = Field(default=(), description="Every file of the folder that the training wrote.")
+    files: tuple[str, ...] = Field(default=(), description="All files of the folder that the training wrote.")
 
 
 class InputRecord(Declared):
-    """One expert that went into a soup."""
+    """One expert of a soup."""
 
     name: str
     folder: str
     weight: float
-    blake3: dict[str, str] = Field(description="BLAKE3 digest of each of its files that was read, in hex.")
+    blake3: dict[str, str] = Field(description="BLAKE3 digest of each file that was read, in hex.")
 
 
 class MethodRecord(Declared):
@@ -71,40 +71,40 @@ class MethodRecord(Declared):
 
 
 class TruncationRecord(Declared):
-    """What the truncation lost: relative Frobenius errors of the delta."""
+    """The errors of a truncation: relative Frobenius errors of the delta."""
 
     rank: int = Field(description="The highest rank of a module.")
-    energy: float | None = Field(default=None, description="The share of the energy that was asked for, if one was.")
+    energy: float | None = Field(default=None, description="The requested share of the energy, if any.")
     total: float = Field(ge=0)
     modules: dict[str, float] = Field(default_factory=dict)
-    ranks: dict[str, int] = Field(default_factory=dict, description="Rank of each module that has another.")
+    ranks: dict[str, int] = Field(default_factory=dict, description="Rank of each module with a lower rank.")
 
 
 class SoupRecord(Declared):
-    """soup.json: what a merged adapter or model was made of, and how."""
+    """soup.json: the experts of a merged adapter or model, and how they were merged."""
 
     format_version: Literal[1] = 1
     kind: Literal["adapter", "model"]
-    profile: dict[str, Any] = Field(description="The profile as it was declared.")
+    profile: dict[str, Any] = Field(description="The profile, as declared.")
     method: str
     method_source: MethodRecord | None = Field(
         default=None, description="The function of a method from outside this package; left out for a built-in method."
     )
-    options: dict[str, float] = Field(default_factory=dict, description="The method's options, all of them.")
+    options: dict[str, float] = Field(default_factory=dict, description="All options of the method.")
     encoding: Literal["stacked", "truncated", "folded"]
     target: Literal["peft", "vllm"] = "peft"
     experts: tuple[InputRecord, ...]
     base: BaseRecord
     base_folder: str | None = Field(
-        default=None, description="Of a merged adapter: the folder of the base, where it was read."
+        default=None, description="For a merged adapter: the folder of the base, if the merge read it."
     )
     base_blake3: dict[str, str] = Field(
-        default_factory=dict, description="BLAKE3 digest of each weight file of the base, where it was read."
+        default_factory=dict, description="BLAKE3 digest of each weight file of the base, if the merge read it."
     )
     untied: str | None = Field(
-        default=None, description="The output embedding's tensor, where the base's two embeddings had to part."
+        default=None, description="The output embedding's tensor, if the base's tied embeddings were separated."
     )
-    rank: int | None = Field(default=None, description="The merged adapter's rank; none for a folded model.")
+    rank: int | None = Field(default=None, description="The merged adapter's rank; null for a folded model.")
     dtype: str
     device: str
     truncation: TruncationRecord | None = None
@@ -112,7 +112,7 @@ class SoupRecord(Declared):
         default=None, description="The smallest --max-lora-rank with which vLLM loads the adapter."
     )
     versions: dict[str, str] = Field(default_factory=dict)
-    files: tuple[str, ...] = Field(default=(), description="Every file of the folder that the merge wrote.")
+    files: tuple[str, ...] = Field(default=(), description="All files of the folder that the merge wrote.")
 
     @model_serializer(mode="wrap")
     def _without_empty_source(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -127,7 +127,7 @@ Record = TypeVar("Record", bound=Declared)
 
 
 def read_expert_record(folder: Path) -> ExpertRecord | None:
-    """Return what `expert.json` in `folder` says, or None where there is none.
+    """Return the contents of `expert.json` in `folder`, or None if there is none.
 
     Raises:
         FileFormatError: if the file is not JSON or not an expert record.
@@ -136,7 +136,7 @@ def read_expert_record(folder: Path) -> ExpertRecord | None:
 
 
 def read_soup_record(folder: Path) -> SoupRecord | None:
-    """Return what `soup.json` in `folder` says, or None where there is none.
+    """Return the contents of `soup.json` in `folder`, or None if there is none.
 
     Raises:
         FileFormatError: if the file is not JSON or not a soup record.
@@ -145,9 +145,9 @@ def read_soup_record(folder: Path) -> SoupRecord | None:
 
 
 def write_record(folder: Path, record: ExpertRecord | SoupRecord) -> Path:
-    """Write `record` under its own name into `folder` and return the file's path.
+    """Write `expert.json` or `soup.json` into `folder`, and return its path.
 
-    The keys stand in the order of the model's fields, so that equal records have equal bytes.
+    The keys are in the order of the model's fields, so equal records have equal bytes.
     """
     path = folder / (EXPERT_FILE if isinstance(record, ExpertRecord) else SOUP_FILE)
     text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
@@ -172,7 +172,7 @@ def _read(path: Path, model: type[Record]) -> Record | None:
     try:
         if path.stat().st_size > _MAX_RECORD_BYTES:
             raise FileFormatError(
-                f"the record is larger than {_MAX_RECORD_BYTES >> 20} MiB", where=str(path), mend="write it anew"
+                f"the record is larger than {_MAX_RECORD_BYTES >> 20} MiB", where=str(path), mend="write it again"
             )
         text = path.read_bytes()
     except FileNotFoundError:
@@ -187,11 +187,11 @@ def _read(path: Path, model: type[Record]) -> Record | None:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise FileFormatError(
-            f"this is no {model.__name__}: {first['msg']}",
+            f"the record is invalid: {first['msg']}",
             where=f"{path}: {key}" if key else str(path),
-            mend=f"restore {path.name}, or take it away: a LoRA folder without it is an expert too"
+            mend=f"restore {path.name}, or delete it: a LoRA folder is an expert without it, too"
             if path.name == EXPERT_FILE
             else f"restore {path.name}, or merge again",
         ) from None
-    parse_json(text, path)  # pydantic lets NaN and repeated keys pass where a field takes anything
+    parse_json(text, path)  # raises for NaN and repeated keys, which pydantic accepts in fields of type Any
     return record

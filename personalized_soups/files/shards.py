@@ -179,7 +179,7 @@ def _is_plain(file: str) -> bool:
 
 def _no_weights(folder: Path) -> FileFormatError:
     if not folder.is_dir():
-        return FileFormatError("there is no such folder", where=str(folder), mend="check the path of the model")
+        return FileFormatError("the folder does not exist", where=str(folder), mend="check the path of the model")
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLES and path.name.startswith(("pytorch_model", "model")):
             check_no_pickle(path)

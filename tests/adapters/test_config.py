@@ -242,7 +242,7 @@ def test_values_out_of_place_are_refused_by_key(tmp_path: Path, config: dict[str
 
 
 def test_a_folder_without_configuration_is_no_adapter(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no adapter_config\.json: it is no LoRA adapter") as caught:
+    with pytest.raises(InputError, match=r"not a LoRA adapter: it has no adapter_config\.json") as caught:
         AdapterConfig.open(tmp_path)
     assert caught.value.where == str(tmp_path)
 

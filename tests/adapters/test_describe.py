@@ -65,5 +65,5 @@ def test_a_folder_of_no_kind_is_an_input_error(tmp_path: Path, name: str) -> Non
 
 
 def test_a_name_too_long_for_the_file_system_is_no_folder() -> None:
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="the folder does not exist"):
         describe("x" * 5000)

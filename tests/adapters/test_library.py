@@ -33,7 +33,7 @@ def test_an_expert_by_itself_and_several_roots_are_libraries(tmp_path: Path) -> 
     write_expert(tmp_path / "z" / "a")
     assert list(ExpertLibrary.open(tmp_path / "x" / "a")) == ["a"]
     assert list(ExpertLibrary.open(tmp_path / "x", tmp_path / "y" / "b")) == ["a", "b"]
-    with pytest.raises(UsageError, match="two experts are called 'a'"):
+    with pytest.raises(UsageError, match="two experts have the name 'a'"):
         ExpertLibrary.open(tmp_path / "x", tmp_path / "z")
 
 
@@ -62,7 +62,7 @@ def test_unknown_experts_are_all_named(tmp_path: Path) -> None:
     library = ExpertLibrary.open(tmp_path)
     with pytest.raises(DeclarationError, match="'friendly', 'concise'") as caught:
         library.check(Profile(weights={"friendly": 1.0, "run_17": 1.0, "concise": 0.0}))
-    assert caught.value.mend == "the expert for that side is called 'run_17'"
+    assert caught.value.mend == "use 'run_17', the expert for that side"
     library.check(Profile(weights={"run_17": 1.0}))
 
 
@@ -84,7 +84,7 @@ def test_a_folder_that_may_not_be_entered_does_not_close_the_library(
 
 
 def test_a_name_too_long_for_the_file_system_is_no_folder() -> None:
-    with pytest.raises(InputError, match="no such folder"):
+    with pytest.raises(InputError, match="the folder does not exist"):
         ExpertLibrary.open("x" * 5000)
 
 

@@ -63,7 +63,7 @@ def test_a_folder_without_records_has_none(tmp_path: Path) -> None:
 )
 def test_a_damaged_record_is_told_with_its_key(tmp_path: Path, text: str, where: str) -> None:
     (tmp_path / "expert.json").write_text(text)
-    with pytest.raises(FileFormatError, match="no ExpertRecord") as caught:
+    with pytest.raises(FileFormatError, match="the record is invalid") as caught:
         read_expert_record(tmp_path)
     assert where in caught.value.where
 

@@ -144,5 +144,5 @@ def test_pickled_weights_are_refused_and_no_weights_named(tmp_path: Path) -> Non
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80")
     with pytest.raises(FileFormatError, match="pickle"):
         Checkpoint.open(tmp_path)
-    with pytest.raises(FileFormatError, match="no such folder"):
+    with pytest.raises(FileFormatError, match="the folder does not exist"):
         Checkpoint.open(tmp_path / "nowhere")
