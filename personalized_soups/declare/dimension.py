@@ -99,7 +99,13 @@ class Dimension(Declared):
 
 
 class Catalogue(Declared):
-    """All dimensions that experts are trained for. Names of sides are unique in the catalogue."""
+    """All dimensions that experts are trained for. Names of sides are unique in the catalogue.
+
+    Example:
+        >>> catalogue = load(shipped_recipe("dimensions/psoups.yaml"), Catalogue)
+        >>> catalogue.dimension_of("concise")
+        'informativeness'
+    """
 
     dimensions: dict[Name, Dimension] = Field(min_length=1)
 
