@@ -52,6 +52,10 @@ def load(path: Path, model: type[T]) -> T:
 
     Raises:
         DeclarationError: if the file cannot be read or its content is invalid; with file, line, key and fix.
+
+    Example:
+        >>> load(shipped_recipe("train/tiny.yaml"), TrainingRecipe).lora.rank
+        8
     """
     return load_text(read_text(path), model, str(path))
 
