@@ -142,6 +142,10 @@ def load_profile(path: Path | str) -> Profile:
 
     Raises:
         DeclarationError: if the file cannot be read or is invalid; with file, line, key and fix.
+
+    Example:
+        >>> load_profile(shipped_recipe("profiles/example.yaml")).weights
+        {'elementary': 0.6, 'concise': 0.6, 'friendly': 0.6}
     """
     return load(Path(path), Profile)
 
