@@ -20,6 +20,10 @@ def shipped_recipe(name: str) -> Path:
 
     Raises:
         UsageError: if no recipe has that name; the error suggests the nearest one.
+
+    Example:
+        >>> shipped_recipe("train/tiny.yaml").name
+        'tiny.yaml'
     """
     folder = recipes_folder()
     path = folder / name
