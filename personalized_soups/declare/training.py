@@ -69,7 +69,12 @@ class SideOverrides(Declared):
 
 
 class TrainingRecipe(Declared):
-    """All hyper-parameters for training an expert."""
+    """All hyper-parameters for training an expert.
+
+    Example:
+        >>> load(shipped_recipe("train/tiny.yaml"), TrainingRecipe).dpo.beta
+        1.0
+    """
 
     lora: LoraRecipe
     basis: Literal["free", "shared"] = Field(
