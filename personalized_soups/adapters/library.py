@@ -23,6 +23,11 @@ class Expert:
     Attributes:
         name: the expert's name.
         folder: the adapter folder.
+
+    Example:
+        >>> expert = ExpertLibrary.open("experts")["friendly"]
+        >>> expert.name, len(expert.adapter.modules)
+        ('friendly', 4)
     """
 
     name: str
@@ -56,7 +61,13 @@ class Expert:
 
 
 class ExpertLibrary(Mapping[str, Expert]):
-    """Experts by name. Only headers are read, and only those of the experts in use."""
+    """Experts by name. Only headers are read, and only those of the experts in use.
+
+    Example:
+        >>> library = ExpertLibrary.open("experts")
+        >>> sorted(library)
+        ['concise', 'elementary', 'expert', 'friendly', 'informative', 'unfriendly']
+    """
 
     def __init__(self, folders: Mapping[str, Path], *, where: str) -> None:
         self._experts = {name: Expert(name, folder) for name, folder in sorted(folders.items())}
