@@ -73,6 +73,12 @@ class ProfileStore:
 
     Every method raises StoreUnavailable if the database cannot be reached (a later call may succeed), StoreFull if its
     disk is full, FileFormatError if it is damaged, and DeclarationError if a user's name is invalid (`check_user`).
+
+    Example:
+        >>> with ProfileStore.open("profiles.db") as store:
+        ...     stored = store.put(Profile(user="ada", weights={"friendly": 0.6}))
+        ...     store.get("ada").version
+        1
     """
 
     def __init__(self, database: Database, check: Callable[[Profile], None] | None = None) -> None:
