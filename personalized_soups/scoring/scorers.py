@@ -36,6 +36,12 @@ class Scored:
     Args:
         value: 0 at the low end of the dimension, 1 at the high end.
         valid: whether the text is a well-formed answer to its prompt; an invalid answer suits no side.
+
+    Example:
+        >>> Scored(value=0.25, valid=True).toward("low")
+        0.75
+        >>> Scored(value=0.25, valid=False).toward("low")
+        0.0
     """
 
     value: float
@@ -49,7 +55,15 @@ class Scored:
 
 
 class Scorer(Protocol):
-    """Scores one answer. Any function of this signature is a scorer."""
+    """Scores one answer. Any function of this signature is a scorer.
+
+    Example:
+        >>> def exclamations(prompt: str, answer: str) -> Scored:
+        ...     return Scored(value=min(1.0, answer.count("!") / 4), valid=bool(answer))
+        >>> scorer: Scorer = exclamations
+        >>> scorer("How do I clean a lamp?", "Dust it!").value
+        0.25
+    """
 
     def __call__(self, prompt: str, answer: str, /) -> Scored:
         """Return the score of `answer` as a reply to `prompt`."""
@@ -66,6 +80,11 @@ def scorer_of(catalogue: Catalogue, side: str, *, scorers: Mapping[str, Scorer] 
 
     Raises:
         DeclarationError: if the side, a name in `scorers`, the scorer, or the scorer's function does not exist.
+
+    Example:
+        >>> catalogue = load(shipped_recipe("dimensions/psoups.yaml"), Catalogue)
+        >>> scorer_of(catalogue, "concise")("How do I clean a lamp?", "Dust it.").toward("low")
+        1.0
     """
     scorers = scorers or {}
     _check_names(scorers, catalogue)
