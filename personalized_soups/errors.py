@@ -22,6 +22,13 @@ class SoupError(Exception):
         what: what is wrong, in one sentence, with the value found and the value expected.
         where: a file (with the line, if known), a folder, a module's name, or an option.
         mend: how to fix it, in the imperative.
+
+    Example:
+        >>> try:
+        ...     ExpertLibrary.open("nowhere")
+        ... except SoupError as error:
+        ...     print(error.where)
+        nowhere
     """
 
     exit_code: ClassVar[int] = 1
