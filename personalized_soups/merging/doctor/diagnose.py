@@ -60,6 +60,10 @@ def diagnose(
         DeclarationError: if the profile names an unknown expert.
         InputError: if the base is missing or damaged.
         UnsupportedAdapterError: if the base is quantized.
+
+    Example:
+        >>> diagnose(ExpertLibrary.open("experts")).has_errors
+        False
     """
     library = experts if isinstance(experts, ExpertLibrary) else _as_library(experts)
     if profile is not None:
