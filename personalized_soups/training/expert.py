@@ -96,6 +96,15 @@ def train_expert(
     Raises:
         SoupError: if an input is wrong, `out` exists, another run writes to `out`, the loss diverges, or the disk or
             the GPU's memory is full.
+
+    Example:
+        >>> folder = train_expert(  # doctest: +SKIP
+        ...     "friendly",
+        ...     base=TINY_BASE,
+        ...     data=Path("friendly.jsonl"),
+        ...     out=Path("experts/friendly"),
+        ...     recipe=load(shipped_recipe("train/tiny.yaml"), TrainingRecipe),
+        ... )
     """
     progress = progress or Silent()
     dimension = catalogue.side(side)[0] if catalogue is not None else None
