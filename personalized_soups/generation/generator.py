@@ -63,6 +63,12 @@ class Generator:
         num_embeddings: for how many tokens the model has an embedding; None if unknown.
         pad_id: the id that fills shorter rows.
         own_config: the model's own generation config.
+
+    Example:
+        >>> generator = Generator.open(TINY_BASE, device="cpu")
+        >>> answers = generator.answers(["How do I clean a lamp?"], greedy=True, max_new_tokens=4)
+        >>> len(answers[0])
+        1
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
