@@ -59,6 +59,11 @@ class LiveAdapter:
     Raises:
         SoupError: all errors of plan_merge about experts; UnsupportedAdapterError if an expert has anything but
             low-rank factors of linear layers; InputError if an expert holds NaN or infinity.
+
+    Example:
+        >>> live = LiveAdapter(ExpertLibrary.open("experts"), device="cpu")
+        >>> model = live.attach(Generator.open(TINY_BASE, device="cpu").model)
+        >>> live.set(Profile(weights={"friendly": 0.6, "concise": 0.4}))
     """
 
     def __init__(
