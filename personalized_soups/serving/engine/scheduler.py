@@ -119,9 +119,10 @@ class Scheduler:
             self._drop_faulty(error)
             return
         if choices is not None:
-            joined, self._reading = self._reading, []
             self._max_together = min(self._limits.max_rows, 2 * self._max_together)
-            self._running.update((id(running.row), running) for running in joined)
+            with self._queue.lock:  # other threads must see each request in exactly one of the two groups
+                joined, self._reading = self._reading, []
+                self._running.update((id(running.row), running) for running in joined)
             self._record([running.row for running in joined], choices)
 
     def step(self) -> int:
