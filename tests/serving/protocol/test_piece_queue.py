@@ -18,7 +18,7 @@ from personalized_soups.serving.protocol.piece_queue import (
     pieces_of,
 )
 
-DEADLINE = 250.0  # seconds; only ends a hang
+DEADLINE = 100.0  # seconds; only ends a hang
 
 
 class _Batcher:
