@@ -37,7 +37,7 @@ from tests.serving.engine.worlds import (
     small_model,
     small_soup,
     some_request,
-    some_row,
+    some_weights,
 )
 
 LONG = 60  # tokens of an answer that is still running when a test goes on
@@ -114,7 +114,7 @@ def test_answers_are_those_of_each_request_alone_whenever_it_arrives(
 
 def test_draws_are_those_of_generate(soup: SoupModel) -> None:
     prompts = ["wash the kettle", "rub", "dry it with a clean towel", "old"]
-    weights = [some_row(random.Random(place)) for place in range(4)]
+    weights = [some_weights(random.Random(place)) for place in range(4)]
     want = soup.generate(prompts, weights, temperature=0.9, seed=5, max_new_tokens=12)
     requests = [
         GenerationRequest(soup.generator.encoded(prompt), row, 12, SamplingParams(temperature=0.9, seed=5, place=place))

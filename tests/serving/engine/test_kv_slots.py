@@ -19,7 +19,7 @@ from personalized_soups.errors import UsageError
 from personalized_soups.serving.engine.attention import layer_kinds
 from personalized_soups.serving.engine.batch import Batch
 from personalized_soups.serving.engine.kv_slots import KvSlots
-from tests.serving.engine.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, some_row, true_logits
+from tests.serving.engine.worlds import BASES, VOCAB, WINDOW, small_model, small_soup, some_weights, true_logits
 
 # Both sides sum fewer than 1000 terms below 100 in float64: each is off by less than 1000 eps of the terms' size, and a
 # layer multiplies that by ten at most. The eager softmax is computed in float32, in which ten roundings are 1e-6. A
@@ -103,15 +103,15 @@ def _run(world: World, random: random.Random, num_events: int, *, longest: int =
         if not world.rows or (event < 0.3 and len(world.rows) < 6):
             count = random.randint(1, 3)
             first = len(world.rows)
-            world.rows.extend((some_row(random), []) for _ in range(count))
+            world.rows.extend((some_weights(random), []) for _ in range(count))
             world.check(first, [tokens(random.randint(1, longest)) for _ in range(count)])
         elif event < 0.4:  # a prompt in three parts
-            world.rows.append((some_row(random), []))
+            world.rows.append((some_weights(random), []))
             for _ in range(3):
                 world.check(len(world.rows) - 1, [tokens(random.randint(1, longest))])
         elif event < 0.5:  # several tokens for each of the last rows, including a new one
             first = random.randrange(len(world.rows))
-            world.rows.append((some_row(random), []))
+            world.rows.append((some_weights(random), []))
             world.check(first, [tokens(random.randint(1, 3)) for _ in world.rows[first:]])
         elif event < 0.65:
             world.leave(random.randrange(len(world.rows)))

@@ -100,7 +100,7 @@ def small_soup(
     return SoupModel(model, folder, tokenizer=tokenizer)
 
 
-def some_row(random: Any) -> ExpertWeights:
+def some_weights(random: Any) -> ExpertWeights:
     """Return random weights; `random` has a method `random()`, like the module."""
     if random.random() < 0.2:
         return ExpertWeights()
@@ -132,7 +132,7 @@ def some_request(
     random: Any, *, most: int = 12, longest: int = 20, sampling_params: SamplingParams | None = None
 ) -> GenerationRequest:
     tokens = [random.randrange(6, VOCAB) for _ in range(random.randint(1, longest))]
-    return GenerationRequest(tokens, some_row(random), random.randint(1, most), sampling_params or SamplingParams())
+    return GenerationRequest(tokens, some_weights(random), random.randint(1, most), sampling_params or SamplingParams())
 
 
 @dataclass(eq=False)
