@@ -65,7 +65,7 @@ MergeExpertsOption = Annotated[
     list[Path] | None, typer.Option(help="Folder of experts, or one expert. May be repeated.", show_default=False)
 ]
 MergeDeviceOption = Annotated[
-    str, typer.Option(help="auto (the CPU), cpu or cuda. Sums of factors are always computed on the CPU.")
+    str, typer.Option(help="auto, cpu or cuda. Sums of factors are always computed on the CPU.")
 ]
 MergeDtypeOption = Annotated[
     str | None, typer.Option(help="float32, bfloat16 or float16 instead of the experts' own dtype.")

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from personalized_soups.devices import resolve_device
 from personalized_soups.errors import InputError
 from personalized_soups.generation.loading import (
     Dtype,
     check_adapter_folder,
     check_same_base,
-    choose_device,
     load_adapter,
     load_base,
     load_tokenizer,
@@ -106,7 +106,7 @@ class Generator:
         """
         if adapter is not None:
             check_adapter_folder(Path(adapter))
-        chosen = choose_device(device)
+        chosen = resolve_device(device)
         tokenizer = load_tokenizer(base)
         model: Any = load_base(base, device=chosen, dtype=dtype)
         if adapter is not None:

@@ -31,35 +31,6 @@ _PLACES = ("cache_dir", "local_files_only", "revision", "token")
 _LOADING_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
-def choose_device(device: str) -> torch.device:
-    """Return the device that `device` names; `auto` is the first CUDA device where there is one, else the CPU.
-
-    Raises:
-        UsageError: if the name means nothing, or a device that is not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError:
-        raise UsageError(f"unknown device {device!r}", where="device", mend="choose auto, cpu or cuda") from None
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise UsageError(
-            f"the device {device!r} is asked for, torch sees {torch.cuda.device_count()} CUDA devices",
-            where="device",
-            mend="use device=cpu, or install a torch that knows this machine's GPU",
-        )
-    try:
-        torch.zeros(1, device=chosen).item()
-    except (RuntimeError, NotImplementedError, AssertionError) as fault:
-        raise UsageError(
-            f"the device {device!r} can't compute: {first_line(fault)}",
-            where="device",
-            mend="choose auto, cpu or cuda",
-        ) from fault
-    return chosen
-
-
 def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     """Return the base's tokenizer. A tokenizer without a padding token pads with its end token.
 

@@ -6,22 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
-from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.expert_weights import ExpertWeights, ProfileLike
 from personalized_soups.declare.profile import Profile
+from personalized_soups.devices import resolve_device
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator
-from personalized_soups.generation.loading import Dtype, choose_device, load_base, load_tokenizer
+from personalized_soups.generation.loading import Dtype, load_base, load_tokenizer
 from personalized_soups.generation.prompts import Prompt
 from personalized_soups.mixing.active_mixture import ActiveMixture, Mixture
 from personalized_soups.mixing.batch_rows import AS_SET, AsSet
 from personalized_soups.mixing.experts import check_known_base
 from personalized_soups.mixing.generating import MixedGeneration
-from personalized_soups.mixing.held_experts import HeldExperts
+from personalized_soups.mixing.held_experts import Experts, HeldExperts, library_of
 from personalized_soups.mixing.layers import MixedLayers
 from personalized_soups.mixing.named_profiles import NamedProfiles
 from personalized_soups.mixing.prefixes import PrefixCache
@@ -30,8 +30,6 @@ from personalized_soups.mixing.served_profile import ServedProfile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Experts: TypeAlias = ExpertLibrary | Path | str | Sequence[Path | str]
 
 # Methods of torch's modules that return the module. Through SoupModel they return the SoupModel.
 _RETURNING_SELF = frozenset({
@@ -43,20 +41,18 @@ class SoupModel:
     """One base model and its experts in memory, for any number of users: each row of a batch has its own soup.
 
     The adapted linear layers of `model` hold the stacked factors of all experts. Within `mixture(profiles)` each row of
-    a batch is computed with its own weights, whatever transformers does with the rows. Outside of a mixture the served
-    profile answers; without one the model is the bare base, to the bit.
+    a batch is computed with its own weights. Outside of a mixture the served profile answers; without one the model is
+    the bare base, to the bit. Attributes that SoupModel lacks are those of `model`.
 
     One mixture is set at a time. Other threads' mixtures, and changes of experts and profiles, wait for it to end, so a
     batch sees one version of everything. A forward pass on a thread that has set no mixture (transformers' streamers
     need such a thread) uses the mixture that is set.
 
-    Attributes that SoupModel lacks are those of `model`.
-
     Attributes:
         model: the transformers model.
         tokenizer: of the base; None if prompts are token ids only.
-        experts: the experts by name, with `add`, `remove`, `change` and `set_scale`.
-        profiles: the profiles that have a name, with `add` and `remove`.
+        experts: the experts by name, with `add`, `remove`, `change` and `set_scale` (a `HeldExperts`).
+        profiles: the named profiles, with `add` and `remove` (a `NamedProfiles`).
         served: the profile that answers while no mixture is set, with `set`, `disable` and `enable`.
         layers: the layers that hold the experts' stacks.
 
@@ -85,16 +81,22 @@ class SoupModel:
         self.tokenizer = tokenizer
         self.layers = MixedLayers(model)
         self._registry = ProfileRegistry()
+        # One lock for mixtures, experts, profiles and the served profile: no order of locks, so no deadlock.
         self._active = ActiveMixture(self.layers)
         self.served = ServedProfile(self._registry, self._active)
         self.profiles = NamedProfiles(self._registry, self._active.lock)
         self.experts = HeldExperts(
-            self.layers, self._registry, self._active, self.served, base=base, same_base=same_base
+            self.layers,
+            self._registry,
+            self._active,
+            self.served,
+            base=base,
+            same_base=same_base,
         )
         self._generation = MixedGeneration(
             model, self._active, self._registry, cache_key=self.layers.cache_key, generator=lambda: self.generator
         )
-        self.experts.change(list(_library(experts).values()))
+        self.experts.change(list(library_of(experts).values()))
 
     @classmethod
     def from_pretrained(
@@ -120,8 +122,8 @@ class SoupModel:
         Raises:
             SoupError: if the base, an expert or the device is missing or not usable, or an expert is of another base.
         """
-        library = _library(experts)
-        chosen = choose_device(device)
+        library = library_of(experts)
+        chosen = resolve_device(device)
         tokenizer = load_tokenizer(base)
         # Checked before the slow load where it can be. A model of the hub has no fingerprint before its download.
         if not same_base and Path(base).is_dir():
@@ -146,9 +148,8 @@ class SoupModel:
 
     def __repr__(self) -> str:
         name = getattr(self.model, "name_or_path", "") or type(self.model).__name__
-        return (
-            f"SoupModel({name}, experts: {', '.join(self.experts) or 'none'}, {self.model.dtype}, {self.model.device})"
-        )
+        experts = ", ".join(self.experts) or "none"
+        return f"SoupModel({name}, experts: {experts}, {self.model.dtype}, {self.model.device})"
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """Run the model's forward pass; within `mixture` each row has its own soup."""
@@ -159,6 +160,7 @@ class SoupModel:
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not set yet: copy and pickle look up attributes before __init__
             raise AttributeError(name)
+        # `model.half()` must not return the bare transformers model: code that chains calls would lose the mixtures.
         attribute = getattr(self.model, name)
         if name not in _RETURNING_SELF:
             return attribute
@@ -189,11 +191,14 @@ class SoupModel:
             DeclarationError: for an unknown expert, opposed sides, or a weight that is not a finite number.
             UsageError: for no profiles, an unknown name, or a profile with a method other than linear or with a rank.
         """
+        # A dict is one profile, not a sequence of names; a str likewise.
         is_single = profiles is None or isinstance(profiles, str | Profile | Mapping | ExpertWeights)
         listed: list[ProfileLike] = [profiles] if is_single else list(profiles)  # type: ignore[arg-type, list-item]
         with self._active.mixture(
+            # Resolved within the lock: profiles and experts may change until this thread has its turn.
             lambda: [self._registry.resolve_scaled(profile) for profile in listed],
             token_rows=rows,
+            # A single profile is for any number of rows; with `rows`, each token names its own.
             rows_each=None if is_single and rows is None else rows_each,
         ) as mixture:
             yield mixture
@@ -230,8 +235,7 @@ class SoupModel:
             result of transformers' generate.
 
         Raises:
-            DeclarationError: as `mixture`.
-            UsageError: as `mixture`, and if there are no prompts or the numbers of prompts and profiles differ.
+            DeclarationError, UsageError: as `mixture`. UsageError also if the numbers of prompts and profiles differ.
             RunError: if a batch does not fit on the GPU; the message gives the batch size that fits.
         """
         return self._generation.generate(
@@ -261,14 +265,12 @@ class SoupModel:
             prompt: a text, or a chat as a list of messages.
             profile: as for `mixture`. If left out, the mixture that is set answers, or the served profile.
             max_new_tokens: the longest answer.
-            temperature: as for `generate`.
-            seed: as for `generate`.
+            temperature, seed: as for `generate`.
             prefixes: a cache of keys and values. The beginning that this prompt shares with an earlier prompt of the
                 same soup is not computed again: useful for chats, whose prompts begin alike.
 
         Raises:
-            UsageError: if a profile is given while this thread has set a mixture. Others, as for `generate`, are raised
-                with the first piece.
+            UsageError: if a profile is given within a mixture. Other errors, as of `generate`, come with the first piece.
         """
         return self._generation.stream(
             prompt, profile, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, prefixes=prefixes
@@ -277,7 +279,7 @@ class SoupModel:
     def resolve(self, profile: ProfileLike) -> ExpertWeights:
         """Return the checked weights of a profile. `mixture` takes them without checking them again.
 
-        Does not wait for other threads' mixtures.
+        Does not wait for other threads' mixtures: a server resolves requests while a batch is running.
 
         Raises:
             DeclarationError, UsageError: as `mixture` would for this profile.
@@ -299,9 +301,3 @@ class SoupModel:
         """Remove all experts, put the base's own layers back, and return the transformers model."""
         self.experts.change([], list(self.experts))
         return self.model
-
-
-def _library(experts: Experts) -> ExpertLibrary:
-    if isinstance(experts, ExpertLibrary):
-        return experts
-    return ExpertLibrary.open(*([experts] if isinstance(experts, Path | str) else experts))

@@ -23,14 +23,11 @@ from personalized_soups.adapters.provenance import (
 )
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.training import TrainingRecipe
+from personalized_soups.devices import resolve_device
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, check_extra
 from personalized_soups.files.atomic import check_replaceable, new_folder
 from personalized_soups.files.file_names import CONFIG_FILE, EXPERT_FILE, WEIGHTS_FILE
-from personalized_soups.generation.loading import (
-    choose_device,
-    load_base,
-    load_tokenizer,
-)
+from personalized_soups.generation.loading import load_base, load_tokenizer
 from personalized_soups.training import checkpoints
 from personalized_soups.training.data import Preferences, read_preferences
 from personalized_soups.training.processes import is_first_process, on_first_process, wait_for_all
@@ -175,7 +172,7 @@ def _build(
     from personalized_soups.training.encoding import check_pairs, encode_pairs
     from personalized_soups.training.trainer import ExpertTrainer, trainer_config
 
-    chosen = choose_device(device)
+    chosen = resolve_device(device)
     tokenizer = load_tokenizer(training.base)
     if training.preferences.conversational and tokenizer.chat_template is None:
         raise InputError(

@@ -12,9 +12,10 @@ from transformers import GenerationConfig
 
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import BaseRecord, ExpertRecord, write_record
+from personalized_soups.devices import resolve_device
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, SoupError, UsageError
 from personalized_soups.generation.generator import Generator
-from personalized_soups.generation.loading import choose_device, load_tokenizer
+from personalized_soups.generation.loading import load_tokenizer
 from personalized_soups.generation.prompts import PromptRequest
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import Sampling, choose_tokens, uniforms
@@ -257,13 +258,13 @@ def test_a_missing_base_is_reported_with_a_fix(small_base: Path, tmp_path: Path)
 
 
 def test_devices_that_are_not_there_are_refused() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
+    assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(UsageError):
-        choose_device("toaster")
+        resolve_device("toaster")
     with pytest.raises(UsageError):
-        choose_device("cuda:63")
+        resolve_device("cuda:63")
     with pytest.raises(UsageError, match="can't compute"):
-        choose_device("meta")
+        resolve_device("meta")
 
 
 @pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}])

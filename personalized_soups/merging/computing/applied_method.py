@@ -51,7 +51,7 @@ class AppliedMethod:
 
     @cached_property
     def thresholds(self) -> tuple[float, ...]:
-        """Each expert's magnitude below which a method that trims over the whole model trims."""
+        """For each expert, the magnitude below which a method that trims over the whole model drops entries."""
         density = self.plan.options["density"]
         return tuple(
             global_threshold(lambda expert=index: self._deltas_of(expert), density)  # type: ignore[misc]
@@ -67,7 +67,8 @@ class AppliedMethod:
             weights: for each plan, the weights of the stack's experts.
         """
         method = self.plan.method
-        if len(self.plans) > 1 and len(stack.experts) > 1:  # one expert's own is scaled, which needs no product
+        # for one user, or one expert, scaling the factors is faster than a product
+        if len(self.plans) > 1 and len(stack.experts) > 1:
             if method.family == "linear" and not any(stack.basis):
                 return _on_one_basis(stack, weights)
             if method.coefficients:
@@ -79,11 +80,12 @@ class AppliedMethod:
         if self.plan.method_source is not None:
             function = partial(merged_factors, method, stack.name, rank=module.full_rank)
         if not method.divides_by_sum:
-            return [function(stack.factors, each, **keywords) for each in weights]
-        # a module that an expert lacks contributes zero: the sum of the weights stays that of all experts
+            return [function(stack.factors, user_weights, **keywords) for user_weights in weights]
+        # an expert that lacks this module contributes zero to it, but its weight stays in the divisor
         totals = [math.fsum(plan.weights) for plan in self.plans]
         return [
-            function(stack.factors, each, total=total, **keywords) for each, total in zip(weights, totals, strict=True)
+            function(stack.factors, user_weights, total=total, **keywords)
+            for user_weights, total in zip(weights, totals, strict=True)
         ]
 
     def delta(self, module: PlannedModule, stack: StackedModule, weights: Sequence[float]) -> Tensor:
@@ -98,11 +100,12 @@ class AppliedMethod:
         return delta_OI
 
     def _in_products(self, stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
-        """Return every user's A and B, each of them out of one product."""
+        """Return every user's A and B from two products: one for all A's, one for all B's."""
         method = self.plan.method
         totals = [{"total": math.fsum(plan.weights)} if method.divides_by_sum else {} for plan in self.plans]
         coefficients = method.load_coefficients()
-        pairs = [coefficients(stack.scalings, each, **total) for each, total in zip(weights, totals, strict=True)]
+        pairs = [coefficients(stack.scalings, own, **total) for own, total in zip(weights, totals, strict=True)]
+        # float64 coefficients: roots and quotients are rounded once, when the product converts them to float32
         a_UE, b_UE = (torch.tensor(each, dtype=torch.float64) for each in zip(*pairs, strict=True))
         a_URI = _summed(a_UE, [each.a_RI for each in stack.factors])
         b_UOR = _summed(b_UE, [each.b_OR for each in stack.factors])
@@ -113,6 +116,7 @@ class AppliedMethod:
         keywords: dict[str, Any] = {OPTIONS[name].keyword: value for name, value in options.items() if name != "seed"}
         if "seed" in options:
             names = [self.bank.experts[index].name for index in stack.experts]
+            # a stream for each module and expert, so that the result does not depend on the order of computation
             keywords["streams"] = [Stream.of(int(options["seed"]), stack.name, name) for name in names]
         return keywords
 
@@ -125,9 +129,9 @@ class AppliedMethod:
 
 
 def _on_one_basis(stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
-    """Return every user's sum of experts that share their A: A as it is, and all B's in one product."""
-    scalings = torch.tensor(stack.scalings, dtype=torch.float64)
-    weights_UE = torch.tensor(weights, dtype=torch.float64) * scalings
+    """Return every user's sum of experts that share their A: A unchanged, and all B's from one product."""
+    scalings_E = torch.tensor(stack.scalings, dtype=torch.float64)
+    weights_UE = torch.tensor(weights, dtype=torch.float64) * scalings_E
     b_UOR = _summed(weights_UE, [each.b_OR for each in stack.factors])
     return [Factors(stack.factors[0].a_RI, b_OR) for b_OR in b_UOR]
 

@@ -1,7 +1,7 @@
-"""Folding: what soups add to one tensor of the base, in blocks that stay in the cache.
+"""Fold terms into one tensor of the base, in blocks of rows that fit into the cache.
 
-A tensor of the base is seen as a matrix of its leading rows, `[M, N]`. Each block of rows is converted to the dtype of
-the arithmetic, every term is added, and the sum is rounded once to the base's dtype.
+The tensor is treated as a matrix `[M, N]`. Each block of rows is converted to the dtype of the arithmetic, all terms
+are added, and the sum is rounded once to the base's dtype.
 
 B rows of a block, R rank.
 """
@@ -22,8 +22,8 @@ from torch import Tensor
 from personalized_soups.merging.computing.terms import Term
 from personalized_soups.methods.finite import all_finite
 
-# Elements of a block. On a CPU 2 MiB in float32, which with its rounded copy stays near a core. For a GPU 4 MiB in 16
-# bits: they take some 80 microseconds over PCIe, several times as long as a block's launches.
+# Elements of a block. CPU: 2 MiB in float32, which fits into a core's cache together with the rounded copy. GPU: 4 MiB
+# in 16 bits, which take about 80 microseconds over PCIe, several times as long as the launches for a block.
 _BLOCK = {"cpu": 1 << 19, "cuda": 1 << 21}
 
 
@@ -31,8 +31,11 @@ _BLOCK = {"cpu": 1 << 19, "cuda": 1 << 21}
 class FoldedBlock:
     """Some rows of one soup's tensor, rounded.
 
-    `rows_BN` is on the CPU and overwritten when the next block is asked for. `total` is the sum of its elements, where
-    the device has computed it.
+    Attributes:
+        soup: the number of the soup.
+        start: the number of the block's first row.
+        rows_BN: the rows, on the CPU. The next block overwrites them.
+        total: the sum of the rows' elements, if the device computed it; else None.
     """
 
     soup: int
@@ -42,34 +45,35 @@ class FoldedBlock:
 
     def is_finite(self) -> bool:
         """Return whether no element is NaN or infinite."""
+        # a finite sum has only finite summands; a sum that overflows proves nothing, so the elements are checked
         return (self.total is not None and math.isfinite(self.total)) or all_finite(self.rows_BN)
 
 
 class Queue(Protocol):
-    """Runs work in order, beside the thread that submits it: one stream of a GPU."""
+    """Runs work in order, while the thread that submits it continues: one stream of a GPU."""
 
     def begin(self) -> None:
-        """Let all work wait for what this thread has started on the device so far."""
+        """Make all later work wait for the work that this thread has started on the device so far."""
         ...
 
     def submit(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Start work after all that was submitted before, and return a function that waits until it is done."""
+        """Start work after all work submitted before, and return a function that waits until it is done."""
         ...
 
 
 def folded_blocks(
     base_MN: Tensor, soups: Sequence[Sequence[Term]], device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[FoldedBlock]:
-    """Yield every block of every soup: `base + its terms`, rounded once.
+    """Yield every block of every soup: the base plus the soup's terms, rounded once.
 
-    The base is read once, and crosses to a GPU once, whatever the number of soups. Accumulated in float32, in float64
-    where the base is. A block's bytes depend on nothing but its rows: not on the number of soups or of threads.
+    The base is read once and transferred to a GPU once, regardless of the number of soups. Sums are accumulated in
+    float32, or in float64 if the base is float64. The bytes of a block do not depend on the number of soups or threads.
 
     Args:
         base_MN: the base's tensor as a matrix, on the CPU, in its own dtype.
-        soups: the terms of each soup; their tensors are on `device` and in the dtype of the arithmetic.
-        device: where the arithmetic is done.
-        dtype: to which the sums are rounded; the base's own where left out.
+        soups: the terms of each soup; their tensors are on `device`, in the dtype of the arithmetic.
+        device: where the arithmetic runs.
+        dtype: the dtype of the results; the base's if left out.
     """
     if device.type == "cpu":
         yield from _direct_blocks(base_MN, soups, dtype or base_MN.dtype)
@@ -83,15 +87,16 @@ def queued_blocks(
 ) -> Iterator[FoldedBlock]:
     """Yield the blocks of folded_blocks, computed on `device` by work that is submitted to `queue`.
 
-    Two blocks are under way: while the caller writes one to a file, the next is transferred and computed. The device's
-    buffers are used in the queue's order, so one of each is enough; the host's are two of each, used in turn.
+    Two blocks are in the queue: while the caller writes one to a file, the next is transferred and computed. The device
+    uses its buffers in the queue's order, so it needs one of each; the host needs two of each, used alternately.
     """
     shape = num_rows, _ = _block_shape(base_MN, device)
     kind = arithmetic_dtype(base_MN.dtype)
     inward = [_pinned(shape, base_MN.dtype, device) for _ in range(2)]
     outward = [_pinned(shape, dtype, device) for _ in range(2)]
     totals = [_pinned((1, 1), arithmetic_dtype(dtype), device) for _ in range(2)]
-    # torch changes a dtype between host and device on the CPU: so it is changed on the device, before or after
+    # a copy between host and device that changes the dtype is converted by torch on the CPU, so the transfer keeps the
+    # dtype and the device converts
     kinds = (base_MN.dtype, kind, kind, dtype)
     arrived, sums, own, leaving = (torch.empty(shape, dtype=each, device=device) for each in kinds)
 
@@ -112,7 +117,7 @@ def queued_blocks(
             for number, terms in enumerate(soups):
                 if len(under_way) == 2:
                     yield _done(*under_way.popleft())
-                # only the first soup's work transfers the base's block, which stays on the device for the others
+                # the first soup's work transfers the base's block, and the other soups reuse it on the device
                 block = inward[place % 2][: base.shape[0]].copy_(base) if number == 0 else None
                 out, total = outward[turn % 2][: base.shape[0]], totals[turn % 2]
                 wait = queue.submit(partial(compute, block, terms, start, out, total))
@@ -121,13 +126,13 @@ def queued_blocks(
         while under_way:
             yield _done(*under_way.popleft())
     finally:
-        # after an error, too: buffers must not be freed while the device uses them
+        # after an error as well: the device may still use the buffers, so they must not be freed yet
         for wait, _ in under_way:
             wait()
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """Return a tensor of the base as a matrix of its leading rows, `[M, N]`; a vector is one row."""
+    """Return a tensor of the base as a matrix `[M, N]`: M is its first axis. A vector is one row."""
     return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
 
 
@@ -146,7 +151,7 @@ class _Stream:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def submit(self, work: Callable[[], None]) -> Callable[[], None]:
-        # blocking: the thread sleeps, where it would keep a core busy otherwise
+        # a blocking event lets the thread sleep; other events keep a core busy while they wait
         done = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._stream):
             work()
@@ -154,13 +159,13 @@ class _Stream:
         return done.synchronize
 
 
-# Streams that no thread uses. They are used again, since cuBLAS keeps a workspace (32 MiB on Hopper) for every stream.
+# Streams that no thread uses. They are reused, since cuBLAS keeps a workspace (32 MiB on Hopper) for every stream.
 _idle: defaultdict[torch.device, deque[_Stream]] = defaultdict(deque)
 
 
 @contextmanager
 def _stream(device: torch.device) -> Iterator[_Stream]:
-    """Lend a stream to a thread."""
+    """Yield a stream that no other thread uses."""
     try:
         stream = _idle[device].pop()
     except IndexError:
@@ -170,7 +175,7 @@ def _stream(device: torch.device) -> Iterator[_Stream]:
 
 
 def _direct_blocks(base_MN: Tensor, soups: Sequence[Sequence[Term]], dtype: torch.dtype) -> Iterator[FoldedBlock]:
-    """Yield the blocks of folded_blocks, computed by this thread."""
+    """Yield the blocks of folded_blocks, computed by this thread on the CPU."""
     shape = _block_shape(base_MN, base_MN.device)
     sums, own = (torch.empty(shape, dtype=arithmetic_dtype(base_MN.dtype)) for _ in range(2))
     rounded = torch.empty(shape, dtype=dtype)
@@ -183,7 +188,7 @@ def _direct_blocks(base_MN: Tensor, soups: Sequence[Sequence[Term]], dtype: torc
 
 
 def _add_up(sum_BN: Tensor, own_BN: Tensor, block_BN: Tensor, terms: Sequence[Term], start: int) -> None:
-    """Write the base's block and all terms into `sum_BN`; `own_BN` holds the base where a term reads it."""
+    """Write the base's block plus all terms to `sum_BN`; `own_BN` keeps the base's block if a term reads it."""
     sum_BN.copy_(block_BN)
     if any(term.reads_base for term in terms):
         own_BN.copy_(sum_BN)
@@ -202,10 +207,9 @@ def _block_shape(base_MN: Tensor, device: torch.device) -> tuple[int, int]:
 
 
 def _pinned(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory of the host that `device` reads and writes by itself.
+    """Return memory of the host that `device` can read and write without the CPU.
 
-    Of one size for most tensors, so that torch, which keeps pinned memory, has it at once after the first time: pinning
-    takes milliseconds.
+    Pinning takes milliseconds, and torch reuses pinned memory of the same size: so most buffers have one size.
     """
     size = math.prod(shape)
     pinned = torch.empty(max(size, _BLOCK["cuda"]) if size > 1 else 1, dtype=dtype, pin_memory=device.type == "cuda")

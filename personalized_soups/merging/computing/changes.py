@@ -1,4 +1,4 @@
-"""What soups change in a base: found from headers, checked all at once, and given tensor by tensor as terms.
+"""The changes that soups make to a base: planned from headers, then computed tensor by tensor as terms.
 
 E experts, O out features, M rows and N columns of a base's matrix.
 """
@@ -28,9 +28,12 @@ from personalized_soups.merging.planning.plan import PlannedModule
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Change:
-    """What is added to one tensor: low-rank modules, and what experts (by their places in the bank) trained whole.
+    """The change of one tensor of the base.
 
-    Magnitudes are not among the latter: they belong to their modules.
+    Attributes:
+        modules: the low-rank modules that adapt the tensor, with their placements in it.
+        trained: tensors that experts trained whole, each with the expert's position in the bank. Magnitudes (DoRA) are
+            left out, since they belong to their modules.
     """
 
     modules: list[tuple[PlannedModule, Placement]] = field(default_factory=list)
@@ -39,10 +42,14 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Changes:
-    """The changes that soups of the same experts make to a base, by the names of the written tensors.
+    """The changes that soups of the same experts make to a base.
 
-    `unties` names the tensor of the output embedding where the base has one tensor for both embeddings and the soups
-    need two; else it is None.
+    Attributes:
+        soups: the soups.
+        model: the base.
+        changes: the change of each tensor, by the tensor's name in the written model.
+        unties: the name of the output embedding, if the base has one tensor for both embeddings and the soups need two;
+            else None.
     """
 
     soups: Soups
@@ -52,67 +59,67 @@ class Changes:
 
     @classmethod
     def of(cls, soups: Soups, model: BaseModel) -> Self:
-        """Find where everything that the experts adapt stands in the base.
+        """Find the experts' modules and trained tensors in the base.
 
         Raises:
-            IncompatibleExpertsError: naming everything that is not in the base or of another shape there.
+            IncompatibleExpertsError: with every tensor that the base lacks or has in another shape.
         """
-        found = _Search(soups, model)
-        found.run()
-        directed = soups if found.dora is None else replace(soups, dora=found.dora)
-        return cls(directed, model, found.changes, found.unties)
+        search = _Search(soups, model)
+        search.run()
+        with_dora = soups if search.dora is None else replace(soups, dora=search.dora)
+        return cls(with_dora, model, search.changes, search.unties)
 
     def written_as(self, tensor: str) -> tuple[str, ...]:
-        """Return the names under which a tensor of the base is written: its own, and that of an embedding untied."""
+        """Return the names under which a tensor of the base is written: two for an embedding that is untied."""
         tied = self.model.tied
         if self.unties is None or tied is None or tensor != tied[0] or self.unties in self.model.checkpoint:
             return (tensor,)
         return (tensor, self.unties)
 
     def touches(self, tensor: str) -> bool:
-        """Return whether a tensor of the base is written otherwise than as it stands."""
+        """Return whether a tensor of the base changes, or is written under a second name."""
         return tensor in self.changes or len(self.written_as(tensor)) > 1
 
     def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor that is written as `name`, in the form in which its terms are added: a view."""
+        """Return a view of a tensor that is written as `name`: the matrix to which its terms are added."""
         change = self.changes.get(name)
         if change is not None and change.modules:
             return tensor.reshape(change.modules[0][1].matrix_shape)
         return as_matrix(tensor)
 
     def terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
-        """Return what each soup adds to a tensor that is written as `name`; its tensors are on the bank's device.
+        """Return each soup's terms for one tensor, on the bank's device.
 
         Args:
-            name: of the written tensor.
-            base_MN: the base's, by as_matrix.
+            name: the name of the written tensor.
+            base_MN: the base's tensor, as `as_matrix` returns it.
         """
         kind = arithmetic_dtype(base_MN.dtype)
         terms: list[list[Term]] = [[] for _ in self.soups.plans]
         for module, placement in self.changes.get(name, Change()).modules:
-            for own, soup in zip(terms, self.soups.of(module), strict=True):
-                own.extend(_placed(soup, placement, kind))
-        for own, whole in zip(terms, self.trained_terms(name, base_MN), strict=True):
-            own.extend(whole)
+            for soup_terms, soup in zip(terms, self.soups.of(module), strict=True):
+                soup_terms.extend(_placed(soup, placement, kind))
+        for soup_terms, trained in zip(terms, self.trained_terms(name, base_MN), strict=True):
+            soup_terms.extend(trained)
         return terms
 
     def trained_terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
-        """Return what each soup adds to a tensor out of those that experts trained whole; as terms."""
+        """Return each soup's terms from the tensors that experts trained whole. Arguments: as `terms`."""
         device = self.soups.bank.device
         terms: list[list[Term]] = [[] for _ in self.soups.plans]
         trained = self.changes.get(name, Change()).trained
-        for expert, each in trained:
-            value = self.soups.bank.experts[expert].adapter.trained_tensor(each.name, None)
-            rows = [row for other, held in trained if other == expert and held.kind == "rows" for row in held.rows]
-            if each.kind == "replaced" and rows:
+        for expert, tensor in trained:
+            value = self.soups.bank.experts[expert].adapter.trained_tensor(tensor.name, None)
+            rows = [row for owner, part in trained if owner == expert and part.kind == "rows" for row in part.rows]
+            if tensor.kind == "replaced" and rows:
                 value = _without_rows(value, rows, base_MN)
-            for own, plan in zip(terms, self.soups.plans, strict=True):
-                own.append(_whole(each, value, base_MN, plan.weights[expert], device))
+            for soup_terms, plan in zip(terms, self.soups.plans, strict=True):
+                soup_terms.append(_whole(tensor, value, base_MN, plan.weights[expert], device))
         return terms
 
 
 class _Search:
-    """Finds the written tensors that everything changes."""
+    """Finds the written tensors that the experts' modules and trained tensors change."""
 
     def __init__(self, soups: Soups, model: BaseModel) -> None:
         self.soups = soups
@@ -141,23 +148,25 @@ class _Search:
         self._fitting.check(self.soups.plan.base.name)
 
     def _needs_two(self) -> bool:
-        """Return whether the soups change one of the two embeddings that are one tensor, and not the other alike."""
+        """Return whether the soups change one of two tied embeddings differently from the other."""
         if any(len(names) == 1 for targets in self._rows for names in targets.values()):
             return True
         for expert, copies in zip(self._experts, self._copies, strict=True):
             modules = expert.adapter.modules.values()
-            whole = [each for each in expert.adapter.trained.values() if each.kind == "replaced"]
-            changed = [(each.name, each.base_name) for each in modules] + [(each.name, each.target) for each in whole]
+            whole = [tensor for tensor in expert.adapter.trained.values() if tensor.kind == "replaced"]
+            changed = [(module.name, module.base_name) for module in modules]
+            changed += [(tensor.name, tensor.target) for tensor in whole]
             of_tied = {name for name, target in changed if self._is_tied(target)}
-            repeated = {name for copy, other in copies.items() for name in (copy, other)}
+            # PEFT saves a change of both embeddings twice, under both names: such pairs keep them tied
+            repeated = {name for copy, original in copies.items() for name in (copy, original)}
             if of_tied - repeated:
                 return True
         return False
 
     def _rows_of(self, expert: Expert) -> dict[str, tuple[str, ...]]:
-        """Return the embeddings in which an expert's trained tokens are set, by the name of their rows in its file.
+        """Return the tied embeddings that an expert's trained tokens change, by the name of the tokens' rows.
 
-        Only those of a base whose embeddings are one tensor.
+        The result is empty if the base's embeddings are not tied.
         """
         tied = self.model.tied
         rows = [each for each in expert.adapter.trained.values() if each.kind == "rows" and self._is_tied(each.target)]
@@ -168,18 +177,18 @@ class _Search:
         return {each.name: names[0] if is_input_embedding(each.target) else names[1] for each in rows}
 
     def _check_output_for_both(self) -> None:
-        """Raise if the soups change an output embedding of which transformers makes the input embedding, too.
+        """Raise if the soups change an output embedding from which transformers makes the input embedding, too.
 
-        What is folded into it would change both.
+        A change that is folded into the output embedding would change both.
         """
         head = self.model.output_for_both
         for expert in self._experts if head is not None else ():
             targets = [module.base_name for module in expert.adapter.modules.values()]
-            targets += [each.target for each in expert.adapter.trained.values()]
+            targets += [tensor.target for tensor in expert.adapter.trained.values()]
             if any(self.model.find(target) == head for target in targets):
                 raise UnsupportedAdapterError(
-                    f"{expert.name} changes {head}, and the base's files hold no input embedding: both are one tensor, "
-                    "which this version changes only where it has the name of the input embedding",
+                    f"{expert.name} changes {head}, which is also the base's input embedding; this version changes a "
+                    "tied tensor only if the base's files name it as the input embedding",
                     where=str(self.model.folder),
                     mend="save the base again: AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(NEW)",
                 )
@@ -188,7 +197,7 @@ class _Search:
         return self.model.tied is not None and self.model.written_name(target) in self.model.tied
 
     def _written(self, target: str) -> tuple[str, ...]:
-        """Return the written tensors that a change of `target` belongs to: both embeddings where they stay one."""
+        """Return the written tensors that a change of `target` changes: both embeddings if they stay tied."""
         if self._is_tied(target) and self.unties is None and self.model.tied is not None:
             is_copy = self.model.written_name(target) == self.model.tied[1]
             return () if is_copy else tuple(name for name in self.model.tied if name in self.model.checkpoint)
@@ -222,20 +231,22 @@ def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[T
 
 
 def _without_rows(value: Tensor, rows: list[int], base_MN: Tensor) -> Tensor:
-    """Return an embedding that an expert saved, with the base's own in the rows whose tokens it trained, too.
+    """Return an expert's saved embedding, with the base's values in the rows whose tokens the expert also trained.
 
-    PEFT lays these over the embedding, so the embedding itself adds nothing to them. A new tensor.
+    PEFT writes trained tokens over the embedding, so the saved embedding must add nothing to their rows. The result is
+    a new tensor.
     """
     kept = value.to(torch.promote_types(value.dtype, base_MN.dtype), copy=True)
     kept[rows] = base_MN[rows].to(kept.dtype)
     return kept
 
 
-def _whole(each: TrainedTensor, value: Tensor, base_MN: Tensor, weight: float, device: torch.device) -> Term:
-    """Return what a tensor that an expert trained whole adds, where `value` is as it stands in the expert's file."""
-    if each.kind == "rows":
-        return TowardRows(torch.tensor(each.rows), value, weight)
+def _whole(tensor: TrainedTensor, value: Tensor, base_MN: Tensor, weight: float, device: torch.device) -> Term:
+    """Return the term of a tensor that an expert trained whole; `value` is the tensor in the expert's file."""
+    if tensor.kind == "rows":
+        return TowardRows(torch.tensor(tensor.rows), value, weight)
     value_MN = value.reshape(base_MN.shape)
-    if each.kind == "added":
-        return Dense(value_MN.to(device, arithmetic_dtype(base_MN.dtype)) * (weight * each.scaling))
+    if tensor.kind == "added":
+        # a lora_bias is scaled like B (peft/tuners/lora/layer.py)
+        return Dense(value_MN.to(device, arithmetic_dtype(base_MN.dtype)) * (weight * tensor.scaling))
     return Toward(value_MN, weight)

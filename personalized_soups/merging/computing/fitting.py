@@ -1,4 +1,4 @@
-"""Where what experts adapt and train stands in a base: found from headers, every fault of the fit told at once."""
+"""Find the tensors of a base that experts adapt and train, from headers, and collect everything that does not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_SHOWN = 5
 
 
 class Fitting:
-    """Places the experts of a bank in a base model, and collects what does not fit until `check` is called."""
+    """Places the experts of a bank in a base model. Collects mismatches, and `check` raises one error for all."""
 
     def __init__(self, bank: ExpertBank, model: BaseModel) -> None:
         self._bank = bank
@@ -25,47 +25,48 @@ class Fitting:
         self._lacks_names = False
 
     def placements(self) -> dict[str, Placement]:
-        """Return where each module stands, without those that stand nowhere or in doubt."""
+        """Return each module's placement in its tensor of the base. Modules without a unique placement are left out."""
         experts = self._bank.experts
         every = {name: module for expert in experts for name, module in expert.adapter.modules.items()}
         shapes = {}
         for module in every.values():
             if (shape := self._shape(module.base_name)) is not None:
                 shapes[module.base_name] = shape
-        found: dict[str, Placement] = {}
+        placements: dict[str, Placement] = {}
         for expert in experts:
             own = expert.adapter.modules
-            # what one expert's layers leave in doubt another's may show, since all have one base
+            # all experts have one base, so one expert's layers can decide a placement that another's leave open
             known = [module for module in {**every, **own}.values() if module.base_name in shapes]
             placed, faults = place(known, shapes)
             self._faults.extend(faults)
             for name in placed.keys() & own.keys():
-                if found.setdefault(name, placed[name]) != placed[name]:
-                    self._faults.append(f"{name}: the experts do not agree on how it stands in the base")
-        return found
+                if placements.setdefault(name, placed[name]) != placed[name]:
+                    self._faults.append(f"{name}: the experts disagree about its placement in the base")
+        return placements
 
     def dora(self, placements: dict[str, Placement]) -> Dora:
-        """Return what experts with magnitudes need of the base."""
+        """Return the experts' magnitudes, with the tensors of the base that they are relative to."""
         sources = ((name, self._model.source(each.base_name), each) for name, each in placements.items())
-        places = {name: (source, each) for name, source, each in sources if source is not None}
+        places = {name: (source, placement) for name, source, placement in sources if source is not None}
         return Dora(self._bank, self._model.checkpoint, places)
 
-    def check_trained(self, expert: Expert, each: TrainedTensor) -> None:
-        """Note what is wrong with a tensor that an expert trained whole, if anything."""
-        shape = self._shape(each.target)
+    def check_trained(self, expert: Expert, tensor: TrainedTensor) -> None:
+        """Collect the mismatch of a tensor that an expert trained whole, if there is one."""
+        target, shape = tensor.target, self._shape(tensor.target)
         if shape is None:
             return
-        fits = shape[1:] == each.shape[1:] if each.kind == "rows" else shape == each.shape
+        fits = shape[1:] == tensor.shape[1:] if tensor.kind == "rows" else shape == tensor.shape
         if not fits:
-            self._faults.append(f"{each.target}: the base has {list(shape)}, {expert.name} {list(each.shape)}")
-        elif each.kind == "rows" and each.rows and max(each.rows) >= shape[0]:
-            self._faults.append(f"{each.target}: the base has {shape[0]} rows, {expert.name} one for {max(each.rows)}")
+            self._faults.append(f"{target}: shape {list(shape)} in the base, {list(tensor.shape)} in {expert.name}")
+        elif tensor.kind == "rows" and tensor.rows and max(tensor.rows) >= shape[0]:
+            last = max(tensor.rows)
+            self._faults.append(f"{target}: the base has {shape[0]} rows, but {expert.name} trained row {last}")
 
     def check(self, base_name: str | None) -> None:
-        """Raise if anything did not fit; `base_name` is what the experts call their base.
+        """Raise if there are mismatches; `base_name` is the experts' name for their base.
 
         Raises:
-            IncompatibleExpertsError: naming all that is not in the base, or of another shape or dtype there.
+            IncompatibleExpertsError: with every tensor that the base lacks, or has in another shape or dtype.
         """
         faults = list(dict.fromkeys(self._faults))
         if faults:
@@ -73,16 +74,16 @@ class Fitting:
             raise IncompatibleExpertsError(
                 "the experts do not fit the base: " + "; ".join(faults[:_MAX_SHOWN]) + more,
                 where=str(self._model.folder),
-                mend=f"give the base that they were trained on ({base_name or 'they do not name it'})"
-                + ("; if it is this one, save it again with the class that they were trained on" * self._lacks_names),
+                mend=f"give the base that the experts were trained on ({base_name or 'their files do not name it'})"
+                + ("; if it is this base, save it again with the model class of the training" * self._lacks_names),
             )
 
     def _check_alone(self, target: str) -> None:
-        """Note if another name of the experts' leads to the same tensor: the base cannot have been theirs."""
+        """Collect a mismatch if two of the experts' names lead to one tensor: the experts had another base."""
         stored = self._model.find(target)
-        other = target if stored is None else self._targets.setdefault(stored, target)
-        if other != target:
-            self._faults.append(f"{other} and {target} are both {stored} in the base: one tensor cannot be both")
+        first = target if stored is None else self._targets.setdefault(stored, target)
+        if first != target:
+            self._faults.append(f"{first} and {target} are two tensors for the experts, but one in the base: {stored}")
 
     def _shape(self, target: str) -> tuple[int, ...] | None:
         source = self._model.source(target)
@@ -94,5 +95,5 @@ class Fitting:
         entry = self._model.checkpoint.entry(source)
         if entry.dtype not in _FLOATS:
             allowed = ", ".join(sorted(_FLOATS))
-            self._faults.append(f"{target}: its dtype is {entry.dtype}, a soup is computed on {allowed}")
+            self._faults.append(f"{target}: its dtype is {entry.dtype}; a soup needs {allowed}")
         return entry.shape

@@ -1,4 +1,7 @@
-"""One module of a merged adapter: rounded to its dtype, with its shapes and names in the file."""
+"""One module of a merged adapter: its tensors rounded to the adapter's dtype, with their names and shapes in the file.
+
+R rank, I in features, O out features.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from torch import Tensor
 
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.placement import blocks_of, of_blocks
+from personalized_soups.devices import torch_dtype
 from personalized_soups.errors import UsageError
 from personalized_soups.merging.computing.dora import unscaled
 from personalized_soups.merging.computing.module_soups import ModuleSoup
 from personalized_soups.merging.planning.layout import Layout
-from personalized_soups.merging.planning.plan import MergePlan, torch_dtype
+from personalized_soups.merging.planning.plan import MergePlan
 from personalized_soups.merging.planning.vllm import check_vllm_rank
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.finite import all_finite
@@ -24,14 +28,19 @@ from personalized_soups.methods.finite import all_finite
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What a truncation lost: squared Frobenius norms of the delta and of what was taken from it."""
+    """The error of a truncation.
+
+    Attributes:
+        energy: the squared Frobenius norm of the delta; 0 if nothing is truncated.
+        lost: the squared Frobenius norm of the difference to the truncated delta.
+    """
 
     energy: float
     lost: float
 
     @property
     def relative_error(self) -> float:
-        """`|dW - dW_R| / |dW|`; 0 where dW is 0."""
+        """The relative error `|dW - dW_R| / |dW|` in the Frobenius norm; 0 if dW is 0."""
         return (self.lost / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
 
@@ -39,38 +48,43 @@ class Loss:
 class MergedModule:
     """One module of a merged adapter, on the CPU in the adapter's dtype.
 
-    `beside` are its other tensors by their names in the file: a magnitude (DoRA), the bias of its B (lora_bias).
+    Attributes:
+        like: the module, with the names of its factors in the file.
+        factors: A and B; the scaling is 1.
+        loss: the error of the truncation.
+        extras: the module's other tensors, by their names in the file: DoRA's magnitude and the bias of B (lora_bias).
     """
 
     like: LoraModule
     factors: Factors
     loss: Loss
-    beside: Mapping[str, Tensor] = field(default_factory=dict)
+    extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, soup: ModuleSoup, plan: MergePlan) -> Self:
-        """Round a module's soup once to the plan's dtype; at the plan's rank, unless an energy share decides.
+        """Round a module's soup once to the plan's dtype, and pad it to the plan's rank unless an energy share decides.
 
-        A DoRA adapter has `W' = m / |W + B A| (W + B A)`: with the soup `d W + G` it is `B A = d^-1 G`, truncated
-        before it is divided, and `m = d |W + B A|` of the factors as they are written.
+        A DoRA adapter computes `W' = m / |W + B A| (W + B A)`, with the norm of each output's row (arXiv 2402.09353).
+        For the soup `d W + G` that gives `B A = d^-1 G` and `m = d |W + B A|`. G is truncated before the division,
+        and m is computed from the factors as they are written, so that their rounding does not change W'.
 
         Raises:
-            UsageError: where a value does not fit into the dtype, or d is about 0.
+            UsageError: if a value does not fit into the dtype, or d is about 0.
         """
-        assert soup.factors is not None, "a dense soup is truncated before it is held as an adapter"
+        assert soup.factors is not None, "a dense soup must be truncated before it becomes an adapter"
         like, factors = soup.module.like, soup.factors
         scale_O = torch.ones(like.out_features, dtype=torch.float64) if soup.scale_O is None else soup.scale_O
         if soup.scale_O is not None:
             factors = unscaled(like.name, factors, scale_O)
         written = Factors(rounded(like.a_name, factors.a_RI, plan), rounded(like.b_name, factors.b_OR, plan))
-        shapes = beside_shapes(like, plan.layout)
+        shapes = extra_shapes(like, plan.layout)
         values = {}
         if soup.dora is not None:
             values[plan.layout.magnitude_name(like.name)] = scale_O * soup.dora.norms(like.name, written)
         if soup.bias_O is not None:
             values[plan.layout.b_bias_name(like.name)] = soup.bias_O
-        beside = {name: rounded(name, value, plan).reshape(shapes[name]) for name, value in values.items()}
-        merged = cls(like, written, Loss(soup.energy, soup.lost), beside)
+        extras = {name: rounded(name, value, plan).reshape(shapes[name]) for name, value in values.items()}
+        merged = cls(like, written, Loss(soup.energy, soup.lost), extras)
         return merged if plan.energy is not None else merged.padded(plan.rank)
 
     @property
@@ -80,27 +94,36 @@ class MergedModule:
 
     @property
     def rank(self) -> int:
-        """The rank of the change, of each block's where there are several."""
+        """The rank; if the module has several blocks, the rank of each block."""
         return self.factors.rank // self.like.blocks
 
     def padded(self, rank: int) -> Self:
-        """Return it at a higher rank: rows and columns of zeros are added, the delta stays the same."""
+        """Return the module at a higher rank, with rows and columns of zeros; the delta stays the same."""
         if rank <= self.rank:
             return self
         blocks = blocks_of(self.factors, self.like.blocks)
-        return replace(self, factors=of_blocks([each.padded(rank) for each in blocks]))
+        return replace(self, factors=of_blocks([block.padded(rank) for block in blocks]))
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield both factors, and what stands beside them, by their names in the file and in their shapes there."""
+        """Yield the factors and the extras, with their names and shapes in the file."""
         yield self.like.a_name, self.factors.a_RI.reshape(a_shape(self.like, self.rank))
         yield self.like.b_name, self.factors.b_OR.reshape(b_shape(self.like, self.rank))
-        yield from self.beside.items()
+        yield from self.extras.items()
 
 
 def common_ranks(plan: MergePlan, own: Mapping[str, int]) -> dict[str, int]:
-    """Return the rank at which each module is written: its own where an energy share decides, one for all for vLLM."""
+    """Return the rank at which each module is written.
+
+    Args:
+        plan: the plan of the merge.
+        own: each module's own rank. It is kept if an energy share decides the ranks and PEFT loads the adapter.
+
+    Raises:
+        UsageError: if the adapter is for vLLM, and vLLM cannot load the highest rank.
+    """
     if plan.energy is not None and plan.target == "peft":
         return dict(own)
+    # one rank for all modules, so that an adapter for vLLM needs no rank_pattern
     rank = max(own.values())
     if plan.target == "vllm":
         check_vllm_rank(rank)
@@ -109,6 +132,7 @@ def common_ranks(plan: MergePlan, own: Mapping[str, int]) -> dict[str, int]:
 
 def a_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
     """Return the shape of a module's A in the file."""
+    # a convolution's A covers the whole kernel, its B is 1x1 (peft/tuners/lora/layer.py)
     return (rank * like.blocks, like.in_features // math.prod(like.kernel), *like.kernel)
 
 
@@ -117,15 +141,16 @@ def b_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
     return (like.out_features, rank * like.blocks, *(1 for _ in like.kernel))
 
 
-def beside_shapes(like: LoraModule, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of what stands beside a module's factors in the file."""
-    found: dict[str, tuple[int, ...]] = {}
+def extra_shapes(like: LoraModule, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of a module's tensors in addition to its factors."""
+    shapes: dict[str, tuple[int, ...]] = {}
     if layout.use_dora:
+        # PEFT keeps a convolution's magnitude as [1, O, 1, ...], to multiply outputs by broadcasting
         ones = (1,) * len(like.kernel)
-        found[layout.magnitude_name(like.name)] = (*ones[:1], like.out_features, *ones)
+        shapes[layout.magnitude_name(like.name)] = (*ones[:1], like.out_features, *ones)
     if layout.lora_bias:
-        found[layout.b_bias_name(like.name)] = (like.out_features,)
-    return found
+        shapes[layout.b_bias_name(like.name)] = (like.out_features,)
+    return shapes
 
 
 def rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
@@ -146,5 +171,5 @@ def too_large(what: str, plan: MergePlan) -> UsageError:
     return UsageError(
         f"{what}, beyond {plan.dtype}",
         where="dtype",
-        mend="take dtype=float32 or bfloat16, or smaller weights",
+        mend="use dtype=float32 or bfloat16, or smaller weights",
     )

@@ -1,4 +1,4 @@
-"""Soups, module by module: what the plan's method makes of the experts' factors. Memory: the modules in work.
+"""Compute soups module by module. Memory: the modules in use.
 
 R rank, I in features, O out features, E experts, U users.
 """
@@ -32,16 +32,18 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ModuleSoup:
-    """One module's soup: as `factors` with scaling 1, or as `delta_OI` where its method has a dense result.
+    """One module's soup, as factors or as a dense delta.
 
-    A mixture's blocks are laid into one another in `factors`, as PEFT has them, and a first axis of `delta_OI`. Where
-    experts hold magnitudes (DoRA), the base's outputs are multiplied by `scale_O` (float64, on the CPU) as well.
-
-    A merged adapter's lora_bias is `bias_O`, `sum w_e s_e b_e` in float64. `dora` is there where an adapter needs a
-    magnitude for this module.
-
-    `energy` and `lost` are the squared Frobenius norms of the delta and of what truncation took from it; both are 0
-    where nothing is truncated.
+    Attributes:
+        module: the planned module.
+        factors: the soup's factors, with scaling 1; None if the method returns a dense delta. The blocks of a
+            mixture-of-experts parameter are interleaved, as PEFT stores them.
+        delta_OI: the dense delta, or None. The blocks of a mixture-of-experts parameter are its first axis.
+        energy: the squared Frobenius norm of the delta; 0 if nothing is truncated.
+        lost: the squared Frobenius norm of the truncated part; 0 if nothing is truncated.
+        scale_O: the factor of the base's outputs if experts have magnitudes (DoRA), in float64 on the CPU; else None.
+        bias_O: the merged adapter's lora_bias, `sum w_e s_e b_e` in float64; None if no expert has one.
+        dora: computes the magnitude of a merged adapter; None if the module needs none.
     """
 
     module: PlannedModule
@@ -56,10 +58,12 @@ class ModuleSoup:
 
 @dataclass(frozen=True, eq=False)
 class Soups:
-    """The soups of one or many users over the same experts, on the bank's device, computed as they are asked for.
+    """The soups of one or many users over the same experts, on the bank's device. Modules are computed one by one.
 
-    `plans` differ in their profiles and weights alone: what is the same for all of them is done once a module. `dora`
-    is needed where experts hold magnitudes, which mean nothing without the base.
+    Attributes:
+        plans: the users' plans. They differ only in their profiles and weights, so each module is read once for all.
+        bank: the experts.
+        dora: the experts' magnitudes and the base; None if no expert has a magnitude.
     """
 
     plans: Sequence[MergePlan]
@@ -69,16 +73,16 @@ class Soups:
 
     @property
     def plan(self) -> MergePlan:
-        """What all plans have in common."""
+        """The first plan, for the choices that all plans share."""
         return self.plans[0]
 
     def each(self, finish: Callable[[list[ModuleSoup]], Result]) -> Iterator[Result]:
-        """Yield `finish(soups)` of every module in the plan's order; on several threads where the device is a CPU."""
+        """Yield `finish(soups)` for every module, in the plan's order. On a CPU, several threads compute."""
         self.prepare()
         return in_order(lambda module: finish(self.of(module)), self.plan.modules, num_workers(self.bank.device))
 
     def prepare(self) -> None:
-        """Compute what all modules need, before several threads ask for it."""
+        """Compute the values that all modules need, so that threads do not compute them twice."""
         self.method.prepare()
 
     @cached_property
@@ -87,22 +91,23 @@ class Soups:
         return AppliedMethod(self.plans, self.bank)
 
     def of(self, module: PlannedModule) -> list[ModuleSoup]:
-        """Return one module's soup of each plan: dense or factors in float32; truncated ones are float64.
+        """Return one module's soup for each plan, in float32; truncated factors are float64.
 
         Raises:
-            InputError: naming file and tensor where an expert holds NaN or infinity; as Dora.gains.
+            InputError: if an expert holds NaN or infinity; it names the file and the tensor. Also as Dora.gains.
+            UnsupportedAdapterError: as Dora.gains.
         """
         stack = self.bank.read(module.name)
         with self._one_at_a_time():
             return self._of_read(module, stack)
 
     def _one_at_a_time(self) -> AbstractContextManager[object]:
-        """Several modules at once on a GPU would take several times the memory and no less time."""
+        """Return the lock for a GPU, where several modules at once would need more memory and save no time."""
         return nullcontext() if self.bank.device.type == "cpu" else self._turn
 
     def _of_read(self, module: PlannedModule, stack: StackedModule) -> list[ModuleSoup]:
         if module.like.blocks > 1:
-            # a mixture of experts has a low-rank change in each of its blocks, of all soups or of none
+            # each block of a mixture-of-experts parameter is a matrix with a low-rank change of its own
             blocks = [self._of_stack(module, each) for each in _blocks(stack, module.like.blocks)]
             return [_joined(module, soups) for soups in zip(*blocks, strict=True)]
         gains = {} if self.dora is None else self.dora.gains(stack)
@@ -112,26 +117,27 @@ class Soups:
         return [self._completed(soup, plan, gains) for soup, plan in zip(soups, self.plans, strict=True)]
 
     def _completed(self, soup: ModuleSoup, plan: MergePlan, gains: Mapping[int, Tensor]) -> ModuleSoup:
-        """Return a module's soup with what stands beside its factors."""
+        """Return a module's soup with the values in addition to its factors: DoRA's scale and the lora_bias."""
         weights = dict(enumerate(plan.weights))
         scale_O = base_scale(gains, weights) if gains else None
         bias_O = None
         if plan.layout.lora_bias:
             bias_O = torch.zeros(soup.module.out_features, dtype=torch.float64)
-            for expert, each in self._biases.get(soup.module.name, ()):
-                value = self.bank.experts[expert].adapter.trained_tensor(each.name, torch.float64)
-                bias_O.add_(value, alpha=weights[expert] * each.scaling)
+            for expert, bias in self._biases.get(soup.module.name, ()):
+                value_O = self.bank.experts[expert].adapter.trained_tensor(bias.name, torch.float64)
+                # PEFT adds the bias to B's output, so the scaling applies to it as well
+                bias_O.add_(value_O, alpha=weights[expert] * bias.scaling)
         return replace(soup, scale_O=scale_O, bias_O=bias_O, dora=self.dora)
 
     @cached_property
     def _biases(self) -> Mapping[str, list[tuple[int, TrainedTensor]]]:
-        """Every lora_bias, by its module, with the expert's position in the bank."""
-        found: dict[str, list[tuple[int, TrainedTensor]]] = {}
+        """Every lora_bias with its expert's position in the bank, by the module's name."""
+        biases: dict[str, list[tuple[int, TrainedTensor]]] = {}
         for index, expert in enumerate(self.bank.experts):
-            for each in expert.adapter.trained.values():
-                if each.kind == "added" and each.module is not None:
-                    found.setdefault(each.module, []).append((index, each))
-        return found
+            for tensor in expert.adapter.trained.values():
+                if tensor.kind == "added" and tensor.module is not None:
+                    biases.setdefault(tensor.module, []).append((index, tensor))
+        return biases
 
     def _of_stack(self, module: PlannedModule, stack: StackedModule) -> list[ModuleSoup]:
         weights = [[plan.weights[index] for index in stack.experts] for plan in self.plans]
@@ -156,17 +162,19 @@ class Soups:
 
 
 def _blocks(stack: StackedModule, count: int) -> list[StackedModule]:
-    """Return each block's own stack; experts that share A share every part of it."""
+    """Return one stack for each block. Experts that share A share it in every block, so `basis` stays the same."""
     parts = zip(*(blocks_of(factors, count) for factors in stack.factors), strict=True)
     return [replace(stack, name=f"{stack.name}[{number}]", factors=factors) for number, factors in enumerate(parts)]
 
 
 def _joined(module: PlannedModule, blocks: Sequence[ModuleSoup]) -> ModuleSoup:
-    """Return one module's soup from those of its blocks; of unequal ranks the lower ones are padded with zeros."""
+    """Return a module's soup from its blocks' soups."""
+    # squared norms of disjoint blocks add up
     energy, lost = sum(block.energy for block in blocks), sum(block.lost for block in blocks)
     deltas = [block.delta_OI for block in blocks if block.delta_OI is not None]
     if deltas:
         return ModuleSoup(module, None, torch.stack(deltas), energy, lost)
+    # an energy share may give the blocks different ranks, but PEFT stores one rank for all
     factors = [block.factors for block in blocks if block.factors is not None]
     rank = max(each.rank for each in factors)
     return ModuleSoup(module, of_blocks([each.padded(rank) for each in factors]), None, energy, lost)

@@ -16,6 +16,7 @@ from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.side_rule import SideRule
+from personalized_soups.devices import MERGE_DEVICES, resolve_device, torch_dtype
 from personalized_soups.errors import DeclarationError, UsageError
 from personalized_soups.merging.live.buffers import (
     FACTOR_RULES,
@@ -28,7 +29,7 @@ from personalized_soups.merging.live.buffers import (
 from personalized_soups.merging.live.checks import check_model, check_plain
 from personalized_soups.merging.live.coefficients import coefficients_on
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import MergePlan, resolve_device, torch_dtype
+from personalized_soups.merging.planning.plan import MergePlan
 from personalized_soups.merging.planning.planner import plan_merge
 from personalized_soups.methods.factors import cancels
 from personalized_soups.methods.method import Method
@@ -50,7 +51,7 @@ class LiveAdapter:
 
     Args:
         library: the experts.
-        device: the model's device: auto (the CPU), cpu, cuda or cuda:N.
+        device: the model's device: auto (CUDA if there is a GPU, else the CPU), cpu, cuda or cuda:N.
         method: linear, factor_average or factor_linear. Soups of other methods have to be merged.
         experts: the names of the experts that profiles may weigh. Default: all experts of the library.
         dtype: the dtype of the live factors: float32 (the default), bfloat16 or float16.
@@ -78,7 +79,7 @@ class LiveAdapter:
     ) -> None:
         self.method = _checked_method(method)
         # a tensor's device has an index, "cuda:0", as the devices of the model's tensors do
-        self.device = torch.empty(0, device=resolve_device(device)).device
+        self.device = torch.empty(0, device=resolve_device(device, kinds=MERGE_DEVICES)).device
         self._library = library
         self._plan = _plan_of_all(library, self.method, experts, dtype or "float32", same_base=same_base)
         self._experts = {expert.name: library[expert.name] for expert in self._plan.experts}

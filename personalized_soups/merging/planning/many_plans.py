@@ -15,7 +15,7 @@ from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import MergePlan
 from personalized_soups.merging.planning.planner import plan_merge
 
-# A pattern holds the experts' headers, some MB for a large model.
+# Sets of experts whose plans are kept. A plan lists every module, so the number is limited.
 _MOST_PATTERNS = 64
 # File systems allow names of 255 bytes, and the scratch folder's name is longer than the user's.
 _MAX_NAME_BYTES = 200

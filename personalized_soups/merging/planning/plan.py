@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -12,12 +11,11 @@ import torch
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.provenance import BaseRecord, MethodRecord
 from personalized_soups.declare.profile import Profile
-from personalized_soups.errors import UsageError
+from personalized_soups.devices import MERGE_DEVICES, DtypeName, resolve_device, torch_dtype
 from personalized_soups.merging.planning.layout import Layout
 from personalized_soups.merging.planning.vllm import vllm_max_lora_rank
 from personalized_soups.methods.method import Method
 
-DtypeName = Literal["float32", "bfloat16", "float16"]
 PlannedEncoding = Literal["stacked", "truncated", "folded"]
 Target = Literal["peft", "vllm"]
 
@@ -157,29 +155,6 @@ class MergePlan:
         return lines
 
 
-def torch_dtype(name: DtypeName) -> torch.dtype:
-    """Return torch's dtype of that name."""
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the device for a merge: `auto` is the CPU, since a merge waits for files rather than for arithmetic.
-
-    Raises:
-        UsageError: if the device is unknown or not here.
-    """
-    if device == "auto":
-        return torch.device("cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise UsageError(f"unknown device {device!r}", where="device", mend="choose from: auto, cpu, cuda, cuda:N")
-    kind, _, index = device.partition(":")
-    # compared as a number of any length: torch keeps an index in eight bits
-    if kind == "cuda" and int(index[:9] or 0) >= torch.cuda.device_count():
-        raise UsageError(f"there is no device {device!r} on this machine", where="device", mend="take device=cpu")
-    return torch.device(device)
-
-
 def arithmetic_device(plan: MergePlan, device: str) -> torch.device:
     """Return where a plan is computed: on `device`, except for sums of factors, which are computed on the CPU.
 
@@ -187,8 +162,8 @@ def arithmetic_device(plan: MergePlan, device: str) -> torch.device:
     writes, at about the speed of a copy. DoRA needs products with the base as well, and keeps its device.
 
     Raises:
-        UsageError: as resolve_device.
+        UsageError: as `devices.resolve_device`.
     """
-    target = resolve_device(device)
+    target = resolve_device(device, kinds=MERGE_DEVICES)
     is_sum_of_factors = plan.encoding == "stacked" and not plan.layout.use_dora
     return torch.device("cpu") if is_sum_of_factors else target

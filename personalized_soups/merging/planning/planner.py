@@ -13,19 +13,13 @@ from personalized_soups.adapters.provenance import BaseRecord
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.side_rule import SideRule
+from personalized_soups.devices import DtypeName
 from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.merging.planning.checks import Cut, checked_cut, faults_of, raise_all, unmet_needs
 from personalized_soups.merging.planning.layout import conflicts, layout_of, missing_base, named_modules
 from personalized_soups.merging.planning.method_source import method_source
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import (
-    DtypeName,
-    MergePlan,
-    PlannedEncoding,
-    PlannedExpert,
-    PlannedModule,
-    Target,
-)
+from personalized_soups.merging.planning.plan import MergePlan, PlannedEncoding, PlannedExpert, PlannedModule, Target
 from personalized_soups.merging.planning.vllm import check_vllm_rank, unfit_for_vllm
 from personalized_soups.methods.method import Method
 from personalized_soups.methods.plugins import find_method

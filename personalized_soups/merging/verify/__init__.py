@@ -1,1 +1,1 @@
-"""Whether a merged folder is what its soup.json says: made again, and compared."""
+"""Verify a merged folder: merge again from its soup.json, and compare."""

@@ -1,4 +1,4 @@
-"""A merged adapter's tensors beside those recomputed, module by module.
+"""Compare a merged adapter's tensors with recomputed ones, module by module.
 
 R rank, I in features, O out features, E experts.
 """
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.bank.expert_bank import ExpertBank
+from personalized_soups.devices import torch_dtype
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.merging.computing.merged_modules import Loss, MergedModule
 from personalized_soups.merging.computing.whole_tensors import WholeTensors
-from personalized_soups.merging.planning.plan import torch_dtype
 from personalized_soups.merging.verify.verification import Comparison, Difference, Distance, Fault, finite
 from personalized_soups.merging.writing.adapter import MergedAdapter
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.linear import linear
 from personalized_soups.methods.lowrank import decompose
 
-# How far a product B A may be off, relative to its norm, where its factors are not unique: float32 arithmetic on the
-# dense deltas of a few hundred entries a sum, and the turn of the singular vectors where singular values are near.
+# The largest error of a product B A, relative to its norm, for factors that are not unique. It covers float32 sums of
+# a few hundred entries, and singular vectors that rotate if their singular values are close.
 PRODUCT_TOLERANCE = 1e-5
 
 _METADATA = {"format": "pt"}
@@ -33,7 +33,14 @@ _METADATA = {"format": "pt"}
 
 @dataclass(eq=False, slots=True)
 class AdapterComparison:
-    """Compares a file with a merged adapter; `ranks` and `losses` are what the recomputed modules have."""
+    """Compares a weight file with a merged adapter, which is computed again.
+
+    Attributes:
+        file: the weight file.
+        merged: the adapter to compute.
+        ranks: the ranks of the recomputed modules, by module; filled by `run`.
+        losses: the truncation losses of the recomputed modules, by module; filled by `run`.
+    """
 
     file: SafetensorsFile
     merged: MergedAdapter
@@ -43,7 +50,7 @@ class AdapterComparison:
     _faults: list[Fault] = field(default_factory=list)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Comparison:
-        """Recompute and compare every module. Memory: the few modules in work."""
+        """Recompute and compare every module. Memory: the few modules being computed."""
         expected: set[str] = set()
         done, total = 0, len(self.file.data)
         for module in self.merged.modules():
@@ -57,14 +64,14 @@ class AdapterComparison:
         if self.merged.whole is not None:
             expected |= self._compare_whole(self.merged.whole)
         for name in sorted(set(self.file.entries) - expected):
-            self._faults.append(Fault("tensor", name, "is no tensor of this soup"))
+            self._faults.append(Fault("tensor", name, "does not belong to this soup"))
         if dict(self.file.metadata) != _METADATA:
-            told = f"the header's metadata is {dict(self.file.metadata)}, expected {_METADATA}"
-            self._faults.append(Fault("configuration", self.file.path.name, told))
+            what = f"the header's metadata is {dict(self.file.metadata)}, expected {_METADATA}"
+            self._faults.append(Fault("configuration", self.file.path.name, what))
         return Comparison(len(expected), tuple(self._differences), tuple(self._faults))
 
     def written_rank(self, module: MergedModule) -> int:
-        """Return the rank at which the file has a module; its own where the file's shape tells none."""
+        """Return a module's rank in the file; its recomputed rank if the file has no such matrix."""
         entry = self.file.entries.get(module.like.a_name)
         return entry.shape[0] // module.like.blocks if entry is not None and entry.shape else module.rank
 
@@ -79,14 +86,14 @@ class AdapterComparison:
         if not differing:
             return
         plan = self.merged.plan
-        factors = [name for name in differing if name not in module.beside]
+        factors = [name for name in differing if name not in module.extras]
         if factors and not (plan.encoding == "stacked" and plan.method.family == "linear"):
             self._differences += self._by_product(module, factors)
-            differing = [name for name in differing if name in module.beside]
+            differing = [name for name in differing if name in module.extras]
         self._differences += [self._by_element(module, name, tensors[name]) for name in differing]
 
     def _compare_whole(self, whole: WholeTensors) -> set[str]:
-        """Compare what experts trained whole, part by part; return the names."""
+        """Compare the tensors that experts trained whole, part by part, and return their names."""
         specs = {spec.name: spec for spec in whole.specs()}
         distances: dict[str, Distance] = {}
         for name, spec in specs.items():
@@ -94,8 +101,8 @@ class AdapterComparison:
             if entry is None:
                 self._faults.append(Fault("tensor", name, "is missing"))
             elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-                told = f"is {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
-                self._faults.append(Fault("tensor", name, told))
+                what = f"is {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
+                self._faults.append(Fault("tensor", name, what))
             else:
                 distances[name] = Distance()
         for name, start, part in whole.parts():
@@ -106,7 +113,7 @@ class AdapterComparison:
                     distances[name].add_equal(part)
                 else:
                     distances[name].add(written, part, _roundings(part))
-        self._differences += [each.result(name) for name, each in distances.items() if not each.is_equal]
+        self._differences += [distance.result(name) for name, distance in distances.items() if not distance.is_equal]
         return set(specs)
 
     def _misfit(self, name: str, tensor: Tensor) -> Fault | None:
@@ -119,7 +126,7 @@ class AdapterComparison:
         return Fault("tensor", name, f"is {dtype} {list(entry.shape)}, expected {tensor.dtype} {list(tensor.shape)}")
 
     def _by_element(self, module: MergedModule, name: str, tensor: Tensor) -> Difference:
-        """Compare one tensor of a stack: A's are copies, which owe nothing; B's are sums of w s B."""
+        """Compare one tensor of a stack: A's are copies and must be equal; B's are sums of w s B, with rounding."""
         distance = Distance()
         if name == module.like.a_name:
             room = None
@@ -131,24 +138,24 @@ class AdapterComparison:
         return distance.result(name)
 
     def _room(self, module: MergedModule) -> Tensor:
-        """Return how far two computations of B may be apart: `(E + 2) 2^-24 sum |w s B|` and one ulp of the dtype.
+        """Return how far two computations of B may differ: `(E + 2) 2^-24 sum |w s B|` plus one ulp of the dtype.
 
-        The sums in float32 owe (E + 1) 2^-24 (methods.product), those in float64 half an ulp of float32; each is then
-        rounded to the dtype, which two neighbours of the middle leave in different directions.
+        A sum in float32 has an error of up to (E + 1) 2^-24 sum |w s B| (methods.product); a sum in float64 has one of half
+        an ulp of float32. Both are then rounded to the dtype; values on either side of a midpoint end one ulp apart.
         """
         plan = self.merged.plan
         bank = ExpertBank([self.merged.library[expert.name] for expert in plan.experts])
         stack = bank.read(module.name)
         weights = [abs(plan.weights[index]) for index in stack.experts]
-        parts = zip(*(blocks_of(_magnitudes(each), module.like.blocks) for each in stack.factors), strict=True)
+        parts = zip(*(blocks_of(_magnitudes(factors), module.like.blocks) for factors in stack.factors), strict=True)
         sums = of_blocks([linear(part, weights, stack.basis).padded(module.rank) for part in parts]).b_OR.double()
         kind = torch.finfo(torch_dtype(plan.dtype))
-        # an ulp is that of the rounded value, which may have reached the next power of two
+        # the ulp of the rounded value: rounding up may reach the next power of two, where ulps double
         ulp = torch.maximum(sums, module.factors.b_OR.double().abs()) * kind.eps + kind.smallest_normal * kind.eps
         return sums * ((len(plan.experts) + 2) * 2.0**-24) + ulp
 
     def _by_product(self, module: MergedModule, differing: list[str]) -> list[Difference]:
-        """Compare the products of factors that are not unique: both may be turned alike and give one delta."""
+        """Compare products B A: factors are not unique, since a rotation of both leaves the delta unchanged."""
         like = module.like
         written = Factors(self.file.tensor(like.a_name).flatten(1), self.file.tensor(like.b_name).flatten(1))
         apart = size = room = 0.0
@@ -157,7 +164,7 @@ class AdapterComparison:
             if not (bool(torch.isfinite(got.a_RI).all()) and bool(torch.isfinite(got.b_OR).all())):
                 return [Difference(name, None, None, is_rounding=False) for name in differing]
             both = decompose([got, want])
-            # the energy of a soup is its squared norm, through the small core
+            # `energy` is the squared norm of the weighted sum, computed from the small core of the decomposition
             apart += both.truncate([1.0, -1.0], energy=1.0).energy
             size += both.truncate([0.0, 1.0], energy=1.0).energy
             room += _rounding(want, torch_dtype(self.merged.plan.dtype)) ** 2
@@ -171,13 +178,13 @@ class AdapterComparison:
         return float((self.file.tensor(name).double() - tensor.double()).abs().max())
 
 
-def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors of one dtype and shape have the same bytes: NaN's and the signs of zeros count."""
-    return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
+def same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors of one dtype and shape have equal bytes, including NaNs and signs of zeros."""
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
 def _roundings(tensor: Tensor) -> Tensor:
-    """Return how far two computations may be apart where little cancels: norms, magnitudes, whole tensors."""
+    """Return how far two computations of norms, magnitudes or whole tensors may differ; little cancels in these."""
     numbers = torch.finfo(tensor.dtype)
     return tensor.double().abs() * (numbers.eps + 2.0**-20) + numbers.smallest_normal
 
@@ -187,7 +194,10 @@ def _magnitudes(factors: Factors) -> Factors:
 
 
 def _rounding(factors: Factors, dtype: torch.dtype) -> float:
-    """Return how far B A moves where each element of B and A moves by an ulp: `|B| |dA| + |dB| |A|`, spectral norms."""
+    """Return how far B A moves if every element of B and A moves by an ulp: `|B| |dA| + |dB| |A|`.
+
+    |A| and |B| are spectral norms; |dA| and |dB| are Frobenius norms.
+    """
     a_RI, b_OR = factors.a_RI.double(), factors.b_OR.double()
     a_norm, b_norm = float(a_RI.norm()), float(b_OR.norm())
     a_most = math.sqrt(max(float(torch.linalg.eigvalsh(a_RI @ a_RI.T)[-1]), 0.0))

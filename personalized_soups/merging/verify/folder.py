@@ -1,4 +1,4 @@
-"""Whether a merged folder is what its soup.json says: everything is computed again from the inputs and compared."""
+"""`verify`: compute a merged folder again from its soup.json, and compare."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from personalized_soups.adapters.provenance import (
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
+from personalized_soups.devices import MERGE_DEVICES, resolve_device
 from personalized_soups.errors import (
     DeclarationError,
     IncompatibleExpertsError,
@@ -35,20 +36,20 @@ from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.computing.merged_modules import common_ranks
 from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, resolve_device
+from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device
 from personalized_soups.merging.planning.planner import plan_merge
 from personalized_soups.merging.verify.adapter import AdapterComparison
 from personalized_soups.merging.verify.model import compare_model
 from personalized_soups.merging.verify.record import (
-    of_configuration,
-    of_digests,
-    of_files,
-    of_fingerprint,
-    of_inputs,
-    of_method,
-    of_missing_method,
-    of_other_files,
-    of_record,
+    configuration_faults,
+    digest_faults,
+    file_faults,
+    fingerprint_faults,
+    input_faults,
+    method_faults,
+    missing_method_fault,
+    other_file_faults,
+    record_faults,
 )
 from personalized_soups.merging.verify.verification import Comparison, Fault, Verification
 from personalized_soups.merging.writing.adapter import MergedAdapter
@@ -60,7 +61,7 @@ from personalized_soups.methods.plugins import DenseMerge, find_method
 
 Progress = Callable[[int, int], None]
 
-# What a soup cannot be planned by, though every file of it is sound: its inputs or its record are others by now.
+# Errors of planning that mean that the inputs or the record have changed since the merge.
 _UNPLANNABLE = (DeclarationError, IncompatibleExpertsError, UnsupportedAdapterError, UsageError)
 
 
@@ -73,23 +74,23 @@ def verify(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Verification:
-    """Recompute a merged adapter or model from its soup.json, and say whether it is what it claims to be.
+    """Compute a merged adapter or model again from its soup.json, and compare every tensor and file.
 
-    Nothing is written. Memory does not grow with the model: an adapter is compared module by module, a model block by
-    block.
+    Nothing is written. An adapter is compared module by module and a model block by block, so memory does not grow with
+    the model.
 
     Args:
-        folder: what a merge wrote.
-        base: where the base is, if it is not where the merge had it; a merged adapter's is looked at only if given, or
-            if the merge read it.
-        experts: folders of experts, or experts, in which to look first, by name: for experts that have moved.
+        folder: a folder that a merge wrote.
+        base: the base model, if it has moved since the merge. For an adapter that was merged without a base, its
+            fingerprint is compared with the recorded one.
+        experts: experts, or folders of experts, that have moved since the merge. They are found by name.
         method: the merge method, if it is from outside this package. soup.json only describes such a method, and verify
             imports nothing that a file names, so without the method the tensors are not recomputed.
-        device: where the soup is computed again: auto (the CPU), cpu, cuda.
-        progress: called with the bytes of tensors done and in all.
+        device: where to compute: auto (CUDA if there is a GPU, else the CPU), cpu, cuda or cuda:N.
+        progress: called with the bytes of tensors compared and their total.
 
     Raises:
-        InputError: if the folder has no soup.json, or an expert or the base is not found.
+        InputError: if the folder has no soup.json, or if an expert or the base is missing.
         FileFormatError: if a file is damaged.
         UsageError: if the soup was merged by a built-in method and another method is given, or if the method given
             cannot be used.
@@ -98,27 +99,27 @@ def verify(
     record = _record_of(folder)
     given = _given_method(record, method)
     library = _library(record, experts)
-    resolve_device(device)  # told before any work is done
-    faults = list(of_files(folder, record))
+    resolve_device(device, kinds=MERGE_DEVICES)  # raises before any work is done
+    faults = list(file_faults(folder, record))
     with BackgroundDigests([path for expert in library.values() for path in expert.adapter.files]) as digests:
         if given is None:
-            faults += of_inputs(record, library, digests.results())
-            return Verification.of(str(folder), record.kind, None, [*faults, of_missing_method(record)])
+            faults += input_faults(record, library, digests.results())
+            return Verification.of(str(folder), record.kind, None, [*faults, missing_method_fault(record)])
         try:
             plan = _plan(record, library, base, given)
             job = _Job(folder, record, plan, library, arithmetic_device(plan, device), digests)
-            compared, found = job.adapter(base, progress) if record.kind == "adapter" else job.model(base, progress)
+            compared, other = job.adapter(base, progress) if record.kind == "adapter" else job.model(base, progress)
         except _UNPLANNABLE as error:
-            faults += of_inputs(record, library, digests.results())
+            faults += input_faults(record, library, digests.results())
             faults.append(Fault("record", error.where, f"the soup cannot be computed again: {error.what}"))
             return Verification.of(str(folder), record.kind, None, faults)
-    found += of_method(record, plan.method_source)
-    return Verification.of(str(folder), record.kind, compared, [*faults, *found])
+    faults += [*other, *method_faults(record, plan.method_source)]
+    return Verification.of(str(folder), record.kind, compared, faults)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Job:
-    """One soup that can be computed again."""
+    """The comparison of one soup that can be computed again."""
 
     folder: Path
     record: SoupRecord
@@ -130,20 +131,20 @@ class _Job:
     def adapter(self, base: Path | str | None, progress: Progress | None) -> tuple[Comparison | None, list[Fault]]:
         """Compare a merged adapter: tensors, configuration, record."""
         compared: Comparison | None = None
-        found: list[Fault] = []
+        faults: list[Fault] = []
         if base is not None and self.record.base.fingerprint is not None:
-            found += of_fingerprint(self.record, base_fingerprint(base), str(base))
+            faults += fingerprint_faults(self.record, base_fingerprint(base), str(base))
         if (self.folder / WEIGHTS_FILE).is_file():
             file = SafetensorsFile.open(self.folder / WEIGHTS_FILE)
             comparison = AdapterComparison(file, MergedAdapter(self.plan, self.library, self.device))
             compared = comparison.run(progress)
             ranks = common_ranks(self.plan, comparison.ranks)
-            found += of_configuration(self.folder, adapter_config(self.plan, ranks))
+            faults += configuration_faults(self.folder, adapter_config(self.plan, ranks))
             expected = adapter_record(self.plan, self.device, ranks, comparison.losses, self._inputs)
-            found += of_record(self.record, expected)
+            faults += record_faults(self.record, expected)
             if not is_same_base(self.record.base, expected.base):
-                found.append(Fault("record", "base", f"says {self.record.base}, the experts say {expected.base}"))
-        return compared, [*of_inputs(self.record, self.library, self.digests.results()), *found]
+                faults.append(Fault("record", "base", f"is {self.record.base}, the experts' base is {expected.base}"))
+        return compared, [*input_faults(self.record, self.library, self.digests.results()), *faults]
 
     def model(self, base: Path | str | None, progress: Progress | None) -> tuple[Comparison | None, list[Fault]]:
         """Compare a merged model: tensors, every other file, record."""
@@ -157,11 +158,11 @@ class _Job:
         compared = compare_model(self.folder, changes, progress)
         expected = model_record(self.plan, changes, self._inputs, self.digests.results(), self.folder)
         return compared, [
-            *of_inputs(self.record, self.library, self.digests.results()),
-            *of_fingerprint(self.record, model.fingerprint, str(model.folder)),
-            *of_digests("base", str(model.folder), self.record.base_blake3, expected.base_blake3),
-            *of_other_files(self.folder, self.record, changes),
-            *of_record(self.record, expected),
+            *input_faults(self.record, self.library, self.digests.results()),
+            *fingerprint_faults(self.record, model.fingerprint, str(model.folder)),
+            *digest_faults("base", str(model.folder), self.record.base_blake3, expected.base_blake3),
+            *other_file_faults(self.folder, self.record, changes),
+            *record_faults(self.record, expected),
         ]
 
     @property
@@ -171,11 +172,11 @@ class _Job:
 
 def _record_of(folder: Path) -> SoupRecord:
     if not os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
-        raise InputError("there is no such folder", where=str(folder), mend="check the path")
+        raise InputError("the folder does not exist", where=str(folder), mend="check the path")
     record = read_soup_record(folder)
     if record is None:
         raise InputError(
-            f"the folder has no {SOUP_FILE}, so nothing says what it was merged from",
+            f"the folder has no {SOUP_FILE}, which records how a soup was merged",
             where=str(folder),
             mend="give a folder that psoups merge or psoups merge-many wrote",
         )
@@ -183,10 +184,10 @@ def _record_of(folder: Path) -> SoupRecord:
 
 
 def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None) -> ExpertLibrary:
-    """Return the record's experts under their recorded names, which decide what a random method draws.
+    """Return the record's experts under their recorded names, which seed the streams of random methods.
 
     Raises:
-        InputError: naming every expert that is not found.
+        InputError: with all experts that are missing.
     """
     roots = [given] if isinstance(given, Path | str) else given
     moved = ExpertLibrary.open(*roots) if roots else {}
@@ -197,9 +198,9 @@ def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None
     missing = [f"{name} ({folder})" for name, folder in folders.items() if not os.path.isdir(folder)]  # noqa: PTH112
     if missing:
         raise InputError(
-            "experts of this soup are not where they were: " + ", ".join(missing),
+            "experts of this soup are missing from their recorded folders: " + ", ".join(missing),
             where=SOUP_FILE,
-            mend="say where they are now: experts=FOLDER",
+            mend="give their new folder: experts=FOLDER",
         )
     return ExpertLibrary(folders, where=SOUP_FILE)
 
@@ -223,9 +224,9 @@ def _given_method(record: SoupRecord, method: str | Method | DenseMerge | None) 
 
 
 def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, method: Method | str) -> MergePlan:
-    """Plan the merge again, with the experts in the record's order, which is that of the tensors' parts.
+    """Plan the merge again, with the experts in the record's order, which is their order in stacked factors.
 
-    Bases are not compared: the inputs' digests say whether they are those that were merged.
+    The experts' bases are not compared with each other: the files' digests show whether the inputs have changed.
     """
     # the profile may name a method of a package that is not installed here; the method given replaces it
     own = {} if record.method_source is None else {"method": "linear", "options": {}}
@@ -233,7 +234,7 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, m
     weights = {name: weight for name, weight in profile.weights.items() if weight != 0}
     if set(weights) != set(library):
         raise DeclarationError(
-            f"the profile weighs {', '.join(sorted(weights))}, the record's experts are {', '.join(library)}",
+            f"the profile has weights for {', '.join(sorted(weights))}; the record's experts are {', '.join(library)}",
             where=f"{SOUP_FILE}: profile.weights",
             mend="restore soup.json, or merge again",
         )
@@ -241,7 +242,7 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, m
     cut = record.truncation
     return plan_merge(
         library,
-        # the rank that counts is the record's: an option may have overridden the profile's
+        # the record has the rank of the merge, which an option may have set instead of the profile
         profile.replaced(weights=ordered, rank=None, allow_opposed=True),
         MergeOptions(
             method=method,
@@ -260,10 +261,10 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, m
 def _base_of(record: SoupRecord, given: Path | str | None) -> BaseModel:
     name = given if given is not None else record.base_folder or record.base.name
     if name is None:
-        raise InputError("the record does not name the base", where=SOUP_FILE, mend="give base=BASE")
+        raise InputError("soup.json does not name the base", where=SOUP_FILE, mend="give the base: base=BASE")
     try:
         return BaseModel.open(name)
     except InputError as error:
         if given is not None:
             raise
-        raise type(error)(error.what, where=error.where, mend="say where the base is now: base=BASE") from error
+        raise type(error)(error.what, where=error.where, mend="give the base's new folder: base=BASE") from error

@@ -1,4 +1,4 @@
-"""A merged model's tensors beside those recomputed: the base is folded again, into a sink that compares.
+"""Compare a merged model's tensors with recomputed ones: fold the base again, into a sink that compares.
 
 B rows of a block, M rows and N columns of a base's matrix.
 """
@@ -31,7 +31,7 @@ _CHUNK_BYTES = 4 << 20
 
 
 def compare_model(folder: Path, changes: Changes, progress: Callable[[int, int], None] | None = None) -> Comparison:
-    """Fold the base again and compare with the shards in `folder`. Memory: a few blocks, whatever the model's size.
+    """Fold the base again and compare with the shards in `folder`. Memory: a few blocks of rows.
 
     Raises:
         FileFormatError: if a shard in `folder` is damaged.
@@ -46,7 +46,7 @@ def compare_model(folder: Path, changes: Changes, progress: Callable[[int, int],
         specs = shard_specs(source, changes)
         num_tensors += len(specs)
         if not (folder / file).is_file():
-            continue  # a missing file is told of by itself
+            continue  # file_faults reports missing files
         written = SafetensorsFile.open(folder / file)
         faults += _misfits(file, specs, source, written)
         sink = _ComparingSink(changes, written, specs)
@@ -67,17 +67,17 @@ def _misfits(
         if entry is None:
             yield Fault("tensor", name, f"is missing in {file}")
         elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-            found = f"{entry.dtype} {list(entry.shape)}"
-            yield Fault("tensor", name, f"is {found}, expected {spec.dtype} {list(spec.shape)}")
+            what = f"is {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
+            yield Fault("tensor", name, what)
     for name in sorted(set(written.entries) - set(expected)):
-        yield Fault("tensor", name, f"is no tensor of {file}")
+        yield Fault("tensor", name, f"does not belong to {file}")
     if dict(written.metadata) != dict(source.metadata):
-        told = f"the header's metadata is {dict(written.metadata)}, expected {dict(source.metadata)}"
-        yield Fault("configuration", file, told)
+        what = f"the header's metadata is {dict(written.metadata)}, expected {dict(source.metadata)}"
+        yield Fault("configuration", file, what)
 
 
 class _ComparingSink:
-    """Takes what a merge would write and compares it with what stands in a shard; several threads give at once."""
+    """A sink of fold_shard that compares the tensors with those of a written shard. Several threads call it at once."""
 
     def __init__(self, changes: Changes, written: SafetensorsFile, specs: Iterable[TensorSpec]) -> None:
         self._changes = changes
@@ -93,11 +93,11 @@ class _ComparingSink:
 
     def differences(self) -> list[Difference]:
         """Return every tensor that differs, in the order of the file."""
-        found = self._distances
-        return [found[name].result(name) for name in self._specs if name in found and not found[name].is_equal]
+        distances = ((name, self._distances.get(name)) for name in self._specs)
+        return [distance.result(name) for name, distance in distances if distance is not None and not distance.is_equal]
 
     def write(self, name: str, data: Tensor | memoryview, start: int = 0) -> None:
-        """Compare a part of a tensor, from its byte `start` on."""
+        """Compare a part of a tensor that begins at its byte `start`."""
         if name not in self._specs:
             return
         if isinstance(data, memoryview):
@@ -112,12 +112,12 @@ class _ComparingSink:
         if same_bytes(written_BN, block_BN):
             distance.add_equal(block_BN)
             return
-        # once a tensor is known to be another one, how far each element may be off is of no interest
+        # the allowed distance costs as much as the merge; after a larger distance it is not needed
         room_BN = self._room(name, block_BN, first) if distance.may_be_rounding else None
         distance.add(written_BN, block_BN, room_BN)
 
     def copy(self, names: Sequence[str], source: SafetensorsFile) -> None:
-        """Compare whole tensors with those of the base."""
+        """Compare whole tensors with the base's."""
         for name in names:
             if name in self._specs:
                 self._compare_copy(name, source.raw(name))
@@ -127,7 +127,7 @@ class _ComparingSink:
             return self._distances.setdefault(name, Distance())
 
     def _compare_copy(self, name: str, expected: memoryview) -> None:
-        """Compare bytes that a merge copies: they owe nothing."""
+        """Compare a tensor that a merge copies: its bytes must be equal."""
         written, kind = self._written.raw(name), self._specs[name].dtype
         starts = range(0, len(expected), _CHUNK_BYTES)
         if all(torch.equal(_chunk(written, start), _chunk(expected, start)) for start in starts):
@@ -137,8 +137,10 @@ class _ComparingSink:
             distance.add(_numbers(_chunk(written, start), kind), _numbers(_chunk(expected, start), kind), None)
 
     def _room(self, name: str, block_BN: Tensor, first: int) -> Tensor:
-        """Return how far two computations of a block may be apart, in float64 on the CPU: each owes at most
-        `ulp / 2 + (K + 2) u (|W| + sum |w s| |B| |A|)` (u the unit roundoff of the arithmetic), element by element.
+        """Return how far two computations of a block may differ, in float64 on the CPU.
+
+        Each has an error of at most `ulp / 2 + (K + 2) u (|W| + sum |w s| |B| |A|)` per element. u is the unit roundoff
+        of the arithmetic, K the number of products in a sum.
         """
         terms, depth = self._magnitudes(name)
         base_MN = self._base_MN(name)
@@ -146,10 +148,10 @@ class _ComparingSink:
         base_BN = base_MN[first : first + block_BN.shape[0]].to(device, kind).abs()
         size_BN = base_BN.clone()
         for term in terms:
-            # with the base's sign turned, every difference from it becomes a sum of magnitudes
+            # given -|base|, a term `weight * (value - base)` of magnitudes adds a sum of magnitudes
             term.add(size_BN, -base_BN, first)
         numbers, unit = torch.finfo(block_BN.dtype), torch.finfo(kind).eps / 2
-        # an ulp is that of the rounded value, which may have reached the next power of two
+        # the ulp of the rounded value: rounding up may reach the next power of two, where ulps double
         size_BN = torch.maximum(size_BN.cpu().double(), block_BN.double().abs())
         return size_BN * (numbers.eps + 2 * (depth + 2) * unit) + numbers.smallest_normal * numbers.eps
 
@@ -159,13 +161,13 @@ class _ComparingSink:
 
     def _base_MN(self, name: str) -> Tensor:  # noqa: N802
         model = self._changes.model
-        # an output embedding that was untied comes from the input's
+        # an untied output embedding is computed from the input embedding
         source = name if name in model.checkpoint or model.tied is None else model.tied[0]
         return self._changes.as_matrix(name, model.checkpoint.tensor(source))
 
 
 def magnitude_of(term: Term) -> Term:
-    """Return a term that adds at least the magnitudes of all that `term` sums up, where it is given -|base|."""
+    """Return a term that, given -|base|, adds at least the magnitudes of all numbers that `term` adds."""
     if isinstance(term, Product):
         return replace(term, left_MR=term.left_MR.abs(), right_RN=term.right_RN.abs())
     if isinstance(term, Dense):
@@ -179,7 +181,10 @@ def magnitude_of(term: Term) -> Term:
 
 
 def _depth(terms: Iterable[Term]) -> int:
-    """Return how many products are summed up in one element at most: ranges of rows do not meet but at equal starts."""
+    """Return the largest number of products in the sum of one element.
+
+    Products with different first rows change different rows, so only those with the same first row add up.
+    """
     ranks: Counter[int] = Counter()
     others = 0
     for term in terms:
@@ -195,9 +200,9 @@ def _chunk(data: memoryview, start: int) -> Tensor:
 
 
 def _numbers(data: Tensor, kind: str) -> Tensor:
-    """Return bytes as the numbers that they are where torch can count with them, else as they are."""
+    """Return bytes as numbers of their dtype if torch computes with that dtype, else as bytes."""
     dtype = TORCH_DTYPES.get(kind)
     if dtype is None or dtype.is_complex or BITS[kind] < 8:
         return data
-    # a chunk's first byte need not be aligned for its dtype
+    # cloned, since a chunk's first byte may not be aligned for the dtype
     return data.clone().view(dtype)

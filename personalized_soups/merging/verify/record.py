@@ -1,4 +1,4 @@
-"""Where a merged folder is otherwise than it claims, but for its tensors: files, inputs, configuration, record."""
+"""Compare everything but the tensors of a merged folder with its soup.json: files, inputs, configuration, record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.verify.verification import Fault, Subject
 from personalized_soups.merging.writing.model_record import json_text, untied_tables
 
-# Compared by themselves, or no part of what is claimed: where and by what it was computed.
+# Keys that have checks of their own, and keys that say where and with which versions the soup was computed.
 _NOT_COMPARED = {
     "profile",
     "method_source",
@@ -30,12 +30,13 @@ _NOT_COMPARED = {
     "files",
 }
 
-# Two computations of one relative error agree better than this; that of an error of nearly 0 has no more digits.
+# Two computations of a truncation error agree to this share of it. Errors below 0.1 lose digits, so they are compared
+# as if they were 0.1.
 _ERROR_TOLERANCE = 1e-5
 
 
-def of_files(folder: Path, record: SoupRecord) -> Iterator[Fault]:
-    """Tell what is missing in a folder and what the merge did not write; hidden files are left out."""
+def file_faults(folder: Path, record: SoupRecord) -> Iterator[Fault]:
+    """Yield the files that are missing, and those that the merge did not write. Hidden files are ignored."""
     present = {name for name in files_below(folder) if not any(part.startswith(".") for part in Path(name).parts)}
     for name in sorted(set(record.files) - present):
         yield Fault("file", name, "is missing")
@@ -43,77 +44,80 @@ def of_files(folder: Path, record: SoupRecord) -> Iterator[Fault]:
         yield Fault("file", name, "was not written by the merge")
 
 
-def of_inputs(record: SoupRecord, library: ExpertLibrary, digests: Mapping[Path, str]) -> Iterator[Fault]:
-    """Tell which files of the experts have changed since they were merged."""
+def input_faults(record: SoupRecord, library: ExpertLibrary, digests: Mapping[Path, str]) -> Iterator[Fault]:
+    """Yield the files of experts that have changed since the merge."""
     for expert in record.experts:
         adapter = library[expert.name].adapter
-        found = {path.name: digests[path] for path in adapter.files}
-        yield from of_digests("expert", str(adapter.folder), expert.blake3, found)
+        actual = {path.name: digests[path] for path in adapter.files}
+        yield from digest_faults("expert", str(adapter.folder), expert.blake3, actual)
 
 
-def of_digests(subject: Subject, folder: str, recorded: Mapping[str, str], found: Mapping[str, str]) -> Iterator[Fault]:
-    """Tell which files of one folder have changed, by their recorded digests and those found."""
-    for name in sorted({*recorded, *found}):
+def digest_faults(
+    subject: Subject, folder: str, recorded: Mapping[str, str], actual: Mapping[str, str]
+) -> Iterator[Fault]:
+    """Yield the files of one folder that have changed, by their recorded digests and their digests now."""
+    for name in sorted({*recorded, *actual}):
         where = str(Path(folder) / name)
-        if name not in found:
-            yield Fault(subject, where, "was read by the merge and is not there")
+        if name not in actual:
+            yield Fault(subject, where, "was read by the merge and is missing now")
         elif name not in recorded:
-            yield Fault(subject, where, "was not there when the soup was merged")
-        elif recorded[name] != found[name]:
-            told = f"has changed since: BLAKE3 {found[name][:12]}, recorded {recorded[name][:12]}"
-            yield Fault(subject, where, told)
+            yield Fault(subject, where, "was added after the merge")
+        elif recorded[name] != actual[name]:
+            what = f"has changed since the merge: BLAKE3 {actual[name][:12]}, recorded {recorded[name][:12]}"
+            yield Fault(subject, where, what)
 
 
-def of_fingerprint(record: SoupRecord, found: str, where: str) -> Iterable[Fault]:
-    """Tell whether a base is another one than the recorded."""
-    if record.base.fingerprint in {None, found}:
+def fingerprint_faults(record: SoupRecord, actual: str, where: str) -> Iterable[Fault]:
+    """Return a fault if the base is not the recorded one."""
+    if record.base.fingerprint in {None, actual}:
         return []
-    told = f"is another base: fingerprint {found[:12]}, recorded {(record.base.fingerprint or '')[:12]}"
-    return [Fault("base", where, told)]
+    what = f"is another base: fingerprint {actual[:12]}, recorded {(record.base.fingerprint or '')[:12]}"
+    return [Fault("base", where, what)]
 
 
-def of_configuration(folder: Path, expected: Mapping[str, Any]) -> Iterator[Fault]:
-    """Tell where adapter_config.json is not what the merge would write."""
+def configuration_faults(folder: Path, expected: Mapping[str, Any]) -> Iterator[Fault]:
+    """Yield the keys of adapter_config.json that differ from what the merge writes."""
     path = folder / CONFIG_FILE
     if not path.is_file():
-        return  # told of as a missing file
-    found = parse_json(path.read_bytes(), path)
-    if not isinstance(found, dict):
-        yield Fault("configuration", CONFIG_FILE, "is no table")
+        return  # file_faults reports it
+    actual = parse_json(path.read_bytes(), path)
+    if not isinstance(actual, dict):
+        yield Fault("configuration", CONFIG_FILE, "is not a JSON object")
         return
-    yield from _unequal("configuration", f"{CONFIG_FILE}: ", found, json.loads(json.dumps(expected)))
+    yield from _unequal("configuration", f"{CONFIG_FILE}: ", actual, json.loads(json.dumps(expected)))
 
 
-def of_record(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
-    """Tell where soup.json says otherwise than what it says of its own profile and inputs comes to."""
+def record_faults(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
+    """Yield the keys of soup.json that differ from those of a merge of its own profile and inputs."""
     skipped = _NOT_COMPARED | {"base_blake3"}
     if record.method_source is not None:
-        # a function has another name when it is imported from elsewhere: of_method compares its source
+        # a script's function is in the module `__main__`, and elsewhere if another program imports the script's file;
+        # method_faults compares its source instead
         skipped = skipped | {"method"}
-    found, wanted = (each.model_dump(mode="json", exclude=skipped) for each in (record, expected))
-    yield from _unequal("record", f"{SOUP_FILE}: ", found, wanted)
+    tables = [soup.model_dump(mode="json", exclude=skipped) for soup in (record, expected)]
+    yield from _unequal("record", f"{SOUP_FILE}: ", *tables)
     weights = {expert.name: expert.weight for expert in expected.experts}
     for expert in record.experts:
         if expert.weight != weights[expert.name]:
-            told = f"says {expert.weight!r}, the profile gives {weights[expert.name]!r}"
-            yield Fault("record", f"{SOUP_FILE}: the weight of {expert.name}", told)
-    yield from _of_truncation(record.truncation, expected.truncation)
+            what = f"is {expert.weight!r}, the profile gives {weights[expert.name]!r}"
+            yield Fault("record", f"{SOUP_FILE}: the weight of {expert.name}", what)
+    yield from _truncation_faults(record.truncation, expected.truncation)
 
 
-def of_missing_method(record: SoupRecord) -> Fault:
+def missing_method_fault(record: SoupRecord) -> Fault:
     """Return the fault of a soup whose method is from outside the package and was not given."""
     source = record.method_source
     assert source is not None
     return Fault(
         "record",
         f"{SOUP_FILE}: method",
-        f"the tensors cannot be recomputed: the soup was merged by {source.module}:{source.function}, a method from "
-        "outside this package; give the method, to recompute them",
+        f"the soup was merged by {source.module}:{source.function}, a method from outside this package; to recompute the "
+        "tensors, give the method",
     )
 
 
-def of_method(record: SoupRecord, given: MethodRecord | None) -> Iterator[Fault]:
-    """Yield a fault if a method from outside the package is another function than the recorded one."""
+def method_faults(record: SoupRecord, given: MethodRecord | None) -> Iterator[Fault]:
+    """Yield a fault if the method given is not the recorded function, or if its source file has changed."""
     source = record.method_source
     if source is None or given is None:
         return
@@ -122,33 +126,33 @@ def of_method(record: SoupRecord, given: MethodRecord | None) -> Iterator[Fault]
         yield Fault("record", where, f"the method is {given.function}, recorded {source.function}")
     if source.blake3 != given.blake3:
         digests = f"BLAKE3 {given.blake3[:12]}, recorded {source.blake3[:12]}"
-        yield Fault("record", where, f"the source file of {given.function} has changed since: {digests}")
+        yield Fault("record", where, f"the source file of {given.function} has changed since the merge: {digests}")
 
 
-def _of_truncation(found: TruncationRecord | None, wanted: TruncationRecord | None) -> Iterator[Fault]:
+def _truncation_faults(actual: TruncationRecord | None, expected: TruncationRecord | None) -> Iterator[Fault]:
     where = f"{SOUP_FILE}: truncation"
-    if found is None or wanted is None:
-        if found is not wanted:
-            yield Fault("record", where, f"is {'missing' if found is None else 'of a soup that is not truncated'}")
+    if actual is None or expected is None:
+        if actual is not expected:
+            yield Fault("record", where, "is missing" if actual is None else "is there, but the soup is not truncated")
         return
     exact = {"rank", "energy", "ranks"}
-    yield from _unequal("record", f"{where}.", found.model_dump(include=exact), wanted.model_dump(include=exact))
-    told = {"total": found.total, **found.modules}
-    errors = {"total": wanted.total, **wanted.modules}
-    for name in sorted({*told, *errors}):
-        one, other = told.get(name), errors.get(name)
-        if one is None or other is None or abs(one - other) > _ERROR_TOLERANCE * max(other, 0.1):
-            yield Fault("record", f"{where}: {name}", f"says an error of {one}, recomputed {other}")
+    yield from _unequal("record", f"{where}.", actual.model_dump(include=exact), expected.model_dump(include=exact))
+    recorded = {"total": actual.total, **actual.modules}
+    errors = {"total": expected.total, **expected.modules}
+    for name in sorted({*recorded, *errors}):
+        before, now = recorded.get(name), errors.get(name)
+        if before is None or now is None or abs(before - now) > _ERROR_TOLERANCE * max(now, 0.1):
+            yield Fault("record", f"{where}: {name}", f"is an error of {before}, recomputed {now}")
 
 
-def of_other_files(folder: Path, record: SoupRecord, changes: Changes) -> Iterator[Fault]:
-    """Compare every file that holds no weights with the base's, or with what untying makes of it."""
+def other_file_faults(folder: Path, record: SoupRecord, changes: Changes) -> Iterator[Fault]:
+    """Yield the files without tensors that differ from the base's, or from the base's with untied embeddings."""
     model = changes.model
     tables = untied_tables(changes)
     for name in sorted(set(record.files) - {SOUP_FILE, *model.checkpoint.shards}):
         path = folder / name
         if not path.is_file():
-            continue  # told of as a missing file
+            continue  # file_faults reports it
         if name in tables:
             is_equal = path.read_bytes() == json_text(tables[name]).encode()
         elif (model.folder / name).is_file():
@@ -157,10 +161,11 @@ def of_other_files(folder: Path, record: SoupRecord, changes: Changes) -> Iterat
             yield Fault("configuration", name, "is not in the base")
             continue
         if not is_equal:
-            yield Fault("configuration", name, "is not the base's" + (", untied" if name in tables else ""))
+            untied = " with untied embeddings" if name in tables else ""
+            yield Fault("configuration", name, f"differs from the base's{untied}")
 
 
-def _unequal(subject: Subject, where: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[Fault]:
-    for key in sorted({*found, *wanted}):
-        if found.get(key) != wanted.get(key):
-            yield Fault(subject, f"{where}{key}", f"is {found.get(key)!r}, expected {wanted.get(key)!r}")
+def _unequal(subject: Subject, where: str, actual: Mapping[str, Any], expected: Mapping[str, Any]) -> Iterator[Fault]:
+    for key in sorted({*actual, *expected}):
+        if actual.get(key) != expected.get(key):
+            yield Fault(subject, f"{where}{key}", f"is {actual.get(key)!r}, expected {expected.get(key)!r}")

@@ -1,4 +1,4 @@
-"""What verifying a merged folder finds: how its tensors compare with what is recomputed, and every other fault."""
+"""The results of verifying a merged folder: differences of tensors, and other faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ _MAX_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One thing that is not as the record says: what kind of thing, where it stands, and what is wrong."""
+    """A disagreement between a merged folder and its soup.json.
+
+    Attributes:
+        subject: the kind of thing that disagrees.
+        where: the file, folder, key or tensor.
+        what: the disagreement, as a phrase about `where`.
+    """
 
     subject: Subject
     where: str
@@ -27,10 +33,14 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tensor whose bytes are others than those recomputed.
+    """A tensor whose bytes differ from the recomputed ones.
 
-    `largest` is the largest element of the difference, `relative` its Frobenius norm over that of what is recomputed;
-    None where a value is NaN or infinite. `is_rounding` says whether arithmetic in another order explains it.
+    Attributes:
+        name: the tensor.
+        largest: the largest magnitude in the difference; None if a value is NaN or infinite.
+        relative: the Frobenius norm of the difference divided by that of the recomputed tensor; None if a value is NaN
+            or infinite.
+        is_rounding: whether another order of the arithmetic explains the difference.
     """
 
     name: str
@@ -41,7 +51,13 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The tensors of a folder beside those recomputed."""
+    """The comparison of a folder's tensors with the recomputed ones.
+
+    Attributes:
+        num_tensors: the number of recomputed tensors.
+        differences: the tensors whose bytes differ.
+        faults: tensors that are missing, superfluous, or of another shape or dtype.
+    """
 
     num_tensors: int
     differences: tuple[Difference, ...]
@@ -49,17 +65,25 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """What the tensors are, one by one and all together."""
-        if self.faults or not all(each.is_rounding for each in self.differences):
+        """The verdict on all tensors."""
+        if self.faults or not all(difference.is_rounding for difference in self.differences):
             return "different"
         return "equal to rounding" if self.differences else "identical"
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What is known of a merged folder.
+    """The result of `verify`.
 
-    `verdict` is of the tensors alone; `differences` are the worst of them, at most 8; `faults` is everything else.
+    Attributes:
+        folder: the merged folder.
+        kind: `adapter` or `model`.
+        verdict: the verdict on the tensors.
+        num_tensors: the number of recomputed tensors.
+        num_rounded: the number of tensors that differ by rounding alone.
+        num_different: the number of other tensors that differ.
+        differences: the tensors that differ most, at most 8, largest difference first.
+        faults: all disagreements except different values of tensors.
     """
 
     folder: str
@@ -75,11 +99,13 @@ class Verification:
     def of(
         cls, folder: str, kind: Literal["adapter", "model"], compared: Comparison | None, faults: Iterable[Fault]
     ) -> Verification:
-        """Put together what was found; without a comparison nothing could be recomputed."""
+        """Return the verification; without a comparison, the verdict is `not recomputed`."""
         if compared is None:
             return cls(folder, kind, "not recomputed", faults=tuple(faults))
-        rounded = sum(each.is_rounding for each in compared.differences)
-        worst = sorted(compared.differences, key=lambda each: (each.is_rounding, -_size(each.relative)))
+        rounded = sum(difference.is_rounding for difference in compared.differences)
+        worst = sorted(
+            compared.differences, key=lambda difference: (difference.is_rounding, -_size(difference.relative))
+        )
         return cls(
             folder=folder,
             kind=kind,
@@ -93,16 +119,20 @@ class Verification:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the folder is what it claims to be."""
+        """Whether the folder agrees with its soup.json."""
         return self.verdict in {"identical", "equal to rounding"} and not self.faults
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as one JSON object."""
+        """Return the verification as one JSON object."""
         return {"sound": self.is_sound, **asdict(self)}
 
 
 class Distance:
-    """Sums up how far blocks of a tensor, as they are written, are from those recomputed."""
+    """The distance of a written tensor from the recomputed one, summed block by block.
+
+    Attributes:
+        is_equal: whether all blocks so far are equal byte for byte.
+    """
 
     def __init__(self) -> None:
         self._largest = 0.0
@@ -112,32 +142,38 @@ class Distance:
         self.is_equal = True
 
     def add_equal(self, recomputed: Tensor) -> None:
-        """Take a block that is equal byte for byte."""
+        """Add a block that is equal byte for byte."""
         self._norm_squares += float(torch.linalg.vector_norm(recomputed, dtype=_wide(recomputed))) ** 2
 
     def add(self, written: Tensor, recomputed: Tensor, room: Tensor | None) -> None:
-        """Take a block that is not; `room` is how far each element may be off, None for not at all. All on the CPU."""
+        """Add a block that is not equal.
+
+        Args:
+            written: the written block, on the CPU.
+            recomputed: the recomputed block, on the CPU.
+            room: how far each element may differ by rounding, on the CPU; None if the block must be equal.
+        """
         apart = (written.double() - recomputed.double()).abs_()
         self.is_equal = False
         self._largest = max(self._largest, _number(apart.max()))
         self._squares += float(apart.square().sum())
         self._norm_squares += float(recomputed.double().square().sum())
-        # put so that NaN is beyond any room
+        # written as `<=` so that NaN counts as different
         self._is_rounding &= room is not None and bool((apart <= room).all())
 
     def result(self, name: str) -> Difference:
-        """Return what was found of a tensor that differs."""
+        """Return the difference of the tensor `name`."""
         relative = math.sqrt(self._squares / self._norm_squares) if self._norm_squares > 0 else math.inf
         return Difference(name, finite(self._largest), finite(relative), self._is_rounding)
 
     @property
     def may_be_rounding(self) -> bool:
-        """Whether every element is within its room so far."""
+        """Whether rounding explains all blocks so far."""
         return self._is_rounding
 
 
 def finite(value: float) -> float | None:
-    """Return a number that JSON has, or None."""
+    """Return a number, or None if it is NaN or infinite, which JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 

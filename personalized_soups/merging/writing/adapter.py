@@ -1,4 +1,4 @@
-"""A soup as one LoRA adapter that PEFT, transformers and vLLM load, written while it is computed."""
+"""Merge a profile into one LoRA adapter, which PEFT, transformers and vLLM load."""
 
 from __future__ import annotations
 
@@ -30,40 +30,46 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class MergedAdapter:
-    """A soup that can be written as an adapter. It is computed when it is asked for, module by module."""
+    """A soup that can be written as an adapter. Nothing is computed before the tensors are read or written.
+
+    Attributes:
+        plan: the plan of the merge.
+        library: the experts.
+        device: where the arithmetic runs.
+    """
 
     plan: MergePlan
     library: ExpertLibrary
     device: torch.device
 
     def each(self, finish: Callable[[MergedModule], Result]) -> Iterator[Result]:
-        """Yield `finish(module)` of every module in the plan's order; memory: the few modules in work.
+        """Yield `finish(module)` for every module, in the plan's order. Memory: the few modules in use.
 
-        `finish` runs on the thread that computed the module, several at once. All modules have the plan's rank, lower
-        ones padded with zeros, but where an energy share gives each its own.
+        `finish` runs on the thread that computed the module, and several threads run at once. All modules have the
+        plan's rank (lower ranks are padded with zeros), unless an energy share gives each module its own.
 
         Raises:
-            InputError: where an expert holds NaN or infinity.
-            UsageError: where the soup does not fit into its dtype.
+            InputError: if an expert holds NaN or infinity.
+            UsageError: if the soup does not fit into its dtype.
         """
-        return self._computed[0].each(lambda each: finish(MergedModule.of(each[0], self.plan)))
+        return self._computed[0].each(lambda soups: finish(MergedModule.of(soups[0], self.plan)))
 
     def modules(self) -> Iterator[MergedModule]:
-        """Yield every module in the plan's order, as `each` computes them."""
+        """Yield every module, in the plan's order. Memory and errors: as `each`."""
         return self.each(lambda module: module)
 
     @property
     def whole(self) -> WholeTensors | None:
-        """The tensors that experts trained whole; None where the plan has no base."""
+        """The tensors that experts trained whole; None if the plan has no base."""
         return self._computed[1][0] if self._computed[1] else None
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Every tensor by its name in the file, on the CPU, all in memory at once."""
+        """Every tensor, by its name in the file, on the CPU. All are in memory at once."""
         modules = list(self.modules())
         ranks = common_ranks(self.plan, {module.name: module.rank for module in modules})
-        found = {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
-        return {**found, **({} if self.whole is None else self.whole.tensors())}
+        named = {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
+        return {**named, **({} if self.whole is None else self.whole.tensors())}
 
     def check(self, folder: Path | str | None = None, overwrite: bool = False) -> None:
         """Raise the errors of `write` that the files' headers show. Nothing is written.
@@ -81,18 +87,17 @@ class MergedAdapter:
         on_base([self.plan], ExpertBank(self._experts))
 
     def write(self, folder: Path | str, overwrite: bool = False, durable: bool = False) -> Path:
-        """Write the adapter folder, all or nothing, and return it. Memory: the few modules in work.
+        """Write the adapter folder, all or nothing, and return it. Memory: the few modules in use.
 
         Args:
             folder: the new folder.
-            overwrite: replace it where this tool wrote it.
-            durable: have all bytes on the disk before the folder appears.
+            overwrite: replace the folder if this tool wrote it.
+            durable: write all bytes to the disk before the folder appears.
 
         Raises:
-            InputError: where an expert holds NaN or infinity.
-            OutputExistsError: if the folder is there (and, with `overwrite`, is not of this tool's making).
-            UsageError: if the folder is one of the experts, or inside or around one; where the soup does not fit into
-                its dtype.
+            InputError: if an expert holds NaN or infinity.
+            OutputExistsError: if the folder exists; with `overwrite`, if it exists and this tool did not write it.
+            UsageError: if the folder is an expert's, or inside or around one; if the soup does not fit into its dtype.
             RunError: if the disk is full.
         """
         folder = Path(folder)

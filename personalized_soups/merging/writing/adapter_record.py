@@ -27,7 +27,15 @@ def adapter_record(
     losses: Mapping[str, Loss],
     inputs: tuple[InputRecord, ...],
 ) -> SoupRecord:
-    """Return what soup.json says of a merged adapter whose modules have these ranks and losses."""
+    """Return soup.json of a merged adapter.
+
+    Args:
+        plan: the plan of the merge.
+        device: where the arithmetic ran.
+        ranks: the rank at which each module is written.
+        losses: each module's truncation error.
+        inputs: the records of the experts.
+    """
     rank = max(ranks.values())
     total = Loss(sum(loss.energy for loss in losses.values()), sum(loss.lost for loss in losses.values()))
     in_order = [module.name for module in plan.modules]
@@ -60,7 +68,7 @@ def adapter_record(
 
 
 def adapter_config(plan: MergePlan, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return what PEFT reads: rank and alpha are equal at every module, so that the scaling is 1."""
+    """Return adapter_config.json. Alpha equals the rank at every module, so PEFT's scaling is 1."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     table = {

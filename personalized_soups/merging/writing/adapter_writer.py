@@ -1,4 +1,4 @@
-"""The folder of one merged adapter: its tensors as they come, then its configuration and its record.
+"""Write the folder of one merged adapter: tensors as they are computed, then the JSON files.
 
 R rank, I in features, O out features.
 """
@@ -20,6 +20,7 @@ from personalized_soups.adapters.provenance import (
     SoupRecord,
     write_record,
 )
+from personalized_soups.devices import torch_dtype
 from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from personalized_soups.files.spool import Spool
 from personalized_soups.files.writer import NAMES_OF_DTYPES, SafetensorsWriter, TensorSpec
@@ -28,13 +29,13 @@ from personalized_soups.merging.computing.merged_modules import (
     MergedModule,
     a_shape,
     b_shape,
-    beside_shapes,
     common_ranks,
+    extra_shapes,
     rounded,
     too_large,
 )
 from personalized_soups.merging.computing.whole_tensors import WholeTensors
-from personalized_soups.merging.planning.plan import MergePlan, PlannedModule, torch_dtype
+from personalized_soups.merging.planning.plan import MergePlan, PlannedModule
 from personalized_soups.merging.writing.adapter_record import adapter_config, adapter_record
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.finite import all_finite
@@ -43,15 +44,15 @@ _SPOOL_FILE = ".spool"
 
 
 class AdapterWriter:
-    """Writes one merged adapter into an empty folder, module by module; a context manager.
+    """A context manager that writes one merged adapter into an empty folder, module by module.
 
-    Modules may come in any order and are not kept. Where an energy share gives each module a rank of its own they are
-    set aside on the disk, since the file begins with the shapes of all.
+    Modules may be put in any order and are not kept in memory. If an energy share gives each module its own rank, the
+    modules go to a temporary file first, since a safetensors file begins with the shapes of all tensors.
 
     Args:
-        folder: empty.
-        plan: what is written.
-        whole: the tensors that experts trained whole, where the plan has a base.
+        folder: an empty folder.
+        plan: the plan of the merge.
+        whole: the tensors that experts trained whole; None if the plan has no base.
     """
 
     def __init__(self, folder: Path, plan: MergePlan, whole: WholeTensors | None = None) -> None:
@@ -85,27 +86,27 @@ class AdapterWriter:
         self._aside.append(replace(module, factors=Factors(a_RI, b_OR)))
 
     def begin(self, module: MergedModule) -> None:
-        """Write one module's A, and leave its B to `add`. For modules of the plan's own rank alone."""
+        """Write one module's A; `add` writes its B. Only for modules of the plan's rank."""
         self._losses[module.name] = module.loss
         self._writer.write(module.like.a_name, module.factors.a_RI)
 
     def add(self, module: PlannedModule, start: int, values: Tensor) -> None:
-        """Write the values of a module's B from the number `start` on, rounded to the adapter's dtype.
+        """Write values of a module's B, rounded to the adapter's dtype; `start` is the index of the first value.
 
         Raises:
-            UsageError: where a value does not fit into the dtype.
+            UsageError: if a value does not fit into the dtype.
         """
         part = rounded(module.like.b_name, values, self.plan)
         self._writer.write(module.like.b_name, part, start * part.element_size())
 
     def finish(self, device: torch.device, inputs: tuple[InputRecord, ...]) -> SoupRecord:
-        """Write what is left: modules set aside, adapter_config.json, soup.json."""
-        # modules came in the order in which threads were done, but the bytes shall not depend on it
+        """Write the rest: modules in the temporary file, whole tensors, adapter_config.json and soup.json."""
+        # threads finish modules in any order, but the records' bytes must not depend on it
         in_order = [module.name for module in self.plan.modules]
         losses = {name: self._losses[name] for name in in_order}
         if self._aside:
-            own = {module.name: module.rank for module in self._aside}
-            self._ranks = common_ranks(self.plan, {name: own[name] for name in in_order})
+            ranks = {module.name: module.rank for module in self._aside}
+            self._ranks = common_ranks(self.plan, {name: ranks[name] for name in in_order})
             self._writer = self._stack.enter_context(self._opened())
             for module in self._aside:
                 self._write(self._writer, module)
@@ -126,8 +127,8 @@ class AdapterWriter:
             rank = self._ranks[module.name]
             specs.append(TensorSpec(module.like.a_name, dtype, a_shape(module.like, rank)))
             specs.append(TensorSpec(module.like.b_name, dtype, b_shape(module.like, rank)))
-            beside = beside_shapes(module.like, self.plan.layout)
-            specs.extend(TensorSpec(name, dtype, shape) for name, shape in beside.items())
+            extras = extra_shapes(module.like, self.plan.layout)
+            specs.extend(TensorSpec(name, dtype, shape) for name, shape in extras.items())
         specs.extend([] if self._whole is None else self._whole.specs())
         return SafetensorsWriter(self._folder / WEIGHTS_FILE, specs, {"format": "pt"})
 

@@ -1,4 +1,4 @@
-"""Find users whose soup is already written."""
+"""Skip users whose soup is already written."""
 
 from __future__ import annotations
 
@@ -23,12 +23,18 @@ def is_finished(
     base: str | None,
     overwrite: bool,
 ) -> bool:
-    """Return whether a user's folder holds this very soup, by its record; a folder of another is refused.
+    """Return whether the user's folder has a soup.json of exactly this merge.
 
-    `base` is the fingerprint of the model that the soup is folded into.
+    Args:
+        library: the experts.
+        plan: the user's plan.
+        folder: the folder that holds the users' folders.
+        digests: computes the digests of the experts' files.
+        base: the fingerprint of the base model that the soup is folded into; None for an adapter.
+        overwrite: a folder with another soup may be replaced.
 
     Raises:
-        OutputExistsError: if the folder is there with another soup and shall not be replaced.
+        OutputExistsError: if the folder exists with another soup and may not be replaced.
     """
     for expert in plan.experts:
         for path in library[expert.name].adapter.files:
@@ -41,12 +47,13 @@ def is_finished(
     except SoupError:
         record = None
     if record is not None and _matches(record, plan, input_records(plan, library, digests.results()), base):
-        with suppress(OutputExistsError):  # another run is at its end there
+        # check_target removes what a killed run left; it raises if another run is writing this folder
+        with suppress(OutputExistsError):
             check_target(out, overwrite=True)
         return True
     if not overwrite:
         raise OutputExistsError(
-            f"the folder of {plan.profile.user!r} is there already, with another soup",
+            f"the folder of {plan.profile.user!r} exists already, with another soup",
             where=str(out),
             mend="choose another output folder, or pass overwrite=True",
         )
@@ -54,7 +61,7 @@ def is_finished(
 
 
 def _matches(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ...], base: str | None) -> bool:
-    wanted = (
+    planned = (
         base or plan.base.fingerprint,
         "model" if plan.encoding == "folded" else "adapter",
         plan.method.name,
@@ -66,7 +73,7 @@ def _matches(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ...
         plan.profile.model_dump(mode="json"),
         inputs,
     )
-    told = (
+    recorded = (
         record.base.fingerprint,
         record.kind,
         record.method,
@@ -78,6 +85,6 @@ def _matches(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ...
         record.profile,
         record.experts,
     )
-    if wanted != told or plan.encoding == "folded":  # a folded model keeps its base's dtypes and has no rank
-        return wanted == told
+    if planned != recorded or plan.encoding == "folded":  # a folded model has no rank and keeps its base's dtypes
+        return planned == recorded
     return record.dtype == plan.dtype and (plan.energy is not None or record.rank == plan.rank)

@@ -1,4 +1,4 @@
-"""The inputs of a merge: their records in soup.json, and the rule that no output overlaps them."""
+"""The inputs of a merge: their records in soup.json, and the check that no output overlaps them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from personalized_soups.merging.planning.plan import MergePlan
 
 
 def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path, str]) -> tuple[InputRecord, ...]:
-    """Return what soup.json says of each expert that took part."""
+    """Return the records of the plan's experts in soup.json.
+
+    Args:
+        plan: the plan of the merge.
+        library: the experts.
+        digests: the BLAKE3 digest of each of the experts' files.
+    """
     return tuple(
         InputRecord(
             name=expert.name,
@@ -25,10 +31,10 @@ def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path
 
 
 def check_output_apart(folder: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise if an output folder is an input folder, or inside or around one: writing it would destroy the input.
+    """Raise if an output folder is an input folder, or inside or around one: writing would destroy the input.
 
     Raises:
-        UsageError: naming the input.
+        UsageError: with the input's folder.
     """
     output = folder.resolve()
     for name in inputs:

@@ -1,4 +1,4 @@
-"""Soups folded into their base: full model folders, written while the base is read, once for any number of soups."""
+"""Fold soups into their base model: full model folders, written while the base is read once."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from personalized_soups.adapters.provenance import (
 )
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
+from personalized_soups.devices import MERGE_DEVICES, resolve_device
 from personalized_soups.files.atomic import Resumable, check_replaceable, check_target, resumable_folder
 from personalized_soups.files.copies import CopyMode, copy_file
 from personalized_soups.files.digest import BackgroundDigests
@@ -26,7 +27,7 @@ from personalized_soups.files.writer import SafetensorsWriter
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import MergePlan, resolve_device
+from personalized_soups.merging.planning.plan import MergePlan
 from personalized_soups.merging.planning.planner import plan_merge
 from personalized_soups.merging.writing.inputs import check_output_apart, input_records
 from personalized_soups.merging.writing.model_record import identity, json_text, model_record, untied_tables
@@ -64,7 +65,7 @@ class MergedModel:
         """
         options = options or MergeOptions()
         plan = plan_merge(library, profile, options, into_base=True)
-        return cls(plan, library, base, resolve_device(options.device), options.same_base)
+        return cls(plan, library, base, resolve_device(options.device, kinds=MERGE_DEVICES), options.same_base)
 
     def check(self, folder: Path | str | None = None, overwrite: bool = False) -> None:
         """Raise the errors of `write` that the files' headers show. Nothing is written.
@@ -183,7 +184,7 @@ def fold_plans(
     changes.soups.prepare()
     shards = [shard.path for shard in model.checkpoint.shards.values()]
     read = [path for expert in experts for path in expert.adapter.files]
-    # the configuration says whether embeddings are tied, and so which tensors there are
+    # config.json decides whether the embeddings are tied, and so which tensors are written
     deciding = [*read, *shards, model.folder / MODEL_CONFIG_FILE]
     with ExitStack() as stack:
         folders = [
@@ -194,12 +195,12 @@ def fold_plans(
         ]
         digests = stack.enter_context(BackgroundDigests([*read, *shards]))
         _write_shards(changes, folders, untouched, progress)
-        for plan, each in zip(plans, folders, strict=True):
-            copy_others(model, each.folder)
+        for plan, output in zip(plans, folders, strict=True):
+            copy_others(model, output.folder)
             for name, table in untied_tables(changes).items():
-                (each.folder / name).write_text(json_text(table), encoding="utf-8")
-            taken = input_records(plan, library, digests.results())
-            write_record(each.folder, model_record(plan, changes, taken, digests.results(), each.folder))
+                (output.folder / name).write_text(json_text(table), encoding="utf-8")
+            inputs = input_records(plan, library, digests.results())
+            write_record(output.folder, model_record(plan, changes, inputs, digests.results(), output.folder))
 
 
 def _write_shards(
@@ -209,14 +210,14 @@ def _write_shards(
     total = sum(source.num_bytes - source.header_bytes for source in model.checkpoint.shards.values())
     before = 0
     for file, source in model.checkpoint.shards.items():
-        wanted = {number: each for number, each in enumerate(folders) if file not in each.done}
+        wanted = {number: output for number, output in enumerate(folders) if file not in output.done}
         done = before
         for num_bytes in _write_shard(file, source, changes, wanted, untouched):
             done += num_bytes
             if progress is not None:
                 progress(done, total)
-        for each in wanted.values():
-            each.mark(file)
+        for output in wanted.values():
+            output.mark(file)
         before += source.num_bytes - source.header_bytes
         if progress is not None and done < before:
             progress(before, total)
@@ -226,15 +227,15 @@ def _write_shard(
     file: str, source: SafetensorsFile, changes: Changes, wanted: Mapping[int, Resumable], untouched: CopyMode
 ) -> Iterator[int]:
     if not any(changes.touches(name) for name in source.entries):
-        for each in wanted.values():
-            copy_file(source.path, each.folder / file, untouched)
+        for output in wanted.values():
+            copy_file(source.path, output.folder / file, untouched)
         return
     if not wanted:
         return
     specs = shard_specs(source, changes)
     with ExitStack() as stack:
         sinks: dict[int, Sink] = {
-            number: stack.enter_context(SafetensorsWriter(each.folder / file, specs, source.metadata))
-            for number, each in wanted.items()
+            number: stack.enter_context(SafetensorsWriter(output.folder / file, specs, source.metadata))
+            for number, output in wanted.items()
         }
         yield from fold_shard(source, changes, sinks)

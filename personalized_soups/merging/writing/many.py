@@ -1,4 +1,4 @@
-"""The soups of many users in one pass: profiles over the same experts are merged together, a batch at a time.
+"""Merge many users in one pass: profiles over the same experts are merged in batches.
 
 U users, E experts.
 """
@@ -17,6 +17,7 @@ from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.profiles import each_once
+from personalized_soups.devices import MERGE_DEVICES, resolve_device
 from personalized_soups.files.atomic import new_folder
 from personalized_soups.files.digest import BackgroundDigests
 from personalized_soups.launching.threads import in_order, num_workers
@@ -27,7 +28,7 @@ from personalized_soups.merging.computing.whole_tensors import on_base
 from personalized_soups.merging.planning.checks import naming_user
 from personalized_soups.merging.planning.many_plans import ManyPlans
 from personalized_soups.merging.planning.options import MergeOptions
-from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device, resolve_device
+from personalized_soups.merging.planning.plan import MergePlan, arithmetic_device
 from personalized_soups.merging.writing.adapter_writer import AdapterWriter
 from personalized_soups.merging.writing.finished import is_finished
 from personalized_soups.merging.writing.inputs import check_output_apart, input_records
@@ -36,18 +37,23 @@ from personalized_soups.merging.writing.one_basis import OneBasisWriter
 
 Progress = Callable[[int], None]
 
-# Bytes of one module's soups of all users of a batch; a few modules are in work at once.
+# Bytes of one module's soups of all users of a batch. A few modules are computed at once.
 _BATCH_BYTES = 32 << 20
 _MOST_USERS = 64
-# A batch that is folded has as many model files open, and their terms of one module in memory.
+# A batch of folded models has this many files open, and their terms of one module in memory.
 _MOST_MODELS = 16
-# Profiles that wait until enough of them are over the same experts, and choices of experts that are remembered.
+# Profiles that wait for others over the same experts, to fill a batch.
 _MOST_WAITING = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """How many users' soups were written, and how many were there already."""
+    """The result of merge_many.
+
+    Attributes:
+        written: the number of users whose soups were written.
+        kept: the number of users whose soups existed already.
+    """
 
     written: int
     kept: int
@@ -85,7 +91,9 @@ def merge_many(
     """
     options = options or MergeOptions()
     plans = ManyPlans(library, options, into_base=into_base is not None)
-    device = resolve_device(options.device)  # before any work, so that a wrong name is reported at once
+    device = resolve_device(
+        options.device, kinds=MERGE_DEVICES
+    )  # checked first: a wrong name must not stop a run after hours
     folder = Path(out)
     model = None if into_base is None else BaseModel.open(into_base).fingerprint
     kept = written = 0
@@ -117,19 +125,19 @@ def merge_many(
 
 
 def _batches(plans: ManyPlans, profiles: Iterable[Profile], *, into_base: bool) -> Iterator[list[MergePlan]]:
-    """Yield plans that are merged together; few profiles wait for others of their kind."""
+    """Yield batches of plans over the same experts. At most `_MOST_WAITING` plans wait for their batch to fill."""
     waiting: dict[object, list[MergePlan]] = {}
     num_waiting = 0
     for profile in profiles:
         key, plan = plans.plan(profile)
-        own = waiting.setdefault(key, [])
-        own.append(plan)
+        batch = waiting.setdefault(key, [])
+        batch.append(plan)
         num_waiting += 1
-        if len(own) >= _most_users(plan, into_base=into_base):
-            num_waiting -= len(own)
+        if len(batch) >= _most_users(plan, into_base=into_base):
+            num_waiting -= len(batch)
             yield waiting.pop(key)
         elif num_waiting >= _MOST_WAITING:
-            key = max(waiting, key=lambda each: len(waiting[each]))
+            key = max(waiting, key=lambda other: len(waiting[other]))
             num_waiting -= len(waiting[key])
             yield waiting.pop(key)
     yield from waiting.values()
@@ -161,8 +169,8 @@ def _write_adapters(
             scratch = stack.enter_context(new_folder(out, overwrite))
             writers.append(stack.enter_context(AdapterWriter(scratch, plan, whole[number] if whole else None)))
 
-        def put(each: Sequence[ModuleSoup]) -> None:
-            for writer, plan, soup in zip(writers, plans, each, strict=True):
+        def put(users_soups: Sequence[ModuleSoup]) -> None:
+            for writer, plan, soup in zip(writers, plans, users_soups, strict=True):
                 with naming_user(plan):
                     writer.put(MergedModule.of(soup, plan))
 

@@ -1,4 +1,4 @@
-"""The JSON files of a merged model: soup.json, and the tables that change with it."""
+"""The JSON files of a merged model: soup.json, and config.json and the index if an embedding is untied."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from personalized_soups.merging.planning.plan import MergePlan
 
 
 def untied_tables(changes: Changes) -> dict[str, object]:
-    """Return the tables of the base, by file, that must say that its output embedding is now a tensor of its own."""
+    """Return the base's JSON tables that change if the output embedding becomes a tensor of its own, by file name."""
     if changes.unties is None:
         return {}
     assert changes.model.tied is not None
@@ -37,7 +37,7 @@ def untied_tables(changes: Changes) -> dict[str, object]:
     if changes.model.checkpoint.has_index and changes.unties not in changes.model.checkpoint:
         table = json.loads(index.read_bytes())
         source = changes.model.checkpoint.entry(changes.model.tied[0])
-        # the index itself may not name the tensor
+        # the base's index may leave out the tied tensor, so the checkpoint is asked for its shard
         table["weight_map"][changes.unties] = changes.model.checkpoint.shard_of(changes.model.tied[0]).path.name
         if "total_size" in table.get("metadata", {}):
             table["metadata"]["total_size"] += source.end - source.start
@@ -46,14 +46,17 @@ def untied_tables(changes: Changes) -> dict[str, object]:
 
 
 def json_text(table: object) -> str:
-    """Return a table of a model folder as it is written."""
+    """Return the text of a JSON file of a model folder."""
     return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
 
 
 def identity(plan: MergePlan, files: Sequence[Path], device: torch.device, untouched: CopyMode) -> str:
-    """Return what decides the bytes of the shards; files count by size and time, since digests would cost the merge."""
+    """Return a digest of everything that decides the shards' bytes. An interrupted merge resumes if it is equal.
+
+    Files count by size and modification time, since hashing them would take as long as the merge.
+    """
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    told = [
+    deciding = [
         plan.profile.model_dump(mode="json"),
         plan.method.name,
         dict(plan.options),
@@ -64,13 +67,21 @@ def identity(plan: MergePlan, files: Sequence[Path], device: torch.device, untou
         library_versions("torch"),
         *([] if plan.method_source is None else [plan.method_source.model_dump()]),
     ]
-    return str(blake3(json.dumps(told, sort_keys=True).encode()).hexdigest())
+    return str(blake3(json.dumps(deciding, sort_keys=True).encode()).hexdigest())
 
 
 def model_record(
     plan: MergePlan, changes: Changes, inputs: tuple[InputRecord, ...], digests: Mapping[Path, str], folder: Path
 ) -> SoupRecord:
-    """Return what soup.json says of a merged model; `folder` holds all of its other files."""
+    """Return soup.json of a merged model.
+
+    Args:
+        plan: the plan of the merge.
+        changes: the soups' changes to the base.
+        inputs: the records of the experts.
+        digests: the BLAKE3 digest of each of the base's shards.
+        folder: the model's folder, with all of its other files.
+    """
     model = changes.model
     changed = {model.checkpoint.entry(name).dtype for name in changes.changes if name in model.checkpoint}
     return SoupRecord(
@@ -83,7 +94,7 @@ def model_record(
         experts=inputs,
         base=BaseRecord(name=model.name, fingerprint=model.fingerprint),
         untied=changes.unties,
-        base_blake3={path.name: digests[path] for path in (each.path for each in model.checkpoint.shards.values())},
+        base_blake3={shard.path.name: digests[shard.path] for shard in model.checkpoint.shards.values()},
         dtype=", ".join(sorted(changed)),
         device=str(changes.soups.bank.device),
         versions=library_versions("torch", "numpy"),

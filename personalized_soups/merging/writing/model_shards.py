@@ -1,4 +1,4 @@
-"""The shards of a merged model."""
+"""Compute the shards of merged models from the shards of their base."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from personalized_soups.methods.finite import all_finite
 
 
 class Sink(Protocol):
-    """Where the tensors of one shard go; several threads give at once. See files.writer.SafetensorsWriter."""
+    """Takes the tensors of one shard, from several threads at once. files.writer.SafetensorsWriter is one."""
 
     def write(self, name: str, data: Tensor | memoryview, start: int = 0) -> None:
-        """Take a part of a tensor, from its byte `start` on."""
+        """Take a part of a tensor; `start` is the part's first byte in the tensor."""
         ...
 
     def copy(self, names: Sequence[str], source: SafetensorsFile) -> None:
-        """Take whole tensors as they stand in `source`."""
+        """Take whole tensors, as the bytes that `source` has."""
         ...
 
 
 def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Sink]) -> Iterator[int]:
-    """Give every tensor of a shard to the sink of each soup, changed by it; yield the bytes done, piece by piece.
+    """Write a shard of every merged model to the model's sink, and yield the number of bytes done, piece by piece.
 
-    Several threads work on a tensor each; its bytes do not depend on their number.
+    Each thread computes one tensor at a time. The bytes do not depend on the number of threads.
 
     Args:
         source: one shard of the base.
-        changes: what the soups change.
-        sinks: by the soup's place in `changes.soups.plans`; soups without one are left out.
+        changes: the soups' changes to the base.
+        sinks: the sinks, by the index of their soup in `changes.soups.plans`. Soups without a sink are left out.
 
     Raises:
         InputError: if the base holds NaN or infinity, or a soup has values beyond the base's dtype.
@@ -72,7 +72,7 @@ def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Ma
 
 
 def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]]:
-    """Yield the tensors in the order of the file: changed ones each by itself, stretches of others together."""
+    """Yield the names of tensors in the file's order: a changed tensor alone, unchanged neighbours together."""
     stretch: list[str] = []
     for name in source.entries:
         if not changes.touches(name):
@@ -89,16 +89,14 @@ def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]
 def _raise_not_finite(name: str, before: Tensor) -> None:
     damaged = not all_finite(before)
     raise InputError(
-        f"{name}: the base itself holds NaN or infinity"
-        if damaged
-        else f"{name}: the soup has values beyond {before.dtype}",
+        f"{name}: the base holds NaN or infinity" if damaged else f"{name}: the soup has values beyond {before.dtype}",
         where=name,
-        mend="give a sound base" if damaged else "take smaller weights, or a base in float32 or bfloat16",
+        mend="give an undamaged base" if damaged else "use smaller weights, or a base in float32 or bfloat16",
     )
 
 
 def shard_specs(source: SafetensorsFile, changes: Changes) -> list[TensorSpec]:
-    """Return the tensors that a shard of the base becomes, in their order."""
+    """Return the names, dtypes and shapes of the tensors of a merged shard, in the file's order."""
     return [
         TensorSpec(name, entry.dtype, entry.shape)
         for entry in source.entries.values()
