@@ -11,7 +11,7 @@ import pytest
 
 from personalized_soups.cli import render
 from personalized_soups.cli.generate import sweep
-from personalized_soups.cli.study import quickstart
+from personalized_soups.cli.study import quickstart_tables
 from tests.cli.conftest import Run
 from tests.evaluation.conftest import results as quickstart_results  # noqa: F401 # a fixture
 from tests.experts import write_expert
@@ -123,7 +123,7 @@ def test_quickstart(shown: Shown, request: pytest.FixtureRequest) -> None:
     names = ["base", *(f"{one} + {two} + friendly" for one, two in zip(SIDES[:2], SIDES[2:4], strict=True))]
     answers = [{"name": name, "answer": f"Wash it, {name}, with warm water and rub it dry."} for name in names]
     examples: Any = {"prompt": "How do I clean an old kettle?", "answers": answers}
-    quickstart._show(request.getfixturevalue("quickstart_results"), examples)
+    quickstart_tables.show_results(request.getfixturevalue("quickstart_results"), examples)
     shown.check()
 
 

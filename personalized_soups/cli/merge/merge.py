@@ -88,7 +88,6 @@ def merge(
         raise UsageError("no output is given", where="--out", mend="give --out FOLDER, or --dry-run")
     check_one_base(base, into_base)
     copy_mode = checked_copy_mode(untouched)
-    declared = _profile(profile, weights, allow_opposed=allow_opposed)
     from personalized_soups.merging.planning.options import MergeOptions
 
     options = MergeOptions(
@@ -102,7 +101,7 @@ def merge(
         same_base=same_base,
         base=resolved(base),
     )
-    merged = _planned(folders, declared, options, resolved(into_base))
+    merged = _planned(folders, _profile(profile, weights, allow_opposed=allow_opposed), options, resolved(into_base))
     if dry_run or out is None:
         merged.check(out, overwrite)
         _show_plan(merged.plan, as_json=as_json)

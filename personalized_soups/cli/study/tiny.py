@@ -1,4 +1,4 @@
-"""`psoups tiny build`: make the embedded base model anew."""
+"""`psoups tiny build`: build the embedded base model again."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.options import JsonOption, OverwriteOption
 
 
 def register(app: typer.Typer) -> None:
@@ -24,19 +25,21 @@ def _tiny() -> None:
 
 def build(
     out: Annotated[Path, typer.Option(help="New folder to write.")] = Path("tiny-base"),
-    steps: Annotated[int | None, typer.Option(help="Training steps; the shipped base's if left out.", min=1)] = None,
-    seed: Annotated[int, typer.Option(help="Of the corpus and of the model's start.", min=0)] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that psoups wrote.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    steps: Annotated[
+        int | None, typer.Option(help="Number of training steps instead of the shipped base's.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed for the corpus and the initial weights.", min=0)] = 0,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Write the corpus, train the tokenizer and the base model on it, and score it (about 20 minutes on one core)."""
+    """Write the corpus, train the tokenizer and the base model on it, and score the model (20 minutes on one core)."""
     from dataclasses import replace
 
     from personalized_soups.files.atomic import check_replaceable
     from personalized_soups.tiny.build import build as build_base
     from personalized_soups.tiny.pretraining import BaseRecipe
 
-    check_replaceable(out.absolute(), overwrite=overwrite)  # before the work, not after it
+    check_replaceable(out.absolute(), overwrite=overwrite)  # an error after the training would waste it
     recipe = replace(BaseRecipe(), seed=seed)
     recipe = recipe if steps is None else replace(recipe, steps=steps)
     with render.progress("training the base", recipe.steps, quiet=as_json) as bar:

@@ -1,0 +1,13 @@
+"""The number of worker processes of a study."""
+
+from __future__ import annotations
+
+import os
+
+# The quickstart trains six experts at once.
+_MOST_WORKERS = 6
+
+
+def num_workers(workers: int) -> int:
+    """Return the number of worker processes that `--workers` asks for; 0 is one per core, up to 6."""
+    return workers or min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
