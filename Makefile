@@ -1,10 +1,10 @@
-# Everything that is done to this repository, each from a fresh clone: the environment is made where there is none.
+# Every task of this repository. Each works in a fresh clone, and creates the environment if it is missing.
 #
 #   make quickstart    train six experts on the embedded base, merge eight personal models, score them
 #   make test          formatting, lint, types, layers, and every test that is not marked slow: about ten minutes
 #   make slow          the tests that are marked slow: whole trainings, killed processes, kernels compiled for a GPU
-#   make mutants       deliberate faults, one at a time: each must turn the suite red; about ten minutes
-#   make bench         what merging and mixing cost here, beside PEFT, mergekit and cp; about 25 minutes and 25 GB of disk
+#   make mutants       deliberate faults, one at a time: each must make its tests fail; about ten minutes
+#   make bench         costs of merging and mixing, compared with PEFT, mergekit and cp; 25 minutes and 25 GB of disk
 #   make gpu           tests and benchmark rows that need a GPU: six minutes at most; installs nothing, see PYTHON
 #   make docs          the site, in docs/_build
 #   make matrix        the suite with the lowest versions that pyproject.toml allows, with a GPU machine's, with the newest
@@ -52,7 +52,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Build the embedded base anew from the corpus that the repository writes (about 20 minutes on one core).
+# Build the embedded base from the corpus that the repository generates (about 20 minutes on one core).
 tiny: $(VENV)/.run
 	$(BIN)/psoups tiny build --out personalized_soups/tiny/base --overwrite
 

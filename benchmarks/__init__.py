@@ -1,1 +1,1 @@
-"""What merging costs on this machine, beside PEFT, mergekit, `cp` and a plain memory copy: `make bench`."""
+"""What merging costs on this machine, compared with PEFT, mergekit, `cp` and a memory copy: `make bench`."""

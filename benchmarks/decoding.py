@@ -35,7 +35,7 @@ def load(base: str, device: str, dtype: str) -> Any:
 
 
 def made(config: Mapping[str, Any], device: str, dtype: str) -> Any:
-    """Return a model of random values that stands on no disk, for shapes whose base is not built."""
+    """Return a model of random values, without files, for shapes whose base is not built."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     before = torch.get_default_dtype()

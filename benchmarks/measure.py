@@ -85,7 +85,7 @@ def measure(
 ) -> dict[str, list[Run] | Exception]:
     """Run every way `repeats` times, in turns, so that a load that comes and goes hits all of them alike.
 
-    A way that fails is not run again; its error stands in its place. Outputs are deleted after each run.
+    A way that fails is not run again; its error takes the place of its figures. Outputs are deleted after each run.
 
     Args:
         ways: what to run.
@@ -150,7 +150,7 @@ def median(values: Iterable[float]) -> float:
 
 
 def remove(path: Path) -> None:
-    """Delete an output, whatever it is, as a process of its own would: it is none of the measured work."""
+    """Delete an output, of any kind, in another process: deletion is not part of the measured work."""
     subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
@@ -171,7 +171,7 @@ def _measured(way: Way, outputs: Path, after: Callable[[str, Path], None] | None
 
 
 def _warm(path: Path) -> None:
-    """Read a file or all files below a folder, so that they stand in the page cache."""
+    """Read a file or all files below a folder, so that the page cache contains them."""
     for file in [path] if path.is_file() else sorted(path.rglob("*")):
         if file.is_file():
             with file.open("rb", buffering=0) as stream:
@@ -196,7 +196,7 @@ class _Memory(threading.Thread):
         self.join()
 
     def run(self) -> None:
-        """Sample until told to stop."""
+        """Sample until `stop` is called."""
         pids = [self._pid]
         count = 0
         while not self._done.wait(_SAMPLE_SECONDS):

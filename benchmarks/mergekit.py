@@ -20,10 +20,10 @@ _INSTALL_SECONDS = 900
 
 
 def command(environment: Path, base: Path, experts: Path, weights: Mapping[str, float], out: Path) -> Sequence[str]:
-    """Return the command by which a user merges experts into their base, and write its configuration beside `out`.
+    """Return the command by which a user merges experts into their base, and write its configuration next to `out`.
 
     Every adapter is named `base+adapter`: mergekit folds each into a copy of the base before it merges the copies. The
-    copies are made anew for each run, as they are for each new set of experts. Weights must sum to 1.
+    copies are made again for each run, as they are for each new set of experts. Weights must sum to 1.
     """
     lines = ["merge_method: linear", "dtype: bfloat16", "models:"]
     for name, weight in weights.items():
@@ -59,7 +59,7 @@ def install(environment: Path) -> None:
     environment.parent.mkdir(parents=True, exist_ok=True)
     _run([sys.executable, "-m", "venv", str(environment)])
     python = str(environment / "bin" / "python")
-    # this environment's packages stand behind its own: pip takes them for installed, and no second torch is fetched
+    # This environment's packages come after its own on the path: pip finds them installed, and downloads no second torch.
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
     (packages / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     _run(

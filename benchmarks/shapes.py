@@ -53,7 +53,7 @@ class Shape:
         yield "model.norm.weight", (self.hidden,)
 
     def config(self) -> dict[str, Any]:
-        """Return what stands in config.json."""
+        """Return the content of config.json."""
         return {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",

@@ -97,7 +97,7 @@ class World:
         return [part for part in dict.fromkeys(parts) if not self._is_built(part)]
 
     def build(self, part: Part) -> None:
-        """Write a part anew."""
+        """Write a part again."""
         folder = self._folder(part)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -105,7 +105,7 @@ class World:
             _write_base(folder, part.shape)
         else:
             _write_experts(folder, part.shape, shared=part.kind == "shared")
-        # last: a part that was interrupted has none and is made anew
+        # last, so that an interrupted part has none and is written again
         (folder / _SETTINGS_FILE).write_text(json.dumps(part.settings), encoding="utf-8")
 
     def _is_built(self, part: Part) -> bool:
@@ -169,7 +169,7 @@ def _shards(shape: Shape) -> Iterator[list[TensorSpec]]:
 
 
 def _cut(block: Tensor, spec: TensorSpec) -> Tensor:
-    """Return a tensor of the block's values from a place that its name decides; norms stand around 1, as they do."""
+    """Return a tensor of the block's values from a place that its name decides; norms are about 1, as in real models."""
     import torch
 
     start = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little") % block.numel()

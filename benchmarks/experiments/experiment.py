@@ -20,7 +20,7 @@ RATES = frozenset({"GB/s", "tok/s"})
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Where, at which shapes and how often is measured; `say` tells what is going on."""
+    """Where, at which shapes and how often to measure; `say` reports progress."""
 
     world: World
     scale: Scale

@@ -67,7 +67,7 @@ def experiments(scale: Scale) -> list[Experiment]:
     """Return the experiments at this scale."""
     main, deep = scale.main, scale.deep
     parts = (Part(main, "base"), Part(main, "free"))
-    # mergekit keeps a folded base for each expert beside its output
+    # mergekit keeps a folded base for each expert next to its output
     scratch = main.base_bytes * (len(THREE) + 1)
     return [
         Experiment(_ROWS, _run, parts, scratch),

@@ -76,7 +76,7 @@ def gpu_experiments(scale: Scale) -> list[Experiment]:
 
 
 def gpu_tests(tests: Path = TESTS) -> list[str]:
-    """Return the folders directly below `tests` that mark a test as one for a GPU, and files that stand beside them.
+    """Return the folders directly below `tests` that mark a test as one for a GPU, and the files next to them.
 
     Whole folders, not files: a conftest or a helper module may mark the tests of others.
     """

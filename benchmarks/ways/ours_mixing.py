@@ -1,4 +1,4 @@
-"""This project: a batch whose rows each have a soup of their own, decoded; what a change and a user cost beside it."""
+"""This project: a batch whose rows each have a soup of their own, decoded; the costs of a change and of a user."""
 
 from __future__ import annotations
 

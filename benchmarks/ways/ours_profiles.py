@@ -1,6 +1,6 @@
 """This project: many profiles into a store (SQLite) by the command, then looked up; sqlite3 alone with the same rows.
 
-All of it stands in the page cache: what is measured is the work, not the disk.
+All files are in the page cache, so the figures are those of the work and not of the disk.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def main(experts: str) -> None:
         alone, rounds, seconds = asyncio.run(_measured(port, asking))
     num_tokens = sum(heard.num_tokens for heard in alone)
     together = statistics.median(seconds)
-    # of the round whose throughput is told
+    # of the round whose throughput is reported
     heard = rounds[seconds.index(sorted(seconds)[len(seconds) // 2])]
     firsts = sorted(each.first for each in heard)
     parted = {place: each.text for each_round in rounds for place, each in enumerate(each_round)

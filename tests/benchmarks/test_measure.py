@@ -1,4 +1,4 @@
-"""Processes are measured from start to end, with their children's memory; failures are told apart."""
+"""Processes are measured from start to end, with their children's memory; failures are distinguished."""
 
 from __future__ import annotations
 

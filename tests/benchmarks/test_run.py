@@ -71,7 +71,7 @@ def page(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder in which the benchmark's files will stand."""
+    """Return the folder for the benchmark's files."""
     monkeypatch.setenv("PSOUPS_BENCH_DIR", str(tmp_path / "world"))
     return tmp_path / "world"
 
@@ -210,7 +210,7 @@ def test_the_ratio_is_read_as_its_bar_asks() -> None:
     assert (slower.ratio, slower.is_met) == (3.6, False)
     rate = filled(rows["many-arithmetic"], [3.0], [4.0])
     assert (rate.ratio, rate.is_met) == (0.75, True)
-    # memory is held to its bar itself, whatever the other takes
+    # memory has a bar of its own, regardless of what the other way takes
     memory = filled(rows["base-memory"], [699.0], [2600.0])
     assert memory.is_met is True
     assert filled(rows["base-memory"], [700.0], [2600.0]).is_met is False

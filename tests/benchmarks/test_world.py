@@ -1,4 +1,4 @@
-"""The synthetic world: what it says it is, without zeros, and made anew only where it is another."""
+"""The synthetic world: as described, without zeros, and written again only if the description changed."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def _serve(base: Path, experts: Path) -> list[str]:
 
 @contextmanager
 def _process(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Start the command and yield it with the address that it tells."""
+    """Start the command, and yield it with the address that it prints."""
     command = [sys.executable, "-m", "personalized_soups", *map(str, arguments)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

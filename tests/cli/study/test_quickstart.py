@@ -48,7 +48,7 @@ def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path: Path) -> None
 
 
 def interrupted(process: subprocess.Popen[str], out: Path) -> str:
-    """Press Ctrl-C in the first stage, wait until no process of the group is left, and return what was told."""
+    """Press Ctrl-C in the first stage, wait until no process of the group is left, and return what it printed."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     # the first stage has begun once there is a worker and the tracker of shared resources
     while not (out / "study.json").is_file() or len(children.read_text().split()) < 2:

@@ -63,7 +63,7 @@ class Mock:
     older: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def versions(self, user: str) -> list[dict[str, Any]]:
-        """Return all versions of a profile as the server tells them, the oldest first."""
+        """Return all versions of a profile in the server's format, the oldest first."""
         return [
             {"object": "profile", "user": user, "version": number, "written_at": f"2026-01-{number:02}T10:00:00+00:00",
              "profile": {"user": user, **profile}}

@@ -107,7 +107,7 @@ def test_a_head_of_a_decent_size_is_read(served: RunningServer) -> None:
 
 
 def test_who_does_not_read_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A socket's buffers hold megabytes: what is seen here is what uvicorn is told once they are full."""
+    """A socket's buffers hold megabytes, so this test calls what uvicorn's transport calls once they are full."""
     monkeypatch.setattr(connections, "WRITE_SECONDS", 0.1)
     monkeypatch.setattr(connections, "HEAD_SECONDS", 100.0)
 

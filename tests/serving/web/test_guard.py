@@ -87,7 +87,7 @@ def test_known_names_and_addresses_are_served(guarded: RunningServer, host: str)
 def test_other_names_are_refused(guarded: RunningServer, host: str) -> None:
     reply = guarded.ask("GET", "/v1/models", headers=_bearer(), host=host)
     assert (reply.status, reply.error["code"]) == (421, "unknown_host")
-    assert guarded.ask("GET", "/health", host=host).status == 200  # a balancer's own name for it, which tells nothing
+    assert guarded.ask("GET", "/health", host=host).status == 200  # a load balancer's own name for the server
 
 
 def test_pages_of_others_are_refused_unless_they_are_invited(guarded: RunningServer) -> None:

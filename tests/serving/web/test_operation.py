@@ -219,6 +219,6 @@ def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch: pytest.MonkeyP
 def test_running_answers_have_as_long_as_the_settings_say() -> None:
     server: Any = type("Fake", (), {"app": None, "settings": Settings("m", grace_seconds=23.4)})()
     config = config_of(server)
-    # ours ends them first, and tells them so
+    # our deadline comes first, and sends them an error
     assert config.timeout_graceful_shutdown == 24 + 3
     assert (config.server_header, config.proxy_headers, config.access_log) == (False, False, False)
