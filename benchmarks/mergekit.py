@@ -59,7 +59,7 @@ def install(environment: Path) -> None:
     environment.parent.mkdir(parents=True, exist_ok=True)
     _run([sys.executable, "-m", "venv", str(environment)])
     python = str(environment / "bin" / "python")
-    # This environment's packages come after its own on the path: pip finds them installed, and downloads no second torch.
+    # This environment's packages come after its own on the path, so that pip does not download a second torch.
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(environment)}))
     (packages / "beneath.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
     _run(

@@ -169,7 +169,7 @@ def _shards(shape: Shape) -> Iterator[list[TensorSpec]]:
 
 
 def _cut(block: Tensor, spec: TensorSpec) -> Tensor:
-    """Return a tensor of the block's values from a place that its name decides; norms are about 1, as in real models."""
+    """Return a tensor of the block's values from a place that its name decides; norms are about 1, as in models."""
     import torch
 
     start = int.from_bytes(hashlib.sha256(spec.name.encode()).digest()[:4], "little") % block.numel()
