@@ -66,6 +66,12 @@ class SoupModel:
 
     Raises:
         SoupError: if an expert is damaged, of a kind that cannot be mixed, or of another base.
+
+    Example:
+        >>> model = SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu")
+        >>> answers = model.generate(["How do I clean a lamp?"] * 2, [{"friendly": 0.6}, None], max_new_tokens=4)
+        >>> len(answers)
+        2
     """
 
     def __init__(
