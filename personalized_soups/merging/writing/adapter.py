@@ -137,6 +137,12 @@ def merge(library: ExpertLibrary, profile: Profile, options: MergeOptions | None
 
     Raises:
         SoupError: all errors of plan_merge; UsageError if the device is unknown or missing.
+
+    Example:
+        >>> library = ExpertLibrary.open("experts")
+        >>> soup = merge(library, Profile(user="ada", weights={"friendly": 0.6, "concise": 0.4}))
+        >>> soup.write("ada").name
+        'ada'
     """
     options = options or MergeOptions()
     plan = plan_merge(library, profile, options)
