@@ -148,6 +148,12 @@ def merge_into_base(
     Raises:
         SoupError: all errors of plan_merge; IncompatibleExpertsError if the base lacks an adapted module or has it in
             another shape; UnsupportedAdapterError if the base is quantised.
+
+    Example:
+        >>> library = ExpertLibrary.open("experts")
+        >>> profile = Profile(weights={"friendly": 0.6, "concise": 0.4})
+        >>> merge_into_base(library, profile, TINY_BASE, "my-model").name
+        'my-model'
     """
     merged = MergedModel.of(library, profile, base, options)
     return merged.write(out, overwrite, durable, untouched=untouched, progress=progress)
