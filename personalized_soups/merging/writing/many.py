@@ -88,6 +88,11 @@ def merge_many(
     Raises:
         SoupError: all errors of merge and merge_into_base; OutputExistsError if a user's folder holds another soup, or
             two profiles name the same user.
+
+    Example:
+        >>> library = ExpertLibrary.open("experts")
+        >>> users = [Profile(user=user, weights={"friendly": 0.6}) for user in ("ada", "ben")]
+        >>> merged = merge_many(library, users, "soups")
     """
     options = options or MergeOptions()
     plans = ManyPlans(library, options, into_base=into_base is not None)
