@@ -94,6 +94,11 @@ def verify(
         FileFormatError: if a file is damaged.
         UsageError: if the soup was merged by a built-in method and another method is given, or if the method given
             cannot be used.
+
+    Example:
+        >>> folder = merge(ExpertLibrary.open("experts"), Profile(weights={"friendly": 1.0})).write("soup")
+        >>> verify(folder).is_sound
+        True
     """
     folder = Path(folder)
     record = _record_of(folder)
