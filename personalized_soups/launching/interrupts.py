@@ -1,24 +1,26 @@
-"""Ctrl-C and worker processes: one process hears it and ends the others."""
+"""Ctrl-C and worker processes: the main process handles Ctrl-C and stops the workers."""
 
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 
 @contextmanager
-def ctrl_c_ignored() -> Iterator[None]:
-    """Ignore Ctrl-C within the block, and in the processes that are started there: they inherit it.
+def ctrl_c_deferred() -> Iterator[None]:
+    """Defer Ctrl-C in this thread to the end of the block; processes started in the block do not receive it.
 
-    Ctrl-C reaches the listening process, which stops the others; a worker would meet it while it imports torch.
+    A terminal sends Ctrl-C to all processes. A new process inherits the blocked signal, and so does not raise
+    KeyboardInterrupt while it still imports torch.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # handlers are the main thread's
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # its start, with the first process, would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

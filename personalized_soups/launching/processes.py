@@ -18,7 +18,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, Generic, NoReturn, TypeVar
 
 from personalized_soups.errors import RunError, SoupError
-from personalized_soups.launching.interrupts import ctrl_c_ignored
+from personalized_soups.launching.interrupts import ctrl_c_deferred
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -95,7 +95,7 @@ class ProcessPool(Generic[Task, Result]):
         before = os.environ.get(_THREADS)
         os.environ[_THREADS] = str(self._num_threads)  # a worker's OpenMP reads it when the worker imports torch
         try:
-            with ctrl_c_ignored():
+            with ctrl_c_deferred():
                 while len(self._workers) < count:
                     self._workers.append(self._new_worker())
         finally:
@@ -131,7 +131,7 @@ def start_processes(
 
 def _work(connection: Any, function: Callable[[Any, Report], Any], num_threads: int) -> None:
     """Run tasks until the other end of the connection closes. This function runs in the worker process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited, unless a thread started this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
     signal.signal(signal.SIGTERM, _leave)
     import torch
 
