@@ -58,6 +58,7 @@ class Mixture:
         self._rows_each = rows_each
         self._token_rows = None if token_rows is None else _checked_tokens(token_rows, len(rows))
         self._step = 0
+        # Made at once, so that a wrong weight raises before the mixture is set.
         self._tables = self._tables_at(0)
         self.task = _task()
         self.is_innermost: Callable[[], bool | None] = lambda: True
@@ -74,9 +75,12 @@ class Mixture:
         is_innermost = self.is_innermost()
         if is_innermost is None:
             raise UsageError("the mixture has ended", where="mixture", mend="call `step` within the `with` block")
+        # The table of plain numbers is the same at every step.
         if self.is_scheduled and number != self._step:
+            # The new table first: if a schedule raises, nothing has changed.
             self._tables = self._tables_at(number)
             self._step = number
+            # The gates hold an inner mixture; it will give them back by `settle`.
             if is_innermost:
                 self.apply()
 
@@ -86,7 +90,18 @@ class Mixture:
         gates.set(*self._tables)
         gates.rows_each = self._rows_each
         gates.token_rows = self._token_rows
+        # The switch comes last, after everything that a layer reads.
         gates.is_on = True
+
+    def start(self) -> list[NextStep]:
+        """Start the schedules of an answer, and return the logits processors that step them.
+
+        The prompt is read with the weights of step 0, also by the second answer within a mixture.
+        """
+        if not self.is_scheduled:
+            return []
+        self.step(0)
+        return [NextStep(self)]
 
     def _tables_at(self, step: int) -> tuple[Tensor, Tensor | None]:
         tables = weight_table([row.at(step) for row in self.rows], self._gates.layout.experts, self._layers)
@@ -108,12 +123,13 @@ class ActiveMixture:
     """
 
     def __init__(self, layers: MixedLayers) -> None:
+        # Reentrant: a thread may set a mixture within its own mixture.
         self.lock = threading.RLock()
         self.idle_weights: Callable[[], ExpertWeights] = ExpertWeights
         self._layers = layers
         self._set: list[Mixture] = []  # outermost first
         self._setter: int | None = None  # the id of the thread that has set them
-        layers.when_moved = self.settle
+        layers.watch.when_moved = self.settle
 
     @property
     def innermost(self) -> Mixture | None:
@@ -142,6 +158,7 @@ class ActiveMixture:
         """
         with self.lock:
             self._check_task()
+            # Before the rows are made: moved layers may have new slots and a new dtype.
             self._layers.follow()
             mixture = self.new_mixture(rows(), token_rows=token_rows, rows_each=rows_each)
             mixture.is_innermost = lambda: None if mixture not in self._set else self._set[-1] is mixture
@@ -177,6 +194,7 @@ class ActiveMixture:
 
     def settle(self) -> None:
         """Write into the gates the weights that belong there now."""
+        # Experts, dtype or device may have changed since the weights were written.
         self._layers.follow()
         if self._set:
             self._set[-1].apply()

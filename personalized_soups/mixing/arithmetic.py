@@ -43,6 +43,7 @@ def mixed(
     Returns:
         A tensor of y's shape, dtype and device.
     """
+    # num_ranks counts the ranks of all experts, also of those that the batch does not use.
     num_gates, num_ranks = gate_GC.shape[0], sum(stack.ranks)
     y = _with_gains(y, stack, gate_GC, num_ranks, bias_O)
     # Gate columns are [ranks, gains, biases]; a span covers neighbouring ranks.
@@ -60,6 +61,7 @@ def _with_gains(y: Tensor, stack: Stack, gate_GC: Tensor, num_ranks: int, bias_O
     """Return `y + (d - 1) W x` for DoRA; y itself without DoRA."""
     if stack.gains_DO is None:
         return y
+    # sum_e w_e (D_e - 1) for each gate: a row for each expert with DoRA.
     more_GO = gate_GC[:, num_ranks : num_ranks + len(stack.gained)] @ stack.gains_DO
     # y is W x + bias; subtracting the bias again costs less than a second product, and rounds once more.
     product = y if bias_O is None else y - bias_O.to(y.dtype)
@@ -70,6 +72,7 @@ def _with_gains(y: Tensor, stack: Stack, gate_GC: Tensor, num_ranks: int, bias_O
 def _plus_gated(y: Tensor, ax: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> Tensor:
     """Return `y + (ax * gate) B`. If y may be changed, the sum is made in place and rounded once."""
     y_NO, ax_NC = y.reshape(-1, y.shape[-1]), ax.reshape(-1, ax.shape[-1])
+    # A span of one layer is one block; a group has a block for each layer.
     (b_KO,) = factors.blocks
     # With gradients nothing may be changed in place. Under autocast y has another dtype than the factors. `reshape`
     # copies a y that is not contiguous, so a change of the copy would be lost.

@@ -33,6 +33,7 @@ def profile_per_prompt(
         raise UsageError("there are no prompts", where="prompts", mend="give at least one")
     if isinstance(profiles, AsSet):
         return profiles
+    # None is a profile, the base alone. A str is one name, although it is a Sequence.
     if profiles is None or isinstance(profiles, str) or not isinstance(profiles, Sequence):
         return [profiles] * len(prompts)
     if len(profiles) != len(prompts):

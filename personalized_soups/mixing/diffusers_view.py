@@ -58,4 +58,5 @@ class DiffusersView:
         Raises:
             UsageError: if an expert is unknown, or this thread has set a mixture. Nothing has changed then.
         """
+        # One change for all names, so that a wrong name removes nothing.
         self.soup.experts.change([], [names] if isinstance(names, str) else list(names))

@@ -41,6 +41,7 @@ def check_experts(experts: Sequence[Expert], model: nn.Module, gates: Gates, *, 
     Raises:
         SoupError: with all problems that one kind of check finds.
     """
+    # In this order, each kind of check may rely on the ones before it. Headers only: no tensor is read.
     raise_all([fault for expert in experts for fault in faults_of(expert)])
     raise_all([fault for expert in experts for fault in _unmixable(expert)])
     raise_all([*disagreements(experts, same_base=same_base)])
@@ -57,6 +58,7 @@ def check_known_base(experts: Sequence[Expert], base: Path | str) -> None:
     Raises:
         IncompatibleExpertsError: with the names of all such experts.
     """
+    # Hashing the base takes time, so it is done only if an expert records a fingerprint.
     if any(expert.base.fingerprint is not None for expert in experts):
         raise_all(strangers(experts, base_fingerprint(base), str(base)))
 
@@ -95,10 +97,12 @@ class Members:
         """
         bank, dora = self._bank, self._dora
         indices = bank.members(module)
+        # D multiplies the sum of base and delta, so a layer with DoRA needs a gain for W x, too.
         has_gains = dora is not None and any((index, module) in dora.magnitudes for index in indices)
         dtype = torch.float32 if has_gains else self._dtype
         factors = tuple(bank.factors(index, module, dtype) for index in indices)
         stack = StackedModule(module, indices, factors, tuple(range(len(indices))))
+        # D is the magnitude over the norm of W + delta, which depends on the base of this model.
         gains: Mapping[int, Tensor] = dora.gains(stack) if dora is not None and has_gains else {}
         members = []
         for index, turned_factors in zip(indices, turned(stack, gains).factors, strict=True):
@@ -108,6 +112,7 @@ class Members:
                 Member(
                     expert=bank.experts[index].name,
                     factors=turned_factors,
+                    # D - 1 and not D: an expert with weight 0 must add nothing.
                     gain_O=None if gain_O is None else gain_O - 1,
                     bias_O=None if bias is None else adapter.trained_tensor(bias.name),
                 )
@@ -140,6 +145,7 @@ class _LiveTensors:
         """
         layer = bare_layer(self._model, name.removesuffix(".weight"), self._gates)
         weight: Tensor = layer.weight.detach()
+        # 8-bit floats are quantised, too: their numbers need scales that are stored elsewhere.
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise UnsupportedAdapterError(
                 f"{name} is quantised, but DoRA needs the norms of the base's weights",
@@ -150,6 +156,7 @@ class _LiveTensors:
 
 
 def _dora(bank: ExpertBank, model: nn.Module, gates: Gates) -> Dora | None:
+    # Without DoRA the base's weights are not touched at all.
     if not any(tensor.kind == "magnitude" for expert in bank.experts for tensor in expert.adapter.trained.values()):
         return None
     tensors = _LiveTensors(model, gates, bank.experts)
@@ -169,11 +176,13 @@ def _unmixable(expert: Expert) -> list[SoupError]:
         for module in expert.adapter.modules.values()
         if module.kind not in {"linear", "transposed"} or module.base_name != f"{module.name}.weight"
     ]
+    # A router gives an expert layer a list of tokens without saying from which rows they are.
     problems += [
         f"{module.name} gets only the tokens that a router sends to it"
         for module in expert.adapter.modules.values()
         if module.kind in {"linear", "transposed"} and ".experts." in module.name
     ]
+    # A whole tensor is not a low-rank change, so no gate can weigh it by row.
     problems += [
         f"{whole.name} is trained whole ({whole.origin})"
         for whole in expert.adapter.trained.values()
@@ -198,10 +207,12 @@ def _unfit(expert: Expert, model: nn.Module, gates: Gates) -> list[SoupError]:
         layer = bare_layer(model, module.name, gates)
         want = (module.out_features, module.in_features)
         if layer is None:
+            # A suggestion compares the name with every layer, so it is made only for the problems that are shown.
             nearest = f" ({choose_from(module.name, _layers(model))})" if len(problems) < _MAX_SHOWN else ""
             problems.append(f"{module.name} is missing{nearest}")
         elif (earlier := first.setdefault(id(layer), module.name)) != module.name:
             problems.append(f"{earlier} and {module.name} are one layer of the model")
+        # Its gates are another model's: two mixtures would be added to one output.
         elif isinstance(layer, MixedLinear):
             problems.append(f"{module.name} is wrapped by another SoupModel: call its unload() first")
         elif (shape := _shape(layer)) is not None and shape != want:

@@ -37,6 +37,7 @@ class Room:
         cuda = torch.cuda
 
         def forget() -> None:
+            # Freed blocks that torch keeps would leave less room for the measurement.
             cuda.empty_cache()
             cuda.reset_peak_memory_stats(device)
 
@@ -63,6 +64,7 @@ def fitting_rows(model: Any, num_prompts: int, width: Callable[[], int], *, rows
     Raises:
         RunError: in place of CUDA's out-of-memory error, with the largest batch that fits.
     """
+    # Set in the handler, and looked at after it.
     has_room = True
     try:
         yield
@@ -72,6 +74,7 @@ def fitting_rows(model: Any, num_prompts: int, width: Callable[[], int], *, rows
         return
     # Not in the handler: the error's frames keep the batch's tensors alive.
     tokens = width()
+    # The batch did not fit, even if the measurement says so.
     fitting = min(num_prompts - 1, num_fitting(model, tokens, Room.of(model.device)) // rows_each)
     raise RunError(
         f"the GPU has no room for a batch of {num_prompts * rows_each} rows of up to {tokens} tokens",
@@ -90,9 +93,11 @@ def num_fitting(model: Any, width: int, room: Room) -> int:
     """
     room.forget_peak()
     before = room.taken()
+    # Any token will do: memory depends on the number of tokens alone.
     ids = torch.zeros(1, width, dtype=torch.int64, device=model.device)
     try:
         with torch.no_grad():
+            # Logits of the last position alone, as in generation: those of a long prompt take much memory.
             model(input_ids=ids, use_cache=True, logits_to_keep=1)
     except torch.OutOfMemoryError:
         return 0

@@ -49,6 +49,7 @@ class GateLayout:
         self, experts: Sequence[str], stacks: Sequence[Stack], products: Sequence[Sequence[int]] | None = None
     ) -> None:
         self.experts = tuple(experts)
+        # The layers of one product are neighbours, so that a group reads one view for all of them.
         order = [[slot] for slot in range(len(stacks))] if products is None else products
         self.widths = [sum(stacks[slot].width for slot in slots) for slots in order]
         self.dtype = stacks[0].a_CI.dtype if stacks else torch.float32
@@ -64,11 +65,13 @@ class GateLayout:
         columns: list[int] = []
         layered: list[int] = []
         scales: list[float] = []
+        # Built as lists: three tensors at the end are faster than one tensor for each layer.
         for slot in chain.from_iterable(order):
             stack = stacks[slot]
             own = [index[expert] for expert in stack.experts]
             for member, scale in stack.gate_columns():
                 columns.append(own[member])
+                # The position in a flattened [S, E] table, where weights differ between layers.
                 layered.append(slot * len(experts) + own[member])
                 scales.append(scale)
                 largest[stack.experts[member]] = max(largest[stack.experts[member]], abs(scale))
@@ -78,6 +81,7 @@ class GateLayout:
         with torch.inference_mode(False):  # a tensor made in inference mode cannot be changed outside of it
             self._columns_C = torch.tensor(columns, dtype=torch.int64, device=self.device)
             self._layered_C = torch.tensor(layered, dtype=torch.int64, device=self.device)
+            # float32 until the product is rounded: a scaling such as 16 / 3 is inexact in 16 bits.
             self._scales_C = torch.tensor(scales, dtype=torch.float32, device=self.device)
 
     def columns_of(self, slot: int) -> Columns:
@@ -110,6 +114,7 @@ class GateLayout:
         """
         if not self.experts:
             return
+        # The largest weight of an expert in any row and layer decides.
         weights_NE = weights_GE if layered_GSE is None else layered_GSE.flatten(0, 1)
         peaks_E = weights_NE.abs().amax(dim=0).double() * self._largest_E
         most = int(peaks_E.argmax())

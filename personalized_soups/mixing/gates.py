@@ -35,12 +35,14 @@ class Gates:
     """
 
     def __init__(self) -> None:
+        # Attributes and not arguments: layers are called by transformers, which passes no extra arguments through.
         self.is_on = False
         self.rows_each: int | None = None
         self.used: frozenset[str] = frozenset()
         self.token_rows: Tensor | None = None
         self.num_tokens = 0
         self.held: HeldProduct | None = None
+        # One view of the current buffer for each product: a layer slices its own columns from it.
         self._views: tuple[Tensor, ...] = ()
         self._buffers: dict[int, Tensor] = {}
         self.lay_out((), ())
@@ -49,6 +51,7 @@ class Gates:
         self, experts: Sequence[str], stacks: Sequence[Stack], products: Sequence[Sequence[int]] | None = None
     ) -> None:
         """Replace the layout, and free the buffers of the old one. Arguments as for `GateLayout`."""
+        # The buffers have the old widths, dtype and device.
         self.layout = GateLayout(experts, stacks, products)
         self._buffers.clear()
         self._views = ()
@@ -61,6 +64,7 @@ class Gates:
         """Return a layer's gates, `[G, width]`, in the stacks' dtype and on their device: `w s` for each rank."""
         columns = self.layout.columns_of(slot)
         view = self._views[columns.product]
+        # A view that is a whole product needs no slice, which saves a call for each layer.
         return view if view.shape[1] == columns.width else view.narrow(1, columns.start, columns.width)
 
     def of_group(self, slot: int) -> Tensor:
@@ -80,6 +84,7 @@ class Gates:
         """
         if self.token_rows is not None:
             _check_tokens(x, self.token_rows, layer)
+            # Each token has its own gates, so the flattened tokens are the gates' rows.
             return gate_GC.index_select(0, self.token_rows.to(gate_GC.device).flatten())
         if self.rows_each is not None:
             self._check_rows(x, gate_GC.shape[0], self.rows_each, layer)
@@ -94,6 +99,7 @@ class Gates:
         buffer_GC = self._buffer(weights_GE.shape[0])
         self._views = buffer_GC.split(self.layout.widths, dim=1)
         buffer_GC.copy_(self.layout.spread(weights_GE, layered_GSE))  # the only rounding to the stacks' dtype
+        # From the CPU's tables, so that nothing waits for the GPU.
         weights_NE = weights_GE if layered_GSE is None else layered_GSE.flatten(0, 1)
         is_used = (weights_NE != 0).any(dim=0).tolist()
         self.used = frozenset(name for name, is_set in zip(self.layout.experts, is_used, strict=True) if is_set)
@@ -102,6 +108,7 @@ class Gates:
         if x.dim() < 3:
             # Models like OPT flatten the batch. A layer that gets only some of the tokens cannot know whose they are.
             have, want = x.shape[0], self.num_tokens
+            # A flat layer that has all tokens has equally many for each gate, in the rows' order.
             if have % num_gates == 0 and (have == want or torch.compiler.is_compiling()):
                 return
             raise UsageError(
@@ -110,6 +117,7 @@ class Gates:
                 mend="run one profile at a time; a layer that gets only some of the tokens (behind a router) can't be "
                 "mixed",
             )
+        # Exact equality: twice as many rows would silently get the profiles of others.
         if x.shape[0] != num_gates * rows_each:
             raise UsageError(
                 f"the mixture is for {num_gates} prompts of {rows_each} rows each, but the batch has {x.shape[0]} rows",
@@ -119,6 +127,7 @@ class Gates:
             )
 
     def _buffer(self, num_gates: int) -> Tensor:
+        # Powers of two: all buffers together take less than twice the memory of the largest one.
         capacity = 1 << (num_gates - 1).bit_length()
         if capacity not in self._buffers:
             with torch.inference_mode(False):  # a tensor made in inference mode cannot be changed outside of it

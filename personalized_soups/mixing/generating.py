@@ -71,17 +71,16 @@ class MixedGeneration:
             raise UsageError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", mend="give 1 or more")
         if not 0 <= temperature < math.inf:
             raise UsageError(f"temperature is {temperature}", where="temperature", mend="give 0 or more")
+        # transformers samples only with do_sample; our own sampling needs the temperature alone.
         if temperature and (options or prompts is None):
             options = {"do_sample": True, "temperature": temperature, **options}
         if places is not None and options:
-            raise UsageError(
-                "places cannot be combined with options of transformers' generate, which has its own sampling",
-                where="places",
-                mend=f"leave out places, or {', '.join(options)}",
-            )
+            what = "places cannot be combined with options of transformers' generate, which has its own sampling"
+            raise UsageError(what, where="places", mend=f"leave out places, or {', '.join(options)}")
         if "input_ids" in options or "inputs_embeds" in options:
             if prompts is not None:
                 raise UsageError("prompts and input_ids are both given", where="prompts", mend="give one of the two")
+            # Token ids go to transformers as they are: no template, no end tokens, no default length.
             return self._continue_tokens(profiles, max_new_tokens, seed, dict(options))
         checked = checked_prompts(prompts)
         per_prompt = profile_per_prompt(checked, profiles)
@@ -130,13 +129,13 @@ class MixedGeneration:
                 if mixture is not None:
                     _check_one_row(mixture)
                 if prefixes is None:
-                    yield Within(_processors(mixture))
+                    yield Within(_started(mixture))
                     return
                 weights = self._active.idle_weights() if mixture is None else mixture.rows[0]
                 key = self._cache_key(weights)
                 prefix = prefixes.longest(key, tokens)
                 past = new_past(self._model) if prefix is None else prefix.past
-                yield Within(_processors(mixture), past)
+                yield Within(_started(mixture), past)
                 prefixes.put(key, tokens, past)
 
         return generator.stream(
@@ -192,8 +191,9 @@ class MixedGeneration:
                 return longest + int(sampling["max_new_tokens"])
 
             own = profiles if isinstance(profiles, AsSet) else [profiles[index] for index in indices]
+            # `fitting_rows` is outermost: it measures after the mixture has ended.
             with fitting_rows(generator.model, len(indices), width), self._mixture(own, 1) as mixture:
-                yield Within(_processors(mixture))
+                yield Within(_started(mixture))
 
         # The rows of a mixture that is set already have the caller's order, so prompts are not sorted by length.
         in_order = isinstance(profiles, AsSet)
@@ -264,7 +264,7 @@ def _generate_tokens(model: Any, mixture: Mixture | None, options: Mapping[str, 
             where=several[0],
             mend=f"leave {several[0]} out, or give weights that are numbers",
         )
-    processors = [*(options.get("logits_processor") or []), *_processors(mixture)]
+    processors = [*(options.get("logits_processor") or []), *_started(mixture)]
     with torch.no_grad():
         return model.generate(**{**options, "logits_processor": processors})
 
@@ -272,17 +272,14 @@ def _generate_tokens(model: Any, mixture: Mixture | None, options: Mapping[str, 
 @contextmanager
 def _seeded(model: Any, seed: int) -> Iterator[None]:
     """Seed torch's generators, from which transformers samples, within the block; restore them afterwards."""
+    # Only the model's own device: fork_rng would warn of many GPUs otherwise.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
-def _processors(mixture: Mixture | None) -> list[NextStep]:
-    """Return the logits processors that an answer needs, and start its schedules: step 0 reads the prompt."""
-    if mixture is None or not mixture.is_scheduled:
-        return []
-    mixture.step(0)
-    return [NextStep(mixture)]
+def _started(mixture: Mixture | None) -> list[NextStep]:
+    return [] if mixture is None else mixture.start()
 
 
 def _check_one_row(mixture: Mixture) -> None:

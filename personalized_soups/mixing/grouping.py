@@ -81,10 +81,12 @@ class LayerGroups:
         Returns:
             The layers in the order of their slots, and for how many groups memory ran out.
         """
+        # Names decide what is tried together; the identity of the input decides, in each pass, what shares a product.
         names = in_slot_order(layers)
         candidates = [candidate for alike in names for candidate in candidate_groups([layers[name] for name in alike])]
         # A tensor that is made in inference mode can be neither changed nor trained outside of it.
         with torch.inference_mode(False), torch.no_grad():
+            # A group with the same layers keeps its buffer: the base's weights must not move when experts change.
             kept = {group.layers: group for group in self._groups if group.has_these_bases()}
             for group in self._groups:
                 if group.layers not in candidates or group.layers not in kept:
@@ -92,6 +94,7 @@ class LayerGroups:
             self._groups = [kept[candidate] for candidate in candidates if candidate in kept]
             num_failed = self._form(candidates, kept)
         ordered = {name: layers[name] for alike in names for name in alike}
+        # The slots run on over all groups, so a group's gates are one block of columns.
         for slot, layer in enumerate(ordered.values()):
             layer.slot = slot
         self.slots = [[layer.slot for layer in candidate] for candidate in candidates]
@@ -148,6 +151,7 @@ def candidate_groups(layers: Sequence[MixedLinear]) -> list[tuple[MixedLinear, .
         a_CI = layer.stack.a_CI
         return a_CI.shape[1], a_CI.dtype, a_CI.device
 
+    # DoRA changes W x itself, and lora_bias adds gate columns: the fused sum has neither.
     plain = [layer for layer in layers if _is_plain_stack(layer.stack)]
     together = tuple(layer for layer in plain if kind(layer) == kind(plain[0]))
     alone = [(layer,) for layer in layers if layer not in together]
@@ -169,6 +173,7 @@ def new_group(candidate: Sequence[MixedLinear], gates: Gates, storages: Mapping[
         return None
     group: LayerGroup
     if takes_weights(candidate, storages):
+        # The weights move before `hold`, which writes the A's behind them.
         group = weights = WeightGroup(candidate, gates)
         weights.move_weights()
     elif len(candidate) > 1:
@@ -193,6 +198,7 @@ def takes_weights(layers: Sequence[MixedLinear], storages: Mapping[int, int]) ->
     """
     if not all(is_plain_linear(layer.base_layer, layer.stack.a_CI, storages) for layer in layers):
         return False
+    # A GPU's decode step is bound by launches, so on a GPU the weights always move.
     num_numbers = sum(layer.weight.numel() for layer in layers)
     return layers[0].stack.a_CI.is_cuda or num_numbers <= _MOST_NUMBERS_ON_CPU
 

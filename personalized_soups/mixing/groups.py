@@ -63,6 +63,7 @@ class LayerGroup:
 
     def has_these_stacks(self) -> bool:
         """Return whether the layers still hold the stacks that the group took over last."""
+        # Identity and not equality: a changed expert always gives a new stack.
         return len(self._stacks) == len(self.layers) and all(
             layer.stack is stack for layer, stack in zip(self.layers, self._stacks, strict=True)
         )
@@ -92,14 +93,17 @@ class LayerGroup:
         Raises:
             UsageError: if the batch does not have the rows of the mixture that is set.
         """
+        # The product of the first layer that is called waits in the gates for the others.
         held = self._gates.held
         part = None if held is None else held.take(self, x, place)
         if part is None or held is None:
             parts = self._parts(x, self.layers[place].name) if self._is_usable(x) else None
+            # A group of one layer has nothing to keep for others.
             if parts is None or len(parts) == 1:
                 return None if parts is None else parts[0]
             held = HeldProduct(self, x, parts)
             part = held.take(self, x, place)
+        # The last part is taken: the product and its input may be freed.
         self._gates.held = held if held.num_left else None
         return part
 
@@ -137,6 +141,7 @@ class FactorGroup(LayerGroup):
         stacks = [layer.stack for layer in self.layers]
         self._a_CI = torch.cat([stack.a_CI for stack in stacks])
         self._sizes = [len(stack.a_CI) for stack in stacks]
+        # Views: the layers' own spans and the group's product share the memory.
         for layer, a_CI in zip(self.layers, self._a_CI.split(self._sizes), strict=True):
             layer.put(replace(layer.stack, a_CI=a_CI))
         self._stacks = tuple(layer.stack for layer in self.layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -14,6 +15,9 @@ from personalized_soups.mixing.experts import check_known_base
 from personalized_soups.mixing.layers import MixedLayers
 from personalized_soups.mixing.profile_registry import ProfileRegistry
 from personalized_soups.mixing.served_profile import ServedProfile
+
+# A library of experts, its folder, or several folders.
+Experts: TypeAlias = ExpertLibrary | Path | str | Sequence[Path | str]
 
 
 class HeldExperts(Mapping[str, Expert]):
@@ -91,15 +95,24 @@ class HeldExperts(Mapping[str, Expert]):
             SoupError: as `add` and `remove`. Nothing has changed then.
         """
         with self._active.lock:
+            # Names first, so that a wrong name changes nothing.
             for name in removed:
                 self._registry.check_expert(name)
+            # The lock is this thread's, so a mixture that is set is this thread's, too: waiting would never end.
             if self._active.innermost is not None:
                 raise UsageError(
                     "experts cannot change while a mixture is set",
                     where="mixture",
                     mend="leave the `with mixture(...)` block first; other threads wait without being asked to",
                 )
-            self._registry.check_new([expert.name for expert in added])
+            # A name must mean one thing in `mixture("name")`.
+            for expert in added:
+                if expert.name in self._registry.named:
+                    raise UsageError(
+                        f"a profile is called {expert.name!r}",
+                        where="name",
+                        mend="give the expert another name: experts.add(..., name=...)",
+                    )
             if self._base is not None and not self._same_base:
                 check_known_base(added, self._base)
             try:
@@ -119,8 +132,16 @@ class HeldExperts(Mapping[str, Expert]):
         """
         with self._active.lock:
             self._registry.set_scale(name, scale)
+            # A scale changes the soups of profiles whose weights stay the same.
             self._layers.cache_keys.renew([name])
             self._active.settle()
+
+
+def library_of(experts: Experts) -> ExpertLibrary:
+    """Return a library, or open its folder or folders."""
+    if isinstance(experts, ExpertLibrary):
+        return experts
+    return ExpertLibrary.open(*([experts] if isinstance(experts, Path | str) else experts))
 
 
 def _only_expert(folder: Path | str) -> Expert:

@@ -22,6 +22,7 @@ class HeldProduct:
     def __init__(self, group: object, x: Tensor, parts: Sequence[Tensor]) -> None:
         self._group = group
         self._x = x
+        # A layer may change its input in place before the next layer reads it.
         self._version = _version(x)
         self._parts: list[Tensor | None] = list(parts)
         self.num_left = len(parts)
@@ -35,6 +36,7 @@ class HeldProduct:
         """
         if self._group is not group or self._x is not x or self._version != _version(x):
             return None
+        # Once: in inference mode nothing else shows that a buffer was filled again.
         part, self._parts[place] = self._parts[place], None
         if part is not None:
             self.num_left -= 1

@@ -53,7 +53,9 @@ class MixedLinear(nn.Module):
         self.slot = -1  # the layer's number among the gates; set by `LayerGroups`
         self.group: Group | None = None  # set by the group
         self.place = 0  # the layer's number in its group
+        # A new module is in training mode, even in a model that is not.
         self.train(base_layer.training)
+        # Checkpoints have the base's names, without `base_layer`.
         self._register_load_state_dict_pre_hook(self._named_as_held)  # type: ignore[no-untyped-call]
         self.put(stack)
 
@@ -61,6 +63,7 @@ class MixedLinear(nn.Module):
         """Replace the stack. `whole` is `stack.whole()`, if the caller has it already."""
         self._whole = (stack.whole() if whole is None else whole,)
         self.stack = stack
+        # Spans depend on the set of used experts alone, and batches repeat few sets.
         self._spans: dict[frozenset[str], tuple[Span, ...]] = {}
 
     def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
@@ -73,6 +76,7 @@ class MixedLinear(nn.Module):
         if not gates.is_on:
             bare: Tensor = self.base_layer(x, *arguments, **keywords)
             return bare
+        # A layer that is called with further arguments is no plain linear map.
         part = None if group is None or arguments or keywords else group.take(self.place, x)
         if part is not None and group is not None and group.has_weights:
             return part
@@ -82,6 +86,7 @@ class MixedLinear(nn.Module):
         gate_GC = gates.fitted(x, gates.of(self.slot).to(like.device, like.dtype), self.name)
         if torch.is_grad_enabled():
             gate_GC = gate_GC.clone()  # autograd keeps the gates, but the next mixture overwrites their buffer
+        # Compiled code always takes all experts, so that another set of experts compiles nothing again.
         is_whole = part is not None or torch.compiler.is_compiling()
         spans = self._whole if is_whole else self._used(gates.used)
         bias_O = getattr(self.base_layer, "bias", None)
@@ -109,6 +114,7 @@ class MixedLinear(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         """Move or cast the stack together with the layer."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # A model may be cast in inference mode, and trained or mixed later.
         with torch.inference_mode(False), torch.no_grad():
             probe = fn(self.stack.a_CI[:1])  # one row shows the new dtype and device
             if self.group is not None and (probe.dtype, probe.device) != (

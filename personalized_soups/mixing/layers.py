@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
 from personalized_soups.adapters.library import Expert
 from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.launching.threads import in_order, num_workers
 from personalized_soups.mixing.cache_keys import CacheKeys
 from personalized_soups.mixing.experts import Members, bare_layer, check_experts
+from personalized_soups.mixing.forward_watch import ForwardWatch
 from personalized_soups.mixing.gates import Gates
 from personalized_soups.mixing.grouping import LayerGroups
 from personalized_soups.mixing.layer import MixedLinear
@@ -30,7 +30,7 @@ class MixedLayers:
         gates: shared by all layers.
         groups: the layers that share products.
         cache_keys: the keys under which keys and values of prompts may be cached.
-        when_moved: called in a forward pass that finds its layers moved or cast while weights are set.
+        watch: looks at each forward pass of the model.
 
     Args:
         model: of transformers; its adapted layers are replaced.
@@ -40,11 +40,10 @@ class MixedLayers:
         self.gates = Gates()
         self.groups = LayerGroups(model, self.gates)
         self.cache_keys = CacheKeys()
-        self.when_moved: Callable[[], None] = self.follow
+        self.watch = ForwardWatch(model, self.gates, self._gates_fit)
         self._model = model
         self._layers: dict[str, MixedLinear] = {}
         self._experts: dict[str, Expert] = {}
-        self._hook: RemovableHandle | None = None
 
     @property
     def experts(self) -> Mapping[str, Expert]:
@@ -73,15 +72,19 @@ class MixedLayers:
         Raises:
             SoupError: as check_experts and Members.of.
         """
+        # An expert that is added again is read again: its files may have changed.
         gone = {*removed, *(expert.name for expert in added)}
         kept = {name: expert for name, expert in self._experts.items() if name not in gone}
+        # All experts and not the new ones alone: they must agree with each other.
         check_experts([*kept.values(), *added], self._model, self.gates, same_base=same_base)
         fresh = Members(added, self._model, self.gates, self._model.dtype)
+        # Sorted, so that equal experts give equal stacks in any order of adding.
         names = sorted({*self._layers, *fresh.modules})
 
         def stack_of(name: str) -> Stack | None:
             return self._stack_of(name, fresh.of(name) if name in fresh.modules else [], gone)
 
+        # Threads overlap the reading of files with casting. All stacks are made before any layer changes.
         stacks = list(in_order(stack_of, names, num_workers(torch.device("cpu"))))
         # From here on nothing raises, except a warning that the user has turned into an error.
         self.groups.dissolve_of(
@@ -92,11 +95,12 @@ class MixedLayers:
         self._experts = dict(sorted({**kept, **{expert.name: expert for expert in added}}.items()))
         self.cache_keys.keep(self._experts)
         self.cache_keys.renew(expert.name for expert in added)
-        self._watch_forward()
+        self.watch.set(bool(self._layers))
         self._regroup()
 
     def follow(self) -> None:
         """Adjust groups and gates to stacks and base weights that were moved, cast or loaded since the last call."""
+        # A product that is left over belongs to weights that are not set any more.
         self.gates.clear()
         if not self.groups.is_current():
             self._regroup()
@@ -122,8 +126,10 @@ class MixedLayers:
         layer = self._layers.get(name)
         held = [] if layer is None else layer.stack.members()
         kept = [member for member in held if member.expert not in gone]
+        # The identity matters: a group rebuilds its buffers only for stacks that are other objects.
         if layer is not None and not fresh and len(kept) == len(held):
             return layer.stack
+        # The order of experts in a stack is that of the model, by name.
         members = sorted([*kept, *fresh], key=lambda member: member.expert)
         if not members:
             return None
@@ -146,30 +152,10 @@ class MixedLayers:
             self._layers[name] = MixedLinear(getattr(parent, leaf), name, self.gates, stack)
             setattr(parent, leaf, self._layers[name])
 
-    def _watch_forward(self) -> None:
-        """Look at each forward pass of the model while layers are wrapped."""
-        if self._layers and self._hook is None:
-            self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
-        elif not self._layers and self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def _before_forward(self, _model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        """Count the batch's tokens, and notice a model that was moved or cast while weights are set."""
-        if torch.compiler.is_compiling():
-            return
-        self.gates.clear()  # a pass that failed may have left a product
-        ids = keywords.get("input_ids", arguments[0] if arguments else None)
-        if ids is not None:
-            self.gates.num_tokens = ids.numel()
-        elif (embedded := keywords.get("inputs_embeds")) is not None:
-            self.gates.num_tokens = embedded.shape[:-1].numel()
-        if self.gates.is_on and not self._gates_fit():
-            self.when_moved()
-
     def _gates_fit(self) -> bool:
         """Return whether the gates have the dtype and device of the first layer's stack."""
         first = next(iter(self._layers.values()), None)
+        # Only the first layer is looked at, because this runs in every forward pass.
         return first is None or self.gates.is_like(first.stack.a_CI)
 
 

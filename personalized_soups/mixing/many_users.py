@@ -54,6 +54,7 @@ class Requests:
                     where=request.where,
                     mend=choose_from(request.user, place),
                 )
+        # Positions and not requests: a million users with a thousand prompts are a billion requests.
         self._own = [None if request.user is None else place[request.user] for request in prompts]
         # The number of the first request of each prompt, and at the end the number of requests.
         self._starts = [0]
@@ -65,6 +66,7 @@ class Requests:
 
     def at(self, index: int) -> Request:
         """Return the request with that number, counted from 0."""
+        # `_starts` is sorted: the prompt is the last one that starts at or before the index.
         prompt = bisect_right(self._starts, index) - 1
         own = self._own[prompt]
         profile = self._profiles[index - self._starts[prompt] if own is None else own]
@@ -103,6 +105,7 @@ def answer_many(
             temperature=temperature,
             seed=seed,
             batch_size=batch_size,
+            # The place among all requests, so that a resumed run draws the same numbers.
             places=range(done, done + len(batch)),
         )
         done += len(batch)

@@ -233,8 +233,7 @@ class SoupModel:
             seed: of the draws.
             batch_size: prompts at a time.
             places: where the prompts are part of a longer list, their places in it. Equal places draw alike.
-            options: any option of transformers' generate: num_beams, do_sample, top_p, num_return_sequences, streamer,
-                cache_implementation, ... With options, transformers samples.
+            options: of transformers' generate, which then also samples: num_beams, do_sample, top_p, streamer, ...
 
         Returns:
             One text for each prompt; n consecutive texts for each with `num_return_sequences=n`. With `input_ids`, the
@@ -276,7 +275,7 @@ class SoupModel:
                 same soup is not computed again: useful for chats, whose prompts begin alike.
 
         Raises:
-            UsageError: if a profile is given within a mixture. Other errors, as of `generate`, come with the first piece.
+            UsageError: if a profile is given within a mixture. Errors as of `generate` come with the first piece.
         """
         return self._generation.stream(
             prompt, profile, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, prefixes=prefixes
@@ -297,8 +296,7 @@ class SoupModel:
     def cache_key(self, profile: ProfileLike) -> str:
         """Return the key under which a prompt's keys and values may be cached.
 
-        Two prompts with equal tokens and equal keys have equal keys and values. The key changes with the weights, the
-        experts, the dtype and the model. A schedule counts with its weights at step 0, which read the prompt.
+        It changes with the weights (of a schedule: those of step 0, which read the prompt), experts, dtype and model.
         """
         with self._active.lock:
             return self.layers.cache_key(self._registry.resolve_scaled(profile))

@@ -47,6 +47,7 @@ class NamedProfiles(Mapping[str, ExpertWeights]):
             DeclarationError: for an unknown expert, opposed sides, or a weight that is not a finite number.
             UsageError: if an expert has that name, or the profile has a method other than linear or a rank.
         """
+        # A dict has no user, and no record of opposed sides that are allowed.
         if not isinstance(profile, Profile):
             raise UsageError(
                 f"expected a Profile, got {type(profile).__name__}",
@@ -57,6 +58,7 @@ class NamedProfiles(Mapping[str, ExpertWeights]):
         with self._lock:
             if self._registry.has_expert(name):
                 raise UsageError(f"an expert is called {name!r}", where="name", mend="give the profile another name")
+            # The resolved weights are kept and not the Profile, which takes four times the memory.
             self._registry.named[name] = self._registry.resolve(profile)
 
     def remove(self, name: str) -> None:

@@ -56,6 +56,7 @@ class PeftView(_RejectedCalls, PeftModel):
         # Not PeftModel.__init__, which would wrap every layer.
         nn.Module.__init__(self)
         self.peft_type = "LORA"
+        # PeftModel's own methods look these up.
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning = False
         self._adapters_disabled = False
@@ -113,6 +114,7 @@ class PeftView(_RejectedCalls, PeftModel):
         """Use the bare base within the block."""
         self._adapters_disabled = True
         try:
+            # A mixture and not `served.disable`: it ends with the block, and other threads wait.
             with self.soup.mixture(None):
                 yield
         finally:
@@ -146,6 +148,7 @@ class PeftView(_RejectedCalls, PeftModel):
                 where="weights",
                 mend="give one weight for each adapter",
             )
+        # PEFT sums any adapters, so opposed sides are allowed here.
         table = dict(zip(adapters, map(float, weights), strict=True))
         self.soup.profiles.add(Profile(user=adapter_name, weights=table, allow_opposed=True))
 
@@ -166,6 +169,7 @@ class PeftView(_RejectedCalls, PeftModel):
             UsageError: if there is no adapter of that name.
         """
         if adapter_name in self.soup.profiles:
+            # The served profile must not outlive its name.
             if self.active_adapters == [adapter_name]:
                 self.soup.served.set(None)
             self.soup.profiles.remove(adapter_name)
@@ -193,6 +197,7 @@ class _Tuner(nn.Module):
     def peft_config(self) -> Mapping[str, PeftConfig]:
         """The configuration of each expert, by name."""
         configs = {name: PeftConfig.from_pretrained(str(expert.folder)) for name, expert in self.soup.experts.items()}
+        # Nothing is trained here.
         for config in configs.values():
             config.inference_mode = True
         return configs

@@ -40,6 +40,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
         self._max_bytes = max_bytes
+        # Ordered by use, the oldest first. The keys hold all tokens, so equal hashes of other prompts do no harm.
         self._entries: OrderedDict[tuple[str, tuple[int, ...]], tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
         self.num_bytes = 0
@@ -53,6 +54,7 @@ class PrefixCache:
             soup: the key of the soup.
             tokens: of the prompt.
         """
+        # The lock is held for the comparison and the copy, not for the model's forward pass.
         beginning = tuple(tokens[:-1])
         with self._lock:
             best, shared = None, 0
@@ -62,7 +64,9 @@ class PrefixCache:
             if best is None:
                 return None
             self._entries.move_to_end(best)
+            # A copy, because the answer extends it, and other answers may start from the same prefix.
             past = copy.deepcopy(self._entries[best][0])
+        # A shorter common beginning is useful, too: attention is causal, so later tokens never change earlier keys.
         _cut(past, shared)
         return Prefix(shared, past)
 
@@ -87,6 +91,7 @@ class PrefixCache:
         key = (soup, tuple(tokens))
         with self._lock:
             self._forget(key)
+            # A prompt larger than the whole cache would drop all others and then itself.
             if num_bytes > self._max_bytes:
                 return
             self._entries[key] = (past, num_bytes)
@@ -108,6 +113,7 @@ def new_past(model: Any) -> Any:
 
 def _cut(past: Any, num_tokens: int) -> None:
     beyond = past.get_seq_length() - num_tokens
+    # A negative number removes that many tokens at the end.
     if beyond > 0:
         past.crop(-beyond)
 

@@ -38,20 +38,6 @@ class ProfileRegistry:
         self._sides = SideRule()
         self._scales: dict[str, float] = {}
 
-    def check_new(self, names: Sequence[str]) -> None:
-        """Raise if an expert is to get the name of a profile.
-
-        Raises:
-            UsageError: with that name.
-        """
-        for name in names:
-            if name in self.named:
-                raise UsageError(
-                    f"a profile is called {name!r}",
-                    where="name",
-                    mend="give the expert another name: experts.add(..., name=...)",
-                )
-
     def put(self, experts: Mapping[str, Expert]) -> None:
         """Replace the experts by these. Scales of experts that are not among them are dropped."""
         self._experts = tuple(experts)
@@ -75,8 +61,10 @@ class ProfileRegistry:
         if profile is None:
             return ExpertWeights(version=self._version)
         if isinstance(profile, ExpertWeights):
+            # The fast path of a server: names were checked when the request came in.
             if profile.version == self._version:
                 return profile
+            # Experts have changed since. Opposed sides were allowed or rejected when the weights were resolved.
             self._check_known(profile.weights, lambda name: f"weights.{name}")
             return ExpertWeights(profile.weights, self._version)
         if isinstance(profile, str):
@@ -152,6 +140,7 @@ class ProfileRegistry:
     def _of_name(self, name: str) -> ExpertWeights:
         if name in self.named:
             weights = self.named[name]
+            # An expert of the profile may have been removed since the profile was added.
             self._check_known(weights.weights, lambda _: f"profile {name}")
             return weights
         if name in self._experts:
@@ -168,6 +157,7 @@ class ProfileRegistry:
             name: weight if callable(weight) else checked_weight(weight, f"weights.{name}")
             for name, weight in weights.items()
         }
+        # A weight of 0 opposes nothing. A schedule counts, because it may become another number.
         used = [name for name, weight in checked.items() if weight != 0]
         match = self._sides.opposed(used)
         if match is not None:

@@ -25,6 +25,7 @@ class ServedProfile:
         self._active = active
         self._weights = ExpertWeights()
         self._is_enabled = True
+        # Scaled when they are written, so that a later `set_scale` applies to the served profile, too.
         active.idle_weights = lambda: registry.scaled(self.weights)
 
     @property
@@ -72,6 +73,7 @@ class ServedProfile:
 
     def restrict(self, experts: Collection[str], layers: Sequence[str]) -> None:
         """Drop experts and layer patterns that no longer exist. The caller holds the lock."""
+        # Weights of removed experts are dropped and not rejected: no caller is there to get an error.
         self._weights = self._weights.restricted(experts, layers)
         self._active.settle()
 

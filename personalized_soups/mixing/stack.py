@@ -90,15 +90,18 @@ class Stack:
         """Return the stack of a layer's experts, in new tensors. A's that are equal in `dtype` are stored once."""
         ranks = tuple(member.factors.rank for member in members)
         first = members[0].factors
+        # B is stored transposed, so that a product with [N, K] reads whole rows.
         b_KO = torch.empty(sum(ranks), first.b_OR.shape[0], dtype=dtype, device=device)
         for part, member in zip(b_KO.split(ranks), members, strict=True):
             part.copy_(member.factors.b_OR.T)
+        # Experts trained on a shared basis have one A: it is stored and multiplied once.
         basis = group_numbers([member.factors.a_RI for member in members], partial(_are_equal, dtype=dtype))
         rows = SharedRows.of(basis, ranks)
         distinct = [members[index].factors.a_RI for index in rows.firsts]
         a_CI = torch.empty(sum(map(len, distinct)), first.a_RI.shape[1], dtype=dtype, device=device)
         for part, a_RI in zip(a_CI.split([len(a_RI) for a_RI in distinct]), distinct, strict=True):
             part.copy_(a_RI)
+        # None where every expert has its own A: the kernel then needs no look-up.
         columns_K = torch.tensor(rows.row_K, device=device) if len(distinct) < len(members) else None
         gained = tuple(index for index, member in enumerate(members) if member.gain_O is not None)
         biased = tuple(index for index, member in enumerate(members) if member.bias_O is not None)
@@ -159,6 +162,7 @@ class Stack:
         """Return the stack in a dtype and on a device; the same object if nothing changes."""
         if (self.a_CI.dtype, self.a_CI.device) == (dtype, device):
             return self
+        # Built again and not cast: A's that differ in float32 may be equal in 16 bits.
         return Stack.of(self.members(), dtype, device)
 
     def whole(self) -> Span:
@@ -169,6 +173,7 @@ class Stack:
         """Return the spans of the experts in `used`, without copies. Unused experts are left out if that saves time."""
         runs: list[list[int]] = []  # start and stop of each span
         start = 0
+        # Numbers for each rank: a row of A and a row of B.
         row_numbers = self.a_CI.shape[1] + self.b_KO.shape[1]
         worth_a_gap = _WORTH_A_GAP_ON_GPU if self.a_CI.is_cuda else _WORTH_A_GAP
         for expert, rank in zip(self.experts, self.ranks, strict=True):
@@ -187,6 +192,7 @@ class Stack:
         if self.columns_K is None:
             return Span(start, stop, self.a_CI[start:stop], BlockDiagonal.of([b_KO], [0]))
         columns_K = self.columns_K[start:stop]
+        # A span reads only the A's that its own ranks use.
         first, last = _bounds(columns_K)
         return Span(start, stop, self.a_CI[first:last], BlockDiagonal.of([b_KO], [0], columns_K - first))
 

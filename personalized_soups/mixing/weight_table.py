@@ -23,9 +23,11 @@ def weight_table(
     Raises:
         DeclarationError: if a pattern matches no layer.
     """
+    # One tensor of the whole table, because filling a tensor cell by cell is slow.
     table = [[weight if isinstance(weight := row.get(name, 0.0), float) else 0.0 for name in experts] for row in rows]
     weights_GE = torch.tensor(table, dtype=torch.float32).reshape(len(rows), len(experts))
     by_layer = [
+        # Weights by layer are rare, so plain batches pay only for this look.
         (gate, experts.index(name), name, weight)
         for gate, row in enumerate(rows)
         for name, weight in row.items()
