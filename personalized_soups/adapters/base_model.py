@@ -1,4 +1,4 @@
-"""The base model that a soup is folded into: its folder, its checkpoint, and which of its tensors are one."""
+"""A base model: its folder, its checkpoint, and its tied embeddings."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from personalized_soups.files.regular import check_no_lfs_pointers
 from personalized_soups.files.shards import Checkpoint
 from personalized_soups.files.strict_json import parse_json
 
-# Weights in other forms would stay those of the base alone: they are left out of the new folder.
+# Suffixes of weight files. They are not copied into a merged model's folder: they would be the base's unmerged weights.
 _OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".tflite", ".ot"}
 
 # The modules that transformers ties: a causal model's input and output embeddings.
@@ -34,7 +34,14 @@ _OUTPUTS = ("lm_head", "embed_out", "output")
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """A model folder with its weight files opened and checked, not read."""
+    """A model folder with its weight files opened and checked, not read.
+
+    Attributes:
+        name: the hub id, or the folder's absolute path.
+        folder: the folder.
+        config: the contents of config.json.
+        checkpoint: the weight files.
+    """
 
     name: str
     folder: Path
@@ -43,12 +50,12 @@ class BaseModel:
 
     @classmethod
     def open(cls, base: Path | str) -> Self:
-        """Open a folder, or a hub id that stands in the local cache.
+        """Open a folder, or a hub id in the local cache.
 
         Raises:
-            InputError: if it is not there or has no config.json.
-            FileFormatError: if its weight files are damaged or pickles, or a file is a Git LFS pointer.
-            UnsupportedAdapterError: if it is quantised.
+            InputError: if the model does not exist or has no config.json.
+            FileFormatError: if its weight files are damaged or pickles, or if a file is a Git LFS pointer.
+            UnsupportedAdapterError: if the model is quantised.
         """
         folder = base_folder(base)
         config = _model_config(folder)
@@ -56,26 +63,26 @@ class BaseModel:
         if quantization := config.get("quantization_config"):
             kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UnsupportedAdapterError(
-                f"the base is quantised ({kind}), which this version does not merge with",
+                f"the base is quantised ({kind}): this version cannot merge into quantised tensors",
                 where=str(folder),
-                mend="give the base as it was before it was quantised; an adapter of plain LoRA needs no base",
+                mend="give the base before quantisation; plain LoRA experts can be merged without a base",
             )
-        # a path is told whole, so that it leads to the same folder from anywhere
+        # records have the absolute path, so that it is valid in any working directory
         name = str(folder.resolve()) if Path(base) == folder else str(base)
         return cls(name, folder, config, Checkpoint.open(folder))
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the experts' records know it by."""
+        """The base's fingerprint, as in the experts' records."""
         return base_fingerprint(self.folder)
 
     @cached_property
     def tied(self) -> tuple[str, str] | None:
-        """The names of the input and the output embedding where they are one tensor, which stands under the first."""
+        """The names of the input and the output embedding if they are tied; the file has the tensor under the first."""
         inputs, outputs = self._embeddings
         if len(inputs) != 1 or not self._says_tied:
             return None
-        # files of another shape than the embedding's are not loaded as one tensor, whatever the configuration says
+        # an output embedding of another shape is a separate tensor, regardless of the configuration
         same = [name for name in outputs if self._shape(name) == self._shape(inputs[0])]
         if outputs and not same:
             return None
@@ -83,13 +90,13 @@ class BaseModel:
 
     @cached_property
     def output_for_both(self) -> str | None:
-        """The name of the output embedding where transformers makes the input embedding, which is missing, of it."""
+        """The name of the output embedding if it also serves as the input embedding, which is missing in the files."""
         inputs, outputs = self._embeddings
         return outputs[0] if not inputs and len(outputs) == 1 and self._says_tied else None
 
     @cached_property
     def names(self) -> StoredNames:
-        """The names of the tensors in the files, and what finds a tensor of the model in memory among them."""
+        """The names of the tensors in the files, and the search among them."""
         model_type = self.config.get("model_type")
         return StoredNames(
             self.checkpoint,
@@ -98,39 +105,41 @@ class BaseModel:
         )
 
     def find(self, tensor: str) -> str | None:
-        """Return the name under which the checkpoint holds a tensor of the model in memory, or None."""
+        """Return the name in the checkpoint of a tensor of the model in memory, or None."""
         return None if self._is_without_head(tensor) else self.names.find(tensor)
 
     def source(self, tensor: str) -> str | None:
-        """Return the name under which the checkpoint holds what a tensor of the model is: another's where they are one.
+        """Return the name in the checkpoint of a tensor's data: for a tied output embedding, that of the input
+        embedding.
 
-        None where the checkpoint has neither.
+        None if the checkpoint has neither.
         """
         if self.tied is not None and self._is_without_head(tensor):
             return self.tied[0]
         return self.find(tensor)
 
     def written_name(self, tensor: str) -> str:
-        """Return the name under which a tensor of the model in memory is written."""
+        """Return the name under which to write a tensor of the model in memory."""
         if self.tied is not None and self._is_without_head(tensor):
             return self.tied[1]
         return self.find(tensor) or tensor
 
     def check_fingerprints(self, experts: list[Expert]) -> None:
-        """Raise if an expert records the fingerprint of another base.
+        """Raise if an expert was trained on a base with another fingerprint.
 
         Raises:
-            IncompatibleExpertsError: naming every such expert.
+            IncompatibleExpertsError: with the names of all such experts.
         """
         for fault in strangers(experts, self.fingerprint, self.name):
             raise fault
 
     def other_files(self) -> list[str]:
-        """Return every file that holds no weights, relative to the folder.
+        """Return the paths of all files without weights, relative to the folder.
 
-        Hidden files and folders (`.git`, `.cache`) are left out, and so is the base's own record: it tells of the base.
+        Hidden files and folders (`.git`, `.cache`) are skipped, and so is the base's own record, which would not be
+        true for the merged model.
         """
-        found = []
+        others = []
         for name in sorted(files_below(self.folder)):
             relative = Path(name)
             is_weights = relative.suffix.lower() in _OTHER_WEIGHTS or (
@@ -138,11 +147,11 @@ class BaseModel:
             )
             is_hidden = any(part.startswith(".") for part in relative.parts)
             if not (is_weights or is_hidden or name in MARKERS) and (self.folder / relative).is_file():
-                found.append(name)
-        return found
+                others.append(name)
+        return others
 
     def _is_without_head(self, tensor: str) -> bool:
-        """Return whether a tensor is the output embedding of a tied model whose files have none."""
+        """Return whether a tensor is the output embedding of a tied model, and the files do not have it."""
         is_head = core_name(tensor).removesuffix(".weight") in _OUTPUTS
         return is_head and self.tied is not None and self.tied[1] not in self.checkpoint
 
@@ -158,7 +167,7 @@ class BaseModel:
     @cached_property
     def _says_tied(self) -> bool:
         says = says_tied(self.config)
-        # where nothing says it, a causal model without a head of its own has the embedding for one
+        # without a flag: a causal model without an output embedding in its files is tied
         return not self._embeddings[1] and self._is_causal if says is None else says
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -166,7 +175,7 @@ class BaseModel:
 
 
 def copy_others(base: BaseModel, folder: Path) -> None:
-    """Copy every file that holds no weights."""
+    """Copy all files without weights into `folder`."""
     for name in base.other_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / name, folder / name)
@@ -191,9 +200,9 @@ def _model_config(folder: Path) -> dict[str, Any]:
         config = parse_json(path.read_bytes(), path, constants=True)
     except FileNotFoundError:
         raise InputError(
-            "the folder has no config.json: it is no model folder",
+            f"the folder is not a model folder: it has no {MODEL_CONFIG_FILE}",
             where=str(folder),
-            mend="give a folder that save_pretrained wrote",
+            mend="give a folder written by save_pretrained",
         ) from None
     except OSError as error:
         raise InputError(

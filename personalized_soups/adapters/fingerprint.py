@@ -1,4 +1,4 @@
-"""Recognising a base model by what its tensors hold, whatever its folder is called and however it is sharded."""
+"""Fingerprints of base models: digests of their tensors, independent of folder names and sharding."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from blake3 import blake3
 from personalized_soups.errors import InputError
 from personalized_soups.files.shards import Checkpoint
 
-# Below this size every byte counts; above it, three samples of each tensor: 8B parameters take under a second.
+# Below this size all bytes are hashed, above it three samples of each tensor: 8B parameters take less than a second.
 WHOLE_BELOW_BYTES = 1 << 30
 _SAMPLE_BYTES = 16 << 10
 
 
 def base_fingerprint(base: Path | str) -> str:
-    """Return the fingerprint of a base model: a folder, or a hub id that stands in the local cache.
+    """Return the fingerprint of a base model: a folder, or a hub id in the local cache.
 
-    BLAKE3 over the sorted list of every tensor's name, dtype, shape and digest. A tensor's digest covers all of its
-    bytes where the model has less than 1 GiB, else its first, middle and last 16 KiB. So it is the same for a
-    re-sharded or renamed copy and for another version of its config, and another for other dtypes or other values.
+    BLAKE3 over the sorted list of every tensor's name, dtype, shape and digest. A tensor's digest covers all bytes if
+    the model is smaller than 1 GiB, and otherwise its first, middle and last 16 KiB. A copy with another folder name,
+    other shards or another config has the same fingerprint; other dtypes or values change it.
 
     Raises:
-        InputError: if there is no such model.
-        FileFormatError: if its weights are not sound safetensors files.
+        InputError: if the model does not exist.
+        FileFormatError: if its weights are not valid safetensors files.
     """
     checkpoint = Checkpoint.open(base_folder(base))
     whole = checkpoint.num_bytes < WHOLE_BELOW_BYTES
@@ -54,12 +54,12 @@ def base_fingerprint(base: Path | str) -> str:
 def base_folder(base: Path | str) -> Path:
     """Return the folder of a base model: the path itself, or a hub id's snapshot in the local cache.
 
-    Nothing is downloaded here.
+    Nothing is downloaded.
 
     Raises:
-        InputError: if neither is there.
+        InputError: if neither exists.
     """
-    if os.path.isdir(base):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
+    if os.path.isdir(base):  # noqa: PTH112 # Path.is_dir() raises if the name is too long
         return Path(base)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

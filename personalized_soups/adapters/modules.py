@@ -1,4 +1,4 @@
-"""The low-rank changes that an adapter holds, by its tensors' headers and its configuration alone.
+"""The low-rank changes of an adapter, from its tensors' headers and its configuration, without reading tensors.
 
 R rank, I in features, O out features.
 """
@@ -31,11 +31,21 @@ _PAIRS = (("A", "B"), ("embedding A", "embedding B"))
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One low-rank change, as headers and configuration describe it.
+    """One low-rank change.
 
-    `base_name` is the tensor of the base that it changes; placement.py says where in it. `rank` is the configured one:
-    a 3-D parameter of a mixture of experts has one change of that rank for each of its `blocks`, and its A has
-    `rank * blocks` rows. A convolution's `in_features` count its `kernel`, too.
+    Attributes:
+        name: the module's name, or the parameter's.
+        rank: the configured rank, of each block.
+        in_features: I; for a convolution including its kernel.
+        out_features: O.
+        scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA.
+        base_name: the changed tensor of the base; placement.py computes where in it.
+        a_name: A's name in the file.
+        b_name: B's name in the file.
+        kind: the kind of the layer.
+        blocks: for a 3-D parameter of a mixture of experts, the number of its matrices. Each has a change of its own,
+            and A has `rank * blocks` rows.
+        kernel: a convolution's kernel size.
     """
 
     name: str
@@ -52,21 +62,28 @@ class LoraModule:
 
     @property
     def base_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes that the base tensor may have: as the delta stands, and (where there are two) transposed."""
+        """The possible shapes of the base tensor: that of the delta and, for some kinds, the transposed one."""
         shape = (self.out_features, self.in_features)
         if self.kind == "embedding":
             return (shape[::-1],)
         if self.kind == "conv":
             return ((self.out_features, self.in_features // math.prod(self.kernel), *self.kernel),)
         if self.kind == "parameter":
-            # PEFT transposes neither a 2-D parameter nor a mixture of one
+            # PEFT transposes only 3-D parameters with more than one matrix
             return ((self.blocks, *shape), (self.blocks, *shape[::-1])) if self.blocks > 1 else (shape, (1, *shape))
         return (shape, shape[::-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What is known of an adapter before a tensor is read: entries and parsed names by name, and the configuration."""
+    """The headers and the configuration of an adapter.
+
+    Attributes:
+        where: the weight file, for errors.
+        entries: the tensors' entries, by name.
+        names: the tensors' parsed names, by name.
+        config: the configuration.
+    """
 
     where: str
     entries: Mapping[str, TensorEntry]
@@ -77,25 +94,25 @@ class Header:
         """Return a tensor's entry.
 
         Raises:
-            UnsupportedAdapterError: if it does not hold floating-point numbers.
+            UnsupportedAdapterError: if its numbers are not floating-point numbers.
         """
         entry = self.entries[name]
         if entry.dtype not in _FLOATS:
             raise UnsupportedAdapterError(
-                f"{name}: its dtype is {entry.dtype}, this version reads {', '.join(sorted(_FLOATS))}",
+                f"{name}: its dtype is {entry.dtype}, not one of {', '.join(sorted(_FLOATS))}",
                 where=self.where,
-                mend="save the adapter in float32, float16 or bfloat16; what counts in whole numbers cannot be mixed",
+                mend="save the adapter in float32, float16 or bfloat16",
             )
         return entry
 
     def fault(self, what: str) -> FileFormatError:
-        """Return the error for a file that does not hold what its configuration says."""
+        """Return the error for a file that does not fit its configuration."""
         return FileFormatError(what, where=self.where, mend="save the adapter again with PEFT's save_pretrained")
 
     def refused(self, what: str, mend: str) -> UnsupportedAdapterError:
-        """Return the error for an adapter that is not merged."""
+        """Return the error for an adapter that this version does not support."""
         return UnsupportedAdapterError(
-            f"{what}: this version does not merge such an adapter", where=self.where, mend=mend
+            f"{what}: this version cannot merge such an adapter", where=self.where, mend=mend
         )
 
 
@@ -103,8 +120,8 @@ def modules_of(header: Header) -> dict[str, LoraModule]:
     """Return the low-rank changes by name, sorted.
 
     Raises:
-        FileFormatError: if factors are incomplete, or of other shapes than configured, or two tensors are one.
-        UnsupportedAdapterError: if it is not known what they change.
+        FileFormatError: if factors are missing or have other shapes than configured, or if a tensor occurs twice.
+        UnsupportedAdapterError: if this version does not support a change.
     """
     _check_distinct(header)
     groups: dict[TensorName, dict[str, str]] = {}
@@ -113,18 +130,18 @@ def modules_of(header: Header) -> dict[str, LoraModule]:
             groups.setdefault(replace(parts, role="whole"), {})[parts.role] = name
     num_pairs = Counter(place.path for place in groups)
     modules = [_module(header, place, pair, num_pairs[place.path]) for place, pair in groups.items()]
-    found = {module.name: module for module in sorted(modules, key=lambda module: module.name)}
-    if len(found) != len(modules):
-        raise header.fault("two pairs of factors are for one module")
-    return found
+    by_name = {module.name: module for module in sorted(modules, key=lambda module: module.name)}
+    if len(by_name) != len(modules):
+        raise header.fault("two pairs of factors change the same module")
+    return by_name
 
 
 def _module(header: Header, place: TensorName, pair: Mapping[str, str], num_pairs: int) -> LoraModule:
     parameter = _parameter(header, place, num_pairs)
     if place.around is not None and not parameters_of(place.around, header.config.target_parameters):
         raise header.refused(
-            f"{place.path} is adapted inside of {place.around}, as in torch's MultiheadAttention, whose output "
-            "projection PEFT counts twice",
+            f"{place.path} is adapted inside the adapted module {place.around}, as in torch's MultiheadAttention, "
+            "whose output projection PEFT adds twice",
             f"train the expert without {place.around}",
         )
     if parameter is None and place.depth:
@@ -151,17 +168,17 @@ def _module(header: Header, place: TensorName, pair: Mapping[str, str], num_pair
 
 
 def _check_distinct(header: Header) -> None:
-    """Raise if two tensors of the file have one meaning: `model._orig_mod.x` and `model.x`."""
+    """Raise if two tensors of the file are the same: `model._orig_mod.x` and `model.x`."""
     first: dict[TensorName, str] = {}
     for name, parts in header.names.items():
         if (other := first.setdefault(parts, name)) != name:
-            raise header.fault(f"{other} and {name} are one tensor, once training tools' wrappers are left out")
+            raise header.fault(f"{other} and {name} are the same tensor, without the wrappers of training tools")
 
 
 def _rank_and_scaling(header: Header, name: str, a_name: str) -> tuple[int, float]:
-    """Return what the configuration says of a module.
+    """Return the configured rank and scaling of a module.
 
-    PEFT applies rank_pattern and alpha_pattern to the names in training, in which a wrapper was or was not yet.
+    PEFT applies rank_pattern and alpha_pattern to the names during training, which may or may not have had wrappers.
     """
     config = header.config
     found = config.rank_of(name), config.scaling_of(name)
@@ -172,7 +189,7 @@ def _rank_and_scaling(header: Header, name: str, a_name: str) -> tuple[int, floa
     in_training = config.rank_of(seen), config.scaling_of(seen)
     if in_training != found and not any(map(is_wrapped, (*config.rank_pattern, *config.alpha_pattern))):
         raise header.refused(
-            f"rank_pattern and alpha_pattern say other things of {seen} than of {name}",
+            f"rank_pattern and alpha_pattern give different values for {seen} and {name}",
             "write the patterns without `^`, as the ends of names",
         )
     return in_training
@@ -188,7 +205,7 @@ def _parameter(header: Header, place: TensorName, num_pairs: int) -> str | None:
         raise header.refused(
             f"{place.path}: target_parameters does not say which of the {num_pairs} pairs of factors is for which of "
             f"its parameters {', '.join(parameters)}",
-            "name in target_parameters what is adapted, whole (mlp.experts.down_proj); train one parameter a module",
+            "give full names in target_parameters (mlp.experts.down_proj), and train one parameter per module",
         )
     return order[place.depth]
 
@@ -198,19 +215,19 @@ def _roles(header: Header, name: str, pair: Mapping[str, str]) -> tuple[str, str
         if set(roles) == set(pair):
             return roles
     missing = " and ".join(role for roles in _PAIRS if set(roles) & set(pair) for role in roles if role not in pair)
-    raise header.fault(f"{name}: {missing or 'one of two pairs'} is missing beside {', '.join(pair.values())}")
+    raise header.fault(f"{name}: {missing or 'one of two pairs'} is missing; the file has {', '.join(pair.values())}")
 
 
 def _check_factors(header: Header, name: str, a: TensorEntry, b: TensorEntry, rank: int) -> None:
     """Raise if A and B are not [rank, I, kernel...] and [O, rank, 1...]."""
     if len(a.shape) < 2 or len(a.shape) != len(b.shape) or any(size != 1 for size in b.shape[2:]):
-        raise header.fault(f"{name}: factors of shapes {list(b.shape)} and {list(a.shape)} do not multiply")
+        raise header.fault(f"{name}: factors of shapes {list(b.shape)} and {list(a.shape)} cannot be multiplied")
     if math.prod(a.shape) == 0 or math.prod(b.shape) == 0:
-        raise header.fault(f"{name}: its factors are empty, {list(b.shape)} and {list(a.shape)}")
+        raise header.fault(f"{name}: its factors are empty: {list(b.shape)} and {list(a.shape)}")
     if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank and rank % b.shape[1] == 0:
         groups = rank // b.shape[1]
         raise header.refused(
-            f"{name}: a convolution with {groups} groups, into which its delta does not fit",
+            f"{name}: a convolution with {groups} groups, whose weight has another shape than the delta",
             "train the expert without this layer",
         )
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:

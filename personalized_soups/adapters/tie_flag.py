@@ -1,4 +1,4 @@
-"""What a model's configuration says of its input and output embeddings: whether transformers makes them one tensor."""
+"""Whether a model's configuration ties its input and output embeddings, so that transformers makes them one tensor."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 _FLAG = "tie_word_embeddings"
 
-# The configuration of the language model inside of a multimodal one: those of PreTrainedConfig.get_text_config, then
-# those that models name otherwise.
+# The keys of the language model's configuration in a multimodal one: first those of PreTrainedConfig.get_text_config,
+# then those of single models.
 _TEXT_CONFIGS = (
     "text_config", "decoder", "generator", "text_encoder", "language_config", "llm_config", "thinker_config",
     "vlm_config",
@@ -20,11 +20,11 @@ _OTHER_FLAG = "tie_embedding"
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """Return whether a configuration ties the embeddings, or None where it does not say so.
+    """Return whether a configuration ties the embeddings, or None if it does not decide that.
 
-    The flag of the whole model counts, and the text model's where there is none; those of other parts (vision, audio)
-    never do. Where that leaves room, the configuration's class in transformers decides: some have tied embeddings by
-    default, and some read the text model's flag although the whole model has one.
+    The flag of the whole model counts, or else that of the text model; flags of other parts (vision, audio) never do.
+    In doubt, the configuration's class in transformers decides: some classes tie embeddings by default, and some read
+    the text model's flag although the whole model has one.
     """
     flag = config.get(_FLAG)
     if flag is True:
@@ -47,12 +47,12 @@ def _text_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _by_class(config: Mapping[str, Any]) -> bool | None:
-    """Return what the class in transformers reads, or None where it has none for this model, or refuses it."""
+    """Return the flag as transformers' class reads it, or None if there is no such class or it raises."""
     from transformers import CONFIG_MAPPING
 
     try:
         read = CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
-    except Exception:  # anything: classes check what they are given in ways of their own
+    except Exception:  # classes validate their input in various ways and raise various errors
         return None
     flag = getattr(read, _FLAG, None)
     return flag if isinstance(flag, bool) else None

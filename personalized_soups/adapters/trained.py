@@ -1,4 +1,4 @@
-"""What an adapter trains whole beside its low-rank changes, by its tensors' headers and its configuration alone."""
+"""The tensors that an adapter trains whole, from headers and configuration, without reading tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Literal
 from personalized_soups.adapters.modules import Header, LoraModule
 from personalized_soups.adapters.names import PREFIX, TensorName, unknown_name
 
-# PEFT saves input and output embeddings beside the factors where one is adapted, or was resized for new tokens.
+# PEFT also saves the whole input and output embeddings if one of them is adapted or was resized for new tokens.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
-# A module of modules_to_save keeps the base's own and the trained one under these names. PEFT saves the trained one
-# without them, and all three where it saves more than it has to: whatever ends in `.bias` (bias="all"), and everything
-# that an embedding holds (one that was resized, or save_embedding_layers=True). It reads only the one without them.
+# A module of modules_to_save has the base's module and the trained one under these names. PEFT saves the trained one
+# without such a step. In some cases it saves all three: all names that end in `.bias` (bias="all"), and all tensors of
+# an embedding that was resized or saved by save_embedding_layers=True. It loads only the one without the step.
 _WRAPPERS = ("original_module", "modules_to_save")
 
 Origin = Literal["bias", "lora_bias", "modules_to_save", "trainable_token_indices", "use_dora", "saved embedding"]
@@ -23,13 +23,23 @@ Origin = Literal["bias", "lora_bias", "modules_to_save", "trainable_token_indice
 
 @dataclass(frozen=True, slots=True)
 class TrainedTensor:
-    """One tensor that is trained whole: `name` in the adapter's file, `target` in the base, `origin` in PEFT.
+    """One tensor that is trained whole.
 
-    With an expert's weight w and the saved value v, it adds to the base's value t of the target
+    With an expert's weight w, the saved value v and the base's value t, the kinds add to the target
     - added (lora_bias): `w * scaling * v`;
     - replaced (bias, modules_to_save, a saved embedding): `w * (v - t)`;
-    - rows (trainable_token_indices): `w * (v - t[rows])` to those rows.
-    A magnitude (DoRA) is what the norm of each output's row is set to once `module` has changed the target.
+    - rows (trainable_token_indices): `w * (v - t[rows])`, to those rows.
+    A magnitude (DoRA) is the norm to which each output's row is scaled after the change by `module`.
+
+    Attributes:
+        kind: how the tensor changes its target.
+        name: the name in the adapter's file.
+        target: the name of the tensor in the base.
+        shape: the tensor's shape.
+        origin: the setting of PEFT by which it is trained.
+        rows: the trained tokens.
+        scaling: the scaling of a bias of B.
+        module: the low-rank change to which a bias of B or a magnitude belongs.
     """
 
     kind: Literal["added", "replaced", "rows", "magnitude"]
@@ -43,31 +53,31 @@ class TrainedTensor:
 
 
 def trained_of(header: Header, modules: Mapping[str, LoraModule]) -> dict[str, TrainedTensor]:
-    """Return what is trained whole, by the names in the file, sorted.
+    """Return the tensors that are trained whole, sorted by their names in the file.
 
     Raises:
-        FileFormatError: if a tensor is missing or of another shape than configured.
-        UnsupportedAdapterError: if it is not known what a tensor means.
+        FileFormatError: if a tensor is missing or has another shape than configured.
+        UnsupportedAdapterError: if a tensor's meaning is unknown.
     """
     factors = {name for module in modules.values() for name in (module.a_name, module.b_name)}
-    found = {}
+    trained = {}
     for name in sorted(header.names.keys() - factors):
         if not _is_copy(header, name):
-            found[name] = _trained(header, name, header.names[name], modules)
-    _check_complete(header, found.values(), modules)
-    return found
+            trained[name] = _trained(header, name, header.names[name], modules)
+    _check_complete(header, trained.values(), modules)
+    return trained
 
 
 def _trained(header: Header, name: str, parts: TensorName, modules: Mapping[str, LoraModule]) -> TrainedTensor:
     shape = header.entry(name).shape
     if math.prod(shape) == 0:
-        raise header.fault(f"{name}: it is empty, {list(shape)}")
+        raise header.fault(f"{name}: it is empty: {list(shape)}")
     if parts.role in {"bias of B", "magnitude"}:
         return _of_module(header, name, parts, modules)
     if parts.role == "tokens":
         rows = _rows(header, name, parts.path)
         if len(shape) != 2 or shape[0] != len(rows):
-            raise header.fault(f"{name}: its shape is {list(shape)}, the configuration names {len(rows)} tokens")
+            raise header.fault(f"{name}: its shape is {list(shape)}, but the configuration names {len(rows)} tokens")
         return TrainedTensor("rows", name, f"{parts.path}.weight", shape, "trainable_token_indices", rows=rows)
     origin = _origin(header, parts, modules)
     if origin is None:
@@ -76,19 +86,19 @@ def _trained(header: Header, name: str, parts: TensorName, modules: Mapping[str,
 
 
 def _of_module(header: Header, name: str, parts: TensorName, modules: Mapping[str, LoraModule]) -> TrainedTensor:
-    """Return a bias of B or a magnitude: it belongs to a low-rank change."""
+    """Return a bias of B or a magnitude, which belongs to a low-rank change."""
     config = header.config
     module = modules.get(parts.path)
     is_bias = parts.role == "bias of B"
     key: Origin = "lora_bias" if is_bias else "use_dora"
     if not (config.lora_bias if is_bias else config.use_dora):
         raise header.fault(f"{name}: the configuration says {key} is false")
-    # neither a parameter nor torch's attention takes either; an embedding takes no bias
+    # parameters and torch's attention have neither a magnitude nor a bias of B, and embeddings have no bias
     if module is None or module.base_name != f"{module.name}.weight" or (is_bias and module.kind == "embedding"):
         raise unknown_name(name, where=header.where)
     shape = header.entry(name).shape
     if math.prod(shape) != module.out_features:  # [O]; of a convolution [1, O, 1, 1]
-        raise header.fault(f"{name}: its shape is {list(shape)}, the module has {module.out_features} outputs")
+        raise header.fault(f"{name}: its shape is {list(shape)}, but the module has {module.out_features} outputs")
     flat = (module.out_features,)
     if is_bias:
         scaling = module.scaling
@@ -97,18 +107,18 @@ def _of_module(header: Header, name: str, parts: TensorName, modules: Mapping[st
 
 
 def _rows(header: Header, name: str, module: str) -> tuple[int, ...]:
-    """Return the tokens whose rows are trained; PEFT takes the modules whose names end in a key of the table."""
+    """Return the tokens whose rows are trained. As in PEFT, a key matches the modules whose names end in it."""
     tokens = header.config.trainable_tokens
     if not isinstance(tokens, Mapping):
         return tokens
-    found = {rows for key, rows in tokens.items() if module.endswith(key)}
-    if len(found) != 1:
-        raise header.fault(f"{name}: trainable_token_indices has {len(found)} lists for {module}")
-    return found.pop()
+    matches = {rows for key, rows in tokens.items() if module.endswith(key)}
+    if len(matches) != 1:
+        raise header.fault(f"{name}: trainable_token_indices has {len(matches)} lists for {module}")
+    return matches.pop()
 
 
 def _origin(header: Header, parts: TensorName, modules: Mapping[str, LoraModule]) -> Origin | None:
-    """Return why PEFT saved a tensor of the base model, or None where it has no reason to."""
+    """Return the setting by which PEFT saved a tensor of the base model, or None if no setting does."""
     config = header.config
     module, _, attribute = parts.path.rpartition(".")
     steps = module.split(".")
@@ -126,7 +136,7 @@ def _origin(header: Header, parts: TensorName, modules: Mapping[str, LoraModule]
 
 
 def _is_copy(header: Header, name: str) -> bool:
-    """Return whether a tensor is one that modules_to_save keeps beside the trained one, which is in the file, too."""
+    """Return whether a tensor is a second copy of a module of modules_to_save, whose trained tensor is in the file."""
     steps = name.split(".")
     return any(
         step in _WRAPPERS and ".".join([*steps[:place], *steps[place + 1 :]]) in header.names
@@ -136,12 +146,12 @@ def _is_copy(header: Header, name: str) -> bool:
 
 def _check_complete(header: Header, trained: Iterable[TrainedTensor], modules: Mapping[str, LoraModule]) -> None:
     config = header.config
-    held = {(each.origin, each.module) for each in trained}
+    present = {(tensor.origin, tensor.module) for tensor in trained}
     for module in modules.values():
         takes = module.base_name == f"{module.name}.weight"
-        if config.use_dora and takes and ("use_dora", module.name) not in held:
+        if config.use_dora and takes and ("use_dora", module.name) not in present:
             raise header.fault(f"{module.name}: use_dora is true, but {PREFIX}{module.name} has no magnitude")
-        if config.lora_bias and takes and module.kind != "embedding" and ("lora_bias", module.name) not in held:
+        if config.lora_bias and takes and module.kind != "embedding" and ("lora_bias", module.name) not in present:
             raise header.fault(f"{module.name}: lora_bias is true, but {module.b_name} has no bias")
-    if config.trainable_tokens and ("trainable_token_indices", None) not in held:
-        raise header.fault("trainable_token_indices names tokens, but the file holds no rows for them")
+    if config.trainable_tokens and ("trainable_token_indices", None) not in present:
+        raise header.fault("trainable_token_indices names tokens, but the file has no rows for them")

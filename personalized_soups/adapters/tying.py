@@ -1,7 +1,7 @@
 """Adapters for a base whose input and output embeddings are one tensor (ensure_weight_tying).
 
-PEFT then saves one change twice: for the embedding, and for the output layer with the factors' roles exchanged, as
-`(B A)^T = A^T B^T`. Its own merge adds it to the one tensor twice; in training each of the two layers had it once.
+PEFT then saves the same change twice: for the embedding, and for the output layer with A and B exchanged, since
+`(B A)^T = A^T B^T`. PEFT's merge adds both to the tied tensor, but in training each of the two layers had one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from personalized_soups.adapters.lora import LoraAdapter
 
 
 def tied_copies(adapter: LoraAdapter) -> dict[str, str]:
-    """Return the changes that repeat another on a tied base, each with the one that it repeats.
+    """Return the changes that repeat another change on a tied base, each with the repeated one.
 
-    Modules stand by their names, tensors that are trained whole by their names in the file. On a base whose embeddings
-    are one tensor a copy is to be left out; on any other base both count. Empty without ensure_weight_tying.
+    Low-rank changes are given by module name, tensors that are trained whole by their names in the file. If the base's
+    embeddings are one tensor, skip the copies; otherwise both changes count. Empty without ensure_weight_tying.
 
     Raises:
         InputError: if a value is NaN or infinite.
@@ -32,7 +32,7 @@ def tied_copies(adapter: LoraAdapter) -> dict[str, str]:
                 first, second = adapter.factors(embedding.name), adapter.factors(other.name)
                 if torch.equal(second.a_RI, first.b_OR.T) and torch.equal(second.b_OR, first.a_RI.T):
                     found[other.name] = embedding.name
-    # PEFT ties the rest to the input embedding, so what sorts last (model.embed_tokens after lm_head) is no copy
+    # PEFT copies the input embedding's tensor, whose name sorts last (model.embed_tokens after lm_head)
     whole = [each for each in adapter.trained.values() if each.kind == "replaced" and len(each.shape) == 2]
     for copy, kept in permutations(whole, 2):
         is_repeat = copy.target < kept.target and copy.shape == kept.shape
@@ -42,13 +42,13 @@ def tied_copies(adapter: LoraAdapter) -> dict[str, str]:
 
 
 def are_tied_tokens(of_input: tuple[int, ...] | None, of_output: tuple[int, ...] | None) -> bool:
-    """Return whether tokens that were trained in the input embedding are those of the output embedding, too.
+    """Return whether the trained tokens of the input embedding also count for the tied output embedding.
 
-    On a base whose configuration ties the two. Tokens of the output embedding alone, or others than the input's, are
-    its own: the two embeddings are then no longer alike. Source: peft.utils.other.set_additional_trainable_modules.
+    They do unless the output embedding has trained tokens of its own that differ; the embeddings are then no longer
+    equal. Source: peft.utils.other.set_additional_trainable_modules.
 
     Args:
-        of_input: the tokens that one adapter trained in the input embedding, in its order; None where it trained none.
-        of_output: those of the output embedding.
+        of_input: the tokens that an adapter trained in the input embedding, in its order, or None.
+        of_output: the tokens that it trained in the output embedding, or None.
     """
     return of_input is not None and of_output in (None, of_input)

@@ -1,4 +1,4 @@
-"""Every key of PEFT's LoraConfig, sorted consciously: understood, without a bearing on the saved factors, or refused.
+"""All keys of PEFT's LoraConfig: those that are read, those that do not affect saved tensors, and those rejected.
 
 Tests compare these tables with docs/reference/adapters.md, and with the LoraConfig of the installed PEFT.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-# Keys that give the tensors their meaning; AdapterConfig reads them.
+# Keys that decide what the tensors mean. AdapterConfig reads them.
 READ = frozenset({
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
     "init_lora_weights", "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type",
@@ -18,8 +18,8 @@ READ = frozenset({
     "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 
-# Keys that do not change what the saved tensors mean: settings of the training, and those of variants that are off.
-# An initialisation's settings count only where init_lora_weights names it: they stay behind after a conversion.
+# Keys that do not affect what the saved tensors mean: settings of the training, and of variants that are off. The
+# settings of an initialisation matter only if init_lora_weights names it; conversions leave them in the file.
 HARMLESS = frozenset({
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "layers_pattern", "lora_dropout", "lora_ga_config",
     "megatron_core", "qalora_group_size", "runtime_config",
@@ -28,9 +28,14 @@ HARMLESS = frozenset({
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A variant of LoRA that is not merged: its name, why, what to do, and what the key says where it is off.
+    """A variant of LoRA that is rejected.
 
-    An empty table is the variant with its defaults (peft.tuners.lora.config._get_lora_subconfig), but for a few keys.
+    Attributes:
+        name: the variant's name.
+        why: why its adapters cannot be merged.
+        mend: the fix.
+        off: the values of the key with which the variant is off. For most keys an empty object is not among them: it
+            turns the variant on with its defaults (peft.tuners.lora.config._get_lora_subconfig).
     """
 
     name: str
@@ -46,11 +51,11 @@ _RETRAIN = "train the expert without {}"
 
 REFUSED: Mapping[str, Refusal] = MappingProxyType({
     "layer_replication": Refusal(
-        "layer replication", "its base has other layers than the checkpoint",
+        "layer replication", "its base has more layers than the checkpoint",
         "write the base with its layers repeated, and train on that", (None, []),
     ),
     "alora_invocation_tokens": Refusal(
-        "aLoRA", "it acts only after certain tokens, so no sum of weights is equal to it",
+        "aLoRA", "it is active only after certain tokens, so no merged weights are equal to it",
         _RETRAIN.format("alora_invocation_tokens"), (None, []),
     ),
     "megatron_config": Refusal(
@@ -62,21 +67,21 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType({
         _RETRAIN.format("use_qalora"), (None, False),
     ),
     "loftq_config": Refusal(
-        "LoftQ", "its factors hold what the quantised base lost, so they fit that base alone",
+        "LoftQ", "its factors correct errors of its quantised base, so they fit only that base",
         "train the expert with init_lora_weights=True (QLoRA) on the base itself", (None, {}),
     ),
     "kasa_config": Refusal(
-        "KaSA", "it cuts the base's smallest singular values off and scales each rank by a trained number",
+        "KaSA", "it removes the base's smallest singular values and scales each rank by a trained number",
         _RETRAIN.format("kasa_config"),
     ),
     "arrow_config": Refusal(
-        "Arrow", "it chooses among adapters token by token", "give the adapters that it routes between instead",
+        "Arrow", "it chooses an adapter for each token", "give the adapters that it chooses from instead",
     ),
     "monteclora_config": Refusal(
         "MonteCLoRA", "it draws its factors at random around the saved ones", _RETRAIN.format("monteclora_config"),
     ),
     "velora_config": Refusal(
-        "VeLoRA", "it saves states of its training among the factors", _RETRAIN.format("velora_config"),
+        "VeLoRA", "it saves training state together with the factors", _RETRAIN.format("velora_config"),
     ),
     "use_bdlora": Refusal(
         "BD-LoRA", "its factors are saved as the blocks of a block-diagonal matrix", _RETRAIN.format("use_bdlora"),
@@ -84,11 +89,11 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType({
     ),
 })  # fmt: skip
 
-# Initialisations that leave the base as it is, so that what an expert adds to it is s B A. MiCA's B is taken from the
-# base, but its A begins at zero (peft.tuners.lora.layer.LoraLayer.mica_init).
+# Initialisations that do not change the base, so that an expert's delta is s B A. MiCA initialises B from the base, but
+# A with zeros (peft.tuners.lora.layer.LoraLayer.mica_init).
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# Those that move the base (W - s B0 A0 stays), by the beginning of their names, with the mend.
+# Initialisations that change the base to W - s B0 A0, by the start of their names, with the fix.
 MOVING_INITS: Mapping[str, str] = MappingProxyType({
     "pissa": _CONVERT,
     "olora": _CONVERT,

@@ -95,9 +95,9 @@ def test_names_are_taken_apart() -> None:
         (pair(a=(8, 5), b=(3, 8)), FileFormatError, "A has rank 8, B has rank 8, adapter_config.json says 4"),
         (pair(a=(4, 0)), FileFormatError, "factors are empty"),
         (pair(b=(0, 4)), FileFormatError, "factors are empty"),
-        (pair(a=(4, 5, 3, 3)), FileFormatError, r"\[3, 4\] and \[4, 5, 3, 3\] do not multiply"),
-        (pair(a=(4, 5, 3, 3), b=(3, 4, 3, 3)), FileFormatError, "do not multiply"),
-        (pair(a=(4,), b=(3,)), FileFormatError, "do not multiply"),
+        (pair(a=(4, 5, 3, 3)), FileFormatError, r"\[3, 4\] and \[4, 5, 3, 3\] cannot be multiplied"),
+        (pair(a=(4, 5, 3, 3), b=(3, 4, 3, 3)), FileFormatError, "cannot be multiplied"),
+        (pair(a=(4,), b=(3,)), FileFormatError, "cannot be multiplied"),
         (pair(a=(4, 5, 3, 3), b=(3, 2, 1, 1)), UnsupportedAdapterError, "a convolution with 2 groups"),
         (pair(dtype="I64"), UnsupportedAdapterError, "dtype is I64"),
     ],
@@ -148,12 +148,12 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "lora_bias is false": ({f"{PREFIX}.lora_B.bias": whole(3)}, {}),
     "m.q_proj has no magnitude": ({}, {"use_dora": True}),
     "lora_B.weight has no bias": ({}, {"lora_bias": True}),
-    r"its shape is \[5\], the module has 3 outputs": (
+    r"its shape is \[5\], but the module has 3 outputs": (
         {f"{PREFIX}.lora_magnitude_vector": whole(5)},
         {"use_dora": True},
     ),
-    "the file holds no rows": ({}, {"trainable_token_indices": [1]}),
-    r"its shape is \[2, 5\], the configuration names 1 tokens": (
+    "the file has no rows": ({}, {"trainable_token_indices": [1]}),
+    r"its shape is \[2, 5\], but the configuration names 1 tokens": (
         {"base_model.model.m.embed.token_adapter.trainable_tokens_delta": whole(2, 5)},
         {"trainable_token_indices": [1]},
     ),
@@ -165,7 +165,7 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"base_model.model.m.embed.token_adapter.trainable_tokens_delta": whole(2, 5)},
         {"trainable_token_indices": {"embed": [1, 2], "m.embed": [1, 3]}},
     ),
-    r"it is empty, \[0, 5\]": ({"base_model.model.score.weight": whole(0, 5)}, {"modules_to_save": ["score"]}),
+    r"it is empty: \[0, 5\]": ({"base_model.model.score.weight": whole(0, 5)}, {"modules_to_save": ["score"]}),
 }
 
 
@@ -232,7 +232,7 @@ def test_parameters_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> Non
 def test_a_change_inside_of_another_is_refused(tmp_path: Path) -> None:
     out_proj = {name.replace("m.q_proj", "m.base_layer.out_proj"): values for name, values in pair().items()}
     whole_m = {name.replace("m.q_proj", "m"): values for name, values in pair().items()}
-    with pytest.raises(UnsupportedAdapterError, match=r"m\.out_proj is adapted inside of m, .* MultiheadAttention"):
+    with pytest.raises(UnsupportedAdapterError, match=r"m\.out_proj is adapted inside the adapted module m, .* MultiheadAttention"):
         LoraAdapter.open(write_adapter(tmp_path, {**out_proj, **whole_m}))
     owned = LoraAdapter.open(write_adapter(tmp_path, {**out_proj, **whole_m}, target_parameters=["m.weight"]))
     assert {name: module.base_name for name, module in owned.modules.items()} == {

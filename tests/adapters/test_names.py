@@ -144,7 +144,7 @@ def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     tensors = oracles.read_tensors(folder / WEIGHTS_FILE)
     twice = {**tensors, **{name.replace("model.layers", "model._orig_mod.layers"): tensors[name] for name in tensors}}
     oracles.write_tensors(folder / WEIGHTS_FILE, {name: ("F32", value) for name, value in twice.items()}, {})
-    with pytest.raises(FileFormatError, match=r"_orig_mod\S+ are one tensor"):
+    with pytest.raises(FileFormatError, match=r"_orig_mod\S+ are the same tensor"):
         LoraAdapter.open(folder)
 
 
@@ -165,7 +165,7 @@ def test_patterns_count_by_the_names_in_training(
 ) -> None:
     folder = write(tmp_path / "one", "base_model.model._orig_mod.", alpha=8, alpha_pattern=alpha_pattern)
     if alpha is None:
-        with pytest.raises(SoupError, match="alpha_pattern say other things of _orig_mod"):
+        with pytest.raises(SoupError, match="alpha_pattern give different values for _orig_mod"):
             LoraAdapter.open(folder)
     else:
         assert LoraAdapter.open(folder).modules[f"{LAYER}.q_proj"].scaling == alpha / 2

@@ -129,7 +129,7 @@ def test_a_mismatch_shows_the_names_of_both(tmp_path: Path) -> None:
         folded(tmp_path, base)
     assert f"{Q}.weight is not in the base" in caught.value.what
     assert f"audio_tower.{Q}.weight, language_model.model.{Q}.weight" in caught.value.what
-    assert "save it again with the class that they were trained on" in caught.value.mend
+    assert "save it again with the model class of the training" in caught.value.mend
 
 
 def test_names_that_mean_another_tensor_in_memory_are_never_taken_as_they_are() -> None:
