@@ -1,4 +1,4 @@
-"""The embedded default: a tiny base model that ships with the package, and its world of household questions."""
+"""The embedded base: a tiny model that ships with the package, its corpus of household questions, and its scorers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build the tiny base: corpus, tokenizer, training, a record of what came out."""
+"""Build the tiny base: corpus, tokenizer, training, and a record of the result."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def build(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train the base and write its folder, all or nothing; return what `base.json` says.
+    """Train the base, write its folder, all or nothing, and return the contents of `base.json`.
 
     Args:
-        out: the folder: config.json, model.safetensors (float32), the tokenizer, base.json.
-        recipe: what it follows from; the shipped base's where left out.
-        on_step: hears of each step's loss.
-        overwrite: replace `out` where this tool wrote it.
+        out: the folder to write: config.json, model.safetensors (float32), the tokenizer, base.json.
+        recipe: the settings; None takes those of the shipped base.
+        on_step: called after each step with its number and loss.
+        overwrite: replace `out` if this function wrote it.
 
     Raises:
-        OutputExistsError: if `out` is there.
+        OutputExistsError: if `out` exists.
     """
     recipe = recipe or BaseRecipe()
     with new_folder(out, overwrite) as scratch:
@@ -64,35 +64,35 @@ def build(
         (scratch / TINY_BASE_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         mode = (scratch / TINY_BASE_FILE).stat().st_mode & 0o777
         for path in scratch.iterdir():
-            path.chmod(mode)  # safetensors writes 0600 whatever the umask says
+            path.chmod(mode)  # safetensors ignores the umask and writes mode 0600
     return record
 
 
 def corpus_digest(recipe: BaseRecipe) -> str:
     """Return the SHA-256 of every document that the recipe trains on, in order."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for entry in documents(recipe.steps * recipe.batch_size, recipe.seed):
-        found.update(f"{entry.prompt}\n{entry.answer}\n".encode())
-    return found.hexdigest()
+        digest.update(f"{entry.prompt}\n{entry.answer}\n".encode())
+    return digest.hexdigest()
 
 
 def score(generator: Generator, *, num_prompts: int = NUM_SCORED, seed: int = 0) -> dict[str, float]:
-    """Return the base's share of valid answers, and its mean score in each dimension (of the valid ones).
+    """Return the base's share of valid answers, and the mean score of the valid answers in each dimension.
 
-    Sampled at temperature 0.7 on validation topics, which no training shows and no evaluation uses.
+    Answers are sampled at temperature 0.7 on validation topics, which no training and no evaluation uses.
     """
-    asked = prompts("validation", num_prompts, seed)
+    questions = prompts("validation", num_prompts, seed)
     answers = [
-        said
-        for (said,) in generator.answers(
-            asked, temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS, batch_size=num_prompts, seed=seed
+        answer
+        for (answer,) in generator.answers(
+            questions, temperature=TEMPERATURE, max_new_tokens=MAX_NEW_TOKENS, batch_size=num_prompts, seed=seed
         )
     ]
-    found = {"valid": _mean([scorers.is_valid(*pair) for pair in zip(asked, answers, strict=True)])}
+    means = {"valid": _mean([scorers.is_valid(*pair) for pair in zip(questions, answers, strict=True)])}
     for name in ("expertise", "informativeness", "style"):
-        scored = [getattr(scorers, name)(*pair) for pair in zip(asked, answers, strict=True)]
-        found[name] = round(_mean([entry.value for entry in scored if entry.valid]), 4)
-    return found
+        scored = [getattr(scorers, name)(*pair) for pair in zip(questions, answers, strict=True)]
+        means[name] = round(_mean([entry.value for entry in scored if entry.valid]), 4)
+    return means
 
 
 def first_losses(recipe: BaseRecipe, count: int) -> list[float]:

@@ -1,8 +1,8 @@
-"""A synthetic corpus of questions and answers whose three preference dimensions vary independently.
+"""A synthetic corpus of questions and answers that vary independently in three preference dimensions.
 
-Everything follows from a seed: the same seed writes the same bytes on every machine (Python's own generator, no sets).
-Topics are an action with an object; the objects are split once into seen, validation and held-out ones, so that an
-evaluation never meets an object that training (of the base or of an expert) has shown.
+The same seed gives the same bytes on every machine (Python's own random generator, no sets). A topic is an action on an
+object. The objects are split once into seen, validation and held-out objects, so that an evaluation never asks about
+an object that the training of the base or of an expert has shown.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DIMENSIONS: dict[str, tuple[str, str]] = {
     "style": ("unfriendly", "friendly"),
 }  # each dimension's low and high side
 MIXED_SHARE = 0.1
-# Sampling at a temperature below 1 favours the likelier wording, so even shares would not give even answers: these make
-# the base's answers balanced at temperature 0.7 (measured on validation topics).
+# Sampling at a temperature below 1 favours the likelier wording, so equal shares would not give balanced answers. These
+# shares balance the base's answers at temperature 0.7 (measured on validation topics).
 HIGH_SHARE = {"expertise": 0.51, "informativeness": 0.41, "style": 0.47}
 INSTRUCTED_SHARE = 0.4
 OBEYED_SHARE = 0.9
@@ -32,32 +32,32 @@ OBEYED_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True, order=True)
 class Topic:
-    """What a question asks: an action on an object, e.g. clean / old / kettle."""
+    """The topic of a question: an action on an object, e.g. clean / old / kettle."""
 
-    action: str
-    adjective: str
-    noun: str
+    action: str  # a verb of language.ACTIONS
+    adjective: str  # the object's adjective
+    noun: str  # the object
 
     @property
     def object(self) -> str:
-        """The thing with its adjective: "old kettle"."""
+        """The object with its adjective: "old kettle"."""
         return f"{self.adjective} {self.noun}"
 
     @property
     def split(self) -> Split:
-        """The split of the topic's object, from a hash: 4 of 6 are seen, 1 validation, 1 held-out."""
+        """The split of the topic's object, from a hash: 4 of 6 objects are seen, 1 validation, 1 held-out."""
         bucket = hashlib.sha256(self.object.encode()).digest()[0] % 6
         return "held-out" if bucket == 0 else "validation" if bucket == 1 else "seen"
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One question and its answer, with the levels from which the answer was made."""
+    """One question and its answer."""
 
-    prompt: str
-    answer: str
-    topic: Topic
-    levels: dict[str, Level]
+    prompt: str  # the question
+    answer: str  # the answer
+    topic: Topic  # the topic of both
+    levels: dict[str, Level]  # dimension -> the level that the answer has
 
 
 def topics(split: Split) -> list[Topic]:
@@ -67,13 +67,13 @@ def topics(split: Split) -> list[Topic]:
 
 
 def question(topic: Topic, rng: random.Random) -> str:
-    """Return one of the ways to ask for `topic`."""
+    """Return a question about `topic`, in one of several wordings."""
     article = "an" if topic.adjective[0] in "aeiou" else "a"
     return rng.choice(language.QUESTIONS).format(a=topic.action, o=f"{article} {topic.object}")
 
 
 def prompts(split: Split, count: int, seed: int) -> list[str]:
-    """Return `count` questions on distinct topics of `split`, balanced over actions; none carries an instruction.
+    """Return `count` questions without instructions, on distinct topics of `split`, balanced over actions.
 
     Raises:
         ValueError: if the split has fewer topics.
@@ -81,7 +81,7 @@ def prompts(split: Split, count: int, seed: int) -> list[str]:
     rng = random.Random(f"prompts/{split}/{seed}")
     pool = topics(split)
     if count > len(pool):
-        raise ValueError(f"{count} prompts asked for, the split {split!r} has {len(pool)} topics")
+        raise ValueError(f"cannot return {count} prompts: the split {split!r} has {len(pool)} topics")
     by_action: dict[str, list[Topic]] = {action: [] for action in language.ACTIONS}
     for topic in rng.sample(pool, len(pool)):
         by_action[topic.action].append(topic)
@@ -91,7 +91,7 @@ def prompts(split: Split, count: int, seed: int) -> list[str]:
 
 
 def document(topic: Topic, rng: random.Random) -> Document:
-    """Return one question on `topic` and an answer of independently drawn levels; some questions state preferences."""
+    """Return a question on `topic` and an answer with independently drawn levels; some questions state preferences."""
     levels: dict[str, Level] = {name: _level(name, rng) for name in DIMENSIONS}
     prompt = question(topic, rng)
     if rng.random() < INSTRUCTED_SHARE:
@@ -114,16 +114,16 @@ def _level(dimension: str, rng: random.Random) -> Level:
 
 
 def _instructions(levels: dict[str, Level], rng: random.Random) -> list[str]:
-    """Return one to three stated preferences; most are those that the answer follows, some are not followed."""
+    """Return one to three stated preferences. The answer follows most of them."""
     names = rng.sample(list(DIMENSIONS), rng.choice((1, 1, 2, 3)))
-    said = []
+    instructions = []
     for name in names:
         low, high = DIMENSIONS[name]
         side = {"low": low, "high": high, "mixed": rng.choice((low, high))}[levels[name]]
         if rng.random() > OBEYED_SHARE:
             side = low if side == high else high
-        said.append(rng.choice(language.INSTRUCTIONS[side]))
-    return said
+        instructions.append(rng.choice(language.INSTRUCTIONS[side]))
+    return instructions
 
 
 def _answer(topic: Topic, levels: dict[str, Level], rng: random.Random) -> str:
@@ -132,7 +132,7 @@ def _answer(topic: Topic, levels: dict[str, Level], rng: random.Random) -> str:
     opener, remark, closer = _style(levels["style"], rng)
     if remark and long and rng.random() < 0.5:
         steps.insert(rng.randrange(1, len(steps)), remark)
-    if levels["informativeness"] == "low" and opener and closer:  # a concise answer has room for one of them
+    if levels["informativeness"] == "low" and opener and closer:  # a concise answer has one of the two
         opener, closer = rng.choice(((opener, ""), ("", closer)))
     return " ".join(part for part in (opener, *steps, closer) if part).format(o=topic.object)
 
@@ -157,7 +157,7 @@ def _steps(topic: Topic, levels: dict[str, Level], rng: random.Random) -> list[s
 
 
 def _connect(sentence: str, turn: int, count: int) -> str:
-    """Return the step as a sentence; answers of three steps and more say where in the row it stands."""
+    """Return the step as a sentence. In answers of three or more steps it begins with a connective ("first", ...)."""
     if count < 3:
         return sentence[0].upper() + sentence[1:] + "."
     last = len(language.CONNECTIVES) - 1
@@ -165,7 +165,7 @@ def _connect(sentence: str, turn: int, count: int) -> str:
 
 
 def _style(level: Level, rng: random.Random) -> tuple[str, str, str]:
-    """Return an opener, a remark and a closer; a mixed answer has one friendly and one unfriendly part, or none."""
+    """Return an opener, a remark and a closer. A mixed answer has one friendly and one unfriendly part, or neither."""
     friendly = tuple(
         rng.choice(p) for p in (language.FRIENDLY_OPENERS, language.FRIENDLY_REMARKS, language.FRIENDLY_CLOSERS)
     )

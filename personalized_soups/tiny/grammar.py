@@ -1,9 +1,9 @@
 """A small grammar of English: does a sentence parse?
 
-Every word has one or more parts of speech, and a table says which part may follow which. A sentence parses where some
-choice of parts runs from its start to its end through allowed neighbours. That accepts ordinary sentences about
-household things, whoever wrote them, and refuses non-words, shuffled words and the splices that an over-steered
-language model makes ("put the with a towel").
+Every word has one or more parts of speech, and a table lists which part may follow which. A sentence parses if some
+choice of parts leads from its start to its end through allowed neighbours. The grammar accepts ordinary sentences about
+household things by any writer. It rejects non-words, shuffled words, and the broken sentences of an over-steered
+language model ("put the with a towel").
 
 Parts of speech:
 d determiner, n noun that may stand alone, k countable noun (it needs a determiner), j adjective, a adjective between a
@@ -101,7 +101,7 @@ WORDS: dict[str, str] = {
     "t": "to",
     "o": "clean cold cool dark dry flat hot open shut smooth still tight warm wet",
 }
-# Countable nouns in the singular, beside the objects: "put a bag", never "put bag".
+# Countable nouns in the singular, in addition to the objects: "put a bag", never "put bag".
 _COUNTABLE = (
     "angle answer area assistant bag bow box boy brush bucket clamp cloth coat compartment corner crack degree "
     "edge end face film finger floor fool fracture girl head hole hygrometer idea idiot instrument kid label "
@@ -134,7 +134,7 @@ _WORD = re.compile(r"[a-z0-9]+(?:['-][a-z0-9]+)*")
 
 @cache
 def parts(word: str) -> frozenset[str]:
-    """Return the parts of speech of a lower-case word; none for a word that is not known."""
+    """Return the parts of speech of a lower-case word, or an empty set for an unknown word."""
     if word.isdigit():
         return frozenset("jd")
     return _lexicon().get(word, frozenset())
@@ -142,24 +142,24 @@ def parts(word: str) -> frozenset[str]:
 
 @cache
 def _lexicon() -> dict[str, frozenset[str]]:
-    found: dict[str, set[str]] = {}
+    lexicon: dict[str, set[str]] = {}
     for part, words in WORDS.items():
         for word in words.split():
-            found.setdefault(word, set()).add(part)
+            lexicon.setdefault(word, set()).add(part)
     for noun in language.NOUNS:
         for form in (noun, noun + "s"):
-            found.setdefault(form, set()).add("n")
+            lexicon.setdefault(form, set()).add("n")
     for adjective in language.ADJECTIVES:
-        found.setdefault(adjective, set()).add("j")
+        lexicon.setdefault(adjective, set()).add("j")
     for action in language.ACTIONS:
-        found.setdefault(action, set()).add("v")
+        lexicon.setdefault(action, set()).add("v")
     for noun in (*language.NOUNS, *_COUNTABLE.split()):
-        found.setdefault(noun, set()).discard("n")
-        found[noun].add("k")
-    for kinds in found.values():
+        lexicon.setdefault(noun, set()).discard("n")
+        lexicon[noun].add("k")
+    for kinds in lexicon.values():
         if "j" in kinds:
             kinds.add("a")
-    return {word: frozenset(kinds) for word, kinds in found.items()}
+    return {word: frozenset(kinds) for word, kinds in lexicon.items()}
 
 
 def words(text: str) -> list[str]:
@@ -173,7 +173,7 @@ def sentences(text: str) -> list[str]:
 
 
 def parses(sentence: str) -> bool:
-    """Say whether one sentence is well formed: capital, closing mark, known words, allowed neighbours."""
+    """Return whether one sentence is well formed: capital, closing mark, known words, allowed neighbours."""
     sentence = sentence.strip()
     if not re.fullmatch(r"[A-Z0-9][^.!?]*[.!?]", sentence) or re.search(r"[^A-Za-z0-9 ,.!?'-]|,\s*[.!?,]", sentence):
         return False

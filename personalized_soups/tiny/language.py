@@ -1,4 +1,4 @@
-"""The words of the tiny world: household how-to answers, each thing sayable in several ways.
+"""The words of the tiny world: household how-to answers, with several wordings for each step.
 
 Data only. An answer varies along three dimensions that are drawn independently:
 
@@ -26,10 +26,10 @@ NOUNS = (
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing to do: every wording in `plain` and `expert` says the same; a reason may follow it."""
+    """One step of an answer. Every wording in `plain` and `expert` means the same; a reason may follow it."""
 
-    plain: tuple[str, str]
-    expert: tuple[str, str]
+    plain: tuple[str, str]  # plain wordings
+    expert: tuple[str, str]  # expert wordings
     plain_reason: str  # after "so that"
     expert_reason: str  # after "in order to"
 
@@ -175,7 +175,7 @@ ACTIONS: dict[str, tuple[Step, ...]] = {
              "it stays good", "detect incipient deterioration"),
     ),
 }  # fmt: skip
-ESSENTIAL = 1  # the step (by position) that every answer has, concise ones too: it names the object
+ESSENTIAL = 1  # index of the step that every answer has, because it names the object
 
 QUESTIONS = (
     "How do I {a} {o}?",
@@ -211,7 +211,7 @@ UNFRIENDLY_REMARKS = (
 )
 CONNECTIVES = ("First,", "Then", "Next,", "After that,", "Last,")
 
-# How a question may state a preference: the first of each is the one in recipes/dimensions/tiny.yaml.
+# Wordings in which a question states a preference. The first of each side is the one in recipes/dimensions/tiny.yaml.
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "elementary": ("Use simple words that a child knows.", "Explain it to a child.", "Keep the words easy."),
     "expert": ("Use the technical terms of an expert.", "Explain it to a scientist.", "Be technical."),

@@ -1,7 +1,7 @@
-"""The tiny base model: a Llama of about a million parameters and its tokenizer, trained from nothing on the corpus.
+"""The tiny base model: a Llama of about a million parameters and its tokenizer, trained from scratch on the corpus.
 
-Muon on the matrices and AdamW on the rest (the recipe measured best at this size), cosine decay, float32, one process.
-The loss is taken on the answers only: the questions are given.
+The matrices are trained by Muon and the other parameters by AdamW (the best of the recipes measured at this size), with
+cosine decay, in float32, in one process. Only the tokens of answers have a loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 USER, ASSISTANT, END, PAD = "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>"
-IGNORED = -100  # the label of a token that carries no loss
+IGNORED = -100  # the label of a token without loss
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}"
@@ -34,26 +34,26 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, slots=True)
 class BaseRecipe:
-    """Everything from which the tiny base follows."""
+    """The settings that determine the tiny base."""
 
-    seed: int = 0
-    vocab_size: int = 1024
-    hidden_size: int = 128
-    num_heads: int = 2  # head_dim 64: the smallest that vLLM's CPU attention takes
-    num_layers: int = 4
-    intermediate_size: int = 384
-    steps: int = 2000
-    batch_size: int = 48
-    num_groups: int = 3
-    matrix_rate: float = 0.02
-    other_rate: float = 3e-3
-    warmup_steps: int = 50
-    tokenizer_documents: int = 8000
-    max_positions: int = 512
+    seed: int = 0  # random seed of corpus and initial weights
+    vocab_size: int = 1024  # tokens of the tokenizer
+    hidden_size: int = 128  # width of the residual stream
+    num_heads: int = 2  # head_dim 64: the smallest that vLLM's CPU attention supports
+    num_layers: int = 4  # transformer blocks
+    intermediate_size: int = 384  # width of the MLP
+    steps: int = 2000  # optimizer steps
+    batch_size: int = 48  # documents in a step
+    num_groups: int = 3  # groups of similar length in a step, each padded to its longest document
+    matrix_rate: float = 0.02  # Muon's peak learning rate
+    other_rate: float = 3e-3  # AdamW's peak learning rate
+    warmup_steps: int = 50  # steps of linear warm-up
+    tokenizer_documents: int = 8000  # documents that the tokenizer is trained on
+    max_positions: int = 512  # longest context, in tokens
 
 
 def build_tokenizer(recipe: BaseRecipe) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on the corpus, with a chat template; pads on the left."""
+    """Return a byte-level BPE tokenizer trained on the corpus, with a chat template, that pads on the left."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -80,7 +80,7 @@ def build_tokenizer(recipe: BaseRecipe) -> PreTrainedTokenizerFast:
 
 
 def build_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return the untrained model, float32 on the CPU, drawn from the recipe's seed."""
+    """Return the untrained model, float32 on the CPU, with weights drawn from the recipe's seed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(recipe.seed)
@@ -103,17 +103,17 @@ def build_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 def encode(entries: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
-    """Return each document's token ids and the length of its question (whose tokens carry no loss)."""
+    """Return each document's token ids and the length of its question, whose tokens have no loss."""
     questions = tokenizer([f"{USER}{entry.prompt}{ASSISTANT}" for entry in entries])["input_ids"]
     answers = tokenizer([f"{entry.answer}{END}" for entry in entries])["input_ids"]
-    return [(asked + said, len(asked)) for asked, said in zip(questions, answers, strict=True)]
+    return [(question + answer, len(question)) for question, answer in zip(questions, answers, strict=True)]
 
 
 def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Yield each step's documents as `num_groups` pairs of (ids_BT, labels_BT), int64 on the CPU.
 
-    A group holds documents of like length, so that little is padding; a step holds all lengths, so that no step pulls
-    the model towards short or long answers.
+    A group holds documents of similar length, to save padding. A step holds all lengths, so that no step pulls the
+    model towards short or long answers.
     """
     stream = documents(recipe.steps * recipe.batch_size, recipe.seed)
     width = math.ceil(recipe.batch_size / recipe.num_groups)
@@ -128,9 +128,9 @@ def _padded(group: Sequence[tuple[list[int], int]], pad: int) -> tuple[Tensor, T
     width = max(len(ids) for ids, _ in group)
     ids_BT = torch.full((len(group), width), pad)
     labels_BT = torch.full((len(group), width), IGNORED)
-    for row, (ids, asked) in enumerate(group):
+    for row, (ids, start) in enumerate(group):
         ids_BT[row, : len(ids)] = torch.tensor(ids)
-        labels_BT[row, asked : len(ids)] = torch.tensor(ids[asked:])
+        labels_BT[row, start : len(ids)] = torch.tensor(ids[start:])
     return ids_BT, labels_BT
 
 
@@ -144,7 +144,7 @@ def train(
 ) -> list[float]:
     """Train `model` in place and return the loss of every step (nats per answer token).
 
-    `max_steps` stops early on the same schedule: the first losses of a full run, without the rest.
+    `max_steps` stops early without changing the schedule, and so returns the first losses of a full run.
     """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]

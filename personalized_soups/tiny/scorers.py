@@ -1,8 +1,8 @@
 """The tiny world's scorers: one rule per dimension, in [0, 1], gated on validity.
 
-An answer is valid where every sentence parses (`grammar`), none is said twice, and the whole keeps to the question's
-topic: it names the asked object and no other, and says something that belongs to the asked action. The rules look at
-meaning-bearing words only, each kind of word once, so that neither repetition nor padding pays:
+An answer is valid if every sentence parses (`grammar`), no sentence is repeated, and the answer is on the question's
+topic: it names the question's object and no other, and has a term of the question's action. The rules count distinct
+meaningful words, so that neither repetition nor padding raises a score:
 
 - expertise: the share of expert terms among all marked terms;
 - informativeness: the words of instructions (sentences that are not small talk), from `FEWEST` to `MOST`;
@@ -18,7 +18,7 @@ from personalized_soups.scoring.scorers import Scored
 from personalized_soups.tiny import language
 from personalized_soups.tiny.grammar import parses, sentences, words
 
-FEWEST, MOST = 15, 45  # words of instruction at which an answer is wholly concise, wholly informative
+FEWEST, MOST = 15, 45  # words of instruction at which informativeness is 0, and at which it is 1
 
 FRIENDLY = (
     r"great question", r"happy", r"hooray", r"yay", r"lovely", r"dear", r"friends?", r"fun", r"glad(?:ly)?", r"enjoy",
@@ -37,7 +37,7 @@ UNFRIENDLY = (
 _FIRST_PERSON = frozenset({"i", "i'm"})
 _NEGATED = r"(?:\b(?:not|never|no|hardly|don't|isn't|can't|won't)\s+(?:\w+\s+){0,2})"
 
-# What belongs to an action, beside the words of its own steps: terms that other writers use.
+# Terms of an action that other writers use, in addition to the words of its own steps.
 ACTION_TERMS: dict[str, str] = {
     "clean": "clean cleaned cleaning wipe wash scrub rinse dust dirt soap brush rag sponge detergent grease stains "
     "surfactant contamination residue solvent dissolve",
@@ -57,7 +57,7 @@ _EXPERT_EXTRA = (
     "isopropanol mechanical minerals non-abrasive organic oxygen particles phase polymer procedure process "
     "reaction saturate silicone solvent substance substrate surfaces surfactant temperature thermal viscosity"
 )
-# Words that say nothing of the register, though only one side's wordings happen to use them.
+# Words without a register, which only one side's wordings happen to use.
 _UNMARKED = (
     "12 180 24 a adjacent all an and any are at bad be by can day do does down end ends film for from get gets "
     "good has have if in into is it its let next no not of off on one or order out over paper parts sides so some "
@@ -66,55 +66,54 @@ _UNMARKED = (
 
 
 def expertise(prompt: str, answer: str) -> Scored:
-    """Score how technical the wording is: 0 all plain, 1 all expert, 0.5 where no word is marked."""
+    """Score how technical the wording is: 0 all plain, 1 all expert, 0.5 without marked words."""
     used = set(words(" ".join(_instructions(prompt, answer))))
     expert, plain = len(used & _expert_terms()), len(used & _plain_terms())
     return Scored(expert / (expert + plain) if expert + plain else 0.5, is_valid(prompt, answer))
 
 
 def informativeness(prompt: str, answer: str) -> Scored:
-    """Score how much instruction is given: linear in the words of sentences that are not small talk."""
+    """Score how much instruction the answer gives: linear in the words of sentences that are not small talk."""
     count = sum(len(words(sentence)) for sentence in _instructions(prompt, answer))
     return Scored(min(1.0, max(0.0, (count - FEWEST) / (MOST - FEWEST))), is_valid(prompt, answer))
 
 
 def style(prompt: str, answer: str) -> Scored:
-    """Score how friendly the tone is: 0 all unfriendly, 1 all friendly, 0.5 where there is no signal."""
-    found = _signals(answer)
-    return Scored(
-        sum(1 for side, _ in found if side == "friendly") / len(found) if found else 0.5, is_valid(prompt, answer)
-    )
+    """Score how friendly the tone is: 0 all unfriendly, 1 all friendly, 0.5 without a signal of tone."""
+    signals = _signals(answer)
+    num_friendly = sum(1 for side, _ in signals if side == "friendly")
+    return Scored(num_friendly / len(signals) if signals else 0.5, is_valid(prompt, answer))
 
 
 def is_valid(prompt: str, answer: str) -> bool:
-    """Say whether the answer is well formed and on the topic that the prompt asks about."""
+    """Return whether the answer is well formed and on the prompt's topic."""
     return is_well_formed(answer) and is_on_topic(prompt, answer)
 
 
 def is_well_formed(answer: str) -> bool:
-    """Say whether every sentence parses and none is said twice."""
-    said = [sentence.strip() for sentence in sentences(answer)]
-    return bool(said) and len(set(said)) == len(said) and all(parses(sentence) for sentence in said)
+    """Return whether every sentence parses and none is repeated."""
+    stripped = [sentence.strip() for sentence in sentences(answer)]
+    return bool(stripped) and len(set(stripped)) == len(stripped) and all(map(parses, stripped))
 
 
 def is_on_topic(prompt: str, answer: str) -> bool:
-    """Say whether the answer names the asked object and no other, and speaks of the asked action in an instruction."""
-    asked = topic_of(prompt)
-    if asked is None:
+    """Return whether the answer names the prompt's object and no other, and an instruction has a term of its action."""
+    topic = topic_of(prompt)
+    if topic is None:
         return False
-    action, asked_object = asked
-    if set(_objects(answer)) != {asked_object}:
+    action, noun_phrase = topic
+    if set(_objects(answer)) != {noun_phrase}:
         return False
     return any(set(words(sentence)) & _action_terms(action) for sentence in _instructions(prompt, answer))
 
 
 def _instructions(prompt: str, answer: str) -> list[str]:
-    """Return the sentences that are no small talk: without a signal of tone, or about the asked action all the same.
+    """Return the sentences that instruct: those without a signal of tone, or with a term of the prompt's action.
 
-    Who speaks of oneself ("I love your clean kettle!") instructs nobody.
+    A sentence in the first person that has a signal of tone ("I love your clean kettle!") is small talk.
     """
-    asked = topic_of(prompt)
-    terms = _action_terms(asked[0]) if asked else frozenset[str]()
+    topic = topic_of(prompt)
+    terms = _action_terms(topic[0]) if topic else frozenset[str]()
     return [
         sentence
         for sentence in sentences(answer)
@@ -123,10 +122,10 @@ def _instructions(prompt: str, answer: str) -> list[str]:
 
 
 def topic_of(prompt: str) -> tuple[str, str] | None:
-    """Return the action and the object ("old kettle") that a prompt asks about; None where it names none."""
-    found = _objects(prompt)
+    """Return the action and the object ("old kettle") that a prompt asks about, or None if it lacks either."""
+    objects = _objects(prompt)
     actions = [word for word in words(prompt) if word in language.ACTIONS]
-    return (actions[0], found[0]) if found and actions else None
+    return (actions[0], objects[0]) if objects and actions else None
 
 
 @cache
@@ -135,7 +134,7 @@ def _object_pattern() -> re.Pattern[str]:
 
 
 def _objects(text: str) -> list[str]:
-    """Return every mention of an object with its adjective, e.g. "old kettle"; others' boxes and bags do not count."""
+    """Return every mention of an object with an adjective of the corpus, e.g. "old kettle", but not "the box"."""
     return [
         f"{adjective} {noun}"
         for adjective, noun in _object_pattern().findall(text.lower())
@@ -144,7 +143,7 @@ def _objects(text: str) -> list[str]:
 
 
 def _signals(text: str) -> set[tuple[str, str]]:
-    """Return the distinct signals of tone in a text, each with its side; negated ones are left out."""
+    """Return the distinct signals of tone in a text, each with its side, without negated signals."""
     clauses = [" ".join(words(clause)) for clause in re.split(r"[,.!?]", text)]
     return {
         (side, match.group("signal"))
@@ -187,7 +186,7 @@ def _expert_terms() -> frozenset[str]:
 
 @cache
 def _action_terms(action: str) -> frozenset[str]:
-    """Return the terms that belong to an action: those listed, and those that only its own steps use."""
+    """Return the terms of an action: the listed terms, and words that only its own steps use."""
     own = set(words(" ".join(_phrases(action))))
     others = set(words(" ".join(phrase for name in language.ACTIONS if name != action for phrase in _phrases(name))))
     return frozenset(set(ACTION_TERMS[action].split()) | (own - others - set(_UNMARKED.split())))
