@@ -1,6 +1,6 @@
-"""Live weights: one loaded model that changes from user to user in place, within microseconds.
+"""Live weights: change the soup of one loaded model in place, within microseconds.
 
-Two random experts for the base that ships with the package stand in for yours:  python examples/live.py
+The experts are random, for the base that ships with the package. Run it with: python examples/live.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ PROMPT = "How do I clean an old kettle?"
 
 
 def main() -> None:
-    """Print the answers of the base and of two users' soups, all of one model."""
+    """Print the answers of the base and of two users' soups, all by one model."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as experts:
         for name in ("bold", "calm"):

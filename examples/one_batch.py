@@ -1,6 +1,6 @@
-"""Three users answered in one batch: one base in memory, nothing merged, a soup of its own in every row.
+"""Answer three users in one batch: one base in memory, another soup in every row, and nothing merged.
 
-Needs the experts of `psoups quickstart` (or yours):  python examples/one_batch.py quickstart/experts
+It needs experts, such as those of `psoups quickstart`: python examples/one_batch.py quickstart/experts
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ PROMPT = "How do I clean an old kettle?"
 
 
 def main(experts: str) -> None:
-    """Print what the base and every user's soup answer, all rows of one batch; then one answer whose tone turns."""
+    """Print the answers of the base and of every user in one batch, then one answer whose tone changes."""
     model = SoupModel.from_pretrained(TINY_BASE, experts, device="cpu")
     answers = model.generate([PROMPT] * 4, [None, *USERS])
     print(f"{PROMPT}\n")
     for name, answer in zip(["the base", *(profile.user for profile in USERS)], answers, strict=True):
         print(f"{name}: {answer}\n")
-    # a weight may follow the tokens: friendly at first, and the contrary at the end
+    # a weight may depend on the token: friendly at first, unfriendly at the end
     cooling = {"elementary": 0.5, "informative": 0.3, "friendly": lambda token: 0.6 if token < 30 else -0.9}
     print(f"cooling down: {model.generate(PROMPT, [cooling])[0]}")
 

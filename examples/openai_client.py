@@ -2,7 +2,7 @@
 
 It needs OpenAI's package: pip install openai
 
-URL is what `psoups serve --base tiny --experts quickstart/experts --profiles profiles.db` tells: http://127.0.0.1:8000/v1
+URL is the address that `psoups serve --base tiny --experts quickstart/experts --profiles profiles.db` prints, with /v1.
 """
 
 import sys
@@ -13,13 +13,13 @@ client = OpenAI(base_url=sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1
 base = client.models.list().data[0].id
 messages = [{"role": "user", "content": "How do I clean an old kettle?"}]
 
-# a stored profile: the model is whose it is
+# a stored profile: the model's name says whose
 profile = {"weights": {"expert": 0.6, "concise": 0.6, "unfriendly": 0.6}}
 client.put("/profiles/ada", body=profile, cast_to=object)
 answer = client.chat.completions.create(model="soup:ada", messages=messages, seed=1)
 print(f"{answer.model}: {answer.choices[0].message.content}")
 
-# a profile of the moment goes with the request
+# a profile that is sent with the request
 profile = {"weights": {"elementary": 0.6, "informative": 0.6, "friendly": 0.6}}
 stream = client.chat.completions.create(
     model=base, messages=messages, seed=1, stream=True, extra_body={"profile": profile}

@@ -1,6 +1,6 @@
-"""Three users, one base, six experts: merge a personal adapter for each and compare their answers.
+"""Merge a personal adapter for each of three users from six experts, and compare their answers.
 
-Needs the experts of `psoups quickstart` (or yours):  python examples/three_users.py quickstart/experts
+It needs experts, such as those of `psoups quickstart`: python examples/three_users.py quickstart/experts
 """
 
 from __future__ import annotations
