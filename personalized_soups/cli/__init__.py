@@ -1,1 +1,1 @@
-"""The command line: parse, call, print. One file per group of commands; render.py is the only file that prints."""
+"""The command line: parse, call, print. One folder per group of commands; only render.py prints."""

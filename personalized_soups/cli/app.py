@@ -1,7 +1,7 @@
-"""The command `psoups`: its groups of commands, and what becomes of errors.
+"""The command `psoups`: its groups of commands, and the messages and exit codes of errors.
 
 Every command module has a function `register(app)` and imports heavy libraries (torch, transformers, peft, numpy,
-pydantic) inside its command functions only, so that `psoups --help` answers at once.
+pydantic) only inside its functions, so that `psoups --help` prints quickly.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from personalized_soups.cli import render
 from personalized_soups.cli.arguments import SoupCommand
 from personalized_soups.errors import RunError, SoupError
 
-# The groups of `psoups --help` and their commands, in the order in which they appear. Each group is a folder of cli/.
+# The groups of `psoups --help` and their commands, in the order of the help. Each group is a folder of cli/.
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "study": ("quickstart", "quality", "tiny"),
@@ -42,10 +42,10 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class SoupGroup(TyperGroup):
-    """The group of all commands; turns errors into messages and exit codes, and keeps a bug's traceback."""
+    """The group of all commands. Turns errors into messages and exit codes; other exceptions keep their traceback."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands under the title of their group; a command without a group stays hidden."""
+        """Write the commands under the titles of their groups, without commands that have no group."""
         for group, names in COMMAND_GROUPS.items():
             commands = {name: self.commands[name] for name in (module.replace("_", "-") for module in names)}
             limit = formatter.width - 6 - max(map(len, commands))
@@ -54,7 +54,7 @@ class SoupGroup(TyperGroup):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the chosen command; exit 2 for usage or input, 1 for a failed run, 130 for Ctrl-C."""
+        """Run the chosen command. Exit with 2 for wrong usage or input, 1 for a failed run, 130 for Ctrl-C."""
         try:
             return super().invoke(ctx)
         except SoupError as error:
@@ -72,11 +72,11 @@ class SoupGroup(TyperGroup):
 
 
 def disk_full(error: OSError) -> RunError:
-    """Return the error that tells of a full disk (or a used-up quota)."""
+    """Return the error for a full disk or an exceeded quota."""
     return RunError(
         f"the disk is full: {error.strerror}",
         where=str(error.filename or "the output folder's file system"),
-        mend="free some space, or give an --out on another disk; nothing half-written is left",
+        mend="free some space, or give an --out on another disk; no incomplete output is left",
     )
 
 
@@ -88,7 +88,7 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        # plain help: quick to print, the same at any version of rich, and fit for docs/reference/cli.md
+        # plain help prints quickly, does not depend on the version of rich, and goes into docs/reference/cli.md
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )

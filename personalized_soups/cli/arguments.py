@@ -1,7 +1,7 @@
-"""Turn the Python arguments that an error names into the options of the running command.
+"""Replace the Python arguments that an error names by the options of the running command.
 
-The library names arguments, since it does not know who calls it: `where="rank"`, and `give rank=16` in texts. A user of
-the command line knows options: `--rank`, and `give --rank 16`.
+The library does not know its caller, so its errors name arguments: `where="rank"`, and `give rank=16` in texts. A user
+of the command line knows options: `--rank`, and `give --rank 16`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from personalized_soups.errors import SoupError
 
 # A quoted text may be a name that a user chose, so it is copied. An apostrophe within a word opens no quotation.
 _QUOTED = r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`[^`]*`|“[^”]*”)(?!\w)"""
-# A value ends before the punctuation of its sentence; `...` stands for any value.
+# A value ends before the punctuation of its sentence. `...` is a placeholder for any value.
 _VALUE = r"""\.\.\.|"[^"]*"|'[^']*'|[^\s"'`;)]*[^\s"'`;:,.)]"""
 _TEXT = re.compile(rf"(?P<quoted>{_QUOTED})|(?<![^\s(])(?P<name>[a-z][a-z_]*)=(?P<value>{_VALUE})")
 _ARGUMENT = re.compile(rf"(?P<name>[a-z][a-z_]*)=(?P<value>{_VALUE})")

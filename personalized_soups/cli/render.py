@@ -1,4 +1,4 @@
-"""The only file that prints. Data goes to stdout; errors, talk and progress bars go to stderr."""
+"""The only file that prints. Data goes to stdout; errors, messages and progress bars go to stderr."""
 
 from __future__ import annotations
 
@@ -17,38 +17,42 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | bool | None
 
-# A column of text is made no narrower than this: a table with one is shown row by row instead.
+# The narrowest column of text. A table that needs narrower columns is printed row by row.
 _LEAST_TEXT = 20
-# Blanks around the two columns of a record: one at both ends, three between.
+# Blanks around the two columns of a record: one at each end, three between them.
 _FRAME = 5
-# Between two lines of progress where stderr is no terminal (a log file, CI).
+# Time between two lines of progress if stderr is no terminal (a log file, CI).
 _LOG_SECONDS = 10.0
 
 
 class Bar(Protocol):
-    """What a running task tells of itself."""
+    """Shows the progress of a task."""
 
     def update(self, done: int, *, total: int | None = None, **figures: float | str) -> None:
-        """Say that `done` units of work are done; figures such as loss=0.31 are shown beside the bar."""
+        """Show that `done` units of work are done, with figures such as loss=0.31 after the bar."""
 
 
 def show_error(error: SoupError) -> None:
-    """Print what is wrong, where, and the mend, on stderr."""
+    """Print an error on stderr: what is wrong, where, and the fix."""
     say(f"error: {error}")
 
 
 def say(text: str) -> None:
-    """Print talk (what is going on, what to try next) on stderr."""
+    """Print a message on stderr, such as the state of a run or a next step."""
     print(text, file=sys.stderr, flush=True)
 
 
 def show_text(text: str, *, end: str = "\n") -> None:
-    """Print data as it is on stdout, at once: pieces of a streamed answer have `end=""`."""
+    """Print a text on stdout at once. Pieces of a streamed answer have `end=""`."""
     print(text, end=end, flush=True)
 
 
 def show_json(value: object) -> None:
-    """Print one JSON object on stdout; numbers that JSON does not have (NaN, Inf) are a bug and raise ValueError."""
+    """Print one JSON object on stdout.
+
+    Raises:
+        ValueError: if a number is NaN or infinite, which JSON cannot express.
+    """
     print(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
 
 
@@ -60,29 +64,29 @@ def show_line(value: object) -> None:
 def show_table(
     columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, title: str | None = None, as_json: bool = False
 ) -> None:
-    """Print rows as a table, or as one JSON list of objects keyed by column."""
+    """Print rows as a table, or as a JSON list of objects with the columns as keys."""
     if as_json:
         show_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    told = [[_cell(value) for value in row] for row in rows]
-    widths = _widths(columns, told, shutil.get_terminal_size().columns)
+    texts = [[_cell(value) for value in row] for row in rows]
+    widths = _widths(columns, texts, shutil.get_terminal_size().columns)
     if widths is None:
-        _show_stacked(columns, told, title=title)
+        _show_stacked(columns, texts, title=title)
         return
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for index, (column, width) in enumerate(zip(columns, widths, strict=True)):
         numeric = bool(rows) and all(isinstance(row[index], int | float) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", width=width)
-    for row in told:
+    for row in texts:
         table.add_row(*row)
     _print_rich(table)
 
 
 def show_record(record: Mapping[str, Any], *, title: str | None = None, as_json: bool = False) -> None:
-    """Print one thing, key by key, as a table of two columns or as one JSON object."""
+    """Print a mapping as a table of two columns, or as one JSON object."""
     if as_json:
         show_json(record)
         return
@@ -90,12 +94,12 @@ def show_record(record: Mapping[str, Any], *, title: str | None = None, as_json:
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
-    """Return the width of each column such that all fit and no word is broken; None where there are none.
+    """Return widths of columns that fit into the terminal and break no word, or None if there are none.
 
-    Headings are the first to be broken into lines, then the columns with most text.
+    Headings are broken into lines first, then the columns with the longest texts.
     """
     cells = [[row[index] for row in rows] for index in range(len(columns))]
-    room = available - 2 - 2 * (len(columns) - 1)  # a blank at both ends, two between columns
+    room = available - 2 - 2 * (len(columns) - 1)  # a blank at each end, two between columns
     widths = [max(map(_longest_line, [column, *below])) for column, below in zip(columns, cells, strict=True)]
     if sum(widths) <= room:
         return widths
@@ -115,7 +119,7 @@ def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: in
 
 
 def _show_stacked(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None) -> None:
-    """Print a table that is too wide for the terminal: row by row, each as a record."""
+    """Print each row of a table as a record, since the table is too wide for the terminal."""
     names = [" ".join(column.split()) for column in columns]
     _show_pairs([list(zip(names, row, strict=True)) for row in rows], title=title)
 
@@ -126,12 +130,12 @@ def _show_pairs(records: Sequence[Sequence[tuple[str, str]]], *, title: str | No
 
     keys = max((_longest_line(key) for record in records for key, _ in record), default=0)
     available = shutil.get_terminal_size().columns - keys - _FRAME
-    told = [[(key, _wrapped(value, available)) for key, value in record] for record in records]
-    values = max((_longest_line(value) for record in told for _, value in record), default=0)
+    wrapped = [[(key, _wrapped(value, available)) for key, value in record] for record in records]
+    values = max((_longest_line(value) for record in wrapped for _, value in record), default=0)
     table = Table(title=title, title_justify="left", show_header=False, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column(no_wrap=True)
     table.add_column(no_wrap=True)
-    for number, record in enumerate(told):
+    for number, record in enumerate(wrapped):
         if number:
             table.add_row("", "")
         for key, value in record:
@@ -140,9 +144,9 @@ def _show_pairs(records: Sequence[Sequence[tuple[str, str]]], *, title: str | No
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Break a text into lines of `width` cells between words; a longer word, such as a path, stays in one piece.
+    """Break a text between words into lines of `width` cells.
 
-    The terminal breaks it then, and it can be copied.
+    A longer word, such as a path, is not broken: the terminal wraps it, and it can be copied in one piece.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -174,13 +178,13 @@ def _longest_word(text: str) -> int:
 
 @contextmanager
 def progress(title: str, total: int | None = None, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
-    """Show a progress bar with the time left on stderr; a line now and then where stderr is no terminal.
+    """Show a progress bar with the time left on stderr, or a line from time to time if stderr is no terminal.
 
     Args:
-        title: what is going on.
-        total: units of work in all, where known.
-        done: units that were done before: they say nothing of the time that the others take.
-        quiet: show nothing (other processes than the first of a distributed run).
+        title: the name of the task.
+        total: the number of units of work, if known.
+        done: units that an earlier run has done. They do not count for the estimate of the time left.
+        quiet: show nothing, for JSON output and for all but the first process of a distributed run.
     """
     if quiet:
         yield _NoBar()
@@ -199,7 +203,7 @@ def progress(title: str, total: int | None = None, *, done: int = 0, quiet: bool
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        # the only column that may break into lines: on a narrow terminal the others stay whole
+        # only this column may be broken into lines, so that the others fit a narrow terminal
         TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=False)),
         console=Console(stderr=True),
     )
@@ -215,7 +219,7 @@ class _NoBar:
 class _LogBar:
     def __init__(self, title: str, total: int | None, before: int = 0) -> None:
         self._title, self._total, self._before, self._line = title, total, before, ""
-        self._start = self._told = time.monotonic()
+        self._start = self._last_line = time.monotonic()
 
     def update(self, done: int, *, total: int | None = None, **figures: float | str) -> None:
         self._total = total or self._total
@@ -225,8 +229,8 @@ class _LogBar:
         if self._total and self._before < done < self._total:
             left = f", {(now - self._start) / (done - self._before) * (self._total - done):.0f} s left"
         self._line = f"{self._title}: {done}{of}{left}  {_figures(figures)}".rstrip()
-        if now - self._told >= _LOG_SECONDS:
-            self._told = now
+        if now - self._last_line >= _LOG_SECONDS:
+            self._last_line = now
             say(self._line)
 
     def finish(self) -> None:
@@ -264,9 +268,9 @@ def _cell(value: object) -> str:
 
 
 def _print_rich(renderable: object, *, least: int = 0) -> None:
-    """Print what rich lays out, `least` cells wide where the terminal is narrower."""
+    """Print a table of rich at the terminal's width, but at least `least` cells wide."""
     from rich.console import Console
 
     width = max(shutil.get_terminal_size().columns, least)
-    # markup off: names such as `[a]` are the user's own, not styles
+    # without markup: a user's name such as `[a]` is not a style
     Console(markup=False, highlight=False, width=width).print(renderable, crop=False)

@@ -99,7 +99,7 @@ def answer_many_users(request: ManyUsersRequest, loading: LoadOptions, sampling:
         )
         num_done = first
         for batch in batches:
-            rows = [{"user": asked.profile.user, "prompt": asked.prompt, "answer": answer} for asked, answer in batch]
+            rows = [{"user": query.profile.user, "prompt": query.prompt, "answer": answer} for query, answer in batch]
             if lines is None:
                 for row in rows:
                     render.show_line(row)

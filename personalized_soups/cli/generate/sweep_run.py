@@ -110,7 +110,7 @@ class SweepRun:
             answer_sweep(
                 model,
                 self.sweep,
-                [asked.prompt for asked in prompts],
+                [line.prompt for line in prompts],
                 lines,
                 batch_size=self.sampling.batch_size,
                 on_done=bar.update,

@@ -1,1 +1,1 @@
-"""Commands that merge experts and check what was merged."""
+"""Commands that merge experts and check merges."""

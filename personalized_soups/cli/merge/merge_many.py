@@ -139,7 +139,7 @@ class _Users:
         of hours at its end.
         """
         from personalized_soups.declare.profiles import each_once, read_profiles
-        from personalized_soups.merging.writing.many import ManyPlans
+        from personalized_soups.merging.planning.many_plans import ManyPlans
 
         plans = ManyPlans(self.library, self.options, into_base=self.into_base is not None)
         total = 0

@@ -88,7 +88,7 @@ class PoolRequest:
 
             return sample_kept(
                 generator,
-                [asked.prompt for asked in prompts],
+                [line.prompt for line in prompts],
                 kept=self.journal,
                 base=base_fingerprint(self.loading.path),
                 num_samples=self.num_samples,
