@@ -50,6 +50,13 @@ class PeftView(_RejectedCalls, PeftModel):
 
     Args:
         soup: the model.
+
+    Example:
+        >>> model = PeftView(SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu"))
+        >>> model.add_weighted_adapter(["friendly", "concise"], [0.6, 0.4], "soup", combination_type="cat")
+        >>> model.set_adapter("soup")
+        >>> model.active_adapters
+        ['soup']
     """
 
     def __init__(self, soup: SoupModel) -> None:
