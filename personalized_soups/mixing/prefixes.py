@@ -36,6 +36,11 @@ class PrefixCache:
 
     Attributes:
         num_bytes: the bytes of all keys and values.
+
+    Example:
+        >>> model = SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu")
+        >>> cache = PrefixCache()
+        >>> pieces = list(model.stream("How do I clean a lamp?", {"friendly": 0.5}, max_new_tokens=4, prefixes=cache))
     """
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
