@@ -22,6 +22,12 @@ class DiffusersView:
         view = DiffusersView(model)
         view.set_adapters(["friendly", "concise"], [0.6, 0.4])
         model.generate("How do I clean a kettle?")
+
+    Example:
+        >>> view = DiffusersView(SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu"))
+        >>> view.set_adapters(["friendly", "concise"], [0.6, 0.4])
+        >>> view.get_active_adapters()
+        ['friendly', 'concise']
     """
 
     def __init__(self, soup: SoupModel) -> None:
