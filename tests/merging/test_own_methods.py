@@ -27,7 +27,7 @@ from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.method import Method
 from tests import oracles
 from tests.experts import SHAPES, write_expert
-from tests.merging.verify.tampering import NAMES, PROFILE, WEIGHTS, check_sound, edit, told
+from tests.merging.verify.tampering import NAMES, PROFILE, WEIGHTS, check_sound, edit, faults_of
 from tests.merging.writing.test_into_base import write_base
 from tests.oracles import Matrix
 from tests.packages import install_package
@@ -251,9 +251,9 @@ def test_verify_cannot_recompute_a_soup_of_a_method_that_it_is_not_given(
     tmp_path: Path, library: ExpertLibrary
 ) -> None:
     out, function = written(tmp_path, library)
-    found = verify(out)
-    assert (found.verdict, found.is_sound) == ("not recomputed", False)
-    (message,) = told(found).values()
+    verification = verify(out)
+    assert (verification.verdict, verification.is_sound) == ("not recomputed", False)
+    (message,) = faults_of(verification).values()
     assert "merged by mine:clipped, a method from outside" in message
     assert "give the method" in message
     check_sound(verify(out, method=function))
@@ -269,23 +269,23 @@ def test_verify_reports_what_else_is_wrong_without_the_method(tmp_path: Path, li
 def test_verify_notices_a_method_whose_source_has_changed(tmp_path: Path, library: ExpertLibrary) -> None:
     out, function = written(tmp_path, library)
     (tmp_path / "mine.py").write_text(PACKAGE + "\n# a comment\n")
-    found = verify(out, method=function)
-    assert found.verdict == "identical"
-    (message,) = told(found).values()
-    assert "has changed since: BLAKE3" in message
+    verification = verify(out, method=function)
+    assert verification.verdict == "identical"
+    (message,) = faults_of(verification).values()
+    assert "has changed since the merge: BLAKE3" in message
 
 
 def test_verify_notices_another_function(tmp_path: Path, library: ExpertLibrary) -> None:
     out, _ = written(tmp_path, library)
-    found = verify(out, method=clipped)
-    assert found.verdict == "identical"  # the same rule, from another file
-    assert any("clipped" in place or "source" in place for place in told(found))
+    verification = verify(out, method=clipped)
+    assert verification.verdict == "identical"  # the same rule, from another file
+    assert any("clipped" in place or "source" in place for place in faults_of(verification))
 
 
 def test_a_digest_that_was_tampered_with_is_noticed(tmp_path: Path, library: ExpertLibrary) -> None:
     out, function = written(tmp_path, library)
     edit(out / "soup.json", "method_source", "blake3", to="0" * 64)
-    assert any("BLAKE3" in message for message in told(verify(out, method=function)).values())
+    assert any("BLAKE3" in message for message in faults_of(verify(out, method=function)).values())
 
 
 def test_a_method_is_given_for_a_soup_of_another_built_in_method(tmp_path: Path, library: ExpertLibrary) -> None:

@@ -140,8 +140,8 @@ class AdapterComparison:
     def _room(self, module: MergedModule) -> Tensor:
         """Return how far two computations of B may differ: `(E + 2) 2^-24 sum |w s B|` plus one ulp of the dtype.
 
-        A sum in float32 has an error of up to (E + 1) 2^-24 sum |w s B| (methods.product); a sum in float64 has one of half
-        an ulp of float32. Both are then rounded to the dtype; values on either side of a midpoint end one ulp apart.
+        A float32 sum has an error of up to (E + 1) 2^-24 sum |w s B| (methods.product), a float64 sum of half an ulp of
+        float32. Both are then rounded to the dtype; values on either side of a midpoint end one ulp apart.
         """
         plan = self.merged.plan
         bank = ExpertBank([self.merged.library[expert.name] for expert in plan.experts])

@@ -111,8 +111,8 @@ def missing_method_fault(record: SoupRecord) -> Fault:
     return Fault(
         "record",
         f"{SOUP_FILE}: method",
-        f"the soup was merged by {source.module}:{source.function}, a method from outside this package; to recompute the "
-        "tensors, give the method",
+        f"the soup was merged by {source.module}:{source.function}, a method from outside this package; "
+        "give the method to recompute the tensors",
     )
 
 

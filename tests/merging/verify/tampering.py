@@ -1,4 +1,4 @@
-"""Changing what a merge wrote, for the tests of verify: bits of tensors, keys of tables."""
+"""Change the output of a merge, for the tests of verify: bits of tensors, and keys of JSON files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def library_in(root: Path, *, ranks: tuple[int, ...] = (2, 4, 3), **options: Any
 
 
 def change_bits(path: Path, name: str, change: Callable[[Any], Any]) -> None:
-    """Rewrite one tensor's bits in place; `change` is given them as whole numbers."""
+    """Replace one tensor's bits, as unsigned integers, by `change(bits)`."""
     content = bytearray(path.read_bytes())
     header, data = oracles.split_file(path)
     entry = header[name]
@@ -40,15 +40,15 @@ def change_bits(path: Path, name: str, change: Callable[[Any], Any]) -> None:
 
 
 def nudged(bits: Any) -> Any:
-    """One ulp further from zero, every element."""
+    """Move every element one ulp away from zero."""
     return bits + 1
 
 
 def flipped(bit: int, index: int = 5) -> Callable[[Any], Any]:
     def change(bits: Any) -> Any:
-        found = bits.copy()
-        found[index] ^= 1 << bit
-        return found
+        changed = bits.copy()
+        changed[index] ^= 1 << bit
+        return changed
 
     return change
 
@@ -62,13 +62,13 @@ def edit(path: Path, *keys: str | int, to: Any) -> None:
     path.write_text(json.dumps(table))
 
 
-def check_sound(found: Verification, verdict: str = "identical") -> None:
-    assert (found.verdict, found.faults) == (verdict, ())
-    assert found.is_sound
+def check_sound(verification: Verification, verdict: str = "identical") -> None:
+    assert (verification.verdict, verification.faults) == (verdict, ())
+    assert verification.is_sound
 
 
-def told(found: Verification) -> dict[str, str]:
-    """Return every fault's place and text; none of them leaves the folder sound."""
-    assert found.faults
-    assert not found.is_sound
-    return {f"{fault.subject} {fault.where}": fault.what for fault in found.faults}
+def faults_of(verification: Verification) -> dict[str, str]:
+    """Return the text of every fault by its subject and place. A folder with faults is never sound."""
+    assert verification.faults
+    assert not verification.is_sound
+    return {f"{fault.subject} {fault.where}": fault.what for fault in verification.faults}

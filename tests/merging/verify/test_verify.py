@@ -52,10 +52,10 @@ def test_an_adapter_as_it_was_written_is_identical(
     tmp_path: Path, library: ExpertLibrary, options: Mapping[str, Any]
 ) -> None:
     out = merge(library, PROFILE, MergeOptions(**options)).write(tmp_path / "out")
-    found = verify(out)
-    check_sound(found)
-    assert (found.kind, found.num_tensors, found.differences) == ("adapter", 2 * len(SHAPES), ())
-    assert found.as_json()["sound"] is True
+    verification = verify(out)
+    check_sound(verification)
+    assert (verification.kind, verification.num_tensors, verification.differences) == ("adapter", 2 * len(SHAPES), ())
+    assert verification.as_json()["sound"] is True
 
 
 @pytest.mark.parametrize("method", ["factor_average", "factor_linear", "factor_ties", "factor_dare_linear"])
@@ -64,17 +64,17 @@ def test_factor_methods_are_identical_and_one_ulp_off_is_rounding(tmp_path: Path
     out = merge(library, PROFILE, MergeOptions(method=method)).write(tmp_path / "out")
     check_sound(verify(out))
     change_bits(out / WEIGHTS_FILE, Q_PROJ.format("A"), nudged)
-    found = verify(out)
-    check_sound(found, "equal to rounding")
-    assert [each.name for each in found.differences] == [Q_PROJ.format("A")]
+    verification = verify(out)
+    check_sound(verification, "equal to rounding")
+    assert [difference.name for difference in verification.differences] == [Q_PROJ.format("A")]
 
 
-def test_a_profile_with_a_rank_of_its_own_an_idle_expert_and_a_sum_is_recomputed(
+def test_a_profile_with_a_rank_an_expert_of_weight_0_and_a_sum_is_recomputed(
     tmp_path: Path, library: ExpertLibrary
 ) -> None:
     profile = Profile(weights={"two": 2.0, "three": 0.0, "one": 1.0}, normalize="sum", rank=3)
     check_sound(verify(merge(library, profile).write(tmp_path / "own")))
-    # an option overrides the profile's rank, here by more than there is: nothing is truncated
+    # an option overrides the profile's rank by one above the soup's, so nothing is truncated
     check_sound(verify(merge(library, profile, MergeOptions(rank=100)).write(tmp_path / "overridden")))
 
 
@@ -85,13 +85,13 @@ def test_folders_that_merge_many_writes_are_sound(
 ) -> None:
     library = library_in(tmp_path / "experts", ranks=(4, 4, 4), a_seed=a_seed)
     weights = {"first": dict(PROFILE.weights), "second": {"three": 0.2, "one": 0.9, "two": -0.1}}
-    profiles = [Profile(user=user, weights=each) for user, each in weights.items()]
+    profiles = [Profile(user=user, weights=own) for user, own in weights.items()]
     merge_many(library, profiles, tmp_path / "out", MergeOptions(**options))
     for user in weights:
-        found = verify(tmp_path / "out" / user)
-        assert found.is_sound, found
-        # several users' sums over one basis come out of one product in float32
-        assert found.verdict == "identical" or (a_seed is not None and not options), found
+        verification = verify(tmp_path / "out" / user)
+        assert verification.is_sound, verification
+        # a float32 product computes the sums of several users over one basis
+        assert verification.verdict == "identical" or (a_seed is not None and not options), verification
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
@@ -103,9 +103,9 @@ def test_a_model_as_it_was_written_is_identical(
         library, PROFILE, write_base(tmp_path / "base", dtype), tmp_path / "out", MergeOptions(**options)
     )
     steps: list[tuple[int, int]] = []
-    found = verify(out, progress=lambda done, total: steps.append((done, total)))
-    check_sound(found)
-    assert (found.kind, found.num_tensors) == ("model", 1 + 2 * len(SHAPES))
+    verification = verify(out, progress=lambda done, total: steps.append((done, total)))
+    check_sound(verification)
+    assert (verification.kind, verification.num_tensors) == ("model", 1 + 2 * len(SHAPES))
     assert steps[-1][0] == steps[-1][1]
 
 
@@ -115,27 +115,27 @@ def test_one_ulp_in_every_element_of_b_is_rounding(
 ) -> None:
     out = merge(library, PROFILE, MergeOptions(**options)).write(tmp_path / "out")
     change_bits(out / WEIGHTS_FILE, Q_PROJ.format("B"), nudged)
-    found = verify(out)
-    check_sound(found, "equal to rounding")
-    assert (found.num_rounded, found.num_different) == (1, 0)
-    # an ulp is between eps / 2 and eps of its value
+    verification = verify(out)
+    check_sound(verification, "equal to rounding")
+    assert (verification.num_rounded, verification.num_different) == (1, 0)
+    # an ulp is between eps / 2 and eps of the value
     eps = 2 * oracles.HALF_ULP[{"bfloat16": "BF16", "float16": "F16"}.get(str(options.get("dtype")), "F32")]
-    assert found.differences[0].relative is not None
-    assert eps / 8 < found.differences[0].relative < eps
+    assert verification.differences[0].relative is not None
+    assert eps / 8 < verification.differences[0].relative < eps
 
 
-def test_sixteen_ulps_are_no_rounding_and_an_a_of_a_stack_owes_nothing(tmp_path: Path, library: ExpertLibrary) -> None:
+def test_sixteen_ulps_and_one_bit_in_an_a_of_a_stack_are_differences(tmp_path: Path, library: ExpertLibrary) -> None:
     out = merge(library, PROFILE).write(tmp_path / "out")
     kept = (out / WEIGHTS_FILE).read_bytes()
     change_bits(out / WEIGHTS_FILE, Q_PROJ.format("B"), lambda bits: bits + 16)
     assert verify(out).verdict == "different"
     (out / WEIGHTS_FILE).write_bytes(kept)
     change_bits(out / WEIGHTS_FILE, Q_PROJ.format("A"), flipped(0))
-    found = verify(out)
-    assert (found.verdict, found.num_different, found.is_sound) == ("different", 1, False)
+    verification = verify(out)
+    assert (verification.verdict, verification.num_different, verification.is_sound) == ("different", 1, False)
 
 
-def test_factors_turned_alike_are_the_same_delta(tmp_path: Path, library: ExpertLibrary) -> None:
+def test_factors_rotated_together_are_the_same_delta(tmp_path: Path, library: ExpertLibrary) -> None:
     out = merge(library, PROFILE, MergeOptions(rank=3)).write(tmp_path / "out")
     path = out / WEIGHTS_FILE
     tensors = oracles.read_tensors(path)
@@ -156,17 +156,18 @@ def test_one_ulp_in_a_model_is_rounding_and_more_is_not(
     out = merge_into_base(library, PROFILE, base, tmp_path / "out", MergeOptions(**options))
     name = "model.layers.1.mlp.up_proj.weight"
     change_bits(out / "model.safetensors", name, nudged)
-    found = verify(out)
-    check_sound(found, "equal to rounding")
-    assert [each.name for each in found.differences] == [name]
-    # the bound is an eps and 2 * 11 * 2^-24 of a sum of magnitudes, 12 * 2^-23 at most; an ulp is at least half an eps,
-    # and where nothing cancels that sum is near the value: there these are beyond it by a factor of two
+    verification = verify(out)
+    check_sound(verification, "equal to rounding")
+    assert [difference.name for difference in verification.differences] == [name]
+    # The bound is (eps + 2 * 11 * 2^-24) times a sum of magnitudes: at most 12 * 2^-23 times the sum in float32. An ulp
+    # is at least eps / 2 of the value. Where nothing cancels, the sum is close to the value, so the steps below are at
+    # least twice the bound.
     change_bits(out / "model.safetensors", name, lambda bits: bits + (64 if dtype == "F32" else 8))
-    found = verify(out)
-    assert (found.verdict, found.num_different) == ("different", 1)
+    verification = verify(out)
+    assert (verification.verdict, verification.num_different) == ("different", 1)
 
 
-def test_a_tensor_that_the_soup_does_not_touch_owes_nothing(tmp_path: Path, library: ExpertLibrary) -> None:
+def test_a_tensor_that_the_soup_does_not_change_must_be_equal(tmp_path: Path, library: ExpertLibrary) -> None:
     out = merge_into_base(library, PROFILE, write_base(tmp_path / "base", shards=1), tmp_path / "out")
     before = oracles.read_tensors(out / "model.safetensors")
     change_bits(out / "model.safetensors", "model.embed_tokens.weight", flipped(0))
@@ -178,7 +179,7 @@ def test_a_tensor_that_the_soup_does_not_touch_owes_nothing(tmp_path: Path, libr
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 3}, {"energy": 0.9}])
-def test_one_flipped_bit_is_told_with_its_size(
+def test_one_flipped_bit_is_a_difference_of_its_size(
     tmp_path: Path, library: ExpertLibrary, options: Mapping[str, Any]
 ) -> None:
     out = merge(library, PROFILE, MergeOptions(**options)).write(tmp_path / "out")
@@ -186,12 +187,12 @@ def test_one_flipped_bit_is_told_with_its_size(
     name = Q_PROJ.format("B")
     change_bits(out / WEIGHTS_FILE, name, flipped(23))  # the exponent's lowest bit: twice or half the value
     after, changed = oracles.read_tensors(out / WEIGHTS_FILE), oracles.deltas(out)
-    found = verify(out)
-    assert (found.verdict, found.num_rounded, found.num_different) == ("different", 0, 1)
-    (different,) = found.differences
+    verification = verify(out)
+    assert (verification.verdict, verification.num_rounded, verification.num_different) == ("different", 0, 1)
+    (different,) = verification.differences
     assert different.largest == pytest.approx(np.abs(after[name] - before[name]).max(), rel=1e-12)
     module = "model.layers.0.self_attn.q_proj"
-    # a stack is compared factor by factor, what is truncated by its products
+    # a stack is compared factor by factor, a truncated soup by its products
     want = (
         oracles.relative_error(changed[module], deltas[module])
         if options
@@ -200,28 +201,28 @@ def test_one_flipped_bit_is_told_with_its_size(
     assert different.relative == pytest.approx(want, rel=1e-6)
 
 
-def test_nan_is_different_and_fits_into_json(tmp_path: Path, library: ExpertLibrary) -> None:
+def test_nan_is_a_difference_and_fits_into_json(tmp_path: Path, library: ExpertLibrary) -> None:
     for number, options in enumerate(({}, {"rank": 3})):
         out = merge(library, PROFILE, MergeOptions(**options)).write(tmp_path / f"adapter{number}")  # type: ignore[arg-type]
         change_bits(out / WEIGHTS_FILE, Q_PROJ.format("B"), lambda bits: bits | 0x7FC00000)
-        found = verify(out)
-        assert found.verdict == "different"
-        assert [(each.largest, each.relative) for each in found.differences] == [(None, None)]
-        json.dumps(found.as_json(), allow_nan=False)
+        verification = verify(out)
+        assert verification.verdict == "different"
+        assert [(difference.largest, difference.relative) for difference in verification.differences] == [(None, None)]
+        json.dumps(verification.as_json(), allow_nan=False)
     out = merge_into_base(library, PROFILE, write_base(tmp_path / "base", shards=1), tmp_path / "out")
     change_bits(out / "model.safetensors", "model.layers.0.mlp.up_proj.weight", lambda bits: bits | 0x7FC00000)
-    assert [each.largest for each in verify(out).differences] == [None]
+    assert [difference.largest for difference in verify(out).differences] == [None]
 
 
-def test_at_most_eight_tensors_are_told_and_the_worst_first(tmp_path: Path, library: ExpertLibrary) -> None:
+def test_at_most_eight_differences_are_kept_and_the_largest_first(tmp_path: Path, library: ExpertLibrary) -> None:
     out = merge(library, PROFILE).write(tmp_path / "out")
     tensors = oracles.read_tensors(out / WEIGHTS_FILE)
     for number, name in enumerate(tensors):
         tensors[name] = tensors[name] * (1 + 2.0 ** -(number + 1))
     oracles.write_tensors(out / WEIGHTS_FILE, {k: ("F32", v) for k, v in tensors.items()}, {"format": "pt"})
-    found = verify(out)
-    assert found.num_different == 2 * len(SHAPES)
-    assert [each.relative for each in found.differences] == pytest.approx(
+    verification = verify(out)
+    assert verification.num_different == 2 * len(SHAPES)
+    assert [difference.relative for difference in verification.differences] == pytest.approx(
         [2.0 ** -(number + 1) for number in range(8)], rel=1e-3
     )
 
