@@ -115,7 +115,7 @@ def test_a_full_disk_is_a_failed_run(capsys: pytest.CaptureFixture[str]) -> None
     assert "mend: free some space" in err
 
 
-def test_other_faults_of_the_system_keep_their_traceback() -> None:
+def test_other_os_errors_keep_their_traceback() -> None:
     app = typer.Typer(cls=SoupGroup, pretty_exceptions_enable=False)
     app.callback()(lambda: None)
 
@@ -127,14 +127,14 @@ def test_other_faults_of_the_system_keep_their_traceback() -> None:
         app(["work"])
 
 
-def test_ctrl_c_is_one_word_and_130(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_prints_one_word_and_exits_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     def work() -> None:
         raise KeyboardInterrupt
 
     assert run(work, capsys) == (130, "", "interrupted\n")
 
 
-def test_ctrl_c_from_outside_ends_a_running_process_with_130() -> None:
+def test_a_process_that_gets_sigint_exits_with_130() -> None:
     code = """
 import time, typer
 from personalized_soups.cli.app import SoupGroup
@@ -169,13 +169,13 @@ def test_unknown_commands_and_options_are_usage_errors() -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_the_version_is_the_packages() -> None:
+def test_version_prints_the_packages_version() -> None:
     from personalized_soups import __version__
 
     assert psoups("--version").stdout == f"psoups {__version__}\n"
 
 
-def test_errors_cross_a_process_border_whole() -> None:
+def test_errors_can_be_pickled() -> None:
     import pickle
 
     error = pickle.loads(pickle.dumps(app_module.disk_full(OSError(errno.ENOSPC, "full", "f"))))

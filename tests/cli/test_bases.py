@@ -1,4 +1,4 @@
-"""`--base` of every command, where the hub does not answer: one request at most, and an error that says both ways."""
+"""`--base` of every command when the hub does not answer: at most one request, and an error with both fixes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,9 @@ def hub(small_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.mark.parametrize("way", ["closes", "hangs", "refuses"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_hub_is_asked_once_at_most_and_both_ways_are_said(psoups: Run, hub: Hub, command: str, way: str) -> None:
+def test_at_most_one_request_goes_to_the_hub_and_the_error_names_both_fixes(
+    psoups: Run, hub: Hub, command: str, way: str
+) -> None:
     hub.way = way
     code, _, err = psoups(*COMMANDS[command].replace("NAME", "nofolder").split())
     assert code == 2

@@ -90,7 +90,7 @@ def test_every_prompt_is_answered_for_every_user(run: Run, world: Path, small_ba
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on(world: Path, small_base: Path) -> None:
+def test_a_killed_run_is_resumed(world: Path, small_base: Path) -> None:
     command = [sys.executable, "-m", "personalized_soups", *_many(world, small_base, "--batch-size", "1")]
     sampled = [*command[: command.index("--greedy")], "--temperature", "0.9", *command[command.index("--greedy") + 1 :]]
     whole, cut = world / "whole.jsonl", world / "cut.jsonl"
@@ -109,18 +109,20 @@ def test_a_killed_run_goes_on(world: Path, small_base: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (["--weights", "warm=1"], "options for one user and for many users are both given"),
         (["--adapter", "x"], "options for one user and for many users are both given"),
     ],
 )
-def test_options_that_do_not_go_together(run: Run, world: Path, small_base: Path, change: list[str], told: str) -> None:
+def test_contradicting_options_are_usage_errors(
+    run: Run, world: Path, small_base: Path, change: list[str], message: str
+) -> None:
     done = run(*_many(world, small_base, *change))
-    assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
+    assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
 
 
-def test_what_is_missing_or_wrong_in_the_files_is_told(run: Run, world: Path, small_base: Path) -> None:
+def test_errors_name_missing_and_invalid_files(run: Run, world: Path, small_base: Path) -> None:
     base = ["--base", str(small_base)]
     lacking = run("generate", *base, "--profiles", str(world / "users.jsonl"), "--experts", str(world / "experts"))
     assert lacking.exit_code == 2
@@ -134,12 +136,12 @@ def test_what_is_missing_or_wrong_in_the_files_is_told(run: Run, world: Path, sm
         ("users.jsonl", [{"user": "u1", "weights": {"wram": 1.0}}], "no expert is called 'wram'"),
         ("users.jsonl", [], "the file holds no profile"),
     ]
-    for file, rows, told in cases:
+    for file, rows, message in cases:
         before = (world / file).read_text()
         (world / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
         done = run(*_many(world, small_base))
         (world / file).write_text(before)
-        assert (done.exit_code, told in done.stderr) == (2, True), done.stderr
+        assert (done.exit_code, message in done.stderr) == (2, True), done.stderr
 
 
 def test_a_sweep_leaves_answers_scores_and_a_picture(run: Run, world: Path, small_base: Path) -> None:
@@ -174,20 +176,20 @@ def test_a_sweep_leaves_answers_scores_and_a_picture(run: Run, world: Path, smal
     assert (out / "sweep.png").is_file()
     assert "sweeping" not in again.stderr
     assert (out / "answers.jsonl").read_bytes() == before
-    for change, told in (
+    for change, message in (
         (["--seed", "1"], "exists already"),
         (["--scale", "nan"], "the scale is nan"),
         (["--scale", "0"], "the scale is 0"),
     ):
         wrong = run(*command, *change)
-        assert (wrong.exit_code, told in wrong.stderr) == (2, True), wrong.stderr
-    # cut answers of another run are not taken for those of this one
+        assert (wrong.exit_code, message in wrong.stderr) == (2, True), wrong.stderr
+    # truncated answers of another run are not resumed
     (out / "answers.jsonl").write_bytes(before.splitlines(keepends=True)[0])
     cut = run(*command)
     assert (cut.exit_code, "exists already" in cut.stderr) == (2, True)
     (out / "answers.jsonl").unlink()
-    anew = run(*command)
-    assert anew.exit_code == 0, anew.stderr
+    again = run(*command)
+    assert again.exit_code == 0, again.stderr
     assert (out / "answers.jsonl").read_bytes() == before
     for sides in (["cold", "cold"], ["cold", "wram"]):
         assert run("sweep", *sides, *command[3:]).exit_code == 2
@@ -201,7 +203,7 @@ def test_an_output_is_never_an_input(run: Run, world: Path, small_base: Path) ->
         assert (world / name).read_bytes() == before
 
 
-def test_a_run_that_cannot_begin_leaves_the_old_answers(run: Run, world: Path, small_base: Path) -> None:
+def test_a_run_that_cannot_start_keeps_the_old_answers(run: Run, world: Path, small_base: Path) -> None:
     out = world / "answers.jsonl"
     out.write_text("mine\n")
     done = run(*_many(world, world / "nowhere", "--out", str(out), "--overwrite"))
@@ -209,14 +211,14 @@ def test_a_run_that_cannot_begin_leaves_the_old_answers(run: Run, world: Path, s
     assert out.read_text() == "mine\n"
 
 
-def test_a_prompt_beyond_the_models_positions_is_refused(run: Run, world: Path, small_base: Path) -> None:
+def test_a_prompt_longer_than_the_models_positions_is_rejected(run: Run, world: Path, small_base: Path) -> None:
     (world / "prompts.jsonl").write_text(json.dumps({"prompt": "soap and water " * 100}) + "\n")
     done = run(*_many(world, small_base))
     assert done.exit_code == 2
     assert "the model reads fewer than 256" in done.stderr
 
 
-def test_a_prompt_that_the_template_refuses_is_told_with_its_line_before_any_answer(
+def test_a_prompt_that_the_template_rejects_is_reported_with_its_line_before_any_answer(
     run: Run, world: Path, small_base: Path
 ) -> None:
     base, out = world / "base", world / "answers.jsonl"

@@ -30,7 +30,7 @@ def test_a_record_shows_lists_and_mappings(capsys: pytest.CaptureFixture[str]) -
     assert json.loads(capsys.readouterr().out) == record
 
 
-def test_json_never_holds_what_json_has_not(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_rejects_nan_and_infinity(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="JSON"):
         render.show_json({"loss": float("nan")})
     assert capsys.readouterr().out == ""
@@ -51,7 +51,7 @@ def test_progress_without_a_terminal_is_a_line_on_stderr(capsys: pytest.CaptureF
     assert printed.err.startswith("training friendly: 4/4  loss 0.125 (")
 
 
-def test_long_work_without_a_terminal_tells_of_itself(
+def test_long_work_without_a_terminal_prints_progress(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(render, "_LOG_SECONDS", 0.0)
@@ -63,7 +63,7 @@ def test_long_work_without_a_terminal_tells_of_itself(
     assert "s left" in lines[0]
 
 
-def test_a_quiet_bar_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_quiet_bar_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with render.progress("x", 2, quiet=True) as bar:
         bar.update(2, loss=1.0)
     assert capsys.readouterr() == ("", "")
@@ -79,7 +79,7 @@ def test_a_bar_on_a_terminal_shows_figures(capsys: pytest.CaptureFixture[str], m
     assert "loss 0.25" in printed.err
 
 
-def test_what_was_done_before_says_nothing_of_the_time_left(
+def test_work_of_an_earlier_run_does_not_count_for_the_time_left(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(render, "_LOG_SECONDS", 0.0)

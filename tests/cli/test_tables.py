@@ -1,4 +1,4 @@
-"""Every table that a command prints, on a terminal of 80 columns and one of 120: no heading and no name is cut."""
+"""Every table that a command prints, on terminals of 80 and of 120 columns: no heading and no name is cut."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Shown:
         monkeypatch.setenv("COLUMNS", str(width))
 
     def check(self, out: str | None = None) -> None:
-        """Assert that every word of every text is there in one piece, and that no line is too long without need."""
+        """Assert that no word of any text is broken, and that no line is longer than needed."""
         out = self._capsys.readouterr().out if out is None else out
         assert self.texts
         words = [word for text in self.texts for word in text.split() if word not in {"True", "False"}]
@@ -79,7 +79,7 @@ def test_doctor(psoups: Run, shown: Shown, experts: list[str]) -> None:
     shown.check(out)
 
 
-def test_what_doctor_finds_on_a_long_path(psoups: Run, shown: Shown, experts: list[str]) -> None:
+def test_doctors_findings_on_a_long_path(psoups: Run, shown: Shown, experts: list[str]) -> None:
     folder = Path("a-folder-with-quite-a-long-name", "and-another-one-below-it", "experts-of-the-first-of-november")
     folder.parent.mkdir(parents=True)
     Path("experts").rename(folder)
@@ -120,7 +120,7 @@ def test_profile(psoups: Run, shown: Shown, experts: list[str]) -> None:
 
 
 def test_quickstart(shown: Shown, request: pytest.FixtureRequest) -> None:
-    names = ["base", *(f"{one} + {two} + friendly" for one, two in zip(SIDES[:2], SIDES[2:4], strict=True))]
+    names = ["base", *(f"{first} + {second} + friendly" for first, second in zip(SIDES[:2], SIDES[2:4], strict=True))]
     answers = [{"name": name, "answer": f"Wash it, {name}, with warm water and rub it dry."} for name in names]
     examples: Any = {"prompt": "How do I clean an old kettle?", "answers": answers}
     quickstart_tables.show_results(request.getfixturevalue("quickstart_results"), examples)
@@ -151,7 +151,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Sized:
     return lambda width: monkeypatch.setenv("COLUMNS", str(width))
 
 
-def test_headings_give_way_before_cells_do(terminal: Sized, capsys: pytest.CaptureFixture[str]) -> None:
+def test_headings_are_broken_before_cells(terminal: Sized, capsys: pytest.CaptureFixture[str]) -> None:
     terminal(40)
     render.show_table(["expert", "the largest difference", "what"], [["informative", 0.5, "a b c d e f g"]])
     lines = [line.strip() for line in capsys.readouterr().out.splitlines() if line.strip()]

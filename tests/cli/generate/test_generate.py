@@ -72,11 +72,11 @@ def test_a_profile_is_merged_for_the_answer(psoups: Run, small_base: Path, exper
         *_ask("--json", "--greedy", "--experts", experts, "--profile", profile, PROMPT, base=small_base)
     )
     assert code == 0
-    told = json.loads(out)
-    assert told["prompt"] == PROMPT
+    printed = json.loads(out)
+    assert printed["prompt"] == PROMPT
     weights = ("--weights", "concise=0.6,friendly=0.6")
     _, streamed, _ = psoups(*_ask("--greedy", "--experts", experts, *weights, PROMPT, base=small_base))
-    assert streamed == told["answer"] + "\n"
+    assert streamed == printed["answer"] + "\n"
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_options_that_contradict_are_usage_errors(
     assert "Traceback" not in err
 
 
-def test_a_prompt_in_a_wrong_encoding_is_refused(
+def test_a_prompt_in_a_wrong_encoding_is_rejected(
     psoups: Run, small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
@@ -144,7 +144,7 @@ def test_an_empty_prompt_and_a_missing_base(psoups: Run, small_base: Path, tmp_p
     assert f"at: {tmp_path / 'none'}" in err
 
 
-def test_a_template_that_refuses_and_a_token_beyond_the_embedding(
+def test_a_template_that_rejects_and_a_token_outside_the_embedding(
     psoups: Run, small_base: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "base"

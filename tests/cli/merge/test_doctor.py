@@ -17,11 +17,11 @@ def experts(tmp_path: Path) -> Path:
     return tmp_path / "experts"
 
 
-def test_experts_that_fit_exit_with_0_and_are_shown(tmp_path: Path, experts: Path, psoups: Run) -> None:
+def test_compatible_experts_exit_with_0_and_are_shown(tmp_path: Path, experts: Path, psoups: Run) -> None:
     code, out, err = psoups("doctor", experts, "--base", write_base(tmp_path / "base"))
     assert code == 0
-    for told in ("|dW|/|W|", "cosine", "64 rows of each module", "has rank 8", "--max-lora-rank"):
-        assert told in " ".join(out.split()), told
+    for printed in ("|dW|/|W|", "cosine", "64 rows of each module", "has rank 8", "--max-lora-rank"):
+        assert printed in " ".join(out.split()), printed
     assert "weight" not in out
     assert "modules: 8/8" in err
 
@@ -29,15 +29,15 @@ def test_experts_that_fit_exit_with_0_and_are_shown(tmp_path: Path, experts: Pat
 def test_json_holds_everything(experts: Path, psoups: Run) -> None:
     code, out, err = psoups("doctor", experts / "one", experts / "two", "--weights", "one=1,two=-1", "--json")
     assert (code, err) == (0, "")
-    told = json.loads(out)
-    assert told["errors"] is False
-    assert {expert["name"]: expert["weight"] for expert in told["experts"]} == {"one": 1, "two": -1}
-    assert told["pairs"][0].keys() == {"one", "other", "cosine", "inputs", "outputs", "opposed"}
-    assert told["pile"].keys() == {"norm", "orthogonal", "most"}
-    assert told["rank"] == 8
+    printed = json.loads(out)
+    assert printed["errors"] is False
+    assert {expert["name"]: expert["weight"] for expert in printed["experts"]} == {"one": 1, "two": -1}
+    assert printed["pairs"][0].keys() == {"one", "other", "cosine", "inputs", "outputs", "opposed"}
+    assert printed["pile"].keys() == {"norm", "orthogonal", "most"}
+    assert printed["rank"] == 8
 
 
-def test_what_stops_a_merge_exits_with_1(experts: Path, psoups: Run) -> None:
+def test_experts_that_cannot_be_merged_exit_with_1(experts: Path, psoups: Run) -> None:
     write_config(experts / "two", base="another")
     code, out, _ = psoups("doctor", experts)
     assert code == 1
@@ -49,12 +49,12 @@ def test_a_profile_file_is_read(tmp_path: Path, experts: Path, psoups: Run) -> N
     (tmp_path / "me.yaml").write_text("weights: {one: 2, two: 0.5}")
     code, out, _ = psoups("doctor", experts, "--profile", tmp_path / "me.yaml", "--rows", 96, "--json")
     assert code == 0
-    told = json.loads(out)
-    assert told["rows_looked_at"] == "all rows"
-    assert [expert["weight"] for expert in told["experts"]] == [2, 0.5]
+    printed = json.loads(out)
+    assert printed["rows_looked_at"] == "all rows"
+    assert [expert["weight"] for expert in printed["experts"]] == [2, 0.5]
 
 
-def test_usage_is_told_with_2(tmp_path: Path, experts: Path, psoups: Run) -> None:
+def test_wrong_usage_exits_with_2(tmp_path: Path, experts: Path, psoups: Run) -> None:
     (tmp_path / "me.yaml").write_text("weights: {one: 2}")
     assert psoups("doctor", experts, "--profile", tmp_path / "me.yaml", "--weights", "one=1")[0] == 2
     assert psoups("doctor", experts, "--weights", "three=1")[0] == 2

@@ -29,19 +29,19 @@ def psoups(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str,
 def test_inspect_prints_a_table_or_json(experts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = psoups(capsys, "inspect", experts / "concise", "--json")
     assert code == 0
-    told = json.loads(out)
-    assert (told["kind"], told["side"], told["rank"], told["num_modules"]) == ("expert", "concise", 4, 8)
-    told = json.loads(psoups(capsys, "inspect", experts, "--json")[1])
-    assert [expert["name"] for expert in told["experts"]] == ["concise", "elementary", "friendly", "unfriendly"]
+    printed = json.loads(out)
+    assert (printed["kind"], printed["side"], printed["rank"], printed["num_modules"]) == ("expert", "concise", 4, 8)
+    printed = json.loads(psoups(capsys, "inspect", experts, "--json")[1])
+    assert [expert["name"] for expert in printed["experts"]] == ["concise", "elementary", "friendly", "unfriendly"]
     code, out, _ = psoups(capsys, "inspect", experts)
     assert code == 0
     assert "unfriendly" in out
 
 
 def test_inspect_prints_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
-    told = json.loads(psoups(capsys, "inspect", "--methods", "--json")[1])
-    assert [row["method"] for row in told] == list(METHODS)
-    assert {row["method"]: row["options"] for row in told}["ties"] == "density, lambda"
+    printed = json.loads(psoups(capsys, "inspect", "--methods", "--json")[1])
+    assert [row["method"] for row in printed] == list(METHODS)
+    assert {row["method"]: row["options"] for row in printed}["ties"] == "density, lambda"
     assert "--density" in psoups(capsys, "inspect", "--methods")[1]
     assert psoups(capsys, "inspect")[0] == 2
     assert psoups(capsys, "inspect", "x", "--methods")[0] == 2

@@ -48,21 +48,21 @@ def test_weights_and_options_on_the_command_line(
         "--method", "factor_average", "--rank", 2, "--dtype", "bfloat16", "--device", "cpu", "--json",
     )  # fmt: skip
     assert code == 0
-    told = json.loads(out)
-    assert told["method"] == "factor_average"
-    assert told["encoding"] == "truncated"
-    assert (told["rank"], told["dtype"], told["vllm_max_lora_rank"]) == (2, "bfloat16", 8)
-    assert 0 < told["truncation"]["total"] < 1
-    assert told == {"folder": str(tmp_path / "soup"), **json.loads((tmp_path / "soup" / "soup.json").read_text())}
+    printed = json.loads(out)
+    assert printed["method"] == "factor_average"
+    assert printed["encoding"] == "truncated"
+    assert (printed["rank"], printed["dtype"], printed["vllm_max_lora_rank"]) == (2, "bfloat16", 8)
+    assert 0 < printed["truncation"]["total"] < 1
+    assert printed == {"folder": str(tmp_path / "soup"), **json.loads((tmp_path / "soup" / "soup.json").read_text())}
 
 
-def test_options_win_over_the_profile(tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_override_the_profile(tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "p.yaml").write_text("method: factor_average\nrank: 1\nweights: {elementary: 0.6, concise: 0.6}\n")
     args = ("merge", tmp_path / "p.yaml", "--experts", experts, "--dry-run", "--json")
-    told = json.loads(psoups(capsys, *args)[1])
-    assert (told["method"], told["rank"]) == ("factor_average", 1)
-    told = json.loads(psoups(capsys, *args, "--method", "linear", "--rank", 3)[1])
-    assert (told["method"], told["rank"]) == ("linear", 3)
+    printed = json.loads(psoups(capsys, *args)[1])
+    assert (printed["method"], printed["rank"]) == ("factor_average", 1)
+    printed = json.loads(psoups(capsys, *args, "--method", "linear", "--rank", 3)[1])
+    assert (printed["method"], printed["rank"]) == ("linear", 3)
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,7 +113,7 @@ FAULTS: dict[str, tuple[list[Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faults_say_what_where_and_mend_and_exit_2(
+def test_errors_have_what_where_and_mend_and_exit_with_2(
     tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
     arguments, message = FAULTS[fault]
@@ -139,7 +139,7 @@ def test_missing_options_are_usage_errors(tmp_path: Path, experts: Path, capsys:
     assert psoups(capsys, "merge", "--weights", "concise=1", "--experts", experts)[0] == 2
 
 
-def test_a_damaged_expert_is_told_without_a_traceback(
+def test_a_damaged_expert_is_reported_without_a_traceback(
     tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = experts / "concise" / "adapter_model.safetensors"
@@ -202,14 +202,14 @@ DRY_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", DRY_FAULTS)
-def test_a_dry_run_finds_what_the_run_would(experts: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
+def test_a_dry_run_reports_the_errors_of_the_run(experts: Path, capsys: pytest.CaptureFixture[str], fault: str) -> None:
     arguments, message = DRY_FAULTS[fault]
     code, out, err = psoups(capsys, "merge", "--weights", "concise=1", "--experts", experts, "--dry-run", *arguments)
     assert (code, out) == (2, "")
     assert message in err
 
 
-def test_a_dry_run_into_a_base_that_does_not_fit_says_so(
+def test_a_dry_run_into_an_incompatible_base_reports_it(
     tmp_path: Path, small_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_expert(tmp_path / "lib" / "a", shapes={"model.layers.0.self_attn.q_proj": (8, 8)})
@@ -221,7 +221,7 @@ def test_a_dry_run_into_a_base_that_does_not_fit_says_so(
     assert "do not fit the base" in err
 
 
-def test_a_base_is_read_for_what_is_relative_to_it(
+def test_a_base_is_read_for_tensors_that_are_relative_to_it(
     tmp_path: Path, small_base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_expert(tmp_path / "experts" / "dora", base=str(small_base), use_dora=True)
@@ -247,7 +247,7 @@ def test_a_base_is_read_for_what_is_relative_to_it(
     assert psoups(capsys, "verify", tmp_path / "out")[0] == 0
 
 
-def test_a_way_of_copying_that_is_none_is_told_whatever_is_merged(
+def test_an_unknown_copy_mode_is_reported_for_adapters_and_models(
     tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ("--weights", "concise=1", "--experts", experts, "--out", tmp_path / "out", "--untouched", "lnk")

@@ -34,7 +34,7 @@ def write_profiles(path: Path, count: int) -> Path:
     return path
 
 
-def test_every_line_becomes_an_adapter_and_a_second_run_goes_on(
+def test_every_line_becomes_an_adapter_and_a_second_run_resumes(
     tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profiles = write_profiles(tmp_path / "users.jsonl", 3)
@@ -61,7 +61,7 @@ def test_every_line_becomes_an_adapter_and_a_second_run_goes_on(
         ("{", "not JSON"),
     ],
 )
-def test_a_slip_in_the_last_line_is_told_before_the_first_user_is_merged(
+def test_an_error_in_the_last_line_is_reported_before_the_first_user_is_merged(
     tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str], line: str, what: str
 ) -> None:
     profiles = write_profiles(tmp_path / "users.jsonl", 3)
@@ -73,7 +73,7 @@ def test_a_slip_in_the_last_line_is_told_before_the_first_user_is_merged(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_without_profiles_and_one_that_is_not_there_are_told(
+def test_an_empty_and_a_missing_file_of_profiles_are_reported(
     tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -84,7 +84,7 @@ def test_a_file_without_profiles_and_one_that_is_not_there_are_told(
     assert (code, "check the path" in err) == (2, True)
 
 
-def test_a_pipe_of_profiles_is_refused_since_they_are_read_twice(
+def test_a_pipe_of_profiles_is_rejected_since_profiles_are_read_twice(
     tmp_path: Path, experts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")

@@ -30,11 +30,16 @@ def test_a_sound_adapter_and_a_sound_model_exit_with_0(tmp_path: Path, library: 
     model = merge_into_base(library, PROFILE, write_base(tmp_path / "base"), tmp_path / "model")
     code, out, err = psoups("verify", model, "--json")
     assert (code, err) == (0, "")
-    told = json.loads(out)
-    assert (told["sound"], told["verdict"], told["kind"], told["num_tensors"]) == (True, "identical", "model", 17)
+    printed = json.loads(out)
+    assert (printed["sound"], printed["verdict"], printed["kind"], printed["num_tensors"]) == (
+        True,
+        "identical",
+        "model",
+        17,
+    )
 
 
-def test_a_folder_that_is_not_what_it_claims_exits_with_1_and_says_why(
+def test_a_folder_that_differs_from_its_record_exits_with_1_and_reports_why(
     tmp_path: Path, library: ExpertLibrary, psoups: Run
 ) -> None:
     adapter = merge(library, PROFILE).write(tmp_path / "adapter")
@@ -45,12 +50,14 @@ def test_a_folder_that_is_not_what_it_claims_exits_with_1_and_says_why(
     assert "has changed since" in out
     code, out, _ = psoups("verify", adapter, "--json")
     assert code == 1
-    told = json.loads(out)
-    assert (told["sound"], told["num_different"], len(told["differences"])) == (False, 16, 8)
-    assert [fault["subject"] for fault in told["faults"]] == ["expert"]
+    printed = json.loads(out)
+    assert (printed["sound"], printed["num_different"], len(printed["differences"])) == (False, 16, 8)
+    assert [fault["subject"] for fault in printed["faults"]] == ["expert"]
 
 
-def test_what_has_moved_is_given(tmp_path: Path, library: ExpertLibrary, psoups: Run) -> None:
+def test_moved_experts_and_a_moved_base_are_given_as_options(
+    tmp_path: Path, library: ExpertLibrary, psoups: Run
+) -> None:
     model = merge_into_base(library, PROFILE, write_base(tmp_path / "base"), tmp_path / "model")
     (tmp_path / "experts").rename(tmp_path / "here")
     (tmp_path / "base").rename(tmp_path / "there")
@@ -63,7 +70,7 @@ def test_what_has_moved_is_given(tmp_path: Path, library: ExpertLibrary, psoups:
     assert psoups("verify", model, "--experts", tmp_path / "here", "--base", tmp_path / "there")[0] == 0
 
 
-def test_a_folder_without_a_record_is_a_fault_of_usage(tmp_path: Path, psoups: Run) -> None:
+def test_a_folder_without_a_record_is_a_usage_error(tmp_path: Path, psoups: Run) -> None:
     code, out, err = psoups("verify", tmp_path)
     assert (code, out) == (2, "")
     assert "no soup.json" in err

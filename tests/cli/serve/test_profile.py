@@ -40,9 +40,9 @@ def test_a_profile_is_written_read_and_deleted(psoups: Run) -> None:
         (1, {"friendly": 0.6, "concise": -0.25}),
         (2, {"friendly": 1.0}),
     ]
-    told = " ".join(psoups("profile", "history", "u1")[1].split())
-    assert "friendly=0.6, concise=-0.25" in told
-    assert "friendly=1; method: ties" in told
+    printed = " ".join(psoups("profile", "history", "u1")[1].split())
+    assert "friendly=0.6, concise=-0.25" in printed
+    assert "friendly=1; method: ties" in printed
 
     code, _, err = psoups("profile", "set", "u1", "--weights", "friendly=2", "--expect", 1)
     assert (code, "'u1' is at version 2, but version 1 was expected" in err) == (1, True)
@@ -83,16 +83,14 @@ def test_a_profile_file_is_written(psoups: Run, tmp_path: Path) -> None:
         (["u1", "--weights", "a=1", "--profiles", "missing/p.db"], "cannot be created"),
     ],
 )
-def test_what_is_wrong_is_told_and_no_store_is_made(
-    psoups: Run, tmp_path: Path, arguments: list[str], what: str
-) -> None:
+def test_errors_are_reported_and_create_no_store(psoups: Run, tmp_path: Path, arguments: list[str], what: str) -> None:
     code, out, err = psoups("profile", "set", *arguments)
     assert (code, out) == (2, "")
     assert what in err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_who_reads_makes_no_store(psoups: Run, tmp_path: Path) -> None:
+def test_reading_creates_no_store(psoups: Run, tmp_path: Path) -> None:
     for arguments in (["get", "u1"], ["list"], ["history", "u1"], ["delete", "u1", "--yes"], ["export"]):
         code, out, err = psoups("profile", *arguments, "--profiles", "typo.db")
         assert (code, out, "the file does not exist" in err) == (2, "", True)
@@ -124,7 +122,7 @@ def test_pages_of_the_list_follow_each_other(psoups: Run, tmp_path: Path) -> Non
     assert "--after 'a'\"'\"'b'" in psoups("profile", "list", "--limit", 2)[2]
 
 
-def test_what_is_exported_is_imported_again(psoups: Run, tmp_path: Path) -> None:
+def test_an_export_can_be_imported(psoups: Run, tmp_path: Path) -> None:
     names = ["u1", "'; DROP TABLE psoups_profiles; --", "../..", "\x01\x7f", "😀", "é", "anonymous", "a\u2028b"]
     lines = [
         json.dumps({"user": name, "weights": {"friendly": number / 7 + 0.1}, "normalize": "sum"})
@@ -142,13 +140,13 @@ def test_what_is_exported_is_imported_again(psoups: Run, tmp_path: Path) -> None
     code, _, err = psoups("profile", "export", "--out", "out.jsonl")
     assert (code, "already exists" in err) == (2, True)
     assert psoups("profile", "export", "--out", "out.jsonl", "--overwrite")[0] == 0
-    told = psoups("profile", "import", "out.jsonl", "--json")[1]
-    assert json.loads(told) == {"profiles": 8, "written": 0, "there_already": 8}
+    printed = psoups("profile", "import", "out.jsonl", "--json")[1]
+    assert json.loads(printed) == {"profiles": 8, "written": 0, "there_already": 8}
     psoups("profile", "import", "out.jsonl", "--profiles", "other.db")
     assert psoups("profile", "export", "--profiles", "other.db")[1] == out
 
 
-def test_a_fault_in_the_last_line_leaves_the_store_as_it_was(psoups: Run, tmp_path: Path) -> None:
+def test_an_invalid_last_line_leaves_the_store_unchanged(psoups: Run, tmp_path: Path) -> None:
     psoups("profile", "set", "u1", "--weights", "a=1")
     good = '{"user": "u%d", "weights": {"a": 2}}\n'
     for last, what in (('{"user": "u9", "weigths": {"a": 1}}', "did you mean"), (good % 3, "has two profiles")):
@@ -158,7 +156,7 @@ def test_a_fault_in_the_last_line_leaves_the_store_as_it_was(psoups: Run, tmp_pa
     assert [each["user"] for each in json.loads(psoups("profile", "list", "--json")[1])] == ["u1"]
 
 
-def test_bad_lines_are_skipped_and_all_named_where_that_is_asked_for(psoups: Run, tmp_path: Path) -> None:
+def test_skip_bad_skips_and_reports_every_invalid_line(psoups: Run, tmp_path: Path) -> None:
     write_expert(tmp_path / "experts" / "expert", seed=0)
     good = '{"user": "u%d", "weights": {"expert": 2}}'
     lines = [good % 1, "{", good % 2, '{"user": "u9", "weigths": {"expert": 1}}', good % 1,
@@ -170,9 +168,9 @@ def test_bad_lines_are_skipped_and_all_named_where_that_is_asked_for(psoups: Run
     assert json.loads(psoups("profile", "list", "--json")[1]) == []  # all or nothing without the option
 
     code, out, err = psoups(*ask, "--skip-bad", "--json")
-    told = json.loads(out)
-    skipped = told.pop("skipped")
-    assert (code, told) == (0, {"profiles": 4, "written": 4, "there_already": 0})
+    printed = json.loads(out)
+    skipped = printed.pop("skipped")
+    assert (code, printed) == (0, {"profiles": 4, "written": 4, "there_already": 0})
     reasons = {2: "not JSON", 4: "weigths", 5: "the user 'u1' has two profiles", 6: "'export'", 8: "not UTF-8"}
     assert [each["where"].split(":")[:2] for each in skipped] == [["users.jsonl", str(number)] for number in reasons]
     for each, reason in zip(skipped, reasons.values(), strict=True):
@@ -192,7 +190,7 @@ def test_bad_lines_are_skipped_and_all_named_where_that_is_asked_for(psoups: Run
     assert err.count("skipped users.jsonl:") == 3
 
 
-def test_a_file_without_a_good_line_is_refused_and_its_lines_are_named(psoups: Run, tmp_path: Path) -> None:
+def test_a_file_without_a_valid_line_is_rejected_and_its_lines_are_reported(psoups: Run, tmp_path: Path) -> None:
     (tmp_path / "users.jsonl").write_text("{\n\n[]\n")
     code, out, err = psoups("profile", "import", "users.jsonl", "--skip-bad")
     assert (code, out, err.count("skipped users.jsonl:"), "no line of the file" in err) == (2, "", 2, True)
@@ -217,7 +215,7 @@ def test_profiles_are_checked_against_experts(psoups: Run, tmp_path: Path) -> No
     assert (code, "no expert is called 'friendly'" in err) == (2, True)
 
 
-def test_a_person_is_asked_before_a_user_is_deleted(psoups: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_delete_asks_for_confirmation(psoups: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     psoups("profile", "set", "u1", "--weights", "a=1")
     psoups("profile", "set", "u1", "--weights", "a=2")
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)

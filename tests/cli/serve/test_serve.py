@@ -1,4 +1,4 @@
-"""`psoups serve` and `psoups playground` as processes: started, asked, ended in the middle of an answer."""
+"""`psoups serve` and `psoups playground` as processes: started, queried, stopped in the middle of an answer."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def _process(*arguments: str | Path) -> Iterator[tuple[subprocess.Popen[str], st
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        told = ""
-        while "playground   http" not in told:
+        printed = ""
+        while "playground   http" not in printed:
             line = process.stderr.readline()
-            assert line, told
-            told += line
-        yield process, told.split("playground   ")[1].split("/playground")[0]
+            assert line, printed
+            printed += line
+        yield process, printed.split("playground   ")[1].split("/playground")[0]
     finally:
         process.kill()
         process.communicate()
@@ -79,7 +79,7 @@ def _rest(sent: socket.socket) -> str:
 
 
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_that_is_ended_finishes_what_runs(small_base: Path, experts: Path, ending: signal.Signals) -> None:
+def test_a_stopped_server_finishes_running_answers(small_base: Path, experts: Path, ending: signal.Signals) -> None:
     with _process(*_serve(small_base, experts)) as (process, address):
         assert _get(address, "/ready") == {"status": "ready"}
         sent = _ask(address)
@@ -94,7 +94,7 @@ def test_a_server_that_is_ended_finishes_what_runs(small_base: Path, experts: Pa
         assert process.stderr.read().strip().endswith("stopped")
 
 
-def test_a_second_ctrl_c_cuts_off(small_base: Path, experts: Path) -> None:
+def test_a_second_ctrl_c_stops_at_once(small_base: Path, experts: Path) -> None:
     with _process(*_serve(small_base, experts), "--max-rows", "1") as (process, address):
         waiting = [_ask(address, n=60) for _ in range(3)]
         waiting[0].recv(10)
@@ -107,7 +107,7 @@ def test_a_second_ctrl_c_cuts_off(small_base: Path, experts: Path) -> None:
         assert finished < 3 * 60  # all answers would take minutes; the process did not wait for them
 
 
-def test_profiles_outlive_the_server(small_base: Path, experts: Path, tmp_path: Path) -> None:
+def test_stored_profiles_survive_a_killed_server(small_base: Path, experts: Path, tmp_path: Path) -> None:
     store = tmp_path / "profiles.db"
     arguments = [*_serve(small_base, experts), "--profiles", str(store)]
     body = json.dumps({"weights": {"warm": 0.5}}).encode()
@@ -124,7 +124,7 @@ def test_profiles_outlive_the_server(small_base: Path, experts: Path, tmp_path: 
         assert _get(address, "/v1/profiles/ada")["profile"]["weights"] == {"warm": 0.5}
 
 
-def test_keys_names_and_limits_are_heeded(small_base: Path, experts: Path, tmp_path: Path) -> None:
+def test_keys_names_and_limits_are_applied(small_base: Path, experts: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("a-key-that-nobody-guesses\n")
     keys.chmod(0o600)
@@ -145,7 +145,7 @@ def test_keys_names_and_limits_are_heeded(small_base: Path, experts: Path, tmp_p
             _get(address, "/v1/models")
 
 
-def test_the_playground_is_served_by_itself(small_base: Path, experts: Path) -> None:
+def test_the_playground_command_serves_its_page(small_base: Path, experts: Path) -> None:
     with (
         _process("playground", *_serve(small_base, experts)[1:]) as (_, address),
         urllib.request.urlopen(f"{address}/playground/", timeout=250) as page,
@@ -166,23 +166,23 @@ def test_the_playground_is_served_by_itself(small_base: Path, experts: Path) -> 
         (["--dtype", "int8"], "int8"),
     ],
 )
-def test_what_cannot_be_is_told_before_anything_is_served(
+def test_wrong_options_are_reported_before_serving(
     psoups: Callable[..., tuple[int, str, str]], small_base: Path, experts: Path, more: list[str], what: str
 ) -> None:
-    code, _, said = psoups(*_serve(small_base, experts), *more)
+    code, _, printed = psoups(*_serve(small_base, experts), *more)
     assert code == 2
-    assert what in said
-    assert "mend:" in said
+    assert what in printed
+    assert "mend:" in printed
 
 
-def test_a_port_that_is_taken_is_told(
+def test_a_port_in_use_is_reported(
     psoups: Callable[..., tuple[int, str, str]], small_base: Path, experts: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        code, _, said = psoups("serve", "--base", str(small_base), "--experts", str(experts), "--port", port)
+        code, _, printed = psoups("serve", "--base", str(small_base), "--experts", str(experts), "--port", port)
     assert code == 2
-    assert f"cannot listen on 127.0.0.1:{port}" in said
+    assert f"cannot listen on 127.0.0.1:{port}" in printed
 
 
 class _Base:
@@ -212,7 +212,7 @@ def _run_of(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ServerRun:
     return runs[0]
 
 
-def test_every_option_goes_where_it_belongs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_option_reaches_its_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base: Any = _Base()
     what = ("--base", str(tmp_path), "--experts", "a", "--experts", "b")
     run = _run_of(

@@ -17,7 +17,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
 
 
-def test_an_unknown_basis_and_a_file_in_the_way_are_usage_errors(tmp_path: Path) -> None:
+def test_an_unknown_basis_and_a_file_as_output_are_usage_errors(tmp_path: Path) -> None:
     wrong = run("quickstart", "--basis", "fixed", "--out", tmp_path / "run")
     assert wrong.returncode == 2
     assert wrong.stderr.splitlines()[0] == "error: unknown basis 'fixed'"
@@ -32,19 +32,19 @@ def test_an_unknown_basis_and_a_file_in_the_way_are_usage_errors(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_every_process_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_stops_every_process_and_prints_how_to_resume(tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = [sys.executable, "-m", "personalized_soups", "quickstart", "--out", str(out), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        told = interrupted(process, out)
+        printed = interrupted(process, out)
     finally:
         if is_alive(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130
-    assert "Traceback" not in told
-    assert "resumes the run" in told
-    assert told.rstrip().endswith("interrupted")
+    assert "Traceback" not in printed
+    assert "resumes the run" in printed
+    assert printed.rstrip().endswith("interrupted")
 
 
 def interrupted(process: subprocess.Popen[str], out: Path) -> str:
@@ -55,10 +55,10 @@ def interrupted(process: subprocess.Popen[str], out: Path) -> str:
         assert process.poll() is None
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, told = process.communicate()
+    _, printed = process.communicate()
     while is_alive(process.pid):
         time.sleep(0.02)
-    return told
+    return printed
 
 
 def is_alive(group: int) -> bool:

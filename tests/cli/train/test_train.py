@@ -43,7 +43,7 @@ def _train(files: Path, base: Path, *more: object) -> list[object]:
     return [*options, "--recipe", files / "recipe.yaml", "--data", files / "pairs.jsonl", "--out", files / "e", *more]
 
 
-def test_the_way_from_a_base_to_an_expert(psoups: Run, small_base: Path, files: Path) -> None:
+def test_pairs_and_train_make_an_expert_of_a_base(psoups: Run, small_base: Path, files: Path) -> None:
     code, out, err = psoups(*_pairs(files, small_base, "--prompts", files / "prompts.txt", "--json"))
     assert (code, err) == (0, "")
     made = json.loads(out)
@@ -73,7 +73,7 @@ def test_a_pool_serves_both_sides(psoups: Run, small_base: Path, files: Path) ->
     assert (files / "pairs.jsonl").read_text() == first
 
 
-def test_a_pool_of_other_prompts_is_refused(psoups: Run, small_base: Path, files: Path) -> None:
+def test_a_pool_of_other_prompts_is_rejected(psoups: Run, small_base: Path, files: Path) -> None:
     (files / "pool.jsonl").write_text('{"prompt": "else", "answers": ["a", "b c d e f g h i j k l m n o p"]}\n')
     pool = ("--pool", files / "pool.jsonl")
     code, _, err = psoups(*_pairs(files, small_base, "--prompts", files / "prompts.txt", *pool))
@@ -97,7 +97,7 @@ def test_answers_are_kept_until_the_pairs_are_written(psoups: Run, small_base: P
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--min-gap", "0"], "--min-gap"),
         (["--dtype", "int8"], "--dtype"),
@@ -108,11 +108,11 @@ def test_answers_are_kept_until_the_pairs_are_written(psoups: Run, small_base: P
         ([], "--prompts"),
     ],
 )
-def test_bad_options_of_pairs(psoups: Run, small_base: Path, files: Path, options: list[str], told: str) -> None:
+def test_bad_options_of_pairs(psoups: Run, small_base: Path, files: Path, options: list[str], message: str) -> None:
     given = options if not options or "--prompts" in options else [*options, "--prompts", str(files / "prompts.txt")]
     code, out, err = psoups(*_pairs(files, small_base, *given))
     assert (code, out) == (2, "")
-    assert told in err
+    assert message in err
     assert "mend: " in err or "--seed" in options  # the parser's own words
     assert "Traceback" not in err
     assert not (files / "pairs.jsonl").exists()
@@ -136,7 +136,7 @@ def test_bad_input_of_train(psoups: Run, small_base: Path, files: Path) -> None:
     assert not (files / "e").exists()
 
 
-def test_the_second_process_of_a_training_leaves_the_talking_to_the_first(
+def test_only_the_first_process_of_a_training_reports_errors(
     psoups: Run, small_base: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "1")
@@ -155,7 +155,9 @@ def _refusing(base: Path, folder: Path) -> Path:
     return folder
 
 
-def test_what_a_chat_template_refuses_is_told_with_file_and_line(psoups: Run, small_base: Path, files: Path) -> None:
+def test_messages_that_a_chat_template_rejects_are_reported_with_file_and_line(
+    psoups: Run, small_base: Path, files: Path
+) -> None:
     base = _refusing(small_base, files / "base")
     code, out, err = psoups(*_pairs(files, base, "--prompts", files / "prompts.txt"))
     assert (code, out) == (2, "")
@@ -174,13 +176,13 @@ def test_what_a_chat_template_refuses_is_told_with_file_and_line(psoups: Run, sm
     assert not [path for path in files.iterdir() if path.name.startswith(".")]
 
 
-def test_what_is_cut_and_left_out_is_said_on_stderr(psoups: Run, small_base: Path, files: Path) -> None:
+def test_truncated_and_dropped_pairs_are_reported_on_stderr(psoups: Run, small_base: Path, files: Path) -> None:
     long = "rub the kettle " * 60
     rows = [{"prompt": "wash", "chosen": long + "so", "rejected": long + "dry"}]
     rows += [{"prompt": "wash", "chosen": " it", "rejected": long}] * 2
     (files / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     code, _, err = psoups(*_train(files, small_base))
     assert code == 0
-    said = " ".join(err.split())  # the terminal's width breaks lines
-    assert "1 pair is left out: once cut to dpo.max_length (96) both answers are equal" in said
-    assert "2 of 4 answers are longer than dpo.max_length (96) and lose their end" in said
+    message = " ".join(err.split())  # the terminal's width breaks lines
+    assert "1 pair is left out: once cut to dpo.max_length (96) both answers are equal" in message
+    assert "2 of 4 answers are longer than dpo.max_length (96) and lose their end" in message
