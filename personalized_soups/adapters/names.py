@@ -1,12 +1,12 @@
-"""Between the names of an adapter's tensors and the names of the base model's modules and tensors.
+"""Conversion between the names of an adapter's tensors and those of the base model's modules and tensors.
 
-PEFT names a tensor by its place in the wrapped model: what it wraps is called `base_layer` there, so that
+PEFT names a tensor by its path in the wrapped model, in which a wrapped module is called `base_layer`:
 `mlp.experts.base_layer.lora_A` is the A of the inner of two wrappers of `mlp.experts` (target_parameters), and
-`mha.base_layer.out_proj.lora_A` that of `mha.out_proj`, inside of the wrapped `mha`.
+`mha.base_layer.out_proj.lora_A` is the A of `mha.out_proj` inside the wrapped `mha`.
 
-Training tools wrap modules, too, and leave the wrapper's attribute in the names: `_orig_mod` of torch.compile in
-`model._orig_mod.layers.0`. Such steps are removed wherever they are. Two of them, `module` and `_module`, are ordinary
-names as well: they stay in a module's name, and only a base model or other experts decide what they are.
+Training tools also wrap modules and leave the wrapper's attribute in the names: `_orig_mod` of torch.compile in
+`model._orig_mod.layers.0`. These steps are removed anywhere in a name. Two of them, `module` and `_module`, can also be
+ordinary names. They are kept until a comparison with a base model or other experts decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from personalized_soups.errors import UnsupportedAdapterError
 
 PREFIX = "base_model.model."
 
-# The attributes in which training tools keep the module that they wrap. No model has a module of such a name.
+# The attributes in which training tools keep the wrapped module. No model has a module of such a name.
 WRAPPERS = frozenset({
     "_orig_mod",  # torch.compile: torch._dynamo.eval_frame.OptimizedModule
     "_fsdp_wrapped_module",  # FSDP of torch, fairscale and torch_xla
@@ -30,23 +30,24 @@ WRAPPERS = frozenset({
     "_orig_module",  # torch.distributed._composable.replicate, torch_xla's FSDPv2
 })  # fmt: skip
 
-# Wrappers whose attributes are ordinary names, too: DataParallel, DistributedDataParallel, DeepSpeed's engine and
+# Wrappers whose attributes can also be ordinary names: DataParallel, DistributedDataParallel, DeepSpeed's engine and
 # torch's AveragedModel (`module`), Opacus (`_module`).
 MAYBE_WRAPPERS = frozenset({"module", "_module"})
 
-# The attributes under which the classes of transformers keep the model proper (base_model_prefix, and the language
-# model of a multimodal model). A class for another task, or the bare model, names the same tensors without them or with
-# others. Names of towers that stand beside others of their kind (vision_model, encoder, talker) are not among them.
+# The attributes in which the classes of transformers keep the inner model (base_model_prefix, and the language model of
+# a multimodal model). A class for another task, or the inner model alone, names the same tensors without these
+# attributes or with others. The names of parts of which a model may have several (vision_model, encoder, talker) are
+# not included.
 _MODEL_STEPS = frozenset({"model", "transformer", "language_model", "base_model", "gpt_neox", "backbone"})
 
-# Experts of one base are taken to mean one module where only these steps differ, which refuses them; nothing is placed
-# in a base by them.
+# Two experts' names that differ only in these steps are taken as names of the same module, and the experts are
+# rejected. The larger set is only used for that comparison, never to find a tensor in a base.
 _COMPOSITE_STEPS = _MODEL_STEPS | {"text_model", "thinker", "vlm", "bert", "roberta", "bloom", "rwkv"}
 
 Kind = Literal["linear", "transposed", "embedding", "conv", "parameter"]
 Role = Literal["A", "B", "embedding A", "embedding B", "bias of B", "magnitude", "tokens", "whole"]
 
-# Longer names would make the work on their parts long, and no model has them.
+# No model has longer names, and parsing them would be slow.
 _MAX_NAME = 1000
 _WRAPPED = "base_layer"
 _A = ".lora_A.weight"
@@ -68,8 +69,8 @@ _ENDINGS: Mapping[str, Role] = MappingProxyType({
     _TOKENS: "tokens",
 })  # fmt: skip
 
-# Several parameters of one module are wrapped in the order in which the module defines them, the last one outermost;
-# the file does not name them. The orders of the models in transformers 5.23 and of DBRX.
+# PEFT wraps several parameters of one module in the order of their definition, the last one outermost, and the file
+# does not have their names. These are the orders of the models in transformers 5.23 and of DBRX.
 _ORDERS = (
     (
         "gate_up_proj", "gate_up_proj_bias", "gate_proj", "gate_proj_bias", "up_proj", "up_proj_bias",
@@ -82,10 +83,13 @@ _ORDERS = (
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """A name taken apart.
+    """A parsed name.
 
-    `path` names a module of the base model, or for the role `whole` a tensor of it. `depth` counts the wrappers of that
-    module around this tensor's own; `around` is the module around it that is wrapped, too, where there is one.
+    Attributes:
+        path: a module of the base model; for the role `whole`, a tensor of it.
+        role: the tensor's role.
+        depth: the number of wrappers of that module around this tensor's wrapper.
+        around: the innermost enclosing module that is wrapped as well, or None.
     """
 
     path: str
@@ -95,14 +99,14 @@ class TensorName:
 
 
 def parse_name(tensor: str, *, where: str) -> TensorName:
-    """Return what a tensor's name in an adapter file says.
+    """Return the parts of a tensor's name in an adapter file.
 
     Raises:
-        UnsupportedAdapterError: if PEFT gives no such name.
+        UnsupportedAdapterError: if it is not a name that PEFT gives.
     """
     if len(tensor) > _MAX_NAME:
         raise unknown_name(f"{tensor[:80]}...", where=where)
-    # an embedding of which tokens are trained is wrapped, too
+    # an embedding with trained tokens is wrapped as well, by another name
     whole = _from_prefix(without_wrappers(tensor)).replace(_TOKENS_BASE, f".{_WRAPPED}.")
     path = whole.removeprefix(PREFIX)
     ending = next((ending for ending in _ENDINGS if path.endswith(ending)), "")
@@ -124,33 +128,34 @@ def parse_name(tensor: str, *, where: str) -> TensorName:
 
 
 def without_wrappers(name: str, *, maybe: bool = False) -> str:
-    """Return a name without the steps that training tools leave in it.
+    """Return a name without the wrappers of training tools.
 
     Args:
-        name: of a module or a tensor.
-        maybe: remove also the steps that are ordinary names (`module`), of which only a base can say what they are.
+        name: the name of a module or a tensor.
+        maybe: also remove the steps that can be ordinary names (`module`).
     """
     gone = WRAPPERS | MAYBE_WRAPPERS if maybe else WRAPPERS
-    # the last step is the module's or tensor's own name
+    # the last step is the module or tensor itself, not a wrapper
     *around, last = name.split(".")
     return ".".join([*(step for step in around if step not in gone), last])
 
 
 def is_wrapped(name: str) -> bool:
-    """Return whether a name, or a regular expression for names, has a step that a training tool left in it."""
+    """Return whether a name, or a regular expression for names, has a wrapper of a training tool."""
     return any(wrapper in name for wrapper in WRAPPERS)
 
 
 def name_in_training(tensor: str) -> str:
-    """Return the name of the module of a LoRA factor with all wrappers: how PEFT saw it if they were there already."""
+    """Return the module name of a LoRA factor with all wrappers, as PEFT saw it if they existed before PEFT's own."""
     ending = next((ending for ending in _ENDINGS if tensor.endswith(ending)), "")
     return ".".join(_unwrapped(tensor.removesuffix(ending).partition(PREFIX)[2].split(".")))
 
 
 def core_name(name: str, steps: frozenset[str] = _MODEL_STEPS) -> str:
-    """Return the part of a name that all classes of a model have in common, without any wrapper.
+    """Return the part of a name that is the same in all classes of a model, without wrappers.
 
-    `model.language_model.layers.0.mlp.up_proj`, `model.layers.0.mlp.up_proj` and `layers.0.mlp.up_proj` have one core.
+    `model.language_model.layers.0.mlp.up_proj`, `model.layers.0.mlp.up_proj` and `layers.0.mlp.up_proj` have the same
+    core.
     """
     parts = without_wrappers(name, maybe=True).split(".")
     while len(parts) > 1 and parts[0] in steps:
@@ -159,28 +164,28 @@ def core_name(name: str, steps: frozenset[str] = _MODEL_STEPS) -> str:
 
 
 def composite_core(name: str) -> str:
-    """Return the core of a name for comparing the experts of one base; see _COMPOSITE_STEPS."""
+    """Return the core of a name for comparisons between experts; see _COMPOSITE_STEPS."""
     return core_name(name, _COMPOSITE_STEPS)
 
 
 def are_model_steps(path: str) -> bool:
-    """Return whether a path (`model.language_model`) leads to the model proper and to nothing beside it."""
+    """Return whether a path consists only of attributes of the inner model, such as `model.language_model`."""
     return all(step in _MODEL_STEPS for step in path.split(".")) if path else True
 
 
 def unknown_name(tensor: str, *, where: str) -> UnsupportedAdapterError:
-    """Return the error for a tensor of which it is not known what it means."""
+    """Return the error for a tensor whose meaning is unknown."""
     return UnsupportedAdapterError(
         f"{tensor}: neither the name of a LoRA factor ({PREFIX}MODULE{_A}) nor of a tensor that the configuration "
-        "says is trained: this version does not merge such an adapter",
+        "trains: this version cannot merge such an adapter",
         where=where,
-        mend="save the adapter with PEFT's save_pretrained; a variant of LoRA that saves more than "
-        "docs/reference/adapters.md names is not merged",
+        mend="save the adapter with PEFT's save_pretrained; variants of LoRA with other tensors than those in "
+        "docs/reference/adapters.md cannot be merged",
     )
 
 
 def factor_names(module: str, kind: Kind = "linear", depth: int = 0) -> tuple[str, str]:
-    """Return the names of A and B in an adapter file. For the kind `parameter` the module is the parameter's owner."""
+    """Return the names of A and B in an adapter file. For the kind `parameter`, give the module that owns it."""
     a, b = (_EMBEDDING_A, _EMBEDDING_B) if kind == "embedding" else (_A, _B)
     path = f"{PREFIX}{module}{f'.{_WRAPPED}' * depth}"
     return f"{path}{a}", f"{path}{b}"
@@ -217,20 +222,20 @@ def base_weight_name(module: str) -> str:
 
 
 def parameters_of(module: str, targets: Sequence[str]) -> list[str]:
-    """Return the parameters of a module that `target_parameters` names, in no order.
+    """Return the parameters of a module that `target_parameters` names, sorted.
 
-    PEFT takes a parameter whose full name is a target or ends in `.TARGET`.
+    As in PEFT, a target matches a parameter whose full name is the target or ends in `.TARGET`.
     """
-    found = []
+    matches = []
     for target in targets:
         owner, _, parameter = target.rpartition(".")
         if not owner or module == owner or module.endswith(f".{owner}"):
-            found.append(parameter)
-    return sorted(set(found))
+            matches.append(parameter)
+    return sorted(set(matches))
 
 
 def wrapping_order(parameters: Sequence[str]) -> list[str]:
-    """Return the parameters of one module from the outermost wrapper inwards; nothing where the order is not known."""
+    """Return the parameters of one module from the outermost wrapper inwards; empty if the order is unknown."""
     for order in _ORDERS:
         if set(parameters) <= set(order):
             return sorted(parameters, key=order.index, reverse=True)
@@ -238,9 +243,9 @@ def wrapping_order(parameters: Sequence[str]) -> list[str]:
 
 
 def _from_prefix(tensor: str) -> str:
-    """Return a tensor's name from PEFT's prefix on, where nothing but wrappers is before it or within it.
+    """Return a tensor's name without wrappers before and within PEFT's prefix.
 
-    PEFT's model holds its tuner, and the tuner the base: a `module` outside of these two can only be a wrapper.
+    The prefix is PEFT's model and its tuner, so a `module` before or between these two can only be a wrapper.
     """
     steps = tensor.split(".")
     outer, inner = PREFIX.removesuffix(".").split(".")
@@ -257,5 +262,5 @@ def _unwrapped(steps: Sequence[str]) -> list[str]:
 
 
 def _is_own(step: str) -> bool:
-    """Return whether a step of a name is PEFT's own, so that the tensor belongs to no module of the base."""
+    """Return whether a step of a name is PEFT's own, so that the tensor is not one of the base."""
     return step.startswith("lora_") or step == "token_adapter"

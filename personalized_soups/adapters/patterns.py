@@ -1,9 +1,9 @@
-"""The keys of rank_pattern and alpha_pattern: regular expressions to PEFT, matched here in bounded time.
+"""Matching of the keys of rank_pattern and alpha_pattern, which are regular expressions, in bounded time.
 
-PEFT asks `re.match(rf"(.*\\.)?({key})$", module)` of the keys in turn (peft.utils.other.get_pattern_key). Python's
-matcher goes back and forth, so that a stranger's `(a+)+$` runs for years. Here an expression is parsed by Python's own
-parser and run as a finite automaton (Thompson, CACM 11(6), 1968), one step a character; what no automaton can do
-(references to groups, looking ahead and behind) and what is too large is refused.
+PEFT calls `re.match(rf"(.*\\.)?({key})$", module)` for each key (peft.utils.other.get_pattern_key). Python's matcher
+backtracks, so that a key such as `(a+)+$` in a stranger's adapter could run for years. Here the expression is parsed by
+Python's parser and run as a finite automaton (Thompson, CACM 11(6), 1968), one step per character. Features without an
+automaton (references to groups, lookahead and lookbehind) and large expressions are rejected.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Python's parser of regular expressions and the names of what it finds; `re` itself stands on them.
+# Python's parser of regular expressions and its constants, which `re` itself uses.
 _parser: Any = importlib.import_module("re._parser")
 _is: Any = importlib.import_module("re._constants")
 
-# The usual key is a module's name, whole or its end. Python's own matcher takes at most |key| * |module| steps for it.
+# Most keys are a module's name or its end. For these, Python's matcher needs at most |key| * |module| steps.
 _NAME = re.compile(r"\^?(?:[\w\-]|\\?\.)+\$?")
 
 _MAX_KEY = 1000
 _MAX_STATES = 2000
-# States times characters, over all keys and modules of one adapter: a minute at most. 10,000 modules and ten
-# expressions of twenty states take a tenth of it.
+# States times characters, over all keys and modules of an adapter: at most a minute. 10,000 modules and ten expressions
+# of twenty states need a tenth of it.
 _MAX_STEPS = 100_000_000
 
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
@@ -37,10 +37,10 @@ _CATEGORIES: dict[Any, Callable[[str], bool]] = {
 
 
 class Patterns:
-    """The keys of one table, in their order.
+    """The keys of one pattern table, in their order.
 
     Raises:
-        ValueError: naming the first key that cannot be matched in bounded time, or is no regular expression.
+        ValueError: with the first key that is not a regular expression or cannot be matched in bounded time.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -51,12 +51,12 @@ class Patterns:
         """Return the first key that matches a module's name, or None.
 
         Raises:
-            ValueError: if all matches so far have taken more steps than any sound adapter needs.
+            ValueError: if the matches so far needed more steps than a normal adapter needs.
         """
         for key, matcher in self._matchers:
             self._steps_left -= len(module) * len(matcher.states) if isinstance(matcher, _Automaton) else 1
             if self._steps_left < 0:
-                raise ValueError(f"matching {key[:80]!r} and others against so many modules takes too long")
+                raise ValueError(f"matching {key[:80]!r} and the other keys against so many modules takes too long")
             if matcher.match(module):
                 return key
         return None
@@ -67,21 +67,25 @@ def _matcher(key: str) -> _Automaton | re.Pattern[str]:
     if _NAME.fullmatch(key):
         return re.compile(expression)
     if len(key) > _MAX_KEY:
-        raise ValueError(f"the regular expression {key[:80]!r}... has {len(key)} characters")
+        raise ValueError(f"the regular expression {key[:80]!r}... has {len(key)} characters, more than {_MAX_KEY}")
     try:
         return _Automaton(_parser.parse(expression))
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{key[:80]!r} is no regular expression: {error}") from None
+        raise ValueError(f"{key[:80]!r} is not a regular expression: {error}") from None
     except _TooMuchError as error:
         raise ValueError(f"the regular expression {key[:80]!r} {error}") from None
 
 
 class _TooMuchError(Exception):
-    """What an expression has that no small automaton does."""
+    """The expression has a feature that a small automaton cannot match; the message names it."""
 
 
 class _Automaton:
-    """States, of which a `None` test costs no character: (test of a character, or of a place, or none; next states)."""
+    """A nondeterministic finite automaton.
+
+    A state is a test of a character, a test of a place, and the next states. A state without a test of a character
+    consumes none.
+    """
 
     def __init__(self, parsed: Any) -> None:
         if parsed.state.flags & ~re.UNICODE.value:
@@ -91,7 +95,7 @@ class _Automaton:
         self._start = self._sequence(parsed, self._end)
 
     def match(self, text: str) -> bool:
-        """Return whether `re.match(expression, text)` finds anything."""
+        """Return whether `re.match(expression, text)` matches."""
         current = self._closure([self._start], 0, text)
         for place, char in enumerate(text):
             if self._end in current or not current:
@@ -105,37 +109,37 @@ class _Automaton:
         return self._end in current
 
     def _closure(self, numbers: list[int], place: int, text: str) -> set[int]:
-        """Return what can be reached from states without a character."""
-        found: set[int] = set()
+        """Return the states that can be reached without consuming a character."""
+        reached: set[int] = set()
         waiting = list(numbers)
         while waiting:
             number = waiting.pop()
-            if number in found:
+            if number in reached:
                 continue
-            found.add(number)
-            test, stands, following = self.states[number]
-            if test is None and (stands is None or stands(place, text)):
+            reached.add(number)
+            test, place_test, following = self.states[number]
+            if test is None and (place_test is None or place_test(place, text)):
                 waiting += following
-        return found
+        return reached
 
     def _state(
         self,
         *following: int,
         test: Callable[[str], bool] | None = None,
-        stands: Callable[[int, str], bool] | None = None,
+        place_test: Callable[[int, str], bool] | None = None,
     ) -> int:
         if len(self.states) == _MAX_STATES:
             raise _TooMuchError(f"needs more than {_MAX_STATES} states")
-        self.states.append((test, stands, list(following)))
+        self.states.append((test, place_test, list(following)))
         return len(self.states) - 1
 
     def _sequence(self, parsed: Any, after: int) -> int:
         for operation, argument in reversed(list(parsed)):
-            after = self._one(operation, argument, after)
+            after = self._node(operation, argument, after)
         return after
 
-    def _one(self, operation: Any, argument: Any, after: int) -> int:
-        """Return the state from which one node of the parsed expression leads to `after`."""
+    def _node(self, operation: Any, argument: Any, after: int) -> int:
+        """Return the state from which a node of the parsed expression leads to `after`."""
         if operation is _is.BRANCH:
             return self._state(*(self._sequence(branch, after) for branch in argument[1]))
         if operation is _is.SUBPATTERN:
@@ -143,10 +147,10 @@ class _Automaton:
             if added or removed:
                 raise _TooMuchError("sets flags")
             return self._sequence(inner, after)
-        if operation in {_is.MAX_REPEAT, _is.MIN_REPEAT}:  # greedy or not makes no odds to whether it matches
+        if operation in {_is.MAX_REPEAT, _is.MIN_REPEAT}:  # greediness does not affect whether there is a match
             return self._repeated(*argument, after=after)
         if operation is _is.AT:
-            return self._state(after, stands=_place(argument))
+            return self._state(after, place_test=_place(argument))
         return self._state(after, test=_character(operation, argument))
 
     def _repeated(self, least: int, most: int, inner: Any, *, after: int) -> int:
@@ -165,7 +169,7 @@ class _Automaton:
 def _place(code: Any) -> Callable[[int, str], bool]:
     if code in {_is.AT_BEGINNING, _is.AT_BEGINNING_STRING}:
         return lambda place, _: place == 0
-    if code is _is.AT_END:  # before a last line's end, too
+    if code is _is.AT_END:  # also before a final newline
         return lambda place, text: place == len(text) or (place == len(text) - 1 and text.endswith("\n"))
     if code is _is.AT_END_STRING:
         return lambda place, text: place == len(text)
@@ -188,4 +192,4 @@ def _character(operation: Any, argument: Any) -> Callable[[str], bool]:
         is_negated = argument[0][0] is _is.NEGATE
         tests = [_character(*each) for each in argument[is_negated:]]
         return lambda char: any(test(char) for test in tests) != is_negated
-    raise _TooMuchError(f"has {str(operation).lower()}, which no automaton does")
+    raise _TooMuchError(f"has {str(operation).lower()}, which an automaton cannot match")

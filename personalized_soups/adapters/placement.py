@@ -1,6 +1,6 @@
-"""Where low-rank changes stand in the base's tensors: `scaling * B @ A`, cut and turned as PEFT merges it.
+"""The place of low-rank changes `scaling * B @ A` in the base's tensors: split and transposed as in PEFT's merge.
 
-Every base tensor is seen as a matrix of its leading rows, so that each part of a change is a range of whole rows:
+Every base tensor is viewed as a matrix in which each part of a change is a range of whole rows:
 
 | kind | base tensor | as a matrix | parts |
 |---|---|---|---|
@@ -26,13 +26,19 @@ from torch import Tensor
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.methods.factors import Factors
 
-# The layers that are a Conv1D wherever transformers has one (GPT, GPT-2, ImageGPT, DecisionTransformer, CLVP).
+# The names of the Conv1D layers in transformers (GPT, GPT-2, ImageGPT, DecisionTransformer, CLVP).
 _CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The M rows from `start` of a base's matrix change by `scaling * left_MR @ right_RN`; views of the factors."""
+    """A change of M rows of a base's matrix by `scaling * left_MR @ right_RN`.
+
+    Attributes:
+        start: the first row.
+        left_MR: a view of one factor.
+        right_RN: a view of the other factor.
+    """
 
     start: int
     left_MR: Tensor  # noqa: N815
@@ -41,7 +47,14 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """How a module's change stands in one base tensor, seen as a matrix; reshaping it to that copies nothing."""
+    """The place of a module's change in a base tensor, viewed as a matrix without a copy.
+
+    Attributes:
+        base_name: the tensor's name.
+        matrix_shape: the shape of the matrix.
+        is_transposed: whether the tensor is stored as [in, out].
+        blocks: the number of matrices of a mixture's parameter.
+    """
 
     base_name: str
     matrix_shape: tuple[int, int]
@@ -50,38 +63,38 @@ class Placement:
 
     @property
     def output_axis(self) -> int:
-        """The axis of the matrix along which a module's outputs count (of a module that is no parameter)."""
+        """The axis of the matrix for the module's outputs. Not defined for the kind `parameter`."""
         return 1 if self.is_transposed else 0
 
     def parts(self, factors: Factors) -> tuple[Part, ...]:
         """Return the change as ranges of rows of the matrix, in ascending order; views of the factors, no copies.
 
         Raises:
-            ValueError: if factors of these shapes do not make a change of this tensor.
+            ValueError: if the factors' shapes do not fit this tensor.
         """
         height = self.matrix_shape[0] // self.blocks
-        found = []
+        parts = []
         for block, each in enumerate(blocks_of(factors, self.blocks)):
             left, right = (each.a_RI.T, each.b_OR.T) if self.is_transposed else (each.b_OR, each.a_RI)
             if (left.shape[0], right.shape[1]) != (height, self.matrix_shape[1]):
                 raise ValueError(
                     f"factors {list(factors.b_OR.shape)} and {list(factors.a_RI.shape)} do not fit {self.matrix_shape}"
                 )
-            found.append(Part(block * height, left, right))
-        return tuple(found)
+            parts.append(Part(block * height, left, right))
+        return tuple(parts)
 
 
 def place(modules: Iterable[LoraModule], shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Placement], list[str]]:
-    """Return where the modules of one adapter stand in a base, by module, and what stands nowhere or is in doubt.
+    """Return the placements of an adapter's modules in a base, by module, and a message for each other module.
 
-    An adapter does not say for certain which of its layers are Conv1D ([I, O] instead of [O, I]): PEFT saves one
-    fan_in_fan_out, that of the layer it wrapped last. Nor does it say how a mixture's parameter is laid out. The base's
-    shapes say it, but for square ones: these follow what is certain of the layers of their own name, then of the
-    others, then fan_in_fan_out; where these are at odds, the module is in doubt and has no placement.
+    An adapter does not say reliably which layers are Conv1D ([I, O] instead of [O, I]): PEFT saves a single
+    fan_in_fan_out, that of the layer it wrapped last. Nor does it say how a mixture's parameter is stored. The base's
+    shapes decide, except for square tensors. These follow the known layers of the same name, then the other known
+    layers, then fan_in_fan_out. If these contradict each other, the module has no placement.
 
     Args:
-        modules: of one adapter, all of them: they bear witness for one another.
-        shapes: of the base's tensors by name.
+        modules: all modules of one adapter, because known ones decide for square ones.
+        shapes: the shapes of the base's tensors, by name.
     """
     faults: list[str] = []
     fitting: dict[str, tuple[LoraModule, bool | None]] = {}
@@ -103,8 +116,7 @@ def place(modules: Iterable[LoraModule], shapes: Mapping[str, Sequence[int]]) ->
         settled = _settled(module, certain) if turned is None else turned
         if settled is None:
             faults.append(
-                f"{module.base_name}: it is square, and nothing says for certain whether it is stored as [out, in] or "
-                "as [in, out]"
+                f"{module.base_name}: it is square, and it is unknown whether it is stored as [out, in] or as [in, out]"
             )
         else:
             matrix_shape = _matrix_shape(module, shapes[module.base_name])
@@ -113,22 +125,23 @@ def place(modules: Iterable[LoraModule], shapes: Mapping[str, Sequence[int]]) ->
 
 
 def blocks_of(factors: Factors, blocks: int) -> tuple[Factors, ...]:
-    """Return each block's own factors, views of PEFT's layout: A's rows are block by block, B's columns take turns.
+    """Return the factors of each block, views of PEFT's layout: A's rows are grouped by block, B's columns interleaved.
 
     Raises:
-        ValueError: if the rank is no multiple of `blocks`.
+        ValueError: if the rank is not a multiple of `blocks`.
     """
     if blocks == 1:
         return (factors,)
     rank, rest = divmod(factors.rank, blocks)
     if rest:
-        raise ValueError(f"rank {factors.rank} is not divisible among {blocks} blocks")
+        raise ValueError(f"rank {factors.rank} is not a multiple of {blocks} blocks")
     a_parts = factors.a_RI.split(rank)
     return tuple(Factors(a_RI, factors.b_OR[:, block::blocks], factors.scaling) for block, a_RI in enumerate(a_parts))
 
 
 def of_blocks(blocks: Sequence[Factors]) -> Factors:
-    """Return the factors of a module from those of its blocks, in PEFT's layout: new tensors, but for a single block.
+    """Return the factors of a module from those of its blocks, in PEFT's layout: new tensors, unless there is one
+    block.
 
     Raises:
         ValueError: if the blocks have different ranks or scalings.
@@ -136,7 +149,7 @@ def of_blocks(blocks: Sequence[Factors]) -> Factors:
     if len(blocks) == 1:
         return blocks[0]
     if len({(each.rank, each.scaling) for each in blocks}) > 1:
-        raise ValueError("blocks of different ranks or scalings make no factors")
+        raise ValueError("the blocks have different ranks or scalings")
     a_RI = torch.cat([each.a_RI for each in blocks])
     b_OR = torch.stack([each.b_OR for each in blocks], dim=2).flatten(1)
     return Factors(a_RI, b_OR, blocks[0].scaling)
@@ -146,10 +159,10 @@ def add_parts(rows_MN: Tensor, parts: Iterable[Part], scaling: float = 1.0, star
     """Add `scaling * left @ right` of every part to a range of rows of a base's matrix, in place.
 
     Args:
-        rows_MN: the rows from `start` on, in the dtype in which the sum is to be taken; it is changed.
-        parts: of one module, in `rows_MN`'s dtype and on its device; those outside the range are passed over.
-        scaling: what the products are multiplied by.
-        start: the first row's place in the whole matrix.
+        rows_MN: the rows from `start` on; changed in place. The sum is computed in its dtype.
+        parts: the parts of one module, in `rows_MN`'s dtype and on its device. Parts outside the range are skipped.
+        scaling: the factor of the products.
+        start: the index of the first row in the whole matrix.
     """
     stop = start + rows_MN.shape[0]
     for part in parts:
@@ -160,36 +173,38 @@ def add_parts(rows_MN: Tensor, parts: Iterable[Part], scaling: float = 1.0, star
 
 
 def squared_norms(rows_MN: Tensor, output_axis: int) -> Tensor:
-    """Return the squared L2 norm of each output in rows of a base's matrix, in float64.
+    """Return the squared L2 norm of each output in a range of rows of a base's matrix, in float64.
 
-    Of whole rows (output_axis 0) the norms of these outputs; along axis 1 what these rows add to the norms of all.
+    With output_axis 0 each row is an output. With output_axis 1 the result is these rows' share of the norms of all
+    outputs.
     """
     norms: Tensor = torch.linalg.vector_norm(rows_MN, dim=1 - output_axis, dtype=torch.float64)
     return norms.square_()
 
 
 def scale_outputs(rows_MN: Tensor, scale_O: Tensor, output_axis: int) -> None:
-    """Multiply each output in rows of a base's matrix by its own number, in place: DoRA's magnitude over its norm.
+    """Multiply each output in a range of rows of a base's matrix by its scale, in place: DoRA's magnitude over the
+    norm.
 
-    Source: arXiv 2402.09353; peft.tuners.lora.variants: DoraLinearVariant, DoraEmbeddingVariant, _DoraConvNdVariant are
-    one formula, with the norm taken over all inputs (and the kernel) of an output.
+    Source: arXiv 2402.09353. In peft.tuners.lora.variants, DoraLinearVariant, DoraEmbeddingVariant and
+    _DoraConvNdVariant have the same formula, with the norm over all inputs (and the kernel) of an output.
     """
     rows_MN.mul_(scale_O.to(rows_MN.dtype).unsqueeze(1 - output_axis))
 
 
 def _kept_apart(module: LoraModule, shapes: Mapping[str, Sequence[int]]) -> str:
-    """Return the reason why a mixture's parameter is not in the base, where this is it."""
+    """Return the reason why a mixture's parameter is not in the base, if the base has one matrix per expert."""
     first = f"{module.base_name.rpartition('.')[0]}.0."
     if module.blocks > 1 and any(name.startswith(first) for name in shapes):
-        return f" (it keeps the matrices of each expert of the mixture apart, as {first}*, which this version does not)"
+        return f" (it stores one matrix per expert of the mixture, as {first}*, which this version does not support)"
     return ""
 
 
 def _orientation(module: LoraModule, shape: tuple[int, ...]) -> bool | None:
-    """Return whether a module stands transposed in a tensor of this shape, or None where both would fit.
+    """Return whether a tensor of this shape stores a module transposed, or None if both are possible.
 
     Raises:
-        ValueError: if it fits neither way.
+        ValueError: if neither is possible.
     """
     fitting = [index for index, each in enumerate(module.base_shapes) if each == shape]
     if not fitting:
@@ -201,15 +216,15 @@ def _orientation(module: LoraModule, shape: tuple[int, ...]) -> bool | None:
 
 
 def _settled(module: LoraModule, certain: Mapping[tuple[str, str], set[bool]]) -> bool | None:
-    """Return whether a square module stands transposed in the base, or None where it is not certain."""
+    """Return whether the base stores a square module transposed, or None if that is unknown."""
     family, leaf = _family(module), _leaf(module)
     own = certain.get((family, leaf), set())
     all_seen = set().union(*(seen for (kin, _), seen in certain.items() if kin == family))
     if own or family == "parameter":
         seen = own or all_seen
         return next(iter(seen)) if len(seen) == 1 else None
-    said = module.kind == "transposed"
-    return None if all_seen - {said} or (leaf in _CONV1D_NAMES and not said) else said
+    configured = module.kind == "transposed"
+    return None if all_seen - {configured} or (leaf in _CONV1D_NAMES and not configured) else configured
 
 
 def _may_turn(module: LoraModule) -> bool:

@@ -1,8 +1,8 @@
-"""What transformers makes of the names in a base's files when it loads them: its own tables, run on names alone.
+"""The renaming of tensors when transformers loads a base's files, by transformers' own tables, without reading tensors.
 
-The names depend on the class that loads the files: AutoModelForCausalLM takes the language model out of a multimodal
-checkpoint. A model of each class is built without memory (torch's device `meta`), as the tables are found by a model's
-parts. transformers is imported here and nowhere else in merging, and only for a base whose names decide nothing.
+The names depend on the class that loads the files: AutoModelForCausalLM extracts the language model of a multimodal
+checkpoint. The tables are attached to models, so a model of each class is built without memory (torch's device `meta`).
+Only this module of merging imports transformers, and it is used only if the names alone do not decide.
 
 Source: transformers.core_model_loading.convert_and_load_state_dict_in_model (5.23), transformers.conversion_mapping.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Which class an adapter was trained on is not in its configuration; these load nearly all bases of LoRA adapters.
+# An adapter's configuration does not name the class that it was trained with. These load nearly all bases of adapters.
 _AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -29,10 +29,10 @@ _AUTO_CLASSES = (
 class Renaming:
     """The names of one class.
 
-    Args:
-        stored_by_name: the name in the files of each tensor in memory that is one tensor of the files, unchanged.
-        made_of: the names in the files of what each other tensor in memory is computed from.
-        tables: transformers' own, for the names that files of other versions have.
+    Attributes:
+        stored_by_name: for each tensor in memory that is an unchanged tensor of the files, its name in the files.
+        made_of: for each other tensor in memory, the names in the files from which it is computed.
+        tables: transformers' tables, for names from files of other versions.
     """
 
     stored_by_name: Mapping[str, str]
@@ -40,7 +40,7 @@ class Renaming:
     tables: _Tables
 
     def stored(self, tensor: str) -> str | None:
-        """Return the name in the files of a tensor in memory, given by its name there or in other versions' files."""
+        """Return the name in the files of a tensor, given its name in memory or in files of other versions."""
         if tensor in self.stored_by_name:
             return self.stored_by_name[tensor]
         if tensor in self.made_of:
@@ -50,23 +50,23 @@ class Renaming:
 
 
 def renamings(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> tuple[Renaming, ...]:
-    """Return what the classes of transformers that load a base make of its names; empty where it knows none.
+    """Return the renaming of each class of transformers that loads a base; empty if there is none.
 
     Args:
-        folder: the base's, with config.json.
-        config: what config.json holds.
-        names: of the tensors in the files.
+        folder: the base's folder, with config.json.
+        config: the contents of config.json.
+        names: the names of the tensors in the files.
     """
     if not isinstance(config.get("model_type"), str):
         return ()
     names = list(names)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # remarks on the configuration are no concern of a merge
+        warnings.simplefilter("ignore")  # warnings about the configuration do not matter here
         return tuple(_renaming(model, names) for model in _models(folder, config))
 
 
 class _Tables:
-    """The transforms that transformers applies to the names in files for one model."""
+    """The transforms that transformers applies to the names in files, for one model."""
 
     def __init__(self, model: Any) -> None:
         from transformers import conversion_mapping, core_model_loading
@@ -79,12 +79,12 @@ class _Tables:
         self._tensors = model.state_dict()
 
     def __call__(self, name: str) -> tuple[str, bool]:
-        """Return a name as transformers' tables have it, and whether a tensor is computed on the way."""
+        """Return the renamed name, and whether the tensor is computed instead of copied."""
         renamed, pattern = self._rename(name, self._renamings, self._converters)
         return renamed, pattern is not None
 
     def loaded_as(self, name: str) -> tuple[list[str], bool]:
-        """Return the tensors in memory that a tensor of the files goes into, and whether it is computed with."""
+        """Return the tensors in memory that use a tensor of the files, and whether they are computed from it."""
         tensors = self._tensors
         renamed, pattern = self._rename(name, self._renamings, self._converters, self._prefix, tensors)
         if renamed not in tensors and name in tensors:
@@ -103,7 +103,7 @@ def _renaming(model: Any, names: Sequence[str]) -> Renaming:
     tables = _Tables(model)
     stored: dict[str, str] = {}
     made_of: dict[str, list[str]] = {}
-    # in the order of loading: some tables look at what came before
+    # in the order of loading, because some tables depend on the names before
     for name in sorted(names, key=dot_natural_key):
         targets, is_computed = tables.loaded_as(name)
         for target in targets:
@@ -111,20 +111,20 @@ def _renaming(model: Any, names: Sequence[str]) -> Renaming:
                 made_of.setdefault(target, []).append(name)
             else:
                 stored[target] = name
-    # a tensor that two of the files go into is neither of them
+    # a tensor with two sources is not a copy of either
     for target in made_of.keys() & stored.keys():
         made_of[target].append(stored.pop(target))
     return Renaming(stored, {target: tuple(sorted(own)) for target, own in made_of.items()}, tables)
 
 
 def _models(folder: Path, config: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield a model of each class, without memory. What transformers cannot build, it could not load either."""
+    """Yield a model of each class, without memory. Classes that cannot build the model could not load it either."""
     import torch
     import transformers
 
     try:
         loaded = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:  # a model of its own code, or of a newer version
+    except Exception:  # a model with its own code, or for a newer version of transformers
         return
     seen: set[type] = set()
     for name in (*map(str, config.get("architectures") or ()), *_AUTO_CLASSES):
@@ -132,7 +132,7 @@ def _models(folder: Path, config: Mapping[str, Any]) -> Iterator[Any]:
             model_class: Any = getattr(transformers, name)
             with torch.device("meta"):
                 model = (model_class.from_config if name in _AUTO_CLASSES else model_class._from_config)(loaded)
-        except Exception:  # no such class, or none for this kind of model
+        except Exception:  # the class does not exist, or is not for this kind of model
             continue
         if type(model) not in seen:
             seen.add(type(model))

@@ -1,15 +1,16 @@
-"""Under which name a base's files hold a tensor that an adapter names by its place in the model in memory.
+"""The search for a tensor in a base's files, by its name in the model in memory, which adapters use.
 
-The two differ where a class of transformers keeps the model proper under another attribute than the files do, where a
-training tool left its wrapper in the names, and where transformers renames tensors while it loads them. In this order:
+The names differ if a class of transformers keeps the inner model in another attribute than the files do, if a training
+tool left its wrapper in the names, or if transformers renames tensors when loading. The steps of the search are:
 
 1. the name itself;
-2. the name without wrappers (`_orig_mod`, `module`), on both sides;
-3. the only name in the files that ends in the core of the name: what is left of it without wrappers and without the
-   attributes `model`, `transformer`, `language_model`, ... at its beginning;
-4. what transformers makes of the files' names (renaming.py), which imports it.
+2. the name without wrappers (`_orig_mod`, `module`), compared with the files' names without wrappers;
+3. the only name in the files that ends in the core of the name. The core has no wrappers and does not start with the
+   attributes `model`, `transformer`, `language_model`, ...;
+4. transformers' renaming of the files' names (renaming.py), which imports transformers.
 
-A step decides if exactly one tensor fits. Nothing else is dropped from a name: `lm_q.layers.0` is not `layers.0`.
+A step decides if exactly one tensor matches. Other parts of a name are never dropped: `lm_q.layers.0` is not
+`layers.0`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from personalized_soups.adapters.names import are_model_steps, core_name, withou
 from personalized_soups.adapters.renaming import Renaming
 from personalized_soups.errors import choose_from
 
-# Models whose files give to one tensor the name that another has in memory: here a name in both says nothing. Held to
-# transformers' tables by a test.
+# Models whose files use a name for another tensor than the model in memory does, so that an equal name proves nothing.
+# A test compares this list with transformers' tables.
 SHIFTED_NAMES = frozenset({"kimi_k25"})
 
 _MAX_SHOWN = 3
@@ -32,9 +33,9 @@ class StoredNames:
     """The names of a base's tensors.
 
     Args:
-        names: in the files.
-        model_type: of the base's configuration.
-        renamings: returns what transformers' classes make of the names; called when nothing else decides.
+        names: the names in the files.
+        model_type: the `model_type` of the base's configuration.
+        renamings: returns the renamings of transformers' classes; called only if no other step decides.
     """
 
     def __init__(
@@ -47,19 +48,19 @@ class StoredNames:
         self._by_end: dict[int, Mapping[str, list[str]]] = {}
 
     def find(self, tensor: str) -> str | None:
-        """Return the name in the files of a tensor of the model in memory; None if there is none or more than one."""
+        """Return the name in the files of a tensor of the model in memory; None if no name or several match."""
         if tensor not in self._found:
             self._found[tensor] = self._search(tensor)
         return self._found[tensor]
 
     def why_not(self, tensor: str) -> str:
-        """Return why `find` has no name for a tensor, with the names in the files that are nearest to it."""
+        """Return why `find` returns None for a tensor, with the most similar names in the files."""
         made_of = sorted({name for each in self._renamings for name in each.made_of.get(without_wrappers(tensor), ())})
         if made_of:
             return f"transformers computes it from tensors of the files, which this version does not: {_few(made_of)}"
         similar = sorted({*self._unwrapped.get(_plain(tensor), ()), *self._ending_in(core_name(tensor))})
         if similar:
-            return f"the files hold {_few(similar)}, and nothing says that this is the same tensor"
+            return f"the files have {_few(similar)}, which may be another tensor"
         return choose_from(tensor, self._names)
 
     def _search(self, tensor: str) -> str | None:
@@ -77,12 +78,12 @@ class StoredNames:
         return self._renamed(tensor)
 
     def _renamed(self, tensor: str) -> str | None:
-        """Return the name that all classes of transformers agree on which know the tensor."""
-        found = {name for each in self._renamings if (name := each.stored(without_wrappers(tensor))) is not None}
-        if not found:
+        """Return the name in the files by transformers' renamings, if all classes that have the tensor agree."""
+        names = {name for each in self._renamings if (name := each.stored(without_wrappers(tensor))) is not None}
+        if not names:
             plain = _plain(tensor)
-            found = {name for each in self._renamings if (name := each.stored(plain)) is not None}
-        return found.pop() if len(found) == 1 else None
+            names = {name for each in self._renamings if (name := each.stored(plain)) is not None}
+        return names.pop() if len(names) == 1 else None
 
     @cached_property
     def _renamings(self) -> tuple[Renaming, ...]:
@@ -90,13 +91,13 @@ class StoredNames:
 
     @cached_property
     def _unwrapped(self) -> Mapping[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        by_plain: dict[str, list[str]] = {}
         for name in sorted(self._names):
-            found.setdefault(_plain(name), []).append(name)
-        return found
+            by_plain.setdefault(_plain(name), []).append(name)
+        return by_plain
 
     def _ending_in(self, core: str) -> list[str]:
-        """Return the names in the files that end in all steps of a core, without wrappers."""
+        """Return the names in the files that, without wrappers, end in the steps of a core."""
         length = core.count(".") + 1
         if length not in self._by_end:
             by_end: dict[str, list[str]] = {}
@@ -107,10 +108,10 @@ class StoredNames:
 
 
 def _may_be(core: str, stored: str) -> bool:
-    """Return whether the only name that ends in a core is certain to be that tensor's.
+    """Return whether the only name that ends in a core certainly is that tensor.
 
-    A core with a layer's number is distinctive. One without (`score.weight`) is not: another module deep in the model
-    may end alike, so nothing but the model proper may be around it.
+    A core with a layer's number is distinctive. Another module of the model may have a name that ends in a core without
+    one (`score.weight`), so the rest of the name may only be attributes of the inner model.
     """
     if any(step.isdigit() for step in core.split(".")):
         return True

@@ -1,4 +1,4 @@
-"""The bank: the factors of the chosen experts, stacked per module; every way of using a soup starts from it.
+"""The bank: the stacked factors of the chosen experts, module by module, from which every soup is made.
 
 E experts, R rank of one expert, K sum of ranks, I in features, O out features.
 """
@@ -18,7 +18,7 @@ from personalized_soups.files.header import TensorEntry
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.shared_a import SharedRows, group_numbers
 
-# Experts that were trained freely differ in their first bytes already.
+# Bytes to compare first: the A's of experts that do not share A differ within them.
 _PROBE_BYTES = 4096
 
 
@@ -26,8 +26,11 @@ _PROBE_BYTES = 4096
 class StackedModule:
     """One module's factors of all experts that adapt it, without weights.
 
-    `experts` are their positions in the bank; `factors` and `basis` go with them. Factors may share the files' pages.
-    Experts with one number in `basis` have the same A, byte for byte.
+    Attributes:
+        name: the module's name.
+        experts: the experts' positions in the bank.
+        factors: the factors of each of these experts; they may share the files' pages.
+        basis: a number for each of these experts, the same for experts whose A's are equal byte for byte.
     """
 
     name: str
@@ -47,21 +50,21 @@ class StackedModule:
 
     @property
     def a_KI(self) -> Tensor:  # noqa: N802
-        """The experts' A's below one another, a new tensor."""
+        """The experts' A's stacked by rows, a new tensor."""
         return torch.cat([each.a_RI for each in self.factors], dim=0)
 
     @property
     def b_OK(self) -> Tensor:  # noqa: N802
-        """The experts' B's side by side without their scalings, a new tensor."""
+        """The experts' B's stacked by columns, without their scalings, a new tensor."""
         return torch.cat([each.b_OR for each in self.factors], dim=1)
 
 
 class ExpertBank:
-    """The chosen experts, read one module at a time. They are taken to be compatible.
+    """The chosen experts, read one module at a time. The experts must be compatible; this is not checked.
 
     Args:
-        experts: in the order in which weights will be given.
-        device: where the factors shall be.
+        experts: the experts, in the order of the weights.
+        device: the device of the factors.
     """
 
     def __init__(self, experts: Sequence[Expert], *, device: torch.device | str = "cpu") -> None:
@@ -83,9 +86,9 @@ class ExpertBank:
         return tuple(index for index, expert in enumerate(self.experts) if module in expert.adapter.modules)
 
     def basis(self, module: str) -> tuple[int, ...]:
-        """Return one number for each of `members(module)`: equal where their A's are equal, byte for byte.
+        """Return one number for each of `members(module)`, the same for experts whose A's are equal byte for byte.
 
-        Numbers count from 0 in the order of first appearance. Nothing but A's first bytes is read where they differ.
+        The numbers are 0, 1, ... in order of first appearance. Of A's that differ, only the first bytes are read.
         """
         stored = [self.experts[index].adapter.a_bytes(module) for index in self.members(module)]
         return group_numbers(stored, _are_equal)
@@ -99,7 +102,7 @@ class ExpertBank:
         """Return a module's stack in `dtype` on the bank's device.
 
         Raises:
-            InputError: naming file and tensor where a value is NaN or infinite.
+            InputError: if a value is NaN or infinite, with file and tensor.
         """
         members = self.members(module)
         return StackedModule(
@@ -113,7 +116,7 @@ class ExpertBank:
         """Return one expert's factors of a module in `dtype` on the bank's device; they may share the file's pages.
 
         Raises:
-            InputError: naming file and tensor where a value is NaN or infinite.
+            InputError: if a value is NaN or infinite, with file and tensor.
         """
         read = self.experts[expert].adapter.factors(module, dtype)
         return Factors(read.a_RI.to(self.device), read.b_OR.to(self.device), read.scaling)

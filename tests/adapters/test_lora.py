@@ -232,7 +232,9 @@ def test_parameters_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> Non
 def test_a_change_inside_of_another_is_refused(tmp_path: Path) -> None:
     out_proj = {name.replace("m.q_proj", "m.base_layer.out_proj"): values for name, values in pair().items()}
     whole_m = {name.replace("m.q_proj", "m"): values for name, values in pair().items()}
-    with pytest.raises(UnsupportedAdapterError, match=r"m\.out_proj is adapted inside the adapted module m, .* MultiheadAttention"):
+    with pytest.raises(
+        UnsupportedAdapterError, match=r"m\.out_proj is adapted inside the adapted module m, .* MultiheadAttention"
+    ):
         LoraAdapter.open(write_adapter(tmp_path, {**out_proj, **whole_m}))
     owned = LoraAdapter.open(write_adapter(tmp_path, {**out_proj, **whole_m}, target_parameters=["m.weight"]))
     assert {name: module.base_name for name, module in owned.modules.items()} == {

@@ -73,7 +73,7 @@ def test_parts_copy_nothing(kind: Kind, shape: tuple[int, int]) -> None:
 def test_parts_of_other_factors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"do not fit \(5, 6\)"):
         Placement("m.weight", (5, 6), is_transposed=False).parts(factors(6, 5))
-    with pytest.raises(ValueError, match="rank 4 is not divisible among 3 blocks"):
+    with pytest.raises(ValueError, match="rank 4 is not a multiple of 3 blocks"):
         Placement("m", (15, 6), is_transposed=False, blocks=3).parts(factors(5, 6))
 
 
@@ -140,8 +140,8 @@ def test_every_fault_is_told() -> None:
         "gone.weight is not in the base",
         "other.weight: the base has [5, 7], the adapter is for [5, 6] or [6, 5]",
         "expert: the base has [3, 5, 6], the adapter is for [2, 5, 6] or [2, 6, 5]",
-        "experts.up is not in the base (it keeps the matrices of each expert of the mixture apart, as experts.0.*, "
-        "which this version does not)",
+        "experts.up is not in the base (it stores one matrix per expert of the mixture, as experts.0.*, "
+        "which this version does not support)",
     ]
 
 
