@@ -80,7 +80,7 @@ def _type(field: Mapping[str, Any]) -> str:
     if kind == "array":
         return f"list of {_type(field.get('items', {}))}"
     if kind == "object":
-        values = field.get("additionalProperties", {})
+        values = next(iter(field.get("patternProperties", {}).values()), field.get("additionalProperties"))
         return f"map of names to {_type(values) if isinstance(values, dict) and values else 'values'}"
     bounds = "".join(f" {sign} {field[bound]:g}" for bound, sign in _BOUNDS.items() if bound in field)
     return f"{kind}{bounds}"
