@@ -1,6 +1,6 @@
-"""A study's folder: where each file is, and what of an interrupted run is there already.
+"""A study's folder: the path of each file, and the answers of an interrupted run.
 
-Every stage leaves files. A stage whose files are there is not run again; a run with other settings is refused.
+Every stage writes files. A run skips stages whose files exist, and rejects a folder of a run with other settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,19 @@ PICTURES = ("combinations", "sweeps")
 
 
 class StudyFolder:
-    """The paths of one study below `root`."""
+    """The paths of one study below `root`.
+
+    Attributes:
+        root: the folder.
+        settings: the settings that a resumed run must share.
+        results: the results.
+        report: the report, in Markdown.
+        examples: one prompt with several models' answers.
+        seconds: the seconds that each stage took.
+        pool: the base's sampled answers, from which pairs are made.
+        experts: the folder of the experts.
+        merged: the folder of the merged adapters.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -42,7 +54,7 @@ class StudyFolder:
         return self.root / f"{name}.png"
 
     def answers(self, stage: str) -> AnswerFile:
-        """Return the file of all answers of one stage."""
+        """Return the file of one stage's answers."""
         return AnswerFile(self.root / "answers" / f"{stage}.jsonl")
 
     def soup(self, method: str, sides: Sequence[str]) -> Path:
@@ -50,7 +62,7 @@ class StudyFolder:
         return self.merged / method / "+".join(sides)
 
     def clear(self) -> None:
-        """Remove what studies write; whatever else is in the folder stays."""
+        """Remove the files that studies write. Other files in the folder stay."""
         for path in (self.root / "pairs", self.experts, self.merged, self.root / "answers"):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.settings, self.results, self.report, self.pool, self.examples, self.seconds):
@@ -59,10 +71,10 @@ class StudyFolder:
             self.picture(name).unlink(missing_ok=True)
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder, or check that it holds a run of the same settings, to go on with.
+        """Make the folder, or check that it holds a run with the same settings, which can be resumed.
 
         Raises:
-            OutputExistsError: if the folder holds something else.
+            OutputExistsError: if the folder holds anything else.
         """
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         if self.settings.is_file():
@@ -71,7 +83,7 @@ class StudyFolder:
             raise OutputExistsError(
                 "the folder holds a run with other settings",
                 where=str(self.root),
-                mend="choose another output folder, or pass overwrite=True to begin anew",
+                mend="choose another output folder, or pass overwrite=True to start again",
             )
         if os.path.lexists(self.root) and not self.root.is_dir():
             raise OutputExistsError(
@@ -79,7 +91,7 @@ class StudyFolder:
             )
         if self.root.is_dir() and any(self.root.iterdir()):
             raise OutputExistsError(
-                f"the folder holds files that are no study's (it has no {SETTINGS_FILE})",
+                f"the folder holds files but no study (it has no {SETTINGS_FILE})",
                 where=str(self.root),
                 mend="choose another output folder",
             )
@@ -88,24 +100,24 @@ class StudyFolder:
 
 
 class AnswerFile:
-    """Answers of many jobs, one JSON line a job, added as they come; a line cut short by a kill is left out."""
+    """A file of answers, one JSON line per job. Reading skips a line that a kill left incomplete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[str, list[str]]:
-        """Return job -> answers, of all whole lines."""
+        """Return job -> answers, from all complete lines."""
         return dict(self._lines()) if self.path.is_file() else {}
 
     def add(self, job: str, answers: Sequence[str]) -> None:
         """Append the answers of one job."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
-            if file.tell() and not self._ends_whole():
+            if file.tell() and not self._ends_with_newline():
                 file.write(b"\n")
             file.write((json.dumps({"job": job, "answers": list(answers)}, ensure_ascii=False) + "\n").encode())
 
-    def _ends_whole(self) -> bool:
+    def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:
             file.seek(-1, 2)
             return file.read(1) == b"\n"
@@ -120,7 +132,7 @@ class AnswerFile:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file that is there whole or not at all."""
+    """Write a text file, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From graded answers to results: the figures of results.json, and whether each target is met."""
+"""From graded answers to results: the figures of results.json, and whether they meet each target."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BASE: tuple[str, Combination] = ("base", ())
 
 
 def score_selection(method: str, weight: float, graded: Mapping[Combination, Sequence[Graded]]) -> ValidationScores:
-    """Return one weight's scores on the validation prompts, averaged over the combinations."""
+    """Return the scores of one method with one weight on the validation prompts, averaged over the combinations."""
     return {
         "method": method,
         "weight": weight,
@@ -48,13 +48,13 @@ def score_selection(method: str, weight: float, graded: Mapping[Combination, Seq
 
 
 def best_weight(selection: Sequence[ValidationScores], method: str) -> float:
-    """Return the weight of the highest joint score of a method; the mean decides between equals."""
+    """Return the weight with the highest joint score of a method; the mean score breaks ties."""
     rows = [row for row in selection if row["method"] == method]
     return max(rows, key=lambda row: (row["joint"], row["mean"]))["weight"]
 
 
 def best_of_method(selection: Sequence[ValidationScores]) -> str:
-    """Return the method of the highest joint score on the validation prompts."""
+    """Return the method with the highest joint score on the validation prompts; the mean score breaks ties."""
     return max(selection, key=lambda row: (row["joint"], row["mean"]))["method"]
 
 
@@ -71,7 +71,20 @@ def collect(
     basis: Literal["free", "shared"],
     seconds: Mapping[str, float],
 ) -> Results:
-    """Return everything that the study found; the base is `held_out[("base", ())]`."""
+    """Return all results of the study.
+
+    Args:
+        study_sides: dimension -> its low and high side.
+        combinations: the combinations of sides.
+        weights: method -> its chosen weight.
+        selection: the scores on the validation prompts.
+        held_out: (method, sides) -> graded answers to the held-out prompts; `("base", ())` holds the base's.
+        sweeps: dimension -> (weight, graded answers) at each step.
+        best_method: the chosen method.
+        seed: the study's seed, which also seeds the bootstrap.
+        basis: the experts' basis.
+        seconds: stage -> seconds.
+    """
     alone = held_out[_BASE]
     rows = [
         _combination(
@@ -86,19 +99,19 @@ def collect(
         for method, weight in weights.items()
         for sides in combinations
     ]
-    # One number of bigrams for all, half of what the least talkative has: the draws of each are then draws indeed.
-    said = {method: [e.answer for sides in combinations for e in held_out[method, sides]] for method in weights}
-    base_said = [entry.answer for entry in alone]
-    sample = min(num_bigrams(answers) for answers in [base_said, *said.values()]) // 2
+    # Draw one number of bigrams for all models: half of the fewest, so that draws without replacement differ.
+    answers = {method: [e.answer for sides in combinations for e in held_out[method, sides]] for method in weights}
+    base_answers = [entry.answer for entry in alone]
+    sample = min(num_bigrams(texts) for texts in [base_answers, *answers.values()]) // 2
     base: BaseScores = {
         "mean": _mean([mean_worth(alone, sides) for sides in combinations]),
         "joint": _mean([joint_share(alone, sides) for sides in combinations]),
         "valid": valid_share(alone),
         "per_dimension": {name: mean_toward(alone, high, of_valid=True) for name, (_, high) in study_sides.items()},
-        "distinct_bigrams": distinct_bigrams(base_said, sample=sample, seed=seed),
+        "distinct_bigrams": distinct_bigrams(base_answers, sample=sample, seed=seed),
     }
     methods = [
-        _method(method, weight, rows, distinct_bigrams(said[method], sample=sample, seed=seed))
+        _method(method, weight, rows, distinct_bigrams(answers[method], sample=sample, seed=seed))
         for method, weight in weights.items()
     ]
     points = {
@@ -133,14 +146,14 @@ def collect(
 
 
 def checks(results: Results) -> list[Check]:
-    """Return every target with what was measured; the bars are those the project set itself."""
+    """Return every target with its measured value. The project has set the bars."""
     base, method = results["base"], results["best_method"]
     rows = [row for row in results["combinations"] if row["method"] == method]
     by_name = {row["method"]: row for row in results["methods"]}
     best = by_name[method]
     gains = [row["joint"] - row["base_joint"] for row in rows]
     wins = [row["win_rate_vs_base"] for row in rows]
-    found: list[Check] = [
+    targets: list[Check] = [
         _at_least("base: valid and on topic", base["valid"], 0.95),
         *(
             Check(name=f"base: {name} in the middle", value=value, bar=[0.4, 0.6], met=0.4 <= value <= 0.6)
@@ -157,10 +170,10 @@ def checks(results: Results) -> list[Check]:
     ]
     if {"linear", "factor_average"} <= by_name.keys():
         gap = by_name["linear"]["joint"] - by_name["factor_average"]["joint"]
-        found.append(_at_least("joint of linear minus joint of factor_average", gap, 0.0))
+        targets.append(_at_least("joint of linear minus joint of factor_average", gap, 0.0))
     for name, points in results["sweeps"].items():
         verdict = judge_sweep(points, results.get("sweep_intervals", {}).get(name))
-        found.append(
+        targets.append(
             Check(
                 name=f"sweep of {name}",
                 value=str(verdict),
@@ -168,13 +181,13 @@ def checks(results: Results) -> list[Check]:
                 met=bool(verdict.is_monotone or verdict.is_within_noise),
             )
         )
-    return found
+    return targets
 
 
 def example_answers(held_out: HeldOut, method: str, combinations: Sequence[Combination]) -> Examples:
-    """Return one prompt answered by the base and by three personal models that differ in every dimension.
+    """Return one prompt, answered by the base and by three personal models that differ in every dimension.
 
-    The prompt is the first to which all four answers are valid (the first of all where there is none).
+    The prompt is the first with four valid answers, or the first prompt if none has.
     """
     shown = [combinations[1], combinations[-2], combinations[len(combinations) // 2 - 1]]
     models = {"base": held_out[_BASE]} | {name_of(sides): held_out[method, sides] for sides in shown}

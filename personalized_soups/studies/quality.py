@@ -1,4 +1,4 @@
-"""The quickstart repeated over seeds, with free and with shared basis, and the page that tells what came out."""
+"""The quickstart repeated over seeds, with free and with shared basis, and the page of its results."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ BASES: tuple[Basis, ...] = get_args(Basis)
 def run_quality(
     out: Path, *, num_seeds: int, num_workers: int, device: str, stage: Stage, overwrite: bool = False
 ) -> dict[Basis, list[Results]]:
-    """Run the study for seeds 0, 1, ... and both kinds of basis below `out`; finished runs are read, not repeated."""
-    found: dict[Basis, list[Results]] = {}
+    """Run the study for seeds 0, 1, ... and both bases below `out`, and return the results. Skip finished runs."""
+    runs: dict[Basis, list[Results]] = {}
     for basis in BASES:
         for seed in range(num_seeds):
             study = Study(seed=seed, basis=basis, num_workers=num_workers, device=device)
             results, _ = run_study(study, out / f"{basis}-{seed}", stage=stage, overwrite=overwrite)
-            found.setdefault(basis, []).append(results)
-    return found
+            runs.setdefault(basis, []).append(results)
+    return runs
 
 
-def quality_page(found: dict[Basis, list[Results]]) -> str:
-    """Return the Markdown page: every figure that has a target, run by run and on average; the methods compared."""
-    runs = [results for basis in found for results in found[basis]]
-    count = max(len(found[basis]) for basis in found)
+def quality_page(by_basis: dict[Basis, list[Results]]) -> str:
+    """Return the Markdown page: every figure with a target, for each run and on average, and all methods."""
+    runs = [results for basis in by_basis for results in by_basis[basis]]
+    count = max(len(by_basis[basis]) for basis in by_basis)
     first = runs[0]
     parts = [
         "# Quality of the merged models",
@@ -42,21 +42,21 @@ def quality_page(found: dict[Basis, list[Results]]) -> str:
         f"Scores are taken on {first['num_prompts']} held-out prompts for each of eight combinations; method and\n"
         "weight are chosen on validation topics. What the figures mean: [evaluation](evaluation.md).",
         "## The best method of each run",
-        _best_table(found),
+        _best_table(by_basis),
         "## Methods, each at its own best weight",
         "The joint score on held-out prompts; in brackets the weight of each expert.",
-        _method_table(found),
+        _method_table(by_basis),
         "## Targets",
         "A figure that does not reach its bar is bold.",
-        _target_table(found),
+        _target_table(by_basis),
         "## The base alone",
-        _base_table(found),
+        _base_table(by_basis),
         f"Versions: {', '.join(f'{name} {version}' for name, version in first['versions'].items())}.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _best_table(found: dict[Basis, list[Results]]) -> str:
+def _best_table(by_basis: dict[Basis, list[Results]]) -> str:
     head = [
         "basis",
         "seed",
@@ -71,13 +71,11 @@ def _best_table(found: dict[Basis, list[Results]]) -> str:
         "distinct",
     ]
     rows = []
-    for basis, results in found.items():
-        figures = [_best_figures(each) for each in results]
-        for each, values in zip(results, figures, strict=True):
-            best = method_of(each, each["best_method"])
-            rows.append(
-                [basis, str(each["seed"]), best["method"], f"{best['weight']:g}", *(f"{x:.3f}" for x in values)]
-            )
+    for basis, results in by_basis.items():
+        figures = [_best_figures(run) for run in results]
+        for run, values in zip(results, figures, strict=True):
+            best = method_of(run, run["best_method"])
+            rows.append([basis, str(run["seed"]), best["method"], f"{best['weight']:g}", *(f"{x:.3f}" for x in values)])
         rows.append([f"**{basis}**", "mean ± sd", "", "", *(_spread(column) for column in zip(*figures, strict=True))])
     return table(head, rows, words=3)
 
@@ -96,21 +94,21 @@ def _best_figures(results: Results) -> list[float]:
     ]
 
 
-def _method_table(found: dict[Basis, list[Results]]) -> str:
-    methods = [row["method"] for row in next(iter(found.values()))[0]["methods"]]
+def _method_table(by_basis: dict[Basis, list[Results]]) -> str:
+    methods = [row["method"] for row in next(iter(by_basis.values()))[0]["methods"]]
     rows = []
-    for basis, results in found.items():
-        for each in results:
-            cells = [f"{row['joint']:.3f} ({row['weight']:g})" for row in each["methods"]]
-            rows.append([basis, str(each["seed"]), *cells])
-        columns = [[method_of(each, method)["joint"] for each in results] for method in methods]
+    for basis, results in by_basis.items():
+        for run in results:
+            cells = [f"{row['joint']:.3f} ({row['weight']:g})" for row in run["methods"]]
+            rows.append([basis, str(run["seed"]), *cells])
+        columns = [[method_of(run, method)["joint"] for run in results] for method in methods]
         rows.append([f"**{basis}**", "mean ± sd", *(_spread(column) for column in columns)])
     return table(["basis", "seed", *methods], rows, words=2)
 
 
-def _target_table(found: dict[Basis, list[Results]]) -> str:
-    runs = [results for basis in found for results in found[basis]]
-    head = ["target", "bar", *(f"{basis} {results['seed']}" for basis in found for results in found[basis])]
+def _target_table(by_basis: dict[Basis, list[Results]]) -> str:
+    runs = [results for basis in by_basis for results in by_basis[basis]]
+    head = ["target", "bar", *(f"{basis} {results['seed']}" for basis in by_basis for results in by_basis[basis])]
     rows = []
     for place, first in enumerate(runs[0]["checks"]):
         checks = [results["checks"][place] for results in runs]
@@ -121,7 +119,7 @@ def _target_table(found: dict[Basis, list[Results]]) -> str:
 
 
 def _value(check: Check, results: Results) -> str:
-    """Return a check's figure; of a sweep the largest dip."""
+    """Return the measured value of a check; for a sweep, its largest dip."""
     if not isinstance(check["value"], str):
         return f"{check['value']:.3f}"
     name = check["name"].removeprefix("sweep of ")
@@ -137,17 +135,17 @@ def _bar(check: Check) -> str:
     return f"at least {bar:g}" if isinstance(bar, int | float) else f"{bar[0]:g} to {bar[1]:g}"
 
 
-def _base_table(found: dict[Basis, list[Results]]) -> str:
-    results = next(iter(found.values()))
+def _base_table(by_basis: dict[Basis, list[Results]]) -> str:
+    results = next(iter(by_basis.values()))
     dimensions = list(results[0]["base"]["per_dimension"])
     rows = [
         [
-            str(each["seed"]),
-            f"{each['base']['valid']:.3f}",
-            f"{each['base']['joint']:.3f}",
-            *(f"{each['base']['per_dimension'][name]:.3f}" for name in dimensions),
+            str(run["seed"]),
+            f"{run['base']['valid']:.3f}",
+            f"{run['base']['joint']:.3f}",
+            *(f"{run['base']['per_dimension'][name]:.3f}" for name in dimensions),
         ]
-        for each in results
+        for run in results
     ]
     return table(["seed", "valid", "joint", *dimensions], rows, words=1)
 

@@ -1,6 +1,6 @@
-"""The whole way in one run: pairs from the base's own answers, six experts, merges for every combination, scores.
+"""The whole pipeline in one run: pairs from the base's own answers, six experts, merges, scores.
 
-Weights and method are chosen on validation topics, scores are taken on held-out topics; training sees neither.
+Method and weights are chosen on validation topics, and scores are computed on held-out topics. Training sees neither.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from personalized_soups.training.parallel import ExpertJob, train_experts
 
 
 def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False) -> tuple[Results, Examples]:
-    """Run every stage that has not left its files yet, and return what was found.
+    """Run every stage whose files do not exist yet, and return the results and example answers.
 
     Args:
-        study: what is run.
-        out: the folder; it holds pairs, experts, merged adapters, every answer, results.json, report and pictures.
-        stage: opens a stage of so many units of work and hears of its progress.
-        overwrite: begin anew where `out` holds a study.
+        study: the settings.
+        out: the folder for pairs, experts, merged adapters, every answer, results.json, report and pictures.
+        stage: opens a progress bar for each stage.
+        overwrite: delete the files of a study in `out` and start again.
 
     Raises:
-        OutputExistsError: if `out` holds something else, or a study with other settings.
-        SoupError: as its parts raise.
+        OutputExistsError: if `out` holds other files, or a study with other settings.
+        SoupError: as the stages raise.
     """
     folder = StudyFolder(out)
     if overwrite and folder.settings.is_file():
@@ -58,7 +58,13 @@ def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False)
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """The stages, one after another; each skips what is there already."""
+    """The stages. Each stage skips work whose files exist.
+
+    Attributes:
+        study: the settings.
+        folder: the paths of all files.
+        stage: opens a progress bar.
+    """
 
     study: Study
     folder: StudyFolder
@@ -88,27 +94,29 @@ class _Run:
         write_text(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def pairs(self, workers: Workers) -> None:
-        """Sample the base's answers once, and label them for every side."""
+        """Sample the base's answers once, and make pairs of them for every side."""
         from personalized_soups.training.data import write_pairs
         from personalized_soups.training.pairs import Sampled, label_pool, read_pool, write_pool
 
         study, recipe = self.study, self.study.recipe.pairs
         with self._timed("pairs"):
             if not self.folder.pool.is_file():
-                asked = study.prompts("seen", recipe.num_prompts)
+                prompts = study.prompts("seen", recipe.num_prompts)
                 jobs = [
                     self._job(
-                        f"sample-{turn}", None, asked, seed=1000 * study.seed + turn, temperature=recipe.temperature
+                        f"sample-{turn}", None, prompts, seed=1000 * study.seed + turn, temperature=recipe.temperature
                     )
                     for turn in range(recipe.num_samples)
                 ]
-                said = self._answered("sampling answers of the base", "pool", jobs, workers)
-                pool = [Sampled(prompt, tuple(said[job.name][at] for job in jobs)) for at, prompt in enumerate(asked)]
+                answers = self._answered("sampling answers of the base", "pool", jobs, workers)
+                pool = [
+                    Sampled(prompt, tuple(answers[job.name][at] for job in jobs)) for at, prompt in enumerate(prompts)
+                ]
                 write_pool(self.folder.pool, pool)
             pool = read_pool(self.folder.pool)
             for side in study.catalogue.sides:
                 if not self.folder.pairs(side).is_file():
-                    found = label_pool(
+                    labelled = label_pool(
                         pool,
                         side,
                         study.catalogue,
@@ -118,7 +126,7 @@ class _Run:
                         conversational=True,
                     )
                     self.folder.pairs(side).parent.mkdir(parents=True, exist_ok=True)
-                    write_pairs(self.folder.pairs(side), found)
+                    write_pairs(self.folder.pairs(side), labelled)
 
     def train(self) -> None:
         """Train one expert for each side."""
@@ -138,27 +146,27 @@ class _Run:
             )
 
     def choose(self, workers: Workers) -> tuple[dict[MethodName, float], list[ValidationScores]]:
-        """Score every weight of every method on validation topics; return each method's best weight, and all scores."""
+        """Score every weight of every method on validation topics. Return each method's best weight and all scores."""
         study, recipe = self.study, self.study.recipe.selection
-        asked = study.prompts("validation", recipe.num_prompts)
-        tried = [(method, weight) for method, weights in recipe.weights.items() for weight in weights]
+        prompts = study.prompts("validation", recipe.num_prompts)
+        trials = [(method, weight) for method, weights in recipe.weights.items() for weight in weights]
         jobs = {
             (method, weight, sides): self._job(
                 f"{method} {weight:g} {'+'.join(sides)}",
                 Profile(method=method, weights=dict.fromkeys(sides, weight)),
-                asked,
+                prompts,
                 seed=2000 + study.seed,
             )
-            for method, weight in tried
+            for method, weight in trials
             for sides in study.combinations
         }
         with self._timed("choose"):
             title = "choosing method and scale on validation topics"
-            said = self._answered(title, "validation", list(jobs.values()), workers)
-            graded = {key: self._graded(asked, said[job.name]) for key, job in jobs.items()}
+            answers = self._answered(title, "validation", list(jobs.values()), workers)
+            graded = {key: self._graded(prompts, answers[job.name]) for key, job in jobs.items()}
         selection = [
             score_selection(method, weight, {sides: graded[method, weight, sides] for sides in study.combinations})
-            for method, weight in tried
+            for method, weight in trials
         ]
         return {method: best_weight(selection, method) for method in recipe.weights}, selection
 
@@ -184,17 +192,17 @@ class _Run:
     ) -> tuple[HeldOut, dict[str, list[tuple[float, list[Graded]]]]]:
         """Answer held-out prompts with the base and every merged model, and with every step of the sweeps."""
         study, recipe = self.study, self.study.recipe
-        asked = study.prompts("held-out", recipe.num_prompts)
+        prompts = study.prompts("held-out", recipe.num_prompts)
         jobs: dict[tuple[str, Combination], AnswerJob] = {
-            ("base", ()): self._job("base", None, asked, seed=3000 + study.seed)
+            ("base", ()): self._job("base", None, prompts, seed=3000 + study.seed)
         } | {
             (method, sides): self._job(
-                f"{method} {'+'.join(sides)}", self.folder.soup(method, sides), asked, seed=3000 + study.seed
+                f"{method} {'+'.join(sides)}", self.folder.soup(method, sides), prompts, seed=3000 + study.seed
             )
             for method in weights
             for sides in study.combinations
         }
-        swept = asked[: recipe.sweep.num_prompts]
+        swept = prompts[: recipe.sweep.num_prompts]
         shares = [step / (recipe.sweep.num_steps - 1) for step in range(recipe.sweep.num_steps)]
         sweep_jobs = {
             (name, share): self._job(
@@ -207,23 +215,23 @@ class _Run:
             for share in shares
         }
         with self._timed("evaluate"):
-            said = self._answered("answering held-out prompts", "held-out", list(jobs.values()), workers)
-            sweep_said = self._answered("sweeping weights", "sweeps", list(sweep_jobs.values()), workers)
-            held_out: HeldOut = {key: self._graded(asked, said[job.name]) for key, job in jobs.items()}
+            answers = self._answered("answering held-out prompts", "held-out", list(jobs.values()), workers)
+            sweep_answers = self._answered("sweeping weights", "sweeps", list(sweep_jobs.values()), workers)
+            held_out: HeldOut = {key: self._graded(prompts, answers[job.name]) for key, job in jobs.items()}
             sweeps = {
-                name: [(share, self._graded(swept, sweep_said[sweep_jobs[name, share].name])) for share in shares]
+                name: [(share, self._graded(swept, sweep_answers[sweep_jobs[name, share].name])) for share in shares]
                 for name in study.sides
             }
         return held_out, sweeps
 
-    def _graded(self, asked: Sequence[str], said: Sequence[str]) -> list[Graded]:
-        return grade(asked, said, self.study.catalogue, list(self.study.catalogue.sides))
+    def _graded(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Graded]:
+        return grade(prompts, answers, self.study.catalogue, list(self.study.catalogue.sides))
 
     def _job(
         self,
         name: str,
         soup: Path | Profile | None,
-        asked: tuple[str, ...],
+        prompts: tuple[str, ...],
         *,
         seed: int,
         temperature: float | None = None,
@@ -234,7 +242,7 @@ class _Run:
             base=str(self.study.base),
             soup=soup,
             experts=self.folder.experts,
-            prompts=asked,
+            prompts=prompts,
             temperature=temperature or recipe.temperature,
             max_new_tokens=recipe.max_new_tokens,
             seed=seed,
@@ -242,20 +250,20 @@ class _Run:
         )
 
     def _answered(self, title: str, stage: str, jobs: Sequence[AnswerJob], workers: Workers) -> dict[str, list[str]]:
-        """Return job -> answers; what an earlier run has answered is read, the rest is answered and kept."""
+        """Return job -> answers: read those of an earlier run, compute and store the others."""
         file = self.folder.answers(stage)
-        said = {name: answers for name, answers in file.read().items() if name in {job.name for job in jobs}}
+        by_job = {name: answers for name, answers in file.read().items() if name in {job.name for job in jobs}}
         with self.stage(title, len(jobs)) as bar:
-            bar.update(len(said))
-            for job, answers in workers.run([job for job in jobs if job.name not in said]):
+            bar.update(len(by_job))
+            for job, answers in workers.run([job for job in jobs if job.name not in by_job]):
                 file.add(job.name, answers)
-                said[job.name] = answers
-                bar.update(len(said))
-        return said
+                by_job[job.name] = answers
+                bar.update(len(by_job))
+        return by_job
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of a stage to those of earlier, interrupted runs."""
+        """Add the seconds of the block to the stage's seconds in earlier, interrupted runs."""
         start = time.monotonic()
         try:
             yield
@@ -271,4 +279,4 @@ class _Run:
         except FileNotFoundError:
             return {}
         except ValueError:
-            raise RunError("the file is not JSON", where=str(path), mend="delete it; the run goes on") from None
+            raise RunError("the file is not JSON", where=str(path), mend="delete it and run again") from None

@@ -1,4 +1,4 @@
-"""What a study is: everything that its run follows from, and how it tells of its progress."""
+"""The settings of a study, and its progress reports."""
 
 from __future__ import annotations
 
@@ -23,18 +23,30 @@ Combination = tuple[str, ...]
 
 
 class Bar(Protocol):
-    """Hears how far a stage is."""
+    """Shows the progress of one stage."""
 
     def update(self, done: int, *, total: int | None = None, **figures: float | str) -> None:
-        """Say that `done` units of work are done; the figures stand beside."""
+        """Show that `done` units of work are done, with further figures next to the bar."""
 
 
 Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
+"""Opens the bar of a stage, from its title and its number of units of work (None if it is not known yet)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """One run, all that it follows from."""
+    """The settings of one run.
+
+    Attributes:
+        seed: random seed of all stages.
+        basis: `free`, each expert has its own A; or `shared`, all experts have one frozen A.
+        num_workers: worker processes for training and answering.
+        device: `auto`, `cpu` or `cuda`.
+        base: the base model's folder.
+        recipe: the number of prompts, the methods and their weights.
+        training: the recipe of the experts; None takes the shipped recipe for the basis.
+        catalogue: the dimensions, each with a low and a high side.
+    """
 
     seed: int = 0
     basis: Literal["free", "shared"] = "free"
@@ -47,30 +59,30 @@ class Study:
 
     @property
     def training_recipe(self) -> TrainingRecipe:
-        """How the experts are trained: as given, or the shipped recipe of the basis."""
+        """The recipe of the experts: `training`, or the shipped recipe for the basis."""
         name = "train/tiny.yaml" if self.basis == "free" else "train/tiny-shared.yaml"
         return self.training or load(shipped_recipe(name), TrainingRecipe)
 
     @property
     def sides(self) -> dict[str, tuple[str, str]]:
-        """Dimension -> its low and its high side."""
-        found = {}
+        """Dimension -> its low and high side."""
+        ends = {}
         for name, dimension in self.catalogue.dimensions.items():
             by_end = {side.end: side_name for side_name, side in dimension.sides.items()}
-            found[name] = (by_end["low"], by_end["high"])
-        return found
+            ends[name] = (by_end["low"], by_end["high"])
+        return ends
 
     @property
     def combinations(self) -> list[Combination]:
-        """Every way to take one side of each dimension."""
+        """All combinations of one side of each dimension."""
         return list(itertools.product(*self.sides.values()))
 
     def prompts(self, split: Split, count: int) -> tuple[str, ...]:
-        """Return this study's prompts on topics of one split."""
+        """Return `count` prompts on topics of one split."""
         return tuple(prompts(split, count, self.seed))
 
     def settings(self) -> dict[str, object]:
-        """Return what an interrupted run must share with the one that goes on with it."""
+        """Return the settings that a resumed run must share with the interrupted run."""
         return {
             "seed": self.seed,
             "basis": self.basis,
@@ -82,7 +94,7 @@ class Study:
 
 
 class TrainingBar:
-    """Shows the trainings of several experts as one bar of optimizer steps."""
+    """Shows the training of several experts as one bar of optimizer steps."""
 
     def __init__(self, bar: Bar, num_experts: int) -> None:
         self._bar = bar
@@ -91,11 +103,11 @@ class TrainingBar:
         self._steps: dict[str, int] = {}
 
     def begin(self, side: str, *, step: int, num_steps: int) -> None:
-        """Count what an interrupted training has done."""
+        """Count the steps of an interrupted training."""
         self._done[side], self._steps[side] = step, num_steps
 
     def advance(self, side: str, report: StepReport) -> None:
-        """Show one step; experts that have not begun are taken to be as long as the others."""
+        """Show one step. The total assumes that experts not yet begun have the mean number of steps."""
         self._done[side] = report.step
         self._bar.update(
             sum(self._done.values()),
@@ -107,7 +119,7 @@ class TrainingBar:
         )
 
     def note(self, side: str, text: str) -> None:
-        """Leave it out: a study makes its own pairs."""
+        """Ignore notes on the pairs, which the study makes itself."""
 
     def end(self, side: str) -> None:
-        """Say nothing more."""
+        """Ignore the end of a training."""

@@ -1,4 +1,4 @@
-"""Dose and response: what answers do while the weight goes from one side's expert to another's.
+"""Sweeps: how answers change while the weight moves from one side's expert to another's.
 
 All steps of a prompt are rows of one batch; nothing is merged.
 """
@@ -26,9 +26,13 @@ ANSWERS, RESULTS, PICTURE = "answers.jsonl", "sweep.json", "sweep.png"
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What is swept: from the expert `low` alone to the expert `high` alone, in `num_steps` steps with both ends.
+    """A sweep from the expert `low` alone to the expert `high` alone.
 
-    `scale` is what the two weights sum to.
+    Attributes:
+        low: the expert at share 0.
+        high: the expert at share 1.
+        num_steps: number of steps, both ends included.
+        scale: sum of the two weights.
     """
 
     low: str
@@ -42,7 +46,7 @@ class Sweep:
         return tuple(step / (self.num_steps - 1) for step in range(self.num_steps))
 
     def profile(self, share: float) -> Profile:
-        """Return the weights at a share."""
+        """Return the profile at one share."""
         weights = {self.low: self.scale * (1 - share), self.high: self.scale * share}
         return Profile(user=f"w = {share:g}", weights=weights, allow_opposed=True)
 
@@ -57,35 +61,38 @@ def answer_sweep(
     on_done: Callable[[int], None] = lambda _: None,
     **sampling: Any,
 ) -> None:
-    """Answer every prompt at every step, and by the base alone; a line for each prompt is added to `kept`.
+    """Answer every prompt at every step and by the base alone, and append a line for each prompt to `kept`.
 
-    Steps of one prompt are drawn by the same random numbers.
+    All steps of one prompt sample with the same random numbers.
 
     Args:
         model: holds both experts.
-        sweep: what is swept.
-        prompts: those that `kept` holds already are passed over.
-        kept: the answers' file.
-        batch_size: rows of a batch, at least one prompt's.
-        on_done: hears after each batch how many prompts are answered.
-        sampling: max_new_tokens, temperature and seed, as SoupModel.generate takes them.
+        sweep: the sweep.
+        prompts: the prompts; those that `kept` already holds are skipped.
+        kept: the file of the answers.
+        batch_size: rows of a batch; a batch holds all rows of one prompt at least.
+        on_done: called after each batch with the number of answered prompts.
+        sampling: max_new_tokens, temperature and seed, as for SoupModel.generate.
     """
     rows: list[ProfileLike] = [None, *(sweep.profile(share) for share in sweep.shares)]
     at_once = max(1, batch_size // len(rows))
     for first in range(kept.num_done, len(prompts), at_once):
-        asked = prompts[first : first + at_once]
+        batch = prompts[first : first + at_once]
         answers: list[str] = model.generate(
-            [prompt for prompt in asked for _ in rows],
-            rows * len(asked),
-            places=[first + index for index in range(len(asked)) for _ in rows],
+            [prompt for prompt in batch for _ in rows],
+            rows * len(batch),
+            places=[first + index for index in range(len(batch)) for _ in rows],
             batch_size=at_once * len(rows),
             **sampling,
         )
-        said = [answers[start : start + len(rows)] for start in range(0, len(answers), len(rows))]
+        by_prompt = [answers[start : start + len(rows)] for start in range(0, len(answers), len(rows))]
         kept.add(
-            [{"prompt": prompt, "base": own[0], "steps": own[1:]} for prompt, own in zip(asked, said, strict=True)]
+            [
+                {"prompt": prompt, "base": base, "steps": steps}
+                for prompt, (base, *steps) in zip(batch, by_prompt, strict=True)
+            ]
         )
-        on_done(first + len(asked))
+        on_done(first + len(batch))
 
 
 def score_sweep(
@@ -96,30 +103,30 @@ def score_sweep(
     *,
     scorers: Mapping[str, Scorer] | None = None,
 ) -> dict[str, Any]:
-    """Return what the answers are worth at each step, with 95% intervals (bootstrap over prompts).
+    """Return the score of the answers at each step, with 95% intervals (bootstrap over prompts).
 
-    An answer that the scorer takes for none (ill-formed, off topic) scores 0; `valid` has the share of the others.
+    An invalid answer (ill-formed or off topic) scores 0; `valid` is the share of valid answers at each step.
 
     Args:
         answers: the file that answer_sweep wrote.
-        sweep: what was swept.
-        catalogue: says what scores `side`; None to count words.
+        sweep: the sweep.
+        catalogue: declares the scorer of `side`; None counts words.
         side: the side to score towards, that of the `high` expert.
         scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
     """
     lines = read_lines(answers)
     prompts = [line["prompt"] for line in lines]
 
-    def scored(said: Sequence[str]) -> tuple[list[float], list[bool]]:
+    def scored(texts: Sequence[str]) -> tuple[list[float], list[bool]]:
         if catalogue is None:
-            return [float(len(answer.split())) for answer in said], [True] * len(said)
-        graded = grade(prompts, said, catalogue, [side], scorers=scorers)
-        return [each.toward[side] for each in graded], [each.valid for each in graded]
+            return [float(len(answer.split())) for answer in texts], [True] * len(texts)
+        graded = grade(prompts, texts, catalogue, [side], scorers=scorers)
+        return [answer.toward[side] for answer in graded], [answer.valid for answer in graded]
 
     steps = [scored([line["steps"][at] for line in lines]) for at in range(sweep.num_steps)]
     base, _ = scored([line["base"] for line in lines])
-    points = [(share, sum(found) / len(found)) for share, (found, _) in zip(sweep.shares, steps, strict=True)]
-    intervals = [bootstrap_interval(found) for found, _ in steps]
+    points = [(share, sum(scores) / len(scores)) for share, (scores, _) in zip(sweep.shares, steps, strict=True)]
+    intervals = [bootstrap_interval(scores) for scores, _ in steps]
     return {
         "low": sweep.low,
         "high": sweep.high,
@@ -135,7 +142,7 @@ def score_sweep(
 
 
 def draw_sweep(results: Mapping[str, Any], path: Path) -> Path:
-    """Write the picture of what score_sweep returned.
+    """Write the picture of the results of score_sweep, and return its path.
 
     Raises:
         UsageError: if matplotlib is missing.
@@ -159,7 +166,7 @@ def draw_sweep(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def _round_up(value: float) -> float:
-    """Return a round number at or above a count of words: an axis' end."""
+    """Return a round number at or above a count of words, for the end of an axis."""
     step = 10
     while value > 10 * step:
         step *= 10
