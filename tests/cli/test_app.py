@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import ast
 import errno
+import inspect
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import typer
@@ -83,6 +87,25 @@ def test_every_row_of_the_table_is_a_module_with_commands() -> None:
 
     command = typer.main.get_command(build_app())
     assert set(getattr(command, "commands", {})) == {"reference", *(name.replace("_", "-") for name in COMMANDS)}
+
+
+def test_the_body_of_every_command_is_short() -> None:
+    """A command parses, calls and prints. Docstring and signature do not count."""
+    import typer.main
+
+    def bodies(command: Any) -> Iterator[tuple[str, int]]:
+        for child in getattr(command, "commands", {}).values():
+            yield from bodies(child)
+        if command.callback is not None:
+            function = inspect.unwrap(command.callback)
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+            assert isinstance(tree, ast.FunctionDef)
+            body = tree.body[ast.get_docstring(tree) is not None :]
+            yield function.__name__, (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+    lengths = dict(bodies(typer.main.get_command(build_app())))
+    assert {"merge", "export_profiles", "build"} < set(lengths)
+    assert {name: length for name, length in lengths.items() if length > 25} == {}
 
 
 def test_help_lists_every_command_once_under_its_group(capsys: pytest.CaptureFixture[str]) -> None:
