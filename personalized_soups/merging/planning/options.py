@@ -30,8 +30,8 @@ class MergeOptions:
         dtype: the dtype of the merged adapter: float32, bfloat16 or float16. None takes the experts' dtype if all
             experts have the same one, else float32.
         target: the program that loads the merged adapter: `peft`, or `vllm`, which needs one rank for all modules.
-        device: where to compute: `cpu`, `cuda`, `cuda:N`, or `auto`: CUDA if there is a GPU, else the CPU. Sums of factors that are
-            not truncated are always computed on the CPU.
+        device: where to compute: `cpu`, `cuda`, `cuda:N`, or `auto`, which is CUDA if there is a GPU, else the
+            CPU. Sums of factors that are not truncated are always computed on the CPU.
         same_base: accept experts that name different bases, or bases with different fingerprints, as experts of one
             base.
         base: the base model that a merged adapter is computed with: a folder, or a hub id in the local cache. Required

@@ -151,7 +151,7 @@ class MergePlan:
         ]
         if self.encoding != "folded":
             most = self.vllm_max_lora_rank
-            lines.append(f"vLLM:     {'it does not load this' if most is None else f'--max-lora-rank {most}'}")
+            lines.append(f"vLLM:     {'cannot load this' if most is None else f'--max-lora-rank {most}'}")
         return lines
 
 

@@ -70,6 +70,7 @@ def test_a_row_of_many_is_the_merge_of_one(
 
 def test_sums_of_factors_need_no_gpu(tmp_path: Path, shared: ExpertLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("personalized_soups.devices._check_computes", lambda *_: None)
     merge_many(shared, profiles_of(3), tmp_path / "cpu")
     merge_many(shared, profiles_of(3), tmp_path / "cuda", MergeOptions(device="cuda"))
     for path in (tmp_path / "cpu").rglob("*.*"):

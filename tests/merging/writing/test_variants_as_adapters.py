@@ -218,7 +218,7 @@ NEEDS: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, r"lora_magnitude_vector \(use_dora\) is relative to the base, and no base is given"),
     "bias": ({"bias": "all"}, r"bias \(bias\) replaces the base's, and no base is given"),
     "saved": ({"modules_to_save": ["lm_head"]}, r"lm_head\.weight \(modules_to_save\) replaces the base's"),
-    "tokens": ({"trainable_token_indices": [3]}, r"trainable_tokens_delta \(trainable_token_indices\) replaces the base's"),
+    "tokens": ({"trainable_token_indices": [3]}, r"tokens_delta \(trainable_token_indices\) replaces the base's"),
 }
 
 
@@ -282,7 +282,7 @@ def test_a_share_of_the_base_of_0_is_refused(tmp_path: Path) -> None:
     norms = torch.linalg.norm(world.tensors[f"{name}.weight"].double() + 1.5 * b @ a, dim=1)
     tensors[f"base_model.model.{name}.lora_magnitude_vector"] = (norms / 2).float()
     save_file(tensors, path)
-    with pytest.raises(UsageError, match=r"q_proj: the soup takes output \d+ of the base .* times"):
+    with pytest.raises(UsageError, match=r"q_proj: the soup multiplies output \d+ of the base by"):
         merge(world.library, Profile(weights={"e0": 2.0}), MergeOptions(base=world.base)).write(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -122,7 +122,7 @@ def test_dora_over_an_output_of_zeros_is_refused(tmp_path: Path) -> None:
         tensors = load_file(path)
         tensors[tensor][3] = 0
         save_file(tensors, path)
-    with pytest.raises(InputError, match=r"output 3 of the base and the adapter together is zero"):
+    with pytest.raises(InputError, match=r"output 3 of the base plus the adapter is zero"):
         merge_into_base(world.library, Profile(weights={"e0": 1.0}), world.base, tmp_path / "out")
 
 
