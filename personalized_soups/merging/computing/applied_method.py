@@ -46,12 +46,14 @@ class AppliedMethod:
     def prepare(self) -> None:
         """Compute what all modules need, so that threads do not compute it twice."""
         if self.plan.method.trims_globally:
+            # TF32 products on a GPU would move entries across the threshold
             with full_precision():
                 _ = self.thresholds
 
     @cached_property
     def thresholds(self) -> tuple[float, ...]:
         """For each expert, the magnitude below which a method that trims over the whole model drops entries."""
+        # the authors of TIES trim over the whole model, not tensor by tensor (arXiv 2306.01708)
         density = self.plan.options["density"]
         return tuple(
             global_threshold(lambda expert=index: self._deltas_of(expert), density)  # type: ignore[misc]
@@ -75,6 +77,7 @@ class AppliedMethod:
                 return self._in_products(stack, weights)
         keywords = self._keywords(stack)
         if method.family == "linear":
+            # experts with one A are summed at their own rank, not stacked
             keywords["basis"] = stack.basis
         function = method.load()
         if self.plan.method_source is not None:
@@ -91,8 +94,10 @@ class AppliedMethod:
     def delta(self, module: PlannedModule, stack: StackedModule, weights: Sequence[float]) -> Tensor:
         """Return one user's delta_OI of one module, by a method that merges dense deltas."""
         keywords = self._keywords(stack)
+        # the stack may lack experts, so thresholds are picked by position in the bank
         if self.plan.method.trims_globally:
             keywords["thresholds"] = [self.thresholds[index] for index in stack.experts]
+        # O x I values for each expert: dense methods need the most memory
         deltas = [each.delta() for each in stack.factors]
         if self.plan.method_source is not None:
             return merged_delta(self.plan.method, stack.name, deltas, weights, **keywords)
@@ -123,6 +128,7 @@ class AppliedMethod:
     def _deltas_of(self, expert: int) -> Iterator[Tensor]:
         for name in self.bank.modules:
             if expert in self.bank.members(name):
+                # interleaved factors of a mixture are no single product
                 blocks = self.bank.experts[expert].adapter.modules[name].blocks
                 for block in blocks_of(self.bank.factors(expert, name), blocks):
                     yield block.delta()

@@ -202,6 +202,7 @@ def _done(wait: Callable[[], None], block: FoldedBlock) -> FoldedBlock:
 
 
 def _block_shape(base_MN: Tensor, device: torch.device) -> tuple[int, int]:
+    # at least one row, even if it exceeds a block; an empty tensor has no columns to divide by
     num_rows, num_columns = base_MN.shape
     return max(1, min(num_rows, _BLOCK[device.type] // max(num_columns, 1))), num_columns
 

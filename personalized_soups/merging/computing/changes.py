@@ -72,6 +72,7 @@ class Changes:
     def written_as(self, tensor: str) -> tuple[str, ...]:
         """Return the names under which a tensor of the base is written: two for an embedding that is untied."""
         tied = self.model.tied
+        # a base may store both tied names; then the output embedding is written in its own place
         if self.unties is None or tied is None or tensor != tied[0] or self.unties in self.model.checkpoint:
             return (tensor,)
         return (tensor, self.unties)
@@ -84,6 +85,7 @@ class Changes:
         """Return a view of a tensor that is written as `name`: the matrix to which its terms are added."""
         change = self.changes.get(name)
         if change is not None and change.modules:
+            # all modules of one tensor have one matrix: a convolution and a mixture have axes that are not the first
             return tensor.reshape(change.modules[0][1].matrix_shape)
         return as_matrix(tensor)
 
@@ -110,6 +112,7 @@ class Changes:
         trained = self.changes.get(name, Change()).trained
         for expert, tensor in trained:
             value = self.soups.bank.experts[expert].adapter.trained_tensor(tensor.name, None)
+            # PEFT applies trained tokens after saved embeddings, whichever comes first in the file
             rows = [row for owner, part in trained if owner == expert and part.kind == "rows" for row in part.rows]
             if tensor.kind == "replaced" and rows:
                 value = _without_rows(value, rows, base_MN)
@@ -130,12 +133,14 @@ class _Search:
         self._fitting = Fitting(soups.bank, model)
         self._copies = [tied_copies(expert.adapter) if model.tied else {} for expert in self._experts]
         self._rows = [self._rows_of(expert) for expert in self._experts]
+        # of two tied embeddings that part, the output embedding gets the new tensor
         self.unties = model.tied[1] if model.tied is not None and self._needs_two() else None
 
     def run(self) -> None:
         self._check_output_for_both()
         placements = self._fitting.placements()
         dora = self._fitting.dora(placements)
+        # without magnitudes the base is not read
         self.dora = dora if dora.magnitudes else None
         for module in self.soups.plan.modules:
             if (placement := placements.get(module.name)) is not None:
@@ -143,12 +148,14 @@ class _Search:
                     self._change(name).modules.append((module, placement))
         for index, expert in enumerate(self._experts):
             for each in expert.adapter.trained.values():
+                # a copy under the second tied name would add the same change twice
                 if each.kind != "magnitude" and (each.name not in self._copies[index] or self.unties is not None):
                     self._add_trained(index, expert, each)
         self._fitting.check(self.soups.plan.base.name)
 
     def _needs_two(self) -> bool:
         """Return whether the soups change one of two tied embeddings differently from the other."""
+        # tokens that change one embedding of two
         if any(len(names) == 1 for targets in self._rows for names in targets.values()):
             return True
         for expert, copies in zip(self._experts, self._copies, strict=True):
@@ -173,6 +180,7 @@ class _Search:
         if tied is None or not rows:
             return {}
         tokens = {is_input_embedding(each.target): each.rows for each in rows}
+        # PEFT trains one set of tokens for both embeddings if the token numbers agree
         names = (tied, ()) if are_tied_tokens(tokens.get(True), tokens.get(False)) else (tied[:1], tied[1:])
         return {each.name: names[0] if is_input_embedding(each.target) else names[1] for each in rows}
 
@@ -199,6 +207,7 @@ class _Search:
     def _written(self, target: str) -> tuple[str, ...]:
         """Return the written tensors that a change of `target` changes: both embeddings if they stay tied."""
         if self._is_tied(target) and self.unties is None and self.model.tied is not None:
+            # a change under the first name covers both; under the second name it would be added again
             is_copy = self.model.written_name(target) == self.model.tied[1]
             return () if is_copy else tuple(name for name in self.model.tied if name in self.model.checkpoint)
         return (self.model.written_name(target),)
@@ -219,6 +228,7 @@ class _Search:
 
 def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[Term]:
     if soup.delta_OI is not None:
+        # a Conv1D stores its weight as [I, O] (transformers/pytorch_utils.py)
         delta = soup.delta_OI.mT if placement.is_transposed else soup.delta_OI
         return [Dense(delta.to(kind).reshape(placement.matrix_shape))]
     assert soup.factors is not None
@@ -226,6 +236,7 @@ def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[T
         Product(part.left_MR.to(kind), part.right_RN.to(kind), part.start) for part in placement.parts(soup.factors)
     ]
     if soup.scale_O is not None:
+        # float64 until Rescale has formed the difference to 1
         terms.append(Rescale(soup.scale_O.to(soup.factors.a_RI.device), placement.output_axis))
     return terms
 
@@ -236,6 +247,7 @@ def _without_rows(value: Tensor, rows: list[int], base_MN: Tensor) -> Tensor:
     PEFT writes trained tokens over the embedding, so the saved embedding must add nothing to their rows. The result is
     a new tensor.
     """
+    # the wider dtype: rounding the base would turn its rows into a change
     kept = value.to(torch.promote_types(value.dtype, base_MN.dtype), copy=True)
     kept[rows] = base_MN[rows].to(kept.dtype)
     return kept

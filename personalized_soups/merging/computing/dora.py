@@ -63,6 +63,7 @@ class Dora:
         for expert, factors in zip(stack.experts, stack.factors, strict=True):
             if (magnitude := self.magnitudes.get((expert, stack.name))) is not None:
                 self._check_same(expert, magnitude)
+                # the expert's own factors with its own scaling: D belongs to the expert, not to the soup
                 norms_O = self.norms(stack.name, factors)
                 if not bool(norms_O.all()):
                     raise InputError(
@@ -87,6 +88,7 @@ class Dora:
         kind = arithmetic_dtype(base_MN.dtype)
         a_RI, b_OR = factors.a_RI.to(kind), factors.b_OR.to(kind)
         parts = placement.parts(Factors(a_RI, b_OR))
+        # at least one row, however long
         num_rows = max(1, _BLOCK // base_MN.shape[1])
         squares = []
         for start in range(0, base_MN.shape[0], num_rows):
@@ -126,6 +128,7 @@ class Dora:
 
 def is_same(left: Tensor, right: Tensor) -> bool:
     """Return whether two tensors of any dtypes hold the same numbers."""
+    # compared in the wider dtype, in which both are exact
     kind = torch.promote_types(left.dtype, right.dtype)
     return torch.equal(left.to(kind), right.to(kind))
 
@@ -135,6 +138,7 @@ def turned(stack: StackedModule, gains: Mapping[int, Tensor]) -> StackedModule:
     factors = []
     for expert, each in zip(stack.experts, stack.factors, strict=True):
         if (gain_O := gains.get(expert)) is not None:
+            # scaling B's rows keeps the rank and leaves a shared A shared
             b_OR = each.b_OR * gain_O.to(each.b_OR.device)[:, None]
             each = Factors(each.a_RI, b_OR.to(each.b_OR.dtype), each.scaling)  # noqa: PLW2901
         factors.append(each)
@@ -153,6 +157,7 @@ def unscaled(module: str, factors: Factors, scale_O: Tensor) -> Factors:
         UsageError: if d is about 0, which no magnitude can express.
     """
     least = int(scale_O.abs().argmin())
+    # below this, 1 / d would amplify the rounding of the weights
     if abs(float(scale_O[least])) < CANCELLED:
         raise UsageError(
             f"{module}: the soup multiplies output {least} of the base by {float(scale_O[least]):g}, which no DoRA "

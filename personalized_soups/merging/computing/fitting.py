@@ -55,6 +55,7 @@ class Fitting:
         target, shape = tensor.target, self._shape(tensor.target)
         if shape is None:
             return
+        # trained rows are a selection, so only the width must match
         fits = shape[1:] == tensor.shape[1:] if tensor.kind == "rows" else shape == tensor.shape
         if not fits:
             self._faults.append(f"{target}: shape {list(shape)} in the base, {list(tensor.shape)} in {expert.name}")
@@ -68,6 +69,7 @@ class Fitting:
         Raises:
             IncompatibleExpertsError: with every tensor that the base lacks, or has in another shape or dtype.
         """
+        # several experts cause the same mismatch; it is reported once
         faults = list(dict.fromkeys(self._faults))
         if faults:
             more = f" (and {len(faults) - _MAX_SHOWN} more)" if len(faults) > _MAX_SHOWN else ""

@@ -74,6 +74,7 @@ class MergedModule:
         assert soup.factors is not None, "a dense soup must be truncated before it becomes an adapter"
         like, factors = soup.module.like, soup.factors
         scale_O = torch.ones(like.out_features, dtype=torch.float64) if soup.scale_O is None else soup.scale_O
+        # truncated first: the error that soup.json records is that of G, not of d^-1 G
         if soup.scale_O is not None:
             factors = unscaled(like.name, factors, scale_O)
         written = Factors(rounded(like.a_name, factors.a_RI, plan), rounded(like.b_name, factors.b_OR, plan))
@@ -85,6 +86,7 @@ class MergedModule:
             values[plan.layout.b_bias_name(like.name)] = soup.bias_O
         extras = {name: rounded(name, value, plan).reshape(shapes[name]) for name, value in values.items()}
         merged = cls(like, written, Loss(soup.energy, soup.lost), extras)
+        # one rank for all modules, so that most adapters need no rank_pattern
         return merged if plan.energy is not None else merged.padded(plan.rank)
 
     @property
@@ -101,6 +103,7 @@ class MergedModule:
         """Return the module at a higher rank, with rows and columns of zeros; the delta stays the same."""
         if rank <= self.rank:
             return self
+        # zeros go into each block, since the blocks' columns of B are interleaved
         blocks = blocks_of(self.factors, self.like.blocks)
         return replace(self, factors=of_blocks([block.padded(rank) for block in blocks]))
 
@@ -124,6 +127,7 @@ def common_ranks(plan: MergePlan, own: Mapping[str, int]) -> dict[str, int]:
     if plan.energy is not None and plan.target == "peft":
         return dict(own)
     # one rank for all modules, so that an adapter for vLLM needs no rank_pattern
+    # padding with zeros costs bytes but no error
     rank = max(own.values())
     if plan.target == "vllm":
         check_vllm_rank(rank)
@@ -161,6 +165,7 @@ def rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
     """
     # Rounded before the transfer: truncated factors are float64, four times the bytes of a 16-bit dtype.
     on_cpu = tensor.to(torch_dtype(plan.dtype)).to("cpu").contiguous()
+    # float16 ends at 65504, and torch turns larger values into infinity without an error
     if not all_finite(on_cpu):
         raise too_large(f"{name}: the soup has values up to {tensor.abs().max().item():g}", plan)
     return on_cpu

@@ -110,6 +110,7 @@ class Soups:
             # each block of a mixture-of-experts parameter is a matrix with a low-rank change of its own
             blocks = [self._of_stack(module, each) for each in _blocks(stack, module.like.blocks)]
             return [_joined(module, soups) for soups in zip(*blocks, strict=True)]
+        # gains need the expert's own stack, before any B is scaled
         gains = {} if self.dora is None else self.dora.gains(stack)
         soups = self._of_stack(module, turned(stack, gains) if gains else stack)
         if self.plan.layout.is_plain:
@@ -122,6 +123,7 @@ class Soups:
         scale_O = base_scale(gains, weights) if gains else None
         bias_O = None
         if plan.layout.lora_bias:
+            # an expert without a bias contributes zero, so every module gets one
             bias_O = torch.zeros(soup.module.out_features, dtype=torch.float64)
             for expert, bias in self._biases.get(soup.module.name, ()):
                 value_O = self.bank.experts[expert].adapter.trained_tensor(bias.name, torch.float64)
@@ -140,12 +142,14 @@ class Soups:
         return biases
 
     def _of_stack(self, module: PlannedModule, stack: StackedModule) -> list[ModuleSoup]:
+        # an expert that does not adapt this module has no factors in the stack
         weights = [[plan.weights[index] for index in stack.experts] for plan in self.plans]
         if self.plan.method.family == "dense":
             return [self._of_dense(module, self.method.delta(module, stack, each)) for each in weights]
         if self.plan.encoding != "truncated":
             return [ModuleSoup(module, factors) for factors in self.method.factors(module, stack, weights)]
         if self.plan.method.family == "linear":
+            # the decomposition does not depend on the weights, so all users share it
             decomposition = decompose(stack.factors, basis=stack.basis)
             return [_truncated(module, decomposition.truncate(each, **self._cut(module))) for each in weights]
         every = self.method.factors(module, stack, weights)
@@ -154,6 +158,7 @@ class Soups:
     def _of_dense(self, module: PlannedModule, delta_OI: Tensor) -> ModuleSoup:
         if self.plan.encoding == "folded":
             return ModuleSoup(module, None, delta_OI)
+        # the range finder is random; a fixed seed makes the bytes reproducible
         stream = Stream.of(0, module.name, "range finder")
         return _truncated(module, approximate(delta_OI, **self._cut(module), stream=stream))
 
@@ -164,6 +169,7 @@ class Soups:
 def _blocks(stack: StackedModule, count: int) -> list[StackedModule]:
     """Return one stack for each block. Experts that share A share it in every block, so `basis` stays the same."""
     parts = zip(*(blocks_of(factors, count) for factors in stack.factors), strict=True)
+    # the block's number is part of the name, so that random methods drop other entries in each block
     return [replace(stack, name=f"{stack.name}[{number}]", factors=factors) for number, factors in enumerate(parts)]
 
 

@@ -49,6 +49,7 @@ class Product:
 
     def add(self, sum_BN: Tensor, base_BN: Tensor, start: int) -> None:
         """Add the product's rows in the block."""
+        # a mixture's block covers only some rows of the tensor, so the overlap may be empty
         begin = max(self.first, start)
         end = min(self.first + self.left_MR.shape[0], start + sum_BN.shape[0])
         if begin < end:
@@ -92,6 +93,7 @@ class Toward:
         """Add the weighted difference in the block."""
         # moved block by block, so that a GPU never holds the whole tensor
         value_BN = self.value_MN[start : start + sum_BN.shape[0]].to(sum_BN.device, sum_BN.dtype)
+        # the difference first: weight * value - weight * base would cancel digits
         sum_BN.add_(value_BN - base_BN, alpha=self.weight)
 
 
@@ -115,6 +117,7 @@ class TowardRows:
         """Add the weighted differences of the rows in the block."""
         in_block_R = (self.rows_R >= start) & (self.rows_R < start + sum_BN.shape[0])
         if bool(in_block_R.any()):
+            # row numbers are compared on the CPU: on a GPU, `any` would wait for all work before it
             rows = (self.rows_R[in_block_R] - start).to(sum_BN.device)
             value = self.value_RN[in_block_R].to(sum_BN.device, sum_BN.dtype)
             sum_BN.index_add_(0, rows, value - base_BN[rows], alpha=self.weight)

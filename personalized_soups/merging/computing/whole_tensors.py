@@ -50,6 +50,7 @@ class WholeTensors:
 
     def specs(self) -> list[TensorSpec]:
         """Return the name, dtype and shape of each tensor, in the file's order."""
+        # the file begins with all shapes, so they are needed before any tensor is computed
         dtype, layout = NAMES_OF_DTYPES[torch_dtype(self.plan.dtype)], self.plan.layout
         shapes = {layout.whole_name(target): self._base(target).shape for target in self.replaced}
         for module, rows in layout.tokens.items():
@@ -69,6 +70,7 @@ class WholeTensors:
                 Toward(self._value(index, tensor).reshape(base_MN.shape), self.plan.weights[index])
                 for index, tensor in members
             ]
+            # bytes of a row in the written dtype, which may differ from the base's
             row_bytes = base_MN.shape[1] * dtype.itemsize
             for block in folded_blocks(base_MN, [terms], self.bank.device, dtype):
                 yield layout.whole_name(target), block.start * row_bytes, block.rows_BN.reshape(-1)
@@ -86,7 +88,9 @@ class WholeTensors:
     def _rows(self, target: str, rows: Sequence[int]) -> Tensor:
         """Return the rows that any expert trained, in float64; they are few."""
         base_RN = self._base(target)[list(rows)].double()
+        # the steps are relative to the base, so the base must survive the sum
         total_RN = base_RN.clone()
+        # experts may have trained different tokens: their union is written
         places = {row: place for place, row in enumerate(rows)}
         for index, tensor in self.rows[target]:
             own = torch.tensor([places[row] for row in tensor.rows])
@@ -122,6 +126,7 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
                 fitting.check_trained(expert, tensor)
                 trained[tensor.kind].setdefault(tensor.target, []).append((index, tensor))
     fitting.check(plan.base.name)
+    # a saved copy of the base's tensor changes nothing, and would only enlarge the adapter
     replaced = {name: members for name, members in trained["replaced"].items() if not _is_bases(bank, model, members)}
     _check_under_dora(plan, bank, replaced)
     _check_rows(plan, bank, model, replaced)
@@ -138,6 +143,7 @@ def _check_rows(plan: MergePlan, bank: ExpertBank, model: BaseModel, replaced: _
     if any(f"{module}.weight" in replaced for module in tokens):
         what = "one expert saves a changed embedding whole, and tokens of that embedding are trained"
     elif model.tied is not None:
+        # PEFT decides from the token numbers of both embeddings whether it ties them
         tied = {module: rows for module, rows in tokens.items() if model.source(f"{module}.weight") in model.tied}
         if tied and any(model.source(target) in model.tied for target in replaced):
             what = (
@@ -175,6 +181,7 @@ def _are_tied(tokens: Mapping[str, tuple[int, ...]]) -> bool:
 
 def _is_bases(bank: ExpertBank, model: BaseModel, members: Sequence[tuple[int, TrainedTensor]]) -> bool:
     """Return whether the experts saved the base's own tensor: PEFT saves embeddings together with their factors."""
+    # only embeddings are saved without being trained; modules_to_save were trained
     if any(tensor.origin != "saved embedding" for _, tensor in members):
         return False
     base = model.checkpoint.tensor(str(model.source(members[0][1].target)))
@@ -185,6 +192,7 @@ def _is_bases(bank: ExpertBank, model: BaseModel, members: Sequence[tuple[int, T
 
 def _check_under_dora(plan: MergePlan, bank: ExpertBank, replaced: _ByTarget) -> None:
     adapted = {module.like.base_name for module in plan.modules}
+    # m / |W + B A| would be computed with the base's W, but PEFT computes it with the saved one
     for target in replaced.keys() & adapted if plan.layout.use_dora else ():
         index, tensor = replaced[target][0]
         raise UnsupportedAdapterError(
