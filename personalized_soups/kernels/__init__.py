@@ -1,1 +1,1 @@
-"""Triton kernels for NVIDIA GPUs, each with plain torch operations that give the same numbers anywhere else."""
+"""Triton kernels for NVIDIA GPUs. Elsewhere, torch operations compute the same numbers."""

@@ -1,7 +1,8 @@
-"""Gate and second product of a batch's soups, added to what the base computed: one launch for layers that share a y.
+"""The gate and the second product of a batch's soups, added to the base's output in one launch.
 
-The first product, `A x` over all experts, is one call of cuBLAS. With torch operations alone the gate's product and the
-low-rank activations would each make a trip to memory, and the sum another one.
+Layers whose outputs are columns of one tensor y share the launch. The first product, `A x` over all experts, is one
+call of cuBLAS. With separate torch operations the gated activations and the sum would be written to memory and read
+again.
 
 G gates, N rows of the input (a multiple of G), K ranks, C columns of the first product, O out features.
 """
@@ -17,12 +18,12 @@ from torch import Tensor
 
 from personalized_soups.kernels import launching
 
-# tl.dot takes no fewer rows; more of them share one read of B where there are more.
+# tl.dot needs at least 16 rows. With more rows, they share one read of B.
 _LEAST_ROWS = 16
 _MOST_ROWS = 64
 _OUTPUTS = 64
 _RANKS = 32
-# Numbers of 16 bytes in 8-bit dtypes, the narrowest: what Triton calls divisible.
+# Triton loads 16 bytes at once if it knows that offsets are multiples of 16 numbers, in any dtype.
 _ALIGNMENT = 16
 
 
@@ -30,11 +31,11 @@ _ALIGNMENT = 16
 class BlockDiagonal:
     """The second factors of one layer, or of several layers whose outputs are columns of one tensor.
 
-    Args:
-        blocks: each layer's B, `[K_l, O_l]` contiguous, one behind the other in one buffer.
-        first_outputs: for each layer, the column of y where its outputs begin.
-        columns_K: int64, the column of `A x` that belongs to each rank; None where rank k has column k.
-        tiles: int64 `[T, 6]`, what each program of the kernel computes (see kernels/source.py).
+    Attributes:
+        blocks: each layer's B, `[K_l, O_l]` contiguous, concatenated in one buffer.
+        first_outputs: for each layer, the first column of y with its outputs.
+        columns_K: int64, the column of `A x` for each rank; None if rank k has column k.
+        tiles: int64 `[T, 6]`, the work of each program of the kernel (see kernels/source.py).
         is_aligned: whether all offsets and numbers of outputs in `tiles` are multiples of 16.
     """
 
@@ -46,7 +47,7 @@ class BlockDiagonal:
 
     @classmethod
     def of(cls, blocks: Sequence[Tensor], first_outputs: Sequence[int], columns_K: Tensor | None = None) -> Self:
-        """Return the layers' factors with their tiles; the blocks are kept, not copied."""
+        """Return the layers' factors with their tiles; the blocks are referenced, not copied."""
         rows: list[tuple[int, ...]] = []
         first_rank = 0
         for block, first_output in zip(blocks, first_outputs, strict=True):
@@ -66,19 +67,19 @@ class BlockDiagonal:
 def add_gated(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> None:
     """Add `(low[:, columns] * gate) B` to y in place, for every layer of `factors`.
 
-    On a GPU by one kernel, which sums in float32 and rounds once. Elsewhere, and where the kernel fails, by torch
-    operations. The gated activations are rounded to y's dtype either way.
+    On a GPU one kernel computes it, with sums in float32 that are rounded once. On other devices, or if the kernel
+    fails, torch operations do. In both cases the gated activations are rounded to y's dtype.
 
     Args:
-        y_NO: rows may be apart (a view of a wider tensor), columns not; it is changed.
-        low_NC: `A x` in y's dtype; rows may be apart, and may be those of the tensor that y is a view of.
-        gate_GK: of G gates, each for N / G rows that follow each other; rows may be apart, columns not.
-        factors: in y's dtype and on its device.
+        y_NO: changed in place. Its rows may be strided (a view of a wider tensor), its columns must be contiguous.
+        low_NC: `A x` in y's dtype. Its rows may be strided, and may be part of the same tensor as y.
+        gate_GK: G gates, each for N / G consecutive rows. Its rows may be strided, its columns must be contiguous.
+        factors: the factors, in y's dtype and on its device.
 
-    Source: Punica's BGMV (arXiv 2310.18547), with a gate in place of an adapter's number.
+    Source: Punica's BGMV (arXiv 2310.18547), with a gate instead of an adapter's index.
     """
     if _is_traced_on_gpu(y_NO):
-        # an operator of its own: the compiler neither traces into the launch nor emits the kernel's source again
+        # as a custom operator: torch.compile then does not trace the launch or generate the kernel's source again
         blocks, first_outputs = list(factors.blocks), list(factors.first_outputs)
         add_gated_operator(
             y_NO, low_NC, gate_GK, blocks, first_outputs, factors.columns_K, factors.tiles, factors.is_aligned
@@ -88,7 +89,7 @@ def add_gated(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiago
 
 
 def launch(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> None:
-    """Launch the kernel; arguments as `add_gated` takes them."""
+    """Launch the kernel with the arguments of `add_gated`."""
     from personalized_soups.kernels.source import add_gated_kernel
 
     num_rows = y_NO.shape[0]
@@ -140,10 +141,10 @@ def add_gated_operator(  # noqa: PLR0917 - an operator's arguments have places
     tiles: Tensor,
     is_aligned: bool,
 ) -> None:
-    """Do what `add_gated` does, as an operator that torch.compile takes as one node; BlockDiagonal's fields apart."""
+    """Compute `add_gated` as a custom operator, which is one node for torch.compile. It takes the factors' fields."""
     _add_gated(y_NO, low_NC, gate_GK, BlockDiagonal(tuple(blocks), tuple(first_outputs), columns_K, tiles, is_aligned))
 
 
 @add_gated_operator.register_fake
 def _(*_arguments: object) -> None:
-    """Compute nothing: y keeps its shape."""
+    """Return nothing: the operator changes y in place and keeps its shape."""

@@ -1,4 +1,4 @@
-"""When a Triton kernel runs, and what happens where one cannot be compiled or launched."""
+"""Launching Triton kernels, with a fallback if a kernel cannot be compiled or launched."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Multiplication and addition are fused in every kernel: one rounding less. Triton's own default changes in 3.10, and
-# 3.9 warns where nothing is said.
+# Options of every launch. Multiplication and addition are fused, which saves a rounding. Triton changes its default in
+# 3.10, and 3.9 warns unless the option is given.
 OPTIONS = {"enable_fp_fusion": True}
 
 
 class _State:
-    """What this process knows of Triton."""
+    """Whether a kernel has failed in this process."""
 
     has_failed = False
 
 
 def is_usable(tensor: Tensor) -> bool:
-    """Return whether kernels may be launched on a tensor: it is on a GPU, Triton is installed, and none has failed.
+    """Return whether kernels can be launched on a tensor: on a GPU, with Triton, and if no kernel has failed before.
 
     The environment variable PSOUPS_FUSED=0 turns all kernels off.
     """
@@ -32,10 +32,10 @@ def is_usable(tensor: Tensor) -> bool:
 
 
 def launched(launch: Callable[[], None], tensor: Tensor) -> bool:
-    """Launch a kernel on a tensor's device, and return whether that worked.
+    """Launch a kernel on a tensor's device, and return whether it was launched.
 
-    A kernel that cannot be compiled or launched has changed nothing: the caller does the same with torch operations.
-    The first failure is warned of, and no kernel is tried again in this process.
+    If it could not be compiled or launched, no tensor has changed, and the caller uses torch operations instead. The
+    first failure gives a warning and turns all kernels off in this process.
 
     Raises:
         torch.OutOfMemoryError: as torch operations would.
@@ -45,13 +45,13 @@ def launched(launch: Callable[[], None], tensor: Tensor) -> bool:
             launch()
     except torch.OutOfMemoryError:
         raise
-    # Triton raises what its compiler, LLVM, ptxas, the C compiler of its launcher and the driver happen to raise
+    # any error: Triton's compiler, LLVM, ptxas, the C compiler of the launcher and the driver raise their own
     except Exception as error:
         _State.has_failed = True
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         warnings.warn(
-            f"a Triton kernel failed ({type(error).__name__}: {reason}); torch operations take its place, which are "
-            "slower and give the same numbers. PSOUPS_FUSED=0 turns the kernels off and this warning with them.",
+            f"a Triton kernel failed ({type(error).__name__}: {reason}). Torch operations are used instead: they are "
+            "slower and give the same numbers. Set PSOUPS_FUSED=0 to turn off the kernels and this warning.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -60,7 +60,7 @@ def launched(launch: Callable[[], None], tensor: Tensor) -> bool:
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make a tensor's device the current one, to which Triton launches."""
+    """Make a tensor's device the current one: Triton launches kernels on the current device."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     context: AbstractContextManager[Any] = torch.cuda.device(tensor.device)

@@ -1,4 +1,4 @@
-"""A matrix whose columns are scaled on a GPU, in one pass over memory.
+"""Scaling of a matrix's columns on a GPU, in one pass over memory.
 
 O rows, K columns.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from personalized_soups.kernels import launching
 
-# Numbers of a program's tile: 32 for each of its 128 threads.
+# Numbers per tile of a program: 32 for each of its 128 threads.
 _TILE = 4096
 _MOST_COLUMNS = 512
 
@@ -19,7 +19,7 @@ _MOST_COLUMNS = 512
 def scale_columns(pristine_OK: Tensor, scales_K: Tensor, out_OK: Tensor) -> bool:
     """Write `out[o, k] = pristine[o, k] scales[k]` with a kernel, and return whether it ran.
 
-    Multiplied in float32 and rounded once to `out`. Nothing has changed where it returns False.
+    Computed in float32 and rounded once to `out`'s dtype. If it returns False, `out` is unchanged.
 
     Args:
         pristine_OK: float32, contiguous.
@@ -32,7 +32,7 @@ def scale_columns(pristine_OK: Tensor, scales_K: Tensor, out_OK: Tensor) -> bool
 
 
 def launch(pristine_OK: Tensor, scales_K: Tensor, out_OK: Tensor) -> None:
-    """Launch the kernel; arguments as `scale_columns` takes them."""
+    """Launch the kernel with the arguments of `scale_columns`."""
     from personalized_soups.kernels.source import scale_columns_kernel
 
     num_rows, num_columns = pristine_OK.shape

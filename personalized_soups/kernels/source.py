@@ -1,8 +1,8 @@
-"""The source of every Triton kernel. Only this file imports Triton, and only a launch imports this file.
+"""The source of all Triton kernels. Only this file imports Triton, and only a launch imports this file.
 
-Triton's compiler reads the annotations of a kernel's parameters and accepts `tl.constexpr` alone, so nothing else is
-annotated here. Triton's interpreter (TRITON_INTERPRET=1) skips that check: `tests/kernels` therefore runs every kernel
-in the interpreter and also compiles it for real GPUs.
+Triton's compiler accepts no annotation of a kernel's parameters except `tl.constexpr`, so the others have none.
+Triton's interpreter (TRITON_INTERPRET=1) does not check that, so `tests/kernels` runs every kernel in the interpreter
+and also compiles it for real GPUs.
 
 N rows of the input, K ranks, O out features, E experts, U users, P numbers of one expert.
 """
@@ -22,11 +22,11 @@ def add_gated_kernel(
 ):  # fmt: skip
     """y[n, o] += sum_k low[n, columns[k]] gate[n // rows_each, k] b[k, o]; one program for ROWS rows of one tile.
 
-    A row of `tiles` says which outputs the program adds to, and which ranks and which part of `b` belong to them: first
-    column of y, number of outputs, first rank, end of the ranks, first number of b, numbers from one rank to the next.
+    A row of `tiles` has the program's outputs, and their ranks and part of `b`: the first column of y, the number of
+    outputs, the first rank, the end of the ranks, the offset in b, and the stride of b from one rank to the next.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    # int64: offsets may pass 2^31
+    # int64: offsets may exceed 2^31
     tile = tiles + tl.program_id(1).to(tl.int64) * 6
     first_output = tl.load(tile)
     num_outputs = tl.load(tile + 1).to(tl.int32)
@@ -35,7 +35,8 @@ def add_gated_kernel(
     first_b = tl.load(tile + 4)
     b_stride = tl.load(tile + 5)
     if IS_ALIGNED:
-        # lets the compiler load 16 bytes at a time, which numbers read from memory do not
+        # the compiler cannot know the alignment of offsets that are loaded from memory; this lets it load 16 bytes at
+        # once
         first_output = tl.multiple_of(first_output, 16)
         num_outputs = tl.multiple_of(num_outputs, 16)
         first_b = tl.multiple_of(first_b, 16)
@@ -76,11 +77,11 @@ def weighted_sums_kernel(
 ):  # fmt: skip
     """out[u, p] = sum_e weights[u, e] experts[e, p]; one program for USERS users and VALUES numbers.
 
-    Programs of the same numbers and other users follow each other: the first one reads the experts from memory, the
-    others find them in the cache, where the weights stay as well.
+    Programs for the same numbers and different users are consecutive: the first one reads the experts from memory, the
+    others from the cache, which also has the weights.
     """
     num_tiles = (num_users + USERS - 1) // USERS
-    # two dimensions from the start: a conversion from one to two would go through shared memory for every expert
+    # two-dimensional from the start: converting from one dimension would use shared memory for every expert
     value = (tl.program_id(0) // num_tiles).to(tl.int64) * VALUES + tl.arange(0, VALUES)[None, :]
     user = (tl.program_id(0) % num_tiles) * USERS + tl.arange(0, USERS)[:, None]
     is_value = value < num_values
@@ -104,7 +105,7 @@ def scale_columns_kernel(
 ):  # fmt: skip
     """out[o, k] = pristine[o, k] scales[k]; one program for a tile of ROWS x COLUMNS.
 
-    ALIGNMENT divides the number of columns. Triton itself notices only multiples of 16, and 16 bytes are 4 numbers.
+    The number of columns is a multiple of ALIGNMENT. Triton only detects multiples of 16, but 16 bytes are 4 numbers.
     """
     num_columns = num_columns // ALIGNMENT * ALIGNMENT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

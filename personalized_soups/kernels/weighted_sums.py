@@ -9,8 +9,8 @@ from torch import Tensor
 
 from personalized_soups.kernels import launching
 
-# A thread's sums stay in registers, and few of them: what hides the latency of memory is how many threads read at once.
-# Of 128 threads each reads 4 numbers together, or twice 4, and holds them for up to 8 users.
+# A thread keeps its sums in registers. Few registers per thread allow many threads, which hide the latency of memory.
+# Each of 128 threads reads 4 or 8 numbers at once and uses them for up to 8 users.
 _TILE = 4096
 _LEAST_VALUES = 512
 _MOST_VALUES = 1024
@@ -20,12 +20,13 @@ _MOST_USERS = 8
 def weighted_sums(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> bool:
     """Write `out[u] = sum_e weights[u, e] experts[e]` with a kernel, and return whether it ran.
 
-    Summed in float32 in the order of the experts and rounded once to `out`. Nothing has changed where it returns False.
+    Summed in float32 in the order of the experts, and rounded once to `out`'s dtype. If it returns False, `out` is
+    unchanged.
 
     Args:
         weights_UE: float32, contiguous, on the experts' device.
-        experts_EP: float32, float16 or bfloat16; numbers of one expert follow each other.
-        out_UP: float32, float16 or bfloat16 on the same device; numbers of one user follow each other.
+        experts_EP: float32, float16 or bfloat16; each row contiguous.
+        out_UP: float32, float16 or bfloat16 on the same device; each row contiguous.
     """
     return launching.is_usable(experts_EP) and launching.launched(
         lambda: launch(weights_UE, experts_EP, out_UP), experts_EP
@@ -33,12 +34,12 @@ def weighted_sums(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> boo
 
 
 def weighted_sum(weights_E: Tensor, experts_EP: Tensor, out_P: Tensor) -> bool:
-    """Do the same for one user."""
+    """Write the sums for one user, as `weighted_sums` does."""
     return launching.is_usable(experts_EP) and weighted_sums(weights_E[None], experts_EP, out_P[None])
 
 
 def launch(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> None:
-    """Launch the kernel; arguments as `weighted_sums` takes them."""
+    """Launch the kernel with the arguments of `weighted_sums`."""
     from personalized_soups.kernels.source import weighted_sums_kernel
 
     (num_users, num_values), num_experts = out_UP.shape, experts_EP.shape[0]
