@@ -77,11 +77,11 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
     options |= find_base(base, **{name: options[name] for name in _PLACES if name in options})
     for file in sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []:
         SafetensorsFile.open(file)
-    wanted: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
+    torch_dtype: str | torch.dtype = "auto" if dtype == "auto" else getattr(torch, dtype)
     try:
         with quiet_transformers():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                str(base), dtype=wanted, use_safetensors=True, output_loading_info=True, **options
+                str(base), dtype=torch_dtype, use_safetensors=True, output_loading_info=True, **options
             )
             model, info = loaded
     except _LOADING_FAULTS as fault:

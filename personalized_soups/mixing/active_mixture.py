@@ -80,7 +80,7 @@ class Mixture:
             # The new table first: if a schedule raises, nothing has changed.
             self._tables = self._tables_at(number)
             self._step = number
-            # The gates hold an inner mixture; it will give them back by `settle`.
+            # Otherwise the gates hold an inner mixture, and `settle` applies this one when the inner one has ended.
             if is_innermost:
                 self.apply()
 
@@ -269,10 +269,10 @@ def _checked_tokens(token_rows: Tensor, num_rows: int) -> Tensor:
             where="rows",
             mend="give an int64 tensor of the shape of input_ids",
         )
-    low, high = int(token_rows.min()), int(token_rows.max())
-    if low < 0 or high >= num_rows:
+    first, last = int(token_rows.min()), int(token_rows.max())
+    if first < 0 or last >= num_rows:
         raise UsageError(
-            f"rows goes from {low} to {high}, there are {num_rows} profiles",
+            f"rows goes from {first} to {last}, but there are {num_rows} profiles",
             where="rows",
             mend=f"give numbers from 0 to {num_rows - 1}; a profile of None is the base alone",
         )

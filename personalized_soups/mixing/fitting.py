@@ -101,5 +101,5 @@ def num_fitting(model: Any, width: int, room: Room) -> int:
             model(input_ids=ids, use_cache=True, logits_to_keep=1)
     except torch.OutOfMemoryError:
         return 0
-    each = max(1, room.peak() - before)
-    return int((1 - _MARGIN) * (room.total() - before) // each)
+    row_bytes = max(1, room.peak() - before)
+    return int((1 - _MARGIN) * (room.total() - before) // row_bytes)

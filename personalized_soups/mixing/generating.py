@@ -112,10 +112,9 @@ class MixedGeneration:
         """Yield one answer piece by piece; arguments and errors are those of `SoupModel.stream`."""
         if self._active.is_set_here and not isinstance(profile, AsSet):
             raise UsageError(
-                "a stream with its own profile cannot run within a mixture: it would wait for its end",
+                "a stream with its own profile would wait for the mixture to end that this thread has set",
                 where="profile",
-                mend="leave the profile out to stream with the mixture that is set, or leave the mixture first (also "
-                "for the base alone)",
+                mend="leave the profile out to stream with the mixture that is set, or leave the mixture first",
             )
         generator = self._generator()
         tokens = generator.encoded(prompt)

@@ -103,7 +103,7 @@ class HeldExperts(Mapping[str, Expert]):
                 raise UsageError(
                     "experts cannot change while a mixture is set",
                     where="mixture",
-                    mend="leave the `with mixture(...)` block first; other threads wait without being asked to",
+                    mend="leave the `with mixture(...)` block first",
                 )
             # A name must mean one thing in `mixture("name")`.
             for expert in added:

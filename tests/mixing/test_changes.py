@@ -1,4 +1,4 @@
-"""What changes while a model lives: experts, profiles, weights under torch.compile, other threads."""
+"""Experts, profiles and weights that change while a model lives, also compiled and with several threads."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.experts import SHAPES, write_expert
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_shared
 
 
-def test_experts_come_and_go(model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path) -> None:
+def test_experts_are_added_and_removed(model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path) -> None:
     ids = random_ids(2, 6)
     far = write_expert(tmp_path / "more" / "far", seed=9, rank=5, shapes={"model.layers.1.mlp.gate_proj": (96, 64)})
     assert "model.layers.1.mlp.gate_proj" not in model.layers.by_name
@@ -39,17 +39,20 @@ def test_experts_come_and_go(model: SoupModel, folders: list[Path], tmp_path: Pa
         pass
     with torch.no_grad(), model.mixture([None, {"warm": 1.0}]):
         assert relative(model(input_ids=ids).logits[1], true_logits(small_base, folders, rows[1], ids[1])) < LOGITS
-    other = write_expert(tmp_path / "new" / "warm", seed=77, rank=6)
-    model.experts.add(other)
+    replacement = write_expert(tmp_path / "new" / "warm", seed=77, rank=6)
+    model.experts.add(replacement)
     with torch.no_grad(), model.mixture(rows[1:]):
-        assert relative(model(input_ids=ids[1:]).logits[0], true_logits(small_base, [other], rows[1], ids[1])) < LOGITS
+        assert (
+            relative(model(input_ids=ids[1:]).logits[0], true_logits(small_base, [replacement], rows[1], ids[1]))
+            < LOGITS
+        )
     assert model.experts.add(folders[0], name="icy") == "icy"
     with torch.no_grad(), model.mixture(["icy"]):
         want = true_logits(small_base, folders, {"cold": 1.0}, ids[0])
         assert relative(model(input_ids=ids[:1]).logits[0], want) < LOGITS
 
 
-def test_an_expert_that_shares_its_a_keeps_sharing_it_when_others_go(tmp_path: Path, small_base: Path) -> None:
+def test_an_expert_still_shares_its_a_after_others_are_removed(tmp_path: Path, small_base: Path) -> None:
     folders = write_shared(tmp_path / "experts")
     model = open_model(small_base, tmp_path / "experts")
     model.experts.remove("cold")
@@ -78,7 +81,7 @@ def test_an_expert_that_does_not_fit_changes_nothing(model: SoupModel, tmp_path:
         model.experts.remove("warm")
 
 
-def test_nobody_uses_it_so_it_is_not_computed(model: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unused_experts_are_not_computed(model: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("personalized_soups.mixing.stack._WORTH_A_GAP", 0)
     ids = random_ids(2, 3)
     for layer in model.layers.by_name.values():
@@ -111,7 +114,7 @@ def test_setting_weights_moves_no_buffer_and_copies_no_factor(model: SoupModel) 
         before = [(gates.of(layer.slot).data_ptr(), layer.stack.a_CI.data_ptr()) for layer in layers]
     with profiled(activities=[ProfilerActivity.CPU], profile_memory=True) as seen, model.mixture(["warm", None]):
         pass
-    # K columns for each layer: the largest tensor that is made is the gates' own, far below one stack
+    # The largest new tensor is a buffer of gates, with K columns for each layer: far smaller than one stack.
     most = max(event.self_cpu_memory_usage for event in seen.events())
     assert 0 < most <= 2 * 4 * sum(layer.stack.width for layer in layers)
     with model.mixture(["warm", None]):
@@ -150,7 +153,7 @@ def test_weights_are_data_to_a_compiled_model(model: SoupModel, folders: list[Pa
     assert relative(bare[0], true_logits(small_base, folders, None, ids[0])) < LOGITS
 
 
-def test_a_compiled_model_notices_experts_that_come(
+def test_a_compiled_model_notices_added_experts(
     model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path
 ) -> None:
     ids = random_ids(1, 6)
@@ -211,14 +214,14 @@ def test_diffusers_calls(model: SoupModel, folders: list[Path], small_base: Path
         model.experts.set_scale("cold", float("nan"))
 
 
-def test_versions_tell_what_a_cache_was_computed_with(model: SoupModel, folders: list[Path]) -> None:
+def test_cache_keys_follow_weights_experts_and_scales(model: SoupModel, folders: list[Path]) -> None:
     model.profiles.add(Profile(user="u1", weights={"cold": 0.5}))
-    versions = [model.cache_key(who) for who in (None, "u1", "warm", {"cold": 0.6}, {"cold": {"*": 0.5}})]
-    assert len(set(versions)) == 5
+    keys = [model.cache_key(who) for who in (None, "u1", "warm", {"cold": 0.6}, {"cold": {"*": 0.5}})]
+    assert len(set(keys)) == 5
     assert model.cache_key({"cold": 0.5, "warm": 0.0}) == model.cache_key("u1")
     assert model.cache_key({"cold": lambda step: 0.5 + step}) == model.cache_key("u1")
     model.profiles.add(Profile(user="u1", weights={"cold": 0.7}))
-    assert model.cache_key("u1") not in versions
+    assert model.cache_key("u1") not in keys
     before = model.cache_key("cold"), model.cache_key("warm")
     model.experts.add(folders[0])
     assert (model.cache_key("cold") != before[0], model.cache_key("warm") == before[1]) == (True, True)
@@ -230,7 +233,7 @@ def test_versions_tell_what_a_cache_was_computed_with(model: SoupModel, folders:
 
 
 def test_a_batch_sees_one_version_of_everything(model: SoupModel) -> None:
-    """While a batch is generated other threads replace its profile and an expert: nothing of them is seen in it."""
+    """Another thread replaces a profile and an expert while a batch is generated: the batch does not see them."""
     ids = random_ids(2, 6)
     model.profiles.add(Profile(user="u1", weights={"cold": 0.5}))
     model.profiles.add(Profile(user="u2", weights={"warm": 0.5}))
@@ -274,8 +277,8 @@ def test_a_model_that_is_cast_takes_its_stacks_along(model: SoupModel, folders: 
     )  # the factors' scalings are float32's
 
 
-def test_what_a_user_costs(model: SoupModel) -> None:
-    """A user is E numbers: nothing else grows with profiles that are known but not in the batch."""
+def test_the_memory_of_a_user(model: SoupModel) -> None:
+    """A user is E numbers: nothing else grows with the named profiles that are not in the batch."""
     before = model.layers.num_bytes
     profiles = [
         Profile(user=f"u{number}", weights={"cold": number + 1.0, "plain": 0.1 * number, "warm": 0.3}, normalize="sum")

@@ -1,4 +1,4 @@
-"""Generation in mixed batches: the same answers as alone, by every option of transformers' generate."""
+"""Mixed batches give the same answers as single prompts, with every option of transformers' generate."""
 
 from __future__ import annotations
 
@@ -115,13 +115,13 @@ def test_teacher_forced_logits_of_generated_rows_are_the_merged_models(tmp_path:
     for row, weights in enumerate(rows):
         want = true_logits(small_base, folders, weights, out.sequences[row])[5:-1]
         assert relative(logits[row], want) < LOGITS
-        # a greedy token may be another one only where the two likeliest are nearer than what both logits may err by
+        # Two greedy tokens may differ only where the two largest logits are closer than the error that both may have.
         owed = 2 * LOGITS * float(want.norm()) / want.shape[0] ** 0.5
         top = want.topk(2, dim=-1)
         is_other = top.indices[:, 0] != out.sequences[row, 6:]
         close += int(is_other.sum())
         assert bool(((top.values[:, 0] - top.values[:, 1])[is_other] < owed).all())
-    assert close == 0  # none of these 24 is so near
+    assert close == 0  # none of these 24 tokens is so close
 
 
 def test_streams_give_the_same_text(model: SoupModel) -> None:
@@ -181,19 +181,19 @@ def test_a_schedule_moves_the_weights_from_the_next_token_on(tmp_path: Path, sma
     folders = write_experts(tmp_path / "experts")
     model = open_model(small_base, tmp_path / "experts")
     ids = random_ids(2, 6)
-    asked: list[int] = []
+    steps: list[int] = []
 
     def falling(step: int) -> float:
-        asked.append(step)
+        steps.append(step)
         return 1.0 - 0.25 * step
 
     out = model.generate(
         profiles=[{"warm": falling}, {"cold": 0.5}], input_ids=ids, max_new_tokens=4, eos_token_id=None,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
-    assert sorted(set(asked)) == [0, 1, 2, 3, 4]
-    # the first token's logits are those of the first weight; the second's are of a model that has read the prompt with
-    # the first weight and the new token with the second one
+    assert sorted(set(steps)) == [0, 1, 2, 3, 4]
+    # The first token's logits are those of the first weight. For the second token, the model has read the prompt with
+    # the first weight and the first token with the second weight.
     assert relative(out.logits[0][0], true_logits(small_base, folders, {"warm": 1.0}, ids[0])[-1]) < LOGITS
     assert relative(out.logits[3][1], true_logits(small_base, folders, {"cold": 0.5}, out.sequences[1])[-2]) < LOGITS
     with torch.no_grad(), model.mixture([{"warm": falling}]) as mixture:
@@ -247,14 +247,14 @@ def test_weights_may_differ_by_layer(tmp_path: Path, small_base: Path) -> None:
         (PROMPTS[:1], [Profile(weights={"warm": 1.0}, method="ties")], "a mixture is always linear"),
     ],
 )
-def test_bad_input_is_told(model: SoupModel, prompts: Sequence[str], profiles: Sequence[Any], problem: str) -> None:
+def test_bad_input_is_rejected(model: SoupModel, prompts: Sequence[str], profiles: Sequence[Any], problem: str) -> None:
     with pytest.raises((UsageError, DeclarationError), match=problem) as caught:
         model.generate(prompts, profiles, max_new_tokens=2)
     assert caught.value.mend
     assert not model.layers.gates.is_on
 
 
-def test_a_batch_of_other_rows_is_told_where_it_is_seen(model: SoupModel) -> None:
+def test_a_batch_of_other_rows_is_rejected_by_the_layer(model: SoupModel) -> None:
     with (
         pytest.raises(UsageError, match="for 2 prompts of 1 rows each, but the batch has 4 rows"),
         model.mixture(["warm"] * 2),
@@ -274,7 +274,7 @@ def test_a_batch_of_other_rows_is_told_where_it_is_seen(model: SoupModel) -> Non
     with model.mixture("warm"), torch.no_grad():
         model(input_ids=random_ids(4, 3))
     with (
-        pytest.raises(UsageError, match="rows goes from 0 to 1, there are 1 profiles"),
+        pytest.raises(UsageError, match="rows goes from 0 to 1, but there are 1 profiles"),
         model.mixture(["warm"], rows=rows + torch.tensor([0, 1, 0, 1])),
     ):
         pass
@@ -282,7 +282,7 @@ def test_a_batch_of_other_rows_is_told_where_it_is_seen(model: SoupModel) -> Non
         pass
 
 
-def test_opposed_sides_are_refused(tmp_path: Path, small_base: Path) -> None:
+def test_opposed_sides_are_rejected(tmp_path: Path, small_base: Path) -> None:
     folders = write_experts(tmp_path / "experts")
     for folder, side in zip(folders, ("friendly", "concise", "unfriendly"), strict=True):
         (folder / "expert.json").write_text(

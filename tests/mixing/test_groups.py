@@ -1,7 +1,7 @@
-"""Layers that read the same input are one product: as right as each by itself, whatever is done to the base meanwhile.
+"""Groups of layers compute what the layers compute separately, also while the base changes.
 
-A group holds its base's weights in a buffer of its own. What could leave that buffer stale, or be skipped by the one
-product, is tried here one by one.
+A group keeps its base's weights in a buffer of its own. Each test tries one change that could make the buffer stale, or
+that the shared product could skip.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def group_of(model: SoupModel, name: str = Q) -> LayerGroup:
 
 def logits(model: SoupModel, ids: Tensor = IDS, rows: Any = ROWS) -> Tensor:
     with torch.no_grad(), model.mixture(rows):
-        found: Tensor = model(input_ids=ids).logits
-    return found
+        result: Tensor = model(input_ids=ids).logits
+    return result
 
 
 def ungrouped(model: SoupModel) -> Tensor:
-    """Return the logits that the layers give each by itself."""
+    """Return the logits that the layers give separately."""
     layers = model.layers.by_name.values()
     before = [layer.group for layer in layers]
     for layer in layers:
@@ -54,11 +54,11 @@ def ungrouped(model: SoupModel) -> Tensor:
         with torch.no_grad(), model.mixture(ROWS):
             for layer in layers:
                 layer.group = None
-            found: Tensor = model(input_ids=IDS).logits
+            result: Tensor = model(input_ids=IDS).logits
     finally:
         for layer, group in zip(layers, before, strict=True):
             layer.group = group
-    return found
+    return result
 
 
 def check_right(model: SoupModel, base: Path, folders: list[Path], limit: float = LOGITS) -> None:
@@ -69,24 +69,24 @@ def check_right(model: SoupModel, base: Path, folders: list[Path], limit: float 
 
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the products with a weight or an A, by the rows of what is multiplied."""
-    found: list[int] = []
+    """Record each product with a weight or an A, by the number of the matrix's rows."""
+    heights: list[int] = []
     real = nn.functional.linear
 
     def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        found.append(len(weight))
+        heights.append(len(weight))
         return real(x, weight, bias)
 
     monkeypatch.setattr(nn.functional, "linear", counted)
-    return found
+    return heights
 
 
 def test_layers_that_read_alike_are_one_group(model: SoupModel) -> None:
-    found = {name: layer.group for name, layer in model.layers.by_name.items()}
-    assert found[Q] is found[K] is not None
-    assert len({id(group) for group in found.values()}) == 6  # q and k, up, down, of two blocks
-    assert all(group is not None and group.has_weights for group in found.values())
-    # slots of a group follow each other
+    by_layer = {name: layer.group for name, layer in model.layers.by_name.items()}
+    assert by_layer[Q] is by_layer[K] is not None
+    assert len({id(group) for group in by_layer.values()}) == 6  # q and k, up, down, of two blocks
+    assert all(group is not None and group.has_weights for group in by_layer.values())
+    # the slots of a group are consecutive
     slots = [layer.slot for layer in group_of(model).layers]
     assert slots == list(range(slots[0], slots[0] + 2))
 
@@ -113,7 +113,7 @@ def test_each_way_of_computing_a_group_is_right(
     write: Callable[[Path], list[Path]],
     way: str,
 ) -> None:
-    """A's in the buffer of the weights; A's that do not fit there, as a second product; A's alone."""
+    """A's in the weights' buffer; A's that do not fit there and take a second product; A's without weights."""
     if way == "two products":
         monkeypatch.setattr(weight_group, "_ROOM", 0)
         monkeypatch.setattr(weight_group, "_FEW_NUMBERS", 0)
@@ -145,7 +145,7 @@ def test_a_batch_that_uses_few_ranks_multiplies_no_others(
 
 
 @pytest.mark.parametrize("change", ["to", "half", "weight", "data", "assign"])
-def test_a_weight_that_is_replaced_is_seen(
+def test_a_weight_that_is_replaced_is_noticed(
     model: SoupModel, small_base: Path, folders: list[Path], tmp_path: Path, change: str
 ) -> None:
     before = logits(model)
@@ -169,7 +169,7 @@ def test_a_weight_that_is_replaced_is_seen(
         changed = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         changed[f"{Q}.weight"] *= 2
         model.load_state_dict(changed, assign=True)
-    # seen at once, and by the group that the next mixture makes
+    # noticed at once, and by the group that the next mixture makes
     with torch.no_grad(), model.mixture(ROWS):
         at_once = model(input_ids=IDS).logits
     want = ungrouped(model)
@@ -180,7 +180,7 @@ def test_a_weight_that_is_replaced_is_seen(
         assert relative(want, before) > 1e-3
 
 
-def test_a_weight_that_is_replaced_within_a_mixture_is_seen(model: SoupModel) -> None:
+def test_a_weight_that_is_replaced_within_a_mixture_is_noticed(model: SoupModel) -> None:
     layer = model.model.get_submodule(Q).base_layer
     with torch.no_grad(), model.mixture(ROWS):
         model(input_ids=IDS)
@@ -202,14 +202,14 @@ def test_a_state_that_is_loaded_goes_into_the_buffer(model: SoupModel) -> None:
     assert relative(logits(model), ungrouped(model)) < LOGITS
 
 
-def test_what_is_compiled_sees_a_weight_that_is_replaced(model: SoupModel) -> None:
+def test_compiled_code_notices_a_weight_that_is_replaced(model: SoupModel) -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(model.model, backend="eager", fullgraph=True, dynamic=False)
 
     def run() -> Tensor:
         with torch.no_grad(), model.mixture(ROWS):
-            found: Tensor = compiled(input_ids=IDS, use_cache=False).logits
-        return found
+            result: Tensor = compiled(input_ids=IDS, use_cache=False).logits
+        return result
 
     before = run()
     layer = model.model.get_submodule(Q).base_layer
@@ -275,8 +275,8 @@ def test_a_compiled_model_calls_a_hook_that_comes_later(model: SoupModel) -> Non
 
     def run() -> Tensor:
         with torch.no_grad(), model.mixture(ROWS):
-            found: Tensor = compiled(input_ids=IDS, use_cache=False).logits
-        return found
+            result: Tensor = compiled(input_ids=IDS, use_cache=False).logits
+        return result
 
     before = run()
     model.model.get_submodule(K).base_layer.register_forward_hook(_doubled)
@@ -287,18 +287,18 @@ def test_a_compiled_model_calls_a_hook_that_comes_later(model: SoupModel) -> Non
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_the_product_is_for_the_same_input_alone(model: SoupModel, mode: Any) -> None:
-    """Layers of one group that are given other inputs, in any order, and more than once."""
+    """Layers of one group get different inputs, in any order, and more than once."""
     q, k = (model.model.get_submodule(name) for name in (Q, K))
     with mode(), model.mixture(ROWS):
-        one, other = torch.randn(2, len(ROWS), 3, 64)
+        x_1, x_2 = torch.randn(2, len(ROWS), 3, 64)
         want = {}
         for name, layer in (("q", q), ("k", k)):
             group, layer.group = layer.group, None
-            want[name] = layer(one), layer(other)
+            want[name] = layer(x_1), layer(x_2)
             layer.group = group
         for call in "q1 k2 . k2 q1 . q1 q2 k1 k2 . q1 q1 k1 k1 . k1 q2 k2 q1".replace(" .", "").split():
             layer, place = (q if call[0] == "q" else k), int(call[1]) - 1
-            assert relative(layer((one, other)[place]), want[call[0]][place]) < LOGITS, call
+            assert relative(layer((x_1, x_2)[place]), want[call[0]][place]) < LOGITS, call
 
 
 def test_an_input_that_changes_between_two_layers_is_another_one(model: SoupModel) -> None:
@@ -315,12 +315,12 @@ def test_an_input_that_changes_between_two_layers_is_another_one(model: SoupMode
         assert relative(after, before) > 1e-2
 
 
-def test_the_next_pass_over_the_same_input_multiplies_anew(model: SoupModel) -> None:
-    """In inference mode nothing counts changes in place: a product must not outlive the pass that it was made for."""
+def test_the_next_pass_over_the_same_input_multiplies_again(model: SoupModel) -> None:
+    """Inference mode does not count changes in place, so a product must not outlive its forward pass."""
     q = model.model.get_submodule(Q)
     with torch.inference_mode(), model.mixture(ROWS):
         x = torch.randn(len(ROWS), 3, 64)
-        before = q(x)  # and k is never asked
+        before = q(x)  # and k takes nothing
         x += 1
         after = q(x)
         q.group = None
@@ -328,7 +328,7 @@ def test_the_next_pass_over_the_same_input_multiplies_anew(model: SoupModel) -> 
         assert relative(after, before) > 1e-2
 
 
-def test_nothing_of_a_pass_that_fails_is_kept(model: SoupModel) -> None:
+def test_a_pass_that_fails_leaves_no_product(model: SoupModel) -> None:
     k = model.model.get_submodule(K)
     seen: list[weakref.ref[Tensor]] = []
 
@@ -343,7 +343,7 @@ def test_nothing_of_a_pass_that_fails_is_kept(model: SoupModel) -> None:
     handle.remove()
     gc.collect()
     assert seen[0]() is None
-    # nor where the mixture goes on
+    # also while the mixture stays set
     with torch.no_grad(), model.mixture(ROWS):
         handle = k.register_forward_pre_hook(fail)
         with pytest.raises(ZeroDivisionError):
@@ -406,10 +406,10 @@ def test_what_is_saved_is_the_bases_bytes(model: SoupModel, small_base: Path, tm
     assert model.model.get_submodule(Q).weight is model.model.get_submodule(Q).base_layer.weight
 
 
-def test_experts_that_come_and_go_move_no_weight(
+def test_adding_and_removing_experts_moves_no_weight(
     model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path, products: list[int]
 ) -> None:
-    """They take the room behind the weights, and beyond that a second product."""
+    """Their A's use the room behind the weights, and larger A's a second product."""
     group, address = group_of(model), model.model.get_submodule(Q).weight.data_ptr()
     more = [write_expert(tmp_path / "more" / f"more{number}", seed=20 + number, rank=40) for number in range(2)]
     for expert in (*more, None):
@@ -567,7 +567,7 @@ def test_memory_that_runs_out_leaves_every_layer_right(
     *,
     place: str,
 ) -> None:
-    """When groups are made, and when an expert comes to one layer of a group: the others' A's stay what they are."""
+    """While groups are made, and while an expert is added to one layer of a group: the other A's do not change."""
     real_cat, real_init, calls = torch.cat, WeightGroup.__init__, 0
 
     def full(*arguments: Any, **keywords: Any) -> Any:
@@ -593,7 +593,7 @@ def test_memory_that_runs_out_leaves_every_layer_right(
     check_right(model, small_base, folders)
     if place != "buffers":
         assert list(model.experts) == ["cold", "one", "plain", "warm"]
-        # what was compiled before would go on with what a group held
+        # earlier compiled code would continue with the tensors of the group
         assert model.layers.by_name[Q].group is model.layers.by_name[K].group is None
         assert model.model.get_submodule(Q).weight.untyped_storage().nbytes() == 4 * 64 * 64
         got = logits(model, IDS[:1], [{"one": 1.0, "cold": 0.5}])
@@ -605,16 +605,16 @@ def test_memory_that_runs_out_leaves_every_layer_right(
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile.module.`:UserWarning")  # it runs a global hook once more
 @pytest.mark.parametrize("change", ["data", "assign", "hook", "global hook"])
-def test_what_is_compiled_and_served_sees_changes_of_the_base(model: SoupModel, change: str) -> None:
-    """Where a profile is served no mixture begins, so what is compiled has to look by itself."""
+def test_compiled_code_with_a_served_profile_notices_changes_of_the_base(model: SoupModel, change: str) -> None:
+    """A served profile starts no mixture, so compiled code must notice changes itself."""
     model.served.set({"cold": 0.6, "warm": 0.5})
     torch._dynamo.reset()
     compiled: Any = torch.compile(model.model, backend="eager", dynamic=False)
 
     def run(called: Any) -> Tensor:
         with torch.no_grad():
-            found: Tensor = called(input_ids=IDS, use_cache=False).logits
-        return found
+            result: Tensor = called(input_ids=IDS, use_cache=False).logits
+        return result
 
     before = run(compiled)
     layer = model.model.get_submodule(Q).base_layer
@@ -627,7 +627,7 @@ def test_what_is_compiled_and_served_sees_changes_of_the_base(model: SoupModel, 
         model.load_state_dict(changed, assign=True)
     elif change == "hook":
         layer.register_forward_hook(_doubled)
-        torch._dynamo.reset()  # guards on hooks are off by default, whatever the layer is
+        torch._dynamo.reset()  # guards on hooks are off by default, for every layer
     else:
         handle = nn.modules.module.register_module_forward_hook(
             lambda module, _x, y: 2 * y if module is model.model.get_submodule(Q).base_layer else None
@@ -643,7 +643,7 @@ def test_what_is_compiled_and_served_sees_changes_of_the_base(model: SoupModel, 
 
 
 def test_weights_by_layer_keep_their_layers_while_layers_are_cast(model: SoupModel) -> None:
-    """A mixture that is set holds weights by slot, so that slots must not move with dtypes."""
+    """A mixture that is set has a weight for each slot, so slots must not depend on dtypes."""
     k = model.model.get_submodule(K)
     with torch.no_grad(), model.mixture({"warm": {"*.k_proj": 1.0}}):
         want = model(input_ids=IDS).logits
@@ -691,7 +691,7 @@ def test_a_class_that_is_patched_is_called(model: SoupModel, monkeypatch: pytest
     assert relative(logits(model), ungrouped(model)) < LOGITS
 
 
-def test_what_inference_mode_lets_go_can_be_trained(model: SoupModel) -> None:
+def test_weights_that_were_released_in_inference_mode_can_be_trained(model: SoupModel) -> None:
     handle = model.model.get_submodule(Q).base_layer.register_forward_hook(lambda *_: None)
     with torch.inference_mode(), model.mixture(ROWS):
         model(input_ids=IDS)
@@ -739,12 +739,12 @@ def test_a_warning_that_is_an_error_leaves_experts_and_names_agreed(
     def full(_group: LayerGroup) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    more = write_expert(tmp_path / "more" / "anew", seed=9)
+    more = write_expert(tmp_path / "more" / "added", seed=9)
     monkeypatch.setattr(WeightGroup, "hold", full)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeWarning, match="memory ran out"):
             model.experts.add(more)
-    assert "anew" in model.experts
-    assert model.resolve("anew").weights == {"anew": 1.0}
+    assert "added" in model.experts
+    assert model.resolve("added").weights == {"added": 1.0}
     assert relative(logits(model), ungrouped(model)) < LOGITS

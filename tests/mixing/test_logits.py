@@ -87,9 +87,9 @@ def test_an_inner_mixture_gives_way_to_the_outer_one(tmp_path: Path, small_base:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_sixteen_bit_models_err_as_much_as_the_base_does(tmp_path: Path, small_base: Path, dtype: str) -> None:
-    # Rounding every weight and activation to u = eps / 2 moves the bare base's logits by some multiple of u; the soup's
-    # path rounds A x, the gated A x and the sum once each: three more roundings beside the layer's own two (its inputs
-    # and its output), so the error may grow by (2 + 3) / 2. Measured against the same base's own error.
+    # Rounding all weights and activations to u = eps / 2 moves the bare base's logits by a multiple of u. A layer
+    # rounds its inputs and its output; the soup also rounds A x, the gated A x and the sum. So the error may be
+    # (2 + 3) / 2 times the error of the bare base, which is measured here, too.
     folders = write_experts(tmp_path / "experts")
     model = open_model(small_base, tmp_path / "experts", dtype=dtype)
     ids_BT = random_ids(len(ROWS), 9)

@@ -1,5 +1,7 @@
-"""How many operators a mixed decode step dispatches: on a GPU each is a launch, on a small model a call that costs more
-than its arithmetic. A count needs no card, and does not depend on the machine.
+"""The number of operators that a mixed decode step dispatches.
+
+On a GPU an operator is a launch; in a small model on a CPU its call costs more than its arithmetic. The count needs no
+GPU and does not depend on the machine.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ LEAVES = {
 NAMES = ("cold", "plain", "warm")
 ROWS: list[dict[str, float]] = [{"cold": 0.5, "warm": 0.3}, {"plain": 1.0}, {"warm": -0.2}]
 
-# Operators that give a view: no launch on a GPU.
+# Operators that return a view, which launch nothing on a GPU.
 VIEWS = {"view", "t", "slice", "_unsafe_view", "expand", "unsqueeze", "alias", "transpose", "split", "split_with_sizes"}
 
 
@@ -64,7 +66,7 @@ def experts(tmp_path: Path) -> Path:
 
 
 def added(model: SoupModel, bare: Counter[str]) -> dict[str, float]:
-    """Return how many more operators of each name a mixed step dispatches for each decoder layer."""
+    """Return how many operators of each name a mixed step adds to a bare step, for each decoder layer."""
     with model.mixture(list(ROWS)):
         mixed = step(model.model)
     return {name: (mixed[name] - bare[name]) / LAYERS for name in {*mixed, *bare} - VIEWS if mixed[name] != bare[name]}
@@ -82,7 +84,7 @@ def test_a_decoder_layer_takes_four_products_for_seven(
         views = sum(step(model.model)[name] for name in VIEWS) - sum(bare[name] for name in VIEWS)
     assert views / LAYERS <= 21  # 17 with torch 2.13, 21 with 2.8
     assert step(model.model) == bare
-    # each layer by itself
+    # each layer separately
     for layer in model.layers.by_name.values():
         layer.group = None
     model.layers.groups.clear()
@@ -101,7 +103,7 @@ def test_where_weights_stay_the_as_are_one_product(
 def test_with_the_kernel_a_decoder_layer_takes_eight_launches(
     small_base: Path, experts: Path, monkeypatch: pytest.MonkeyPatch, *, has_room: bool
 ) -> None:
-    """Four products and four gated sums, against the bare base's seven products; eight products without room."""
+    """Four products and four gated sums, where the bare base has seven products; eight products without room."""
     if not has_room:
         monkeypatch.setattr(weight_group, "_ROOM", 0)
         monkeypatch.setattr(weight_group, "_FEW_NUMBERS", 0)

@@ -22,7 +22,7 @@ def model(tmp_path: Path, small_base: Path) -> SoupModel:
 
 
 def _asked(model: SoupModel, chat: Any, who: Any, prefixes: PrefixCache | None) -> tuple[str, list[int]]:
-    """Return the answer, and how many tokens each forward read."""
+    """Return the answer, and how many tokens each forward pass read."""
     read: list[int] = []
     handle = model.model.register_forward_pre_hook(
         lambda _module, _arguments, keywords: read.append(keywords["input_ids"].shape[1]), with_kwargs=True
@@ -81,9 +81,9 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     prefixes.put("v", [1, 2, 3], _past(5))
     prefixes.put("v", [4, 5, 6], _past(3))
     assert prefixes.num_bytes == 192
-    found = prefixes.longest("v", [1, 2, 9, 9])
-    assert found is not None
-    assert (found.num_tokens, found.past.get_seq_length()) == (2, 2)
+    prefix = prefixes.longest("v", [1, 2, 9, 9])
+    assert prefix is not None
+    assert (prefix.num_tokens, prefix.past.get_seq_length()) == (2, 2)
     prefixes.put("v", [7, 8, 9], _past(3))
     assert prefixes.longest("v", [4, 5, 6, 0]) is None
     assert prefixes.longest("v", [1, 2, 3, 0]) is not None
@@ -93,7 +93,7 @@ def test_what_was_used_longest_ago_goes_first() -> None:
     prefixes.put("v", [7, 8, 9], _past(3))
     assert prefixes.num_bytes == 192
     # what is taken is the taker's own
-    found.past.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), 0)
+    prefix.past.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4), 0)
     again = prefixes.longest("v", [1, 2, 3, 0])
     assert again is not None
     assert again.past.get_seq_length() == 3

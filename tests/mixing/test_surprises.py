@@ -1,4 +1,4 @@
-"""What a careful reader of the code, and people who used it, tripped over: each of these went wrong once."""
+"""Regressions: each test is for a fault that a reader of the code, or a user, has found."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ PROMPT = "wash the kettle"
 
 def _logits(model: SoupModel, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids).logits
-    return found
+        result: Tensor = model(input_ids=ids).logits
+    return result
 
 
 def test_generate_without_profiles_answers_by_what_is_set_or_served(model: SoupModel) -> None:
@@ -86,7 +86,7 @@ def test_a_generation_config_of_ones_own_keeps_the_length_that_is_asked_for(mode
         model.generate(PROMPT, ["warm"], max_new_tokens=0)
 
 
-def test_versions_of_other_orders_models_and_dtypes_differ(
+def test_cache_keys_of_other_orders_models_and_dtypes_differ(
     model: SoupModel, folders: list[Path], small_base: Path
 ) -> None:
     patterns = {"*.layers.0.*": 0.9, "*.mlp.*": -0.4}
@@ -104,12 +104,12 @@ def test_mixtures_that_end_out_of_order_and_tasks_of_one_thread(
     model: SoupModel, folders: list[Path], small_base: Path
 ) -> None:
     ids = random_ids(1, 5)
-    one, other = model.mixture({"warm": 1.0}), model.mixture({"cold": 1.0})
-    one.__enter__()
-    other.__enter__()
-    one.__exit__(None, None, None)
+    first, second = model.mixture({"warm": 1.0}), model.mixture({"cold": 1.0})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
     assert relative(_logits(model, ids)[0], true_logits(small_base, folders, {"cold": 1.0}, ids[0])) < LOGITS
-    other.__exit__(None, None, None)
+    second.__exit__(None, None, None)
     assert not model.layers.gates.is_on
 
     async def answer(who: str, wait: asyncio.Event, done: asyncio.Event) -> Tensor:
@@ -193,7 +193,7 @@ def test_what_cannot_be_served_changes_nothing(model: SoupModel, tmp_path: Path)
     gate = write_expert(tmp_path / "more" / "gate", seed=9, shapes={"model.layers.1.mlp.gate_proj": (96, 64)})
     model.experts.add(gate)
     model.served.set_adapters("warm", {"*.gate_proj": 0.5, "*": 1.0})
-    model.experts.remove("gate")  # no layer is called so any more
+    model.experts.remove("gate")  # no layer matches the first pattern any more
     assert model.served.experts == ["warm"]
     served = _logits(model, ids)
     model.served.set_adapters("warm")
@@ -210,11 +210,11 @@ def test_modes_of_autograd_may_change_between_batches(tmp_path: Path, small_base
         model(input_ids=ids)
     with model.mixture(["warm", "cold"]):
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        one = model(inputs_embeds=embedded).logits
+        warm = model(inputs_embeds=embedded).logits
     with model.mixture(["cold", "warm"]):
-        other = model(inputs_embeds=embedded).logits
-    assert relative(one.detach(), first) < LOGITS
-    (one.square().sum() + other.square().sum()).backward()
+        cold = model(inputs_embeds=embedded).logits
+    assert relative(warm.detach(), first) < LOGITS
+    (warm.square().sum() + cold.square().sum()).backward()
     assert embedded.grad is not None
     with torch.inference_mode():
         model.half()
@@ -244,7 +244,7 @@ def test_a_model_may_be_cast_while_something_is_served_or_set(
 
 
 def test_a_stream_of_its_own_within_a_mixture_is_refused_at_once(model: SoupModel) -> None:
-    with model.mixture("cold"), pytest.raises(UsageError, match="would wait for its end"):
+    with model.mixture("cold"), pytest.raises(UsageError, match="would wait for the mixture to end"):
         model.stream(PROMPT, "warm")
 
 
@@ -310,7 +310,7 @@ def test_gates_and_spans_do_not_grow_without_bound(model: SoupModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "told"),
+    ("call", "problem"),
     [
         (lambda model: model.generate(random_ids(1, 4)), "must be a text or a list, got Tensor"),
         (lambda model: model.generate([{"role": "user", "content": "soap"}]), "one chat is"),
@@ -319,13 +319,13 @@ def test_gates_and_spans_do_not_grow_without_bound(model: SoupModel) -> None:
         (lambda model: model.profiles.add(Profile(user="warm", weights={"cold": 1.0})), "an expert is called 'warm'"),
     ],
 )
-def test_calls_that_mean_nothing_are_told(model: SoupModel, call: Callable[[SoupModel], Any], told: str) -> None:
-    with pytest.raises((UsageError, Exception), match=told) as caught:
+def test_calls_that_mean_nothing_are_rejected(model: SoupModel, call: Callable[[SoupModel], Any], problem: str) -> None:
+    with pytest.raises((UsageError, Exception), match=problem) as caught:
         call(model)
     assert getattr(caught.value, "mend", "")
 
 
-def test_weights_that_no_gate_can_hold_are_told(folders: list[Path], small_base: Path) -> None:
+def test_weights_that_no_gate_can_hold_are_rejected(folders: list[Path], small_base: Path) -> None:
     half = open_model(small_base, folders[0].parent, dtype="float16")
     with pytest.raises(UsageError, match=r"the weight of 'warm' times its scaling is .*, beyond float16"):
         half.generate(PROMPT, [{"warm": 1e5}])
@@ -405,7 +405,7 @@ def test_prompts_of_any_length_keep_the_rows_that_are_set(model: SoupModel) -> N
             model.generate(prompts, max_new_tokens=6, batch_size=2)
 
 
-def test_every_answer_begins_its_schedule_anew(model: SoupModel) -> None:
+def test_every_answer_starts_its_schedule(model: SoupModel) -> None:
     falling = {"warm": lambda step: 3.0 - step}
     want = model.generate(PROMPT, [falling], max_new_tokens=6)
     prefixes = PrefixCache()
@@ -450,7 +450,7 @@ def test_a_mixture_that_has_ended_never_reaches_the_gates(model: SoupModel) -> N
         outer = _logits(model, ids)
         with model.mixture({"cold": 1.0}):
             inner = _logits(model, ids)
-            ended.step(1)  # of the outer one: it shall hold once the inner one ends
+            ended.step(1)  # a step of the outer mixture, which applies when the inner one has ended
             assert torch.equal(_logits(model, ids), inner)
         assert not torch.equal(_logits(model, ids), outer)
     with pytest.raises(UsageError, match="the mixture has ended"):
@@ -461,14 +461,14 @@ def test_a_mixture_that_has_ended_never_reaches_the_gates(model: SoupModel) -> N
 
 
 def test_blocks_that_end_out_of_order_leave_no_stream_waiting(model: SoupModel) -> None:
-    one, other = model.mixture({"warm": 1.0}), model.mixture({"cold": 1.0})
-    one.__enter__()
-    other.__enter__()
-    one.__exit__(None, None, None)
+    first, second = model.mixture({"warm": 1.0}), model.mixture({"cold": 1.0})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
     with pytest.raises(UsageError, match="would wait"):
         model.stream(PROMPT, "warm")
     assert "".join(model.stream(PROMPT, max_new_tokens=3))
-    other.__exit__(None, None, None)
+    second.__exit__(None, None, None)
 
 
 def test_tasks_see_no_other_tasks_mixture_but_that_around_all(model: SoupModel) -> None:
@@ -507,7 +507,7 @@ def test_lengths_and_beams_of_ones_own_configs_count(model: SoupModel) -> None:
     assert torch.equal(model.generate(**options), beams)
 
 
-def test_a_thread_that_fails_lets_go(model: SoupModel) -> None:
+def test_a_thread_that_fails_releases_the_lock(model: SoupModel) -> None:
     def fail() -> None:
         with pytest.raises(ZeroDivisionError), model.mixture("warm"):
             raise ZeroDivisionError

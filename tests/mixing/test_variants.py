@@ -66,8 +66,8 @@ def _true(base: Path, folders: dict[str, Path], weights: dict[str, float] | None
         with torch.no_grad():
             layer.weight.copy_(torch.from_numpy((own + change).T if turned else own + change))
     with torch.no_grad():
-        found: Tensor = model(input_ids=ids[None]).logits[0]
-    return found
+        result: Tensor = model(input_ids=ids[None]).logits[0]
+    return result
 
 
 def test_dora_scales_each_rows_base_by_its_own_soup(tmp_path: Path, small_base: Path) -> None:
@@ -184,14 +184,14 @@ def test_dora_on_a_quantised_layer_is_refused(tmp_path: Path, small_base: Path) 
 
 
 @pytest.mark.parametrize(
-    ("tensors", "config", "told"),
+    ("tensors", "config", "problem"),
     [
         ({"model.embed_tokens": ("embedding", (320, 64))}, {"target_modules": ["embed_tokens"]}, "embedding"),
         ({}, {"modules_to_save": ["lm_head"]}, "modules_to_save"),
     ],
 )
 def test_what_is_no_change_of_a_linear_layer_is_refused_by_name(
-    tmp_path: Path, small_base: Path, tensors: Any, config: Any, told: str
+    tmp_path: Path, small_base: Path, tensors: Any, config: Any, problem: str
 ) -> None:
     held: dict[str, tuple[str, Any]] = {}
     for module, (_, (rows, width)) in tensors.items():
@@ -203,7 +203,7 @@ def test_what_is_no_change_of_a_linear_layer_is_refused_by_name(
             held[f"base_model.model.{module}.lora_A.weight"] = ("F32", np.ones((4, in_features)))
             held[f"base_model.model.{module}.lora_B.weight"] = ("F32", np.ones((out_features, 4)))
     write_adapter(tmp_path / "experts" / "odd", held, **config)
-    with pytest.raises(UnsupportedAdapterError, match=told) as caught:
+    with pytest.raises(UnsupportedAdapterError, match=problem) as caught:
         open_model(small_base, tmp_path / "experts")
     assert "odd" in caught.value.what
     assert "merge" in caught.value.mend
@@ -245,7 +245,7 @@ def test_an_expert_that_records_another_base_is_refused(tmp_path: Path, small_ba
         open_model(small_base, tmp_path / "experts")
     model = open_model(small_base, tmp_path / "experts", same_base=True)
     assert list(model.experts) == ["far"]
-    # where none of the experts records a base, it is asked for when one comes that does
+    # The base is fingerprinted as soon as an expert is added that records one.
     write_expert(tmp_path / "fine" / "near")
     known = open_model(small_base, tmp_path / "fine")
     with pytest.raises(IncompatibleExpertsError, match="far was trained on"):
@@ -253,7 +253,7 @@ def test_an_expert_that_records_another_base_is_refused(tmp_path: Path, small_ba
     assert list(known.experts) == ["near"]
 
 
-def test_a_nan_in_an_expert_is_told_by_file_and_tensor(tmp_path: Path, small_base: Path) -> None:
+def test_a_nan_in_an_expert_is_reported_with_file_and_tensor(tmp_path: Path, small_base: Path) -> None:
     tensors: dict[str, tuple[str, Any]] = {
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": ("F32", np.full((4, 64), np.nan)),
         "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": ("F32", np.ones((64, 4))),
