@@ -70,7 +70,8 @@ def generate(
     """Answer a prompt with a base, an adapter, or a soup merged for this answer.
 
     With --profiles and --prompts, answer every prompt for every user, or for the user that the prompt's line names.
-    Each user has a soup in mixed batches, and nothing is merged. Run the command again to resume an interrupted --out.
+    Answers are generated in mixed batches with each user's own soup, and nothing is merged. Run the command again to
+    resume an interrupted --out.
     """
     check_temperature(temperature)
     loading = LoadOptions(base, device, checked_dtype(dtype), same_base)

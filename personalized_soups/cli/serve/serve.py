@@ -90,7 +90,7 @@ def serve(
     dtype: DtypeOption = "auto",
     same_base: SameBaseOption = False,
 ) -> None:
-    """Serve OpenAI's API. Each answer in a batch has its own soup.
+    """Serve one base to many users through OpenAI's API. Each answer in a batch has its own soup.
 
     The model name is soup:USER for a stored profile, soup:USER@7 for its version 7, and the base's own name for the
     base. A request can also bring a profile: {"model": BASE, "profile": {"weights": {"friendly": 0.6}}, ...}. The page
