@@ -40,7 +40,7 @@ def matches(shown: str, printed: str) -> bool:
 def steps(console: str) -> Iterator[tuple[str, str]]:
     """Yield each command of a block with the output that the block shows for it."""
     for part in re.split(r"^\$ ", console, flags=re.MULTILINE)[1:]:
-        command, _, output = part.partition("\n")
+        command, _, output = re.sub(r"\\\n\s*", "", part).partition("\n")
         yield command, output
 
 
@@ -55,6 +55,7 @@ def test_outputs_match_up_to_numbers_and_left_out_lines() -> None:
 
 def test_commands_are_told_from_their_output() -> None:
     assert list(steps("$ one --x\n1\n2\n$ two\n")) == [("one --x", "1\n2\n"), ("two", "")]
+    assert list(steps("$ one \\\n    --x\n1\n")) == [("one --x", "1\n")]
 
 
 def test_the_page_shows_every_step() -> None:
