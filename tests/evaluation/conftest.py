@@ -40,7 +40,7 @@ def _combination(method: str, at: int, sides: tuple[str, ...]) -> CombinationSco
 
 @pytest.fixture
 def results() -> Results:
-    """Return results such as the tiny base gives: eight combinations by three methods, and three sweeps."""
+    """Return results like those of the tiny base: eight combinations by three methods, and three sweeps."""
     combinations = [
         _combination(method, at, sides) for method in JOINT for at, sides in enumerate(product(*SIDES.values()))
     ]

@@ -44,7 +44,7 @@ def test_a_picture_is_written_and_shows_something(results: Results, tmp_path: Pa
     width, height = struct.unpack_from(">II", png, 16)
     assert width == 9 * DPI
     assert 800 < height < 1400
-    assert set(_chunks(png)) == {b"IHDR", b"pHYs", b"IDAT", b"IEND"}  # no text: nothing of the machine
+    assert set(_chunks(png)) == {b"IHDR", b"pHYs", b"IDAT", b"IEND"}  # no text chunk with facts about the machine
     image = matplotlib.image.imread(path)
     assert len({tuple(pixel) for pixel in image[::7, ::7].reshape(-1, image.shape[2]).tolist()}) > 20
     draw(results, tmp_path / "again.png")
@@ -108,7 +108,7 @@ def test_no_sweeps_cannot_be_drawn(results: Results, tmp_path: Path) -> None:
 def test_the_users_settings_are_neither_used_nor_changed(
     results: Results, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its state is the user's, too
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # its global state belongs to the user
     draw_sweeps(results, tmp_path / "plain.png")
     with matplotlib.rc_context({"font.size": 31, "axes.facecolor": "black", "savefig.bbox": "tight"}):
         draw_sweeps(results, tmp_path / "dark.png")

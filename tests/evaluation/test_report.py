@@ -32,7 +32,7 @@ def test_a_gain_that_is_none_is_not_claimed(results: Results, examples: Examples
     results["methods"][0]["joint"] = 0.1
     assert "does not raise the joint score: 0.100, base alone 0.110" in report(results, examples=examples)
     results["base"]["joint"] = 0.0
-    assert "from 0.000 (base alone) to 0.100.**" in report(results, examples=examples)  # no ratio to nothing
+    assert "from 0.000 (base alone) to 0.100.**" in report(results, examples=examples)  # no ratio to zero
 
 
 def test_every_combination_and_method_has_its_numbers(results: Results, examples: Examples) -> None:

@@ -1,4 +1,4 @@
-"""The figures of results.json, on answers whose scores are known."""
+"""The figures of results.json, computed from answers with known scores."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ COMBINATIONS = list(itertools.product(*SIDES.values()))
 
 
 def answer(turn: int, sides: tuple[str, ...], *, valid: bool = True) -> Graded:
-    """Return an answer that suits `sides` wholly and their opposites not at all."""
+    """Return an answer with score 1 towards `sides` and 0 towards their opposites."""
     toward = {side: float(valid and side in sides) for pair in SIDES.values() for side in pair}
     return Graded(f"prompt {turn}", f"word{turn} of {' '.join(sides)} and more words", valid, toward)
 
 
 def results(broken: int = 0) -> Results:
-    """Return the results of a perfect method (but for `broken` answers) over a base that always says one thing."""
+    """Return results of a method whose answers are perfect except `broken`, and of a base that repeats one answer."""
     num_prompts = 8
     base = [answer(turn, ("elementary", "friendly")) for turn in range(num_prompts)]
     held_out: dict[tuple[str, tuple[str, ...]], list[Graded]] = {("base", ()): base}

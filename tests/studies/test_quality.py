@@ -1,4 +1,4 @@
-"""The page of several runs tells what the runs found."""
+"""The page of several runs shows the figures of the runs."""
 
 from __future__ import annotations
 
@@ -20,4 +20,4 @@ def test_the_page_has_every_run_its_average_and_what_misses_its_bar() -> None:
     valid = next(row for row in rows if row[0].startswith("valid, as a share"))
     assert valid[1:] == ["at least 0.93", "1.000", "**0.750**", "1.000"]
     sweep = next(row for row in rows if row[0] == "sweep of style")
-    assert sweep[2:] == ["**1.000**"] * 3  # from wholly friendly to not at all
+    assert sweep[2:] == ["**1.000**"] * 3  # from score 1 to 0

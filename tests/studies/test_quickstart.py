@@ -31,7 +31,7 @@ SMALL = StudyRecipe(
 
 
 class Stages:
-    """Notes which stages ran and how many units of work each did."""
+    """Records the stages that ran and the units of work of each."""
 
     def __init__(self) -> None:
         self.done: dict[str, list[int]] = {}
@@ -96,7 +96,7 @@ def test_experts_and_merges_are_real(finished: tuple[Path, Results, Examples]) -
 
 @pytest.mark.slow
 def test_no_object_is_met_twice(finished: tuple[Path, Results, Examples]) -> None:
-    """Objects that experts are trained on, that choose the scale, and that score: three sets without overlap."""
+    """Training, choice of the scale, and scoring use three disjoint sets of objects."""
     out, _, examples = finished
     study = small_study()
     pairs = [json.loads(line) for path in (out / "pairs").glob("*.jsonl") for line in path.read_text().splitlines()]
@@ -105,7 +105,7 @@ def test_no_object_is_met_twice(finished: tuple[Path, Results, Examples]) -> Non
     scored = {objects_of(prompt) for prompt in study.prompts("held-out", SMALL.num_prompts)}
     based = {entry.topic.object for entry in corpus.documents(20_000, seed=0)}
     assert trained
-    assert trained <= based  # experts learn on what the base has seen
+    assert trained <= based  # experts train on objects that the base has seen
     assert not (trained | based) & chosen
     assert not (trained | based | chosen) & scored
     assert objects_of(examples["prompt"]) in scored

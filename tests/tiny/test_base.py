@@ -1,4 +1,4 @@
-"""The shipped base is what its recipe makes: corpus, first losses, and what the file scores."""
+"""The shipped base matches its recipe: corpus, first losses, and scores."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_the_corpus_is_the_one_that_it_was_trained_on(record: dict[str, Any], re
 def test_the_first_losses_are_those_of_the_record(record: dict[str, Any], recipe: BaseRecipe) -> None:
     losses = first_losses(recipe, len(record["first_losses"]))
     assert len(losses) == 20
-    # Float32 sums in another order (threads, vector width) move a loss by some 1e-6 of itself. Muon's orthogonalisation
-    # runs in bfloat16: an update is sound to one ulp, 2^-7, and what it has done to the loss so far likewise. (Two
+    # Float32 sums in another order (threads, vector width) change a loss by a relative 1e-6. Muon's orthogonalisation
+    # runs in bfloat16: an update is exact to one ulp, 2^-7, and so is its effect on the loss so far. (Measured with two
     # threads instead of one: 1e-7.)
     recorded = record["first_losses"]
     for loss, before in zip(losses, recorded, strict=True):
@@ -58,7 +58,7 @@ def test_the_first_losses_are_those_of_the_record(record: dict[str, Any], recipe
 def test_the_shipped_file_scores_what_the_record_says() -> None:
     record = json.loads((BASE_FOLDER / "base.json").read_text())["scores"]
     found = score(Generator.open(BASE_FOLDER, device="cpu"))
-    # The same prompts and random numbers: on another machine a rounding may flip a token of a few answers.
+    # Prompts and random numbers are the same; on another machine, rounding may change a token of a few answers.
     few = 4 / NUM_SCORED
     assert found == pytest.approx(record, abs=few)
     assert found["valid"] >= 0.95
@@ -66,7 +66,7 @@ def test_the_shipped_file_scores_what_the_record_says() -> None:
 
 
 def test_an_instruction_is_followed_somewhat() -> None:
-    """Prompting is a fair baseline only for a base that has met preference instructions."""
+    """Prompting is a fair baseline only for a base that was trained on preference instructions."""
     from personalized_soups.evaluation.scores import grade, mean_toward
     from personalized_soups.tiny.corpus import prompts
 
@@ -75,8 +75,8 @@ def test_an_instruction_is_followed_somewhat() -> None:
     asked = prompts("validation", 32, 1)
     for side, phrases in language.INSTRUCTIONS.items():
         assert catalogue.side(side)[1].instruction == phrases[0]
-        told = [f"{prompt} {phrases[0]}" for prompt in asked]
-        said = [answer for (answer,) in generator.answers(told, temperature=0.7, max_new_tokens=160)]
+        instructed = [f"{prompt} {phrases[0]}" for prompt in asked]
+        said = [answer for (answer,) in generator.answers(instructed, temperature=0.7, max_new_tokens=160)]
         assert mean_toward(grade(asked, said, catalogue, [side]), side) > 0.6
 
 

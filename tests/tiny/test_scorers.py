@@ -1,4 +1,4 @@
-"""The tiny world's scorers on sentences that a person wrote, honest ones and ones written to fool them."""
+"""The tiny world's scorers on sentences by a person: ordinary sentences, and sentences written to fool the scorers."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_every_answer_of_the_corpus_is_valid_and_shuffled_ones_are_not() -> None
         mixed = words(entry.answer)
         rng.shuffle(mixed)
         shuffled += scorers.is_valid(entry.prompt, " ".join(mixed).capitalize() + ".")
-    assert shuffled <= 4  # 1%: a random order of a few words may happen to be a sentence
+    assert shuffled <= 4  # 1%: a random order of a few words may be a sentence
 
 
 def test_the_scores_follow_the_levels_and_not_each_other() -> None:

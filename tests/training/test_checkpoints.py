@@ -57,7 +57,7 @@ def test_going_on_removes_what_is_incomplete(tmp_path: Path) -> None:
 
 def test_without_resume_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
     checkpoints.prepare(tmp_path, RUN, resume=False)
-    checkpoints.prepare(tmp_path, RUN, resume=False)  # nothing was saved yet: nothing to lose
+    checkpoints.prepare(tmp_path, RUN, resume=False)  # no checkpoint is saved yet
     _checkpoint(tmp_path, 10, complete=True)
     with pytest.raises(OutputExistsError) as caught:
         checkpoints.prepare(tmp_path, RUN, resume=False)
@@ -110,7 +110,10 @@ def test_a_second_run_is_refused_while_the_first_lives_and_no_lock_outlives_a_ki
     try:
         assert first.stdout is not None
         assert first.stdout.readline() == "held\n"
-        with pytest.raises(OutputExistsError, match="another run is writing this output") as caught, checkpoints.held(out):
+        with (
+            pytest.raises(OutputExistsError, match="another run is writing this output") as caught,
+            checkpoints.held(out),
+        ):
             pytest.fail("the block must not be entered")
         assert (caught.value.where, caught.value.exit_code) == (str(out), 2)
         with checkpoints.held(tmp_path / "concise"):

@@ -66,7 +66,7 @@ CALL = {"type": "function", "function": {"name": "look", "arguments": "{}"}}
 def test_a_prompt_within_both_conversations_is_taken_out(
     tmp_path: Path, shared: list[dict[str, str]], prompt: str
 ) -> None:
-    """Without `prompt`, repeated there, or as ultrafeedback_binarized has it: its text alone."""
+    """`prompt` may be missing, repeat the shared messages, or hold the last one as text (ultrafeedback_binarized)."""
     path = tmp_path / "pairs.jsonl"
     row = {field: shared + CHAT[field] for field in ("chosen", "rejected")}
     given: dict[str, Any] = {"repeated": shared, "text": shared[-1]["content"]}

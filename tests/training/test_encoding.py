@@ -1,4 +1,4 @@
-"""Pairs as token ids, held against TRL's own preparation and transformers' own rendering."""
+"""Pairs as token ids, compared with TRL's preparation and transformers' rendering."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.training.data import read_preferences, write_pairs
 from personalized_soups.training.encoding import EncodedPairs, check_pairs, encode_pairs
 
-# Renders every key that it knows, as the templates of tool-calling models do.
+# Renders several keys of messages, as the templates of tool-calling models do.
 TOOLS_TEMPLATE = (
     "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}"
     "{% for message in messages %}<|{{ message['role'] }}|>"
@@ -35,7 +35,7 @@ TOOL = {
     "type": "function",
     "function": {"name": "look", "description": "Look.", "parameters": {"type": "object", "properties": {}}},
 }
-# As TRL ships them for its tests; some were added after its first version.
+# Templates that TRL ships for its tests; TRL added some of them after its first version.
 SHIPPED = ["llama3", "llama3_1", "qwen2_5", "qwen3", "gemma", "gemma3", "glm4moe", "phi3", "deepseekv3", "cohere"]
 WITH_TOOLS = ["llama3_1", "qwen2_5", "qwen3", "glm4moe"]
 
@@ -118,7 +118,7 @@ def test_tool_calls_reach_the_template_as_in_trl(small_base: Path, tmp_path: Pat
 
 
 def test_a_call_alone_and_arguments_as_json_text_are_taken(small_base: Path, tmp_path: Path) -> None:
-    """OpenAI writes arguments as text, which `tojson` would put in quotes; a template that joins texts takes it so."""
+    """OpenAI writes arguments as text, which `tojson` would quote; a template that joins texts needs the text."""
     as_text = {"type": "function", "function": {"name": "look", "arguments": '{"at": "kettle"}'}}
     row = _chat()
     row["chosen"] = [{"role": "assistant", "content": None, "tool_calls": [as_text]}]
@@ -131,7 +131,7 @@ def test_a_call_alone_and_arguments_as_json_text_are_taken(small_base: Path, tmp
 
 
 def test_every_key_that_the_template_renders_reaches_it(small_base: Path, tmp_path: Path) -> None:
-    """Even where the template names none of them, and tables would fill what a message lacks with null."""
+    """The template loops over all keys without naming them; a table would give every message null for missing keys."""
     whole = (
         "{% for message in messages %}<|{{ message.role }}|>"
         "{% for key, value in message.items() if key != 'role' and (value is string or value is mapping) %}"
@@ -144,16 +144,16 @@ def test_every_key_that_the_template_renders_reaches_it(small_base: Path, tmp_pa
     row["chosen"][0] |= {"reasoning_content": "hm", "thinking": "so"}
     encoded = _encoded(tmp_path, [row], tokenizer)
     ((prompt, chosen, _),) = _ids(encoded)
-    told = "content=wash the kettle?;name=ann;mood={'glad': 1};"
-    assert tokenizer.decode(prompt) == f"<|user|>{told}<|eos|><|assistant|>"
-    # transformers gives templates the reasoning under both names that they read
+    rendered = "content=wash the kettle?;name=ann;mood={'glad': 1};"
+    assert tokenizer.decode(prompt) == f"<|user|>{rendered}<|eos|><|assistant|>"
+    # transformers passes the reasoning under both names that templates use
     assert set(tokenizer.decode(chosen).split(";")) == {
         "content=rub it",
         "reasoning_content=hm",
         "thinking=so",
         "<|eos|>",
     }
-    assert [note for note in encoded.notes(tokenizer, {1}) if "tags" in note]  # said, for it is lost
+    assert [note for note in encoded.notes(tokenizer, {1}) if "tags" in note]  # reported, because training loses it
     assert encoded.changes() == {"message_keys": ["mood", "name", "reasoning_content", "thinking"]}
 
 
@@ -190,7 +190,7 @@ def test_reasoning_under_another_name_than_the_templates_is_rendered(small_base:
     tokenizer = _tokenizer(small_base, _shipped("qwen3"))
     ((prompt, chosen, _),) = _ids(_encoded(tmp_path, [row], tokenizer))
     assert "<think>\nhm\n</think>" in tokenizer.decode(chosen)
-    assert "old" not in tokenizer.decode(prompt)  # the template's own decision, for earlier turns
+    assert "old" not in tokenizer.decode(prompt)  # the template drops it in earlier turns
 
 
 def test_tools_that_the_template_does_not_render_are_refused(small_base: Path, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_token_that_the_base_has_no_embedding_for_names_file_and_line(small_ba
         check_pairs(encoded, tokenizer, size + 1)
         check_pairs(encoded, tokenizer, None)
     cut = _encoded(tmp_path, [_chat("b", "rub", _words("dry") + "<kettle>")], tokenizer, max_length=20)
-    check_pairs(cut, tokenizer, size)  # cut off before the base would meet it
+    check_pairs(cut, tokenizer, size)  # the cut removes the token
 
 
 ENDLESS = (
@@ -352,7 +352,7 @@ ENDLESS = (
     [
         (ENDLESS, 2),
         (ENDLESS.replace("{% endfor %}", "{{ eos_token if message.role == 'user' }}{% endfor %}"), 2),
-        (ENDLESS.replace("{% endfor %}", "<|pad|>{% endfor %}"), 2),  # a token, not the one that ends
+        (ENDLESS.replace("{% endfor %}", "<|pad|>{% endfor %}"), 2),  # another token than the end token
         (ENDLESS.replace("{% endfor %}", "{{ eos_token if message.content == 'rub' }}{% endfor %}"), 1),
         (ENDLESS.replace("{% endfor %}", "{{ eos_token }}\n{% endfor %}"), 0),
         (None, 0),
@@ -376,7 +376,7 @@ def test_every_token_at_which_generation_stops_is_an_end(small_base: Path, tmp_p
 
 
 def test_a_prompt_that_changes_once_an_answer_follows_is_told(small_base: Path, tmp_path: Path) -> None:
-    """From there on the user's words would be trained as the answer's."""
+    """From there on, training would learn the user's words as the answer's."""
     num = "{{ messages | length }}"
     tokenizer = _tokenizer(small_base, num + str(_tokenizer(small_base).chat_template))
     encoded = _encoded(tmp_path, [_chat()], tokenizer)
@@ -385,12 +385,12 @@ def test_a_prompt_that_changes_once_an_answer_follows_is_told(small_base: Path, 
     thinking = str(_tokenizer(small_base).chat_template).replace(
         "<|assistant|>{% endif %}", "<|assistant|>hm{% endif %}"
     )
-    tokenizer = _tokenizer(small_base, thinking)  # only what follows the prompt changes
+    tokenizer = _tokenizer(small_base, thinking)  # only the text after the prompt changes
     assert _encoded(tmp_path, [_chat()], tokenizer).notes(tokenizer, {int(tokenizer.eos_token_id)}) == []
 
 
 def test_the_file_holds_what_the_template_is_given(small_base: Path, tmp_path: Path) -> None:
-    """A call's arguments differ from line to line; a table would give every call the keys of all others."""
+    """Arguments differ between calls; a table would give every call the keys of all others."""
     rows = [_chat(f"{n}?") for n in range(2)]
     for n, row in enumerate(rows):
         call = {"type": "function", "function": {"name": "look", "arguments": {f"key{n}": n}}}

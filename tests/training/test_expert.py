@@ -31,7 +31,7 @@ CATALOGUE = Catalogue.model_validate_json(
 
 
 class Heard(Silent):
-    """Keeps what it hears; stops the training as Ctrl-C would, once, at a step."""
+    """Stores all progress; raises KeyboardInterrupt once, at a given step."""
 
     def __init__(self, *, stop_at: int | None = None) -> None:
         self.reports: list[StepReport] = []
@@ -122,7 +122,7 @@ def test_training_makes_chosen_answers_likelier_against_rejected_ones(
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     expert: Path, small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
 ) -> None:
-    torch.manual_seed(123)  # what a caller did before must not matter
+    torch.manual_seed(123)  # the caller's random state must not matter
     for seed in (0, 1):
         train_expert(
             "concise",
@@ -167,13 +167,14 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     shutil.copytree(
         checkpoints.partial_folder(parts) / "checkpoint-6", checkpoints.partial_folder(parts) / "checkpoint-9"
     )
-    (checkpoints.partial_folder(parts) / "checkpoint-9" / "optimizer.pt").write_bytes(b"cut")  # as a kill leaves it
+    incomplete = checkpoints.partial_folder(parts) / "checkpoint-9" / "optimizer.pt"
+    incomplete.write_bytes(b"cut")  # as after a kill
     resumed = Heard()
     train(parts, resumed, resume=True)
     assert resumed.begun == [6]
     assert [report.step for report in resumed.reports] == [7, 8, 9, 10]
     assert _bytes(parts) == _bytes(whole)
-    checkpoints.partial_folder(parts).mkdir()  # as a kill right after the last rename leaves it
+    checkpoints.partial_folder(parts).mkdir()  # as after a kill right after the last rename
     again = Heard()
     train(parts, again, resume=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts", "whole"]
@@ -308,7 +309,7 @@ def test_a_second_training_into_the_same_folder_is_refused_and_the_first_goes_on
 
     class Second(Heard):
         def advance(self, side: str, report: StepReport) -> None:
-            for resume in (False, True) if report.step == 5 else ():  # there is a checkpoint by now
+            for resume in (False, True) if report.step == 5 else ():  # a checkpoint exists after step 3
                 with pytest.raises(OutputExistsError, match="another run is writing this output") as caught:
                     train(resume=resume)
                 refused.append(caught.value)
@@ -326,7 +327,7 @@ def test_a_folder_in_the_way_is_left_alone(
     with pytest.raises(OutputExistsError) as caught:
         train_expert("concise", base=small_base, data=pairs_file, out=expert, recipe=recipe, device="cpu")
     assert "overwrite" not in caught.value.mend  # psoups train has no such option
-    with pytest.raises(OutputExistsError, match="seed or versions differ"):  # another seed is, --resume or not
+    with pytest.raises(OutputExistsError, match="seed or versions differ"):  # another seed
         train_expert(
             "concise", base=small_base, data=pairs_file, out=expert, recipe=recipe, device="cpu", seed=1, resume=True
         )
@@ -421,7 +422,7 @@ def test_what_is_left_out_or_cut_and_a_missing_end_are_told_before_the_training(
     record = read_expert_record(out)
     assert record is not None
     assert record.data is not None
-    assert record.data.num_pairs == 20  # what the file holds; the digest is of its bytes
+    assert record.data.num_pairs == 20  # the pairs in the file, whose bytes the digest is of
     data.write_text(json.dumps(pair) + "\n")
     with pytest.raises(InputError, match="no pair is left"):
         train_expert("y", base=base, data=data, out=tmp_path / "y", recipe=recipe, device="cpu")
@@ -431,7 +432,7 @@ def test_what_is_left_out_or_cut_and_a_missing_end_are_told_before_the_training(
 def test_a_pair_that_is_equal_once_cut_changes_no_byte(
     small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
 ) -> None:
-    """It says nothing, so the expert is the one that the other pairs make."""
+    """The pair has no effect: the expert equals one trained without it."""
     one_step = recipe.replaced(optimizer=recipe.optimizer.replaced(epochs=None, max_steps=2))
     pair = json.loads(pairs_file.read_text().splitlines()[0])
     for field in ("chosen", "rejected"):

@@ -49,7 +49,7 @@ def test_an_invalid_answer_is_never_chosen_and_rejected_only_for_want_of_a_valid
     assert [(pair["prompt"], pair["rejected"]) for pair in pairs] == [("both valid", _words(1)), ("one valid", "...")]
     (kept,) = label_pool(pool, "informative", CATALOGUE, min_gap=0.3, max_pairs=1)
     assert kept["prompt"] == "both valid"
-    # brief is what this side wants, and "..." is very brief: not being an answer outweighs that
+    # this side wants brief answers, and "..." is very brief: an invalid answer is still never chosen
     concise = label_pool(pool, "concise", CATALOGUE, min_gap=0.3)
     assert all(pair["chosen"] != "..." for pair in concise)
 

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own: killed and gone on with, several at once, one in two processes."""
+"""Trainings in separate processes: killed and resumed, several at once, one in two processes."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from personalized_soups.training.parallel import ExpertJob, train_experts
 from personalized_soups.training.processes import together
 from personalized_soups.training.progress import Silent, StepReport
 
-# Kills itself, as the system would, where the last argument says: while step N is reported, or when checkpoint N is
-# written and not marked yet.
+# Kills itself at the point that the last argument names: while step N is reported, or when checkpoint N is written but
+# not yet marked.
 _KILLED = """
 import os, signal, sys
 from personalized_soups.cli.train.bar_progress import BarProgress
@@ -233,11 +233,11 @@ def test_ctrl_c_while_the_workers_still_start_is_met_by_nobody_else(
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     try:
-        while len(children.read_text().split()) < 3:  # two workers, and the tracker of shared resources
+        while len(children.read_text().split()) < 3:  # two workers and the resource tracker
             assert process.poll() is None
             time.sleep(0.02)
-        time.sleep(0.3)  # they import by now
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of them
+        time.sleep(0.3)  # the workers are importing now
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
         _, err = process.communicate(timeout=280)
     finally:
         process.kill()

@@ -65,6 +65,6 @@ def test_an_unfinished_sampling_of_other_answers_is_not_thrown_away(generator: G
         assert kept.read_bytes() == unfinished
     with pytest.raises(UsageError, match="num_prompts, prompts"):
         sample_kept(generator, PROMPTS[:6], kept=kept, **OPTIONS)
-    kept.write_bytes(content)  # a finished one is: whoever asks for other answers wants them
+    kept.write_bytes(content)  # a finished file is replaced: other settings ask for new answers
     sample_kept(generator, PROMPTS, kept=kept, **{**OPTIONS, "seed": 4})
     assert json.loads(kept.read_bytes().splitlines()[0])["seed"] == 4
