@@ -1,4 +1,4 @@
-"""What every test stands on: no network, one thread, and a small random base model made on the spot."""
+"""Fixtures of all tests: no network, one thread, and a small random base model."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def _small_tokenizer() -> Any:
 
 @pytest.fixture
 def umask_022() -> Iterator[None]:
-    """Set the umask that makes new files 0644, whatever the machine has."""
+    """Set the umask that makes new files 0644, regardless of the machine."""
     before = os.umask(0o022)
     yield
     os.umask(before)

@@ -29,7 +29,7 @@ TABLE = Path(__file__).with_name("mutants.toml")
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: `old`, which stands once in `file`, becomes `new`; one of `tests` must fail."""
+    """One fault: `old`, which occurs once in `file`, is replaced by `new`; one of `tests` must fail."""
 
     name: str
     file: str
@@ -42,11 +42,11 @@ class Mutant:
         """Return the file's text with the fault.
 
         Raises:
-            ValueError: if `old` does not stand there exactly once.
+            ValueError: if `old` does not occur exactly once.
         """
         text = (root / self.file).read_text(encoding="utf-8")
         if (count := text.count(self.old)) != 1:
-            raise ValueError(f"{self.name}: {self.old!r} stands {count} times in {self.file}")
+            raise ValueError(f"{self.name}: {self.old!r} occurs {count} times in {self.file}")
         return text.replace(self.old, self.new)
 
 
@@ -103,9 +103,9 @@ def run(chosen: Sequence[Mutant], num_jobs: int) -> int:
             copy_repository(root)
             roots.put(root)
         every = sorted({test for mutant in chosen for test in mutant.tests})
-        state, told = outcome_of(Path(scratch) / "0", every)
+        state, message = outcome_of(Path(scratch) / "0", every)
         if state != "green":
-            print(f"the tests fail without any fault: {told}")
+            print(f"the tests fail without any fault: {message}")
             return len(chosen)
 
         def one(mutant: Mutant) -> tuple[str, str, float]:
@@ -116,10 +116,10 @@ def run(chosen: Sequence[Mutant], num_jobs: int) -> int:
                 roots.put(root)
 
         alive = 0
-        for mutant, (state, told, seconds) in zip(chosen, pool.map(one, chosen), strict=True):
+        for mutant, (state, message, seconds) in zip(chosen, pool.map(one, chosen), strict=True):
             alive += state != "red"
             said = {"red": "killed", "green": "SURVIVES", "invalid": "INVALID"}[state]
-            print(f"{said:8s}  {seconds:5.1f} s  {mutant.name}  ({told or mutant.breaks})", flush=True)
+            print(f"{said:8s}  {seconds:5.1f} s  {mutant.name}  ({message or mutant.breaks})", flush=True)
     print(f"{len(chosen) - alive} of {len(chosen)} killed")
     return alive
 

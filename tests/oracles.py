@@ -44,7 +44,7 @@ def split_file(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def raw_tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
-    """Return dtype, shape and bytes of every tensor, in the order in which they stand in the file."""
+    """Return dtype, shape and bytes of every tensor, in their order in the file."""
     header, data = split_file(path)
     header.pop("__metadata__", None)
     ordered = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
@@ -70,7 +70,7 @@ def write_tensors(
 
 
 def write_file(path: Path, header: bytes, data: bytes) -> None:
-    """Write a safetensors file from the bytes of its header and its data, whatever they say."""
+    """Write a safetensors file from the bytes of its header and its data, which may be invalid."""
     path.write_bytes(struct.pack("<Q", len(header)) + header + data)
 
 

@@ -43,9 +43,9 @@ def test_three_users_get_three_answers(
         write_expert(tmp_path / side, seed=seed, rank=2, alpha=4, shapes=shapes)
     monkeypatch.setattr(sys, "argv", ["three_users.py", str(tmp_path)])
     runpy.run_path(str(EXAMPLES / "three_users.py"), run_name="__main__")
-    told = capsys.readouterr().out
-    assert "How do I clean an old kettle?" in told
-    answers = [line.partition(": ")[2] for line in told.splitlines() if ": " in line]
+    output = capsys.readouterr().out
+    assert "How do I clean an old kettle?" in output
+    answers = [line.partition(": ")[2] for line in output.splitlines() if ": " in line]
     assert len(answers) == 4
     assert all(answers)
 
@@ -56,15 +56,15 @@ def test_three_users_in_one_batch_get_what_their_merged_models_say(
     shapes = {f"model.layers.{layer}.mlp.up_proj": (384, 128) for layer in range(4)}
     for seed, side in enumerate(("elementary", "expert", "concise", "informative", "friendly", "unfriendly")):
         write_expert(tmp_path / side, seed=seed, rank=2, alpha=4, shapes=shapes)
-    told = {}
+    output = {}
     for example in ("three_users.py", "one_batch.py"):
         monkeypatch.setattr(sys, "argv", [example, str(tmp_path)])
         runpy.run_path(str(EXAMPLES / example), run_name="__main__")
         lines = capsys.readouterr().out.splitlines()
-        told[example] = dict(line.split(": ", 1) for line in lines if ": " in line)
-    cooling = told["one_batch.py"].pop("cooling down")
-    assert told["one_batch.py"] == told["three_users.py"]
-    assert len(told["one_batch.py"]) == 4
+        output[example] = dict(line.split(": ", 1) for line in lines if ": " in line)
+    cooling = output["one_batch.py"].pop("cooling down")
+    assert output["one_batch.py"] == output["three_users.py"]
+    assert len(output["one_batch.py"]) == 4
     assert cooling
 
 
@@ -79,8 +79,8 @@ def test_one_live_model_gives_every_user_an_answer(capsys: pytest.CaptureFixture
 def test_the_openai_client_gets_a_stored_profiles_answer_and_one_of_the_moment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from personalized_soups.serving.engine.batcher import Limits
-    from personalized_soups.serving.web.app import Settings
+    from personalized_soups.serving.engine.limits import Limits
+    from personalized_soups.serving.web.settings import Settings
     from personalized_soups.tiny import BASE_FOLDER
     from tests.serving.servers import running
 
@@ -102,8 +102,8 @@ def test_the_openai_client_gets_a_stored_profiles_answer_and_one_of_the_moment(
             seed=1,
             places=[0, 0],
         )
-    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert [told["soup:ada@1"].strip(), told["of the moment"].strip()] == own
+    output = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert [output["soup:ada@1"].strip(), output["of the moment"].strip()] == own
 
 
 def test_every_command_and_file_that_the_readme_names_is_there() -> None:

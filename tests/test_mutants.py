@@ -31,7 +31,7 @@ def test_there_are_enough_of_them_all_over_the_engine() -> None:
 def test_a_text_that_is_not_there_or_there_twice_does_not_apply(tmp_path: Path) -> None:
     (tmp_path / "code.py").write_text("x = 1\ny = 1\n")
     for old in ("z = 1", " = 1"):
-        with pytest.raises(ValueError, match=r"stands [02] times"):
+        with pytest.raises(ValueError, match=r"occurs [02] times"):
             Mutant("name", "code.py", old, "", (), "").applied(tmp_path)
 
 

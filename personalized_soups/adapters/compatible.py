@@ -150,7 +150,7 @@ def _error_of(
 
 def _change(module: LoraModule) -> str:
     """Return the kind and shape of the layer of a low-rank change."""
-    # a Conv1D looks like a linear layer here: only the base's shape tells them apart (placement.place)
+    # a Conv1D looks like a linear layer here: only the base's shape distinguishes them (placement.place)
     shape = [module.out_features, module.in_features]
     if module.kind in {"linear", "transposed"}:
         return f"{shape}"

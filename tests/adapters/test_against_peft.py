@@ -115,7 +115,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     ),
     "conv1d": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     # attn.c_proj is square, and PEFT saves lm_head's fan_in_fan_out, which is false
-    "conv1d beside linear": (gpt2, {"target_modules": ["c_proj", "lm_head"]}),
+    "conv1d and linear": (gpt2, {"target_modules": ["c_proj", "lm_head"]}),
     "conv1d, dora": (gpt2, {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
     "conv1d, lora_bias": (gpt2, {"target_modules": ["c_attn"], "lora_bias": True, "bias": "all"}),
     "convolutions": (Convolutions, {"target_modules": CONVOLUTIONS, "lora_bias": True, "use_rslora": True}),

@@ -132,16 +132,16 @@ Q = "layers.0.self_attn.q_proj"
 )
 def test_other_names_for_the_same_modules_are_a_disagreement(tmp_path: Path, one: str, other: str, agree: bool) -> None:
     shared = {"score": (4, 4)}
-    for beside in ({}, shared):
+    for others in ({}, shared):
         experts = [
-            expert(tmp_path / f"{name}{len(beside)}", shapes={module: (4, 4), **beside})
+            expert(tmp_path / f"{name}{len(others)}", shapes={module: (4, 4), **others})
             for name, module in (("one", one), ("other", other))
         ]
         for same_base in (False, True):
             faults = disagreements(experts, same_base=same_base)
             assert (not faults) == agree
             for fault in faults:
-                assert f"one{len(beside)} has {one}.weight, other{len(beside)} has {other}.weight" in fault.what
+                assert f"one{len(others)} has {one}.weight, other{len(others)} has {other}.weight" in fault.what
 
 
 def test_two_modules_of_one_base_may_end_alike(tmp_path: Path) -> None:

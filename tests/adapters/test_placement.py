@@ -104,7 +104,7 @@ def test_a_square_layer_follows_those_of_its_name_then_the_others_then_the_flag(
 
     assert turned(attention, mlp) is True
     assert turned(attention, mlp, head) is True
-    # GPT-2's c_proj beside its lm_head, whose fan_in_fan_out is all that PEFT saves: nothing speaks for [out, in]
+    # GPT-2's c_proj and its lm_head, whose fan_in_fan_out is the only one that PEFT saves: no evidence for [out, in]
     assert turned(attention, head) is None
     assert turned(attention) is None
     assert turned(module("h.0.attn.c_proj", 8, 8, "transposed")) is True

@@ -108,7 +108,7 @@ def test_a_change_goes_to_the_tensor_of_its_name_and_to_no_other(
 @pytest.mark.parametrize(
     ("tensor", "stored"),
     [
-        # the tower beside the language model may be meant
+        # the name may be that of the vision tower
         (f"{Q}.weight", (f"language_model.model.{Q}.weight", f"audio_tower.{Q}.weight")),
         (f"encoder.{Q}.weight", (f"text_model.encoder.{Q}.weight", f"vision_model.encoder.{Q}.weight")),
         # a head that the base lacks is not a router's, which ends alike

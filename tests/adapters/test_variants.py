@@ -25,7 +25,7 @@ def test_every_key_of_pefts_configuration_is_sorted() -> None:
 
     known = READ | HARMLESS | REFUSED.keys()
     assert {field.name for field in dataclasses.fields(LoraConfig)} - known == set()
-    assert len(known) == len(READ) + len(HARMLESS) + len(REFUSED), "a key stands in two tables"
+    assert len(known) == len(READ) + len(HARMLESS) + len(REFUSED), "a key is in two tables"
 
 
 def test_the_page_names_every_key_and_says_what_is_refused() -> None:

@@ -42,27 +42,27 @@ def write_all(folder: Path, what: str) -> None:
     (folder / "soup.json").write_text(json.dumps({"files": [*PIECES, "soup.json"]}))
 
 
-def make_plain(target: Path, what: str, *, overwrite: bool, tell: Callable[[str], None]) -> None:
+def make_plain(target: Path, what: str, *, overwrite: bool, notify: Callable[[str], None]) -> None:
     with new_folder(target, overwrite) as scratch:
-        tell("working")
+        notify("working")
         write_all(scratch, what)
 
 
-def make_resumable(target: Path, what: str, *, overwrite: bool, tell: Callable[[str], None]) -> None:
+def make_resumable(target: Path, what: str, *, overwrite: bool, notify: Callable[[str], None]) -> None:
     with resumable_folder(target, what, overwrite) as work:
-        tell("working")
+        notify("working")
         for name in PIECES:
             if name not in work.done:
                 write(work.folder, name, what)
-                tell(f"marking {name}")
+                notify(f"marking {name}")
                 work.mark(name)
-                tell(f"marked {name}")
+                notify(f"marked {name}")
         (work.folder / "soup.json").write_text(json.dumps({"files": [*PIECES, "soup.json"]}))
 
 
-def make_file(target: Path, what: str, *, overwrite: bool, tell: Callable[[str], None]) -> None:
+def make_file(target: Path, what: str, *, overwrite: bool, notify: Callable[[str], None]) -> None:
     with new_file(target) as scratch, scratch.open("w") as file:
-        tell("working")
+        notify("working")
         for part in range(3):
             file.write(f"{what} {part}\n")
             file.flush()
@@ -88,7 +88,7 @@ def state(target: Path) -> str:
 
 
 def forked(work: Callable[[Callable[[str], None]], None]) -> tuple[int, int]:
-    """Run `work` in a process of its own; return its number and the pipe on which it tells."""
+    """Run `work` in a new process; return its id and the pipe for its reports."""
     reading, writing = os.pipe()
     child = os.fork()
     if child:
@@ -109,14 +109,14 @@ def forked(work: Callable[[Callable[[str], None]], None]) -> tuple[int, int]:
 
 def ended(child: int, reading: int) -> tuple[int, list[str]]:
     with open(reading) as pipe:
-        told = pipe.read().splitlines()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), told
+        lines = pipe.read().splitlines()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), lines
 
 
 def killed_at_event(number: int, work: Callable[[Callable[[str], None]], None]) -> tuple[int, list[str]]:
     """Run `work` and kill it just before its `number`-th call that reaches for the file system or the libc."""
 
-    def counted(tell: Callable[[str], None]) -> None:
+    def counted(notify: Callable[[str], None]) -> None:
         left = number
 
         def hook(event: str, _: Any) -> None:
@@ -127,7 +127,7 @@ def killed_at_event(number: int, work: Callable[[Callable[[str], None]], None]) 
                     os.kill(os.getpid(), signal.SIGKILL)
 
         sys.addaudithook(hook)
-        work(tell)
+        work(notify)
 
     return ended(*forked(counted))
 
@@ -145,12 +145,12 @@ def report(kind: str, folder: Path, killed: Callable[..., tuple[int, list[str]]]
     target = folder / "out"
     make = MAKERS[kind]
     if old:
-        (make_file if kind == "file" else make_plain)(target, "old", overwrite=False, tell=lambda _: None)
-    code, told = killed(moment, lambda tell: make(target, "new", overwrite=old, tell=tell))
-    found = {"moment": moment, "code": code, "told": told, "after_kill": state(target)}
+        (make_file if kind == "file" else make_plain)(target, "old", overwrite=False, notify=lambda _: None)
+    code, lines = killed(moment, lambda notify: make(target, "new", overwrite=old, notify=notify))
+    found = {"moment": moment, "code": code, "lines": lines, "after_kill": state(target)}
     again: list[str] = []
     try:
-        make(target, "new", overwrite=old, tell=again.append)
+        make(target, "new", overwrite=old, notify=again.append)
     except SoupError as error:
         again.append(f"refused: {error.what}")
     found |= {"again": again, "after_rerun": state(target), "left": sorted(os.listdir(folder))}  # noqa: PTH208
@@ -164,10 +164,10 @@ def race(folder: Path, num_runs: int) -> None:
     target = folder / "out"
     start = time.monotonic() + 0.01
 
-    def work(tell: Callable[[str], None]) -> None:
+    def work(notify: Callable[[str], None]) -> None:
         while time.monotonic() < start:
             pass
-        make_plain(target, "new", overwrite=False, tell=tell)
+        make_plain(target, "new", overwrite=False, notify=notify)
 
     runs = [ended(*each) for each in [forked(work) for _ in range(num_runs)]]
     found = {"runs": runs, "after": state(target), "left": sorted(os.listdir(folder))}  # noqa: PTH208
@@ -186,7 +186,7 @@ def main(mode: str, kind: str, old: str, *, count: int, folder: Path) -> None:
     else:
         dice = random.Random(0)
         begin = time.monotonic()
-        ended(*forked(lambda tell: MAKERS[kind](folder / "whole", "new", overwrite=False, tell=tell)))
+        ended(*forked(lambda notify: MAKERS[kind](folder / "whole", "new", overwrite=False, notify=notify)))
         usual = time.monotonic() - begin
         for number in range(count):
             report(kind, folder / str(number), killed_after, dice.uniform(0, 1.3 * usual), old == "old")

@@ -225,7 +225,7 @@ def test_a_swap_takes_as_many_steps_as_are_interrupted_above(
 
 
 def test_a_run_killed_between_the_two_renames_is_mended_by_the_next(tmp_path: Path) -> None:
-    """As it stands where folders cannot be exchanged: the old one is away, the new one not in place."""
+    """The state between the two renames if folders cannot be exchanged: neither folder is in place."""
     target = written(tmp_path / "out", "old")
     place = tmp_path / ".out.partial"
     place.mkdir()

@@ -90,8 +90,8 @@ def test_what_was_marked_before_the_kill_is_not_written_again(tmp_path: Path, mo
     for each in found:
         assert each["after_kill"] in {"old" if old == "old" else "absent", "new"}
         check_rerun(each, overwrite=old == "old")
-        begun = [line.removeprefix("marking ") for line in each["told"] if line.startswith("marking ")]
-        marked = [line.removeprefix("marked ") for line in each["told"] if line.startswith("marked ")]
+        begun = [line.removeprefix("marking ") for line in each["lines"] if line.startswith("marking ")]
+        marked = [line.removeprefix("marked ") for line in each["lines"] if line.startswith("marked ")]
         again = [line.removeprefix("marked ") for line in each["again"] if line.startswith("marked ")]
         if each["after_kill"] == "new":  # in its place: there is nothing to go on with
             assert again == (PIECES if old == "old" else [])
@@ -110,8 +110,8 @@ def test_of_runs_that_begin_at_once_one_wins_and_the_others_say_so(tmp_path: Pat
     assert len(found) == 30
     for each in found:
         assert sorted(code for code, _ in each["runs"]) == [0, 2, 2, 2, 2]
-        assert [told for code, told in each["runs"] if code == 0] == [["working"]]
-        assert {line for code, told in each["runs"] if code == 2 for line in told} <= {BUSY, THERE}
+        assert [lines for code, lines in each["runs"] if code == 0] == [["working"]]
+        assert {line for code, lines in each["runs"] if code == 2 for line in lines} <= {BUSY, THERE}
         assert each["after"] == "new"
         assert each["left"] == ["out"]
-    assert any([BUSY] in [told for _, told in each["runs"]] for each in found)
+    assert any([BUSY] in [lines for _, lines in each["runs"]] for each in found)

@@ -276,7 +276,7 @@ for length in (2**40, 2**63, 100_000_001, 99_999_999, len(huge)):
 
 
 def test_a_length_that_lies_is_not_given_memory(tmp_path: Path) -> None:
-    """In a process that may have 600 MiB beside what it has: the file of 200 (of holes), and twice a header of 100."""
+    """In a process limited to 600 MiB more than it has: a sparse file of 200 MiB, and twice a header of 100 MiB."""
     command = [sys.executable, "-c", BEYOND_MEMORY, str(tmp_path / "x.safetensors")]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, timeout=280)
     claims, json_fault, size = (re.compile(text) for text in ("the header claims", "not JSON: Extra data", "truncated"))

@@ -142,7 +142,7 @@ def test_a_target_that_appears_meanwhile_does_not_cost_the_work(tmp_path: Path) 
 
 
 def torn(journal: bytes) -> Iterable[tuple[bytes, int]]:
-    """Yield journals that were cut short or damaged, and how many of two pieces they still tell of."""
+    """Yield truncated or damaged journals, and the number of the two pieces that they still list."""
     first, one, two = journal.splitlines(keepends=True)
     for length in range(len(first)):
         yield journal[:length], 0

@@ -91,7 +91,7 @@ def test_paths_may_say_that_shards_are_beside_the_index(tmp_path: Path) -> None:
     assert list(checkpoint.shards) == ["one.safetensors", "two.safetensors"]
 
 
-# An index beside a whole file: what is in the index, and whether that is the whole file itself.
+# An index next to a whole file: the contents of the index, and whether it names the whole file.
 BESIDE: dict[str, tuple[dict[str, Any], bool]] = {
     "of the whole file": ({"weight_map": {"a": "model.safetensors"}}, True),
     "of other shards": ({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}, False),

@@ -112,7 +112,7 @@ def test_mutated_indices_lead_nowhere_else(tmp_path: Path, seed: int) -> None:
             began = time.process_time()
             fault = None
             try:
-                with warnings.catch_warnings(record=True) as told:
+                with warnings.catch_warnings(record=True) as caught_warnings:
                     warnings.simplefilter("always")
                     checkpoint = Checkpoint.open(folder)
             except SoupError as error:
@@ -128,8 +128,8 @@ def test_mutated_indices_lead_nowhere_else(tmp_path: Path, seed: int) -> None:
                 name: 4 * name.encode() for name in held
             }
             is_right = names == {name: checkpoint.shard_of(name).path.name for name in held}
-            assert len(told) == (not is_right), text
-            assert all(str(each.message).isprintable() and "None" not in str(each.message) for each in told)
+            assert len(caught_warnings) == (not is_right), text
+            assert all(str(each.message).isprintable() and "None" not in str(each.message) for each in caught_warnings)
     assert {os.path.dirname(path) for path in opened} == {str(folder)}  # noqa: PTH120
     assert INDICES_A_SEED / 10 < num_sound < INDICES_A_SEED / 2
 

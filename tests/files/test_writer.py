@@ -265,7 +265,7 @@ def test_tensors_are_copied_byte_for_byte(tmp_path: Path, monkeypatch: pytest.Mo
         return count
 
     monkeypatch.setattr(os, "copy_file_range", copying)
-    if way == "replaced":  # another file stands at the path: the bytes come from the one that was checked
+    if way == "replaced":  # another file is at the path: the bytes must come from the checked one
         (tmp_path / "other").write_bytes(b"x" * source.num_bytes)
         (tmp_path / "other").replace(source.path)
     specs = [TensorSpec(name, "F32", source.entry(name).shape) for name in order]

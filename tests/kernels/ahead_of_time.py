@@ -191,7 +191,7 @@ def failures(capability: int, dtype: torch.dtype) -> int:
         line = f"sm_{capability} {_SHORT[dtype]} {launch.kernel} {constants} divisible {list(launch.divisible)}"
         try:
             outcome = f"{len(built(launch, capability).asm['cubin'])} bytes"
-        except Exception as error:  # whatever Triton, LLVM or ptxas raise
+        except Exception as error:  # any error of Triton, LLVM or ptxas
             failed += 1
             outcome = f"FAILED {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         sys.stdout.write(f"{line}: {outcome}\n")

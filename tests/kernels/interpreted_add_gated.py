@@ -41,7 +41,7 @@ def test_the_kernel_adds_gated_products(
     if is_shared:
         width = max(1, num_ranks // 2)
         columns = torch.from_numpy(np.random.default_rng(4).integers(0, width, size=num_ranks))
-    # layers' outputs begin 3 columns apart, and A x stands behind them in the same tensor
+    # layers' outputs begin 3 columns apart, and A x follows them in the same tensor
     starts = np.cumsum([0, *(outputs + 3 for _, outputs in layers)])
     product = _random(gates * each, int(starts[-1]) + width, seed=0, dtype=dtype)
     low = product[:, starts[-1] :]

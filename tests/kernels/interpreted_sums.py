@@ -65,7 +65,7 @@ def test_many_users_sums(experts: int, users: int, dtype: torch.dtype) -> None:
 
 @every_dtype
 def test_rows_may_be_parts_of_wider_ones(dtype: torch.dtype) -> None:
-    """What stands around them is neither read nor written."""
+    """Numbers around them are neither read nor written."""
     experts_EP = torch.full((5, 900), np.nan)
     experts_EP[:, 30:830] = random(5, 800, seed=4)
     out = torch.full((3, 1000), 7.0, dtype=dtype)

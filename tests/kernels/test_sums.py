@@ -79,7 +79,7 @@ def test_a_kernel_that_fails_changes_no_numbers(monkeypatch: pytest.MonkeyPatch,
     with pytest.warns(RuntimeWarning, match="RuntimeError: made up"):
         found[0][0].run(found[0][1])
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # it is told once
+        warnings.simplefilter("error")  # the warning is given once
         found[1][0].run(found[1][1])
         sums_of_stack(random(2, 5), random(5, 32))
     for (one, _), (other, _) in zip(found, plain, strict=True):

@@ -107,7 +107,8 @@ def test_against_loops_over_elements(name: str, density: float, weights: list[fl
         options["streams"] = STREAMS
     got = getattr(dense, name)(deltas, weights, **options)
     expected = want(name, deltas, weights, density, lambda_)
-    # beside each term's own roundings, those that cancel: bounded by the sum of magnitudes, at most 3 * 2 / density
+    # in addition to each term's own rounding, the errors of terms that cancel, bounded by the sum of magnitudes:
+    # at most 3 * 2 / density
     np.testing.assert_allclose(f64(got), expected, rtol=RTOL, atol=RTOL * 6 / density)
 
 

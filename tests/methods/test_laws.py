@@ -1,4 +1,4 @@
-"""What holds for every row of the table, whatever its formula."""
+"""Laws that hold for every method of the table, regardless of its formula."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def merged(row: Method, experts: Sequence[Factors], weights: Sequence[float], **
     options = row.resolved({name: value for name, value in given.items() if name in row.options})
     keywords: dict[str, Any] = {OPTIONS[name].keyword: value for name, value in options.items() if name != "seed"}
     if row.is_random:
-        # an expert has its stream by its name; here it is told by its first number
+        # an expert's stream depends on its name; here its first number identifies it
         keywords["streams"] = [Stream.of(int(options["seed"]), f"{float(each.a_RI[0, 0]):.6g}") for each in experts]
     if row.family == "dense":
         delta: Tensor = row.load()([each.delta() for each in experts], weights, **keywords)

@@ -70,7 +70,7 @@ def test_the_mean_error_is_within_the_theorem(name: str, rank: int) -> None:
     squares = [
         (error(delta, approximate(delta, rank=rank, stream=Stream.of(seed, name))) / best) ** 2 for seed in range(12)
     ]
-    # nothing is better than the best, but for rounding; a mean of twelve stands for the mean
+    # nothing is better than the best, except by rounding; a mean of twelve estimates the mean
     assert min(squares) >= 1 - 1e-12
     assert np.mean(squares) <= 1 + excess(values, rank) + 1e-12
     # the docstring's figure, which needs no spectrum
@@ -103,7 +103,7 @@ def test_a_delta_of_low_rank_is_found_whole(out: int, into: int, dtype: torch.dt
         assert result.factors.rank == 12
     else:
         result = approximate(delta, rank=int(cut[5:]), stream=STREAM)
-    # such an error is far below what subtracting energies can tell
+    # such an error is far below the rounding error of subtracted energies
     assert error(delta, result) <= room * np.linalg.norm(delta.double().numpy())
     assert math.sqrt(result.lost) == pytest.approx(error(delta, result), rel=1e-3, abs=1e-15 * math.sqrt(result.energy))
 
@@ -129,7 +129,7 @@ def test_nearly_the_least_rank_that_keeps_the_energy(values: Matrix, energy: flo
 
 @dataclass(frozen=True)
 class Told(Stream):
-    """A stream that tells how wide each sketch was, and begins with the least uniform number that there is."""
+    """A stream that records the width of each sketch, and starts with the least possible uniform number."""
 
     widths: list[int] = field(default_factory=list)
 

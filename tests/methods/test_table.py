@@ -71,8 +71,8 @@ def test_docs_have_a_section_for_every_method_and_no_other() -> None:
     assert re.findall(r"^### `(.+)`$", text, re.MULTILINE) == list(METHODS)
     for name, row in METHODS.items():
         section = text.split(f"### `{name}`\n")[1].split("\n#")[0]
-        told = re.search(r"^Options: (.*)\.$", section, re.MULTILINE)
-        assert re.findall(r"`(\w+)`", told[1]) == list(row.options) if told else not row.options
+        match = re.search(r"^Options: (.*)\.$", section, re.MULTILINE)
+        assert re.findall(r"`(\w+)`", match[1]) == list(row.options) if match else not row.options
         for paper in re.findall(r"arXiv:([\d.]+\d)", row.source):
             assert paper in section
 
