@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from personalized_soups.merging.writing.adapter import merge
     from personalized_soups.merging.writing.into_base import merge_into_base
     from personalized_soups.merging.writing.many import merge_many
+    from personalized_soups.methods.method import Method
+    from personalized_soups.methods.plugins import DenseMerge
     from personalized_soups.mixing.diffusers_view import DiffusersView
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.mixing.peft_view import PeftView
@@ -42,6 +44,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TINY_BASE",
     "Catalogue",
+    "DenseMerge",
     "DiffusersView",
     "Expert",
     "ExpertLibrary",
@@ -49,6 +52,7 @@ __all__ = [
     "Generator",
     "LiveAdapter",
     "MergeOptions",
+    "Method",
     "PeftView",
     "PrefixCache",
     "Profile",
@@ -75,6 +79,7 @@ __all__ = [
 # Where each public name is defined: the module, and after the colon its name there if that is another one.
 _HOME = {
     "Catalogue": "personalized_soups.declare.dimension",
+    "DenseMerge": "personalized_soups.methods.plugins",
     "DiffusersView": "personalized_soups.mixing.diffusers_view",
     "Expert": "personalized_soups.adapters.library",
     "ExpertLibrary": "personalized_soups.adapters.library",
@@ -82,6 +87,7 @@ _HOME = {
     "Generator": "personalized_soups.generation.generator",
     "LiveAdapter": "personalized_soups.merging.live.adapter",
     "MergeOptions": "personalized_soups.merging.planning.options",
+    "Method": "personalized_soups.methods.method",
     "PeftView": "personalized_soups.mixing.peft_view",
     "PrefixCache": "personalized_soups.mixing.prefixes",
     "Profile": "personalized_soups.declare.profile",

@@ -38,6 +38,14 @@ class Method:
         coefficients: for methods that only take weighted sums of the A's and of the B's: `module:name` of the function
             that computes the coefficients from scalings and weights (and `total` if `divides_by_sum` is set). The
             soups of many users are then one matrix product.
+
+    Example:
+        >>> def mean(deltas, weights, *, lambda_):
+        ...     return lambda_ * sum(deltas) / len(deltas)
+        >>> method = Method("mean", mean, family="dense", encodings=("truncated", "folded"), options=("lambda",))
+        >>> method.resolved({})
+        {'lambda': 1.0}
+        >>> options = MergeOptions(method=method, method_options={"lambda": 0.5}, rank=8)
     """
 
     name: str

@@ -49,6 +49,14 @@ class DenseMerge(Protocol):
 
     Returns:
         The merged delta: a finite tensor of the shape, dtype and device of the deltas.
+
+    Example:
+        >>> import torch
+        >>> def mean(deltas, weights):
+        ...     return sum(weight * delta for weight, delta in zip(weights, deltas)) / len(deltas)
+        >>> mean([torch.tensor([[4.0, 2.0]]), torch.tensor([[1.0, 0.0]])], [0.5, 1.0])
+        tensor([[1.5000, 0.5000]])
+        >>> options = MergeOptions(method=mean, rank=8)
     """
 
     def __call__(self, deltas: list[Tensor], weights: list[float], /) -> Tensor:

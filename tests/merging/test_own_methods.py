@@ -237,14 +237,18 @@ def test_inspect_lists_the_methods_of_installed_packages(site: Path, psoups: Pso
 # --- verify
 
 
-def written(tmp_path: Path, library: ExpertLibrary, source: str = PACKAGE) -> tuple[Path, Any]:
-    """Merge with a function of a module that lies in `tmp_path`; return the adapter and the module's namespace."""
-    module = tmp_path / "mine.py"
-    module.write_text(source)
-    namespace: dict[str, Any] = {"__name__": "mine", "__file__": str(module)}
-    exec(compile(source, module, "exec"), namespace)
-    out = merge(library, PROFILE, MergeOptions(method=namespace["clipped"], rank=6)).write(tmp_path / "out")
-    return out, namespace["clipped"]
+def function_of(path: Path, source: str) -> Any:
+    """Write a module, and return its function `clipped`."""
+    path.write_text(source)
+    namespace: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    exec(compile(source, path, "exec"), namespace)
+    return namespace["clipped"]
+
+
+def written(tmp_path: Path, library: ExpertLibrary) -> tuple[Path, Any]:
+    """Merge with a function of a module in `tmp_path`, and return the adapter and the function."""
+    function = function_of(tmp_path / "mine.py", PACKAGE)
+    return merge(library, PROFILE, MergeOptions(method=function, rank=6)).write(tmp_path / "out"), function
 
 
 def test_verify_cannot_recompute_a_soup_of_a_method_that_it_is_not_given(
@@ -439,3 +443,20 @@ def test_many_users_soups_are_merged_again_when_the_method_has_changed(tmp_path:
     (tmp_path / "mine.py").write_text(PACKAGE + "\n# a comment\n")
     with pytest.raises(UsageError, match="with another soup"):
         merge_many(library, users, tmp_path / "users", options)
+
+
+def test_an_interrupted_model_is_not_resumed_with_a_changed_method(
+    tmp_path: Path, library: ExpertLibrary, folders: list[Path]
+) -> None:
+    base = write_base(tmp_path / "base", shards=3)
+    # the first shard has no up_proj, so it is written; the second shard fails
+    failing = PACKAGE.replace("merged = ", "assert deltas[0].shape != (96, 64)\n    merged = 3 + ")
+    for source in (failing, PACKAGE):
+        function = function_of(tmp_path / "mine.py", source)
+        options = MergeOptions(method=function)
+        if source is failing:
+            with pytest.raises(AssertionError):
+                merge_into_base(library, PROFILE, base, tmp_path / "model", options)
+        else:
+            merge_into_base(library, PROFILE, base, tmp_path / "model", options)
+    check_model(base, tmp_path / "model", oracle(folders, WEIGHTS))
