@@ -60,8 +60,7 @@ class SoupModel:
         model: a causal language model of transformers.
         experts: a library, its folder, or several folders.
         tokenizer: of the base; needed for prompts that are text.
-        base: the folder or hub id that the model was loaded from. Experts that record another base's fingerprint are
-            rejected.
+        base: where the model was loaded from. Experts that record another base's fingerprint are rejected.
         same_base: accept any name and fingerprint of a base that the experts record.
 
     Raises:
@@ -91,14 +90,8 @@ class SoupModel:
         self._active = ActiveMixture(self.layers)
         self.served = ServedProfile(self._registry, self._active)
         self.profiles = NamedProfiles(self._registry, self._active.lock)
-        self.experts = HeldExperts(
-            self.layers,
-            self._registry,
-            self._active,
-            self.served,
-            base=base,
-            same_base=same_base,
-        )
+        parts = (self.layers, self._registry, self._active, self.served)
+        self.experts = HeldExperts(*parts, base=base, same_base=same_base)
         self._generation = MixedGeneration(
             model, self._active, self._registry, cache_key=self.layers.cache_key, generator=lambda: self.generator
         )
