@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from personalized_soups.adapters.compatible import strangers
+from personalized_soups.adapters.embeddings import Embeddings
 from personalized_soups.adapters.fingerprint import base_fingerprint, base_folder
 from personalized_soups.adapters.library import Expert
-from personalized_soups.adapters.names import core_name
 from personalized_soups.adapters.renaming import renamings
 from personalized_soups.adapters.stored_names import StoredNames
-from personalized_soups.adapters.tie_flag import says_tied
 from personalized_soups.errors import InputError, UnsupportedAdapterError
 from personalized_soups.files.atomic import MARKERS, files_below
 from personalized_soups.files.file_names import INDEX_SUFFIX, MODEL_CONFIG_FILE, MODEL_INDEX_FILE
@@ -26,10 +25,6 @@ from personalized_soups.files.strict_json import parse_json
 
 # Suffixes of weight files. They are not copied into a merged model's folder: they would be the base's unmerged weights.
 _OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".tflite", ".ot"}
-
-# The modules that transformers ties: a causal model's input and output embeddings.
-_INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-_OUTPUTS = ("lm_head", "embed_out", "output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,22 +72,18 @@ class BaseModel:
         return base_fingerprint(self.folder)
 
     @cached_property
-    def tied(self) -> tuple[str, str] | None:
-        """The names of the input and the output embedding if they are tied; the file has the tensor under the first."""
-        inputs, outputs = self._embeddings
-        if len(inputs) != 1 or not self._says_tied:
-            return None
-        # an output embedding of another shape is a separate tensor, regardless of the configuration
-        same = [name for name in outputs if self._shape(name) == self._shape(inputs[0])]
-        if outputs and not same:
-            return None
-        return inputs[0], same[0] if same else f"{_head_of(inputs[0])}.weight"
+    def _embeddings(self) -> Embeddings:
+        return Embeddings(self.config, self.checkpoint)
 
-    @cached_property
+    @property
+    def tied(self) -> tuple[str, str] | None:
+        """The names of the input and the output embedding if they are tied; see `Embeddings.tied`."""
+        return self._embeddings.tied
+
+    @property
     def output_for_both(self) -> str | None:
         """The name of the output embedding if it also serves as the input embedding, which is missing in the files."""
-        inputs, outputs = self._embeddings
-        return outputs[0] if not inputs and len(outputs) == 1 and self._says_tied else None
+        return self._embeddings.output_for_both
 
     @cached_property
     def names(self) -> StoredNames:
@@ -106,21 +97,20 @@ class BaseModel:
 
     def find(self, tensor: str) -> str | None:
         """Return the name in the checkpoint of a tensor of the model in memory, or None."""
-        return None if self._is_without_head(tensor) else self.names.find(tensor)
+        return None if self._embeddings.is_missing_output(tensor) else self.names.find(tensor)
 
     def source(self, tensor: str) -> str | None:
-        """Return the name in the checkpoint of a tensor's data: for a tied output embedding, that of the input
-        embedding.
+        """Return the name in the checkpoint of a tensor's data, or None if it has none.
 
-        None if the checkpoint has neither.
+        For a tied output embedding this is the input embedding's name.
         """
-        if self.tied is not None and self._is_without_head(tensor):
+        if self.tied is not None and self._embeddings.is_missing_output(tensor):
             return self.tied[0]
         return self.find(tensor)
 
     def written_name(self, tensor: str) -> str:
         """Return the name under which to write a tensor of the model in memory."""
-        if self.tied is not None and self._is_without_head(tensor):
+        if self.tied is not None and self._embeddings.is_missing_output(tensor):
             return self.tied[1]
         return self.find(tensor) or tensor
 
@@ -150,48 +140,12 @@ class BaseModel:
                 others.append(name)
         return others
 
-    def _is_without_head(self, tensor: str) -> bool:
-        """Return whether a tensor is the output embedding of a tied model, and the files do not have it."""
-        is_head = core_name(tensor).removesuffix(".weight") in _OUTPUTS
-        return is_head and self.tied is not None and self.tied[1] not in self.checkpoint
-
-    @property
-    def _is_causal(self) -> bool:
-        return any("LM" in str(name) for name in self.config.get("architectures") or ())
-
-    @property
-    def _embeddings(self) -> tuple[list[str], list[str]]:
-        inputs = [name for name in self.checkpoint if is_input_embedding(name) and len(self._shape(name)) == 2]
-        return inputs, [name for name in self.checkpoint if _module(name) in _OUTPUTS]
-
-    @cached_property
-    def _says_tied(self) -> bool:
-        says = says_tied(self.config)
-        # without a flag: a causal model without an output embedding in its files is tied
-        return not self._embeddings[1] and self._is_causal if says is None else says
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.entry(name).shape
-
 
 def copy_others(base: BaseModel, folder: Path) -> None:
     """Copy all files without weights into `folder`."""
     for name in base.other_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / name, folder / name)
-
-
-def is_input_embedding(tensor: str) -> bool:
-    """Return whether a tensor is a model's input embedding, by its name."""
-    return _module(tensor) in _INPUTS
-
-
-def _module(tensor: str) -> str:
-    return tensor.removesuffix(".weight").rpartition(".")[2]
-
-
-def _head_of(embedding: str) -> str:
-    return "embed_out" if _module(embedding) == "embed_in" else "lm_head"
 
 
 def _model_config(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from personalized_soups.adapters.base_model import BaseModel, is_input_embedding
+from personalized_soups.adapters.base_model import BaseModel
+from personalized_soups.adapters.embeddings import is_input_embedding
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.placement import Placement
 from personalized_soups.adapters.trained import TrainedTensor

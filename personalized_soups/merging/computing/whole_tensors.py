@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from personalized_soups.adapters.base_model import BaseModel, is_input_embedding
+from personalized_soups.adapters.base_model import BaseModel
+from personalized_soups.adapters.embeddings import is_input_embedding
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.adapters.tying import are_tied_tokens
 from personalized_soups.bank.expert_bank import ExpertBank
