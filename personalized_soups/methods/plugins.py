@@ -65,7 +65,7 @@ class DenseMerge(Protocol):
 
 
 def find_method(method: str | Method | DenseMerge) -> Method:
-    """Return the merge method that a name, a function or a `Method` stands for.
+    """Return the `Method` for a name or a function, or check the one given.
 
     A name is first looked up in the table of built-in methods, then among the methods of installed packages, which is
     when the package is imported.

@@ -13,7 +13,7 @@ from personalized_soups.merging.doctor.measures import Measures
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MeasuredExperts:
-    """Experts whose files are sound, and their measurements. A number stands for an expert by its position in the bank.
+    """Experts whose files are sound, and their measurements. An expert's number is its position in the bank.
 
     Attributes:
         bank: the experts.
