@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from personalized_soups.kernels import launching, scale_columns, weighted_sums
-from personalized_soups.merging.live.buffers import ColumnScale, Product, RowSum
+from personalized_soups.merging.live.products import ColumnScale, Product, RowSum
 from personalized_soups.methods.product import sums_of_stack
 from tests.kernels.interpreter import needs_triton, num_passed
 
