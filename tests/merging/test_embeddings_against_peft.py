@@ -51,7 +51,7 @@ KINDS: dict[str, Config] = {
     "both saved": {**Q, "modules_to_save": ["embed_tokens", "lm_head"]},
 }  # fmt: skip
 
-# What PEFT saves of embeddings that were resized, or that it is told to save.
+# The embeddings that PEFT saves: resized ones, and those that `save_embedding_layers` asks for.
 SAVED: dict[str, Config] = {
     "nothing": Q,
     "both saved": {**Q, "modules_to_save": ["embed_tokens", "lm_head"]},
@@ -90,7 +90,7 @@ def loaded(folder: Path, adapter: Path | None = None) -> Any:
 
 
 def effects(model: Any) -> dict[str, Tensor]:
-    """Return what the layers compute, as matrices: with whatever is wrapped around them, and not merged."""
+    """Return what the layers compute, as matrices, through PEFT's wrappers and without merging."""
     layer = getattr(model, "base_model", model)
     layer = getattr(layer, "model", layer) if hasattr(model, "peft_config") else model
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_tokens_are_laid_over_a_saved_embedding_that_is_not_the_bases(tmp_path: 
     library, profile = ExpertLibrary.open(expert), Profile(weights={"expert": 1.0})
     want, before = effects(loaded(base, expert)), effects(loaded(base))
     check(effects(loaded(merge_into_base(library, profile, base, tmp_path / "out"))), want, before)
-    with pytest.raises(UnsupportedAdapterError, match="saved whole, and tokens of it are trained"):
+    with pytest.raises(UnsupportedAdapterError, match="and tokens of that embedding are trained"):
         merge(library, profile, MergeOptions(base=base)).write(tmp_path / "merged")
 
 
@@ -248,9 +248,9 @@ def test_experts_whose_tokens_one_adapter_would_read_otherwise_are_refused(tmp_p
     for name in ("tokens", "tokens of the head"):
         write_expert(tmp_path / "experts" / name.split()[-1], base, KINDS[name])
     library, profile = ExpertLibrary.open(tmp_path / "experts"), Profile(weights={"tokens": 0.5, "head": 0.25})
-    with pytest.raises(UnsupportedAdapterError, match="other tokens of the output embedding than of the input") as told:
+    with pytest.raises(UnsupportedAdapterError, match="the experts together train different tokens") as caught:
         merge(library, profile, MergeOptions(base=base)).write(tmp_path / "out")
-    assert "into_base=BASE" in told.value.mend
+    assert "into_base=BASE" in caught.value.mend
     folded = effects(loaded(merge_into_base(library, profile, base, tmp_path / "folded")))
     before = effects(loaded(base))
     shares = {"tokens": 0.5, "head": 0.25}
@@ -271,9 +271,9 @@ def test_a_head_of_which_transformers_makes_both_embeddings_is_not_changed_alone
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     expert = write_expert(tmp_path / "expert", base, {"target_modules": ["q_proj", "lm_head"]})
     library, profile = ExpertLibrary.open(expert), Profile(weights={"expert": 1.0})
-    with pytest.raises(UnsupportedAdapterError, match="the base's files hold no input embedding") as told:
+    with pytest.raises(UnsupportedAdapterError, match="is also the base's input embedding") as caught:
         merge_into_base(library, profile, base, tmp_path / "out")
-    assert "save_pretrained" in told.value.mend
+    assert "save_pretrained" in caught.value.mend
     assert not (tmp_path / "out").exists()
 
 
@@ -301,7 +301,7 @@ def test_a_base_is_folded_whose_index_differs_from_its_shards(tmp_path: Path, ch
     else:
         index["weight_map"]["model.layers.9.gone"] = next(iter(index["weight_map"].values()))
     path.write_text(json.dumps(index))
-    # the output embedding gets a tensor of its own, so that the index is written anew
+    # the output embedding gets a tensor of its own, so a new index is written
     expert = write_expert(tmp_path / "expert", base, KINDS["tokens of the head"])
     library, profile = ExpertLibrary.open(expert), Profile(weights={"expert": 1.0})
     with pytest.warns(RuntimeWarning, match="The tensors in the shards are read"):

@@ -1,4 +1,4 @@
-"""Laws that hold whatever the numbers are, on dense deltas computed by the oracle from what was written."""
+"""Laws that hold for any numbers, checked on dense deltas that the oracle computes from the written files."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def room_of(delta: Matrix, size: Matrix) -> float:
 @examples(60)
 @given(world=worlds())
 def test_a_stacked_soup_owes_a_rounding_of_b_and_none_where_float32_holds_it(world: World) -> None:
-    """A's stand as they are and each entry of B is rounded once: half an ulp of |w s| |B| |A|.
+    """A is copied and each entry of B is rounded once: half an ulp of |w s| |B| |A|.
 
     Factors in float64 are rounded to float32 when they are read: one more rounding of A and of B. 2^-40 is the oracle's
     own; of B's below the smallest normal number the smallest subnormal is owed, times A.
@@ -135,8 +135,10 @@ def test_a_truncated_soup_is_the_best_at_its_rank_and_an_energy_share_takes_the_
         reading = 3 * U * above if any("F64" in (e.a_dtype, e.b_dtype) for e in world.experts) else 1e-13 * above
         assert abs(np.linalg.norm(got[module] - delta) - tail) <= rounding + reading
         if record["truncation"] and np.sqrt(squares.sum()) > 1e-6 * above:
-            told = record["truncation"]["modules"][module]
-            assert told == pytest.approx(tail / np.sqrt(squares.sum()), abs=1e-5 if reading > 1e-9 * above else 1e-6)
+            recorded = record["truncation"]["modules"][module]
+            assert recorded == pytest.approx(
+                tail / np.sqrt(squares.sum()), abs=1e-5 if reading > 1e-9 * above else 1e-6
+            )
 
 
 @examples(60)
@@ -231,7 +233,7 @@ def test_knots_is_its_formula(world: World, density: float, lambda_: float) -> N
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_linear", "knots", "factor_linear"])
 def test_a_soup_is_turned_where_the_base_is(tmp_path: Path, method: str) -> None:
-    """GPT-2's Conv1D holds [in, out]: the delta stands there transposed, be it dense or factors."""
+    """GPT-2's Conv1D stores [in, out], so dense deltas and factors are added transposed."""
     world = World((Expert(3, 6, 0), Expert(3, 6, 1)), (0.5, -1.5), 2)
     library, _ = written(tmp_path, world)
     options = {name: 1.0 for name in METHODS[method].options if name in {"density", "lambda"}}

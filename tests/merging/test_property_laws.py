@@ -1,4 +1,4 @@
-"""What holds of every soup whatever its numbers are: identity, linearity, order, negation, seeds, threads, shards.
+"""Laws that hold for every soup: identity, linearity, order, negation, seeds, threads, shards.
 
 `EXPLORE=10 .venv/bin/pytest tests/merging/test_property_laws.py` draws other examples, ten times as many.
 """
@@ -46,7 +46,7 @@ IDENTITY = {"density": 1.0, "epsilon": 0.0, "lambda": 1.0}
 
 
 def keywords_of(method: str, **options: float) -> dict[str, Any]:
-    """What merge takes, at a rank that a dense result is held at without a loss."""
+    """Return options for merge; dense methods get a rank that truncates nothing."""
     return {
         "method": method,
         "method_options": {name: value for name, value in options.items() if name in METHODS[method].options},
@@ -67,7 +67,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 class Soups:
-    """A world written down, and what is merged of it, each in a folder of its own."""
+    """A world's experts on disk, and the soups merged from them, each in a new folder."""
 
     def __init__(self, root: Path, world: World) -> None:
         self.root, self.world, self.count = root, world, 0
@@ -436,7 +436,7 @@ def test_a_resumed_model_is_a_fresh_one_and_finished_shards_are_not_written_agai
             merge_into_base(soups.library, profile, base, root / "out", progress=stop)
         assert not (root / "out").exists()
         kept = {path.name: path.stat() for path in root.glob(".out.partial/new/*.safetensors")}
-        # `progress` is told of a shard's last tensor before the shard is finished
+        # `progress` is called for a shard's last tensor before the shard is finished
         assert len(kept) == int((ends < done).sum())
         out = merge_into_base(soups.library, profile, base, root / "out")
         assert files_of(out) == files_of(fresh)

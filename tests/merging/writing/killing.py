@@ -35,14 +35,14 @@ def command(kind: str, root: Path, out: Path, weights: str = NEW) -> list[str]:
     return ["merge", "--weights", weights, *experts, *more, "--json"]
 
 
-def forked(arguments: Sequence[str], told: Path, start: float = 0.0) -> int:
-    """Run psoups in a process of its own from the moment `start` on, what it says in a file; return its number."""
+def forked(arguments: Sequence[str], log: Path, start: float = 0.0) -> int:
+    """Start psoups in a forked process at the time `start`, with its output in `log`; return the process id."""
     child = os.fork()
     if child:
         return child
     code = 70
     try:
-        descriptor = os.open(told, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for stream in (1, 2):
             os.dup2(descriptor, stream)
         while time.monotonic() < start:
@@ -59,8 +59,8 @@ def code_of(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run(arguments: Sequence[str], told: Path) -> int:
-    return code_of(forked(arguments, told))
+def run(arguments: Sequence[str], log: Path) -> int:
+    return code_of(forked(arguments, log))
 
 
 def state(out: Path) -> dict[str, str]:
@@ -94,17 +94,17 @@ def kill_many(kind: str, root: Path, count: int) -> None:
 
     Half are killed at a random moment of their writing, a quarter as it begins, a quarter before it.
     """
-    told = root / "told"
+    log = root / "log"
     before, writing = [], []
     for number in range(3):
         began = time.monotonic()
         out = root / f"whole{number}"
-        child = forked(command(kind, root, out), told)
+        child = forked(command(kind, root, out), log)
         wait_for_begin(child, out)
         before.append(time.monotonic() - began)
-        assert code_of(child) == 0, told.read_text()
+        assert code_of(child) == 0, log.read_text()
         writing.append(time.monotonic() - began - before[-1])
-    run(command("adapter", root, root / "before", OLD), told)
+    run(command("adapter", root, root / "before", OLD), log)
     print(json.dumps({"whole": state(root / "whole0"), "before": state(root / "before")}), flush=True)
     dice = random.Random(kind)
     for number in range(count):
@@ -112,8 +112,8 @@ def kill_many(kind: str, root: Path, count: int) -> None:
         folder.mkdir()
         arguments = command(kind, root, folder / "out")
         if kind == "overwrite":
-            assert run(command("adapter", root, folder / "out", OLD), told) == 0
-        child = forked(arguments, told)
+            assert run(command("adapter", root, folder / "out", OLD), log) == 0
+        child = forked(arguments, log)
         if number % 4:
             wait_for_begin(child, folder / "out")
             if number % 4 > 1:  # the others are killed at the very beginning
@@ -122,39 +122,39 @@ def kill_many(kind: str, root: Path, count: int) -> None:
             time.sleep(dice.uniform(0, 1) * statistics.median(before))
         os.kill(child, signal.SIGKILL)
         found = {"code": code_of(child), "after_kill": state(folder / "out"), "litter": litter(folder)}
-        found |= {"again": run(arguments, told), "told": told.read_text()}
+        found |= {"again": run(arguments, log), "log": log.read_text()}
         found |= {"after_rerun": state(folder / "out"), "left": sorted(path.name for path in folder.iterdir())}
         print(json.dumps(found | {"litter_after": litter(folder)}), flush=True)
 
 
 def race(kind: str, root: Path, count: int) -> None:
-    """Let two runs begin at once, `count` times, and print how each ended."""
+    """Start two runs at the same time, `count` times, and print how each ended."""
     for number in range(count):
         folder = root / f"race{number}"
         folder.mkdir()
         arguments = command(kind, root, folder / "out")
         start = time.monotonic() + 0.02
-        children = [forked(arguments, folder / f"told{each}", start) for each in range(2)]
+        children = [forked(arguments, folder / f"log{each}", start) for each in range(2)]
         print_ends(folder, [code_of(child) for child in children])
 
 
 def meet(kind: str, root: Path, count: int) -> None:
-    """Halt a run as it writes, let another one try, and let the first go on; print how each ended."""
+    """Stop a run while it writes, start another, then resume the first; print how each ended."""
     for number in range(count):
         folder = root / f"meet{number}"
         folder.mkdir()
         arguments = command(kind, root, folder / "out")
-        first = forked(arguments, folder / "told0")
+        first = forked(arguments, folder / "log0")
         wait_for_begin(first, folder / "out")
         os.kill(first, signal.SIGSTOP)
-        second = run(arguments, folder / "told1")
+        second = run(arguments, folder / "log1")
         os.kill(first, signal.SIGCONT)
         print_ends(folder, [code_of(first), second])
 
 
 def print_ends(folder: Path, codes: list[int]) -> None:
-    told = [(folder / f"told{each}").read_text() for each in range(2)]
-    found = {"codes": codes, "told": told, "after": state(folder / "out"), "litter": litter(folder)}
+    logs = [(folder / f"log{each}").read_text() for each in range(2)]
+    found = {"codes": codes, "log": logs, "after": state(folder / "out"), "litter": litter(folder)}
     print(json.dumps(found), flush=True)
 
 

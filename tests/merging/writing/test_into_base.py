@@ -37,7 +37,7 @@ PROFILE = Profile(weights=dict(zip(NAMES, WEIGHTS, strict=True)))
 
 
 def write_base(folder: Path, dtype: str = "F32", *, shards: int = 2, config: dict[str, Any] | None = None) -> Path:
-    """Write a model folder of two layers that the experts of tests.experts fit, with files of every kind beside."""
+    """Write a model folder of two layers that the experts of tests.experts fit, with every other kind of file."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(5)
     tensors: dict[str, tuple[str, Any]] = {"model.embed_tokens.weight": (dtype, random.normal(size=(50, 64)))}

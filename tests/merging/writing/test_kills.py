@@ -75,9 +75,9 @@ def test_a_killed_merge_leaves_all_or_nothing_and_the_next_one_succeeds(world: P
             assert each["after_kill"] in ([before, whole] if kind == "overwrite" else [{}, whole])
         was_done = each["after_kill"] == whole
         if was_done and kind in {"adapter", "model"}:
-            assert (each["again"], THERE in each["told"]) == (2, True)
+            assert (each["again"], THERE in each["log"]) == (2, True)
         else:
-            assert each["again"] == 0, each["told"]
+            assert each["again"] == 0, each["log"]
         assert each["after_rerun"] == whole
         assert (each["left"], each["litter_after"]) == (["out"], [])
     # on a busy machine most runs may end before they are killed, but not all of them
@@ -90,7 +90,7 @@ def test_of_two_merges_into_one_output_one_wins_and_the_other_says_so(world: Pat
     assert len(found) == 6
     for each in found:
         assert sorted(each["codes"]) == [0, 2]
-        loser = each["told"][each["codes"].index(2)]
+        loser = each["log"][each["codes"].index(2)]
         assert BUSY in loser or THERE in loser
         assert (each["after"], each["litter"]) == (first["whole"], [])
 
@@ -102,7 +102,7 @@ def test_a_merge_into_what_another_one_is_writing_says_so(world: Path, kind: str
     assert len(found) == 3
     for each in found:
         assert each["codes"] == [0, 2]
-        assert BUSY in each["told"][1]
+        assert BUSY in each["log"][1]
         assert (each["after"], each["litter"]) == (first["whole"], [])
 
 

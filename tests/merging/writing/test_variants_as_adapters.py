@@ -47,11 +47,11 @@ def loaded(make: Callable[[], nn.Module], world: World, folder: Path) -> dict[st
     """Return the tensors of the base after PEFT loaded an adapter and merged it."""
     model = make()
     model.load_state_dict(world.tensors)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         wrapped: Any = peft.PeftModel.from_pretrained(model, folder)
         merged: dict[str, Tensor] = wrapped.merge_and_unload().state_dict()
-    assert not [each for each in told if "missing" in str(each.message).lower()]
+    assert not [warning for warning in caught if "missing" in str(warning.message).lower()]
     return merged
 
 
@@ -142,7 +142,7 @@ def test_dora_cut_at_its_full_rank_is_dora(tmp_path: Path, cut: dict[str, Any]) 
 
 
 def test_dora_is_truncated_where_it_is_optimal_and_says_its_error(tmp_path: Path) -> None:
-    """`W' = d W + G`: the best rank-k G, whatever d is; its error is that of W', relative to G."""
+    """`W' = d W + G`: the best rank-k G, for any d; its error is that of W', relative to G."""
     name = "model.layers.0.self_attn.q_proj"
     config = {"target_modules": ["q_proj"], "use_dora": True}
     world, weights = make_world(tmp_path, llama, [config, config]), named_weights(2)
@@ -224,9 +224,9 @@ NEEDS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("name", NEEDS)
 def test_what_is_relative_to_the_base_needs_it(tmp_path: Path, name: str) -> None:
-    config, told = NEEDS[name]
+    config, message = NEEDS[name]
     world = make_world(tmp_path, lambda: llama(biased=True), [{"target_modules": ["q_proj"], **config}])
-    with pytest.raises(UsageError, match=f"e0: .*{told}") as caught:
+    with pytest.raises(UsageError, match=f"e0: .*{message}") as caught:
         merge(world.library, Profile(weights={"e0": 1.0}))
     assert "base=BASE" in caught.value.mend
     assert "into_base=BASE" in caught.value.mend
@@ -257,10 +257,10 @@ CONFLICTS: dict[str, tuple[str, str, str]] = {
 
 @pytest.mark.parametrize("name", CONFLICTS)
 def test_what_peft_cannot_hold_together_is_refused_by_name(tmp_path: Path, name: str) -> None:
-    mixture, experts, told = CONFLICTS[name]
+    mixture, experts, message = CONFLICTS[name]
     make, configs = MIXTURES[mixture]
     world = make_world(tmp_path, make, configs)
-    with pytest.raises(UsageError, match=told) as caught:
+    with pytest.raises(UsageError, match=message) as caught:
         merge(world.library, Profile(weights=dict.fromkeys(experts.split(), 0.5)), MergeOptions(base=world.base))
     assert "into_base=BASE" in caught.value.mend
 
@@ -293,7 +293,7 @@ def test_another_base_is_refused(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleExpertsError, match="trained on another base than this one"):
         merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base))
     merge(world.library, Profile(weights={"e0": 1.0}), MergeOptions(base=world.base, same_base=True))
-    # a base of other shapes is no base for them, whatever its fingerprint
+    # a base of other shapes is rejected, even if its fingerprint is not compared
     tensors = load_file(world.base / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight"] = torch.zeros(3, 4)
     save_file(tensors, world.base / "model.safetensors")
