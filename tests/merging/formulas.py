@@ -1,4 +1,4 @@
-"""The merge methods' formulas, once more and slowly: float64 NumPy, loops over elements, nothing of the package."""
+"""The merge methods' formulas, written a second time: float64 NumPy and loops over elements, without the package."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Parts = Sequence[Mapping[str, Part]]
 
 
 def soup_of(method: str, parts: Parts, weights: Sequence[float], density: float, lambda_: float) -> dict[str, Matrix]:
-    """Return what a method adds to each module; `parts` are what each expert adds."""
+    """Return the delta that a method gives each module, from each expert's deltas (`parts`)."""
     modules = sorted({module for each in parts for module in each})
     found = {}
     for module in modules:
@@ -41,7 +41,7 @@ def soup_of(method: str, parts: Parts, weights: Sequence[float], density: float,
 
 
 def dense(method: str, deltas: Sequence[Matrix], weights: Sequence[float], density: float, lambda_: float) -> Matrix:
-    """The methods on deltas that draw nothing."""
+    """The methods on deltas that draw no random numbers."""
     trims = [cut(delta, least_kept([delta], density, at_least=int(method == "ties@mergekit"))) for delta in deltas]
     ones = [1.0] * len(weights)
     rules: dict[str, Callable[[], Matrix]] = {
@@ -55,7 +55,7 @@ def dense(method: str, deltas: Sequence[Matrix], weights: Sequence[float], densi
 
 
 def apart(method: str, parts: Sequence[Part], weights: Sequence[float], density: float) -> Matrix:
-    """PEFT's rules on the A's and on the B's, each with the roots of `w s`, the sign in A's."""
+    """PEFT's rules, applied to all A's and to all B's. Each is scaled by the root of `|w s|`; A also takes the sign."""
     roots = [math.sqrt(abs(w) * part.scaling) for w, part in zip(weights, parts, strict=True)]
     signed = [math.copysign(root, w) for root, w in zip(roots, weights, strict=True)]
     sides = []
@@ -103,7 +103,7 @@ def least_kept(tensors: Sequence[Matrix], density: float, at_least: int = 0) -> 
 
 
 def cut(tensor: Matrix, least: float) -> Matrix:
-    """What is at least of this magnitude."""
+    """Keep the entries of at least this magnitude."""
     return np.where(np.abs(tensor) >= least, tensor, 0.0)
 
 

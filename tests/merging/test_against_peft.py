@@ -40,7 +40,7 @@ def loaded(base: Path, adapter: Path, name: str = "default") -> Any:
 
 
 def peft_deltas(library: ExpertLibrary, base: Path, weights: Sequence[float], **options: Any) -> dict[str, Tensor]:
-    """Return the dense deltas of what add_weighted_adapter makes of the experts."""
+    """Return the dense deltas of the adapter that add_weighted_adapter merges from the experts."""
     names = list(library) if len(weights) == len(library) else list(NAMES[: len(weights)])
     model = loaded(base, library[names[0]].folder, names[0])
     for name in names[1:]:
@@ -108,7 +108,7 @@ def test_peft_loads_what_was_written_and_sees_the_same_deltas(
 
 
 def test_pefts_own_saved_adapters_are_read_right(tmp_path: Path, small_base: Path) -> None:
-    """Folders as PEFT writes them: rsLoRA, patterns, and a regular expression as target."""
+    """Folders that PEFT wrote: rsLoRA, patterns, and a regular expression as target."""
     settings: dict[str, dict[str, Any]] = {
         "rs": {"r": 4, "lora_alpha": 8, "use_rslora": True, "target_modules": "all-linear"},
         "patterns": {
@@ -143,7 +143,7 @@ def test_pefts_own_saved_adapters_are_read_right(tmp_path: Path, small_base: Pat
 
 
 def test_adapter_and_folded_model_answer_alike(tmp_path: Path, small_base: Path) -> None:
-    """The soup as an adapter in PEFT, folded by us, and folded by PEFT are one function."""
+    """The soup as an adapter in PEFT, folded by us, and folded by PEFT: all compute the same outputs."""
     library = write_experts(tmp_path / "experts", small_base)
     profile = Profile(weights=dict(zip(NAMES, (0.7, -0.4, 1.3), strict=True)))
     adapter = merge(library, profile).write(tmp_path / "adapter")

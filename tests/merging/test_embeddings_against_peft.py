@@ -66,7 +66,7 @@ SAVED: dict[str, Config] = {
 
 
 def quietly(act: Callable[[], Any]) -> Any:
-    """Return what PEFT or transformers makes, without their remarks on tied weights and saved embeddings."""
+    """Return the result of PEFT or transformers, without their warnings about tied weights and saved embeddings."""
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
@@ -102,7 +102,7 @@ def effects(model: Any) -> dict[str, Tensor]:
 
 
 def check(got: Mapping[str, Tensor], want: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
-    """Check `|got - want|` in the norm: 32 float32 roundings of what is added up, of which there are fewer than 32."""
+    """Check the norm of `got - want`: at most 32 float32 roundings of the summands, which are fewer than 32."""
     for name, matrix in want.items():
         room = matrix.double().abs() + base[name].double().abs()
         error = torch.linalg.norm(got[name].double() - matrix.double())
@@ -140,7 +140,7 @@ def write_base(folder: Path, head: str, said: Config) -> Path:
 
 
 def write_expert(folder: Path, base: Path, config: Config, *, resized_from: Path | None = None, **options: Any) -> Path:
-    """Train nothing: add noise to what would be trained, and save it as PEFT does."""
+    """Save an expert with PEFT, with noise added to the trainable tensors in place of training."""
     from peft import LoraConfig, get_peft_model
 
     model = loaded(base)
@@ -178,7 +178,7 @@ def test_embeddings_are_tied_where_they_are_for_peft(tmp_path: Path, name: str, 
 
 
 def write_resized(folder: Path, *, tied: bool) -> tuple[Path, Path]:
-    """Return a base, and the same with two more tokens, as save_pretrained writes it."""
+    """Write a base, and the same base with two more tokens, with save_pretrained; return both folders."""
     model: Any = llama(V, tied=tied)
     quietly(lambda: model.save_pretrained(folder / "small"))
     quietly(lambda: model.resize_token_embeddings(V + 2))
@@ -201,7 +201,7 @@ def test_embeddings_that_peft_is_told_to_save_are_read(tmp_path: Path) -> None:
 
 
 def test_copies_are_no_trained_tensors_whatever_they_hold(tmp_path: Path) -> None:
-    """PEFT reads the tensor without a wrapper in its name; a file may be changed by other tools."""
+    """PEFT accepts a tensor name without the wrapper; other tools write such names."""
     from safetensors.torch import load_file, save_file
 
     small, base = write_resized(tmp_path, tied=False)

@@ -48,7 +48,7 @@ def test_an_expert_with_itself_is_that_expert(library: ExpertLibrary, tmp_path: 
 
 
 def test_factor_linear_inflates_an_expert_with_itself(library: ExpertLibrary, tmp_path: Path) -> None:
-    """PEFT's `linear` gives twice the expert: the law above can fail."""
+    """PEFT's `linear` gives twice the expert, so the law above can fail."""
     twice = soup(library, tmp_path, {"a": 0.5, "copy_of_a": 0.5}, method="factor_linear")
     check_equal(twice, {module: 2 * delta for module, delta in oracles.deltas(library["a"].folder).items()})
 

@@ -1,4 +1,4 @@
-"""Soups of experts of every kind, held in every way, against dense float64 from the files alone.
+"""Soups of every kind of expert, in every encoding, against dense float64 computed from the files.
 
 Examples are the same in every run, so that a failure is a change's own. To search further:
 `EXPLORE=10 .venv/bin/pytest tests/merging/test_properties.py` draws others, ten times as many.
@@ -49,7 +49,7 @@ def written(root: Path, world: World) -> tuple[ExpertLibrary, Parts]:
 
 
 def magnitudes(parts: Parts, weights: Sequence[float]) -> dict[str, Matrix]:
-    """Return `sum |w s| |B| |A|` of each module: what the derived bound is measured by."""
+    """Return `sum |w s| |B| |A|` of each module, the unit of the derived bound."""
     found: dict[str, Matrix] = {}
     for each, weight in zip(parts, weights, strict=True):
         for module, part in each.items() if weight else ():
@@ -104,7 +104,7 @@ def test_a_stacked_soup_owes_a_rounding_of_b_and_none_where_float32_holds_it(wor
 @examples(60)
 @given(world=worlds(), cut=st.integers(1, 8) | st.sampled_from([0.3, 0.9, 0.999, 1.0]))
 def test_a_truncated_soup_is_the_best_at_its_rank_and_an_energy_share_takes_the_least(world: World, cut: float) -> None:
-    """`|dW - got|` is that of the best approximation (Eckart-Young), to the rounding of the two factors.
+    """`|dW - got|` is the error of the best approximation (Eckart-Young), plus the rounding of the two factors.
 
     A relative rounding u of each moves their product by at most 2 u |B| |A|, in norm 2 u |B|_F |A|_F; what underflows
     by t an entry, by t (sqrt(O R) |A|_F + sqrt(R I) |B|_F).
@@ -174,7 +174,7 @@ def options_of(method: str, density: float, lambda_: float) -> dict[str, float]:
 
 
 def check_method(method: str, world: World, density: float, lambda_: float) -> None:
-    """Hold a method, as an adapter of full rank and folded into a base, to its formula.
+    """Compare a method with its formula, as an adapter of full rank and folded into a base.
 
     Every number of an exact world is dyadic, so that no election and no threshold hangs on a rounding. What is left:
     four roundings of float32 in an entry's sum, of terms that are below `scale`; the factors' own rounding, at most
@@ -227,7 +227,7 @@ def test_every_method_that_draws_nothing_is_its_formula(
     lambda_=st.sampled_from([1.0, 0.75, 2.5]),
 )
 def test_knots_is_its_formula(world: World, density: float, lambda_: float) -> None:
-    """Its basis is unique where singular values are apart, as random ones are and dyadic ones need not be."""
+    """KnOTS has a unique basis only if the singular values differ. Random ones do; dyadic ones may not."""
     check_method("knots", world, density, lambda_)
 
 

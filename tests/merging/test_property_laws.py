@@ -85,7 +85,7 @@ class Soups:
 
 
 def sizes(parts: Sequence[Mapping[str, Part]], weights: Sequence[float]) -> dict[str, float]:
-    """Return the norm of `sum |w s| |B| |A|` of each module, against which roundings count."""
+    """Return the norm of `sum |w s| |B| |A|` of each module, the unit of rounding errors."""
     found: dict[str, Matrix] = {}
     for each, weight in zip(parts, weights, strict=True):
         for module, part in each.items():
@@ -121,7 +121,7 @@ def test_one_expert_of_weight_1_comes_back_by_every_method(method: str, world: W
 @examples(40)
 @given(world=worlds(dtypes=["F32", "BF16"]), more=st.lists(WEIGHTS, min_size=4, max_size=4).filter(all))
 def test_linear_is_linear(world: World, more: list[float]) -> None:
-    """The soup of w + v is that of w and that of v: three soups, each within u of its |w s| |B| |A|."""
+    """The soup of w + v is the soup of w plus the soup of v: three soups, each within u of its |w s| |B| |A|."""
     both = {name: w + v for name, w, v in zip(world.names, world.weights, more, strict=False)}
     others = dict(zip(world.names, more, strict=False))
     if not any(both.values()):
@@ -184,7 +184,7 @@ def test_order_and_experts_of_weight_zero_change_no_byte(method: str, world: Wor
 @examples(5)
 @given(world=equal_worlds(is_exact=False))
 def test_negated_weights_negate_the_soup(method: str, world: World) -> None:
-    """Of mergekit's signed divisors the soup stays as it is: divisor and sum both change their sign."""
+    """With mergekit's signed divisors the soup does not change: the divisor and the sum both change sign."""
     sign = 1 if method in {"ties@mergekit", "della@mergekit"} else -1
     with tempfile.TemporaryDirectory() as name:
         soups = Soups(Path(name), world)
@@ -205,7 +205,7 @@ def test_negated_weights_negate_the_soup(method: str, world: World) -> None:
     cut=st.booleans(),
 )
 def test_a_row_of_merge_many_is_the_merge_of_one(world: World, others: list[list[float]], cut: bool) -> None:
-    """Bytes are equal but where experts share A: there all users' B's are one product in float32.
+    """Bytes are equal unless experts share A: then one float32 product gives the B's of all users.
 
     Its bound is `(E + 1) 2^-24 sum |w s B|`; B's below float32's normal numbers owe the smallest one too.
     """
@@ -281,7 +281,7 @@ def test_a_seed_decides_the_bytes(tmp_path: Path, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["dare_linear", "dare_linear@mergekit"])
 def test_what_an_expert_draws_depends_on_nothing_else_that_is_merged(tmp_path: Path, method: str) -> None:
-    """So that the soup of both is the sum of each one's, as for `linear`; 1e-6 of the norms for the truncations."""
+    """The soup of both is the sum of the two, as for `linear`; truncation adds 1e-6 of the norms."""
     soups = Soups(tmp_path, World(tuple(Expert(4, 8, index) for index in range(2)), (0.75, -0.5), 1))
     keywords = keywords_of(method, density=0.5)
     both, one, two = (
@@ -370,7 +370,7 @@ def test_the_number_of_threads_changes_no_byte(tmp_path: Path, large: Path, meth
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("cut", [{"rank": 4}, {"energy": 0.8}, {"energy": 0.8, "target": "vllm"}])
 def test_the_order_in_which_threads_are_done_changes_no_byte(tmp_path: Path, large: Path, cut: dict[str, Any]) -> None:
-    """Of no file: soup.json adds up the modules' errors, adapter_config.json counts their ranks."""
+    """No file depends on it: soup.json sums the modules' errors, and adapter_config.json counts their ranks."""
     library = ExpertLibrary.open(large / "experts")
     profile = Profile(weights={"a": 0.7, "b": -0.4, "c": 1.1})
     found = []
@@ -411,7 +411,7 @@ def test_the_shard_layout_changes_no_tensor(method: str, world: World, dtype: st
 
 @pytest.mark.parametrize("method", ["linear", "dare_ties"])
 def test_a_resumed_model_is_a_fresh_one_and_finished_shards_are_not_written_again(tmp_path: Path, method: str) -> None:
-    """Interrupted at every single call of `progress`, in the middle of shards and between them."""
+    """Interrupt at every call of `progress`, in the middle of shards and between them."""
     soups = Soups(tmp_path, World(tuple(Expert(2, 4, index) for index in range(3)), (0.7, -0.4, 1.3), 5))
     base = write_base(tmp_path / "base", "BF16", shards=4)
     profile = soups.world.profile(method=method)

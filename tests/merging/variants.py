@@ -1,4 +1,4 @@
-"""Bases and experts of every variant, and the dense float64 formula over what PEFT makes of each expert by itself.
+"""Bases and experts of every variant, and the dense float64 formula over PEFT's merge of each single expert.
 
 `W + sum w_e (W'_e - W)` holds for every variant of LoRA (algorithms.md), with W'_e the model that PEFT's
 merge_and_unload makes of expert e alone.
@@ -130,7 +130,7 @@ def named_weights(count: int) -> dict[str, float]:
 
 
 def dense(name: str, tensor: Tensor, weights: Mapping[str, float], experts: Mapping[str, Saved]) -> Tensor:
-    """Return one tensor of the soup; what counts in whole numbers stays."""
+    """Return one tensor of the soup; integer tensors are not changed."""
     if not tensor.is_floating_point():
         return tensor
     steps = [weights[expert] * (experts[expert].merged[name].double() - tensor.double()) for expert in weights]

@@ -1,4 +1,4 @@
-"""Small worlds of experts for property tests: hypothesis draws what they look like, NumPy what their numbers are.
+"""Small libraries of experts for property tests: hypothesis draws their structure, NumPy their numbers.
 
 Nothing of the package has a part in them; what an expert adds is read back from its files.
 """
@@ -29,7 +29,7 @@ EXPLORE = int(os.environ.get("EXPLORE", "0"))
 
 
 def examples(count: int) -> settings:
-    """Return how hypothesis searches: the same examples in every run, so that a failure is a change's own.
+    """Return hypothesis's settings: the same examples in every run, so that a new failure is caused by a change.
 
     No deadline: a busy disk is no fault of the code's.
     """
@@ -50,7 +50,7 @@ MODULES = {
 
 @dataclass(frozen=True)
 class Expert:
-    """What one expert folder looks like. `basis` is a number: those of one number have the same A's where they can."""
+    """The structure of one expert folder. Experts with the same number as `basis` have the same A's if shapes allow."""
 
     rank: int
     alpha: float
@@ -65,7 +65,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class World:
-    """Experts `e0`, `e1`, ... and their weights. `is_exact`: their numbers are quarters, of which no sum rounds."""
+    """Experts `e0`, `e1`, ... and their weights. If `is_exact`, all numbers are quarters, so no sum is rounded."""
 
     experts: tuple[Expert, ...]
     weights: tuple[float, ...]
@@ -142,7 +142,7 @@ def write_base(folder: Path, dtype: str, seed: int = 0, *, shards: int = 1, is_e
 
 
 def parts_of(folder: Path) -> dict[str, Part]:
-    """Return what one expert adds to each of its modules."""
+    """Return one expert's delta of each of its modules."""
     config = json.loads((folder / "adapter_config.json").read_text())
     found = {}
     for module, (a, b) in oracles.factors(oracles.read_tensors(folder / WEIGHTS_FILE)).items():
@@ -168,7 +168,7 @@ WEIGHTS = st.one_of(
 
 @st.composite
 def worlds(draw: st.DrawFn, *, dtypes: Sequence[str] = ("F32", "BF16", "F16", "F64")) -> World:
-    """Draw experts that differ in all that experts may differ in."""
+    """Draw experts that differ in everything in which experts may differ."""
     dtype = st.sampled_from(dtypes)
     common = draw(st.none() | dtype)
     experts = []
@@ -194,7 +194,7 @@ def worlds(draw: st.DrawFn, *, dtypes: Sequence[str] = ("F32", "BF16", "F16", "F
 
 @st.composite
 def equal_worlds(draw: st.DrawFn, *, is_exact: bool = True, least: int = 1) -> World:
-    """Draw experts that every method takes: of one rank and scaling; weights in quarters, of which none cancel."""
+    """Draw experts that every method accepts: one rank and scaling, and weights in quarters that do not cancel."""
     rank, alpha = draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 4, 16]))
     count = draw(st.integers(least, 3))
     experts = []

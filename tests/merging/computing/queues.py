@@ -1,4 +1,4 @@
-"""Queues of a device that is as fast, or as slow, as can be: what the GPU's path does with its buffers, on a CPU."""
+"""Queues of the fastest and the slowest possible device, to test on a CPU how the GPU's path uses its buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class EagerQueue:
-    """A device that is done at once: what the host has not taken yet is overwritten at the earliest."""
+    """A device that finishes at once, so buffers that the host has not read are overwritten as early as possible."""
 
     def begin(self) -> None: ...
 
@@ -17,7 +17,7 @@ class EagerQueue:
 
 
 class LazyQueue:
-    """A device that does nothing before somebody waits: what it has not read yet must not be overwritten."""
+    """A device that works only when somebody waits, so buffers that it has not read must not be overwritten."""
 
     def __init__(self) -> None:
         self.waiting: deque[Callable[[], None]] = deque()

@@ -33,7 +33,7 @@ def joined(base: Tensor, num_soups: int, found: Iterable[FoldedBlock]) -> list[T
 
 
 def terms_of_every_kind(rows: int, columns: int) -> tuple[list[Term], np.ndarray]:
-    """Return terms, and what they add to `random(rows, columns)` in float64 NumPy."""
+    """Return terms, and the sum of `random(rows, columns)` and the terms in float64 NumPy."""
     left, right = random(rows - 3, 5, seed=1), random(5, columns, seed=2)
     delta, value = random(rows, columns, seed=3), random(rows, columns, seed=4)
     index = torch.tensor([rows - 1, 0, 7])
@@ -71,7 +71,7 @@ def test_every_term_adds_what_float64_says(monkeypatch: pytest.MonkeyPatch, bloc
 def test_blocks_of_a_queue_are_those_of_the_cpu(
     monkeypatch: pytest.MonkeyPatch, block: int, num_soups: int, queue: Callable[[], Queue]
 ) -> None:
-    """The GPU's path but for the stream: no buffer may be used again before both sides are done with it."""
+    """The GPU's path without the stream: no buffer may be reused before host and device have finished with it."""
     monkeypatch.setitem(blocks._BLOCK, "cpu", block)
     base = random(41, 16).bfloat16()
     soups = [terms_of_every_kind(41, 16)[0][: 5 - number] for number in range(num_soups)]
@@ -93,7 +93,7 @@ def test_two_blocks_are_under_way_and_none_is_left() -> None:
 def test_a_block_brings_along_whether_it_is_finite(
     monkeypatch: pytest.MonkeyPatch, value: float, *, is_finite: bool
 ) -> None:
-    """A float16 sum of many large numbers overflows, where none of them does: the sum is taken in float32."""
+    """A float16 sum of many finite numbers can overflow, so the check sums in float32."""
     monkeypatch.setitem(blocks._BLOCK, "cpu", 16)
     base = torch.ones(4, 16, dtype=torch.float16)
     base[2] = value
@@ -154,7 +154,7 @@ def test_a_double_precision_weight_is_accumulated_in_double() -> None:
 
 
 def test_the_sum_is_rounded_once() -> None:
-    """In bfloat16 1 + 2^-9 is 1 again: three such steps show only if they are added before the rounding."""
+    """In bfloat16, 1 + 2^-9 rounds to 1: three such terms change the result only if they are added before rounding."""
     base = torch.ones(1, 1, dtype=torch.bfloat16)
     step = torch.full((1, 1), 2.0**-9)
     (got,) = folded(base, [Dense(step), Dense(step), Dense(step)])

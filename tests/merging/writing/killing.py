@@ -1,4 +1,4 @@
-"""A program that runs `psoups merge` in processes of its own, kills them, and prints what the disk then holds.
+"""A program that runs `psoups merge` in forked processes, kills them, and prints the state of the disk.
 
 The package is imported once; each run is a fork of that, so that a kill lands in the work and not in the imports.
 test_kills.py writes the experts, starts this and judges what it prints, a line a kill.
@@ -64,7 +64,7 @@ def run(arguments: Sequence[str], log: Path) -> int:
 
 
 def state(out: Path) -> dict[str, str]:
-    """Return the digest of all that is in each finished folder: of `out` itself, or of the users' in it."""
+    """Return the digest of each finished folder's content: of `out`, or of the users' folders in it."""
     found = {}
     for folder in [out, *out.glob("*")] if out.is_dir() else []:
         if (folder / "soup.json").exists() or any(folder.glob("*.safetensors")):
@@ -81,7 +81,7 @@ def litter(folder: Path) -> list[str]:
 
 
 def wait_for_begin(child: int, out: Path) -> None:
-    """Return when a run has begun to write (of many users' folders the first one), or has ended."""
+    """Wait until a run has begun to write (for many users: the first folder), or has ended."""
     # the folder in the scratch folder is made once that is locked
     while not any(out.parent.glob(f".{out.name}.partial/new")) and not any(out.glob(".*.partial/new")):
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -90,7 +90,7 @@ def wait_for_begin(child: int, out: Path) -> None:
 
 
 def kill_many(kind: str, root: Path, count: int) -> None:
-    """Print what whole runs leave, and then what `count` killed ones and those after them do.
+    """Print the result of complete runs, then the results of `count` killed runs and of the runs after them.
 
     Half are killed at a random moment of their writing, a quarter as it begins, a quarter before it.
     """

@@ -28,7 +28,7 @@ def profile_of(weights: Sequence[float], **fields: Any) -> Profile:
 
 
 def library_of(root: Path, **experts: Any) -> tuple[ExpertLibrary, list[Path]]:
-    """Write three experts whose options are lists of three, or one value for all."""
+    """Write three experts. Each option is a list of three values, or one value for all."""
     folders = [
         write_expert(
             root / name, seed=index, **{k: v[index] if isinstance(v, tuple) else v for k, v in experts.items()}
@@ -49,7 +49,7 @@ def record_in(folder: Path) -> SoupRecord:
 
 
 def check_stacked(tmp_path: Path, dtype: str, folders: list[Path], merged: MergedAdapter) -> None:
-    """A's must be the experts' own; B's owe half an ulp of w s B, so the delta half an ulp of |w s| |B| |A|.
+    """A must equal the experts' A; B may differ by half an ulp of w s B, so the delta by half an ulp of |w s| |B| |A|.
 
     2^-40 covers the oracle's own float64; the smallest subnormal is owed where w s B underflows.
     """
@@ -365,7 +365,7 @@ def test_a_device_that_is_not_there_is_a_usage_error(tmp_path: Path, device: str
 def test_sums_of_factors_are_computed_on_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, options: dict[str, Any], where: str
 ) -> None:
-    """A GPU could only slow them down; methods that have more to compute get it."""
+    """A GPU would slow these sums down; methods that compute more run on it."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr("personalized_soups.devices._check_computes", lambda *_: None)
     library, _ = library_of(tmp_path / "experts")

@@ -186,7 +186,7 @@ def test_progress_ends_at_all_tensor_bytes(tmp_path: Path, library: ExpertLibrar
 def test_a_soup_of_one_of_two_tied_embeddings_unties_them_and_says_so(
     tmp_path: Path, adapted: str, shards: int
 ) -> None:
-    """A LoRA on one of the two changes that one's outputs alone: as one tensor both would change."""
+    """A LoRA on one of two tied embeddings changes only that embedding's outputs; one tensor would change both."""
     write_expert(tmp_path / "experts" / "one", shapes={"lm_head": (50, 64)})
     if adapted == "model.embed_tokens":
         turn_into_embedding(tmp_path / "experts" / "one")
@@ -342,7 +342,7 @@ def test_a_value_beyond_the_bases_dtype_is_refused(tmp_path: Path) -> None:
 def test_a_queue_writes_the_same_model(
     tmp_path: Path, library: ExpertLibrary, monkeypatch: pytest.MonkeyPatch, queue: Any
 ) -> None:
-    """The GPU's path, threads and all, on a device that is the CPU."""
+    """The GPU's path with its threads, on the CPU as the device."""
     monkeypatch.setitem(blocks._BLOCK, "cpu", 640)
     base = write_base(tmp_path / "base", "BF16")
     wanted = merge_into_base(library, PROFILE, base, tmp_path / "wanted")

@@ -108,7 +108,7 @@ def test_a_merge_into_what_another_one_is_writing_says_so(world: Path, kind: str
 
 @pytest.mark.parametrize("left", [[], ["journal"], ["journal", "old/soup.json"]])
 def test_what_a_run_killed_at_its_very_end_left_is_taken_away(world: Path, left: list[str]) -> None:
-    """Between the folder's step into its place and the end of its scratch folder: too short a time to hit by chance."""
+    """Kill between the rename of the folder and the removal of its scratch folder, too short to hit by chance."""
     library = ExpertLibrary.open(world / "experts")
     profile = Profile(user="u0", weights={"a": 0.5, "b": -1.0})
 

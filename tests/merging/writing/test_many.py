@@ -287,7 +287,7 @@ def test_progress_counts_users(tmp_path: Path, library: ExpertLibrary) -> None:
 
 
 def test_adapters_with_magnitudes_are_merged_for_many_with_their_base(tmp_path: Path) -> None:
-    """DoRA needs the base, which is read for every batch; each user's adapter is that of a merge alone."""
+    """DoRA needs the base, which every batch reads; each user's adapter equals that of a single merge."""
     world = make_world(tmp_path / "world", *MIXTURES["dora and plain"])
     names = list(world.library)
     profiles = [Profile(user=f"u{n}", weights=dict(zip(names, (0.7, 0.2 * n - 0.5), strict=True))) for n in range(3)]

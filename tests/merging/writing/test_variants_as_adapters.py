@@ -1,4 +1,4 @@
-"""Every variant out as an adapter: PEFT loads it onto the base, and its merge is what the dense formula says."""
+"""Every variant as an adapter: PEFT's merge of the adapter into the base equals the dense formula."""
 
 from __future__ import annotations
 
@@ -273,7 +273,7 @@ def test_parameters_take_no_dora(tmp_path: Path) -> None:
 
 
 def test_a_share_of_the_base_of_0_is_refused(tmp_path: Path) -> None:
-    """With one expert of D everywhere 0.5 and weight 2, d = 1 + 2 (0.5 - 1) = 0."""
+    """For one expert with D = 0.5 everywhere and weight 2, d = 1 + 2 (0.5 - 1) = 0."""
     world = make_world(tmp_path, llama, [{"target_modules": ["q_proj"], "use_dora": True}])
     name = "model.layers.0.self_attn.q_proj"
     path = world.experts["e0"].folder / "adapter_model.safetensors"

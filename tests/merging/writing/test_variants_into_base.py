@@ -1,4 +1,4 @@
-"""Every variant folded into its base, held to what PEFT makes of each expert by itself."""
+"""Every variant folded into its base, compared with PEFT's merge of each single expert."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_methods_without_a_rule_for_whole_tensors_are_refused(tmp_path: Path, me
 
 
 def test_a_model_wide_threshold_counts_each_expert_of_a_mixture(tmp_path: Path) -> None:
-    """ties@paper trims over all deltas of an expert; a mixture's blocks are deltas of their own, not one sum."""
+    """ties@paper trims over all deltas of an expert; each block of a mixture is a separate delta."""
     world = make_world(tmp_path, *MIXTURES["experts of a mixture"])
     plan = plan_merge(
         world.library,
