@@ -78,17 +78,17 @@ class Client:
         """Send any other request, and return the status and what it says."""
         data = b"" if body is None else json.dumps(body).encode()
         await self._send(method, path, data, **headers)
-        status, told = await self._head()
-        content = await self._plain_body(told)
+        status, all_headers = await self._head()
+        content = await self._plain_body(all_headers)
         return status, json.loads(content) if content else None
 
     async def _connect(self) -> None:
         self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 20)
 
     async def _send(self, method: str, path: str, data: bytes, **headers: str) -> None:
-        told = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(data))}
-        told |= {name.replace("_", "-"): value for name, value in headers.items()}
-        head = "".join(f"{name}: {value}\r\n" for name, value in told.items())
+        all_headers = {"Host": "localhost", "Content-Type": "application/json", "Content-Length": str(len(data))}
+        all_headers |= {name.replace("_", "-"): value for name, value in headers.items()}
+        head = "".join(f"{name}: {value}\r\n" for name, value in all_headers.items())
         self._writer.write(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + data)
         await self._writer.drain()
 
@@ -110,11 +110,11 @@ def _heard(stream: bytes, first: float, whole: float) -> Heard:
     for event in stream.split(b"\n\n"):
         if not event.startswith(b"data: {"):
             continue
-        told = json.loads(event[6:])
-        if "error" in told:
-            raise RuntimeError(told["error"]["message"])
-        model = told["model"]
-        text += [choice["delta"].get("content") or "" for choice in told["choices"]]
-        if told.get("usage"):
-            count = told["usage"]["completion_tokens"]
+        chunk = json.loads(event[6:])
+        if "error" in chunk:
+            raise RuntimeError(chunk["error"]["message"])
+        model = chunk["model"]
+        text += [choice["delta"].get("content") or "" for choice in chunk["choices"]]
+        if chunk.get("usage"):
+            count = chunk["usage"]["completion_tokens"]
     return Heard(model, "".join(text), count, first, whole)

@@ -55,14 +55,14 @@ def server(experts: str, *more: str) -> Iterator[tuple[int, int]]:
     command = [sys.executable, "-m", "personalized_soups", "serve", "--base", "tiny", "--experts", experts]
     process = subprocess.Popen([*command, "--port", "0", "--same-base", *more], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    told = ""
+    output = ""
     try:
-        while "OpenAI's API" not in told:
+        while "OpenAI's API" not in output:
             line = process.stderr.readline()
             if not line:
-                raise RuntimeError(f"the server has not come up: {told}")
-            told += line
-        port = int(told.split("OpenAI's API http://127.0.0.1:")[1].split("/")[0])
+                raise RuntimeError(f"the server has not come up: {output}")
+            output += line
+        port = int(output.split("OpenAI's API http://127.0.0.1:")[1].split("/")[0])
         wait_ready(port)
         yield port, process.pid
     finally:

@@ -121,10 +121,10 @@ def run_process(command: Sequence[str]) -> Run:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as talk:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as talk:
         start = time.perf_counter()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=told, stderr=talk, cwd=ROOT, env=environment
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=talk, cwd=ROOT, env=environment
         )
         memory = _Memory(process.pid)
         with memory:
@@ -135,7 +135,7 @@ def run_process(command: Sequence[str]) -> Run:
                 process.wait()
                 raise
             seconds = time.perf_counter() - start
-        report = _last_object(_read(told))
+        report = _last_object(_read(output))
         if missing := report.get("missing"):
             raise MissingError(missing)
         if code != 0:

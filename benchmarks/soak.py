@@ -136,16 +136,16 @@ class Soak:
         current = max(self._written[user], default=0)
         soup = draw.choice([each for each in range(_SOUPS) if each != self._written[user].get(current)])
         condition = {"If_Match": f'"{current}"'} if current else {"If_None_Match": "*"}
-        status, told = await client.call(
+        status, body = await client.call(
             "PUT", f"/v1/profiles/{user}", {"weights": dict(self.soups[soup])}, **condition
         )
         if status in {200, 201}:
             self.seen.updates += 1
-            self._written[user][told["version"]] = soup
+            self._written[user][body["version"]] = soup
         elif status == 412:
             self.seen.conflicts += 1
         else:
-            self.seen.wrong.append(f"PUT {status}: {told}")
+            self.seen.wrong.append(f"PUT {status}: {body}")
 
     async def _watch(self) -> None:
         began = time.monotonic()
@@ -158,8 +158,8 @@ class Soak:
         await asyncio.sleep(2.0)
         async with Client(self._port) as client:
             for user, versions in self._written.items():
-                status, told = await client.call("GET", f"/v1/profiles/{user}?history=true")
-                kept = {each["version"]: each["profile"]["weights"] for each in told["data"]} if status == 200 else {}
+                status, body = await client.call("GET", f"/v1/profiles/{user}?history=true")
+                kept = {each["version"]: each["profile"]["weights"] for each in body["data"]} if status == 200 else {}
                 want = {version: dict(self.soups[soup]) for version, soup in versions.items()}
                 if kept != want:
                     self.seen.wrong.append(f"{user}: {len(kept)} versions are kept, {len(want)} were written")

@@ -117,8 +117,8 @@ def test_figures_become_rows(
     monkeypatch.setattr(mergekit, "install", install)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code = run.main(["--shape", "tiny", "--repeats", "3", "--page", str(page)])
-    told = capsys.readouterr().out
-    result = json.loads(told.splitlines()[-1])
+    output = capsys.readouterr().out
+    result = json.loads(output.splitlines()[-1])
     rows = {row["name"]: row for row in result["rows"]}
     expected = [row.name for each in experiments(SCALES["tiny"]) for row in each.rows]
 
@@ -156,7 +156,7 @@ def test_figures_become_rows(
     assert [name for name in expected if f"| {name} " not in text] == []
     assert text.count("by hand") == 3
     assert "Not measured yet." in text
-    assert [name for name in expected if name not in told] == []
+    assert [name for name in expected if name not in output] == []
     assert not (world / "outputs").exists()
 
 
@@ -172,8 +172,8 @@ def test_a_part_that_was_measured_in_part_leaves_the_page_alone(page: Path) -> N
 
 def test_real_processes_give_sane_figures(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run.main(["--shape", "tiny", "--repeats", "1", "--only", "adapter-span", "--json"])
-    told = capsys.readouterr().out
-    rows = {row["name"]: row for row in json.loads(told)["rows"]}
+    output = capsys.readouterr().out
+    rows = {row["name"]: row for row in json.loads(output)["rows"]}
     assert code == 0
     assert set(rows) == {"adapter-span", "adapter-process", "adapter-agreement"}
     for row in rows.values():
@@ -188,9 +188,9 @@ def test_real_processes_give_sane_figures(world: Path, capsys: pytest.CaptureFix
 
 
 def test_an_unknown_row_is_told_with_those_that_are_there() -> None:
-    with pytest.raises(SystemExit, match="no row is called adaptor") as told:
+    with pytest.raises(SystemExit, match="no row is called adaptor") as output:
         run.main(["--only", "adaptor"])
-    assert "adapter-span" in str(told.value)
+    assert "adapter-span" in str(output.value)
 
 
 def test_the_page_of_the_repository_has_a_place_for_both_tables() -> None:

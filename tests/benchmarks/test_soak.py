@@ -16,15 +16,15 @@ def test_a_short_soak_finds_nothing_wrong(
 ) -> None:
     monkeypatch.setenv("PSOUPS_BENCH_DIR", str(tmp_path))
     code = soak.main(["--seconds", "12", "--users", "24"])
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert code == 0, told
-    assert (told["wrong"], told["unexplained"], told["left"]) == ([], 0, 0.0)
-    assert told["answers"] > 50
-    assert told["hung_up"] > 5
-    assert told["updates"] > 50
-    assert told["conflicts"] > 0
+    output = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == 0, output
+    assert (output["wrong"], output["unexplained"], output["left"]) == ([], 0, 0.0)
+    assert output["answers"] > 50
+    assert output["hung_up"] > 5
+    assert output["updates"] > 50
+    assert output["conflicts"] > 0
     # ten seconds are no ten minutes: a leak of a few megabytes a second would show all the same
-    assert abs(told["memory_growth"]) < 0.05
+    assert abs(output["memory_growth"]) < 0.05
 
 
 def test_a_wrong_answer_or_a_lost_update_would_be_seen() -> None:

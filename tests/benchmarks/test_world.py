@@ -31,9 +31,9 @@ def test_transformers_loads_the_base_with_every_tensor(world: World) -> None:
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(world.base(TINY), output_loading_info=True)
-    model, told = loaded
-    assert not told["missing_keys"]
-    assert not told["unexpected_keys"]
+    model, output = loaded
+    assert not output["missing_keys"]
+    assert not output["unexpected_keys"]
     assert model.dtype == torch.bfloat16
     assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}

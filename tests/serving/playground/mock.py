@@ -82,8 +82,8 @@ class Mock:
             {"name": name, "about": about, "sides": sides, "experts": sides, "is_scored": self.is_scored}
             for name, (about, sides) in DIMENSIONS.items()
         ]
-        told = {"base": "tiny", "has_store": self.has_store, "preset_weight": 0.6}
-        return {"object": "list", **told, "data": data, "dimensions": dimensions}
+        output = {"base": "tiny", "has_store": self.has_store, "preset_weight": 0.6}
+        return {"object": "list", **output, "data": data, "dimensions": dimensions}
 
     def weights_of(self, body: Mapping[str, Any]) -> dict[str, float]:
         """Return the mixture that a request asks for."""

@@ -160,8 +160,8 @@ def _check_options(arguments: list[str]) -> None:
 
     from personalized_soups.cli.app import build_app
 
-    told = CliRunner().invoke(build_app(), ["generate", *arguments, "--help"])
-    assert told.exit_code == 0, told.output
+    message = CliRunner().invoke(build_app(), ["generate", *arguments, "--help"])
+    assert message.exit_code == 0, message.output
 
 
 def test_a_key_is_asked_for_and_opens_the_sliders(

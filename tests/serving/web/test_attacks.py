@@ -233,16 +233,16 @@ def test_what_a_client_is_told_names_no_folder_of_this_machine(impatient: Runnin
 
 
 def test_the_fingerprint_changes_with_the_experts_tensors(impatient: RunningServer, tmp_path: Path) -> None:
-    def told() -> str:
+    def output() -> str:
         return str(impatient.ask("POST", "/v1/chat/completions", BODY).json["system_fingerprint"])
 
-    before = told()
+    before = output()
     impatient.ask("POST", "/v1/experts/reload")
-    assert told() == before
+    assert output() == before
     shutil.rmtree(tmp_path / "experts" / "warm")
     write_expert(tmp_path / "experts" / "warm", seed=77)
     impatient.ask("POST", "/v1/experts/reload")
-    assert told() != before
+    assert output() != before
 
 
 @pytest.mark.parametrize(
@@ -295,15 +295,15 @@ def test_a_timeout_while_nobody_reads_is_no_crash(
         sent = send_raw(served.port, "/v1/chat/completions", body)
         served.wait_until(lambda: served.server.batcher.load.running > 0)
         served.wait_until(served.is_idle)  # the answers are done, or their time is over
-        told = b""
-        while not told.rstrip().endswith(b"\r\n0"):
+        output = b""
+        while not output.rstrip().endswith(b"\r\n0"):
             part = sent.recv(1 << 16)
             if not part:
                 break
-            told += part
+            output += part
         sent.close()
         served.wait_until(served.is_idle)
-    assert b"[DONE]" in told
+    assert b"[DONE]" in output
     assert [record.message for record in caplog.records if "Exception in ASGI" in record.message] == []
 
 

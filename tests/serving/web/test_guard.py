@@ -161,7 +161,9 @@ class _Got:
         self.num_taken = num_taken
 
 
-async def _through(guard: Guard, *parts: bytes | None, path: str = "/v1/x", method: str = "POST", **told: str) -> _Got:
+async def _through(
+    guard: Guard, *parts: bytes | None, path: str = "/v1/x", method: str = "POST", **given_headers: str
+) -> _Got:
     """Let one request through, its body in parts; None is a client that hangs up."""
     left: list[Message] = [
         {"type": "http.disconnect"}
@@ -177,7 +179,7 @@ async def _through(guard: Guard, *parts: bytes | None, path: str = "/v1/x", meth
     async def send(message: Message) -> None:
         sent.append(message)
 
-    headers = {"host": "localhost", **{name.replace("_", "-"): value for name, value in told.items()}}
+    headers = {"host": "localhost", **{name.replace("_", "-"): value for name, value in given_headers.items()}}
     scope = {"type": "http", "method": method, "path": path,
              "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}  # fmt: skip
     await guard(scope, receive, send)
@@ -198,9 +200,9 @@ def test_a_body_may_have_as_many_bytes_as_it_may_and_not_one_more() -> None:
         bad: list[list[bytes]] = [[b"x" * 21], [b"x" * 15, b"y" * 6], [b"x"] * 21]
         for parts in bad:
             assert (await _through(guard, *parts)).status == 413
-        told = await _through(guard, b"x" * 21, content_length="21")
-        assert (told.status, told.num_taken) == (413, 0)  # not read at all
-        assert told.headers["connection"] == "close"
+        response = await _through(guard, b"x" * 21, content_length="21")
+        assert (response.status, response.num_taken) == (413, 0)  # not read at all
+        assert response.headers["connection"] == "close"
 
     asyncio.run(test())
 

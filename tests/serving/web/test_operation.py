@@ -29,8 +29,8 @@ from tests.serving.servers import RunningServer, running
 
 def _value(served: RunningServer, name: str, **labels: str) -> float:
     text = served.ask("GET", "/metrics").body.decode()
-    told = ",".join(f'{label}="{value}"' for label, value in labels.items())
-    found = re.search(rf"^psoups_{name}{re.escape('{' + told + '}') if told else ''} (\S+)$", text, re.MULTILINE)
+    output = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    found = re.search(rf"^psoups_{name}{re.escape('{' + output + '}') if output else ''} (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
 
@@ -82,21 +82,21 @@ def test_several_answers_to_a_request_are_each_counted_and_their_prompt_once(ser
 def test_gauges_tell_what_is_going_on_now() -> None:
     metrics = Metrics(8, by_user=True)
 
-    def told(name: str, **labels: str) -> float | None:
+    def output(name: str, **labels: str) -> float | None:
         return metrics.registry.get_sample_value(f"psoups_{name}", labels)
 
     metrics.step(4, 0.5)
     metrics.page(Load(waiting=3, running=2, cache_bytes=77, seconds_per_answer=1.0))
-    assert (told("waiting_answers"), told("running_answers"), told("cache_bytes")) == (3, 2, 77)
-    assert told("batch_occupancy") == 0.25
-    assert told("answer_tokens_per_second") == pytest.approx(0.05 * 4 / 0.5)
-    assert (told("step_rows_sum"), told("step_seconds_sum"), told("answer_tokens_total")) == (4, 0.5, 4)
+    assert (output("waiting_answers"), output("running_answers"), output("cache_bytes")) == (3, 2, 77)
+    assert output("batch_occupancy") == 0.25
+    assert output("answer_tokens_per_second") == pytest.approx(0.05 * 4 / 0.5)
+    assert (output("step_rows_sum"), output("step_seconds_sum"), output("answer_tokens_total")) == (4, 0.5, 4)
     metrics.page(Load(waiting=0, running=0, cache_bytes=0, seconds_per_answer=1.0))
-    assert told("answer_tokens_per_second") == 0
+    assert output("answer_tokens_per_second") == 0
     metrics.submitted(ResolvedProfile(ExpertWeights(), "base", None, "m"), 2, 9)
     metrics.submitted(ResolvedProfile(ExpertWeights(), "stored", "ada", "soup:ada@1"), 3, 5)
-    assert (told("answers_total", profile="base"), told("answers_total", profile="stored")) == (2, 3)
-    assert (told("user_answers_total", user="ada"), told("prompt_tokens_total")) == (3, 14)
+    assert (output("answers_total", profile="base"), output("answers_total", profile="stored")) == (2, 3)
+    assert (output("user_answers_total", user="ada"), output("prompt_tokens_total")) == (3, 14)
 
 
 def test_users_are_counted_by_name_where_that_is_asked_for(
@@ -206,13 +206,13 @@ def test_more_than_the_base_can_is_refused() -> None:
 
 
 def test_half_of_what_is_free_is_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = ["MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable:    3000 kB\n"]
+    output = ["MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable:    3000 kB\n"]
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", lambda *_, **__: told[0])
+        patch.setattr(Path, "read_text", lambda *_, **__: output[0])
         patch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 4000))
         assert cache_bytes(torch.device("cpu")) == 1500 * 1024
         assert cache_bytes(torch.device("cuda", 0)) == 500
-        told[0] = ""  # another system
+        output[0] = ""  # another system
         assert cache_bytes(torch.device("cpu")) == 2 << 30
 
 

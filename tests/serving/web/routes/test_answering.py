@@ -110,10 +110,10 @@ def test_without_a_seed_answers_differ(served: RunningServer) -> None:
 
 def test_log_probabilities_are_those_of_the_model_alone(served: RunningServer) -> None:
     answer = _chat(served, logprobs=True, top_logprobs=3, max_tokens=6, extra_body={"profile": WARM})
-    told = answer.choices[0].logprobs.content
+    output = answer.choices[0].logprobs.content
     tokens = served.model.generator.encoded(PROMPT)
-    assert len(told) == 6
-    for entry in told:
+    assert len(output) == 6
+    for entry in output:
         with torch.no_grad(), served.model.mixture([WARM["weights"]]):
             logits_V = served.model(input_ids=torch.tensor([tokens])).logits[0, -1]
         want_V = torch.log_softmax(logits_V.double(), dim=-1)

@@ -69,15 +69,15 @@ def _said(served: RunningServer, weights: dict[str, float] | None) -> str:
 
 
 def test_experts_and_dimensions_are_listed_from_low_to_high(own: RunningServer) -> None:
-    told = own.ask("GET", "/v1/experts").json
-    assert told["base"] == "small"
-    assert [each["name"] for each in told["data"]] == ["cold", "plain", "warm"]
-    warm = told["data"][2]
+    output = own.ask("GET", "/v1/experts").json
+    assert output["base"] == "small"
+    assert [each["name"] for each in output["data"]] == ["cold", "plain", "warm"]
+    warm = output["data"][2]
     assert (warm["dimension"], warm["side"], warm["about"], warm["rank"], warm["is_changed"]) == (
         "heat", "warm", "Be warm.", 3, False,
     )  # fmt: skip
-    assert told["data"][1]["dimension"] is None
-    assert told["dimensions"] == [
+    assert output["data"][1]["dimension"] is None
+    assert output["dimensions"] == [
         {"name": "heat", "about": "How warm an answer is.", "sides": ["cold", "warm"], "experts": ["cold", "warm"],
          "first": "warm", "is_scored": True}
     ]  # fmt: skip
@@ -88,8 +88,8 @@ def test_a_changed_expert_is_refused_until_it_is_reloaded(own: RunningServer, fo
     write_expert(folder / "new", seed=9)
     shutil.rmtree(folder / "warm")
     write_expert(folder / "warm", seed=77, rank=5, alpha=20)
-    told = {each["name"]: each["is_changed"] for each in own.ask("GET", "/v1/experts").json["data"]}
-    assert told == {"cold": False, "plain": False, "warm": True}
+    output = {each["name"]: each["is_changed"] for each in own.ask("GET", "/v1/experts").json["data"]}
+    assert output == {"cold": False, "plain": False, "warm": True}
     refused = own.ask("POST", "/v1/chat/completions", _body({"warm": 2.0}))
     assert (refused.status, refused.error["code"], refused.headers["retry-after"]) == (503, "experts_changed", "5")
     assert "'warm'" in refused.error["message"]
@@ -172,9 +172,9 @@ def test_an_experts_own_record_says_its_dimension(small_base: Path, tmp_path: Pa
     write_record(folder, side="brave", dimension="courage")
     settings = Settings("small", limits=Limits(max_context=256))
     with running(small_base, tmp_path / "experts", settings) as served:
-        told = served.ask("GET", "/v1/experts").json
-        assert (told["data"][0]["dimension"], told["data"][0]["side"]) == ("courage", "brave")
-        assert told["dimensions"][0]["experts"] == ["mine"]
+        output = served.ask("GET", "/v1/experts").json
+        assert (output["data"][0]["dimension"], output["data"][0]["side"]) == ("courage", "brave")
+        assert output["dimensions"][0]["experts"] == ["mine"]
 
 
 def test_dimensions_stand_in_the_catalogues_order(small_base: Path, folder: Path) -> None:
@@ -184,9 +184,9 @@ def test_dimensions_stand_in_the_catalogues_order(small_base: Path, folder: Path
     declared = {"dimensions": {"zeal": {"about": "z", "sides": sides}, "heat": {"about": "h", "sides": heat}}}
     settings = Settings("small", limits=Limits(max_context=256))
     with running(small_base, folder, settings, catalogue=load_data(declared, Catalogue, "catalogue")) as served:
-        told = served.ask("GET", "/v1/experts").json["dimensions"]
-    assert [each["name"] for each in told] == ["zeal", "heat", "courage"]
-    assert [each["experts"] for each in told] == [["plain"], ["cold"], ["warm"]]
+        output = served.ask("GET", "/v1/experts").json["dimensions"]
+    assert [each["name"] for each in output] == ["zeal", "heat", "courage"]
+    assert [each["experts"] for each in output] == [["plain"], ["cold"], ["warm"]]
 
 
 @pytest.fixture
