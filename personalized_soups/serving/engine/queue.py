@@ -166,7 +166,10 @@ class RequestQueue:
                 self._aborted.clear()
                 if self.is_closed:
                     return False
-                if not self.lock.wait(_IDLE_SECONDS):
+                # a notification that arrives together with the timeout is lost, so the state decides
+                if not self.lock.wait(_IDLE_SECONDS) and not (
+                    self.waiting or self._jobs or self._aborted or self.is_closed
+                ):
                     on_idle()
                     self.lock.wait()
                 self._gather()
