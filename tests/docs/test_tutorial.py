@@ -87,13 +87,12 @@ def test_the_commands_print_what_the_page_shows(tmp_path: Path) -> None:
             elif block.kind == "console":
                 for command, shown in steps(block.text.replace("8000", str(port))):
                     if command.endswith("&"):
-                        log = (tmp_path / "server.log").open("w")
-                        started.append(
-                            subprocess.Popen(
+                        with (tmp_path / "server.log").open("wb") as log:
+                            server = subprocess.Popen(
                                 command[:-1].split(), cwd=tmp_path, env=environment, stdout=log, stderr=log
                             )
-                        )
-                        _wait_until_ready(port, started[-1])
+                        started.append(server)
+                        _wait_until_ready(port, server)
                         continue
                     done = subprocess.run(
                         ["bash", "-c", command],
