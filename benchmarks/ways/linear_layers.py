@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import decoding
 from benchmarks.ways.missing import give_up
-from personalized_soups.mixing import grouping, weight_group
+from personalized_soups.mixing.layers import grouping, weight_group
 from personalized_soups.mixing.model import SoupModel
 
 _ROUNDS = 9

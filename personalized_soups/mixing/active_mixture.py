@@ -11,9 +11,9 @@ from torch import Tensor
 
 from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.errors import UsageError
-from personalized_soups.mixing.gates import Gates
-from personalized_soups.mixing.layers import MixedLayers
-from personalized_soups.mixing.weight_table import weight_table
+from personalized_soups.mixing.layers.gates import Gates
+from personalized_soups.mixing.layers.mixed_layers import MixedLayers
+from personalized_soups.mixing.layers.weight_table import weight_table
 
 
 class Mixture:

@@ -11,8 +11,8 @@ import torch
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.active_mixture import ActiveMixture
-from personalized_soups.mixing.experts import check_known_base
-from personalized_soups.mixing.layers import MixedLayers
+from personalized_soups.mixing.layers.experts import check_known_base
+from personalized_soups.mixing.layers.mixed_layers import MixedLayers
 from personalized_soups.mixing.profile_registry import ProfileRegistry
 from personalized_soups.mixing.served_profile import ServedProfile
 

@@ -19,10 +19,10 @@ from personalized_soups.generation.loading import Dtype, load_base, load_tokeniz
 from personalized_soups.generation.prompts import Prompt
 from personalized_soups.mixing.active_mixture import ActiveMixture, Mixture
 from personalized_soups.mixing.batch_rows import AS_SET, AsSet
-from personalized_soups.mixing.experts import check_known_base
 from personalized_soups.mixing.generating import MixedGeneration
 from personalized_soups.mixing.held_experts import Experts, HeldExperts, library_of
-from personalized_soups.mixing.layers import MixedLayers
+from personalized_soups.mixing.layers.experts import check_known_base
+from personalized_soups.mixing.layers.mixed_layers import MixedLayers
 from personalized_soups.mixing.named_profiles import NamedProfiles
 from personalized_soups.mixing.prefixes import PrefixCache
 from personalized_soups.mixing.profile_registry import ProfileRegistry

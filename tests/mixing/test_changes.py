@@ -82,7 +82,7 @@ def test_an_expert_that_does_not_fit_changes_nothing(model: SoupModel, tmp_path:
 
 
 def test_unused_experts_are_not_computed(model: SoupModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("personalized_soups.mixing.stack._WORTH_A_GAP", 0)
+    monkeypatch.setattr("personalized_soups.mixing.layers.stack._WORTH_A_GAP", 0)
     ids = random_ids(2, 3)
     for layer in model.layers.by_name.values():
         layer.put(layer.stack)
@@ -97,7 +97,7 @@ def test_unused_experts_are_not_computed(model: SoupModel, monkeypatch: pytest.M
     with model.mixture([{"cold": 1.0}, {"warm": 0.5}]), torch.no_grad():
         assert columns() == [(0, 4), (6, 9)]
         apart = model(input_ids=ids).logits
-    monkeypatch.setattr("personalized_soups.mixing.stack._WORTH_A_GAP", 1 << 30)
+    monkeypatch.setattr("personalized_soups.mixing.layers.stack._WORTH_A_GAP", 1 << 30)
     for layer in model.layers.by_name.values():
         layer.put(layer.stack)
     with model.mixture([{"cold": 1.0}, {"warm": 0.5}]), torch.no_grad():

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from personalized_soups import SoupModel
 from personalized_soups.methods.factors import Factors
-from personalized_soups.mixing import stack as stacks
-from personalized_soups.mixing.arithmetic import mixed
-from personalized_soups.mixing.stack import Member, Stack
+from personalized_soups.mixing.layers import stack as stacks
+from personalized_soups.mixing.layers.arithmetic import mixed
+from personalized_soups.mixing.layers.stack import Member, Stack
 from tests.merging.worlds import examples
 from tests.mixing.worlds import LOGITS, float64_model, open_model, relative, write_experts, write_shared
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from personalized_soups import ExpertLibrary, SoupModel
 from personalized_soups.errors import IncompatibleExpertsError, InputError, UnsupportedAdapterError
-from personalized_soups.mixing.experts import check_experts
-from personalized_soups.mixing.gates import Gates
+from personalized_soups.mixing.layers.experts import check_experts
+from personalized_soups.mixing.layers.gates import Gates
 from tests import oracles
 from tests.experts import SHAPES, write_adapter, write_expert
 from tests.mixing.worlds import LOGITS, float64_model, open_model, random_ids, relative

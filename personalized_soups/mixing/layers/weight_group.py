@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from personalized_soups.kernels.add_gated import BlockDiagonal, add_gated
-from personalized_soups.mixing.gates import Gates
-from personalized_soups.mixing.groups import LayerGroup
-from personalized_soups.mixing.stack import Stack
+from personalized_soups.mixing.layers.gates import Gates
+from personalized_soups.mixing.layers.groups import LayerGroup
+from personalized_soups.mixing.layers.stack import Stack
 
 if TYPE_CHECKING:
-    from personalized_soups.mixing.layer import MixedLinear
+    from personalized_soups.mixing.layers.mixed_linear import MixedLinear
 
 # The alignment that cuBLAS's fast kernels need: bytes between the starts of weights, columns between the starts of
 # outputs.

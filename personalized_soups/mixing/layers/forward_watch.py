@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from personalized_soups.mixing.gates import Gates
+from personalized_soups.mixing.layers.gates import Gates
 
 
 class ForwardWatch:

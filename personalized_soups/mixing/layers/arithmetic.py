@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from personalized_soups.kernels.add_gated import BlockDiagonal, add_gated, gated
-from personalized_soups.mixing.stack import Span, Stack
+from personalized_soups.mixing.layers.stack import Span, Stack
 
 
 def mixed(

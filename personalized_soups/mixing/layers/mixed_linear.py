@@ -11,9 +11,9 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from personalized_soups.mixing.arithmetic import mixed
-from personalized_soups.mixing.gates import Gates
-from personalized_soups.mixing.stack import Span, Stack
+from personalized_soups.mixing.layers.arithmetic import mixed
+from personalized_soups.mixing.layers.gates import Gates
+from personalized_soups.mixing.layers.stack import Span, Stack
 
 # For how many sets of used experts a layer remembers the spans.
 _KEPT_SPANS = 32

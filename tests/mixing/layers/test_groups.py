@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from personalized_soups import SoupModel
-from personalized_soups.mixing import grouping, weight_group
-from personalized_soups.mixing.grouping import in_slot_order
-from personalized_soups.mixing.groups import LayerGroup
-from personalized_soups.mixing.weight_group import WeightGroup
+from personalized_soups.mixing.layers import grouping, weight_group
+from personalized_soups.mixing.layers.grouping import in_slot_order
+from personalized_soups.mixing.layers.groups import LayerGroup
+from personalized_soups.mixing.layers.weight_group import WeightGroup
 from tests.experts import SHAPES, write_expert
 from tests.mixing.worlds import LOGITS, open_model, random_ids, relative, true_logits, write_experts, write_shared
 
@@ -134,7 +134,7 @@ def test_a_batch_that_uses_few_ranks_multiplies_no_others(
     model: SoupModel, small_base: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch, products: list[int]
 ) -> None:
     monkeypatch.setattr(grouping, "_MOST_NUMBERS_ON_CPU", 0)
-    monkeypatch.setattr("personalized_soups.mixing.stack._WORTH_A_GAP", 0)
+    monkeypatch.setattr("personalized_soups.mixing.layers.stack._WORTH_A_GAP", 0)
     model = open_model(small_base, folders[0].parent)
     got = logits(model, IDS[:1], [{"warm": 1.0}])
     assert relative(got[0], true_logits(small_base, folders, {"warm": 1.0}, IDS[0])) < LOGITS
@@ -582,7 +582,7 @@ def test_memory_that_runs_out_leaves_every_layer_right(
         if place == "buffers":
             patched.setattr(WeightGroup, "__init__", full)
         else:
-            patched.setattr("personalized_soups.mixing.weight_group.torch.cat", full)
+            patched.setattr("personalized_soups.mixing.layers.weight_group.torch.cat", full)
         with pytest.warns(RuntimeWarning, match="memory ran out"):
             made = open_model(small_base, folders[0].parent)
         calls = 0

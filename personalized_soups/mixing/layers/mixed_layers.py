@@ -14,13 +14,13 @@ from torch import Tensor
 from personalized_soups.adapters.library import Expert
 from personalized_soups.declare.expert_weights import ExpertWeights
 from personalized_soups.launching.threads import in_order, num_workers
-from personalized_soups.mixing.cache_keys import CacheKeys
-from personalized_soups.mixing.experts import Members, bare_layer, check_experts
-from personalized_soups.mixing.forward_watch import ForwardWatch
-from personalized_soups.mixing.gates import Gates
-from personalized_soups.mixing.grouping import LayerGroups
-from personalized_soups.mixing.layer import MixedLinear
-from personalized_soups.mixing.stack import Member, Stack
+from personalized_soups.mixing.layers.cache_keys import CacheKeys
+from personalized_soups.mixing.layers.experts import Members, bare_layer, check_experts
+from personalized_soups.mixing.layers.forward_watch import ForwardWatch
+from personalized_soups.mixing.layers.gates import Gates
+from personalized_soups.mixing.layers.grouping import LayerGroups
+from personalized_soups.mixing.layers.mixed_linear import MixedLinear
+from personalized_soups.mixing.layers.stack import Member, Stack
 
 
 class MixedLayers:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from personalized_soups import SoupModel
 from personalized_soups.kernels import add_gated as kernel
 from personalized_soups.kernels import launching
-from personalized_soups.mixing import grouping, weight_group
+from personalized_soups.mixing.layers import grouping, weight_group
 from tests.experts import write_expert
 from tests.mixing.worlds import random_ids
 

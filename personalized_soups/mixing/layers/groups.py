@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.modules.module import _has_any_global_hook
 
-from personalized_soups.mixing.gates import Gates
-from personalized_soups.mixing.held_product import HeldProduct
-from personalized_soups.mixing.stack import Stack
+from personalized_soups.mixing.layers.gates import Gates
+from personalized_soups.mixing.layers.held_product import HeldProduct
+from personalized_soups.mixing.layers.stack import Stack
 
 if TYPE_CHECKING:
-    from personalized_soups.mixing.layer import MixedLinear
+    from personalized_soups.mixing.layers.mixed_linear import MixedLinear
 
 
 class LayerGroup:

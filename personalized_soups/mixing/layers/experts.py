@@ -21,9 +21,9 @@ from personalized_soups.bank.expert_bank import ExpertBank, StackedModule
 from personalized_soups.errors import IncompatibleExpertsError, SoupError, UnsupportedAdapterError, choose_from
 from personalized_soups.merging.computing.dora import Dora, turned
 from personalized_soups.merging.planning.checks import faults_of, raise_all
-from personalized_soups.mixing.gates import Gates
-from personalized_soups.mixing.layer import MixedLinear
-from personalized_soups.mixing.stack import Member
+from personalized_soups.mixing.layers.gates import Gates
+from personalized_soups.mixing.layers.mixed_linear import MixedLinear
+from personalized_soups.mixing.layers.stack import Member
 
 # The most problems of one expert that an error lists.
 _MAX_SHOWN = 5

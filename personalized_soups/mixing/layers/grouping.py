@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from personalized_soups.launching.threads import in_order, num_workers
-from personalized_soups.mixing.gates import Gates
-from personalized_soups.mixing.groups import FactorGroup, LayerGroup
-from personalized_soups.mixing.stack import Stack
-from personalized_soups.mixing.weight_group import WeightGroup, is_hooked
+from personalized_soups.mixing.layers.gates import Gates
+from personalized_soups.mixing.layers.groups import FactorGroup, LayerGroup
+from personalized_soups.mixing.layers.stack import Stack
+from personalized_soups.mixing.layers.weight_group import WeightGroup, is_hooked
 
 if TYPE_CHECKING:
-    from personalized_soups.mixing.layer import MixedLinear
+    from personalized_soups.mixing.layers.mixed_linear import MixedLinear
 
 # Names of layers that read the same input, in the order in which transformers' models call them. A wrong guess costs
 # time, never correctness: a layer that gets another input than its neighbours computes its own product.

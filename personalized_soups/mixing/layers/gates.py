@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from personalized_soups.errors import UsageError
-from personalized_soups.mixing.gate_layout import GateLayout
-from personalized_soups.mixing.held_product import HeldProduct
-from personalized_soups.mixing.stack import Stack
+from personalized_soups.mixing.layers.gate_layout import GateLayout
+from personalized_soups.mixing.layers.held_product import HeldProduct
+from personalized_soups.mixing.layers.stack import Stack
 
 
 class Gates:

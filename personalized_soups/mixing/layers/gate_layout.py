@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from personalized_soups.errors import UsageError
-from personalized_soups.mixing.stack import Stack
+from personalized_soups.mixing.layers.stack import Stack
 
 
 class Columns(NamedTuple):
