@@ -10,7 +10,7 @@ _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 # These implementations take a separate mask for every row; flash attention takes none.
 _KNOWN_IMPLEMENTATIONS = {"sdpa", "eager"}
 
-_FIX = "use a model with full or sliding attention, or generate in fixed batches with psoups generate"
+_FIX = "serve a model with full or sliding attention, or generate in fixed batches with psoups generate"
 
 
 def layer_kinds(text: Any) -> tuple[str, ...]:
@@ -28,7 +28,8 @@ def layer_kinds(text: Any) -> tuple[str, ...]:
     unknown = sorted(set(kinds) - _KNOWN_LAYERS)
     if unknown:
         raise UsageError(
-            f"the model has layers of type {', '.join(unknown)}; their rows cannot join and leave a running batch",
+            f"the model has layers of type {', '.join(unknown)}, but continuous batching supports only layers of type "
+            f"{' and '.join(sorted(_KNOWN_LAYERS))}",
             where="base",
             mend=_FIX,
         )
@@ -47,14 +48,16 @@ def check_attention(text: Any) -> None:
     implementation = text._attn_implementation
     if implementation not in _KNOWN_IMPLEMENTATIONS:
         raise UsageError(
-            f"the model uses the attention implementation {implementation!r}, which takes no mask for each row",
+            f"the model uses the attention implementation {implementation!r}, which accepts no separate mask "
+            "for each row of a batch",
             where="base",
             mend="load the model with attn_implementation='sdpa'",
         )
     # GPT-Neo counts the window of its local layers in columns of the batch, not in tokens of the row
     if "local" in (getattr(text, "attention_layers", None) or ()):
         raise UsageError(
-            "the model has layers with local attention; their rows cannot join and leave a running batch",
+            "the model has layers with local attention, but continuous batching supports only full and sliding "
+            "attention",
             where="base",
             mend=_FIX,
         )
@@ -63,7 +66,7 @@ def check_attention(text: Any) -> None:
 def rows_differ(model: Any) -> UsageError:
     """Return the error for a model whose rows give other logits in a batch than alone."""
     return UsageError(
-        f"{type(model).__name__} gives other logits for rows of different lengths in one batch than for each row alone",
+        f"{type(model).__name__} does not compute the same logits for a prompt in a batch as for a prompt alone",
         where="base",
         mend=_FIX,
     )

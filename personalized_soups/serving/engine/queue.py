@@ -236,5 +236,5 @@ class RequestQueue:
 
 def _closed() -> ClosedError:
     return ClosedError(
-        "the server is shutting down", where="server", mend="send the request to another server, or later"
+        "the server is shutting down", where="server", mend="send the request to another server, or send it again later"
     )

@@ -79,9 +79,9 @@ class GenerationRequest:
         if not self.tokens or self.max_new_tokens < 1:
             raise InputError(
                 f"the prompt has {len(self.tokens)} tokens and the answer may have {self.max_new_tokens}; "
-                "both must be at least 1",
+                "both numbers must be at least 1",
                 where="prompt",
-                mend="send a prompt that is not empty, and ask for at least one token",
+                mend="give a prompt with at least one token, and set max_new_tokens to 1 or more",
             )
         token_ids = [*self.tokens, *self.sampling_params.logit_bias]
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
@@ -92,14 +92,15 @@ class GenerationRequest:
             )
         if (num_tokens := len(self.tokens) + self.max_new_tokens) > max_context:
             raise InputError(
-                f"prompt and answer would have up to {num_tokens} tokens together, but at most {max_context} fit",
+                f"prompt and answer may have {num_tokens} tokens together, but at most {max_context} fit into the "
+                "context",
                 where="prompt",
-                mend="shorten the prompt, or ask for a shorter answer",
+                mend="shorten the prompt, or set max_new_tokens to a lower number",
             )
         if self.weights.is_scheduled:
             raise UsageError(
-                "a weight depends on the number of the generated token, and the rows of a running batch are at "
-                "different tokens",
+                "a weight depends on the number of the generated token, but continuous batching supports only constant "
+                "weights",
                 where="weights",
-                mend="give numbers as weights, or call SoupModel.generate",
+                mend="give numbers as weights, for example {'friendly': 0.6}, or call SoupModel.generate",
             )

@@ -44,7 +44,7 @@ class _RunningRequest:
         """
         if not choice.is_sound:
             raise RunError(
-                "the model returned logits that are not finite numbers",
+                "the model returned logits that are infinite or NaN",
                 where="weights",
                 mend="use smaller weights, for example between 0 and 1",
             )

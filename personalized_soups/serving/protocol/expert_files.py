@@ -75,7 +75,7 @@ class ExpertFiles:
             raise ExpertsChangedError(
                 f"the files of {', '.join(map(repr, changed))} have changed since they were loaded",
                 where="experts",
-                mend="POST /v1/experts/reload to serve the files as they are now",
+                mend="send POST /v1/experts/reload to load the files as they are now",
             )
 
     def difference(

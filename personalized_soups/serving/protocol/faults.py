@@ -118,10 +118,10 @@ _KNOWN_ERRORS = (
         (StoreUnavailable, FileFormatError),
         503,
         "store_unavailable",
-        "the profile store cannot be used now; the server's log has the reason",
+        "the profile store cannot be used now; the server's log has the details",
         is_temporary=True,
     ),
-    _KnownError((StoreFull,), 507, "store_full", "the disk of the profile store is full; nothing was written"),
+    _KnownError((StoreFull,), 507, "store_full", "the disk of the profile store is full; the profile was not written"),
     _KnownError((VersionConflict,), 412, "version_conflict"),
     _KnownError((UnknownProfile,), 404, "profile_not_found"),
 )

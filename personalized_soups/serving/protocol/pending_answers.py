@@ -142,7 +142,9 @@ class PendingAnswers(ABC):
                     yield pieces
         except TimeoutError:
             raise ApiError(
-                504, f"the answer was not complete within {seconds:g} s; ask for fewer tokens", code="timeout"
+                504,
+                f"the answer was not complete within {seconds:g} s; ask for fewer tokens with max_tokens",
+                code="timeout",
             ) from None
         finally:
             metrics.answered(time.perf_counter() - self.started)

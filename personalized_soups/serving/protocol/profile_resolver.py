@@ -72,7 +72,7 @@ class ProfileResolver:
             if profile is not None:
                 raise ApiError(
                     400,
-                    "`model` names a stored profile, and `profile` gives another one; "
+                    "`model` names a stored profile, but `profile` gives another profile; "
                     f"to use `profile`, set `model` to {self.base!r}",
                     param="profile",
                     code="invalid_value",
@@ -81,7 +81,7 @@ class ProfileResolver:
         if model != self.base:
             raise ApiError(
                 404,
-                f"The model {model!r} does not exist; use {self.base!r}, or soup:USER for a stored profile",
+                f"The model {model!r} does not exist; use {self.base!r}, or soup:USER for the stored profile of USER",
                 param="model",
                 code="model_not_found",
             )
@@ -112,7 +112,7 @@ class ProfileResolver:
         if self._store is None:
             raise ApiError(
                 404,
-                f"The model {model!r} does not exist: this server was started without a profile store",
+                f"The model {model!r} does not exist, because this server was started without a profile store",
                 param="model",
                 code="profile_not_found",
             )

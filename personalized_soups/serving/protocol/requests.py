@@ -171,7 +171,9 @@ class AnswerRequest(RequestBody):
     def _check_bias(cls, bias: dict[str, float] | None) -> dict[str, float] | None:
         wrong = next((name for name in bias or {} if not (name.isascii() and name.isdigit() and len(name) < 10)), None)
         if wrong is not None:
-            raise PydanticCustomError("no_token", "{name} is not a token id", {"name": repr(wrong)})
+            raise PydanticCustomError(
+                "no_token", "{name} is not a token id; write a token id as a key such as '42'", {"name": repr(wrong)}
+            )
         if len(bias or {}) > _MAX_BIASED:
             raise PydanticCustomError("too_many", "at most {most} tokens can have a bias", {"most": _MAX_BIASED})
         return bias

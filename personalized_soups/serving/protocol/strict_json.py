@@ -66,7 +66,7 @@ class BodyRoute(APIRoute):
 
         async def handler(request: Request) -> Response:
             if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                raise ApiError(400, "Content-Type must be application/json")
+                raise ApiError(400, "the Content-Type header must be application/json")
             try:
                 content = from_json(await request.body(), allow_inf_nan=False)
             except ValueError as error:
@@ -113,9 +113,9 @@ def validation_error(error: RequestValidationError, known: Sequence[str]) -> Api
             )
         case "missing":
             message = (
-                f"you must provide {param!r}"
+                f"the request has no parameter {param!r}, which is required"
                 if param
-                else "the body is empty; send JSON (Content-Type: application/json)"
+                else "the request body is empty; send JSON with the header Content-Type: application/json"
             )
             return ApiError(400, message, param=param, code="missing_required_parameter")
         case _:

@@ -80,7 +80,7 @@ def _check_number(context: AnswerContext, num_answers: int) -> None:
     if num_answers > most:
         raise ApiError(
             400,
-            f"the request asks for {num_answers} answers; this server accepts at most {most} in one request",
+            f"the request asks for {num_answers} answers, but this server accepts at most {most} in one request",
             param="n",
             code="invalid_value",
         )
@@ -149,5 +149,5 @@ def _check_token(generator: Generator, token: int, param: str) -> None:
     size = generator.model.config.get_text_config(decoder=True).vocab_size
     if token >= size:
         raise ApiError(
-            400, f"there is no token {token}; the base has tokens 0 to {size - 1}", param=param, code="invalid_value"
+            400, f"the base has no token {token}; its token ids are 0 to {size - 1}", param=param, code="invalid_value"
         )

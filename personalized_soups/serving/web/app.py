@@ -171,7 +171,7 @@ def _add_faults(api: FastAPI) -> None:
         assert isinstance(fault, HTTPException)
         messages: dict[int, str] = {
             404: f"Unknown request URL: {request.method} {request.url.path}",
-            405: f"Not allowed: {request.method} {request.url.path}",
+            405: f"The method {request.method} is not allowed for {request.url.path}",
         }
         message = messages.get(fault.status_code, str(fault.detail))
         return ApiError(fault.status_code, message, code=None, headers=fault.headers).response()

@@ -126,7 +126,7 @@ class Guard:
             return
         raise ApiError(
             HTTPStatus.MISDIRECTED_REQUEST,
-            f"this server was not started with the host name {host!r}",
+            f"this server does not accept the host name {host!r}; start the server with --allow-host to accept it",
             code="unknown_host",
         )
 
@@ -138,7 +138,7 @@ class Guard:
             return
         raise ApiError(
             403,
-            f"pages of {origin!r} may not use this server: it was not started with this CORS origin",
+            f"pages of {origin!r} must not use this server; start the server with --cors-origin to allow them",
             code="foreign_origin",
         )
 
@@ -156,7 +156,7 @@ class Guard:
             what = "Incorrect API key provided" if key else "You didn't provide an API key"
             raise ApiError(
                 401,
-                f"{what}; send it as Authorization: Bearer KEY",
+                f"{what}; send a valid key in the header Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -174,7 +174,7 @@ class Guard:
                     message = await self._received(receive)
                     if message["type"] == "http.disconnect":
                         raise ApiError(
-                            400, "the client closed the connection before the whole body arrived", code="broken_off"
+                            400, "the client closed the connection before it sent the whole body", code="broken_off"
                         )
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
@@ -184,7 +184,7 @@ class Guard:
                         return b"".join(parts)
         except TimeoutError:
             raise ApiError(
-                408, f"the body did not arrive within {self._rules.body_seconds:g} s", code="body_timeout"
+                408, f"the request body did not arrive within {self._rules.body_seconds:g} s", code="body_timeout"
             ) from None
 
     async def _received(self, receive: Receive) -> Message:
@@ -204,7 +204,7 @@ class Guard:
                 return arriving.result()
             raise ApiError(
                 503,
-                "the server is shutting down; send the request again",
+                "the server is shutting down; send the request again later",
                 code="shutting_down",
                 headers={"Retry-After": "1"},
             )
@@ -217,7 +217,7 @@ class Guard:
         if _is_counted(scope) and self._num_running >= self._rules.max_requests:
             raise ApiError(
                 429,
-                f"the server handles {self._num_running} requests, its limit; try again later",
+                f"the server already handles {self._num_running} requests, which is its limit; try again later",
                 code="too_many_requests",
                 headers={"Retry-After": str(self._retry_after())},
             )
@@ -264,7 +264,9 @@ def _is_counted(scope: Scope) -> bool:
 
 
 def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the body has more than {most} bytes", code="body_too_large", headers={"Connection": "close"})
+    return ApiError(
+        413, f"the request body has more than {most} bytes", code="body_too_large", headers={"Connection": "close"}
+    )
 
 
 def _host_of(header: str) -> str:

@@ -125,9 +125,9 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
     """
     if not has_key and not _is_loopback(host):
         raise UsageError(
-            f"other machines can reach {host}, and the server would accept requests without a key",
+            f"other machines can reach {host}, but the server would accept requests without a key",
             where="host",
-            mend="give a file of API keys, or listen on host=127.0.0.1",
+            mend="give a file of API keys (--api-key-file keys.txt), or listen on this machine only (--host 127.0.0.1)",
         )
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
@@ -141,7 +141,7 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
         raise UsageError(
             f"cannot listen on {host}:{port}: {error.strerror or error}",
             where="host, port",
-            mend="give another port; port=0 takes a free one",
+            mend="give another address or port; --port 0 takes a free port",
         ) from error
     return listening
 
@@ -157,22 +157,30 @@ def read_keys(path: Path) -> list[str]:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"the keys cannot be read: {error}", where=str(path), mend="give an ASCII file with one key per line"
+            f"the API keys cannot be read: {error}", where=str(path), mend="give an ASCII file with one key per line"
         ) from error
     if mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
-        raise InputError("other users of this machine can read the keys", where=str(path), mend=f"chmod 600 {path}")
+        raise InputError(
+            "other users of this machine can read or change the API keys",
+            where=str(path),
+            mend=f"run chmod 600 {path}",
+        )
     keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
     mend = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
     if not keys:
-        raise InputError("the file contains no key", where=str(path), mend=f"create one: {mend}")
+        raise InputError(
+            "the file contains no API key", where=str(path), mend=f"add a key to it; create one with {mend}"
+        )
     if any(" " in key or "\t" in key for key in keys):
-        raise InputError("a key contains white space", where=str(path), mend=f"create one without: {mend}")
+        raise InputError(
+            "an API key contains white space", where=str(path), mend=f"replace the key; create a new one with {mend}"
+        )
     short = next((number for number, key in enumerate(keys, 1) if len(key) < _MIN_KEY), None)
     if short is not None:
         raise InputError(
-            f"key number {short} has fewer than {_MIN_KEY} characters",
+            f"API key number {short} has fewer than {_MIN_KEY} characters",
             where=str(path),
-            mend=f"create a longer one: {mend}",
+            mend=f"replace the key; create a longer one with {mend}",
         )
     return keys
 
@@ -206,9 +214,9 @@ def context_of(model: SoupModel, wanted: int | None) -> int:
     most = max_context_of(model.model.config)
     if wanted is not None and wanted > most:
         raise UsageError(
-            f"a context of {wanted} tokens is larger than the base's {most}",
+            f"a context of {wanted} tokens is larger than the base's limit of {most} tokens",
             where="max_context",
-            mend=f"give {most} or fewer",
+            mend=f"give {most} or less, for example --max-context {most}",
         )
     return wanted or min(most, _USUAL_CONTEXT)
 

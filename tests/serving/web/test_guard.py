@@ -286,15 +286,15 @@ def test_keys_are_read_from_a_file_that_is_private(tmp_path: Path) -> None:
     assert read_keys(path) == [KEY, "another-key-of-some-length"]
     for others in (0o040, 0o004, 0o020, 0o002):
         path.chmod(0o600 | others)
-        with pytest.raises(InputError, match="other users of this machine can read the keys"):
+        with pytest.raises(InputError, match="other users of this machine can read or change the API keys"):
             read_keys(path)
     path.chmod(0o600)
     path.write_text("x" * 16)
     assert read_keys(path) == ["x" * 16]
     for text, what in (
-        ("# none\n", "contains no key"),
+        ("# none\n", "contains no API key"),
         ("x" * 15, "fewer than 16"),
-        (f"{KEY}\nshort\n", "key number 2"),
+        (f"{KEY}\nshort\n", "API key number 2"),
     ):
         path.write_text(text)
         with pytest.raises(InputError, match=what):

@@ -167,7 +167,7 @@ def test_a_fault_of_the_servers_own_tells_nothing(served: RunningServer, monkeyp
 def test_a_method_that_is_not_allowed_tells_those_that_are(served: RunningServer) -> None:
     reply = served.ask("DELETE", "/v1/chat/completions")
     assert (reply.status, reply.headers["allow"]) == (405, "POST")
-    assert reply.error["message"] == "Not allowed: DELETE /v1/chat/completions"
+    assert reply.error["message"] == "The method DELETE is not allowed for /v1/chat/completions"
 
 
 class _Base:
@@ -201,7 +201,7 @@ def test_the_context_is_what_the_base_can_or_less(most: int | None, asked: int |
 
 def test_more_than_the_base_can_is_refused() -> None:
     base: Any = _Base(256)
-    with pytest.raises(UsageError, match="a context of 257 tokens is larger than the base's 256"):
+    with pytest.raises(UsageError, match="a context of 257 tokens is larger than the base's limit of 256 tokens"):
         context_of(base, 257)
 
 

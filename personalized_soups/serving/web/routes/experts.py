@@ -86,7 +86,7 @@ def router(
         if not scales.dimensions:
             raise ApiError(404, "the server's preference catalogue has no scorers", code="no_scorers")
         if sum(map(len, body.answers)) > _MAX_CHARACTERS:
-            raise ApiError(400, f"the answers have more than {_MAX_CHARACTERS} characters in total", param="answers")
+            raise ApiError(400, f"the answers together exceed {_MAX_CHARACTERS} characters", param="answers")
 
         def score() -> list[Any]:
             return [scales.scores(body.prompt, answer) for answer in body.answers]
@@ -121,7 +121,7 @@ class _Reloading:
             _log.error("the experts cannot be reloaded", exc_info=fault)
             expert = next((name for name in Path(fault.where).parts[::-1] if name in self._model.experts), None)
             prefix = "" if expert is None else f"{expert}: "
-            message = f"{prefix}{fault.what}; the server's log says where; the experts loaded before are still served"
+            message = f"{prefix}{fault.what}; the server keeps the experts loaded before; its log has the details"
             raise ApiError(409, message, code="experts_at_fault") from fault
 
     def _reload(self) -> None:

@@ -121,7 +121,9 @@ def no_store() -> APIRouter:
     @routes.api_route("/v1/profiles", methods=["GET"], include_in_schema=False)
     @routes.api_route("/v1/profiles/{user:any}", methods=["GET", "PUT", "DELETE"], include_in_schema=False)
     def refuse() -> None:
-        raise ApiError(404, "this server was started without a profile store", code="no_store")
+        raise ApiError(
+            404, "this server was started without a profile store; start it with --profiles", code="no_store"
+        )
 
     return routes
 
@@ -135,7 +137,7 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
     if if_none_match is not None:
         if if_none_match.strip() != "*" or if_match is not None:
             raise ApiError(
-                400, "for a write, the `If-None-Match` header must be * and the only condition", param="If-None-Match"
+                400, "a write accepts only `If-None-Match: *`, without an `If-Match` header", param="If-None-Match"
             )
         return ABSENT
     if if_match is None:
@@ -146,7 +148,7 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
     if if_match.strip() != "*" and str(current) not in _versions(if_match):
         raise ApiError(
             412,
-            f"{user!r} is at version {current}; read the profile again",
+            f"{user!r} is at version {current}, but If-Match names another; read the profile again",
             param="If-Match",
             code="version_conflict",
             headers={"ETag": f'"{current}"'},
@@ -169,7 +171,9 @@ def _declared(user: str, profile: Mapping[str, Any]) -> Profile:
         ApiError: 400 if the body is not a profile, or names another user.
     """
     if profile.get("user", user) != user:
-        raise ApiError(400, "the profile's user differs from the user in the path", param="user", code="invalid_value")
+        raise ApiError(
+            400, "the `user` in the profile differs from the user in the path", param="user", code="invalid_value"
+        )
     try:
         return load_data({**profile, "user": user}, Profile, "profile")
     except SoupError as fault:
