@@ -151,10 +151,10 @@ def della_mergekit(
 def _merged(deltas: Deltas, weights: Weights, keeps: Iterable[Keep], fuse_of: Callable[[Weights], Fuse]) -> Tensor:
     """Sparsify each delta by its own rule in `keeps`, fuse them by `fuse_of(weights)`, and return the result."""
     if not deltas:
-        raise ValueError("there are no deltas to merge")
+        raise ValueError("there are no deltas to merge: give the delta of at least one expert")
     kinds = {(tuple(delta_OI.shape), delta_OI.dtype) for delta_OI in deltas}
     if len(kinds) > 1 or deltas[0].dim() != 2:
-        raise ValueError(f"the deltas must be matrices of one shape and dtype, not {sorted(map(str, kinds))}")
+        raise ValueError(f"the deltas must be matrices of one shape and dtype, but they have {sorted(map(str, kinds))}")
     rules = list(zip(deltas, keeps, weights, strict=True))
     fuse = fuse_of(weights)
     # contiguous, so that the flat index of an element, which selects its random word, is row * I + column

@@ -42,7 +42,7 @@ class Factors:
     def __post_init__(self) -> None:
         if self.a_RI.dim() != 2 or self.b_OR.dim() != 2 or self.a_RI.shape[0] != self.b_OR.shape[1]:
             raise ValueError(
-                f"factors of shapes {tuple(self.b_OR.shape)} and {tuple(self.a_RI.shape)} cannot be multiplied"
+                f"B of shape {tuple(self.b_OR.shape)} and A of shape {tuple(self.a_RI.shape)} cannot be multiplied"
             )
 
     @property
@@ -215,6 +215,6 @@ def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> T
 def _check_same_rank(factors: Sequence[Factors], method: str) -> None:
     ranks = [each.rank for each in factors]
     if not ranks:
-        raise ValueError(f"there are no factors for {method}")
+        raise ValueError(f"there are no factors for {method}: give the factors of at least one expert")
     if len(set(ranks)) > 1:
         raise ValueError(f"{method} needs equal ranks, not {', '.join(map(str, ranks))}")

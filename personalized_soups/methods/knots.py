@@ -35,7 +35,7 @@ def knots(factors: Sequence[Factors], weights: Sequence[float], *, density: floa
         ValueError: if there are no factors.
     """
     if not factors:
-        raise ValueError("there are no factors for knots")
+        raise ValueError("there are no factors for knots: give the factors of at least one expert")
     q_OD, basis = torch.linalg.qr(torch.cat([each.b_OR.double() * each.scaling for each in factors], dim=1))
     # With B = Q R and A_e^T = Q_e R_e, [d_1 ... d_E] = Q (R diag(R_e^T)) diag(Q_e^T). Q and diag(Q_e^T) are
     # orthonormal, so the SVD of the K x K core in the middle gives that of the O x (E I) matrix.

@@ -31,7 +31,7 @@ def linear(factors: Sequence[Factors], weights: Sequence[float], basis: Sequence
         ValueError: if there are no factors.
     """
     if not factors:
-        raise ValueError("there are no factors for linear")
+        raise ValueError("there are no factors for linear: give the factors of at least one expert")
     groups = range(len(factors)) if basis is None else basis
     # the weights go into B alone: A then keeps its bytes, and a change of weights in a live model rescales only B
     members: dict[int, list[tuple[Factors, float]]] = {}

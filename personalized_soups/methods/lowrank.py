@@ -97,7 +97,7 @@ class Decomposition:
         # K x K: the only part that depends on the weights
         core = (self.left.triangle_QK * products_K) @ self.right.triangle_QK[:, self.row_K].T
         if not all_finite(core):
-            raise ValueError("the delta is not finite")
+            raise ValueError("the delta contains NaN or infinity, so it is not finite")
         u, values, vh = torch.linalg.svd(core, full_matrices=False)
         squares = values.square()
         sums = squares.cumsum(0)
@@ -153,7 +153,7 @@ def decompose(factors: Sequence[Factors], basis: Sequence[int] | None = None) ->
         ValueError: if there are no factors.
     """
     if not any(each.rank for each in factors):
-        raise ValueError("there are no factors to decompose")
+        raise ValueError("there are no factors to decompose: give the factors of at least one expert")
     ranks = [each.rank for each in factors]
     rows = SharedRows.of(range(len(factors)) if basis is None else basis, ranks)
     expert_K = [index for index, rank in enumerate(ranks) for _ in range(rank)]
@@ -176,7 +176,7 @@ def truncate(factors: Factors, rank: int | None = None, energy: float | None = N
 def check_cut(rank: int | None, energy: float | None) -> None:
     """Raise ValueError unless exactly one is given: a rank of at least 1, or an energy share in (0, 1]."""
     if (rank is None) == (energy is None):
-        raise ValueError(f"give exactly one of rank and energy, not {rank} and {energy}")
+        raise ValueError(f"give exactly one of rank and energy, not rank={rank} and energy={energy}")
     if rank is not None and rank <= 0:
         raise ValueError(f"the rank is {rank}; it must be positive")
     if energy is not None and not 0 < energy <= 1:

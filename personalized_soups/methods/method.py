@@ -90,8 +90,8 @@ class Method:
         return _imported(self.coefficients)
 
     def _not_taken(self, name: str) -> UsageError:
-        mend = choose_from(name, self.options) if self.options else f"remove it: {self.name} takes no options"
-        return UsageError(f"{self.name} takes no option {name!r}", where=name, mend=mend)
+        mend = choose_from(name, self.options) if self.options else f"remove {name!r}: {self.name} takes no options"
+        return UsageError(f"the method {self.name} takes no option {name!r}", where=name, mend=mend)
 
     @staticmethod
     def _checked(name: str, value: float) -> float:
@@ -110,7 +110,7 @@ class Method:
         if density - epsilon <= 0 or density + epsilon > 1:
             raise UsageError(
                 f"density {density:g} with epsilon {epsilon:g} gives keep-probabilities from {density - epsilon:g} to "
-                f"{density + epsilon:g}; they must be above 0 and at most 1",
+                f"{density + epsilon:g}; they must all be above 0 and at most 1",
                 where="epsilon" if "epsilon" in given else "density",
                 mend=f"use an epsilon below {density:g} and at most {1 - density:g}",
             )

@@ -98,7 +98,7 @@ def method_of_function(function: object, name: str | None = None) -> Method:
         raise UsageError(
             f"the merge method is {function!r}; expected a name, a Method or a function",
             where="method",
-            mend="pass a function merge(deltas, weights) that is defined in a module",
+            mend="write a function in a module and pass it: def merge(deltas, weights): ...",
         )
     return Method(
         name=name or f"{module}:{qualified}",
@@ -145,7 +145,7 @@ def _entry_point(name: str) -> EntryPoint:
         raise UsageError(
             f"several packages provide the merge method {name!r}: {', '.join(sorted(map(package_of, providers)))}",
             where="method",
-            mend="uninstall all but one of them, or pass the function in Python",
+            mend="uninstall all of these packages but one, or pass the function itself: MergeOptions(method=FUNCTION)",
         )
     return providers[0]
 
@@ -176,7 +176,7 @@ def _load(entry_point: EntryPoint) -> Method:
             f"the merge method {entry_point.name!r} of the package {package} cannot be imported from "
             f"{entry_point.value}: {type(error).__name__}: {error}",
             where="method",
-            mend=f"reinstall or update {package.partition(' ')[0]}, or choose another method",
+            mend=f"reinstall or update it, or choose another method: pip install -U {package.partition(' ')[0]}",
         ) from error
     try:
         if isinstance(target, Method):
@@ -186,7 +186,7 @@ def _load(entry_point: EntryPoint) -> Method:
         raise UsageError(
             f"the merge method {entry_point.name!r} of the package {package} cannot be used: {error.what}",
             where="method",
-            mend=f"update {package.partition(' ')[0]}, or choose another method",
+            mend=f"update it, or choose another method: pip install -U {package.partition(' ')[0]}",
         ) from error
 
 
@@ -198,7 +198,7 @@ def _checked(method: Method) -> Method:
         raise UsageError(
             f"the Method {method.name!r} cannot be used: {'; '.join(faults)}",
             where="method",
-            mend="correct the Method; docs/howto/add_a_method.md shows an example",
+            mend="correct the fields of the Method as in docs/howto/add_a_method.md",
         )
     return method
 
@@ -215,9 +215,9 @@ def _faults(method: Method) -> list[str]:
     if unknown := [option for option in method.options if option not in OPTIONS]:
         faults.append(f"its options include {', '.join(unknown)}; expected some of {', '.join(OPTIONS)}")
     if "density" not in method.options and (method.trims_globally or "epsilon" in method.options):
-        faults.append("it has no option 'density', which trims_globally and the option 'epsilon' need")
+        faults.append("it has no option 'density', but trims_globally and the option 'epsilon' need 'density'")
     if method.coefficients:
-        faults.append("it has coefficients, which only built-in methods can have")
+        faults.append("it has coefficients, but only built-in methods can have coefficients")
     if method.family == "dense" and method.divides_by_sum:
-        faults.append("it sets divides_by_sum, which only the family 'factor' can have")
+        faults.append("it sets divides_by_sum, but only methods of the family 'factor' can set divides_by_sum")
     return faults

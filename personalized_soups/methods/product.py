@@ -93,6 +93,6 @@ def sums_of_stack(weights_UE: Tensor, stack_EP: Tensor) -> Tensor:
 def _checked(weights_UE: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Return the flattened tensors, and the weights in the tensors' dtype and on their device."""
     if not tensors or weights_UE.shape[1] != len(tensors):
-        raise ValueError(f"{weights_UE.shape[1]} weights for {len(tensors)} tensors")
+        raise ValueError(f"there are {weights_UE.shape[1]} weights for {len(tensors)} tensors; expected one each")
     flat = [tensor.reshape(-1) for tensor in tensors]
     return flat, weights_UE.to(flat[0].device, flat[0].dtype)

@@ -62,7 +62,10 @@ def drop_small(density: float, epsilon: float, stream: Stream, *, rescales: bool
         ValueError: if a probability would not be above 0 and at most 1.
     """
     if density - epsilon <= 0 or density + epsilon > 1:
-        raise ValueError(f"the keep-probabilities {density:g} -+ {epsilon:g} must be above 0 and at most 1")
+        raise ValueError(
+            f"the keep-probabilities are {density - epsilon:g} to {density + epsilon:g}; "
+            "they must be above 0 and at most 1"
+        )
     if density >= 1 and epsilon == 0:
         return lambda block_NI, _start: block_NI
 

@@ -56,7 +56,7 @@ def test_json_is_a_profile_too(tmp_path: Path) -> None:
             "weights: {a: 1}\noptions: {density: 0.3}",
             "u.yaml:2: options.density",
             "linear takes no option 'density'",
-            "remove it: linear takes no options",
+            "remove 'density': linear takes no options",
         ),
         (
             "weights: {a: 1}\nmethod: ties\noptions:\n  density: 1.5",

@@ -53,9 +53,9 @@ def _untrained(experts: MeasuredExperts) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "untrained",
-                f"{experts.name(index)} changes nothing: every product B A is 0, as before training",
+                f"{experts.name(index)} changes nothing: the product B @ A of every module is 0, as before training",
                 str(experts.bank.experts[index].folder),
-                "train the expert, or leave it out",
+                "train the expert, or leave it out of the soup",
             )
 
 
@@ -68,19 +68,20 @@ def _norms(experts: MeasuredExperts) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "norm",
-                f"{experts.name(index)} is {part / usual:.3g} times as large as the median of the others, so it will "
-                "dominate the soup",
+                f"{experts.name(index)} is {part / usual:.3g} times as large as the median of the other experts, so it "
+                "will dominate the soup",
                 experts.name(index),
-                f"give it a weight of about {usual / part:.2g} times the others' weights",
+                f"give this expert a weight of about {usual / part:.2g} times the others' weights",
             )
         relative = experts.relative(index)
         if relative is not None and relative >= LARGE:
             yield Finding(
                 "warning",
                 "large",
-                f"{experts.name(index)} changes the base by {relative:.3g} of its norm",
+                f"{experts.name(index)} makes a very large change: the norm of its deltas is {relative:.3g} times "
+                "the norm of the base tensors that it adapts",
                 experts.name(index),
-                "check whether its training diverged, or give it a small weight",
+                "check the training loss of this expert for divergence, or give this expert a small weight",
             )
 
 
@@ -91,10 +92,10 @@ def _pairs(experts: MeasuredExperts) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "duplicate",
-                f"{experts.name(first)} and {experts.name(second)} are the same expert: their weight files are equal, "
+                f"{experts.name(first)} and {experts.name(second)} are the same expert: their weight files are equal "
                 "byte for byte",
                 where,
-                "leave one of them out",
+                "leave one of the two experts out of the soup",
             )
             continue
         yield from _directions(experts, first, second, where)
@@ -107,13 +108,13 @@ def _directions(experts: MeasuredExperts, first: int, second: int, where: str) -
         return
     if abs(cosine) > ALIGNED:
         if not experts.are_of_one_dimension(first, second):
-            effect = "their weights add up" if cosine > 0 else "equal weights cancel"
+            effect = "their weights add up" if cosine > 0 else "equal weights cancel each other"
             yield Finding(
                 "warning",
                 "one direction",
                 f"{names} have nearly the same direction (cosine {cosine:.3f}): {effect}",
                 where,
-                "check whether they were trained on the same data, and weigh them as one expert",
+                "check whether both were trained on the same data; choose their two weights as if they were one expert",
             )
         return
     inputs, outputs = measures.inputs(first, second) or 0.0, measures.outputs(first, second) or 0.0
@@ -121,19 +122,20 @@ def _directions(experts: MeasuredExperts, first: int, second: int, where: str) -
         yield Finding(
             "warning",
             "overlap",
-            f"{names} read and write the same features: their spaces overlap by {inputs:.2f} (inputs) and "
-            f"{outputs:.2f} (outputs)",
+            f"{names} use the same features: the spaces of their A's and of their B's overlap "
+            f"by {inputs:.2f} (inputs) and {outputs:.2f} (outputs)",
             where,
-            "evaluate their soup and not only each expert: one can undo the other",
+            "evaluate a soup of both experts and not only each expert: one expert can undo the other",
         )
     opposed = measures.opposed(first, second) or 0.0
     if opposed >= OPPOSED:
         yield Finding(
             "warning",
             "signs",
-            f"{names} have opposite signs in {opposed:.0%} of their energy (50% is chance), so they cancel in part",
+            f"{names} have opposite signs in {opposed:.0%} of their squared norm (50% is chance), so they "
+            "cancel in part",
             where,
-            "give only one of them a weight, or use the method ties, which elects signs",
+            "give a weight to only one of them, or use the method ties, which elects one sign per entry",
         )
 
 
@@ -143,22 +145,22 @@ def _piles(experts: MeasuredExperts) -> Iterator[Finding]:
         return
     ratio = pile.norm / pile.orthogonal
     norms = (
-        f"|sum w d| is {pile.norm:.3g}; it would be {pile.orthogonal:.3g} for orthogonal experts, and is at most "
-        f"{pile.most:.3g}"
+        f"the norm |sum w d| is {pile.norm:.3g}; it would be {pile.orthogonal:.3g} if the experts were orthogonal, and "
+        f"{pile.most:.3g} if they had one direction"
     )
     if ratio < CANCELS:
         mend = "check the signs of the weights"
-        yield Finding("warning", "cancel", f"the weighted experts cancel: {norms}", "weights", mend)
+        yield Finding("warning", "cancel", f"the weighted experts cancel each other: {norms}", "weights", mend)
     elif ratio > PILES_UP:
-        mend = "use smaller weights for experts of the same direction"
+        mend = "give smaller weights to the experts that have the same direction"
         yield Finding("warning", "pile up", f"the weighted experts add up: {norms}", "weights", mend)
 
 
 def _damaged_base(experts: MeasuredExperts) -> Iterator[Finding]:
     for name, norm in (experts.base_norms or {}).items():
         if not math.isfinite(norm):
-            what = f"{name}: the base holds NaN or infinity"
-            yield Finding("error", "base tensor", what, name, "use an undamaged base")
+            what = f"the tensor {name} of the base contains NaN or infinity"
+            yield Finding("error", "base tensor", what, name, "download or copy the base again")
 
 
 def _modules(experts: MeasuredExperts) -> Iterator[Finding]:
@@ -175,15 +177,15 @@ def _modules(experts: MeasuredExperts) -> Iterator[Finding]:
                 f"{expert.name} shares no module with the other experts, but {len(alike)} of its names end like theirs "
                 f"({', '.join(alike[0])})",
                 str(expert.folder),
-                "check that the experts were trained on the same class of the base; if the base has both modules, no "
-                "action is needed",
+                "check that all experts were trained on the same model class; if the base has both modules, no action "
+                "is needed",
             )
         elif missing:
             more = ", ..." if len(missing) > _MAX_SHOWN else ""
             yield Finding(
                 "note",
                 "modules",
-                f"{expert.name} lacks {len(missing)} modules that other experts adapt, and adds nothing to them",
+                f"{expert.name} does not adapt {len(missing)} of the modules that other experts adapt",
                 ", ".join(missing[:_MAX_SHOWN]) + more,
                 "no action is needed",
             )
@@ -192,8 +194,8 @@ def _modules(experts: MeasuredExperts) -> Iterator[Finding]:
             yield Finding(
                 "note",
                 "trained whole",
-                f"{expert.name} holds {len(expert.adapter.trained)} tensors in addition to its low-rank changes "
-                f"({origins}); the doctor does not measure them",
+                f"{expert.name} holds {len(expert.adapter.trained)} tensors in addition to its LoRA factors "
+                f"({origins}); the doctor does not measure these tensors",
                 str(expert.folder),
                 "give the base when you merge this expert",
             )
@@ -224,17 +226,17 @@ def _headers(experts: MeasuredExperts) -> Iterator[Finding]:
         (
             "rank",
             lambda expert: {f"{module.rank}" for module in expert.adapter.modules.values()},
-            "no action is needed, except for methods that sum A's and B's separately: they need one rank",
+            "no action is needed, unless the method sums A's and B's separately; such methods need equal ranks",
         ),
         (
             "scaling",
             lambda expert: {f"{module.scaling:g}" for module in expert.adapter.modules.values()},
-            "no action is needed, except for factor_average: it needs one scaling",
+            "no action is needed, unless the method is factor_average, which needs equal scalings",
         ),
         (
             "dtype",
             lambda expert: set(expert.adapter.dtypes),
-            "no action is needed: the merged adapter is float32, or the dtype that you give",
+            "no action is needed: the merged adapter has dtype float32 unless you give another dtype",
         ),
     )
     for kind, values_of, mend in rules:
@@ -260,7 +262,7 @@ def _basis(experts: MeasuredExperts) -> Iterator[Finding]:
         yield Finding(
             "note",
             "partly shared basis",
-            "some experts have the same A in some modules; a merge stacks these rows only once",
+            "some experts have the same A in some modules; a merge stacks the rows of a shared A only once",
             where,
             "no action is needed",
         )

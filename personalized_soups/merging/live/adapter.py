@@ -157,7 +157,7 @@ class LiveAdapter:
             raise UsageError(
                 f"the model already has an adapter called {adapter!r}",
                 where="adapter",
-                mend="attach the soup under another name",
+                mend="choose another name for the soup: live.attach(model, adapter='soup-2')",
             )
         check_model(model.get_base_model() if wrapped else model, self._plan, self.device)
         config = LoraConfig(
@@ -200,30 +200,31 @@ class LiveAdapter:
         absent = [name for name, weight in profile.weights.items() if weight != 0 and name not in self._experts]
         if absent:
             raise DeclarationError(
-                f"the live soup was created without the expert {', '.join(map(repr, absent))}",
+                f"the live soup was created without the expert {', '.join(map(repr, absent))}, but the profile "
+                "gives it a weight",
                 where=profile.place("weights", absent[0]),
-                mend=f"create a LiveAdapter with it: experts=[..., {absent[0]!r}]",
+                mend=f"create a LiveAdapter with this expert: experts=[..., {absent[0]!r}]",
             )
         self._sides.check(profile)
         # a profile without a method takes the live soup's, as it takes the method of a merge's options
         if "method" in profile.model_fields_set and profile.method != self.method.name:
             raise UsageError(
-                f"the profile asks for the method {profile.method}; the live soup is computed by {self.method.name}",
+                f"the profile asks for the method {profile.method}, but the live soup uses {self.method.name}",
                 where=profile.place("method"),
-                mend=f"create another LiveAdapter(..., method={profile.method!r}), or merge",
+                mend=f"create another LiveAdapter(..., method={profile.method!r}), or merge the experts instead",
             )
         if profile.rank is not None and profile.rank < self.rank:
             raise UsageError(
                 f"the profile asks for rank {profile.rank}; the live soup is exact and has rank {self.rank}",
                 where=profile.place("rank"),
-                mend="leave `rank` out of the profile, or merge",
+                mend="leave `rank` out of the profile, or merge the experts instead",
             )
         weights = profile.resolved_weights()
         if self.method.divides_by_sum and cancels(list(weights.values())):
             raise UsageError(
-                f"{self.method.name} divides by the sum of the weights, which is {sum(weights.values()):g}",
+                f"the method {self.method.name} divides by the sum of the weights, which is {sum(weights.values()):g}",
                 where=profile.place("weights"),
-                mend="use the method `linear`, or weights that do not cancel",
+                mend="use the method `linear`, or change the weights so that their sum is not 0",
             )
         return [weights.get(name, 0.0) for name in self._experts]
 
@@ -231,9 +232,9 @@ class LiveAdapter:
         probes = [(probe(), address) for probe, address in self._attached]
         if any(probe is not None and probe.data_ptr() != address for probe, address in probes):
             raise UsageError(
-                "a model was moved or cast after the soup was attached: its adapter is a copy that cannot be set",
+                "a model was moved or cast after the soup was attached, so `set` cannot change its adapter",
                 where="LiveAdapter.attach",
-                mend="remove the copy with model.delete_adapter, move and cast the model, then attach the soup again",
+                mend="call model.delete_adapter('soup'), move or cast the model, then attach the soup again",
             )
 
 
@@ -245,7 +246,7 @@ def _checked_method(method: str | Method | DenseMerge) -> Method:
         raise UsageError(
             f"a live soup cannot be computed by {name}; expected a method that sums the experts' factors",
             where="method",
-            mend=f"merge instead, or choose from: linear, {', '.join(FACTOR_RULES)}",
+            mend=f"merge the experts instead, or choose from: linear, {', '.join(FACTOR_RULES)}",
         )
     return METHODS[name]
 
@@ -256,7 +257,11 @@ def _plan_of_all(
     """Return the plan of a merge in which every expert has weight 1; planning checks the experts."""
     names = list(library if experts is None else experts)
     if not names:
-        raise UsageError("a live soup needs at least one expert", where="experts", mend="name one expert or more")
+        raise UsageError(
+            "a live soup needs at least one expert",
+            where="experts",
+            mend="give the name of at least one expert: experts=['friendly']",
+        )
     everyone = Profile(weights=dict.fromkeys(names, 1.0), allow_opposed=True)
     check_plain([library[name] for name in names if name in library])
     return plan_merge(library, everyone, MergeOptions(method=method, dtype=dtype, same_base=same_base))

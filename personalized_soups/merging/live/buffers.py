@@ -156,10 +156,10 @@ def check_fits(largest: float, dtype: torch.dtype) -> None:
     """
     if not largest <= torch.finfo(dtype).max:
         raise UsageError(
-            f"the soup may have values up to {largest:g}, beyond {str(dtype).removeprefix('torch.')} "
-            f"(at most {torch.finfo(dtype).max:g})",
+            f"the soup may have values up to {largest:g}, beyond {str(dtype).removeprefix('torch.')}, "
+            f"whose largest value is {torch.finfo(dtype).max:g}",
             where="dtype",
-            mend="use dtype='float32' or 'bfloat16', or smaller weights",
+            mend="use dtype='float32' or dtype='bfloat16', or use smaller weights",
         )
 
 

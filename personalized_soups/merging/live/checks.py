@@ -26,7 +26,7 @@ def check_plain(experts: Sequence[Expert]) -> None:
             if module.kind != "linear":
                 raise _unsupported(expert, f"adapts {module.name}, which is a module of the kind {module.kind}")
         for whole in expert.adapter.trained.values():
-            raise _unsupported(expert, f"has {whole.name}, which is trained whole ({whole.origin})")
+            raise _unsupported(expert, f"has the tensor {whole.name}, which is trained whole ({whole.origin})")
 
 
 def check_model(base: nn.Module, plan: MergePlan, device: torch.device) -> None:
@@ -42,14 +42,14 @@ def check_model(base: nn.Module, plan: MergePlan, device: torch.device) -> None:
         layer: Any = layers.get(module.name)
         shape = None if layer is None else (getattr(layer, "out_features", None), getattr(layer, "in_features", None))
         if shape is None:
-            faults.append(f"{module.name} is missing")
+            faults.append(f"{module.name} is missing from the model")
         elif shape != (module.out_features, module.in_features):
             described = f"has the shape {list(shape)}" if None not in shape else f"is of type {type(layer).__name__}"
             expected = [module.out_features, module.in_features]
             faults.append(f"{module.name} {described}; the experts adapt a linear layer of shape {expected}")
         elif layer.weight.device != device:
             raise UsageError(
-                f"{module.name} is on {layer.weight.device}, and the live soup is on {device}",
+                f"{module.name} is on {layer.weight.device}, but the live soup is on {device}",
                 where="model",
                 mend="move the model before you attach the soup: model.to(live.device)",
             )
@@ -58,7 +58,7 @@ def check_model(base: nn.Module, plan: MergePlan, device: torch.device) -> None:
         raise IncompatibleExpertsError(
             "the model does not fit the experts: " + "; ".join(faults[:_MAX_SHOWN]) + more,
             where=", ".join(expert.name for expert in plan.experts),
-            mend="attach the soup to the base model that the experts were trained on",
+            mend="load the base model that the experts were trained on, and attach the soup to that model",
         )
 
 

@@ -66,7 +66,7 @@ class AdapterComparison:
         for name in sorted(set(self.file.entries) - expected):
             self._faults.append(Fault("tensor", name, "does not belong to this soup"))
         if dict(self.file.metadata) != _METADATA:
-            what = f"the header's metadata is {dict(self.file.metadata)}, expected {_METADATA}"
+            what = f"has the header metadata {dict(self.file.metadata)}, expected {_METADATA}"
             self._faults.append(Fault("configuration", self.file.path.name, what))
         return Comparison(len(expected), tuple(self._differences), tuple(self._faults))
 
@@ -99,9 +99,9 @@ class AdapterComparison:
         for name, spec in specs.items():
             entry = self.file.entries.get(name)
             if entry is None:
-                self._faults.append(Fault("tensor", name, "is missing"))
+                self._faults.append(Fault("tensor", name, "is missing from the file"))
             elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-                what = f"is {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
+                what = f"has {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
                 self._faults.append(Fault("tensor", name, what))
             else:
                 distances[name] = Distance()
@@ -119,11 +119,11 @@ class AdapterComparison:
     def _misfit(self, name: str, tensor: Tensor) -> Fault | None:
         entry = self.file.entries.get(name)
         if entry is None:
-            return Fault("tensor", name, "is missing")
+            return Fault("tensor", name, "is missing from the file")
         dtype = self.file.tensor(name).dtype
         if (dtype, entry.shape) == (tensor.dtype, tuple(tensor.shape)):
             return None
-        return Fault("tensor", name, f"is {dtype} {list(entry.shape)}, expected {tensor.dtype} {list(tensor.shape)}")
+        return Fault("tensor", name, f"has {dtype} {list(entry.shape)}, expected {tensor.dtype} {list(tensor.shape)}")
 
     def _by_element(self, module: MergedModule, name: str, tensor: Tensor) -> Difference:
         """Compare one tensor of a stack: A's are copies and must be equal; B's are sums of w s B, with rounding."""

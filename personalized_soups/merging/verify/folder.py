@@ -148,7 +148,9 @@ class _Job:
             expected = adapter_record(self.plan, self.device, ranks, comparison.losses, self._inputs)
             faults += record_faults(self.record, expected)
             if not is_same_base(self.record.base, expected.base):
-                faults.append(Fault("record", "base", f"is {self.record.base}, the experts' base is {expected.base}"))
+                faults.append(
+                    Fault("record", "base", f"is {self.record.base}, but the experts' base is {expected.base}")
+                )
         return compared, [*input_faults(self.record, self.library, self.digests.results()), *faults]
 
     def model(self, base: Path | str | None, progress: Progress | None) -> tuple[Comparison | None, list[Fault]]:
@@ -177,13 +179,13 @@ class _Job:
 
 def _record_of(folder: Path) -> SoupRecord:
     if not os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
-        raise InputError("the folder does not exist", where=str(folder), mend="check the path")
+        raise InputError("the folder does not exist", where=str(folder), mend="check the spelling of the path")
     record = read_soup_record(folder)
     if record is None:
         raise InputError(
-            f"the folder has no {SOUP_FILE}, which records how a soup was merged",
+            f"the folder has no {SOUP_FILE}, the file that records how a soup was merged",
             where=str(folder),
-            mend="give a folder that psoups merge or psoups merge-many wrote",
+            mend="give a folder that `psoups merge` or `psoups merge-many` wrote",
         )
     return record
 
@@ -205,7 +207,7 @@ def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None
         raise InputError(
             "experts of this soup are missing from their recorded folders: " + ", ".join(missing),
             where=SOUP_FILE,
-            mend="give their new folder: experts=FOLDER",
+            mend="give the folder that contains these experts now: experts=FOLDER",
         )
     return ExpertLibrary(folders, where=SOUP_FILE)
 
@@ -221,9 +223,9 @@ def _given_method(record: SoupRecord, method: str | Method | DenseMerge | None) 
         return given
     if given is not None and given.name != record.method:
         raise UsageError(
-            f"the soup was merged by {record.method}, a built-in method; the method given is {given.name}",
+            f"the soup was merged by {record.method}, a built-in method, but the method given is {given.name}",
             where="method",
-            mend="leave method out",
+            mend="leave out the argument `method`",
         )
     return record.method
 
@@ -239,9 +241,9 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, m
     weights = {name: weight for name, weight in profile.weights.items() if weight != 0}
     if set(weights) != set(library):
         raise DeclarationError(
-            f"the profile has weights for {', '.join(sorted(weights))}; the record's experts are {', '.join(library)}",
+            f"the profile has weights for {', '.join(sorted(weights))}, but the merge read {', '.join(library)}",
             where=f"{SOUP_FILE}: profile.weights",
-            mend="restore soup.json, or merge again",
+            mend="restore the original soup.json, or merge the experts again",
         )
     ordered = {expert.name: weights[expert.name] for expert in record.experts}
     cut = record.truncation
@@ -266,10 +268,14 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, m
 def _base_of(record: SoupRecord, given: Path | str | None) -> BaseModel:
     name = given if given is not None else record.base_folder or record.base.name
     if name is None:
-        raise InputError("soup.json does not name the base", where=SOUP_FILE, mend="give the base: base=BASE")
+        raise InputError(
+            "soup.json does not name the base", where=SOUP_FILE, mend="give the folder or hub id of the base: base=BASE"
+        )
     try:
         return BaseModel.open(name)
     except InputError as error:
         if given is not None:
             raise
-        raise type(error)(error.what, where=error.where, mend="give the base's new folder: base=BASE") from error
+        raise type(error)(
+            error.what, where=error.where, mend="give the folder that contains the base now: base=BASE"
+        ) from error

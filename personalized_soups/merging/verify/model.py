@@ -65,14 +65,14 @@ def _misfits(
     for name, spec in expected.items():
         entry = written.entries.get(name)
         if entry is None:
-            yield Fault("tensor", name, f"is missing in {file}")
+            yield Fault("tensor", name, f"is missing from {file}")
         elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-            what = f"is {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
+            what = f"has {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
             yield Fault("tensor", name, what)
     for name in sorted(set(written.entries) - set(expected)):
         yield Fault("tensor", name, f"does not belong to {file}")
     if dict(written.metadata) != dict(source.metadata):
-        what = f"the header's metadata is {dict(written.metadata)}, expected {dict(source.metadata)}"
+        what = f"has the header metadata {dict(written.metadata)}, expected {dict(source.metadata)}"
         yield Fault("configuration", file, what)
 
 

@@ -59,11 +59,11 @@ def digest_faults(
     for name in sorted({*recorded, *actual}):
         where = str(Path(folder) / name)
         if name not in actual:
-            yield Fault(subject, where, "was read by the merge and is missing now")
+            yield Fault(subject, where, "was read by the merge, but is missing now")
         elif name not in recorded:
             yield Fault(subject, where, "was added after the merge")
         elif recorded[name] != actual[name]:
-            what = f"has changed since the merge: BLAKE3 {actual[name][:12]}, recorded {recorded[name][:12]}"
+            what = f"has changed since the merge: BLAKE3 {actual[name][:12]}, expected {recorded[name][:12]}"
             yield Fault(subject, where, what)
 
 
@@ -71,7 +71,7 @@ def fingerprint_faults(record: SoupRecord, actual: str, where: str) -> Iterable[
     """Return a fault if the base is not the recorded one."""
     if record.base.fingerprint in {None, actual}:
         return []
-    what = f"is another base: fingerprint {actual[:12]}, recorded {(record.base.fingerprint or '')[:12]}"
+    what = f"is another base: fingerprint {actual[:12]}, expected {(record.base.fingerprint or '')[:12]}"
     return [Fault("base", where, what)]
 
 
@@ -99,7 +99,7 @@ def record_faults(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
     weights = {expert.name: expert.weight for expert in expected.experts}
     for expert in record.experts:
         if expert.weight != weights[expert.name]:
-            what = f"is {expert.weight!r}, the profile gives {weights[expert.name]!r}"
+            what = f"is {expert.weight!r}, but the profile gives {weights[expert.name]!r}"
             yield Fault("record", f"{SOUP_FILE}: the weight of {expert.name}", what)
     yield from _truncation_faults(record.truncation, expected.truncation)
 
@@ -112,7 +112,7 @@ def missing_method_fault(record: SoupRecord) -> Fault:
         "record",
         f"{SOUP_FILE}: method",
         f"the soup was merged by {source.module}:{source.function}, a method from outside this package; "
-        "give the method to recompute the tensors",
+        "give verify that method, so that it can recompute the tensors",
     )
 
 
@@ -123,9 +123,11 @@ def method_faults(record: SoupRecord, given: MethodRecord | None) -> Iterator[Fa
         return
     where = f"{SOUP_FILE}: method_source"
     if source.function != given.function:
-        yield Fault("record", where, f"the method is {given.function}, recorded {source.function}")
+        yield Fault(
+            "record", where, f"the method given is {given.function}, but the soup was merged by {source.function}"
+        )
     if source.blake3 != given.blake3:
-        digests = f"BLAKE3 {given.blake3[:12]}, recorded {source.blake3[:12]}"
+        digests = f"BLAKE3 {given.blake3[:12]}, expected {source.blake3[:12]}"
         yield Fault("record", where, f"the source file of {given.function} has changed since the merge: {digests}")
 
 
@@ -133,7 +135,9 @@ def _truncation_faults(actual: TruncationRecord | None, expected: TruncationReco
     where = f"{SOUP_FILE}: truncation"
     if actual is None or expected is None:
         if actual is not expected:
-            yield Fault("record", where, "is missing" if actual is None else "is there, but the soup is not truncated")
+            yield Fault(
+                "record", where, "is missing" if actual is None else "is present, but this soup is not truncated"
+            )
         return
     exact = {"rank", "energy", "ranks"}
     yield from _unequal("record", f"{where}.", actual.model_dump(include=exact), expected.model_dump(include=exact))
@@ -142,7 +146,9 @@ def _truncation_faults(actual: TruncationRecord | None, expected: TruncationReco
     for name in sorted({*recorded, *errors}):
         before, now = recorded.get(name), errors.get(name)
         if before is None or now is None or abs(before - now) > _ERROR_TOLERANCE * max(now, 0.1):
-            yield Fault("record", f"{where}: {name}", f"is an error of {before}, recomputed {now}")
+            yield Fault(
+                "record", f"{where}: {name}", f"is a truncation error of {before}, but the recomputed error is {now}"
+            )
 
 
 def other_file_faults(folder: Path, record: SoupRecord, changes: Changes) -> Iterator[Fault]:
@@ -158,7 +164,7 @@ def other_file_faults(folder: Path, record: SoupRecord, changes: Changes) -> Ite
         elif (model.folder / name).is_file():
             is_equal = filecmp.cmp(path, model.folder / name, shallow=False)
         else:
-            yield Fault("configuration", name, "is not in the base")
+            yield Fault("configuration", name, "does not exist in the base")
             continue
         if not is_equal:
             untied = " with untied embeddings" if name in tables else ""

@@ -132,7 +132,7 @@ def test_a_model_that_does_not_fit_is_rejected(tmp_path: Path, small_base: Path)
             LiveAdapter(library, experts=[name]).attach(base_model(small_base))
     write_expert(tmp_path / "fits")
     live = LiveAdapter(ExpertLibrary.open(tmp_path / "fits"))
-    with pytest.raises(UsageError, match="is on meta, and the live soup is on cpu"):
+    with pytest.raises(UsageError, match="is on meta, but the live soup is on cpu"):
         live.attach(base_model(small_base).to("meta"))
 
 

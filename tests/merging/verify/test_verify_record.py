@@ -98,7 +98,7 @@ def test_an_edited_weight_in_the_record_is_a_fault(tmp_path: Path, library: Expe
     edit(out / "soup.json", "experts", 0, "weight", to=0.8)
     verification = verify(out)
     assert verification.verdict == "identical"
-    assert faults_of(verification) == {"record soup.json: the weight of one": "is 0.8, the profile gives 0.7"}
+    assert faults_of(verification) == {"record soup.json: the weight of one": "is 0.8, but the profile gives 0.7"}
     (out / "soup.json").write_text(kept)
     edit(out / "soup.json", "profile", "weights", "one", to=0.8)
     verification = verify(out)
