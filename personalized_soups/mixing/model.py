@@ -1,4 +1,7 @@
-"""SoupModel: a causal language model of transformers that answers each row of a batch with its own soup."""
+"""SoupModel: a causal language model of transformers in which each row of a batch has its own soup.
+
+A soup is the weighted sum of the experts' deltas.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ from personalized_soups.mixing.served_profile import ServedProfile
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Methods of torch's modules that return the module. Through SoupModel they return the SoupModel.
+# Methods of torch's modules that return the module. Called on a SoupModel, they return the SoupModel.
 _RETURNING_SELF = frozenset({
     "to", "cpu", "cuda", "half", "float", "double", "bfloat16", "eval", "train", "requires_grad_",
 })  # fmt: skip
@@ -40,31 +43,34 @@ _RETURNING_SELF = frozenset({
 class SoupModel:
     """One base model and its experts in memory, for any number of users: each row of a batch has its own soup.
 
-    The adapted linear layers of `model` hold the stacked factors of all experts. Within `mixture(profiles)` each row of
-    a batch is computed with its own weights. Outside of a mixture the served profile answers; without one the model is
-    the bare base, to the bit. Attributes that SoupModel lacks are those of `model`.
+    A soup is the weighted sum of the experts' deltas. Each linear layer that experts adapt holds their LoRA factors.
+    Within `mixture(profiles)`, the model computes each row of a batch with the weights of that row's profile. Outside
+    of a mixture, the model uses the served profile for every row. If no profile is served, the outputs are bit for bit
+    those of the bare base. An attribute that SoupModel does not define is looked up in `model`.
 
-    One mixture is set at a time. Other threads' mixtures, and changes of experts and profiles, wait for it to end, so a
-    batch sees one version of everything. A forward pass on a thread that has set no mixture (transformers' streamers
-    need such a thread) uses the mixture that is set.
+    Only one thread at a time can set mixtures. Other threads that set a mixture, or change experts or profiles, wait
+    until that thread has left its mixtures. So experts and profiles stay the same during a batch. A forward pass on a
+    thread that has set no mixture uses the mixture that another thread has set. Code with transformers' streamers
+    relies on this, because it calls generate on a second thread.
 
     Attributes:
         model: the transformers model.
-        tokenizer: of the base; None if prompts are token ids only.
-        experts: the experts by name, with `add`, `remove`, `change` and `set_scale` (a `HeldExperts`).
-        profiles: the named profiles, with `add` and `remove` (a `NamedProfiles`).
-        served: the profile that answers while no mixture is set, with `set`, `disable` and `enable`.
-        layers: the layers that hold the experts' stacks.
+        tokenizer: the base's tokenizer; None if prompts are token ids only.
+        experts: the experts by name. Change them with `add`, `remove`, `change` and `set_scale` of `HeldExperts`.
+        profiles: the named profiles. Change them with `add` and `remove` of `NamedProfiles`.
+        served: the profile that is used while no mixture is set. Change it with `set`, `disable` and `enable`.
+        layers: the layers that hold the experts' factors.
 
     Args:
         model: a causal language model of transformers.
         experts: a library, its folder, or several folders.
-        tokenizer: of the base; needed for prompts that are text.
-        base: where the model was loaded from. Experts that record another base's fingerprint are rejected.
-        same_base: accept any name and fingerprint of a base that the experts record.
+        tokenizer: the base's tokenizer, needed for prompts that are text.
+        base: the folder or hub id that `model` was loaded from. If `base` is given, an expert that records the
+            fingerprint of another base is rejected.
+        same_base: accept the experts whatever base names and fingerprints they record.
 
     Raises:
-        SoupError: if an expert is damaged, of a kind that cannot be mixed, or of another base.
+        SoupError: if an expert is damaged, cannot be mixed, or was trained on another base.
 
     Example:
         >>> model = SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu")
@@ -86,7 +92,7 @@ class SoupModel:
         self.tokenizer = tokenizer
         self.layers = MixedLayers(model)
         self._registry = ProfileRegistry()
-        # One lock for mixtures, experts, profiles and the served profile: no order of locks, so no deadlock.
+        # Mixtures, experts, profiles and the served profile share one lock. Several locks could deadlock.
         self._active = ActiveMixture(self.layers)
         self.served = ServedProfile(self._registry, self._active)
         self.profiles = NamedProfiles(self._registry, self._active.lock)
@@ -114,17 +120,19 @@ class SoupModel:
             base: a folder or a hub id.
             experts: a library, its folder, or several folders.
             device: `auto` (CUDA if there is a CUDA device), `cpu`, `cuda`, ...
-            dtype: of the base and of the experts' factors.
-            same_base: accept any name and fingerprint of a base that the experts record.
-            options: for transformers' from_pretrained: attn_implementation, quantization_config, ...
+            dtype: the dtype of the base and of the experts' factors.
+            same_base: accept the experts whatever base names and fingerprints they record.
+            options: further arguments of transformers' from_pretrained: attn_implementation, quantization_config, ...
 
         Raises:
-            SoupError: if the base, an expert or the device is missing or not usable, or an expert is of another base.
+            SoupError: if the base, an expert or the device is missing or unusable, or if an expert was trained on
+                another base.
         """
         library = library_of(experts)
         chosen = resolve_device(device)
         tokenizer = load_tokenizer(base)
-        # Checked before the slow load where it can be. A model of the hub has no fingerprint before its download.
+        # A local base is checked before it is loaded, because loading is slow. A model of the hub has no fingerprint
+        # before its download.
         if not same_base and Path(base).is_dir():
             check_known_base(list(library.values()), base)
         model = load_base(base, device=chosen, dtype=dtype, **options).eval()
@@ -132,14 +140,14 @@ class SoupModel:
 
     @cached_property
     def generator(self) -> Generator:
-        """The Generator that encodes prompts by the base's chat template, and samples.
+        """The Generator that encodes prompts with the base's chat template and samples answers.
 
         Raises:
             UsageError: if the model has no tokenizer.
         """
         if self.tokenizer is None:
             raise UsageError(
-                "prompts are text, but the model has no tokenizer",
+                "the prompts are text, but the SoupModel has no tokenizer",
                 where="prompts",
                 mend="make the SoupModel with tokenizer=..., or give token ids as input_ids=...",
             )
@@ -151,7 +159,7 @@ class SoupModel:
         return f"SoupModel({name}, experts: {experts}, {self.model.dtype}, {self.model.device})"
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
-        """Run the model's forward pass; within `mixture` each row has its own soup."""
+        """Run the model's forward pass. Within `mixture`, each row is computed with its own soup."""
         return self.model(*arguments, **keywords)
 
     forward = __call__
@@ -159,7 +167,7 @@ class SoupModel:
     def __getattr__(self, name: str) -> Any:
         if name == "model":  # not set yet: copy and pickle look up attributes before __init__
             raise AttributeError(name)
-        # `model.half()` must not return the bare transformers model: code that chains calls would lose the mixtures.
+        # `SoupModel.half()` must not return the transformers model, on which chained code would find no `mixture`.
         attribute = getattr(self.model, name)
         if name not in _RETURNING_SELF:
             return attribute
@@ -174,30 +182,34 @@ class SoupModel:
     def mixture(
         self, profiles: ProfileLike | Sequence[ProfileLike], *, rows: Tensor | None = None, rows_each: int = 1
     ) -> Iterator[Mixture]:
-        """Set the profiles of a batch for all that the model computes within the block.
+        """Within the block, compute each row of a batch with the weights of its profile.
 
         Args:
-            profiles: one for each row of the batch, or a single one for all rows. A profile is a Profile, a dict of
-                weights, a name (of a named profile, or of an expert alone), or None for the base alone. In a dict, a
-                weight may differ by layer (`{"*.mlp.*": 0.5}`) or be a function of the generated token's number.
-            rows: for packed sequences, int64 `[B, T]`: the index in `profiles` for each token.
-            rows_each: how many consecutive rows of the batch each profile has: beams, or several answers to a prompt.
+            profiles: one profile for each row of the batch, or a single profile for all rows. A profile is a Profile, a
+                dict of weights, a name, or None for the base alone. A name is that of a named profile, or of an expert,
+                which then has weight 1. In a dict, a weight may differ by layer (`{"*.mlp.*": 0.5}`), or may be a
+                function of the generated token's number (a schedule).
+            rows: for packed sequences, an int64 tensor of the shape of `input_ids`: for each token, the index of its
+                profile in `profiles`.
+            rows_each: the number of consecutive rows of the batch that each profile is for, such as the beams of a
+                prompt or several answers to it.
 
         Yields:
-            The mixture. Callers with schedules that run forward passes of their own call its `step`.
+            The mixture. Callers that use schedules and run their own forward passes must call its `step`.
 
         Raises:
-            DeclarationError: for an unknown expert, opposed sides, or a weight that is not a finite number.
-            UsageError: for no profiles, an unknown name, or a profile with a method other than linear or with a rank.
+            DeclarationError: if an expert is unknown, sides are opposed, or a weight is not a finite number.
+            UsageError: if there are no profiles, a name is unknown, or a profile has a rank or a method other than
+                linear.
         """
-        # A dict is one profile, not a sequence of names; a str likewise.
+        # A dict or a str is one profile, not a sequence of names.
         is_single = profiles is None or isinstance(profiles, str | Profile | Mapping | ExpertWeights)
         listed: list[ProfileLike] = [profiles] if is_single else list(profiles)  # type: ignore[arg-type, list-item]
         with self._active.mixture(
-            # Resolved within the lock: profiles and experts may change until this thread has its turn.
+            # Profiles are resolved within the lock, because they and the experts may change while this thread waits.
             lambda: [self._registry.resolve_scaled(profile) for profile in listed],
             token_rows=rows,
-            # A single profile is for any number of rows; with `rows`, each token names its own.
+            # A single profile is for any number of rows, except where `rows` gives each token the index of its profile.
             rows_each=None if is_single and rows is None else rows_each,
         ) as mixture:
             yield mixture
@@ -217,24 +229,29 @@ class SoupModel:
         """Answer each prompt with its own profile, `batch_size` prompts at a time.
 
         Args:
-            prompts: a text, or a list of texts and chats (lists of messages); None with `input_ids`.
-            profiles: one for each prompt, or a single one for all, as for `mixture`. If left out, the mixture that is
-                set answers, or the served profile.
-            max_new_tokens: the longest answer; 256 if left out. With `input_ids`, transformers' default.
-            temperature: 0 takes the most likely token. Above 0, tokens are drawn; a draw depends on the seed and the
-                prompt's place alone. With `input_ids`, the model's own generation config applies if this is left out.
-            seed: of the draws.
-            batch_size: prompts at a time.
-            places: where the prompts are part of a longer list, their places in it. Equal places draw alike.
-            options: of transformers' generate, which then also samples: num_beams, do_sample, top_p, streamer, ...
+            prompts: a text, or a list of texts and chats (lists of messages). Leave it out with `input_ids`.
+            profiles: one profile for each prompt, or a single profile for all prompts, as for `mixture`. If left out,
+                the answers use the mixture that is set, or else the served profile.
+            max_new_tokens: the maximum number of tokens of an answer. The default is 256, or with `input_ids` the
+                default of transformers.
+            temperature: at 0, the most likely token is taken. Above 0, tokens are sampled; without `options`, they
+                depend on the seed and the prompt's place, but not on the other prompts of the batch. With `input_ids`,
+                0 means that the model's generation config decides.
+            seed: the seed of the sampling.
+            batch_size: the number of prompts that are answered at once.
+            places: the place of each prompt in a longer list of which `prompts` is a part. Prompts with equal places
+                get the same random numbers.
+            options: arguments of transformers' generate: num_beams, do_sample, top_p, streamer, ... If there are any,
+                transformers' generate also samples the tokens.
 
         Returns:
-            One text for each prompt; n consecutive texts for each with `num_return_sequences=n`. With `input_ids`, the
-            result of transformers' generate.
+            One text for each prompt, or n consecutive texts for each prompt with `num_return_sequences=n`. With
+            `input_ids`, the result of transformers' generate.
 
         Raises:
-            DeclarationError, UsageError: as `mixture`. UsageError also if the numbers of prompts and profiles differ.
-            RunError: if a batch does not fit on the GPU; the message gives the batch size that fits.
+            DeclarationError: as `mixture`.
+            UsageError: as `mixture`, and if the numbers of prompts and profiles differ.
+            RunError: if a batch does not fit on the GPU. The message gives the batch size that fits.
         """
         return self._generation.generate(
             prompts,
@@ -257,27 +274,29 @@ class SoupModel:
         seed: int = 0,
         prefixes: PrefixCache | None = None,
     ) -> Iterator[str]:
-        """Yield one answer piece by piece, while another thread generates it within its own mixture.
+        """Yield one answer piece by piece, while a second thread generates it within its own mixture.
 
         Args:
             prompt: a text, or a chat as a list of messages.
-            profile: as for `mixture`. If left out, the mixture that is set answers, or the served profile.
-            max_new_tokens: the longest answer.
+            profile: as for `mixture`. If left out, the answer uses the mixture that is set, or else the served profile.
+            max_new_tokens: the maximum number of tokens of the answer.
             temperature, seed: as for `generate`.
-            prefixes: a cache of keys and values. The beginning that this prompt shares with an earlier prompt of the
-                same soup is not computed again: useful for chats, whose prompts begin alike.
+            prefixes: a cache of keys and values. If an earlier prompt with the same soup began with the same tokens,
+                the keys and values of these tokens are taken from the cache. This saves time in chats, because each
+                prompt of a chat begins with the previous prompt.
 
         Raises:
-            UsageError: if a profile is given within a mixture. Errors as of `generate` come with the first piece.
+            UsageError: if a profile is given, but this thread has set a mixture. The errors of `generate` are raised
+                when the first piece is read.
         """
         return self._generation.stream(
             prompt, profile, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, prefixes=prefixes
         )
 
     def resolve(self, profile: ProfileLike) -> ExpertWeights:
-        """Return the checked weights of a profile. `mixture` takes them without checking them again.
+        """Return the checked weights of a profile, which `mixture` accepts as a profile and does not check again.
 
-        Does not wait for other threads' mixtures: a server resolves requests while a batch is running.
+        This call does not wait for other threads' mixtures, so a server can resolve requests while a batch is running.
 
         Raises:
             DeclarationError, UsageError: as `mixture` would for this profile.
@@ -287,9 +306,10 @@ class SoupModel:
         return weights
 
     def cache_key(self, profile: ProfileLike) -> str:
-        """Return the key under which a prompt's keys and values may be cached.
+        """Return the key under which the keys and values of a prompt with this profile may be cached.
 
-        It changes with the weights (of a schedule: those of step 0, which read the prompt), experts, dtype and model.
+        The key changes with the weights, the experts, the dtype and the model. For a schedule, the weight of step 0
+        counts, because the prompt is computed with it.
         """
         with self._active.lock:
             return self.layers.cache_key(self._registry.resolve_scaled(profile))

@@ -274,7 +274,7 @@ def test_a_batch_of_other_rows_is_rejected_by_the_layer(model: SoupModel) -> Non
     with model.mixture("warm"), torch.no_grad():
         model(input_ids=random_ids(4, 3))
     with (
-        pytest.raises(UsageError, match="rows goes from 0 to 1, but there are 1 profiles"),
+        pytest.raises(UsageError, match="range from 0 to 1, but the number of profiles is 1"),
         model.mixture(["warm"], rows=rows + torch.tensor([0, 1, 0, 1])),
     ):
         pass
