@@ -369,10 +369,13 @@ def nothing(deltas: list[Tensor], weights: list[float]) -> None:
 @pytest.mark.parametrize(
     ("function", "what"),
     [
-        (too_narrow, r"returned \[64, 95\] of torch.float32 on cpu; expected a tensor \[64, 96\] of torch.float32"),
+        (
+            too_narrow,
+            r"returned \[64, 95\] of torch.float32 on cpu, but it must return a tensor \[64, 96\] of torch.float32",
+        ),
         (in_float64, r"returned \[64, 96\] of torch.float64 on cpu; expected"),
-        (with_nan, "returned NaN or infinity; expected finite values"),
-        (nothing, "returned an object of type NoneType; expected a tensor"),
+        (with_nan, "returned NaN or infinity, but it must return finite values"),
+        (nothing, "returned an object of type NoneType, but it must return a tensor"),
     ],
 )
 def test_a_wrong_result_is_an_error_that_names_the_method(
@@ -403,10 +406,10 @@ def swapped(factors: list[Factors], weights: list[float]) -> Factors:
 @pytest.mark.parametrize(
     ("function", "what"),
     [
-        (scaled_up, "returned rank 2 and scaling 2; expected at most rank 9 and scaling 1"),
-        (of_high_rank, "returned rank 40 and scaling 4; expected at most rank 9"),
-        (swapped, r"returned B \[64, 2\] .* and A \[2, 64\] .*; expected B \[64, R\] and A \[R, 96\]"),
-        (of_no_factors, "returned an object of type int; expected Factors"),
+        (scaled_up, "returned rank 2 and scaling 2, but it must return at most rank 9 and scaling 1"),
+        (of_high_rank, "returned rank 40 and scaling 4, but it must return at most rank 9"),
+        (swapped, r"returned B \[64, 2\] .* and A \[2, 64\] .*, but it must return B \[64, R\] and A \[R, 96\]"),
+        (of_no_factors, "returned an object of type int, but it must return Factors"),
     ],
 )
 def test_wrong_factors_are_an_error(tmp_path: Path, library: ExpertLibrary, function: Any, what: str) -> None:
@@ -441,7 +444,7 @@ def test_many_users_soups_are_merged_again_when_the_method_has_changed(tmp_path:
     assert merge_many(library, users, tmp_path / "users", options).written == 1
     assert merge_many(library, users, tmp_path / "users", options).kept == 1
     (tmp_path / "mine.py").write_text(PACKAGE + "\n# a comment\n")
-    with pytest.raises(UsageError, match="with another soup"):
+    with pytest.raises(UsageError, match="already exists and holds another soup"):
         merge_many(library, users, tmp_path / "users", options)
 
 

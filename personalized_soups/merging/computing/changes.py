@@ -196,8 +196,8 @@ class _Search:
             targets += [tensor.target for tensor in expert.adapter.trained.values()]
             if any(self.model.find(target) == head for target in targets):
                 raise UnsupportedAdapterError(
-                    f"{expert.name} changes {head}, which is also the base's input embedding; this version changes a "
-                    "tied tensor only if the base's files name it as the input embedding",
+                    f"the expert {expert.name} changes {head}, which is also the base's input embedding; this version "
+                    "changes a tensor of both embeddings only if the base's files store it as the input embedding",
                     where=str(self.model.folder),
                     mend="save the base again: AutoModelForCausalLM.from_pretrained(BASE).save_pretrained(NEW)",
                 )

@@ -72,7 +72,7 @@ def _call(method: Method, name: str, parts: Sequence[Any], weights: Sequence[flo
         return method.load()(parts, weights, **keywords)
     except Exception as error:
         # the author needs the traceback, so the exception stays what it is
-        error.add_note(f"raised by the merge method {method.name!r} for {name}")
+        error.add_note(f"the merge method {method.name!r} raised this error for {name}")
         raise
 
 
@@ -84,7 +84,7 @@ def _described(result: object) -> str:
 
 def _wrong(method: Method, name: str, found: str, expected: str) -> UsageError:
     return UsageError(
-        f"{name}: the merge method {method.name!r} returned {found}; expected {expected}",
+        f"{name}: the merge method {method.name!r} returned {found}, but it must return {expected}",
         where="method",
-        mend="correct the function; docs/howto/add_a_method.md says what it must return",
+        mend="correct the method's function as described in docs/howto/add_a_method.md",
     )

@@ -67,8 +67,8 @@ class Dora:
                 norms_O = self.norms(stack.name, factors)
                 if not bool(norms_O.all()):
                     raise InputError(
-                        f"{stack.name}: output {int((norms_O == 0).nonzero()[0])} of the base plus the adapter is "
-                        "zero, so DoRA has no direction to scale",
+                        f"{stack.name}: all weights of output {int((norms_O == 0).nonzero()[0])} are 0 in the sum of "
+                        "the base and the expert's delta, so DoRA has no direction to scale",
                         where=str(self.bank.experts[expert].folder),
                         mend="give the base that the expert was trained on, or leave the expert out",
                     )
@@ -119,10 +119,11 @@ class Dora:
                 saved = adapter.trained_tensor(tensor.name, None)
                 if not is_same(saved, base):
                     raise UnsupportedAdapterError(
-                        f"{tensor.name} differs from the base's {tensor.target}, and DoRA is trained on top of it; "
-                        "this version cannot merge both",
+                        f"the expert's saved tensor {tensor.name} differs from the base's tensor {tensor.target}, and "
+                        "the expert's DoRA magnitudes belong to the saved tensor; this version cannot merge such an "
+                        "expert",
                         where=str(self.bank.experts[expert].folder),
-                        mend="give the base that the expert was trained on, in the dtype of its training",
+                        mend="give the base that the expert was trained on, in the dtype that the training used",
                     )
 
 
@@ -160,10 +161,10 @@ def unscaled(module: str, factors: Factors, scale_O: Tensor) -> Factors:
     # below this, 1 / d would amplify the rounding of the weights
     if abs(float(scale_O[least])) < CANCELLED:
         raise UsageError(
-            f"{module}: the soup multiplies output {least} of the base by {float(scale_O[least]):g}, which no DoRA "
-            "adapter can express",
+            f"{module}: the soup multiplies output {least} of the base by {float(scale_O[least]):g}, but a DoRA "
+            "adapter cannot express a factor so close to 0",
             where="weights",
-            mend="use weights that do not cancel, or fold the soup into the base model: into_base=BASE",
+            mend="change the weights, or fold the soup into the base model: into_base=BASE",
         )
     # divided in float64, so that the one rounding is that to the factors' dtype
     b_OR = factors.b_OR.double() / scale_O.to(factors.b_OR.device)[:, None]

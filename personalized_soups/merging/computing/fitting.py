@@ -41,7 +41,7 @@ class Fitting:
             self._faults.extend(faults)
             for name in placed.keys() & own.keys():
                 if placements.setdefault(name, placed[name]) != placed[name]:
-                    self._faults.append(f"{name}: the experts disagree about its placement in the base")
+                    self._faults.append(f"the experts' files imply different placements of {name} in its tensor")
         return placements
 
     def dora(self, placements: dict[str, Placement]) -> Dora:
@@ -58,10 +58,12 @@ class Fitting:
         # trained rows are a selection, so only the width must match
         fits = shape[1:] == tensor.shape[1:] if tensor.kind == "rows" else shape == tensor.shape
         if not fits:
-            self._faults.append(f"{target}: shape {list(shape)} in the base, {list(tensor.shape)} in {expert.name}")
+            self._faults.append(
+                f"{target} has shape {list(shape)} in the base, but shape {list(tensor.shape)} in {expert.name}"
+            )
         elif tensor.kind == "rows" and tensor.rows and max(tensor.rows) >= shape[0]:
             last = max(tensor.rows)
-            self._faults.append(f"{target}: the base has {shape[0]} rows, but {expert.name} trained row {last}")
+            self._faults.append(f"{target} has {shape[0]} rows in the base, but {expert.name} trained row {last}")
 
     def check(self, base_name: str | None) -> None:
         """Raise if there are mismatches; `base_name` is the experts' name for their base.
@@ -77,7 +79,7 @@ class Fitting:
                 "the experts do not fit the base: " + "; ".join(faults[:_MAX_SHOWN]) + more,
                 where=str(self._model.folder),
                 mend=f"give the base that the experts were trained on ({base_name or 'their files do not name it'})"
-                + ("; if it is this base, save it again with the model class of the training" * self._lacks_names),
+                + ("; if this is that base, save it again with the model class of the training" * self._lacks_names),
             )
 
     def _check_alone(self, target: str) -> None:
@@ -85,7 +87,7 @@ class Fitting:
         stored = self._model.find(target)
         first = target if stored is None else self._targets.setdefault(stored, target)
         if first != target:
-            self._faults.append(f"{first} and {target} are two tensors for the experts, but one in the base: {stored}")
+            self._faults.append(f"{first} and {target} are two tensors in the experts, but one in the base: {stored}")
 
     def _shape(self, target: str) -> tuple[int, ...] | None:
         source = self._model.source(target)
@@ -97,5 +99,5 @@ class Fitting:
         entry = self._model.checkpoint.entry(source)
         if entry.dtype not in _FLOATS:
             allowed = ", ".join(sorted(_FLOATS))
-            self._faults.append(f"{target}: its dtype is {entry.dtype}; a soup needs {allowed}")
+            self._faults.append(f"{target} has dtype {entry.dtype} in the base, but it must be one of {allowed}")
         return entry.shape

@@ -174,7 +174,7 @@ def rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
 def too_large(what: str, plan: MergePlan) -> UsageError:
     """Return the error for values that the plan's dtype cannot represent."""
     return UsageError(
-        f"{what}, beyond {plan.dtype}",
+        f"{what}, beyond the range of {plan.dtype}",
         where="dtype",
-        mend="use dtype=float32 or bfloat16, or smaller weights",
+        mend="use dtype=float32 or dtype=bfloat16, or smaller weights",
     )

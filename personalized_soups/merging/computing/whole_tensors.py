@@ -142,23 +142,23 @@ def _check_rows(plan: MergePlan, bank: ExpertBank, model: BaseModel, replaced: _
     tokens = plan.layout.tokens
     what = None
     if any(f"{module}.weight" in replaced for module in tokens):
-        what = "one expert saves a changed embedding whole, and tokens of that embedding are trained"
+        what = "one expert saves a changed embedding whole, but rows of the same embedding are also trained as tokens"
     elif model.tied is not None:
         # PEFT decides from the token numbers of both embeddings whether it ties them
         tied = {module: rows for module, rows in tokens.items() if model.source(f"{module}.weight") in model.tied}
         if tied and any(model.source(target) in model.tied for target in replaced):
             what = (
-                "one expert saves an embedding whole, another trains tokens, and the base's input and output embedding "
-                "are one tensor"
+                "one expert saves an embedding whole, another trains tokens, and the base stores its input and output "
+                "embeddings as one tensor"
             )
         elif not _keep_their_tokens(bank, tied):
             what = (
-                "the base's input and output embedding are one tensor, and the experts together train different tokens "
-                "of the two"
+                "the base stores its input and output embeddings as one tensor, but the experts together train "
+                "different tokens in the two embeddings"
             )
     if what is not None:
         raise UnsupportedAdapterError(
-            f"{what}; PEFT cannot load such an adapter",
+            f"{what}, so PEFT could not load the merged adapter",
             where=", ".join(expert.name for expert in bank.experts),
             mend="fold the soup into the base model: into_base=BASE",
         )
@@ -197,7 +197,8 @@ def _check_under_dora(plan: MergePlan, bank: ExpertBank, replaced: _ByTarget) ->
     for target in replaced.keys() & adapted if plan.layout.use_dora else ():
         index, tensor = replaced[target][0]
         raise UnsupportedAdapterError(
-            f"{tensor.name} differs from the base's {target}; a DoRA adapter on top of it cannot be merged",
+            f"the expert's saved tensor {tensor.name} differs from the base's tensor {target}, and an expert with both "
+            "this tensor and DoRA magnitudes cannot be merged into an adapter",
             where=str(bank.experts[index].folder),
             mend="fold the soup into the base model: into_base=BASE",
         )

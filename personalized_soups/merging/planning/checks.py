@@ -51,12 +51,16 @@ def checked_cut(profile: Profile, rank: int | None, energy: float | None, *, int
             base, which needs no rank.
     """
     if rank is not None and energy is not None:
-        raise UsageError("rank and energy are both given", where="rank, energy", mend="give one of the two")
+        raise UsageError(
+            "rank and energy are both given, but only one of them can limit the truncation",
+            where="rank, energy",
+            mend="give one of the two, for example rank=16",
+        )
     if energy is not None:
         cut = Cut(energy=energy, where="energy")
         if not 0 < energy <= 1:
             raise UsageError(
-                f"energy is {energy:g}; it must be above 0 and at most 1",
+                f"energy is {energy:g}, but it must be above 0 and at most 1",
                 where=cut.where,
                 mend="give energy=0.99",
             )
@@ -67,12 +71,12 @@ def checked_cut(profile: Profile, rank: int | None, energy: float | None, *, int
     else:
         return Cut()
     if cut.rank is not None and cut.rank < 1:
-        raise UsageError(f"rank is {cut.rank}; it must be at least 1", where=cut.where, mend="give rank=16")
+        raise UsageError(f"rank is {cut.rank}, but it must be at least 1", where=cut.where, mend="give rank=16")
     if into_base:
         raise UsageError(
-            "a soup folded into a base is exact and has no rank",
+            "a truncation is requested, but a soup that is folded into a base model is never truncated",
             where=cut.where,
-            mend="leave out the rank, or write an adapter instead",
+            mend="leave out rank and energy, or write an adapter instead of a full model",
         )
     return cut
 
@@ -97,7 +101,8 @@ def raise_all(faults: Sequence[SoupError]) -> None:
         raise faults[0]
     kind = type(faults[0]) if len({type(fault) for fault in faults}) == 1 else InputError
     raise kind(
-        f"{len(faults)} errors: " + "; ".join(f"({number}) {fault.what}" for number, fault in enumerate(faults, 1)),
+        f"there are {len(faults)} errors: "
+        + "; ".join(f"({number}) {fault.what}" for number, fault in enumerate(faults, 1)),
         where="; ".join(f"({number}) {fault.where}" for number, fault in enumerate(faults, 1)),
         mend="; ".join(f"({number}) {fault.mend}" for number, fault in enumerate(faults, 1)),
     )
@@ -115,9 +120,9 @@ def unmet_needs(method: Method, bank: ExpertBank, weights: Sequence[float]) -> l
     if method.divides_by_sum and cancels(weights):
         faults.append(
             UsageError(
-                f"{method.name} divides by the sum of the weights, which is {sum(weights):g}",
+                f"the method {method.name} divides by the sum of the weights, which is {sum(weights):g}",
                 where="weights",
-                mend="use the method linear, or weights that do not cancel",
+                mend="use the method linear (method=linear), or weights whose sum is not close to 0",
             )
         )
     return faults
@@ -126,9 +131,10 @@ def unmet_needs(method: Method, bank: ExpertBank, weights: Sequence[float]) -> l
 def _no_rule(method: Method, expert: Expert) -> SoupError:
     tensor = next(iter(expert.adapter.trained.values()))
     return UnsupportedAdapterError(
-        f"{expert.name}: {tensor.name} is trained whole ({tensor.origin}), and {method.name} merges only factors",
+        f"the expert {expert.name} trained the tensor {tensor.name} whole ({tensor.origin}), but the method "
+        f"{method.name} merges only low-rank factors",
         where=str(expert.folder),
-        mend="use the method linear",
+        mend="use the method linear: method=linear",
     )
 
 
@@ -137,15 +143,19 @@ def _unequal(method: Method, bank: ExpertBank, what: str, of: Callable[[Expert, 
     for name in bank.modules:
         values = {bank.experts[index].name: of(bank.experts[index], name) for index in bank.members(name)}
         if len(set(values.values())) > 1:
-            unequal.append(f"{name}: " + ", ".join(f"{expert} has {value:g}" for expert, value in values.items()))
+            unequal.append(
+                f"in {name}, " + ", ".join(f"{expert} has {what} {value:g}" for expert, value in values.items())
+            )
     if not unequal:
         return []
     more = f" (and {len(unequal) - _MAX_SHOWN} more modules)" if len(unequal) > _MAX_SHOWN else ""
     return [
         IncompatibleExpertsError(
-            f"{method.name} needs one {what} for all experts: " + "; ".join(unequal[:_MAX_SHOWN]) + more,
+            f"the method {method.name} needs one {what} for all experts, but their {what}s differ: "
+            + "; ".join(unequal[:_MAX_SHOWN])
+            + more,
             where=", ".join(expert.name for expert in bank.experts),
-            mend="use the method linear, which merges any ranks and scalings",
+            mend="use the method linear (method=linear), which accepts different ranks and scalings",
         )
     ]
 
@@ -157,4 +167,4 @@ def naming_user(plan: MergePlan) -> Iterator[None]:
         yield
     except UsageError as fault:
         user = plan.profile.user
-        raise UsageError(f"{user!r}: {fault.what}", where=plan.profile.place("weights"), mend=fault.mend) from None
+        raise UsageError(f"user {user!r}: {fault.what}", where=plan.profile.place("weights"), mend=fault.mend) from None

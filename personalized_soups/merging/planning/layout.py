@@ -158,23 +158,34 @@ def conflicts(experts: Sequence[Expert], layout: Layout) -> list[SoupError]:
     modules = _modules(experts)
     for name, module in modules.items():
         if module.kind == "parameter" and not layout.order_of(name.rpartition(".")[0]):
-            conflicts.append(f"{name}: the order in which PEFT wraps the adapted parameters of its module is unknown")
+            conflicts.append(
+                f"the order in which PEFT wraps {name} and the other adapted parameters of the same module is unknown"
+            )
         if layout.lora_bias and module.kind in {"embedding", "parameter"}:
-            conflicts.append(f"{name}: modules of the kind {module.kind} have no lora_bias")
+            conflicts.append(
+                f"one expert has biases of B (lora_bias), but another adapts {name}, and a module of the kind "
+                f"{module.kind} cannot have such a bias"
+            )
         if layout.use_dora and module.kind == "parameter":
-            conflicts.append(f"{name}: parameters have no DoRA magnitude")
+            conflicts.append(
+                f"one expert has DoRA magnitudes, but another adapts the parameter {name}, and a parameter cannot have "
+                "a DoRA magnitude"
+            )
         if name.endswith(layout.modules_to_save):
-            conflicts.append(f"{name}: one expert adapts it, another saves it whole (modules_to_save)")
+            conflicts.append(f"one expert adapts {name}, but another saves it whole (modules_to_save)")
     for name in layout.tokens:
         if name in modules:
-            conflicts.append(f"{name}: one expert adapts it, another trains some of its rows (trainable_token_indices)")
+            conflicts.append(f"one expert adapts {name}, but another trains some of its rows (trainable_token_indices)")
         if name.endswith(layout.modules_to_save):
-            conflicts.append(f"{name}: one expert saves it whole, another trains some of its rows")
+            conflicts.append(
+                f"one expert saves {name} whole (modules_to_save), but another trains some of its rows "
+                "(trainable_token_indices)"
+            )
     if layout.lora_bias and layout.use_dora:
-        conflicts.append("one expert has DoRA, another lora_bias")
+        conflicts.append("one expert has DoRA magnitudes, but another has biases of B (lora_bias)")
     return [
         UsageError(
-            f"{conflict}; PEFT cannot load such an adapter",
+            f"{conflict}, so PEFT could not load the merged adapter",
             where=", ".join(expert.name for expert in experts),
             mend="fold the soup into the base model: into_base=BASE",
         )
@@ -188,12 +199,12 @@ def missing_base(experts: Sequence[Expert]) -> list[SoupError]:
     for expert in experts:
         tensor = next((tensor for tensor in expert.adapter.trained.values() if tensor.kind != "added"), None)
         if tensor is not None:
-            what = "is relative to the base" if tensor.kind == "magnitude" else "replaces the base's"
+            what = "is relative to the base" if tensor.kind == "magnitude" else "replaces values of the base"
             faults.append(
                 UsageError(
-                    f"{expert.name}: {tensor.name} ({tensor.origin}) {what}, and no base is given",
+                    f"expert {expert.name}: the tensor {tensor.name} ({tensor.origin}) {what}, but no base is given",
                     where=str(expert.folder),
-                    mend="give the base model: base=BASE; or fold the soup into it: into_base=BASE",
+                    mend="give the base model (base=BASE), or fold the soup into it (into_base=BASE)",
                 )
             )
     return faults

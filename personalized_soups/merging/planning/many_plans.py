@@ -55,7 +55,7 @@ class ManyPlans:
             return key, self._known[key].filled(self.library, profile, weights)
         except UsageError as fault:  # the cause is an option of the caller or this profile, so both are named
             where = f"{fault.where} ({profile.place('user')})"
-            raise UsageError(f"{profile.user!r}: {fault.what}", where=where, mend=fault.mend) from None
+            raise UsageError(f"user {profile.user!r}: {fault.what}", where=where, mend=fault.mend) from None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -100,10 +100,10 @@ def _check_user(profile: Profile) -> None:
         or "user" not in profile.model_fields_set
     ):
         raise DeclarationError(
-            f"the user {name[:80]!r} cannot be the name of a folder"
+            f"the user's name {name[:80]!r} cannot be the name of a folder"
             if "user" in profile.model_fields_set
-            else "the profile names no user",
+            else "the profile does not name a user, but the soup's folder gets the user's name",
             where=profile.place("user"),
-            mend="write a name such as `user: u1042`: printable, without slashes, not starting with a dot, at most "
-            f"{_MAX_NAME_BYTES} bytes",
+            mend="write a name such as `user: u1042`; it must be printable, contain no slash, not start with a dot, "
+            f"and have at most {_MAX_NAME_BYTES} bytes",
         )

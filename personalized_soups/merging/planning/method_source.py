@@ -30,7 +30,8 @@ def method_source(method: Method) -> MethodRecord | None:
     path = _source_file(function)
     if path is None:
         raise UsageError(
-            f"the file that defines the merge method {method.name!r} is not found; soup.json records its digest",
+            f"the file that defines the merge method {method.name!r} is not found, but soup.json must record the "
+            "digest of that file",
             where="method",
             mend="define the function in a .py file and import it from there",
         )
@@ -44,7 +45,7 @@ def _loaded(method: Method) -> Callable[..., Any]:
         raise UsageError(
             f"the function of the merge method {method.name!r} cannot be imported from {method.function}: {error}",
             where="method",
-            mend="correct the Method's `function`, or make its module importable",
+            mend="correct `function` of the Method (`module:name`), or make that module importable",
         ) from error
 
 

@@ -103,15 +103,19 @@ def _check_dtype(dtype: str | None, *, into_base: bool) -> None:
     if dtype is None:
         return
     if into_base:
-        raise UsageError("a folded model keeps its base's dtypes", where="dtype", mend=f"leave out dtype={dtype}")
+        raise UsageError(
+            "a dtype is given, but a folded model keeps its base's dtypes",
+            where="dtype",
+            mend=f"leave out dtype={dtype}",
+        )
     if dtype not in _CHOICES:
-        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", mend=choose_from(dtype, _CHOICES))
+        raise UsageError(f"the dtype {dtype!r} is unknown", where="dtype", mend=choose_from(dtype, _CHOICES))
 
 
 def _check_base(base: Path | str | None, *, into_base: bool) -> None:
     if into_base and base is not None:
         raise UsageError(
-            "base is the base model of a merged adapter, but the soup is folded into a model",
+            "base is only for merged adapters, but this soup is folded into a base model (into_base)",
             where="base",
             mend="leave out base",
         )
@@ -119,12 +123,12 @@ def _check_base(base: Path | str | None, *, into_base: bool) -> None:
 
 def _checked_target(target: str, *, into_base: bool) -> Target:
     if target not in _TARGETS:
-        raise UsageError(f"unknown target {target!r}", where="target", mend=choose_from(target, _TARGETS))
+        raise UsageError(f"the target {target!r} is unknown", where="target", mend=choose_from(target, _TARGETS))
     if into_base and target != "peft":
         raise UsageError(
-            f"target={target} is for adapters, but the soup is folded into a full model",
+            f"target={target} is only for merged adapters, but this soup is folded into a full model",
             where="target",
-            mend=f"leave out target={target}; {target} loads the full model as it is",
+            mend=f"leave out target={target}, because {target} can load a full model without it",
         )
     return _TARGETS[target]
 
@@ -156,11 +160,11 @@ def _encoding(method: Method, modules: Sequence[PlannedModule], cut: Cut, *, int
         encoding = "stacked"
     if encoding not in method.encodings:
         raise UsageError(
-            f"{method.name} returns deltas of full rank, and an adapter needs a rank"
+            f"the method {method.name} returns deltas of full rank, but an adapter needs a lower rank"
             if method.family == "dense"
-            else f"a soup merged by {method.name} cannot be written in the encoding {encoding}",
+            else f"a soup of the method {method.name} cannot be written in the encoding {encoding}",
             where="method",
-            mend="give rank=16 or energy=0.99, fold the soup into the base (into_base=BASE), or use the method linear",
+            mend="give rank=16 or energy=0.99, fold the soup into the base (into_base=BASE), or use method=linear",
         )
     return encoding
 

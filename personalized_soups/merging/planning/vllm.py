@@ -24,9 +24,9 @@ def check_vllm_rank(rank: int) -> None:
     """
     if vllm_max_lora_rank(rank) is None:
         raise UsageError(
-            f"the merged adapter has rank {rank}, vLLM loads up to {VLLM_RANKS[-1]}",
+            f"the merged adapter has rank {rank}, but vLLM loads only ranks up to {VLLM_RANKS[-1]}",
             where="target=vllm",
-            mend="give rank=64, or a lower energy share",
+            mend="give rank=64, or a lower energy share such as energy=0.9",
         )
 
 
@@ -47,7 +47,7 @@ def unfit_for_vllm(experts: Sequence[Expert]) -> list[SoupError]:
         if whole or kinds:
             found.append(
                 UsageError(
-                    f"{expert.name}: vLLM does not support {(whole + kinds)[0]}",
+                    f"expert {expert.name}: vLLM does not support {(whole + kinds)[0]}",
                     where=str(expert.folder),
                     mend="leave out target=vllm, or write a full model for vLLM: into_base=BASE",
                 )

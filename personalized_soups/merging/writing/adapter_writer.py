@@ -112,7 +112,7 @@ class AdapterWriter:
                 self._write(self._writer, module)
         for name, start, part in () if self._whole is None else self._whole.parts():
             if not all_finite(part):
-                raise too_large(f"{name}: the soup has values", self.plan)
+                raise too_large(f"{name}: the soup has very large values", self.plan)
             self._writer.write(name, part, start)
         text = json.dumps(adapter_config(self.plan, self._ranks), indent=2, ensure_ascii=False)
         (self._folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")

@@ -53,7 +53,7 @@ def is_finished(
         return True
     if not overwrite:
         raise OutputExistsError(
-            f"the folder of {plan.profile.user!r} exists already, with another soup",
+            f"the folder of the user {plan.profile.user!r} already exists and holds another soup",
             where=str(out),
             mend="choose another output folder, or pass overwrite=True",
         )

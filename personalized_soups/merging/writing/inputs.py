@@ -41,5 +41,7 @@ def check_output_apart(folder: Path, inputs: Iterable[str | Path]) -> None:
         source = Path(name).resolve()
         if output == source or source in output.parents or output in source.parents:
             raise UsageError(
-                f"the output folder overlaps the input {source}", where=str(folder), mend="choose another output folder"
+                f"the output folder overlaps the input folder {source}, so writing could destroy the input",
+                where=str(folder),
+                mend="choose an output folder outside the input folder",
             )

@@ -89,9 +89,13 @@ def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]
 def _raise_not_finite(name: str, before: Tensor) -> None:
     damaged = not all_finite(before)
     raise InputError(
-        f"{name}: the base holds NaN or infinity" if damaged else f"{name}: the soup has values beyond {before.dtype}",
+        f"{name}: the base holds NaN or infinity"
+        if damaged
+        else f"{name}: the soup has values beyond the range of {before.dtype}",
         where=name,
-        mend="give an undamaged base" if damaged else "use smaller weights, or a base in float32 or bfloat16",
+        mend="give an undamaged copy of the base model"
+        if damaged
+        else "use smaller weights, or a base model in float32 or bfloat16",
     )
 
 

@@ -98,8 +98,8 @@ def test_into_base_writes_a_model(
 
 
 FAULTS: dict[str, tuple[list[Any], str]] = {
-    "neither profile nor weights": ([], "exactly one: neither is given"),
-    "both": (["p.yaml", "--weights", "concise=1"], "exactly one: both are given"),
+    "neither profile nor weights": ([], "must be given, but neither is given"),
+    "both": (["p.yaml", "--weights", "concise=1"], "must be given, but both are given"),
     "unknown expert": (["--weights", "consice=1"], "did you mean 'concise'?"),
     "opposed sides": (["--weights", "friendly=1,unfriendly=1"], "two sides of one dimension"),
     "weights that are no numbers": (["--weights", "concise=much"], "is not a number"),
@@ -234,9 +234,9 @@ def test_a_base_is_read_for_tensors_that_are_relative_to_it(
     given = ("merge", "--weights", "dora=0.5", "--experts", tmp_path / "experts", "--out", tmp_path / "out")
     code, _, err = psoups(capsys, *given)
     assert code == 2
-    assert "is relative to the base, and no base is given" in err
+    assert "is relative to the base, but no base is given" in err
     code, _, err = psoups(capsys, *given, "--base", small_base, "--into-base", small_base)
-    assert (code, "give one of the two" in err) == (2, True)
+    assert (code, "--base and --into-base are both given" in err) == (2, True)
     code, _, _ = psoups(capsys, *given, "--base", small_base, "--dry-run")
     assert code == 0
     assert not (tmp_path / "out").exists()

@@ -240,8 +240,8 @@ def test_opposed_sides_and_needs_of_the_method_are_errors(experts: Path) -> None
     diagnosis = diagnosed(experts, profile=Profile(weights={"one": 1.0, "three": 1.0}, method="factor_average"))
     assert not diagnosis.of_kind("opposed sides")
     assert {finding.what.partition(":")[0] for finding in diagnosis.of_kind("method")} == {
-        "factor_average needs one rank for all experts",
-        "factor_average needs one scaling for all experts",
+        "the method factor_average needs one rank for all experts, but their ranks differ",
+        "the method factor_average needs one scaling for all experts, but their scalings differ",
     }
 
 

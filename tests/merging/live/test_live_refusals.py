@@ -70,7 +70,7 @@ def test_a_float16_soup_rejects_values_beyond_float16(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="beyond float16"):
         live.set(profile_of((1e6, 1, 1)))
     live.set(profile_of((1e3, 1, 1)))
-    with pytest.raises(UsageError, match="unknown dtype 'int8'"):
+    with pytest.raises(UsageError, match="the dtype 'int8' is unknown"):
         LiveAdapter(write_experts(tmp_path / "again"), dtype="int8")
 
 

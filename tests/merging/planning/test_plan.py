@@ -129,10 +129,10 @@ def test_weights_that_cancel_are_refused_by_factor_average(tmp_path: Path, weigh
     [
         ({"method": "linaer"}, "unknown merge method 'linaer'"),
         ({"rank": 0}, "must be at least 1"),
-        ({"dtype": "float8"}, "unknown dtype 'float8'"),
+        ({"dtype": "float8"}, "the dtype 'float8' is unknown"),
         ({"dtype": "float32", "into_base": True}, "keeps its base's dtypes"),
-        ({"rank": 4, "into_base": True}, "has no rank"),
-        ({"base": "base", "into_base": True}, "the soup is folded into a model"),
+        ({"rank": 4, "into_base": True}, "is never truncated"),
+        ({"base": "base", "into_base": True}, "this soup is folded into a base model"),
     ],
 )
 def test_options_out_of_place_are_usage_errors(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -176,7 +176,7 @@ def test_folders_without_record_that_bear_sides_names_are_those_sides(tmp_path: 
 def test_a_profiles_rank_is_refused_at_its_line_where_a_model_is_asked_for(tmp_path: Path) -> None:
     write_expert(tmp_path / "a")
     profile = load_text("weights: {a: 1}\nrank: 2\n", Profile, "u.yaml")
-    with pytest.raises(UsageError, match="has no rank") as caught:
+    with pytest.raises(UsageError, match="is never truncated") as caught:
         plan_merge(ExpertLibrary.open(tmp_path), profile, into_base=True)
     assert caught.value.where == "u.yaml:2: rank"
 
@@ -190,7 +190,7 @@ def test_a_rank_that_vllm_does_not_load_is_refused_for_vllm(tmp_path: Path) -> N
     write_expert(tmp_path / "a", rank=400)
     write_expert(tmp_path / "b", rank=300)
     assert plan_of(tmp_path).vllm_max_lora_rank is None
-    with pytest.raises(UsageError, match="rank 700, vLLM loads up to 512"):
+    with pytest.raises(UsageError, match="rank 700, but vLLM loads only ranks up to 512"):
         plan_of(tmp_path, target="vllm")
     assert plan_of(tmp_path, target="vllm", rank=64).rank == 64
 

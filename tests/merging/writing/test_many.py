@@ -161,7 +161,7 @@ def test_another_soup_in_a_users_folder_is_refused_or_replaced(tmp_path: Path, l
         (first, {"rank": 2}),
         (first, {"dtype": "bfloat16"}),
     ):
-        with pytest.raises(OutputExistsError, match="with another soup"):
+        with pytest.raises(OutputExistsError, match="already exists and holds another soup"):
             merge_many(library, [other], tmp_path / "out", MergeOptions(**options))
     second = first.replaced(weights={"one": 1.0})
     assert merge_many(library, [second], tmp_path / "out", overwrite=True) == Merged(1, 0)
@@ -175,7 +175,7 @@ def test_a_changed_expert_makes_another_soup(tmp_path: Path, library: ExpertLibr
     merge_many(library, profiles, tmp_path / "out")
     shutil.rmtree(library["one"].folder)
     write_expert(library["one"].folder, seed=99, rank=2)
-    with pytest.raises(OutputExistsError, match="with another soup"):
+    with pytest.raises(OutputExistsError, match="already exists and holds another soup"):
         merge_many(ExpertLibrary.open(tmp_path / "experts"), profiles, tmp_path / "out")
 
 
@@ -198,7 +198,7 @@ def test_a_soup_of_another_base_is_another_soup(tmp_path: Path, library: ExpertL
     one, two = write_base(tmp_path / "one", "F32"), write_base(tmp_path / "two", "BF16")
     profiles = profiles_of(1)
     merge_many(library, profiles, tmp_path / "out", into_base=one)
-    with pytest.raises(OutputExistsError, match="with another soup"):
+    with pytest.raises(OutputExistsError, match="already exists and holds another soup"):
         merge_many(library, profiles, tmp_path / "out", into_base=two)
     assert merge_many(library, profiles, tmp_path / "out", into_base=two, overwrite=True) == Merged(1, 0)
     assert merge_many(library, profiles, tmp_path / "out", into_base=two) == Merged(0, 1)
@@ -206,7 +206,7 @@ def test_a_soup_of_another_base_is_another_soup(tmp_path: Path, library: ExpertL
 
 def test_a_soup_that_does_not_fit_is_told_with_its_user(tmp_path: Path, library: ExpertLibrary) -> None:
     large = Profile(user="ada", weights={"one": 1e7})
-    with pytest.raises(UsageError, match=r"'ada': .* beyond float16"):
+    with pytest.raises(UsageError, match=r"'ada': .* beyond the range of float16"):
         merge_many(library, [*profiles_of(1), large], tmp_path / "out", MergeOptions(dtype="float16"))
 
 
@@ -218,7 +218,7 @@ def test_a_user_that_cannot_be_a_folder_is_refused(tmp_path: Path, library: Expe
 
 
 def test_a_profile_without_a_user_is_refused(tmp_path: Path, library: ExpertLibrary) -> None:
-    with pytest.raises(DeclarationError, match="names no user"):
+    with pytest.raises(DeclarationError, match="does not name a user"):
         merge_many(library, [Profile(weights={"one": 1.0})], tmp_path / "out")
 
 
