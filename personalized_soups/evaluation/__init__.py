@@ -1,1 +1,1 @@
-"""Scores of answers, comparisons of models, and their tables, reports and pictures."""
+"""Score answers, compare models, and write the results as tables, reports and pictures."""

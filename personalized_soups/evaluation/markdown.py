@@ -1,28 +1,29 @@
-"""Markdown from values: tables, and a model's text, escaped so that it is shown unchanged."""
+"""Write Markdown: tables, and model output that is escaped so that readers see it unchanged."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
 
-# Characters with a meaning inside a line in GitHub's Markdown or CommonMark. An underscore inside a word has none.
+# Characters with a special meaning inside a line of GitHub's Markdown or CommonMark. An underscore inside a word has
+# no special meaning.
 _SPECIAL = re.compile(r"([\\`*\[\]<>#|~$&]|(?<!\w)_|_(?!\w))")
 
 
 def plain(text: str) -> str:
-    """Return Markdown that shows `text` unchanged, in one line: special characters escaped, line breaks as `<br>`."""
+    """Return one line of Markdown that shows `text` unchanged. Line breaks become `<br>`."""
     return "<br>".join(_SPECIAL.sub(r"\\\1", line).strip() for line in text.strip().splitlines())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, words: int = 1) -> str:
-    """Return a Markdown table with the first `words` columns aligned left and the others right.
+    """Return a Markdown table. The first `words` columns are aligned left, the other columns right.
 
-    Cells are Markdown. Columns are padded, so that the source is readable too.
+    Cells are Markdown. They are padded, so that the columns line up in the source, too.
 
     Args:
         head: the heading of each column.
         rows: the cells of each row.
-        words: number of columns that hold words; the others hold numbers.
+        words: the number of columns that hold words. The other columns hold numbers.
     """
     cells = [list(head), *map(list, rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(head))]

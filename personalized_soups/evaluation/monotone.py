@@ -1,4 +1,4 @@
-"""Whether the scores of a sweep only rise, and whether a fall is more than noise."""
+"""Judge whether the scores of a sweep only rise, and whether a fall is more than noise."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class Verdict:
     """The falls of a sweep.
 
     Attributes:
-        largest_dip: the largest fall of the score from a point to a later one.
-        dip_at: the weights of these two points; None for a sweep that never falls.
-        is_within_noise: whether the 95% intervals of the two points overlap for every fall, which holds for a sweep
-            that never falls. None if the sweep falls and has no intervals.
+        largest_dip: the largest fall of the score from a point to a later point, or 0 if the score never falls.
+        dip_at: the weights of the two points of the largest fall, or None if the score never falls.
+        is_within_noise: whether, for every fall, the 95% intervals of its two points overlap. It is True if the score
+            never falls, and None if the score falls and there are no intervals.
     """
 
     largest_dip: float
@@ -39,13 +39,13 @@ class Verdict:
 
 
 def judge_sweep(points: Sequence[Sequence[float]], intervals: Sequence[Interval] | None = None) -> Verdict:
-    """Return whether the score rises with the weight.
+    """Return the verdict on whether the score rises with the weight.
 
-    A fall is noise if the intervals of its two points overlap. All pairs of points are compared, not only neighbours,
+    A fall is noise if the intervals of its two points overlap. All pairs of points are compared, not only neighbors,
     because a slow fall may consist of small steps.
 
     Args:
-        points: (weight, score), by rising weight.
+        points: pairs (weight, score), sorted by weight.
         intervals: the interval of each point's score.
     """
     dip, at = 0.0, None

@@ -1,6 +1,6 @@
-"""Win rates: how often a user prefers one of two models, prompt by prompt, with a bootstrap interval.
+"""Estimate how often a user prefers one of two models, with a bootstrap interval.
 
-P prompts, N resamples
+Shapes: P = prompts, N = resamples.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class WinRate:
-    """The share of comparisons won, ties counted half, and its interval."""
+    """The share of comparisons that a model wins, and the interval of this share. A tie counts as half a win."""
 
     rate: float  # in [0, 1]
     low: float  # lower end of the interval
@@ -23,25 +23,27 @@ class WinRate:
 def win_rate(
     ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0, num_resamples: int = 2000, level: float = 0.95
 ) -> WinRate:
-    """Return the share of prompts where `ours` is above `theirs`, ties counted half.
+    """Return the share of prompts for which `ours` is above `theirs`. A tie counts as half a win.
 
-    The interval is the percentile bootstrap over prompts: (wins + ties / 2) / P of each resample.
+    The interval is a percentile bootstrap: the prompts are resampled, and each resample gives one share.
 
     Args:
         ours: one model's value for each prompt.
         theirs: the other model's values for the same prompts.
         seed: random seed of the bootstrap.
-        num_resamples: N, the number of resamples.
+        num_resamples: the number of resamples.
         level: the share of resamples inside the interval.
 
     Raises:
-        ValueError: if the two differ in length or are empty, or a value is not finite.
+        ValueError: if `ours` and `theirs` differ in length or are empty, or if a value is not finite.
     """
     if len(ours) != len(theirs) or not ours:
-        raise ValueError(f"`ours` has {len(ours)} values, `theirs` {len(theirs)}: give both one value per prompt")
+        raise ValueError(
+            f"`ours` has {len(ours)} values and `theirs` has {len(theirs)}; give both one value for each prompt"
+        )
     gap_P = np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64)
     if not np.isfinite(gap_P).all():
-        raise ValueError("`ours` or `theirs` has a value that is not finite")
+        raise ValueError("`ours` and `theirs` must hold finite values, but a value is NaN or infinite")
     points_P = np.where(gap_P > 0, 1.0, np.where(gap_P < 0, 0.0, 0.5))
     low, high = bootstrap_interval(points_P.tolist(), seed=seed, num_resamples=num_resamples, level=level)
     return WinRate(float(points_P.mean()), low, high)
@@ -50,7 +52,7 @@ def win_rate(
 def bootstrap_interval(
     values: Sequence[float], *, seed: int = 0, num_resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Return the percentile-bootstrap interval of the mean of `values`, one value per prompt."""
+    """Return the percentile-bootstrap interval of the mean of `values`, which has one value for each prompt."""
     values_P = np.asarray(values, dtype=np.float64)
     rng = np.random.default_rng(seed)
     means_N = values_P[rng.integers(0, len(values_P), size=(num_resamples, len(values_P)))].mean(axis=1)

@@ -1,1 +1,1 @@
-"""Answers from a base model, alone or with an adapter: batched and streamed."""
+"""Generate answers with a base model, alone or with an adapter, in batches or as a stream."""

@@ -1,4 +1,4 @@
-"""Where a base model is: in a folder, in the local cache, or on the Hugging Face hub."""
+"""Locate a base model in a folder, in the local cache, or on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from personalized_soups.files.regular import check_no_lfs_pointers
 
 
 def find_base(base: str | Path, **place: Any) -> dict[str, Any]:
-    """Find a base in a folder, in the local cache of the hub, or on the hub.
+    """Check that a base exists, and return the options with which from_pretrained loads it.
 
-    The hub gets a single request; transformers would repeat it for half a minute or longer.
+    The hub gets a single request. transformers would repeat a failed request for half a minute or longer.
 
     Args:
-        base: a folder or a hub id. A folder of that name comes first.
-        place: from_pretrained's cache_dir, local_files_only, revision and token.
+        base: a folder or a hub id. If a folder has this name, the hub is not asked.
+        place: the arguments of from_pretrained that say where to look: cache_dir, local_files_only, revision, token.
 
     Returns:
-        Options for from_pretrained: `local_files_only` if the hub does not answer and the cache has the model.
+        `{"local_files_only": True}` if the hub does not answer but the cache holds the model, else an empty dict.
 
     Raises:
-        InputError: if the folder holds no model, or neither the cache nor the hub has the model.
+        InputError: if the folder holds no model, or if neither the cache nor the hub has the model.
     """
     folder = Path(base)
     if os.path.isdir(base):  # noqa: PTH112 # Path.is_dir() raises where the name is too long
@@ -38,7 +38,7 @@ def find_base(base: str | Path, **place: Any) -> dict[str, Any]:
         return {}
     if isinstance(base, Path) or str(base).startswith((".", "/", "~")) or str(base).count("/") > 1:
         raise InputError(
-            "there is no such folder", where=str(base), mend="check the path, or give a hub id: owner/name"
+            "there is no such folder", where=str(base), mend="check the path, or give a hub id such as owner/name"
         )
     return _check_hub(base, **place)
 
@@ -53,7 +53,7 @@ def _check_hub(
 ) -> dict[str, Any]:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode, try_to_load_from_cache
 
-    # HTTPError is that of httpx or of another package, by the version of huggingface_hub
+    # The version of huggingface_hub decides from which package (httpx or another) HTTPError comes.
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
     try:
@@ -65,7 +65,7 @@ def _check_hub(
         raise InputError(
             "there is no such folder, and the name is not a hub id",
             where=base,
-            mend="check the path, or give a hub id: owner/name",
+            mend="check the path, or give a hub id such as owner/name",
         ) from fault
     if local_files_only or is_offline_mode():
         if is_cached:
@@ -73,7 +73,7 @@ def _check_hub(
         name = "local_files_only" if local_files_only else "HF_HUB_OFFLINE"
         raise _unreachable(base, url, f"{name} keeps this run from the Hugging Face hub")
     try:
-        # A single try, unlike transformers.
+        # Ask the hub once. transformers would repeat the request.
         get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except (HTTPError, OSError) as fault:
         refusal = _refusal(base, url, fault)
@@ -86,18 +86,18 @@ def _check_hub(
 
 
 def _refusal(base: str, url: str, fault: Exception) -> InputError | None:
-    """Return the error for a hub that has answered without the model; None if the hub has not answered."""
+    """Return the error to raise if the hub refuses the model, or None if the hub gave no usable answer."""
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
 
-    mend = "check the path, or the hub id: owner/name"
+    mend = "check the path, or the hub id (owner/name)"
     if isinstance(fault, GatedRepoError):
         what = "the hub gives this model only to accounts that have accepted its conditions"
         mend = f"give a model folder; or accept the conditions at {_page(base, url)}, then run: hf auth login"
     elif isinstance(fault, RepositoryNotFoundError):
-        what = "there is no such folder, and the hub has no such model, or a private one"
+        what = "there is no such folder, and the hub has no model of this name that you may read"
         mend = f"{mend}; for a private model run: hf auth login"
     elif isinstance(fault, EntryNotFoundError):
-        what = f"there is no such folder, and the hub's repository of that name has no {MODEL_CONFIG_FILE}"
+        what = f"there is no such folder, and the hub's repository of this name has no {MODEL_CONFIG_FILE}"
     elif isinstance(fault, HfHubHTTPError) and fault.response.status_code < 500:
         what = f"there is no such folder, and the hub refuses the model: {first_line(fault)}"
     else:
@@ -107,10 +107,10 @@ def _refusal(base: str, url: str, fault: Exception) -> InputError | None:
 
 def _unreachable(base: str, url: str, reason: str) -> InputError:
     return InputError(
-        f"there is no such folder, no such model in the local cache, and {reason}",
+        f"there is no such folder, the local cache has no such model, and {reason}",
         where=base,
-        mend="give a model folder (config.json, safetensors, tokenizer); or, for a hub id (owner/name), run where "
-        f"{_page(base, url)} can be reached, or download it there and copy the folder: hf download {base}",
+        mend="give a model folder (config.json, safetensors, tokenizer); or run on a machine that can reach "
+        f"{_page(base, url)}; or download the model on such a machine with: hf download {base}, and copy the folder",
     )
 
 
@@ -119,6 +119,6 @@ def _page(base: str, url: str) -> str:
 
 
 def first_line(fault: Exception) -> str:
-    """Return the first words of an error, on one line: its first two lines, or its type if it has no text."""
+    """Return the first two lines of an error joined to one line, or the name of its type if it has no text."""
     lines = str(fault).strip().splitlines()
     return " ".join(line.strip() for line in lines[:2])[:200] if lines else type(fault).__name__

@@ -1,4 +1,4 @@
-"""Answer prompts with a base model, alone or with an adapter: in batches, or one prompt as a stream."""
+"""Answer prompts with a base model, alone or with an adapter. Many prompts run in batches; one prompt can stream."""
 
 from __future__ import annotations
 
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
 
 
 class Within(NamedTuple):
-    """What generates a batch, in addition to the model.
+    """What a batch is generated with, in addition to the model.
 
     Attributes:
         processors: further logits processors.
-        past: a cache of transformers with the keys and values of the prompts' beginnings. It grows.
+        past: a cache of transformers with the keys and values of the prompts' beginnings. Generation extends it.
     """
 
     processors: Sequence[Any] = ()
     past: Any = None
 
 
-# A context that the generating thread enters around each batch, given the indices of the prompts of the batch's rows.
+# Makes the context that the generating thread enters around each batch. The argument is the prompt index of each row
+# of the batch.
 Around: TypeAlias = Callable[[Sequence[int]], AbstractContextManager[Within]]
 
 
@@ -53,15 +54,15 @@ class Generator:
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one. It is put into evaluation mode. Of
-            its own generation config only the end tokens apply: sampling, penalties and lengths are the caller's.
-        tokenizer: of the base; its chat template renders the prompts if it has one.
+            its own generation config only the end tokens apply. The caller decides sampling and lengths.
+        tokenizer: the base's tokenizer. If it has a chat template, the template renders the prompts.
 
     Attributes:
         model: the model.
         tokenizer: the tokenizer.
         stop_ids: the ids that end an answer.
-        num_embeddings: for how many tokens the model has an embedding; None if unknown.
-        pad_id: the id that fills shorter rows.
+        num_embeddings: the number of tokens for which the model has an embedding, or None if unknown.
+        pad_id: the id that pads shorter rows.
         own_config: the model's own generation config.
 
     Example:
@@ -90,19 +91,19 @@ class Generator:
         fold: bool = True,
         same_base: bool = False,
     ) -> Self:
-        """Load a base (folder or hub id) and an adapter folder.
+        """Load a base and, if given, an adapter, and return a generator with them.
 
         Args:
             base: a folder or a hub id.
             adapter: a PEFT adapter folder, or None for the base alone.
             device: `auto` (CUDA if there is a CUDA device), `cpu`, `cuda`, ...
-            dtype: of the model; `auto` is the dtype of its files.
-            fold: fold the adapter into the weights, which answers faster, instead of computing it separately.
-            same_base: accept any fingerprint of a base that the adapter records.
+            dtype: the dtype of the model; `auto` takes the dtype of its files.
+            fold: add the adapter to the base's weights once, which answers faster than computing both at every token.
+            same_base: do not compare the base with the base's fingerprint that the adapter records.
 
         Raises:
-            SoupError: if the base, the adapter or the device is missing or not usable, or the adapter is of another
-                base.
+            SoupError: if the base, the adapter or the device is missing or not usable, or if the adapter was trained on
+                another base.
         """
         if adapter is not None:
             check_adapter_folder(Path(adapter))
@@ -132,33 +133,34 @@ class Generator:
     ) -> list[list[str]]:
         """Answer prompts. The same seed gives the same answers on one machine.
 
-        Answer s of prompt p has its own random numbers, which depend on the seed, p and s alone. So two models that are
-        given the same prompts and seed answer from common random numbers.
+        The random numbers of answer s to prompt p depend only on the seed, p and s. So two models that get the same
+        prompts and seed sample with the same random numbers.
 
         Args:
             prompts: texts and chats.
-            num_samples: answers for each prompt.
-            temperature: logits are divided by it; 0 takes the most likely token.
-            max_new_tokens: the longest answer.
-            batch_size: answers at a time.
-            seed: of the draws.
+            num_samples: the number of answers to each prompt.
+            temperature: divides the logits. At 0 the most likely token is taken.
+            max_new_tokens: the maximum number of tokens in an answer.
+            batch_size: the number of answers to generate at a time.
+            seed: the seed of the random numbers.
             greedy: take the most likely token at any temperature.
-            places: where the prompts are part of a longer list, the places of their answers in it, one for each answer.
-            on_done: called after each batch with the number of answers so far.
-            around: a context to enter around each batch.
-            in_order: keep the prompts' order in batches. Otherwise batches have prompts of similar length.
+            places: the index of each answer in a longer list of which the prompts are a part. It replaces the answer's
+                index in this call where random numbers are chosen.
+            on_done: called after each batch with the number of finished answers.
+            around: makes a context to enter around each batch.
+            in_order: batch the prompts in their order. By default, prompts of similar length share a batch.
 
         Returns:
-            For each prompt its answers, without the end token and without white space around the text.
+            The answers to each prompt, without the end token and without white space around the text.
 
         Raises:
-            InputError: as `encoded`.
-            ValueError: for impossible values of max_new_tokens or temperature.
+            InputError: if a prompt cannot be encoded; see `encoded`.
+            ValueError: if max_new_tokens or temperature is out of range.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = [self.encoded(prompt) for prompt in prompts]
         rows = [index for index in range(len(prompts)) for _ in range(num_samples)]
-        # Prompts of similar length share a batch, so that little of it is padding.
+        # Prompts of similar length share a batch, so that a batch has little padding.
         order = sorted(range(len(rows)), key=lambda row: 0 if in_order else len(encoded[rows[row]]))
         texts = [""] * len(rows)
         for start in range(0, len(order), batch_size):
@@ -186,7 +188,8 @@ class Generator:
     ) -> Iterator[str]:
         """Yield one answer piece by piece. The concatenated pieces are the answer that `answers` returns.
 
-        Another thread generates the answer, and enters `around`. Other arguments and errors are those of `answers`.
+        Another thread generates the answer and enters the context of `around`. Arguments and errors are those of
+        `answers`.
         """
         sampling = Sampling(max_new_tokens, 0.0 if greedy else temperature)
         encoded = self.encoded(prompt)
@@ -199,8 +202,8 @@ class Generator:
 
         for token in TokenStream(generate):
             tokens.append(token)
-            # `text` strips white space at the end, so it is yielded with the next word. A token may end within a
-            # character, which decodes as U+FFFD until the next token completes it.
+            # `text` strips white space at the end, so the space is yielded with the next word. A token may end within a
+            # character. Such a character decodes as U+FFFD until the next token completes it.
             text = self.text(tokens)
             if text.startswith(yielded) and not text.endswith("\ufffd") and len(text) > len(yielded):
                 yield text[len(yielded) :]
@@ -217,7 +220,7 @@ class Generator:
         within: Within,
         stream: TokenStream | None = None,
     ) -> list[list[int]]:
-        """Return the new tokens of each prompt; random numbers depend on the seed and `places`."""
+        """Return the new tokens of each prompt. The random numbers depend on the seed and `places`."""
         from transformers import GenerationConfig
 
         device = self.model.device
@@ -247,15 +250,15 @@ class Generator:
         return [list(map(int, row)) for row in new_BN.tolist()]
 
     def encoded(self, prompt: Prompt, *, where: str | None = None) -> list[int]:
-        """Return the token ids of a prompt, after which the answer begins.
+        """Return the token ids of a prompt. The answer begins after them.
 
         Args:
             prompt: a text or a chat.
-            where: the prompt's place, for errors; its first words if left out.
+            where: the prompt's place, for errors. By default, errors quote the prompt's first words.
 
         Raises:
-            InputError: if there are no tokens, more tokens than the model has positions, or a token without an
-                embedding; and as encode_prompt.
+            InputError: if the chat template rejects the prompt; if the prompt has no tokens, leaves no position for an
+                answer, or has a token without an embedding; or if it is a chat and there is no chat template.
         """
         place = where or prompt_place(prompt)
         tokens = encode_prompt(self.tokenizer, prompt, where=where)
@@ -265,14 +268,14 @@ class Generator:
         most = getattr(self.model.config, "max_position_embeddings", None)
         if isinstance(most, int) and len(tokens) >= most:
             raise InputError(
-                f"the prompt has {len(tokens)} tokens, but the model reads fewer than {most}",
+                f"the prompt has {len(tokens)} tokens, but the model takes at most {most - 1}",
                 where=place,
                 mend="shorten the prompt, or use a base model with a longer context",
             )
         return tokens
 
     def check(self, prompts: Iterable[PromptRequest]) -> None:
-        """Raise InputError, with file and line, for the first prompt that can't be answered."""
+        """Raise InputError, with file and line, for the first prompt that `encoded` rejects."""
         for request in prompts:
             self.encoded(request.prompt, where=request.where)
 

@@ -1,4 +1,4 @@
-"""Load a base model, its tokenizer and an adapter through transformers and PEFT, with errors that name the fix."""
+"""Load a base model, its tokenizer and an adapter with transformers and PEFT. Each error says how to fix its cause."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 
-# Options of from_pretrained that decide where on the hub, or in its cache, to look for a model.
+# Options of from_pretrained that decide where to look for a model, on the hub or in the hub's local cache.
 _PLACES = ("cache_dir", "local_files_only", "revision", "token")
 
-# transformers checks few files before it uses them, so a damaged file raises any of these.
+# transformers checks few files before it uses them, so a damaged file may raise any of these errors.
 _LOADING_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
 
 
 def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer. A tokenizer without a padding token pads with its end token.
+    """Return the base's tokenizer. If it has no padding token, its end token becomes the padding token.
 
     Raises:
         InputError: if the tokenizer can't be found or has no end token.
@@ -47,9 +47,9 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
         raise _no_base(base, "tokenizer", fault) from fault
     if tokenizer.eos_token is None:
         raise InputError(
-            "the tokenizer has no end token, so no answer could end",
+            "the tokenizer has no end token, so answers would never end",
             where=str(base),
-            mend="set eos_token in tokenizer_config.json",
+            mend='set "eos_token" in tokenizer_config.json, e.g. to "</s>"',
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -61,19 +61,22 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
 
     Args:
         base: a folder or a hub id.
-        device: for the model. Ignored with a `quantization_config` or a `device_map`: transformers then places it.
-        dtype: of the model; `auto` is the dtype of its files.
-        options: for transformers' from_pretrained.
+        device: the model's device. With a `quantization_config` or a `device_map` in `options`, transformers places
+            the model, and `device` is ignored.
+        dtype: the dtype of the model; `auto` takes the dtype of its files.
+        options: further arguments of transformers' from_pretrained.
 
     Raises:
-        InputError: if there is no such model, it has pickle files only, or tensors are missing.
-        FileFormatError: if a safetensors file of its folder is damaged.
-        UsageError: for an unknown dtype.
+        InputError: if the model does not exist, has only pickle files, or lacks tensors.
+        FileFormatError: if a safetensors file in the model's folder is damaged.
+        UsageError: if the dtype is unknown.
     """
     from transformers import AutoModelForCausalLM
 
     if dtype not in get_args(Dtype):
-        raise UsageError(f"unknown dtype {dtype!r}", where="dtype", mend=choose_from(str(dtype), get_args(Dtype)))
+        raise UsageError(
+            f"{dtype!r} is not a valid dtype", where="dtype", mend=choose_from(str(dtype), get_args(Dtype))
+        )
     options |= find_base(base, **{name: options[name] for name in _PLACES if name in options})
     for file in sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []:
         SafetensorsFile.open(file)
@@ -86,11 +89,11 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
             model, info = loaded
     except _LOADING_FAULTS as fault:
         raise _no_base(base, "model", fault) from fault
-    # transformers fills missing tensors with random numbers, and says so only in a log that we silence.
+    # transformers fills missing tensors with random numbers. It only logs a warning, which we silence.
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(
-            f"the model's files lack {len(missing)} tensors, the first is {missing[0]}",
+            f"the model's files lack {len(missing)} of its tensors; the first is {missing[0]}",
             where=str(base),
             mend="copy or download the model again",
         )
@@ -100,11 +103,14 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, *, fold: bool) -> Any:
-    """Return the model with an adapter: wrapped by PEFT, or folded into the weights of `model`, which then change.
+    """Return the model with an adapter.
+
+    With `fold`, the adapter is added to the weights of `model` in place. Otherwise PEFT wraps `model`.
 
     Raises:
-        FileFormatError: if the folder holds no adapter, a file of it is damaged, or its tensors are in a pickle file.
-        IncompatibleExpertsError: if the adapter does not fit the model: other modules or other shapes.
+        FileFormatError: if the folder holds no adapter, one of its files is damaged, or its tensors are in a pickle
+            file.
+        IncompatibleExpertsError: if the modules or shapes of the adapter do not fit the model.
         InputError: if a value of the adapter is NaN or infinite.
     """
     from peft import PeftModel
@@ -114,14 +120,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, fold: bool) -> A
     file = SafetensorsFile.open(folder / WEIGHTS_FILE)
     try:
         with quiet_transformers():
-            # PEFT only warns of missing tensors; `_check_adapter` raises.
+            # PEFT only warns about missing tensors, but `_check_adapter` raises an error.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             adapted = PeftModel.from_pretrained(model, str(folder), torch_device=str(model.device))
     except (ValueError, KeyError, TypeError, RuntimeError) as fault:
         raise IncompatibleExpertsError(
             f"the adapter can't be put on this base: {first_line(fault)}",
             where=str(folder),
-            mend="give the base that it was trained on",
+            mend="give the base that the adapter was trained on",
         ) from fault
     _check_adapter(adapted, file)
     with quiet_transformers():
@@ -129,7 +135,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, *, fold: bool) -> A
 
 
 def check_same_base(base: str | Path, adapter: Path) -> None:
-    """Raise IncompatibleExpertsError if expert.json or soup.json in `adapter` records another base than `base`."""
+    """Raise IncompatibleExpertsError if expert.json or soup.json in `adapter` records a base other than `base`."""
     record = read_expert_record(adapter) or read_soup_record(adapter)
     if record is None or record.base.fingerprint is None:
         return
@@ -139,7 +145,8 @@ def check_same_base(base: str | Path, adapter: Path) -> None:
             f"the adapter was trained on {record.base.name or 'another base'} (fingerprint "
             f"{record.base.fingerprint[:12]}), but this base has the fingerprint {str(actual.fingerprint)[:12]}",
             where=str(adapter),
-            mend="give the base that it was trained on; if both are one base in different dtypes, pass same_base=True",
+            mend="give the base that the adapter was trained on; or, if this is the same base in another dtype, pass "
+            "same_base=True",
         )
 
 
@@ -150,39 +157,43 @@ def _check_adapter(adapted: Any, file: SafetensorsFile) -> None:
     missing = sorted(expected.keys() - file.entries.keys())
     strange = sorted(name for name in file.entries.keys() - expected.keys() if "lora_" in name)
     if missing or strange:
-        problem = f"lacks {missing[0]}" if missing else f"has {strange[0]}, for which the base has no module"
+        problem = (
+            f"lacks the tensor {missing[0]}"
+            if missing
+            else f"has the tensor {strange[0]}, but the base has no module for it"
+        )
         raise IncompatibleExpertsError(
-            f"the adapter's file {problem}",
+            f"the adapter file {problem}",
             where=str(file.path),
-            mend="give the base that it was trained on, and the whole adapter folder",
+            mend="give the base that the adapter was trained on, and copy the adapter folder with all its files",
         )
     for name, tensor in expected.items():
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(
-                f"{name} holds a value that is NaN or infinite",
+                f"the tensor {name} has a value that is NaN or infinite",
                 where=str(file.path),
-                mend="this adapter's training diverged or its file is damaged: train it again",
+                mend="train the adapter again: its training diverged, or its file is damaged",
             )
 
 
 def check_adapter_folder(folder: Path) -> None:
-    """Raise FileFormatError unless `folder` holds a PEFT adapter in safetensors."""
+    """Raise FileFormatError unless `folder` holds a PEFT adapter in a safetensors file."""
     if not (folder / CONFIG_FILE).is_file():
         raise FileFormatError(
             f"the folder holds no adapter: {CONFIG_FILE} is missing",
             where=str(folder),
-            mend=f"give the folder that holds {CONFIG_FILE}, e.g. one written by psoups train or psoups merge",
+            mend=f"give a folder with {CONFIG_FILE}, e.g. a folder that psoups train or psoups merge has written",
         )
     if not (folder / WEIGHTS_FILE).is_file():
         pickled = (folder / PICKLED_WEIGHTS_FILE).is_file()
         raise FileFormatError(
             "the adapter's tensors are in a pickle file, which is never loaded"
             if pickled
-            else f"{WEIGHTS_FILE} is missing",
+            else f"the file {WEIGHTS_FILE} is missing",
             where=str(folder),
-            mend="load it with PEFT where you trust it and save it again with save_pretrained(folder)"
+            mend="if you trust the file, load it with PEFT and save it again with save_pretrained(folder)"
             if pickled
-            else "copy the whole adapter folder",
+            else "copy the adapter folder again, with all its files",
         )
     try:
         is_object = isinstance(json.loads((folder / CONFIG_FILE).read_bytes()), dict)
@@ -198,7 +209,7 @@ def check_adapter_folder(folder: Path) -> None:
 
 def _no_base(base: str | Path, part: str, fault: Exception) -> InputError:
     if isinstance(fault, OSError) and fault.errno in {errno.ENOSPC, errno.EDQUOT}:
-        raise fault  # the disk is full: nothing is wrong with the base
+        raise fault  # The disk is full, so the base is not at fault.
     return InputError(
         f"the {part} can't be loaded: {first_line(fault)}",
         where=str(base),

@@ -1,4 +1,4 @@
-"""A model's own generation config, set aside while we generate."""
+"""Keep a model's own generation config from changing how we generate."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 
 class OwnGenerationConfig:
-    """The generation config of a model, and of the model that PEFT wraps in it.
+    """The generation config of a model and, if PEFT wraps it, that of the wrapped model.
 
-    transformers merges a model's own config (it may sample, penalise or cut answers) into the config of a call.
+    transformers merges a model's own config into the config of a call. The model's config may set sampling, penalties
+    or a maximum length.
 
     Args:
         model: a causal language model of transformers, or a PEFT model around one.
@@ -25,9 +26,9 @@ class OwnGenerationConfig:
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
-        """Replace the config by an empty one within the block.
+        """Replace the config by an empty config while the block runs.
 
-        Several threads may be within blocks at once. The last thread that leaves its block restores the config.
+        Several threads may run such blocks at once. The last thread that leaves its block restores the config.
         """
         with self._lock:
             if self._num_blocks == 0:
@@ -44,7 +45,7 @@ class OwnGenerationConfig:
 
 
 def _replace_by_empty(model: Any) -> list[tuple[Any, Any]]:
-    """Give the model, and the model that PEFT wraps in it, an empty generation config; return each with its old one."""
+    """Give `model` and the models inside it an empty generation config. Return each model with its old config."""
     from transformers import GenerationConfig
 
     wrapped = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,4 +1,4 @@
-"""Prompts: texts and chats, their token ids by the tokenizer's chat template, and files of prompts."""
+"""Read prompts from files, check them, and encode them as token ids. A prompt is a text or a chat."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ if TYPE_CHECKING:
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = str | Sequence[Message]
 
-# A template may raise these in addition to jinja's own errors, because it computes with the messages as Python would.
-# transformers raises ValueError if a tokenizer has several templates and none is the default.
+# A template computes with the messages as Python would, so it may raise these errors in addition to jinja's own.
+# transformers raises ValueError if a tokenizer has several templates and none of them is the default.
 _TEMPLATE_FAULTS = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 def messages_of(prompt: Prompt) -> list[Message]:
-    """Return the prompt as chat messages; a text is one message of the user."""
+    """Return the prompt as chat messages. A text becomes one message of the user."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     return [dict(message) for message in prompt]
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """Return a text, or the last message of a chat, for scorers."""
+    """Return the text that scorers read: the prompt itself, or the last message of a chat."""
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
 @contextmanager
 def template_faults(where: str) -> Iterator[None]:
-    """Turn an error of a chat template within the block into an InputError."""
+    """Raise InputError for any error that a chat template raises while the block runs."""
     from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
     try:
@@ -46,7 +46,7 @@ def template_faults(where: str) -> Iterator[None]:
         raise InputError(
             f"the base's chat template can't be read: {fault.message} (line {fault.lineno})",
             where=where,
-            mend="fix the template: chat_template.jinja, or tokenizer_config.json, in the base's folder",
+            mend="fix the template in chat_template.jinja or tokenizer_config.json in the base's folder",
         ) from fault
     except (TemplateError, *_TEMPLATE_FAULTS) as fault:
         raise InputError(
@@ -59,37 +59,38 @@ def template_faults(where: str) -> Iterator[None]:
 def check_tokens(
     tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None, *, where: str
 ) -> None:
-    """Raise InputError if the base has no embedding for a token; nothing is checked if their number is None."""
+    """Raise InputError if the base has no embedding for a token. With `num_embeddings` None, nothing is checked."""
     if num_embeddings is not None and tokens and max(tokens) >= num_embeddings:
         token = max(tokens)
         name = tokenizer.convert_ids_to_tokens(token)
         raise InputError(
-            f"the base has no token {token} ({name!r}): it has {num_embeddings} tokens",
+            f"the base has no embedding for token {token} ({name!r}): it has embeddings for {num_embeddings} tokens",
             where=where,
-            mend="use the base's own tokenizer, or resize the base's embedding to the tokenizer",
+            mend="use the base's own tokenizer, or enlarge the base's embedding: "
+            "model.resize_token_embeddings(len(tokenizer))",
         )
 
 
 def prompt_place(prompt: Prompt) -> str:
-    """Return the place, for errors, of a prompt that is not from a file."""
+    """Return the place that errors name for a prompt that is not from a file."""
     return f"the prompt that begins {prompt_text(prompt)[:40]!r}"
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, where: str | None = None) -> list[int]:
-    """Return the token ids of a prompt, after which the answer begins.
+    """Return the token ids of a prompt. The answer begins after them.
 
     Args:
-        tokenizer: of the base.
+        tokenizer: the base's tokenizer.
         prompt: a text or a chat.
-        where: the prompt's place, for errors; its first words if left out.
+        where: the prompt's place, for errors. By default, errors quote the prompt's first words.
 
     Raises:
-        InputError: if the chat template rejects the prompt, or the prompt is a chat and there is no template.
+        InputError: if the chat template rejects the prompt, or if the prompt is a chat and there is no template.
     """
     if tokenizer.chat_template is not None:
         with template_faults(where or prompt_place(prompt)):
             rendered = tokenizer.apply_chat_template(messages_of(prompt), tokenize=False, add_generation_prompt=True)
-        # The template writes the special tokens itself; adding them again would double the first one.
+        # The template writes the special tokens. The tokenizer would add the first special token a second time.
         return list(tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"])
     if not isinstance(prompt, str):
         raise InputError(
@@ -101,16 +102,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, where: 
 
 
 def check_text(prompt: str, *, where: str) -> None:
-    """Raise InputError if a prompt is empty, or is not valid Unicode (undecodable bytes, half a surrogate pair)."""
+    """Raise InputError if a prompt is empty or cannot be encoded as UTF-8, e.g. if it has half a surrogate pair."""
     if not prompt.strip():
         raise InputError("the prompt is empty", where=where, mend="write a prompt with text")
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as fault:
         raise InputError(
-            f"the prompt is not UTF-8: {fault.object[fault.start]!r} at character {fault.start + 1}",
+            f"the prompt is not UTF-8: it has {fault.object[fault.start]!r} at character {fault.start + 1}",
             where=where,
-            mend="write it as UTF-8 text",
+            mend="write the prompt as UTF-8 text",
         ) from fault
 
 
@@ -120,7 +121,7 @@ class PromptRequest:
 
     Attributes:
         prompt: the text.
-        user: the user who asks; None if the line names no user.
+        user: the user who asks, or None if the line names no user.
         where: the file and the line.
     """
 
@@ -130,19 +131,22 @@ class PromptRequest:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the prompts of a file: one for each line, or JSON lines with a string `prompt` (`.jsonl`).
+    """Return the prompts of a file.
+
+    Each line of a `.jsonl` file is a JSON object with a string `prompt`. Each line of another file is a prompt. Blank
+    lines are skipped.
 
     Raises:
-        InputError: with file and line, if the file is missing, empty or not UTF-8, or a line has no prompt.
+        InputError: if the file is missing, empty or not UTF-8, or if a JSON line has no prompt.
     """
     return [request.prompt for request in read_asked_prompts(path)]
 
 
 def read_asked_prompts(path: Path) -> list[PromptRequest]:
-    """Return the prompts of a file, as read_prompts; a JSON line may also name its `user`.
+    """Return the prompts of a file with their users. A JSON line may name its `user`.
 
     Raises:
-        InputError: as read_prompts, and if a user is not a string.
+        InputError: if `read_prompts` would raise it, or if a user is not a string.
     """
     try:
         content = path.read_bytes()
@@ -154,7 +158,7 @@ def read_asked_prompts(path: Path) -> list[PromptRequest]:
     lines = content.split(b"\n")
     prompts = [_prompt_of(line, path=path, number=number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not prompts:
-        raise InputError("the file holds no prompt", where=str(path), mend="write one prompt on each line")
+        raise InputError("the file holds no prompts", where=str(path), mend="write one prompt on each line")
     return prompts
 
 
@@ -164,7 +168,7 @@ def _prompt_of(line: bytes, *, path: Path, number: int) -> PromptRequest:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
     except UnicodeDecodeError as fault:
         raise InputError(
-            f"byte {line[fault.start]:#04x} is not UTF-8", where=where, mend="save the file as UTF-8"
+            f"the byte {line[fault.start]:#04x} is not UTF-8", where=where, mend="save the file as UTF-8"
         ) from fault
     if path.suffix != ".jsonl":
         check_text(text, where=where)
@@ -176,11 +180,13 @@ def _prompt_of(line: bytes, *, path: Path, number: int) -> PromptRequest:
         prompt = user = None
     if not isinstance(prompt, str) or not prompt.strip():
         raise InputError(
-            'expected a JSON object with a string "prompt"', where=where, mend='write {"prompt": "..."} on every line'
+            'the line is not a JSON object with a string "prompt"',
+            where=where,
+            mend='write {"prompt": "..."} on every line',
         )
     check_text(prompt, where=where)
     if user is not None and not isinstance(user, str):
         raise InputError(
-            f"the user must be a string, got {user!r}", where=where, mend='write "user": "u1042", or leave it out'
+            f'"user" must be a string, but is {user!r}', where=where, mend='write "user": "u1042", or remove "user"'
         )
     return PromptRequest(prompt, user, where)

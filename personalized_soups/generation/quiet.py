@@ -1,4 +1,4 @@
-"""Keep the progress bars and notes of transformers and PEFT out of our standard error."""
+"""Keep the progress bars and warnings of transformers and PEFT out of our standard error."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Show only errors of transformers, and no progress bars, within the block. Restore the settings afterwards.
+    """Show only errors of transformers, and no progress bars, while the block runs. Restore the settings afterwards.
 
-    Also hides the warnings of libraries that call each other's deprecated names: users can do nothing about them.
+    Warnings that one library raises because another calls its deprecated names are hidden, too: users cannot fix them.
     """
     from transformers.utils import logging
 

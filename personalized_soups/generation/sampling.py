@@ -1,10 +1,10 @@
 """Draw the next token of each row, reproducibly.
 
-A row's draw at a step depends on the seed and the row's place alone. So an answer does not depend on the other rows of
-its batch (up to the rounding of batched arithmetic), and two models with equal seeds answer from common random numbers.
-transformers' own sampling draws from one stream for the whole batch.
+A row's random number at a step depends only on the seed, the row's place and the step. So an answer does not depend on
+the other rows of its batch (up to the rounding of batched arithmetic), and two models with equal seeds sample with the
+same random numbers. transformers' own sampling draws from one stream for the whole batch.
 
-B rows in a batch, T tokens of a prompt, V vocabulary, N new tokens.
+Shapes: B = rows in the batch, T = tokens of a prompt, V = vocabulary size, N = new tokens.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# The smallest temperature: a smaller number is 0 in float32, by which logits would be divided.
+# The smallest temperature. A smaller number could become 0 in float32, and logits are divided by the temperature.
 _COLDEST = torch.finfo(torch.float32).tiny
 
 
@@ -25,8 +25,8 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        max_new_tokens: the longest answer.
-        temperature: logits are divided by it; 0 takes the most likely token.
+        max_new_tokens: the maximum number of tokens in an answer.
+        temperature: divides the logits. At 0 the most likely token is taken.
     """
 
     max_new_tokens: int = 256
@@ -36,21 +36,21 @@ class Sampling:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+            raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature}")
 
 
 def uniforms(seed: int, row: int, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return `count` draws of [0, 1), float32, that depend on `seed` and `row` alone.
+    """Return `count` random float32 numbers in [0, 1) that depend only on `seed` and `row`.
 
-    The generator is Philox, which is counter-based: its key selects a stream without any earlier draws.
+    The random generator is Philox, whose key (here `seed` and `row`) selects an independent stream.
     """
     raw = np.random.Philox(key=[seed, row]).random_raw(count)
-    # 24 bits are the most that float32 holds exactly, so no draw rounds up to 1.
+    # float32 holds 24 bits exactly, so no number rounds up to 1.
     return (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return (ids_BT, mask_BT), int64, padded on the left so that every prompt ends in the last column."""
+    """Return int64 token ids and mask, padded on the left so that every prompt ends in the last column."""
     width = max(len(row) for row in rows)
     ids_BT = torch.full((len(rows), width), pad)
     mask_BT = torch.zeros((len(rows), width), dtype=torch.int64)
@@ -63,16 +63,17 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Ten
 def choose_tokens(
     logits_BV: Tensor, draw_B: Tensor, temperature: float | Tensor, top_p_B: Tensor | None = None
 ) -> Tensor:
-    """Return token_B, int64: at temperature 0 the most likely token, else the token at the softmax's quantile `draw_B`.
+    """Return the next token of each row, int64.
 
-    The quantile is taken over cumulated probabilities, so a token of probability 0 is never chosen.
+    At temperature 0, the next token is the most likely token. Otherwise it is the first token at which the cumulated
+    probability exceeds the row's number in `draw_B`. A token of probability 0 is never chosen.
 
     Args:
-        logits_BV: of the next token.
-        draw_B: draws of [0, 1), float32.
-        temperature: logits are divided by it; a number for all rows, or a tensor with a number above 0 for each row.
-        top_p_B: for each row, draw among the fewest most likely tokens whose probabilities sum to top_p (nucleus
-            sampling, arXiv 1904.09751); 1 draws among all tokens.
+        logits_BV: the logits of the next token.
+        draw_B: random float32 numbers in [0, 1).
+        temperature: divides the logits. Either one number for all rows, or a tensor with a number above 0 for each row.
+        top_p_B: a number for each row. Only the most likely tokens are candidates, as few as have probabilities that
+            sum to top_p (nucleus sampling, arXiv 1904.09751). At 1, all tokens are candidates.
     """
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None].clamp(min=_COLDEST)
@@ -93,7 +94,7 @@ def choose_tokens(
 
 
 def _nucleus(share_BV: Tensor, top_p_B: Tensor) -> Tensor:
-    """Return the probabilities of the fewest most likely tokens that sum to `top_p_B`, and 0 for the others."""
+    """Return the probabilities with those of the tokens outside the nucleus (see `choose_tokens`) set to 0."""
     sorted_BV, order_BV = share_BV.sort(dim=-1, descending=True, stable=True)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
     is_out_BV = (before_BV >= top_p_B[:, None]) & (top_p_B[:, None] < 1)
@@ -105,9 +106,9 @@ class DrawnTokens:
     """A logits processor for transformers' `generate(do_sample=False)` that leaves only the drawn token possible.
 
     Args:
-        draws_BN: draws of [0, 1), float32: a row for each row of the batch, a column for each new token.
-        temperature: logits are divided by it; 0 takes the most likely token.
-        prompt_width: columns of the padded prompts; later columns are new tokens.
+        draws_BN: random float32 numbers in [0, 1), one for each row and new token.
+        temperature: divides the logits. At 0 the most likely token is taken.
+        prompt_width: the number of columns of the padded prompts. Later columns hold new tokens.
     """
 
     def __init__(self, draws_BN: Tensor, *, temperature: float, prompt_width: int) -> None:
@@ -116,7 +117,7 @@ class DrawnTokens:
         self._prompt_width = prompt_width
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Return scores_BV: 0 for the drawn token of each row, minus infinity for the rest; changes no argument."""
+        """Return new scores (B, V): 0 for the drawn token of each row, and minus infinity for all other tokens."""
         step = input_ids.shape[1] - self._prompt_width
         token_B = choose_tokens(scores, self._draws_BN[:, step], self._temperature)
         return torch.full_like(scores, float("-inf")).scatter_(1, token_B[:, None], 0.0)

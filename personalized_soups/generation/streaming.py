@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 class TokenStream:
-    """Runs a generation in a thread and iterates over its new tokens. Usable once.
+    """Runs a generation in a thread and iterates over the new tokens. An object can be iterated over once.
 
-    The object is a streamer of transformers (`put`, `end`). It is also a stopping criterion (`__call__`): when the
-    reader stops early, the generation ends with the next token.
+    transformers calls the object as a streamer (`put`, `end`) and as a stopping criterion (`__call__`). If the reader
+    stops early, the generation ends with the next token.
 
     Args:
-        generate: called in the thread with this object. The reader gets its errors.
+        generate: called in the thread with this object. Its errors are raised in the reader's thread.
     """
 
     def __init__(self, generate: Callable[[TokenStream], Any]) -> None:
@@ -27,16 +27,16 @@ class TokenStream:
         self._thread = threading.Thread(target=self._run, args=(generate,), daemon=True)
 
     def put(self, value: Tensor) -> None:
-        """Take the next token (int64). The first call passes the prompt, which is left out."""
+        """Take the next token (int64). transformers passes the prompt in the first call, which is ignored."""
         if not self._is_prompt:
             self._tokens.put(int(value.reshape(-1)[0]))
         self._is_prompt = False
 
     def end(self) -> None:
-        """Do nothing: the thread reports its end itself, also after an error."""
+        """Do nothing. The thread reports its own end, also after an error."""
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
-        """Return True for each row once the reader has stopped."""
+        """Return, for each row, whether the reader has stopped."""
         return input_ids.new_full((input_ids.shape[0],), int(self._stopped.is_set())).bool()
 
     def __iter__(self) -> Iterator[int]:

@@ -1,1 +1,1 @@
-"""Pipelines over everything below: the quickstart, and its repetition over seeds."""
+"""Run whole studies: the quickstart, its repetition over seeds, and sweeps between two experts."""

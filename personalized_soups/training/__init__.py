@@ -1,1 +1,1 @@
-"""From pairs of answers to an expert: preference data, DPO through TRL, resumable to the byte."""
+"""Train experts on pairs of answers by DPO with TRL. A resumed training gives the bytes of an uninterrupted one."""

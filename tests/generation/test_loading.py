@@ -39,8 +39,8 @@ def test_a_soup_model_asks_the_hub_once(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "what", "mend"),
     [
-        ((404, "RepoNotFound"), "the hub has no such model, or a private one", "hf auth login"),
-        ((401, "RepoNotFound"), "the hub has no such model, or a private one", "hf auth login"),
+        ((404, "RepoNotFound"), "the hub has no model of this name that you may read", "hf auth login"),
+        ((401, "RepoNotFound"), "the hub has no model of this name that you may read", "hf auth login"),
         ((403, "GatedRepo"), "accepted its conditions", "/owner/other, then run: hf auth login"),
         ((404, "EntryNotFound"), "no config.json", "owner/name"),
         ((429, ""), "the hub refuses the model: 429", "check the path"),

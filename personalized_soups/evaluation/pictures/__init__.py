@@ -1,1 +1,1 @@
-"""The pictures of an evaluation, as PNG files to be shown 900 pixels wide."""
+"""Draw the results of an evaluation as PNG files that are shown 900 pixels wide."""
