@@ -58,9 +58,9 @@ class BaseModel:
         if quantization := config.get("quantization_config"):
             kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise UnsupportedAdapterError(
-                f"the base is quantised ({kind}): this version cannot merge into quantised tensors",
+                f"the base is quantised ({kind}), but this version cannot merge into quantised tensors",
                 where=str(folder),
-                mend="give the base before quantisation; plain LoRA experts can be merged without a base",
+                mend="give the base before quantisation, or merge plain LoRA experts without a base",
             )
         # records have the absolute path, so that it is valid in any working directory
         name = str(folder.resolve()) if Path(base) == folder else str(base)

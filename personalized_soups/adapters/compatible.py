@@ -39,9 +39,9 @@ def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[I
         return []
     return [
         IncompatibleExpertsError(
-            f"the experts were trained on another base than this one ({fingerprint[:12]}): " + "; ".join(names),
+            f"experts were trained on another base than the given one ({fingerprint[:12]}): " + "; ".join(names),
             where=where,
-            mend="give the base of the experts; if this is the same model, converted, pass same_base=True",
+            mend="give the base of the experts, or pass same_base=True if the given base is the same model, converted",
         )
     ]
 
@@ -74,7 +74,7 @@ def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
             "the experts were trained on different bases: "
             + "; ".join(f"{name}: {base}" for name, base in list(named.items())[:_MAX_SHOWN]),
             where=", ".join(list(named)[:_MAX_SHOWN]),
-            mend="merge experts of one base; if these are names of the same base, pass same_base=True",
+            mend="merge experts of one base, or pass same_base=True if these are names of the same base",
         )
     ]
 
@@ -95,15 +95,15 @@ def other_names(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
         )
         if cores:
             (name,), (other_name,) = own[cores[0]], others[cores[0]]
-            more = f" (and {len(cores) - 1} more)" if len(cores) > 1 else ""
-            differences.append(f"{first.name} has {name}, {second.name} has {other_name}{more}")
+            more = f" (and {len(cores) - 1} more modules)" if len(cores) > 1 else ""
+            differences.append(f"{first.name} has {name}, but {second.name} has {other_name}{more}")
     return _error_of(
         differences,
         experts,
-        "the experts have different names for the same modules, so a model that loads their soup would ignore those "
-        "that it does not know",
-        mend="save the experts again from a base loaded by one class (AutoModelForCausalLM or "
-        "AutoModelForImageTextToText) and without wrappers (`model.module`), or rename the tensors of some experts",
+        "the experts have different names for the same modules, so a model that loads their soup would ignore the "
+        "unknown names",
+        mend="load the base with one class for all experts (AutoModelForCausalLM or AutoModelForImageTextToText), "
+        "remove wrappers (`model.module`) and save the experts again, or rename the tensors of some experts",
     )
 
 
@@ -128,11 +128,11 @@ def _of_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
             other, expected = first.setdefault(name, (expert, change))
             if change != expected:
                 place = name.removesuffix(".weight")
-                differences.append(f"{place}: {other.name} has {expected}, {expert.name} has {change}")
+                differences.append(f"{place}: {other.name} has {expected}, but {expert.name} has {change}")
     return _error_of(
         differences,
         experts,
-        "the experts were trained for layers of different kinds or shapes",
+        "the experts adapt layers of different kinds or shapes",
         mend="merge experts that were trained on the same base model",
     )
 
@@ -168,7 +168,7 @@ def _described(expert: Expert) -> str:
     base = expert.base
     revision = f" at {expert.adapter.config.revision}" if expert.adapter.config.revision else ""
     mark = f" (fingerprint {base.fingerprint[:12]})" if base.fingerprint else ""
-    return f"{base.name or 'not named'}{revision}{mark}"
+    return f"{base.name or 'a base without a name'}{revision}{mark}"
 
 
 def _place(name: str) -> str:

@@ -146,7 +146,9 @@ class AdapterConfig:
             return keys.first(module)
         except ValueError as error:
             raise _refused(
-                self.path, str(error), "write the modules' names in rank_pattern and alpha_pattern"
+                self.path,
+                str(error),
+                "write full module names instead of regular expressions in rank_pattern and alpha_pattern",
             ) from None
 
 
@@ -154,10 +156,12 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait forever
-            raise InputError("this is not a regular file", where=str(path), mend="save the adapter again")
+            raise InputError(f"{path.name} is not a regular file", where=str(path), mend="save the adapter again")
         if status.st_size > _MAX_CONFIG_BYTES:
             raise FileFormatError(
-                f"the file is larger than {_MAX_CONFIG_BYTES >> 20} MiB", where=str(path), mend="save the adapter again"
+                f"the file is larger than the maximum of {_MAX_CONFIG_BYTES >> 20} MiB",
+                where=str(path),
+                mend="save the adapter again",
             )
         data = path.read_bytes()
     except FileNotFoundError:
@@ -172,7 +176,7 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     table = parse_json(data, path)
     if not isinstance(table, dict):
-        raise _out_of_place(path, f"the file holds a {type(table).__name__}, not an object")
+        raise _out_of_place(path, f"the file contains a {type(table).__name__}, but a JSON object was expected")
     return table
 
 
@@ -199,7 +203,9 @@ def _check_variants(path: Path, table: Mapping[str, Any]) -> None:
                 raise _refused(path, f"{key} is {str(value)[:80]} ({refusal.name}: {refusal.why})", refusal.mend)
         # an unknown key of a newer PEFT is accepted only if it is switched off
         elif value is not None and value is not False and value not in ({}, []):
-            raise _refused(path, f"unknown key {key!r} ({str(value)[:80]})", f"train without {key}")
+            raise _refused(
+                path, f"the key {key!r} (value {str(value)[:80]}) is unknown", f"train the expert without {key}"
+            )
 
 
 def _targets(table: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -215,11 +221,13 @@ def _targets(table: Mapping[str, Any]) -> tuple[str, ...] | None:
 def _pattern(path: Path, table: Mapping[str, Any], key: str) -> tuple[dict[str, Any], Patterns]:
     pattern = table.get(key) or {}
     if not isinstance(pattern, dict):
-        raise _out_of_place(path, f"{key} is not an object: {str(pattern)[:80]}")
+        raise _out_of_place(path, f"{key} is {str(pattern)[:80]!r}, but a JSON object was expected")
     try:
         return pattern, Patterns(pattern)
     except ValueError as error:
-        raise _refused(path, f"{key}: {error}", f"write the modules' names in {key}") from None
+        raise _refused(
+            path, f"{key}: {error}", f"write full module names instead of regular expressions in {key}"
+        ) from None
 
 
 def _biases(path: Path, table: Mapping[str, Any]) -> Biases:
@@ -227,15 +235,19 @@ def _biases(path: Path, table: Mapping[str, Any]) -> Biases:
     for known in get_args(Biases):
         if value == known:
             return known  # type: ignore[no-any-return]
-    raise _refused(path, f"bias is {str(value)[:80]!r}", "train the expert with bias none, all or lora_only")
+    raise _refused(
+        path,
+        f"bias is {str(value)[:80]!r}, not none, all or lora_only",
+        "train the expert with bias none, all or lora_only",
+    )
 
 
 def _names(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:
     value = table.get(key) or []
     if not isinstance(value, list) or not all(isinstance(name, str) and name for name in value):
-        raise _out_of_place(path, f"{key} is not a list of names: {str(value)[:80]}")
+        raise _out_of_place(path, f"{key} is {str(value)[:80]!r}, but a list of names was expected")
     if len(value) > _MAX_NAMES:
-        raise _out_of_place(path, f"{key} has {len(value)} names, more than {_MAX_NAMES}")
+        raise _out_of_place(path, f"{key} has {len(value)} names, but at most {_MAX_NAMES} are allowed")
     return tuple(map(without_wrappers, value))
 
 
@@ -248,21 +260,21 @@ def _tokens(path: Path, value: Any) -> tuple[int, ...] | dict[str, tuple[int, ..
 def _indices(path: Path, value: Any) -> tuple[int, ...]:
     key = "trainable_token_indices"
     if not isinstance(value, list) or not all(type(index) is int and 0 <= index < 1 << 31 for index in value):
-        raise _out_of_place(path, f"{key} is not a list of token ids: {str(value)[:80]}")
+        raise _out_of_place(path, f"{key} is {str(value)[:80]!r}, but a list of token ids was expected")
     if len(set(value)) != len(value):
-        raise _out_of_place(path, f"{key} has a token twice: {str(value)[:80]}")
+        raise _out_of_place(path, f"{key} lists a token more than once: {str(value)[:80]}")
     return tuple(value)
 
 
 def _positive(path: Path, key: str, value: Any) -> int:
     if type(value) is not int or not 0 < value < 1 << 31:
-        raise _out_of_place(path, f"{key}: {str(value)[:80]!r} is not a positive whole number")
+        raise _out_of_place(path, f"{key} is {str(value)[:80]!r}, but a positive integer was expected")
     return value
 
 
 def _number(path: Path, key: str, value: Any) -> float:
     if type(value) not in (int, float) or not abs(value) < 1e30:
-        raise _out_of_place(path, f"{key}: {str(value)[:80]!r} is not a number")
+        raise _out_of_place(path, f"{key} is {str(value)[:80]!r}, but a number between -1e30 and 1e30 was expected")
     return float(value)
 
 
@@ -271,19 +283,19 @@ def _flag(path: Path, table: Mapping[str, Any], key: str) -> bool:
     if value is None or (type(value) is int and value in {0, 1}):  # as PEFT reads them
         return bool(value)
     if not isinstance(value, bool):
-        raise _out_of_place(path, f"{key}: {str(value)[:80]!r} is neither true nor false")
+        raise _out_of_place(path, f"{key} is {str(value)[:80]!r}, but true or false was expected")
     return value
 
 
 def _text(path: Path, table: Mapping[str, Any], key: str) -> str | None:
     value = table.get(key)
     if value is not None and not isinstance(value, str):
-        raise _out_of_place(path, f"{key}: {str(value)[:80]!r} is not text")
+        raise _out_of_place(path, f"{key} is {str(value)[:80]!r}, but a string was expected")
     return value
 
 
 def _refused(path: Path, what: str, mend: str) -> UnsupportedAdapterError:
-    return UnsupportedAdapterError(f"{what}: this version cannot merge such an adapter", where=str(path), mend=mend)
+    return UnsupportedAdapterError(f"{what}, so this version cannot merge the adapter", where=str(path), mend=mend)
 
 
 def _out_of_place(path: Path, what: str) -> FileFormatError:

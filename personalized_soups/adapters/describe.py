@@ -60,9 +60,9 @@ def describe(folder: Path | str) -> Description:
         library = ExpertLibrary.open(folder)
     except InputError:
         raise InputError(
-            "the folder is not an adapter, a model or a library of experts",
+            "the folder is neither an adapter, nor a model, nor a library of experts",
             where=str(folder),
-            mend=f"give a folder with {CONFIG_FILE}, with {MODEL_WEIGHTS_FILE}, or with adapter folders in it",
+            mend=f"give a folder that contains {CONFIG_FILE}, {MODEL_WEIGHTS_FILE}, or adapter folders",
         ) from None
     return Description(
         "library",

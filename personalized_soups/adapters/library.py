@@ -88,7 +88,7 @@ class ExpertLibrary(Mapping[str, Expert]):
                     raise UsageError(
                         f"two experts have the name {folder.name!r}",
                         where=f"{experts[folder.name]} and {folder}",
-                        mend="rename one of the folders",
+                        mend="rename one of the two folders",
                     )
                 experts[folder.name] = folder
         return cls(experts, where=", ".join(map(str, folders)))
@@ -135,7 +135,7 @@ def is_adapter(folder: Path) -> bool:
 
 def _experts_in(root: Path) -> list[Path]:
     if not os.path.isdir(root):  # noqa: PTH112 # Path.is_dir() raises if the name is too long
-        raise InputError("the folder does not exist", where=str(root), mend="give a folder of experts")
+        raise InputError("the folder does not exist", where=str(root), mend="give an existing folder of experts")
     if is_adapter(root):
         return [root.resolve()]
     # names that start with a dot are scratch folders of running trainings
@@ -143,9 +143,9 @@ def _experts_in(root: Path) -> list[Path]:
     experts = [child for child in children if is_adapter(child)]
     if not experts:
         raise InputError(
-            f"the folder has no experts: none of its folders has {CONFIG_FILE}",
+            f"the folder has no experts: none of its subfolders has {CONFIG_FILE} or {WEIGHTS_FILE}",
             where=str(root),
-            mend="give a folder whose children are LoRA adapter folders, or train an expert: psoups train",
+            mend="give a folder whose subfolders are LoRA adapters, or train an expert: psoups train",
         )
     return experts
 

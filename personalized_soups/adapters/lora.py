@@ -132,7 +132,7 @@ class LoraAdapter:
             raise InputError(
                 f"{name}: the value at {index} is {tensor[tuple(index)].item()}",
                 where=str(self._weights.shard_of(name).path),
-                mend="train this expert again or remove it: its training diverged, or the file is damaged",
+                mend="train the expert again or remove it: its training diverged, or its file is damaged",
             )
         return tensor
 

@@ -99,7 +99,7 @@ class Header:
         entry = self.entries[name]
         if entry.dtype not in _FLOATS:
             raise UnsupportedAdapterError(
-                f"{name}: its dtype is {entry.dtype}, not one of {', '.join(sorted(_FLOATS))}",
+                f"the tensor {name} has the dtype {entry.dtype}, but one of {', '.join(sorted(_FLOATS))} was expected",
                 where=self.where,
                 mend="save the adapter in float32, float16 or bfloat16",
             )
@@ -111,9 +111,7 @@ class Header:
 
     def refused(self, what: str, mend: str) -> UnsupportedAdapterError:
         """Return the error for an adapter that this version does not support."""
-        return UnsupportedAdapterError(
-            f"{what}: this version cannot merge such an adapter", where=self.where, mend=mend
-        )
+        return UnsupportedAdapterError(f"{what}, so this version cannot merge the adapter", where=self.where, mend=mend)
 
 
 def modules_of(header: Header) -> dict[str, LoraModule]:
@@ -132,7 +130,7 @@ def modules_of(header: Header) -> dict[str, LoraModule]:
     modules = [_module(header, place, pair, num_pairs[place.path]) for place, pair in groups.items()]
     by_name = {module.name: module for module in sorted(modules, key=lambda module: module.name)}
     if len(by_name) != len(modules):
-        raise header.fault("two pairs of factors change the same module")
+        raise header.fault("two pairs of factors (A and B) belong to the same module")
     return by_name
 
 
@@ -141,7 +139,7 @@ def _module(header: Header, place: TensorName, pair: Mapping[str, str], num_pair
     if place.around is not None and not parameters_of(place.around, header.config.target_parameters):
         raise header.refused(
             f"{place.path} is adapted inside the adapted module {place.around}, as in torch's MultiheadAttention, "
-            "whose output projection PEFT adds twice",
+            "and PEFT would add the delta of its output projection twice",
             f"train the expert without {place.around}",
         )
     if parameter is None and place.depth:
@@ -172,7 +170,9 @@ def _check_distinct(header: Header) -> None:
     first: dict[TensorName, str] = {}
     for name, parts in header.names.items():
         if (other := first.setdefault(parts, name)) != name:
-            raise header.fault(f"{other} and {name} are the same tensor, without the wrappers of training tools")
+            raise header.fault(
+                f"{other} and {name} are the same tensor when the wrappers of training tools are removed"
+            )
 
 
 def _rank_and_scaling(header: Header, name: str, a_name: str) -> tuple[int, float]:
@@ -190,7 +190,7 @@ def _rank_and_scaling(header: Header, name: str, a_name: str) -> tuple[int, floa
     if in_training != found and not any(map(is_wrapped, (*config.rank_pattern, *config.alpha_pattern))):
         raise header.refused(
             f"rank_pattern and alpha_pattern give different values for {seen} and {name}",
-            "write the patterns without `^`, as the ends of names",
+            "write each pattern as the end of a module name, without `^`, such as q_proj",
         )
     return in_training
 
@@ -203,9 +203,9 @@ def _parameter(header: Header, place: TensorName, num_pairs: int) -> str | None:
     order = wrapping_order(parameters)
     if len(order) != num_pairs or place.depth >= num_pairs:
         raise header.refused(
-            f"{place.path}: target_parameters does not say which of the {num_pairs} pairs of factors is for which of "
-            f"its parameters {', '.join(parameters)}",
-            "give full names in target_parameters (mlp.experts.down_proj), and train one parameter per module",
+            f"{place.path}: target_parameters does not say to which parameter ({', '.join(parameters)}) each of the "
+            f"{num_pairs} pairs of factors belongs",
+            "give full names in target_parameters, such as mlp.experts.down_proj, and train one parameter per module",
         )
     return order[place.depth]
 
@@ -215,23 +215,27 @@ def _roles(header: Header, name: str, pair: Mapping[str, str]) -> tuple[str, str
         if set(roles) == set(pair):
             return roles
     missing = " and ".join(role for roles in _PAIRS if set(roles) & set(pair) for role in roles if role not in pair)
-    raise header.fault(f"{name}: {missing or 'one of two pairs'} is missing; the file has {', '.join(pair.values())}")
+    raise header.fault(f"{name}: {missing or 'a single pair'} is missing, but the file has {', '.join(pair.values())}")
 
 
 def _check_factors(header: Header, name: str, a: TensorEntry, b: TensorEntry, rank: int) -> None:
     """Raise if A and B are not [rank, I, kernel...] and [O, rank, 1...]."""
     if len(a.shape) < 2 or len(a.shape) != len(b.shape) or any(size != 1 for size in b.shape[2:]):
-        raise header.fault(f"{name}: factors of shapes {list(b.shape)} and {list(a.shape)} cannot be multiplied")
+        raise header.fault(f"{name}: B of shape {list(b.shape)} and A of shape {list(a.shape)} cannot be multiplied")
     if math.prod(a.shape) == 0 or math.prod(b.shape) == 0:
-        raise header.fault(f"{name}: its factors are empty: {list(b.shape)} and {list(a.shape)}")
+        raise header.fault(
+            f"{name}: the factors are empty: B has shape {list(b.shape)} and A has shape {list(a.shape)}"
+        )
     if len(a.shape) > 2 and a.shape[0] == rank and b.shape[1] < rank and rank % b.shape[1] == 0:
         groups = rank // b.shape[1]
         raise header.refused(
-            f"{name}: a convolution with {groups} groups, whose weight has another shape than the delta",
+            f"{name} is a convolution with {groups} groups, and its weight has another shape than its delta",
             "train the expert without this layer",
         )
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:
-        raise header.fault(f"{name}: A has rank {a.shape[0]}, B has rank {b.shape[1]}, {CONFIG_FILE} says {rank}")
+        raise header.fault(
+            f"{name}: A has rank {a.shape[0]} and B has rank {b.shape[1]}, but {CONFIG_FILE} says {rank}"
+        )
 
 
 def _kind(header: Header, roles: tuple[str, str], a: TensorEntry) -> Kind:

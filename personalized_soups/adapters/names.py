@@ -176,11 +176,11 @@ def are_model_steps(path: str) -> bool:
 def unknown_name(tensor: str, *, where: str) -> UnsupportedAdapterError:
     """Return the error for a tensor whose meaning is unknown."""
     return UnsupportedAdapterError(
-        f"{tensor}: neither the name of a LoRA factor ({PREFIX}MODULE{_A}) nor of a tensor that the configuration "
-        "trains: this version cannot merge such an adapter",
+        f"the tensor {tensor} is neither a LoRA factor (such as {PREFIX}MODULE{_A}) nor a tensor that the "
+        "configuration trains, so this version cannot merge the adapter",
         where=where,
-        mend="save the adapter with PEFT's save_pretrained; variants of LoRA with other tensors than those in "
-        "docs/reference/adapters.md cannot be merged",
+        mend="save the adapter with PEFT's save_pretrained, and use only the variants of LoRA that "
+        "docs/reference/adapters.md lists",
     )
 
 

@@ -56,7 +56,7 @@ class Patterns:
         for key, matcher in self._matchers:
             self._steps_left -= len(module) * len(matcher.states) if isinstance(matcher, _Automaton) else 1
             if self._steps_left < 0:
-                raise ValueError(f"matching {key[:80]!r} and the other keys against so many modules takes too long")
+                raise ValueError(f"matching {key[:80]!r} and the other keys with all module names takes too long")
             if matcher.match(module):
                 return key
         return None
@@ -67,11 +67,13 @@ def _matcher(key: str) -> _Automaton | re.Pattern[str]:
     if _NAME.fullmatch(key):
         return re.compile(expression)
     if len(key) > _MAX_KEY:
-        raise ValueError(f"the regular expression {key[:80]!r}... has {len(key)} characters, more than {_MAX_KEY}")
+        raise ValueError(
+            f"the regular expression {key[:80]!r}... has {len(key)} characters, but at most {_MAX_KEY} are allowed"
+        )
     try:
         return _Automaton(_parser.parse(expression))
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{key[:80]!r} is not a regular expression: {error}") from None
+        raise ValueError(f"{key[:80]!r} is not a valid regular expression: {error}") from None
     except _TooMuchError as error:
         raise ValueError(f"the regular expression {key[:80]!r} {error}") from None
 
@@ -89,7 +91,7 @@ class _Automaton:
 
     def __init__(self, parsed: Any) -> None:
         if parsed.state.flags & ~re.UNICODE.value:
-            raise _TooMuchError("sets flags")
+            raise _TooMuchError("sets flags, which is not supported")
         self.states: list[tuple[Callable[[str], bool] | None, Callable[[int, str], bool] | None, list[int]]] = []
         self._end = self._state()
         self._start = self._sequence(parsed, self._end)
@@ -129,7 +131,7 @@ class _Automaton:
         place_test: Callable[[int, str], bool] | None = None,
     ) -> int:
         if len(self.states) == _MAX_STATES:
-            raise _TooMuchError(f"needs more than {_MAX_STATES} states")
+            raise _TooMuchError(f"needs more than {_MAX_STATES} states of an automaton")
         self.states.append((test, place_test, list(following)))
         return len(self.states) - 1
 
@@ -145,7 +147,7 @@ class _Automaton:
         if operation is _is.SUBPATTERN:
             _, added, removed, inner = argument
             if added or removed:
-                raise _TooMuchError("sets flags")
+                raise _TooMuchError("sets flags, which is not supported")
             return self._sequence(inner, after)
         if operation in {_is.MAX_REPEAT, _is.MIN_REPEAT}:  # greediness does not affect whether there is a match
             return self._repeated(*argument, after=after)
@@ -173,7 +175,7 @@ def _place(code: Any) -> Callable[[int, str], bool]:
         return lambda place, text: place == len(text) or (place == len(text) - 1 and text.endswith("\n"))
     if code is _is.AT_END_STRING:
         return lambda place, text: place == len(text)
-    raise _TooMuchError(f"has {str(code).lower()}")
+    raise _TooMuchError(f"has {str(code).lower()}, which is not supported")
 
 
 def _character(operation: Any, argument: Any) -> Callable[[str], bool]:
@@ -192,4 +194,4 @@ def _character(operation: Any, argument: Any) -> Callable[[str], bool]:
         is_negated = argument[0][0] is _is.NEGATE
         tests = [_character(*each) for each in argument[is_negated:]]
         return lambda char: any(test(char) for test in tests) != is_negated
-    raise _TooMuchError(f"has {str(operation).lower()}, which an automaton cannot match")
+    raise _TooMuchError(f"has {str(operation).lower()}, which is not supported")

@@ -78,7 +78,8 @@ class Placement:
             left, right = (each.a_RI.T, each.b_OR.T) if self.is_transposed else (each.b_OR, each.a_RI)
             if (left.shape[0], right.shape[1]) != (height, self.matrix_shape[1]):
                 raise ValueError(
-                    f"factors {list(factors.b_OR.shape)} and {list(factors.a_RI.shape)} do not fit {self.matrix_shape}"
+                    f"B of shape {list(factors.b_OR.shape)} and A of shape {list(factors.a_RI.shape)} do not fit a "
+                    f"matrix of shape {list(self.matrix_shape)}"
                 )
             parts.append(Part(block * height, left, right))
         return tuple(parts)
@@ -116,7 +117,7 @@ def place(modules: Iterable[LoraModule], shapes: Mapping[str, Sequence[int]]) ->
         settled = _settled(module, certain) if turned is None else turned
         if settled is None:
             faults.append(
-                f"{module.base_name}: it is square, and it is unknown whether it is stored as [out, in] or as [in, out]"
+                f"{module.base_name} is square, and it is unknown whether it is stored as [out, in] or [in, out]"
             )
         else:
             matrix_shape = _matrix_shape(module, shapes[module.base_name])
@@ -134,7 +135,7 @@ def blocks_of(factors: Factors, blocks: int) -> tuple[Factors, ...]:
         return (factors,)
     rank, rest = divmod(factors.rank, blocks)
     if rest:
-        raise ValueError(f"rank {factors.rank} is not a multiple of {blocks} blocks")
+        raise ValueError(f"the rank {factors.rank} is not a multiple of the number of blocks {blocks}")
     a_parts = factors.a_RI.split(rank)
     return tuple(Factors(a_RI, factors.b_OR[:, block::blocks], factors.scaling) for block, a_RI in enumerate(a_parts))
 
@@ -196,7 +197,7 @@ def _kept_apart(module: LoraModule, shapes: Mapping[str, Sequence[int]]) -> str:
     """Return the reason why a mixture's parameter is not in the base, if the base has one matrix per expert."""
     first = f"{module.base_name.rpartition('.')[0]}.0."
     if module.blocks > 1 and any(name.startswith(first) for name in shapes):
-        return f" (it stores one matrix per expert of the mixture, as {first}*, which this version does not support)"
+        return f" (the base has one tensor per expert of the mixture, {first}*, which this version does not support)"
     return ""
 
 
@@ -209,7 +210,7 @@ def _orientation(module: LoraModule, shape: tuple[int, ...]) -> bool | None:
     fitting = [index for index, each in enumerate(module.base_shapes) if each == shape]
     if not fitting:
         expected = " or ".join(str(list(each)) for each in dict.fromkeys(module.base_shapes))
-        raise ValueError(f"{module.base_name}: the base has {list(shape)}, the adapter is for {expected}")
+        raise ValueError(f"{module.base_name}: the base has shape {list(shape)}, but the adapter is for {expected}")
     if not _may_turn(module):
         return module.kind == "embedding"
     return None if len(fitting) == 2 else fitting == [1]

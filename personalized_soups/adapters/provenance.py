@@ -172,7 +172,9 @@ def _read(path: Path, model: type[Record]) -> Record | None:
     try:
         if path.stat().st_size > _MAX_RECORD_BYTES:
             raise FileFormatError(
-                f"the record is larger than {_MAX_RECORD_BYTES >> 20} MiB", where=str(path), mend="write it again"
+                f"the record is larger than the maximum of {_MAX_RECORD_BYTES >> 20} MiB",
+                where=str(path),
+                mend=f"restore {path.name} from a backup",
             )
         text = path.read_bytes()
     except FileNotFoundError:
@@ -189,9 +191,9 @@ def _read(path: Path, model: type[Record]) -> Record | None:
         raise FileFormatError(
             f"the record is invalid: {first['msg']}",
             where=f"{path}: {key}" if key else str(path),
-            mend=f"restore {path.name}, or delete it: a LoRA folder is an expert without it, too"
+            mend=f"restore {path.name}, or delete it: a LoRA folder without this file is also an expert"
             if path.name == EXPERT_FILE
-            else f"restore {path.name}, or merge again",
+            else f"restore {path.name}, or merge the experts again",
         ) from None
     parse_json(text, path)  # raises for NaN and repeated keys, which pydantic accepts in fields of type Any
     return record

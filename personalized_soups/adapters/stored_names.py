@@ -57,10 +57,10 @@ class StoredNames:
         """Return why `find` returns None for a tensor, with the most similar names in the files."""
         made_of = sorted({name for each in self._renamings for name in each.made_of.get(without_wrappers(tensor), ())})
         if made_of:
-            return f"transformers computes it from tensors of the files, which this version does not: {_few(made_of)}"
+            return f"transformers computes it from {_few(made_of)}, which this version does not support"
         similar = sorted({*self._unwrapped.get(_plain(tensor), ()), *self._ending_in(core_name(tensor))})
         if similar:
-            return f"the files have {_few(similar)}, which may be another tensor"
+            return f"the files have similar names, which may belong to other tensors: {_few(similar)}"
         return choose_from(tensor, self._names)
 
     def _search(self, tensor: str) -> str | None:

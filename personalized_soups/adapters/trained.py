@@ -71,13 +71,15 @@ def trained_of(header: Header, modules: Mapping[str, LoraModule]) -> dict[str, T
 def _trained(header: Header, name: str, parts: TensorName, modules: Mapping[str, LoraModule]) -> TrainedTensor:
     shape = header.entry(name).shape
     if math.prod(shape) == 0:
-        raise header.fault(f"{name}: it is empty: {list(shape)}")
+        raise header.fault(f"the tensor {name} is empty: its shape is {list(shape)}")
     if parts.role in {"bias of B", "magnitude"}:
         return _of_module(header, name, parts, modules)
     if parts.role == "tokens":
         rows = _rows(header, name, parts.path)
         if len(shape) != 2 or shape[0] != len(rows):
-            raise header.fault(f"{name}: its shape is {list(shape)}, but the configuration names {len(rows)} tokens")
+            raise header.fault(
+                f"the tensor {name} has shape {list(shape)}, but the configuration names {len(rows)} tokens"
+            )
         return TrainedTensor("rows", name, f"{parts.path}.weight", shape, "trainable_token_indices", rows=rows)
     origin = _origin(header, parts, modules)
     if origin is None:
@@ -92,13 +94,15 @@ def _of_module(header: Header, name: str, parts: TensorName, modules: Mapping[st
     is_bias = parts.role == "bias of B"
     key: Origin = "lora_bias" if is_bias else "use_dora"
     if not (config.lora_bias if is_bias else config.use_dora):
-        raise header.fault(f"{name}: the configuration says {key} is false")
+        raise header.fault(f"the file has the tensor {name}, but {key} is false in the configuration")
     # parameters and torch's attention have neither a magnitude nor a bias of B, and embeddings have no bias
     if module is None or module.base_name != f"{module.name}.weight" or (is_bias and module.kind == "embedding"):
         raise unknown_name(name, where=header.where)
     shape = header.entry(name).shape
     if math.prod(shape) != module.out_features:  # [O]; of a convolution [1, O, 1, 1]
-        raise header.fault(f"{name}: its shape is {list(shape)}, but the module has {module.out_features} outputs")
+        raise header.fault(
+            f"the tensor {name} has shape {list(shape)}, but the module has {module.out_features} outputs"
+        )
     flat = (module.out_features,)
     if is_bias:
         scaling = module.scaling
@@ -113,7 +117,9 @@ def _rows(header: Header, name: str, module: str) -> tuple[int, ...]:
         return tokens
     matches = {rows for key, rows in tokens.items() if module.endswith(key)}
     if len(matches) != 1:
-        raise header.fault(f"{name}: trainable_token_indices has {len(matches)} lists for {module}")
+        raise header.fault(
+            f"{name}: trainable_token_indices has {len(matches)} lists for {module}, but one was expected"
+        )
     return matches.pop()
 
 
@@ -150,8 +156,8 @@ def _check_complete(header: Header, trained: Iterable[TrainedTensor], modules: M
     for module in modules.values():
         takes = module.base_name == f"{module.name}.weight"
         if config.use_dora and takes and ("use_dora", module.name) not in present:
-            raise header.fault(f"{module.name}: use_dora is true, but {PREFIX}{module.name} has no magnitude")
+            raise header.fault(f"use_dora is true, but the file has no magnitude for {PREFIX}{module.name}")
         if config.lora_bias and takes and module.kind != "embedding" and ("lora_bias", module.name) not in present:
-            raise header.fault(f"{module.name}: lora_bias is true, but {module.b_name} has no bias")
+            raise header.fault(f"lora_bias is true, but the file has no bias for {module.b_name}")
     if config.trainable_tokens and ("trainable_token_indices", None) not in present:
         raise header.fault("trainable_token_indices names tokens, but the file has no rows for them")

@@ -59,8 +59,8 @@ def test_every_disagreement_is_told_at_once(tmp_path: Path) -> None:
     assert "a: x" in bases.what
     assert "b: y" in bases.what
     assert "same_base=True" in bases.mend
-    assert "model.layers.0.mlp.up_proj: a has [96, 64], b has [96, 32]" in shapes.what
-    assert "model.layers.1.self_attn.q_proj: a has [64, 64], b has [8, 64]" in shapes.what
+    assert "model.layers.0.mlp.up_proj: a has [96, 64], but b has [96, 32]" in shapes.what
+    assert "model.layers.1.self_attn.q_proj: a has [64, 64], but b has [8, 64]" in shapes.what
 
 
 def trained_expert(folder: Path, tensors: dict[str, tuple[int, ...]], **config: Any) -> Expert:
@@ -93,9 +93,9 @@ def test_other_kinds_and_other_shapes_of_what_is_trained_are_disagreements(tmp_p
     (found,) = disagreements([one, other])
     said = found.what.split(": ", 1)[1].split("; ")
     assert sorted(said) == [
-        "e: one has embedding [5, 6], other has [5, 6]",
-        "score.weight (replaced): one has [2, 6], other has [3, 6]",
-        "w: one has parameter [5, 6], other has [5, 6]",
+        "e: one has embedding [5, 6], but other has [5, 6]",
+        "score.weight (replaced): one has [2, 6], but other has [3, 6]",
+        "w: one has parameter [5, 6], but other has [5, 6]",
     ]
 
 
@@ -141,7 +141,7 @@ def test_other_names_for_the_same_modules_are_a_disagreement(tmp_path: Path, one
             faults = disagreements(experts, same_base=same_base)
             assert (not faults) == agree
             for fault in faults:
-                assert f"one{len(others)} has {one}.weight, other{len(others)} has {other}.weight" in fault.what
+                assert f"one{len(others)} has {one}.weight, but other{len(others)} has {other}.weight" in fault.what
 
 
 def test_two_modules_of_one_base_may_end_alike(tmp_path: Path) -> None:
@@ -158,4 +158,4 @@ def test_other_names_of_what_is_trained_whole_are_a_disagreement(tmp_path: Path)
         for name, start in (("one", ""), ("other", "module."))
     ]
     (fault,) = disagreements(experts)
-    assert "one has score.weight, other has module.score.weight" in fault.what
+    assert "one has score.weight, but other has module.score.weight" in fault.what

@@ -60,7 +60,7 @@ def test_tensors_of_which_it_is_not_known_what_they_mean_are_refused_by_name(tmp
     tensors = {**pair(), name: ("F32", np.ones(3))}
     if UNKNOWN[name].get("lora_bias"):
         tensors[f"{PREFIX}.lora_B.bias"] = ("F32", np.ones(3))
-    with pytest.raises(UnsupportedAdapterError, match="neither the name of a LoRA factor") as caught:
+    with pytest.raises(UnsupportedAdapterError, match="is neither a LoRA factor") as caught:
         LoraAdapter.open(write_adapter(tmp_path, tensors, **UNKNOWN[name]))
     assert name[:80] in caught.value.what
     assert caught.value.where.endswith("adapter_model.safetensors")
@@ -91,15 +91,15 @@ def test_names_are_taken_apart() -> None:
         ({}, FileFormatError, "no tensors"),
         (dict([*pair().items()][:1]), FileFormatError, "B is missing"),
         (dict([*pair().items()][1:]), FileFormatError, "A is missing"),
-        (pair(a=(3, 5)), FileFormatError, "A has rank 3, B has rank 4"),
-        (pair(a=(8, 5), b=(3, 8)), FileFormatError, "A has rank 8, B has rank 8, adapter_config.json says 4"),
+        (pair(a=(3, 5)), FileFormatError, "A has rank 3 and B has rank 4"),
+        (pair(a=(8, 5), b=(3, 8)), FileFormatError, "A has rank 8 and B has rank 8, but adapter_config.json says 4"),
         (pair(a=(4, 0)), FileFormatError, "factors are empty"),
         (pair(b=(0, 4)), FileFormatError, "factors are empty"),
-        (pair(a=(4, 5, 3, 3)), FileFormatError, r"\[3, 4\] and \[4, 5, 3, 3\] cannot be multiplied"),
+        (pair(a=(4, 5, 3, 3)), FileFormatError, r"\[3, 4\] and A of shape \[4, 5, 3, 3\] cannot be multiplied"),
         (pair(a=(4, 5, 3, 3), b=(3, 4, 3, 3)), FileFormatError, "cannot be multiplied"),
         (pair(a=(4,), b=(3,)), FileFormatError, "cannot be multiplied"),
         (pair(a=(4, 5, 3, 3), b=(3, 2, 1, 1)), UnsupportedAdapterError, "a convolution with 2 groups"),
-        (pair(dtype="I64"), UnsupportedAdapterError, "dtype is I64"),
+        (pair(dtype="I64"), UnsupportedAdapterError, "has the dtype I64"),
     ],
 )
 def test_factors_that_are_not_as_configured_are_refused(
@@ -146,14 +146,14 @@ def whole(*shape: int) -> tuple[str, Any]:
 MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "use_dora is false": ({f"{PREFIX}.lora_magnitude_vector": whole(3)}, {}),
     "lora_bias is false": ({f"{PREFIX}.lora_B.bias": whole(3)}, {}),
-    "m.q_proj has no magnitude": ({}, {"use_dora": True}),
-    "lora_B.weight has no bias": ({}, {"lora_bias": True}),
-    r"its shape is \[5\], but the module has 3 outputs": (
+    "has no magnitude for base_model.model.m.q_proj": ({}, {"use_dora": True}),
+    "has no bias for .*lora_B.weight": ({}, {"lora_bias": True}),
+    r"has shape \[5\], but the module has 3 outputs": (
         {f"{PREFIX}.lora_magnitude_vector": whole(5)},
         {"use_dora": True},
     ),
     "the file has no rows": ({}, {"trainable_token_indices": [1]}),
-    r"its shape is \[2, 5\], but the configuration names 1 tokens": (
+    r"has shape \[2, 5\], but the configuration names 1 tokens": (
         {"base_model.model.m.embed.token_adapter.trainable_tokens_delta": whole(2, 5)},
         {"trainable_token_indices": [1]},
     ),
@@ -165,7 +165,10 @@ MISFITS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"base_model.model.m.embed.token_adapter.trainable_tokens_delta": whole(2, 5)},
         {"trainable_token_indices": {"embed": [1, 2], "m.embed": [1, 3]}},
     ),
-    r"it is empty: \[0, 5\]": ({"base_model.model.score.weight": whole(0, 5)}, {"modules_to_save": ["score"]}),
+    r"is empty: its shape is \[0, 5\]": (
+        {"base_model.model.score.weight": whole(0, 5)},
+        {"modules_to_save": ["score"]},
+    ),
 }
 
 
@@ -225,7 +228,7 @@ def test_parameters_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> Non
     ):
         with pytest.raises(UnsupportedAdapterError, match=r"mlp\.experts: target_parameters does not say"):
             LoraAdapter.open(write_adapter(tmp_path, tensors, target_parameters=targets))
-    with pytest.raises(UnsupportedAdapterError, match="neither the name"):
+    with pytest.raises(UnsupportedAdapterError, match="is neither a LoRA factor"):
         LoraAdapter.open(write_adapter(tmp_path, {**inner, **outer}))
 
 

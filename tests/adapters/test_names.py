@@ -74,7 +74,7 @@ def test_an_ordinary_name_is_left_out_only_outside_of_the_base(wrapper: str) -> 
     ],
 )
 def test_other_names_are_refused_as_before(tensor: str) -> None:
-    with pytest.raises(UnsupportedAdapterError, match="neither the name of a LoRA factor"):
+    with pytest.raises(UnsupportedAdapterError, match="is neither a LoRA factor"):
         parse_name(tensor, where="x")
 
 

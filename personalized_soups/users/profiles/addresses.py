@@ -33,17 +33,17 @@ def open_database(where: str | Path, *, create: bool, patience: float) -> Databa
         url = make_url(where)
         backend = url.get_backend_name()
     except (ArgumentError, NoSuchModuleError, ValueError):
-        raise _bad_url("the URL cannot be read") from None
+        raise _bad_url("the URL is not valid") from None
     if backend in {"postgres", "postgresql"}:
         return PostgresDatabase(url, create=create, patience=patience)
     if backend != "sqlite":
         raise _bad_url(f"profiles cannot be stored in {backend!r}, only in SQLite or PostgreSQL")
     if url.database in {None, "", ":memory:"}:
-        raise _bad_url("a database in memory cannot be a store")
+        raise _bad_url("a SQLite database in memory cannot be a profile store")
     return SqliteDatabase(Path(str(url.database)), create=create, patience=patience)
 
 
 def _bad_url(what: str) -> UsageError:  # without the URL, which may contain a password
     return UsageError(
-        what, where="the store's URL", mend="give a file, sqlite:///profiles.db or postgresql://user@host/database"
+        what, where="the store's URL", mend="give a path, sqlite:///profiles.db or postgresql://user@host/database"
     )

@@ -48,6 +48,6 @@ def profile_of(user: str, version: int, document: str, where: str) -> Profile:
         raise FileFormatError(
             f"version {version} of {user!r} is not a valid profile: {error.errors()[0]['msg']}",
             where=where,
-            mend="upgrade personalized_soups if a newer version wrote it; otherwise restore it from an export",
+            mend="upgrade personalized_soups if a newer version wrote the profile, else restore it from an export",
         ) from error
     return profile.with_places(Places(f"{where}: {user!r} at version {version}", {}))

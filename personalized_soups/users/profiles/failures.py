@@ -100,7 +100,9 @@ def _of_sqlite(error: sqlite3.Error, where: str) -> SoupError | None:
     extended = getattr(error, "sqlite_errorcode", None)
     code = None if extended is None else extended & _PRIMARY
     translated: SoupError | None = StoreUnavailable(
-        f"the file cannot be used: {error}", where=where, mend="check that it exists and that you may read and write it"
+        f"the file cannot be used: {error}",
+        where=where,
+        mend="check that the file exists and that you may read and write it",
     )
     if code in _FULL or extended in _FULL_EXTENDED:
         translated = _full(str(error), where)
@@ -108,7 +110,7 @@ def _of_sqlite(error: sqlite3.Error, where: str) -> SoupError | None:
         translated = FileFormatError(
             f"the file is damaged, or is not a SQLite database: {error}",
             where=where,
-            mend="restore it from a backup or an export",
+            mend="restore the file from a backup or an export",
         )
     elif code in _BUSY:
         translated = _locked(str(error), where)
@@ -146,7 +148,9 @@ def _locked(words: str, where: str) -> StoreUnavailable:
 
 def _no_store(where: str) -> FileFormatError:
     return FileFormatError(
-        "the database no longer contains a profile store", where=where, mend="restore it, or use another database"
+        "the database no longer contains a profile store",
+        where=where,
+        mend="restore the database from a backup, or use another database",
     )
 
 

@@ -23,11 +23,13 @@ def check_user(user: str, where: str = "user") -> None:
     if not user:
         raise DeclarationError("the user's name is empty", where=where, mend="give a name, such as u1042")
     if "\0" in user:
-        raise DeclarationError(f"the user's name {user[:40]!r} contains NUL", where=where, mend="remove the NUL")
+        raise DeclarationError(
+            f"the user's name {user[:40]!r} contains NUL", where=where, mend="remove the character NUL"
+        )
     check_unicode(user, where)
     if len(user) * 4 > MAX_USER_BYTES and (size := len(user.encode())) > MAX_USER_BYTES:
         raise DeclarationError(
-            f"the user's name {user[:40]!r}... takes {size} bytes, more than {MAX_USER_BYTES}",
+            f"the user's name {user[:40]!r}... takes {size} bytes in UTF-8, but at most {MAX_USER_BYTES} are allowed",
             where=where,
             mend="use a shorter name, such as a number or a hash",
         )

@@ -118,16 +118,16 @@ class PostgresDatabase(Database):
         encoding = connection.exec_driver_sql("SHOW server_encoding").scalar_one()
         if encoding != "UTF8":
             raise UsageError(
-                f"the database's encoding is {encoding}, which cannot store every name; UTF8 can",
+                f"the database has the encoding {encoding}, but UTF8 was expected",
                 where=self.where,
-                mend="CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0",
+                mend="create the database with: CREATE DATABASE psoups ENCODING 'UTF8' TEMPLATE template0",
             )
         if not inspect(connection).has_table(profiles.name):
             if not create:
                 raise UsageError(
                     "the database contains no profile store",
                     where=self.where,
-                    mend="create one with psoups profile set",
+                    mend="create the store with psoups profile set",
                 )
             self._create()
         self.check_schema(connection)

@@ -107,7 +107,7 @@ def check_schema(version: int, where: str) -> None:
     """
     if version != SCHEMA:
         raise FileFormatError(
-            f"the profile store has schema {version}, and this version of personalized_soups knows schema {SCHEMA}",
+            f"the profile store has schema {version}, but this version of personalized_soups supports schema {SCHEMA}",
             where=where,
-            mend="install the version of personalized_soups that wrote it, or a newer version",
+            mend="install the version of personalized_soups that wrote the store, or a newer version",
         )

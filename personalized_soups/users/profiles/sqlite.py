@@ -116,13 +116,17 @@ class SqliteDatabase(Database):
         if not os.path.lexists(self._path):
             self._make(create=create)
         elif os.path.exists(self._path) and not stat.S_ISREG(self._path.stat().st_mode):  # noqa: PTH110
-            raise FileFormatError("this is not a file", where=self.where, mend="give a file, such as profiles.db")
+            raise FileFormatError(
+                "the path is not a regular file", where=self.where, mend="give a file, such as profiles.db"
+            )
         with self.reading() as connection:
             self._prepare(connection, create=create)
 
     def _make(self, *, create: bool) -> None:
         if not create:
-            raise UsageError("the file does not exist", where=self.where, mend="create it with psoups profile set")
+            raise UsageError(
+                "the file does not exist", where=self.where, mend="create the file with psoups profile set"
+            )
         try:
             # SQLite creates files with mode 0644 at most; its log gets the file's mode.
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
@@ -132,7 +136,7 @@ class SqliteDatabase(Database):
             raise UsageError(
                 f"the file cannot be created: {error.strerror}",
                 where=self.where,
-                mend="give a file in a folder that you own",
+                mend="give a path in a folder that exists and that you may write to",
             ) from error
 
     def _prepare(self, connection: Connection, *, create: bool) -> None:
@@ -142,9 +146,9 @@ class SqliteDatabase(Database):
             _locked(connection, _create_if_empty)
         elif store.name not in tables:
             raise FileFormatError(
-                "this database is not a profile store" + (f": it contains {tables[0]!r}" if tables else ""),
+                "this database is not a profile store" + (f": it contains the table {tables[0]!r}" if tables else ""),
                 where=self.where,
-                mend="give another file, or one that does not exist yet",
+                mend="give the file of a profile store, or the path of a new file",
             )
         self.check_schema(connection)
 
@@ -188,7 +192,9 @@ class SqliteDatabase(Database):
                 connection.file = before
                 return connection
             connection.close()
-        raise StoreUnavailable("the file is replaced again and again", where=self.where, mend="try again")
+        raise StoreUnavailable(
+            f"the file was replaced {_ATTEMPTS} times while it was opened", where=self.where, mend="try again"
+        )
 
     def _hold(self, identity: Identity) -> bool:
         """Hold the file until `close`. Return whether the path still names this file."""

@@ -320,12 +320,14 @@ class ProfileStore:
     def _unknown(self, user: str, version: int | None = None) -> UnknownProfile:
         if version is None:
             return UnknownProfile(
-                f"no profile of {user!r} is stored", where=self._database.where, mend="see psoups profile list"
+                f"no profile of {user!r} is stored",
+                where=self._database.where,
+                mend="list the users with psoups profile list",
             )
         return UnknownProfile(
             f"the profile of {user!r} has no version {version}",
             where=self._database.where,
-            mend=f"see psoups profile history {user!r}",
+            mend=f"list the versions with psoups profile history {user!r}",
         )
 
 

@@ -267,7 +267,7 @@ def test_a_newer_schema_is_refused(where: str) -> None:
         connection.commit()
         with pytest.raises(FileFormatError, match="schema 2"):
             store.check_reachable()
-    with pytest.raises(FileFormatError, match=r"has schema 2, and this version .* knows schema 1"):
+    with pytest.raises(FileFormatError, match=r"has schema 2, but this version .* supports schema 1"):
         ProfileStore.open(where)
 
 
@@ -363,14 +363,14 @@ def test_files_of_others_are_refused_and_left_as_they_are(tmp_path: Path) -> Non
     connection.close()
     (tmp_path / "text.db").write_text("not a database at all\n" * 100)
     for name, what in (
-        ("foreign.db", "not a profile store: it contains 'accounts'"),
+        ("foreign.db", "not a profile store: it contains the table 'accounts'"),
         ("text.db", "is not a SQLite database"),
     ):
         before = (tmp_path / name).read_bytes()
         with pytest.raises(FileFormatError, match=what):
             ProfileStore.open(tmp_path / name)
         assert (tmp_path / name).read_bytes() == before
-    with pytest.raises(FileFormatError, match="this is not a file"):
+    with pytest.raises(FileFormatError, match="the path is not a regular file"):
         ProfileStore.open(tmp_path)
     with pytest.raises(UsageError, match="No such file or directory"):
         ProfileStore.open(tmp_path / "missing" / "profiles.db")
