@@ -70,5 +70,5 @@ def _missing(device: str) -> UsageError:
     return UsageError(
         f"there is no device {device!r} on this machine: torch sees {torch.cuda.device_count()} CUDA devices",
         where="device",
-        mend="use device=cpu, or install a torch that knows this machine's GPU",
+        mend="use device=cpu, or install a build of torch that supports the GPU of this machine",
     )

@@ -94,9 +94,9 @@ def check_extra(extra: str, *modules: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UsageError(
-            f"this needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
+            f"this feature needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed",
             where=f"the extra {extra!r} of personalized-soups",
-            mend=f"pip install 'personalized-soups[{extra}]', or in a checkout: pip install '.[{extra}]'",
+            mend=f"run pip install 'personalized-soups[{extra}]', or in a checkout: pip install '.[{extra}]'",
         )
 
 
@@ -113,6 +113,6 @@ def choose_from(name: str, known: Iterable[str]) -> str:
     if match is not None:
         return f"did you mean {match!r}?"
     if not names:
-        return "remove it: there is nothing to choose from"
+        return "remove the name: there are no names to choose from"
     more = f" (and {len(names) - _MAX_NAMES} more)" if len(names) > _MAX_NAMES else ""
     return f"choose from: {', '.join(names[:_MAX_NAMES])}{more}"

@@ -26,7 +26,7 @@ class MarkersScorer(Declared):
     def _check_disjoint(self) -> Self:
         shared = {phrase.lower() for phrase in self.high} & {phrase.lower() for phrase in self.low}
         if shared:
-            raise refusal(f"{min(shared)!r} marks both ends", mend="keep it under `high` or under `low`")
+            raise refusal(f"{min(shared)!r} is under both `high` and `low`", mend="remove it from one of the two lists")
         return self
 
 
@@ -164,5 +164,6 @@ class Catalogue(Declared):
 def _check_order(low: float, high: float) -> None:
     if low >= high:
         raise refusal(
-            f"low ({low:g}) is not below high ({high:g})", mend="exchange the two; `end: low` inverts a side's scale"
+            f"low ({low:g}) is not below high ({high:g})",
+            mend="exchange the two numbers; to invert the scale of a side, write `end: low`",
         )

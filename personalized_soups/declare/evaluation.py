@@ -53,7 +53,7 @@ class StudyRecipe(Declared):
         for method, weights in self.selection.weights.items():
             if list(weights) != sorted(set(weights)):
                 raise refusal(
-                    f"the weights of {method!r} are not in rising order",
+                    f"the weights of the method {method!r} are not in rising order",
                     mend="write each weight once, from the smallest to the largest",
                     key=("selection", "weights", method),
                 )

@@ -122,7 +122,7 @@ def checked_number(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         what = f"the weight {value!r} is not a finite number"
     elif abs(number := float(value)) > MAX_WEIGHT:
-        what = f"the weight is {number!r}, beyond {MAX_WEIGHT:g}"
+        what = f"the weight is {number!r}, but it must be between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}"
     else:
         return number
     raise DeclarationError(what, where=where, mend="give a number such as 0.6")

@@ -18,13 +18,13 @@ _MENDS: tuple[tuple[str, str], ...] = (
     ("float", "write a number, for example 0.5"),
     ("int", "write a whole number"),
     ("bool", "write true or false"),
-    ("string_pattern", "use the form that the message gives"),
+    ("string_pattern", "write text that has the form given in the message"),
     ("string", "write text; put it in quotes if it looks like a number"),
-    ("dict", "write `name: value` lines below it, indented"),
-    ("model", "write `key: value` lines below it, indented"),
+    ("dict", "write indented `name: value` lines below the key"),
+    ("model", "write indented `key: value` lines below the key"),
     ("tuple", "write a list: [a, b]"),
     ("list", "write a list: [a, b]"),
-    ("too_short", "give at least one"),
+    ("too_short", "give at least one value"),
     ("greater_than", "write a larger number"),
     ("less_than", "write a smaller number"),
 )
@@ -39,7 +39,9 @@ def declaration_error(error: ValidationError, model: type[Declared], places: Pla
         return DeclarationError(what, where=where, mend=mend)
     lines = [f"{where}: {what}; {mend}" for what, where, mend in faults]
     return DeclarationError(
-        "\n  ".join([f"{len(faults)} faults:", *lines]), where=places.source, mend="fix each line named above"
+        "\n  ".join([f"the input has {len(faults)} faults:", *lines]),
+        where=places.source,
+        mend="fix each line named above",
     )
 
 
@@ -57,7 +59,7 @@ def _fault(details: ErrorDetails, schema: Mapping[str, Any], places: Places) -> 
     if kind in {"literal_error", "union_tag_invalid"}:
         return _unknown_value(details, context, path, where)
     message = details["msg"][0].lower() + details["msg"][1:]
-    return f"{message}; found {_shown(details['input'])}", where, _mend(kind)
+    return f"{message}, but found {_shown(details['input'])}", where, _mend(kind)
 
 
 def _unknown_value(
@@ -70,7 +72,7 @@ def _unknown_value(
     mend = f"choose from: {', '.join(names)}"
     if isinstance(found, str) and (near := nearest(found, names)):
         mend = f"did you mean {near!r}? ({mend})"
-    return f"{_shown(found)} is no known {key}", where, mend
+    return f"{_shown(found)} is not a valid {key}", where, mend
 
 
 def _path_in_file(details: ErrorDetails, places: Places) -> KeyPath:

@@ -104,7 +104,7 @@ def read_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DeclarationError(
-            f"the file is not UTF-8: byte 0x{data[error.start]:02x}",
+            f"the file is not UTF-8: byte 0x{data[error.start]:02x} is invalid",
             where=f"{path}:{line}",
             mend="save the file as UTF-8",
         ) from None
@@ -112,9 +112,11 @@ def read_text(path: Path) -> str:
 
 def _checked(document: object, model: type[T], places: Places) -> T:
     if not isinstance(document, dict):
-        kind = "nothing" if document is None else f"a {type(document).__name__}, not `key: value` lines"
+        kind = "is empty" if document is None else f"is a {type(document).__name__}"
         raise DeclarationError(
-            f"the file holds {kind}", where=places.source, mend=f"write the keys of a {_keys_of(model)}"
+            f"the content must be `key: value` lines, but it {kind}",
+            where=places.source,
+            mend=f"write the keys of a {_keys_of(model)}",
         )
     try:
         # In JSON mode, strict validation still accepts a list for a tuple and a string for a Path.
@@ -163,8 +165,8 @@ def _syntax_mend(problem: str) -> str:
     if "\\t" in problem:
         return "indent with spaces, not tabs"
     if "another document" in problem:
-        return "keep one document in a file: no `---` line after the first"
-    return "check the indentation, the brackets and the quotes on this line and the one before"
+        return "keep one document in a file: remove every `---` line after the first"
+    return "check the indentation, the brackets and the quotes on this line and the line before"
 
 
 class _Builder:
@@ -177,10 +179,14 @@ class _Builder:
 
     def build(self, node: Node, path: KeyPath) -> object:
         if id(node) in self._seen:
-            raise self._rejected(node, path, "an alias (`*name`) is not supported", "repeat the value instead")
+            raise self._rejected(
+                node, path, "an alias (`*name`) is not supported", "repeat the value instead of the alias"
+            )
         self._seen.add(id(node))
         if len(path) > _MAX_DEPTH:
-            raise self._rejected(node, path[:1], f"is nested more than {_MAX_DEPTH} levels deep", "flatten it")
+            raise self._rejected(
+                node, path[:1], f"the value is nested more than {_MAX_DEPTH} levels deep", "flatten the value"
+            )
         if str(node.tag) not in _TAGS:
             raise self._rejected(node, path, f"the tag {str(node.tag)!r} is not supported", "remove the tag")
         self._lines.setdefault(path, node.start_mark.line + 1)
@@ -218,7 +224,7 @@ class _Builder:
             return _WORDS[text]
         if _INT.fullmatch(text):
             if len(text) > _MAX_DIGITS:  # Python does not convert longer integers
-                raise self._rejected(node, path, f"a number has {len(text)} digits", "write a shorter number")
+                raise self._rejected(node, path, f"a number has {len(text)} digits", f"use at most {_MAX_DIGITS}")
             return int(text, 10 if text.lstrip("+-").isdigit() else 0)
         return float(text) if _FLOAT.fullmatch(text) else text
 

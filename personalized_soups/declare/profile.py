@@ -73,7 +73,7 @@ class Profile(Declared):
         for name, weight in weights.items():
             if abs(weight) > MAX_WEIGHT:
                 raise refusal(
-                    f"the weight of {name!r} is {weight:g}, beyond {MAX_WEIGHT:g}",
+                    f"the weight of {name!r} is {weight:g}, but it must be between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}",
                     mend="write a weight such as 0.6",
                     key=(name,),
                 )
@@ -130,7 +130,7 @@ class Profile(Declared):
         total = math.fsum(self.weights.values())
         if abs(total) <= _CANCELLED * math.fsum(abs(weight) for weight in self.weights.values()):
             raise refusal(
-                f"the weights sum to {total:g}, and `normalize: sum` would divide by that",
+                f"the weights sum to {total:g}, so `normalize: sum` cannot divide by their sum",
                 mend="write `normalize: none`, or weights that do not cancel",
                 key=("normalize",),
             )

@@ -47,7 +47,7 @@ def read_profiles(path: Path | str, *, on_bad: OnBad | None = None) -> Iterator[
                     yield profile
     except OSError as error:
         raise DeclarationError(
-            f"the file cannot be read: {error.strerror}", where=str(path), mend="check the path and its permissions"
+            f"the file cannot be read: {error.strerror}", where=str(path), mend="check the path and the permissions"
         ) from error
 
 
@@ -92,7 +92,7 @@ def _profile(line: str, where: str) -> Profile:
         except UnicodeEncodeError as error:
             byte = ord(line[error.start]) & 0xFF  # surrogateescape: U+DC00 and the byte
             raise DeclarationError(
-                f"the line is not UTF-8: byte 0x{byte:02x}", where=where, mend="save the file as UTF-8"
+                f"the line is not UTF-8: byte 0x{byte:02x} is invalid", where=where, mend="save the file as UTF-8"
             ) from None
     try:
         table = json.loads(line, object_pairs_hook=_no_repeats)
@@ -104,7 +104,7 @@ def _profile(line: str, where: str) -> Profile:
         ) from None
     if not isinstance(table, dict):
         raise DeclarationError(
-            f"the line holds a {type(table).__name__}, not a profile",
+            f"the line holds a {type(table).__name__}, which is not a profile",
             where=where,
             mend='write one profile per line: {"user": "u1042", "weights": {"expert": 0.6}}',
         )

@@ -91,9 +91,10 @@ class SideRule:
         match = self.opposed([name for name, weight in profile.weights.items() if weight != 0])
         if match is not None:
             raise DeclarationError(
-                f"{match.first!r} and {match.second!r} are two sides of one dimension, {match.dimension!r}",
+                f"{match.first!r} and {match.second!r} are two sides of one dimension, {match.dimension!r}, "
+                "but both have a weight",
                 where=profile.place("weights", match.second),
-                mend="take one of them out, or set allow_opposed=True (in a profile file: `allow_opposed: true`)",
+                mend="remove one of the two, or set allow_opposed=True (in a profile file: `allow_opposed: true`)",
             )
 
 

@@ -48,7 +48,9 @@ class OptimizerRecipe(Declared):
     def _check_one_end(self) -> Self:
         if (self.epochs is None) == (self.max_steps is None):
             found = "neither is given" if self.epochs is None else "both are given"
-            raise refusal(f"the recipe needs `epochs` or `max_steps`; {found}", mend="write exactly one of the two")
+            raise refusal(
+                f"the recipe needs either `epochs` or `max_steps`, but {found}", mend="write one of them: `epochs: 1`"
+            )
         return self
 
 
@@ -64,7 +66,9 @@ class SideOverrides(Declared):
     @model_validator(mode="after")
     def _check_one_end(self) -> Self:
         if self.epochs is not None and self.max_steps is not None:
-            raise refusal("both `epochs` and `max_steps` are given", mend="write one of the two")
+            raise refusal(
+                "a side can have either `epochs` or `max_steps`, but both are given", mend="remove one of the two"
+            )
         return self
 
 

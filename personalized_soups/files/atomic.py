@@ -54,7 +54,7 @@ def new_folder(target: Path | str, overwrite: bool = False, *, durable: bool = F
         RunError: if the disk is full.
     """
     target = _absolute(target)
-    mend = "free some space, or write to another disk; no partial output was left"
+    mend = "free some disk space, or choose an output folder on another disk (no partial output was left)"
     with _full_disk_reported(target, mend), _ready(target, overwrite=overwrite) as place:
         try:
             place.clear()
@@ -87,7 +87,7 @@ class Resumable:
         """
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or not path.parts or not os.path.lexists(self.folder / path):
-            raise ValueError(f"{name!r} is not a file or folder in {self.folder}")
+            raise ValueError(f"{name!r} is not the relative path of an existing file or folder in {self.folder}")
         if self._durable:
             sync(self.folder / path)
             for parent in path.parents:
@@ -116,7 +116,10 @@ def resumable_folder(
         SoupError: as `new_folder` does.
     """
     target = _absolute(target)
-    mend = "free some space and repeat the run, which resumes with the finished pieces; or write to another disk"
+    mend = (
+        "free some disk space and repeat the run, which resumes with the finished pieces, "
+        "or choose an output folder on another disk"
+    )
     with _full_disk_reported(target, mend), _ready(target, overwrite=overwrite) as place:
         keeps = place.is_locked
         try:
@@ -133,7 +136,10 @@ def resumable_folder(
         finally:
             if keeps:
                 settle(place, target)
-                _log.warning("the finished pieces are kept in %s: repeat the run to resume", place.folder)
+                _log.warning(
+                    "the finished pieces of this run are kept in %s: repeat the run to continue after them",
+                    place.folder,
+                )
             else:
                 _end(place, target)
 
@@ -240,7 +246,7 @@ def _full_disk_reported(target: Path, mend: str) -> Iterator[None]:
         if error.errno not in NO_ROOM:
             raise
         full = error.errno in FULL_DISK
-        what = "no space is left on the device" if full else "the file is larger than the limit for files"
+        what = "no space is left on the disk" if full else "a file is larger than the system allows"
         raise RunError(f"{what}: {error.strerror}", where=str(target), mend=mend) from error
 
 

@@ -80,42 +80,49 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
     """
     parsed = parse_json(header, path)
     if not isinstance(parsed, dict):
-        raise damaged(path, f"the header is a {type(parsed).__name__}, not an object")
+        raise damaged(path, f"the header must be a JSON object, but it is a {type(parsed).__name__}")
     metadata = parsed.pop("__metadata__", None)
     if metadata is None:  # the reference implementation accepts null
         metadata = {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise damaged(path, "__metadata__ is not a table of strings")
+        raise damaged(path, "the header's __metadata__ must map strings to strings")
     entries = sorted((_entry(name, fields, path) for name, fields in parsed.items()), key=lambda e: (e.start, e.end))
     position = 0
     for entry in entries:
         if entry.start != position:
             kind = "overlaps the tensor before it" if entry.start < position else "leaves a gap before it"
-            raise damaged(path, f"{shown(entry.name)}: starts at byte {entry.start}, expected {position}: it {kind}")
+            raise damaged(
+                path,
+                f"tensor {shown(entry.name)} must start at byte {position}, but starts at {entry.start}: it {kind}",
+            )
         position = entry.end
     if position != data_bytes:
-        kind = "is truncated" if position > data_bytes else "has bytes that belong to no tensor"
-        raise damaged(path, f"the header describes {position} bytes of tensors, the file has {data_bytes}: it {kind}")
+        kind = "is truncated" if position > data_bytes else "has bytes after the last tensor"
+        raise damaged(
+            path, f"the header describes {position} bytes of tensors, but the file has {data_bytes}: it {kind}"
+        )
     return {entry.name: entry for entry in entries}, metadata
 
 
 def _entry(name: str, fields: Any, path: Path) -> TensorEntry:
     text = shown(name)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise damaged(path, f"{text}: an entry must have dtype, shape and data_offsets, not {reprlib.repr(fields)}")
+        found = reprlib.repr(fields)
+        raise damaged(path, f"the entry of tensor {text} must have dtype, shape and data_offsets, but it is {found}")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise damaged(path, f"{text}: unknown dtype {reprlib.repr(dtype)}")
+        raise damaged(path, f"tensor {text} has the unknown dtype {reprlib.repr(dtype)}")
     # sizes of 0 are skipped: torch computes strides from the others, and their product must fit into int64, too
     if not _are_sizes(shape) or math.prod(size for size in shape if size) >= 1 << 63:
-        raise damaged(path, f"{text}: the shape is not a list of sizes: {reprlib.repr(shape)}")
+        raise damaged(path, f"the shape of tensor {text} is not a valid list of sizes: {reprlib.repr(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise damaged(path, f"{text}: data_offsets are not a start and an end: {reprlib.repr(offsets)}")
+        raise damaged(path, f"the data_offsets of tensor {text} are not a start and an end: {reprlib.repr(offsets)}")
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise damaged(
             path,
-            f"{text}: {dtype} {shape} needs {bits / 8:g} bytes, its data_offsets span {offsets[1] - offsets[0]}",
+            f"tensor {text} has dtype {dtype} and shape {shape}, so it needs {bits / 8:g} bytes, "
+            f"but its data_offsets span {offsets[1] - offsets[0]} bytes",
         )
     return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 

@@ -72,7 +72,11 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
         OSError: if it cannot be written.
     """
     if path.is_dir():
-        raise OutputExistsError("the output is a folder", where=str(path), mend="give a file, e.g. answers.jsonl")
+        raise OutputExistsError(
+            "the output must be a file, but this path is a folder",
+            where=str(path),
+            mend="give a file, such as answers.jsonl",
+        )
     # before and after locking: fail early, and notice a run that ended in between
     _check_free(path, overwrite=overwrite)
     with claimed(path) as place:
@@ -83,9 +87,10 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
             if not overwrite:
                 differing = sorted(key for key in settings if begun.get(key) != settings[key])
                 raise UsageError(
-                    f"the file is from an interrupted run with other settings; different are: {', '.join(differing)}",
+                    "the file is from an interrupted run with other settings; "
+                    f"these settings differ: {', '.join(differing)}",
                     where=str(path),
-                    mend="give the same options to resume it, or pass overwrite=True to start from scratch",
+                    mend="give the settings of that run to continue it, or pass overwrite=True to start from scratch",
                 )
             num_done = 0
         lines = GrowingLines(path, num_done, place.journal, settings, num_done > 0)

@@ -18,9 +18,9 @@ def check_no_pickle(path: Path) -> None:
     if path.suffix.lower() in PICKLES:
         converted = path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors")
         raise FileFormatError(
-            f"{path.name} is a pickle; loading a pickle can run any code, so it was not opened",
+            f"{path.name} is a pickle; it was not opened, because loading a pickle can run any code",
             where=str(path),
-            mend='if you trust its source, convert it: python -c "import sys, torch, safetensors.torch as s; '
+            mend='convert the file if you trust its source: python -c "import sys, torch, safetensors.torch as s; '
             "s.save_file({k: v.clone().contiguous() for k, v in torch.load(sys.argv[1], weights_only=True).items()}, "
             f"sys.argv[2])\" '{path}' '{converted}'",
         )

@@ -64,16 +64,18 @@ class SafetensorsFile:
             status = os.fstat(descriptor)
             size = status.st_size
             if size < 8:
-                raise damaged(path, f"the file is truncated: it has {size} bytes, a header needs at least 8")
+                raise damaged(path, f"the file is truncated: it has {size} bytes, but a header needs at least 8")
             try:
                 view = memoryview(_map(descriptor, size))
             except (OSError, ValueError) as error:  # ValueError: the file was truncated after fstat
                 raise unreadable(path, error) from error
         length = int.from_bytes(view[:8], "little")
         if length > MAX_HEADER_BYTES:
-            raise damaged(path, f"the header claims {length} bytes, more than the format allows ({MAX_HEADER_BYTES})")
+            raise damaged(
+                path, f"the header claims to have {length} bytes, but the format allows at most {MAX_HEADER_BYTES}"
+            )
         if length > size - 8:
-            raise damaged(path, f"the header claims {length} bytes, the file has {size - 8} after the header's length")
+            raise damaged(path, f"the header claims to have {length} bytes, but only {size - 8} bytes are left")
         entries, metadata = parse_header(bytes(view[8 : 8 + length]), size - 8 - length, path)
         inode = (status.st_dev, status.st_ino)
         return cls(path, MappingProxyType(entries), MappingProxyType(metadata), view[8 + length :], inode)
@@ -108,7 +110,7 @@ class SafetensorsFile:
         dtype = TORCH_DTYPES.get(entry.dtype)
         if dtype is None:
             raise FileFormatError(
-                f"{name}: its dtype {entry.dtype} does not exist in torch",
+                f"tensor {name!r} has dtype {entry.dtype}, which does not exist in torch",
                 where=str(self.path),
                 mend="convert the tensor to float32, float16 or bfloat16",
             )

@@ -39,7 +39,7 @@ def opened(path: Path) -> Iterator[int]:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise FileFormatError(
-                "this is not a regular file", where=str(path), mend="give a file, not a folder, pipe or device"
+                "the path is not a regular file", where=str(path), mend="give a file, not a folder, pipe or device"
             )
         if status.st_size < _LFS_MAX_BYTES:
             _check_no_pointer(descriptor, path)
@@ -66,9 +66,9 @@ def read_small(path: Path, max_bytes: int) -> bytes:
             raise unreadable(path, error) from error
     if not left:
         raise FileFormatError(
-            f"the file is longer than {max_bytes} bytes",
+            f"the file is larger than {max_bytes} bytes, the limit for files of this kind",
             where=str(path),
-            mend="check that this is the right file: it is too large for its kind",
+            mend="check the path: a file of this kind is normally much smaller",
         )
     return b"".join(pieces)
 
@@ -81,9 +81,9 @@ def check_no_lfs_pointer(data: bytes, path: Path) -> None:
     """
     if data.startswith(_LFS_BEGINNINGS):
         raise FileFormatError(
-            "this is a Git LFS pointer, not the file itself",
+            "this is a Git LFS pointer file, which only names the real file",
             where=str(path),
-            mend="run `git lfs pull` in its repository, or download the file",
+            mend="run `git lfs pull` in the repository of the file, or download the real file",
         )
 
 
@@ -112,4 +112,4 @@ def _check_no_pointer(descriptor: int, path: Path) -> None:
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:
     """Return the error for a file that cannot be read, with the reason."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return InputError(f"the file cannot be read: {reason}", where=str(path), mend="check the path and its permissions")
+    return InputError(f"the file cannot be read: {reason}", where=str(path), mend="check the path and the permissions")

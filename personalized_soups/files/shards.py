@@ -63,7 +63,7 @@ class Checkpoint:
         for file, shard in shards.items():
             for name in shard.entries:
                 if name in shard_of:
-                    raise _fault(index, f"{shown(name)}: the tensor is in both {shard_of[name]} and {file}")
+                    raise _fault(index, f"tensor {shown(name)} is in both {shard_of[name]} and {file}")
                 shard_of[name] = file
         if names is not None and names != shard_of:
             warnings.warn(_differences(index, names, shard_of), RuntimeWarning, stacklevel=2)
@@ -128,7 +128,7 @@ def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
         return names
     warnings.warn(
         f"{folder} has both {whole} and {index.name}, and the index names other files. As in transformers, {whole} is "
-        "read and the index is ignored. Remove the outdated one.",
+        "read and the index is ignored. Remove whichever of the two is outdated.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -140,7 +140,7 @@ def _indexed(index: Path) -> dict[str, str]:
     parsed = parse_json(read_small(index, _MAX_INDEX_BYTES), index)
     names = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(names, dict) or not names:
-        raise _fault(index, "the index has no weight_map")
+        raise _fault(index, "the index has no weight_map, which names the file of each tensor")
     plain: dict[Any, str] = {}
     for name, file in names.items():
         if isinstance(file, str) and file in plain:
@@ -148,10 +148,11 @@ def _indexed(index: Path) -> dict[str, str]:
         # a path with a folder could point to any file on the disk
         shard = file.removeprefix("./") if isinstance(file, str) else ""
         if not _is_plain(shard):
-            raise _fault(index, f"{shown(name)}: the index names {reprlib.repr(file)}, not a file in its folder")
+            found = reprlib.repr(file)
+            raise _fault(index, f"the index places tensor {shown(name)} in {found}, which is not a plain file name")
         check_no_pickle(index.with_name(shard))
         if not os.path.lexists(index.with_name(shard)):
-            raise _fault(index, f"the shard {shown(shard)} is missing; it should have {shown(name)}")
+            raise _fault(index, f"the shard {shown(shard)} is missing, but the index places tensor {shown(name)} in it")
         plain[file] = shard
     return {name: plain[file] for name, file in names.items()}
 
@@ -191,4 +192,4 @@ def _no_weights(folder: Path) -> FileFormatError:
 
 
 def _fault(path: Path, what: str) -> FileFormatError:
-    return FileFormatError(what, where=str(path), mend="the checkpoint is damaged or incomplete: download it again")
+    return FileFormatError(what, where=str(path), mend="download the checkpoint again: it is damaged or incomplete")

@@ -31,11 +31,13 @@ def parse_json(data: bytes, path: Path, *, constants: bool = False) -> Any:
         if b"\\u" in data:  # an escape may be half a surrogate pair, which cannot be encoded and so not written
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
-        raise damaged(path, f"not UTF-8: byte 0x{data[error.start]:02x} at {error.start}") from None
+        raise damaged(
+            path, f"the file is not UTF-8: byte 0x{data[error.start]:02x} at offset {error.start} is invalid"
+        ) from None
     except UnicodeEncodeError as error:
-        raise damaged(path, f"not Unicode: {error.reason}") from None
+        raise damaged(path, f"the file has a string that is not valid Unicode: {error.reason}") from None
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"not JSON: {str(error)[:200]}") from None
+        raise damaged(path, f"the file is not JSON: {str(error)[:200]}") from None
     return parsed
 
 
@@ -46,7 +48,7 @@ def shown(name: str) -> str:
 
 def damaged(path: Path, what: str) -> FileFormatError:
     """Return the error for a damaged file."""
-    return FileFormatError(what, where=str(path), mend="the file is damaged or incomplete: download or write it again")
+    return FileFormatError(what, where=str(path), mend="download or write the file again: it is damaged or incomplete")
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(table) != len(pairs):
         seen: set[str] = set()
         repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the name {shown(repeated)!r} is repeated")
+        raise ValueError(f"the key {shown(repeated)!r} is repeated")
     return table
 
 

@@ -53,7 +53,7 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
         )
     if any(target.iterdir()) and not any((target / marker).is_file() for marker in MARKERS):
         raise OutputExistsError(
-            f"the output folder has files that psoups did not write (it has no {' or '.join(MARKERS)})",
+            f"the output folder has files that psoups did not write: it has none of {', '.join(MARKERS)}",
             where=str(target),
             mend="choose another output folder; overwrite=True replaces only folders that psoups wrote",
         )
@@ -100,7 +100,7 @@ def settle(place: Workplace, target: Path) -> None:
         kept = _free_name(target)
         place.old.rename(kept)
         _log.warning(
-            "%s had files that psoups did not write (%s): the old folder was renamed to %s",
+            "the old folder %s had files that psoups did not write (%s), so it was renamed to %s",
             target,
             ", ".join(sorted(foreign)[:3]),
             kept,

@@ -187,7 +187,7 @@ def remove(path: Path) -> None:
         raise UsageError(
             f"the remains of an interrupted run cannot be removed: {error.strerror}",
             where=str(path),
-            mend="delete them yourself, or choose another output folder",
+            mend="delete this path yourself, or choose another output folder",
         ) from error
 
 

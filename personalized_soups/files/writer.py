@@ -126,7 +126,7 @@ class SafetensorsWriter:
         view = _bytes_of(data, spec)
         if start < 0 or start + len(view) > spec.num_bytes:
             raise ValueError(
-                f"{name}: {len(view)} bytes at offset {start} do not fit into the tensor's {spec.num_bytes} bytes"
+                f"tensor {name!r} has {spec.num_bytes} bytes, so {len(view)} bytes at offset {start} do not fit into it"
             )
         place = self._places[name] + start
         with self._writing(name, place, place + len(view)):
@@ -161,7 +161,8 @@ class SafetensorsWriter:
             spec, entry = self._spec(name), source.entry(name)
             if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
                 raise ValueError(
-                    f"{name}: the source has {entry.dtype} {entry.shape}, the spec {spec.dtype} {spec.shape}"
+                    f"tensor {name!r} has dtype {entry.dtype} and shape {entry.shape} in the source, "
+                    f"but its spec declares {spec.dtype} {spec.shape}"
                 )
             place, length = self._places[name], spec.num_bytes
             if runs:
@@ -176,9 +177,9 @@ class SafetensorsWriter:
     def _writing(self, name: str, begin: int, end: int) -> Iterator[None]:
         with self._changed:
             if not self._is_open:
-                raise ValueError(f"{name}: the file is not open")
+                raise ValueError(f"tensor {name!r} cannot be written: the file is not open")
             if not self._given.add(begin, end):
-                raise ValueError(f"{name}: bytes were written twice")
+                raise ValueError(f"some bytes of tensor {name!r} were written twice")
             self._busy += 1
         is_done = False
         try:
@@ -194,11 +195,11 @@ class SafetensorsWriter:
         try:
             return self._specs[name]
         except KeyError:
-            raise ValueError(f"{name}: not in the specs") from None
+            raise ValueError(f"tensor {name!r} is not in the specs") from None
 
     def _check_complete(self) -> None:
         if self._has_failed:
-            raise ValueError("a write failed and its error was ignored")
+            raise ValueError("a write failed, but its error was ignored")
         missing = [
             name
             for name, place in self._places.items()
@@ -206,7 +207,7 @@ class SafetensorsWriter:
         ]
         if missing:
             raise ValueError(
-                f"tensors that were not written completely: {', '.join(missing[:3])} ({len(missing)} in total)"
+                f"some tensors were not written completely: {', '.join(missing[:3])} ({len(missing)} in total)"
             )
 
     def _close(self) -> None:
@@ -242,11 +243,13 @@ def write_safetensors(
         left = {spec.name: spec for spec in specs}
         for name, tensor in tensors:
             if name not in left:
-                raise ValueError(f"{name}: not in the specs, or repeated")
+                raise ValueError(f"tensor {name!r} is not in the specs, or was given twice")
             _check_whole(tensor, left.pop(name))
             writer.write(name, tensor)
         if left:
-            raise ValueError(f"tensors that were not given: {', '.join(sorted(left)[:3])} ({len(left)} in total)")
+            raise ValueError(
+                f"some tensors of the specs were not given: {', '.join(sorted(left)[:3])} ({len(left)} in total)"
+            )
 
 
 def spec_of(name: str, tensor: Tensor) -> TensorSpec:
@@ -259,7 +262,7 @@ def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     position = 0
     for spec in specs:
         if spec.name in table:
-            raise ValueError(f"{spec.name}: repeated in the specs")
+            raise ValueError(f"the name {spec.name!r} is repeated in the specs")
         end = position + spec.num_bytes
         table[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
         position = end
@@ -271,10 +274,13 @@ def _header(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
 def _check_whole(tensor: Tensor | memoryview, spec: TensorSpec) -> None:
     if isinstance(tensor, memoryview):
         if tensor.nbytes != spec.num_bytes:
-            raise ValueError(f"{spec.name}: {tensor.nbytes} bytes were given, the spec has {spec.num_bytes}")
+            raise ValueError(
+                f"{tensor.nbytes} bytes were given for tensor {spec.name!r}, but its spec needs {spec.num_bytes} bytes"
+            )
     elif spec_of(spec.name, tensor) != spec:
         raise ValueError(
-            f"{spec.name}: {tensor.dtype} {tuple(tensor.shape)} was given, the spec is {spec.dtype} {spec.shape}"
+            f"tensor {spec.name!r} was given with {tensor.dtype} and shape {tuple(tensor.shape)}, "
+            f"but its spec declares {spec.dtype} {spec.shape}"
         )
 
 
@@ -284,7 +290,8 @@ def _bytes_of(data: Tensor | memoryview, spec: TensorSpec) -> memoryview:
     trailing = tuple(data.shape[1:])
     if NAMES_OF_DTYPES.get(data.dtype) != spec.dtype or spec.shape[len(spec.shape) - len(trailing) :] != trailing:
         raise ValueError(
-            f"{spec.name}: {data.dtype} {tuple(data.shape)} was given, the spec is {spec.dtype} {spec.shape}"
+            f"tensor {spec.name!r} was given with {data.dtype} and shape {tuple(data.shape)}, "
+            f"but its spec declares {spec.dtype} {spec.shape}"
         )
     if data.numel() == 0:
         return memoryview(b"")

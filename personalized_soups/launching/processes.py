@@ -177,7 +177,7 @@ def _lost(worker: _Worker) -> RunError:
     return RunError(
         f"a worker process ended with exit code {worker.process.exitcode}",
         where=f"process {worker.process.pid}",
-        mend="read its message above; if there is none, memory may have run out: run again with fewer workers",
+        mend="read the message of that process above; without a message, memory may have run out: use fewer workers",
     )
 
 

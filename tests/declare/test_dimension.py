@@ -106,10 +106,10 @@ def test_each_kind_of_scorer_is_read() -> None:
     [
         ({"kind": "length", "low": 9, "high": 3}, "low (9) is not below high (3)", "exchange"),
         ({"kind": "readability", "low": 5, "high": 5}, "low (5) is not below high (5)", "exchange"),
-        ({"kind": "markers", "high": ["So"], "low": ["so"]}, "'so' marks both ends", "keep it under"),
+        ({"kind": "markers", "high": ["So"], "low": ["so"]}, "'so' is under both", "remove it from"),
         ({"kind": "markers", "high": [], "low": ["so"]}, "at least 1", "give at least one"),
         ({"kind": "markers", "high": ["so", " "], "low": []}, "pattern", "form"),
-        ({"kind": "lenght", "low": 1, "high": 2}, "'lenght' is no known", "did you mean 'length'?"),
+        ({"kind": "lenght", "low": 1, "high": 2}, "'lenght' is not a valid", "did you mean 'length'?"),
         ({"kind": "python", "function": "os.system"}, "pattern", "form"),
         ({"kind": "plugin", "name": "os:system"}, "pattern", "form"),
         ({"low": 1}, "discriminator", ""),

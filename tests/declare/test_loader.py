@@ -90,7 +90,7 @@ def test_a_key_with_no_like_is_answered_with_the_list() -> None:
 
 def test_every_fault_is_told_at_once() -> None:
     error = refused("number: one\ninner:\n  size: 1.5\n")
-    assert error.what.splitlines()[0] == "2 faults:"
+    assert error.what.splitlines()[0] == "the input has 2 faults:"
     assert "file.yaml:1: number: " in error.what
     assert "file.yaml:3: inner.size: " in error.what
     assert error.where == "file.yaml"
@@ -115,10 +115,10 @@ def test_every_fault_is_told_at_once() -> None:
         ("inner:\n\tsize: 1", "file.yaml:2", "not YAML", "spaces, not tabs"),
         ("inner: {size: 1", "file.yaml:1", "not YAML", "brackets"),
         ("number: \x01", "file.yaml", "not YAML", "control character"),
-        ("", "file.yaml", "holds nothing", "number, words, inner"),
-        ("# only a comment\n", "file.yaml", "holds nothing", "number, words, inner"),
-        ("- 1", "file.yaml", "holds a list", "number, words, inner"),
-        ("just text", "file.yaml", "holds a str", "number, words, inner"),
+        ("", "file.yaml", "but it is empty", "number, words, inner"),
+        ("# only a comment\n", "file.yaml", "but it is empty", "number, words, inner"),
+        ("- 1", "file.yaml", "but it is a list", "number, words, inner"),
+        ("just text", "file.yaml", "but it is a str", "number, words, inner"),
         ("words: " + "[" * 80 + "]" * 80, "file.yaml:1: words", "nested more than 64 levels", "flatten"),
     ],
 )

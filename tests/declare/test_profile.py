@@ -45,7 +45,7 @@ def test_json_is_a_profile_too(tmp_path: Path) -> None:
         ("weights: {'': 1}", "u.yaml:1: weights", "name is empty", "name the expert"),
         ("user: x", "u.yaml: weights", "'weights' is missing", "weights: ..."),
         ("method: linaer\nweights: {a: 1}", "u.yaml:1: method", "not a known merge method", "did you mean 'linear'"),
-        ("method: [ties]\nweights: {a: 1}", "u.yaml:1: method", "valid string; found ['ties']", "write text"),
+        ("method: [ties]\nweights: {a: 1}", "u.yaml:1: method", "valid string, but found ['ties']", "write text"),
         (
             "weights: {a: 1}\nmethod: ties\noptions:\n  lambda: 1\n  densty: 0.3",
             "u.yaml:5: options.densty",
@@ -138,7 +138,7 @@ def test_normalize_sum_divides_by_the_sum() -> None:
 
 
 def test_weights_that_cancel_to_rounding_are_refused() -> None:
-    with pytest.raises(ValidationError, match="would divide by that"):
+    with pytest.raises(ValidationError, match="cannot divide by their sum"):
         Profile(normalize="sum", weights={"a": 0.1, "b": 0.2, "c": -0.3})
     assert Profile(normalize="none", weights={"a": 1.0, "b": -1.0}).resolved_weights() == {"a": 1.0, "b": -1.0}
 
@@ -180,7 +180,7 @@ def test_two_sides_of_one_dimension_are_refused_with_the_line() -> None:
     profile = load_text("weights:\n  elementary: 1\n  friendly: 1\n  expert: 0.5\n", Profile, "u.yaml")
     with pytest.raises(DeclarationError) as caught:
         SideRule(DIMENSION_OF).check(profile)
-    assert caught.value.what == "'elementary' and 'expert' are two sides of one dimension, 'expertise'"
+    assert caught.value.what == "'elementary' and 'expert' are two sides of one dimension, 'expertise', but both have a weight"
     assert caught.value.where == "u.yaml:4: weights.expert"
     assert "allow_opposed: true" in caught.value.mend
 

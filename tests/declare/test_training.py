@@ -61,8 +61,8 @@ def test_overrides_of_a_side_reach_the_optimizer_and_the_loss() -> None:
         (MINIMAL.replace("rank: 4", "rank: 0"), "r.yaml:2: lora.rank", "greater than 0"),
         (MINIMAL + "sides:\n  a: {learning_rat: 1}", "r.yaml:6: sides.a.learning_rat", "unknown key"),
         (MINIMAL + "sides:\n  a: {epochs: 1, max_steps: 1}", "r.yaml:6: sides.a", "both"),
-        (MINIMAL + "dtype: float16", "r.yaml:5: dtype", "'float16' is no known dtype"),
-        (MINIMAL + "basis: common", "r.yaml:5: basis", "'common' is no known basis"),
+        (MINIMAL + "dtype: float16", "r.yaml:5: dtype", "'float16' is not a valid dtype"),
+        (MINIMAL + "basis: common", "r.yaml:5: basis", "'common' is not a valid basis"),
     ],
 )
 def test_faults_have_file_line_and_key(text: str, where: str, what: str) -> None:

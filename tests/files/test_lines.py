@@ -64,7 +64,7 @@ def test_lines_longer_than_a_block_are_counted(tmp_path: Path) -> None:
 def test_other_settings_do_not_go_on_with_it(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     _interrupted(path, 2)
-    with pytest.raises(UsageError, match="different are: seed"), growing_lines(path, {**SETTINGS, "seed": 1}):
+    with pytest.raises(UsageError, match="these settings differ: seed"), growing_lines(path, {**SETTINGS, "seed": 1}):
         pass
     assert len(path.read_text().splitlines()) == 2
     with growing_lines(path, {**SETTINGS, "seed": 1}, overwrite=True) as lines:

@@ -230,7 +230,7 @@ def test_without_locks_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
 def test_only_what_is_there_can_be_marked(tmp_path: Path, name: str) -> None:
     with resumable_folder(tmp_path / "out", "x") as work:
         (work.folder / "one.bin").write_text("1")
-        with pytest.raises(ValueError, match="not a file or folder in"):
+        with pytest.raises(ValueError, match="not the relative path of an existing file or folder in"):
             work.mark(name)
         work.mark("./one.bin")
 

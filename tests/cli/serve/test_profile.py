@@ -76,7 +76,7 @@ def test_a_profile_file_is_written(psoups: Run, tmp_path: Path) -> None:
         (["u1", "--weights", "a=1", "--file", "x.yaml"], "exactly one"),
         (["u1", "--file", "x.yaml", "--normalize", "sum", "--allow-opposed"], "--normalize, --allow-opposed"),
         (["u1", "--weights", "a"], "is not `name=number`"),
-        (["u1", "--weights", "a=1", "--normalize", "some"], "'some' is no known normalize"),
+        (["u1", "--weights", "a=1", "--normalize", "some"], "'some' is not a valid normalize"),
         (["u1", "--weights", "a=1", "--method", "tise"], "did you mean 'ties'"),
         (["", "--weights", "a=1"], "the user's name is empty"),
         (["u1", "--weights", "a=1", "--profiles", "mysql://h/d"], "only in SQLite or PostgreSQL"),
@@ -114,7 +114,7 @@ def test_pages_of_the_list_follow_each_other(psoups: Run, tmp_path: Path) -> Non
         seen += [each["user"] for each in json.loads(out)]
         if not err:
             break
-        assert "there are more: --after " in err
+        assert "there are more profiles: list them with --after " in err
     assert seen == sorted(names)
     _, out, err = psoups("profile", "list", "--limit", 1)
     assert "\x1b" not in out + err
