@@ -298,7 +298,7 @@ def test_the_kernel_copies_for_real(tmp_path: Path) -> None:
 def test_a_tensor_of_another_shape_is_not_copied(tmp_path: Path) -> None:
     source = scattered_source(tmp_path)
     with (
-        pytest.raises(ValueError, match=r"'t0' has dtype F32 and shape \(1, 5\) in the source, but its spec declares F32 \(5, 1\)"),
+        pytest.raises(ValueError, match=r"shape \(1, 5\) in the source, but its spec declares F32 \(5, 1\)"),
         SafetensorsWriter(tmp_path / "x", [TensorSpec("t0", "F32", (5, 1))]) as writer,
     ):
         writer.copy(["t0"], source)
