@@ -1,4 +1,4 @@
-"""Answers of a model within mixtures: by our own sampling, or by any option of transformers' generate."""
+"""Generate answers within mixtures, with our own sampling or with transformers' generate and its options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from personalized_soups.mixing.fitting import fitting_rows
 from personalized_soups.mixing.prefixes import PrefixCache, new_past
 from personalized_soups.mixing.profile_registry import ProfileRegistry
 
-# Decoding that asks for the logits of several tokens at once. A schedule has no single weight for those tokens.
+# Options of transformers' generate with which one forward pass computes several tokens. A schedule has a different
+# weight for each of these tokens, but a forward pass has one weight.
 _SEVERAL_TOKENS = ("prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit")
 
 _MAX_NEW_TOKENS = 256
@@ -32,11 +33,12 @@ class MixedGeneration:
     """Answers prompts, each with its own profile.
 
     Args:
-        model: the transformers model, its layers mixed.
+        model: the transformers model, with wrapped layers.
         active: sets the mixtures.
-        registry: resolves profiles.
-        cache_key: returns the key under which a prompt's keys and values may be cached, for scaled weights.
-        generator: returns the model's Generator; raises UsageError for a model without a tokenizer.
+        registry: resolves profiles into weights.
+        cache_key: a function that returns, for scaled weights, the key under which a prompt's keys and values may be
+            cached.
+        generator: a function that returns the model's Generator. It raises UsageError if the model has no tokenizer.
     """
 
     def __init__(
@@ -66,21 +68,33 @@ class MixedGeneration:
         places: Sequence[int] | None,
         options: Mapping[str, Any],
     ) -> Any:
-        """Answer prompts or token ids; arguments, result and errors are those of `SoupModel.generate`."""
+        """Answer prompts or token ids. Arguments, result and errors are those of `SoupModel.generate`."""
         if max_new_tokens is not None and max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens}", where="max_new_tokens", mend="give 1 or more")
+            raise UsageError(
+                f"max_new_tokens is {max_new_tokens}, but must be at least 1",
+                where="max_new_tokens",
+                mend="give a number of 1 or more, such as max_new_tokens=256",
+            )
         if not 0 <= temperature < math.inf:
-            raise UsageError(f"temperature is {temperature}", where="temperature", mend="give 0 or more")
-        # transformers samples only with do_sample; our own sampling needs the temperature alone.
+            raise UsageError(
+                f"temperature is {temperature}, but must be a finite number of 0 or more",
+                where="temperature",
+                mend="give a temperature such as 0.7, or 0 for the most likely tokens",
+            )
+        # transformers samples only if do_sample is true. Our own sampling needs only the temperature.
         if temperature and (options or prompts is None):
             options = {"do_sample": True, "temperature": temperature, **options}
         if places is not None and options:
-            what = "places cannot be combined with options of transformers' generate, which has its own sampling"
-            raise UsageError(what, where="places", mend=f"leave out places, or {', '.join(options)}")
+            what = "places has no effect on transformers' generate, but options of transformers' generate are given"
+            raise UsageError(what, where="places", mend=f"leave out places, or leave out {', '.join(options)}")
         if "input_ids" in options or "inputs_embeds" in options:
             if prompts is not None:
-                raise UsageError("prompts and input_ids are both given", where="prompts", mend="give one of the two")
-            # Token ids go to transformers as they are: no template, no end tokens, no default length.
+                raise UsageError(
+                    "prompts and token ids (input_ids or inputs_embeds) are both given, but only one can be used",
+                    where="prompts",
+                    mend="leave out prompts, or leave out input_ids and inputs_embeds",
+                )
+            # Token ids are passed to transformers as they are, without a template, end tokens or a default length.
             return self._continue_tokens(profiles, max_new_tokens, seed, dict(options))
         checked = checked_prompts(prompts)
         per_prompt = profile_per_prompt(checked, profiles)
@@ -109,16 +123,16 @@ class MixedGeneration:
         seed: int,
         prefixes: PrefixCache | None,
     ) -> Iterator[str]:
-        """Yield one answer piece by piece; arguments and errors are those of `SoupModel.stream`."""
+        """Yield one answer piece by piece. Arguments and errors are those of `SoupModel.stream`."""
         if self._active.is_set_here and not isinstance(profile, AsSet):
             raise UsageError(
-                "a stream with its own profile would wait for the mixture to end that this thread has set",
+                "a profile is given, but this thread has set a mixture: the stream would wait forever for it to end",
                 where="profile",
-                mend="leave the profile out to stream with the mixture that is set, or leave the mixture first",
+                mend="leave out the profile to stream with that mixture, or call stream after the `with` block",
             )
         generator = self._generator()
         tokens = generator.encoded(prompt)
-        # Another thread generates. It must not wait for the mixture that this thread has set.
+        # A second thread generates. It must not wait for the mixture that this thread has set.
         own = self._active.innermost if self._active.is_set_here else None
 
         @contextmanager
@@ -149,7 +163,7 @@ class MixedGeneration:
     def _mixture(
         self, profiles: Sequence[ProfileLike] | AsSet, rows_each: int
     ) -> AbstractContextManager[Mixture | None]:
-        """Set a mixture, or keep the mixture that is set."""
+        """Set a mixture of `profiles` within a block. If `profiles` is AS_SET, keep the weights that are set."""
         if isinstance(profiles, AsSet):
             return self._active.as_set()
         return self._active.mixture(
@@ -177,9 +191,9 @@ class MixedGeneration:
     def _sample_answers(
         self, prompts: Sequence[Prompt], profiles: Sequence[ProfileLike] | AsSet, **sampling: Any
     ) -> list[str]:
-        """Return one answer for each prompt. Its random numbers depend on the seed and the prompt's place alone.
+        """Return one answer for each prompt. Its random numbers depend only on the seed and the prompt's place.
 
-        `sampling` are keywords of `Generator.answers`.
+        `sampling` are further arguments of `Generator.answers`.
         """
         generator = self._generator()
 
@@ -190,11 +204,12 @@ class MixedGeneration:
                 return longest + int(sampling["max_new_tokens"])
 
             own = profiles if isinstance(profiles, AsSet) else [profiles[index] for index in indices]
-            # `fitting_rows` is outermost: it measures after the mixture has ended.
+            # `fitting_rows` is the outermost context, because it measures after the mixture has ended.
             with fitting_rows(generator.model, len(indices), width), self._mixture(own, 1) as mixture:
                 yield Within(_started(mixture))
 
-        # The rows of a mixture that is set already have the caller's order, so prompts are not sorted by length.
+        # With a mixture that is set already, the prompts must keep the order of its rows, so they are not sorted by
+        # length.
         in_order = isinstance(profiles, AsSet)
         return [answer for (answer,) in generator.answers(prompts, around=around, in_order=in_order, **sampling)]
 
@@ -208,9 +223,10 @@ class MixedGeneration:
         seed: int,
         options: Mapping[str, Any],
     ) -> list[str]:
-        """Return the answers of transformers' generate with `options`: n for each prompt, in the prompts' order.
+        """Return the answers of transformers' generate with `options`, in the order of the prompts.
 
-        Its sampling draws from torch's generators. They are seeded for it, and get their old state back.
+        With `num_return_sequences=n`, each prompt has n answers. transformers samples with torch's random generators,
+        which are seeded for this call and get their old state back.
         """
         from transformers import GenerationConfig
 
@@ -234,8 +250,9 @@ class MixedGeneration:
             ids_BT, mask_BT = pad_left(encoded, generator.pad_id, model.device)
             own = profiles if isinstance(profiles, AsSet) else profiles[batch]
             width = partial(int, ids_BT.shape[1] + (max_new_tokens or config.max_new_tokens or _MAX_NEW_TOKENS))
-            # The mixture's lock comes before the contexts that change the model or torch's generators, so that another
-            # thread sees neither. The shift gives each batch its own seed: no two batches start at equal places.
+            # The mixture's lock is taken before the contexts that change the model's config or torch's generators, so
+            # that no other thread sees these changes. The shift gives each batch its own seed, because no two batches
+            # have the same start.
             with (
                 fitting_rows(model, len(encoded), width, rows_each=rows_each),
                 self._mixture(own, rows_each) as mixture,
@@ -251,15 +268,15 @@ class MixedGeneration:
 
 
 def _generate_tokens(model: Any, mixture: Mixture | None, options: Mapping[str, Any]) -> Any:
-    """Return the result of the model's own generate, while the mixture's schedules follow the tokens.
+    """Return the result of the model's own generate, while the mixture's schedules advance with each token.
 
     Raises:
-        UsageError: if a weight follows the tokens, and the options decode several tokens at once.
+        UsageError: if the mixture has a schedule, but an option decodes several tokens in one forward pass.
     """
     several = [name for name in _SEVERAL_TOKENS if options.get(name) is not None]
     if several and mixture is not None and mixture.is_scheduled:
         raise UsageError(
-            "a weight is a function of the token's number, but several tokens are decoded at once",
+            f"a weight is a function of the token's number, but with {several[0]} several tokens are decoded at once",
             where=several[0],
             mend=f"leave {several[0]} out, or give weights that are numbers",
         )
@@ -270,8 +287,8 @@ def _generate_tokens(model: Any, mixture: Mixture | None, options: Mapping[str, 
 
 @contextmanager
 def _seeded(model: Any, seed: int) -> Iterator[None]:
-    """Seed torch's generators, from which transformers samples, within the block; restore them afterwards."""
-    # Only the model's own device: fork_rng would warn of many GPUs otherwise.
+    """Seed torch's random generators, with which transformers samples, within the block. Restore them afterwards."""
+    # Only the model's device is given, because fork_rng warns if there are many GPUs.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
@@ -282,17 +299,17 @@ def _started(mixture: Mixture | None) -> list[NextStep]:
 
 
 def _check_one_row(mixture: Mixture) -> None:
-    """Raise UsageError unless the mixture is still set and is for one prompt."""
-    # A stream starts with its first piece, which may be asked for after the `with` block.
+    """Raise UsageError if the mixture has ended or has more than one row."""
+    # A stream starts when its first piece is read, which may be after the `with` block.
     if mixture.is_innermost() is None:
         raise UsageError(
-            "the mixture has ended that was set when the stream was made",
+            "the stream was made within a mixture, but the mixture has ended",
             where="mixture",
-            mend="read the stream within the `with` block, or give it its own profile",
+            mend="read the stream within the `with` block, or make it outside: stream(prompt, profile)",
         )
     if len(mixture.rows) != 1:
         raise UsageError(
-            f"a stream is one row, but the mixture that is set has {len(mixture.rows)} rows",
+            f"a stream needs a mixture with one profile, but the mixture that is set has {len(mixture.rows)} profiles",
             where="mixture",
-            mend="leave the mixture, and give the stream its own profile",
+            mend="leave the `with` block, and give the stream its own profile: stream(prompt, profile)",
         )

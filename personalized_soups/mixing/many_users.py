@@ -1,4 +1,4 @@
-"""Answer many users' prompts in mixed batches, in which each row may have its own user."""
+"""Answer many users' prompts in mixed batches, in which each row may be of another user."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Request:
     """One prompt with one profile.
 
     Attributes:
-        prompt: the text.
-        profile: of the user who asks.
+        prompt: the text of the prompt.
+        profile: the profile of the user who asks.
     """
 
     prompt: str
@@ -26,14 +26,16 @@ class Request:
 
 
 class Requests:
-    """Each prompt with every profile, or with the profile of the user that it names. Prompt by prompt, made on demand.
+    """The requests for a list of prompts: a prompt that names its user is asked once, any other with every profile.
+
+    The requests are ordered by prompt, and each is made when it is asked for.
 
     Args:
-        prompts: the prompts; a prompt may name its user.
-        profiles: one for each user.
+        prompts: the prompts. A prompt may name its user.
+        profiles: one profile for each user.
 
     Raises:
-        UsageError: if a prompt names a user without a profile, or two profiles have the same user.
+        UsageError: if a prompt names a user who has no profile, or if two profiles have the same user.
     """
 
     def __init__(self, prompts: Sequence[PromptRequest], profiles: Sequence[Profile]) -> None:
@@ -45,7 +47,7 @@ class Requests:
                 raise UsageError(
                     f"two profiles have the user {profile.user!r}",
                     where=profile.place("user"),
-                    mend="give each profile another user",
+                    mend="give each profile a different `user`",
                 )
         for request in prompts:
             if request.user is not None and request.user not in place:
@@ -54,9 +56,9 @@ class Requests:
                     where=request.where,
                     mend=choose_from(request.user, place),
                 )
-        # Positions and not requests: a million users with a thousand prompts are a billion requests.
+        # Only positions are stored, because a million users with a thousand prompts make a billion requests.
         self._own = [None if request.user is None else place[request.user] for request in prompts]
-        # The number of the first request of each prompt, and at the end the number of requests.
+        # The number of each prompt's first request. The last entry is the number of all requests.
         self._starts = [0]
         for own in self._own:
             self._starts.append(self._starts[-1] + (len(profiles) if own is None else 1))
@@ -65,15 +67,15 @@ class Requests:
         return self._starts[-1]
 
     def at(self, index: int) -> Request:
-        """Return the request with that number, counted from 0."""
-        # `_starts` is sorted: the prompt is the last one that starts at or before the index.
+        """Return the request with the number `index`, counted from 0."""
+        # `_starts` is sorted, so the prompt is the last one whose first request is at or before `index`.
         prompt = bisect_right(self._starts, index) - 1
         own = self._own[prompt]
         profile = self._profiles[index - self._starts[prompt] if own is None else own]
         return Request(self._prompts[prompt].prompt, profile)
 
     def batches(self, size: int, first: int = 0) -> Iterator[list[Request]]:
-        """Yield lists of `size` requests, from the request with the number `first`."""
+        """Yield lists of `size` requests, starting with the request number `first`. The last list may be shorter."""
         for start in range(first, len(self), size):
             yield [self.at(index) for index in range(start, min(start + size, len(self)))]
 
@@ -88,10 +90,10 @@ def answer_many(
     seed: int = 0,
     batch_size: int = 64,
 ) -> Iterator[list[tuple[Request, str]]]:
-    """Yield the requests with their answers, a batch at a time, from the request with the number `first`.
+    """Yield the requests with their answers, one batch at a time, starting with the request number `first`.
 
-    An answer depends on its request, the seed and its place among all requests alone (up to the rounding of batched
-    arithmetic). So an interrupted run that is resumed gives the answers of an uninterrupted run.
+    An answer depends only on its request, the seed and the number of the request (up to rounding, which depends on the
+    batch). So an interrupted run that is resumed gives the same answers as an uninterrupted run.
 
     Raises:
         SoupError: as `SoupModel.generate`.
@@ -105,7 +107,7 @@ def answer_many(
             temperature=temperature,
             seed=seed,
             batch_size=batch_size,
-            # The place among all requests, so that a resumed run draws the same numbers.
+            # Places among all requests give a resumed run the same random numbers.
             places=range(done, done + len(batch)),
         )
         done += len(batch)

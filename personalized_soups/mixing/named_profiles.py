@@ -1,4 +1,4 @@
-"""The profiles of a model that have a name."""
+"""The named profiles of a model."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from personalized_soups.mixing.profile_registry import ProfileRegistry
 
 
 class NamedProfiles(Mapping[str, ExpertWeights]):
-    """The weights of each named profile. A profile takes a few hundred bytes.
+    """The weights of each named profile, by name. A profile takes a few hundred bytes.
 
-    `SoupModel.profiles` is such an object. Changes wait until other threads have left their mixtures; a batch keeps the
-    weights that it started with.
+    `SoupModel.profiles` is a NamedProfiles. `add` and `remove` wait until other threads have left their mixtures. A
+    batch keeps the weights with which it started.
 
     Args:
-        registry: resolves the profiles, and finds them by name.
-        lock: held during changes.
+        registry: resolves profiles into weights, and stores the named profiles.
+        lock: held while a profile is added or removed.
     """
 
     def __init__(self, registry: ProfileRegistry, lock: AbstractContextManager[Any]) -> None:
@@ -37,28 +37,33 @@ class NamedProfiles(Mapping[str, ExpertWeights]):
         return len(self._registry.named)
 
     def add(self, profile: Profile, name: str | None = None) -> None:
-        """Add a profile, or replace the profile of that name.
+        """Add a profile. If a profile has the name already, replace it.
 
         Args:
             profile: the profile.
-            name: its name; `profile.user` if left out.
+            name: the profile's name. If left out, the name is `profile.user`.
 
         Raises:
-            DeclarationError: for an unknown expert, opposed sides, or a weight that is not a finite number.
-            UsageError: if an expert has that name, or the profile has a method other than linear or a rank.
+            DeclarationError: if an expert is unknown, sides are opposed, or a weight is not a finite number.
+            UsageError: if `profile` is not a Profile or has a rank or a method other than linear, or if an expert has
+                that name.
         """
-        # A dict has no user, and no record of opposed sides that are allowed.
+        # A dict has neither `user` nor `allow_opposed`.
         if not isinstance(profile, Profile):
             raise UsageError(
-                f"expected a Profile, got {type(profile).__name__}",
+                f"the profile must be a Profile, but it is of type {type(profile).__name__}",
                 where="profile",
-                mend="give Profile(user='u1042', weights={...})",
+                mend="give a Profile, such as Profile(user='u1042', weights={'friendly': 0.6})",
             )
         name = name or profile.user
         with self._lock:
             if self._registry.has_expert(name):
-                raise UsageError(f"an expert is called {name!r}", where="name", mend="give the profile another name")
-            # The resolved weights are kept and not the Profile, which takes four times the memory.
+                raise UsageError(
+                    f"the profile cannot be called {name!r}, because an expert is called {name!r}",
+                    where="name",
+                    mend="give the profile another name: profiles.add(profile, name=...)",
+                )
+            # Only the resolved weights are kept, because a Profile takes four times as much memory.
             self._registry.named[name] = self._registry.resolve(profile)
 
     def remove(self, name: str) -> None:

@@ -1,4 +1,4 @@
-"""A cache of prompts' keys and values, for later prompts that begin alike and have the same soup."""
+"""A cache of prompts' keys and values, for later prompts that begin with the same tokens and have the same soup."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Prefix:
     """The beginning of a prompt.
 
     Attributes:
-        num_tokens: how many of the prompt's first tokens it covers.
-        past: their keys and values, a cache of transformers. It is a copy, which the caller may extend.
+        num_tokens: the number of tokens of this beginning.
+        past: the keys and values of these tokens, as a cache object of transformers. The object is a copy, which the
+            caller may extend.
     """
 
     num_tokens: int
@@ -26,16 +27,18 @@ class Prefix:
 
 
 class PrefixCache:
-    """Keeps the keys and values of recent prompts. Safe for use by several threads.
+    """Keeps the keys and values of recent prompts. Several threads may use one cache.
 
-    Keys and values depend on the soup that read the tokens. So a prompt is stored under the soup's key
-    (`SoupModel.cache_key`): other weights, or an expert that was replaced, have other keys and never find it.
+    Keys and values depend on the soup with which they were computed. So a prompt is stored under its soup's key
+    (`SoupModel.cache_key`). The key changes if the weights change or an expert is replaced, so old keys and values are
+    never found again.
 
     Args:
-        max_bytes: the most bytes of all keys and values. The prompts used longest ago are dropped first.
+        max_bytes: the maximum size of all keys and values in bytes. The prompts that were used longest ago are dropped
+            first.
 
     Attributes:
-        num_bytes: the bytes of all keys and values.
+        num_bytes: the size of all keys and values in bytes.
 
     Example:
         >>> model = SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu")
@@ -45,21 +48,22 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int = 1 << 30) -> None:
         self._max_bytes = max_bytes
-        # Ordered by use, the oldest first. The keys hold all tokens, so equal hashes of other prompts do no harm.
+        # Ordered by last use, the oldest first. The keys hold all tokens, so hash collisions do no harm.
         self._entries: OrderedDict[tuple[str, tuple[int, ...]], tuple[Any, int]] = OrderedDict()
         self._lock = threading.Lock()
         self.num_bytes = 0
 
     def longest(self, soup: str, tokens: Sequence[int]) -> Prefix | None:
-        """Return the longest cached beginning of a prompt, without the prompt's last token; None if there is none.
+        """Return the longest beginning of a prompt that is cached for its soup; None if no beginning is cached.
 
-        The last token is always computed again: its logits choose the first token of the answer.
+        The result never contains the prompt's last token, because the logits of that token are needed to choose the
+        answer's first token.
 
         Args:
             soup: the key of the soup.
-            tokens: of the prompt.
+            tokens: the tokens of the prompt.
         """
-        # The lock is held for the comparison and the copy, not for the model's forward pass.
+        # The lock is held while prompts are compared and the cache is copied, not during the model's forward pass.
         beginning = tuple(tokens[:-1])
         with self._lock:
             best, shared = None, 0
@@ -69,34 +73,34 @@ class PrefixCache:
             if best is None:
                 return None
             self._entries.move_to_end(best)
-            # A copy, because the answer extends it, and other answers may start from the same prefix.
+            # The answer extends the copy, and other answers may start from the same prefix.
             past = copy.deepcopy(self._entries[best][0])
-        # A shorter common beginning is useful, too: attention is causal, so later tokens never change earlier keys.
+        # Attention is causal: the keys of the common beginning do not depend on the tokens that are cut off.
         _cut(past, shared)
         return Prefix(shared, past)
 
     def put(self, soup: str, tokens: Sequence[int], past: Any) -> None:
         """Store the keys and values of a prompt.
 
-        Keys and values beyond the prompt are cut off. A cache with sliding attention keeps only a window, cannot be
-        cut, and is not stored.
+        Keys and values beyond the prompt are cut off. Nothing is stored for a model with sliding attention, whose cache
+        keeps only the last tokens and cannot be cut.
 
         Args:
             soup: the key of the soup.
-            tokens: of the prompt.
-            past: a cache of transformers with one row, which the caller must not use any more.
+            tokens: the tokens of the prompt.
+            past: a cache object of transformers with one row. The caller must not use the object after this call.
         """
         if any(getattr(layer, "is_sliding", False) for layer in past.layers):
             return
         _cut(past, len(tokens))
         for layer in past.layers:
-            # `crop` makes views; only a copy frees the memory beyond the prompt.
+            # `crop` makes views. Only a copy frees the memory of the tokens beyond the prompt.
             layer.keys, layer.values = layer.keys.clone(), layer.values.clone()
         num_bytes = sum(tensor.nbytes for tensor in _tensors(past))
         key = (soup, tuple(tokens))
         with self._lock:
             self._forget(key)
-            # A prompt larger than the whole cache would drop all others and then itself.
+            # Storing a prompt that is larger than `max_bytes` would drop all prompts, also this one.
             if num_bytes > self._max_bytes:
                 return
             self._entries[key] = (past, num_bytes)
@@ -110,7 +114,7 @@ class PrefixCache:
 
 
 def new_past(model: Any) -> Any:
-    """Return an empty cache of keys and values for a model of transformers."""
+    """Return an empty cache object of transformers for a model's keys and values."""
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
@@ -118,13 +122,13 @@ def new_past(model: Any) -> Any:
 
 def _cut(past: Any, num_tokens: int) -> None:
     beyond = past.get_seq_length() - num_tokens
-    # A negative number removes that many tokens at the end.
+    # `crop` with a negative number removes that many tokens at the end.
     if beyond > 0:
         past.crop(-beyond)
 
 
 def _num_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Return the number of tokens at the beginning that two prompts share."""
+    """Return how many tokens at the beginning of two prompts are equal."""
     for count, (left, right) in enumerate(zip(first, second, strict=False)):
         if left != right:
             return count

@@ -233,7 +233,7 @@ def test_weights_may_differ_by_layer(tmp_path: Path, small_base: Path) -> None:
 @pytest.mark.parametrize(
     ("prompts", "profiles", "problem"),
     [
-        (PROMPTS, PROFILES[:2], "2 profiles for 3 prompts"),
+        (PROMPTS, PROFILES[:2], "the number of profiles is 2, but the number of prompts is 3"),
         ([], [], "there are no prompts"),
         (PROMPTS[:1], ["wram"], "no profile and no expert is called 'wram'"),
         (PROMPTS[:1], [{"wram": 1.0}], "no expert is called 'wram'"),

@@ -67,7 +67,7 @@ def test_mixed_batches_by_adapter_names(models: tuple[Any, Any, SoupModel]) -> N
         assert torch.equal(view.generate(**options), theirs.generate(**options))
         beams = {**options, "num_beams": 2}
         assert torch.equal(view.generate(**beams), theirs.generate(**beams))
-    with pytest.raises(UsageError, match="2 profiles for 3 prompts"):
+    with pytest.raises(UsageError, match="the number of profiles is 2, but the number of prompts is 3"):
         view.generate(input_ids=ids, adapter_names=names[:2])
 
 

@@ -62,7 +62,7 @@ def test_options_reach_transformers_from_token_ids_too(model: SoupModel) -> None
     hot = [model.generate(**options, temperature=2.0, seed=seed) for seed in (3, 3, 4)]
     assert torch.equal(hot[0], hot[1])
     assert not torch.equal(hot[0], hot[2])
-    with pytest.raises(UsageError, match="prompts and input_ids are both given"):
+    with pytest.raises(UsageError, match="are both given"):
         model.generate(PROMPT, **options)
 
 
@@ -244,7 +244,7 @@ def test_a_model_may_be_cast_while_something_is_served_or_set(
 
 
 def test_a_stream_of_its_own_within_a_mixture_is_refused_at_once(model: SoupModel) -> None:
-    with model.mixture("cold"), pytest.raises(UsageError, match="would wait for the mixture to end"):
+    with model.mixture("cold"), pytest.raises(UsageError, match="would wait forever"):
         model.stream(PROMPT, "warm")
 
 
@@ -312,9 +312,9 @@ def test_gates_and_spans_do_not_grow_without_bound(model: SoupModel) -> None:
 @pytest.mark.parametrize(
     ("call", "problem"),
     [
-        (lambda model: model.generate(random_ids(1, 4)), "must be a text or a list, got Tensor"),
+        (lambda model: model.generate(random_ids(1, 4)), "must be a text or a list, but it is of type Tensor"),
         (lambda model: model.generate([{"role": "user", "content": "soap"}]), "one chat is"),
-        (lambda model: model.generate([3]), "must be a text or a chat, got int"),
+        (lambda model: model.generate([3]), "must be a text or a chat, but it is of type int"),
         (lambda model: model.generate(["  "]), "the prompt is empty"),
         (lambda model: model.profiles.add(Profile(user="warm", weights={"cold": 1.0})), "an expert is called 'warm'"),
     ],
@@ -401,7 +401,7 @@ def test_prompts_of_any_length_keep_the_rows_that_are_set(model: SoupModel) -> N
     want = model.generate(prompts, rows, max_new_tokens=6)
     with model.mixture(rows):
         assert model.generate(prompts, max_new_tokens=6) == want
-        with pytest.raises(UsageError, match="for 3 prompts"):
+        with pytest.raises(UsageError, match="the number of prompts is 3"):
             model.generate(prompts, max_new_tokens=6, batch_size=2)
 
 
@@ -486,7 +486,7 @@ def test_tasks_see_no_other_tasks_mixture_but_that_around_all(model: SoupModel) 
 
 
 def test_a_stream_is_one_row(model: SoupModel) -> None:
-    with model.mixture(["warm", "cold"]), pytest.raises(UsageError, match="a stream is one row"):
+    with model.mixture(["warm", "cold"]), pytest.raises(UsageError, match="a stream needs a mixture with one profile"):
         next(model.stream(PROMPT))
 
 
