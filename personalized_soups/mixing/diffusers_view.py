@@ -1,4 +1,4 @@
-"""The LoRA calls of diffusers' pipelines, for a SoupModel."""
+"""The LoRA methods of diffusers' pipelines, for a SoupModel."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from personalized_soups.mixing.profile_registry import Names
 
 
 class DiffusersView:
-    """A SoupModel with the LoRA calls of diffusers. They decide what answers while no mixture is set.
+    """A SoupModel with the LoRA methods of diffusers. They choose the experts that are used while no mixture is set.
 
-    Weights mean what they mean in diffusers: the experts' deltas are added, each times its weight.
+    As in diffusers, each expert's delta is multiplied by its weight, and the products are added.
 
     Args:
-        soup: the model.
+        soup: the SoupModel.
 
     Example::
 
@@ -37,32 +37,34 @@ class DiffusersView:
         """Answer with the weighted sum of experts.
 
         Args:
-            names: of one expert or several.
-            weights: one weight for all of them, or one for each. A weight may differ by layer, as in `mixture`.
+            names: the name of one expert, or a list of names.
+            weights: one weight for all named experts, or one weight for each. A weight may differ by layer, as in
+                `SoupModel.mixture`.
 
         Raises:
-            UsageError: for an unknown expert, or if the numbers of names and weights differ.
+            UsageError: if an expert is unknown, the numbers of names and weights differ, or a weight does not fit into
+                the model's dtype.
             DeclarationError: if a weight is not a finite number, or a pattern matches no layer.
         """
         self.soup.served.set_adapters(names, weights)
 
     def get_active_adapters(self) -> list[str]:
-        """Return the names of the experts that answer."""
+        """Return the names of the experts that are used while no mixture is set."""
         return self.soup.served.experts
 
     def disable_adapters(self) -> None:
-        """Answer with the bare base until `enable_adapters` or `set_adapters`."""
+        """Answer with the bare base until `enable_adapters` or `set_adapters` is called."""
         self.soup.served.disable()
 
     def enable_adapters(self) -> None:
-        """Answer again with the experts that were active before `disable_adapters`."""
+        """Answer again with the experts that were active before `disable_adapters` was called."""
         self.soup.served.enable()
 
     def delete_adapters(self, names: Names) -> None:
-        """Remove experts and free their memory, all or nothing.
+        """Remove the named experts and free their memory.
 
         Raises:
-            UsageError: if an expert is unknown, or this thread has set a mixture. Nothing has changed then.
+            UsageError: if an expert is unknown, or this thread has set a mixture. Then no expert is removed.
         """
-        # One change for all names, so that a wrong name removes nothing.
+        # All names are removed in one call of `change`, so that a wrong name removes nothing.
         self.soup.experts.change([], [names] if isinstance(names, str) else list(names))

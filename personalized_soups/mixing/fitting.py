@@ -1,4 +1,4 @@
-"""Batches that do not fit on the GPU: how many prompts would fit."""
+"""If a batch does not fit on the GPU, measure and report how many of its prompts would fit."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 
 from personalized_soups.errors import RunError
 
-# The share of the memory that stays free, for the allocator's losses and for batches of other shapes.
+# The share of the memory that is kept free, because the allocator loses some memory and batches differ in shape.
 _MARGIN = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """The memory of a device, in bytes.
+    """Functions that measure the memory of a device, in bytes.
 
     Attributes:
-        total: returns the device's memory.
-        taken: returns the memory of all tensors.
-        peak: returns the most memory that tensors took since `forget_peak`.
+        total: returns the size of the device's memory.
+        taken: returns the size of all tensors on the device.
+        peak: returns the maximum size of all tensors since the last call of `forget_peak`.
         forget_peak: starts a new measurement of `peak`.
     """
 
@@ -33,11 +33,11 @@ class Room:
 
     @classmethod
     def of(cls, device: torch.device) -> Room:
-        """Return the memory of a CUDA device."""
+        """Return the functions for a CUDA device."""
         cuda = torch.cuda
 
         def forget() -> None:
-            # Freed blocks that torch keeps would leave less room for the measurement.
+            # torch keeps freed blocks, which would leave less room for the measurement.
             cuda.empty_cache()
             cuda.reset_peak_memory_stats(device)
 
@@ -53,18 +53,19 @@ class Room:
 def fitting_rows(model: Any, num_prompts: int, width: Callable[[], int], *, rows_each: int = 1) -> Iterator[None]:
     """If a batch within the block runs out of the GPU's memory, report how many of its prompts would fit.
 
-    Enter the context before the batch's mixture, because the measurement runs a batch of one row.
+    Enter this context before the mixture of the batch, because the measurement runs a batch of one row.
 
     Args:
         model: the causal language model that answers the batch.
-        num_prompts: of the batch.
-        width: returns the tokens of a row, prompt and answer. Called only if the batch does not fit.
-        rows_each: rows of the batch for each prompt.
+        num_prompts: the number of prompts in the batch.
+        width: a function that returns the number of tokens in a row, prompt and answer together. It is called only if
+            the batch does not fit.
+        rows_each: the number of rows in the batch for each prompt.
 
     Raises:
-        RunError: in place of CUDA's out-of-memory error, with the largest batch that fits.
+        RunError: if torch raises OutOfMemoryError. The message gives the largest batch that fits.
     """
-    # Set in the handler, and looked at after it.
+    # `has_room` is set in the handler, but read only after it.
     has_room = True
     try:
         yield
@@ -72,32 +73,32 @@ def fitting_rows(model: Any, num_prompts: int, width: Callable[[], int], *, rows
         has_room = False
     if has_room:
         return
-    # Not in the handler: the error's frames keep the batch's tensors alive.
+    # Within the handler, the error's frames would keep the batch's tensors alive.
     tokens = width()
-    # The batch did not fit, even if the measurement says so.
+    # The result must be smaller than the batch that did not fit, whatever the measurement says.
     fitting = min(num_prompts - 1, num_fitting(model, tokens, Room.of(model.device)) // rows_each)
     raise RunError(
-        f"the GPU has no room for a batch of {num_prompts * rows_each} rows of up to {tokens} tokens",
+        f"the GPU has no room for a batch of {num_prompts * rows_each} rows with up to {tokens} tokens each",
         where="batch_size",
         mend=f"use batch_size {fitting}"
         if fitting > 0
-        else "a single prompt does not fit: use shorter prompts, fewer max_new_tokens, a smaller dtype, or another GPU",
+        else "use shorter prompts, fewer max_new_tokens, dtype='bfloat16' or a larger GPU: a single prompt does not fit",
     )
 
 
 def num_fitting(model: Any, width: int, room: Room) -> int:
-    """Return how many rows of `width` tokens fit, by the memory of one row's forward pass and its cache.
+    """Return how many rows of `width` tokens fit on the device, from the memory that one row's forward pass takes.
 
-    One pass over all tokens needs more memory than reading the prompt and generating token by token, so the number is
-    safe.
+    The forward pass computes all tokens at once, which takes more memory than generating them one by one. So the result
+    is rather too small than too large.
     """
     room.forget_peak()
     before = room.taken()
-    # Any token will do: memory depends on the number of tokens alone.
+    # The token ids do not matter, because the memory depends only on their number.
     ids = torch.zeros(1, width, dtype=torch.int64, device=model.device)
     try:
         with torch.no_grad():
-            # Logits of the last position alone, as in generation: those of a long prompt take much memory.
+            # As in generation, logits are computed for the last token only: for all tokens they would take much memory.
             model(input_ids=ids, use_cache=True, logits_to_keep=1)
     except torch.OutOfMemoryError:
         return 0

@@ -1,4 +1,4 @@
-"""The experts that a model holds, and how they change while it lives."""
+"""The experts that a model holds. Experts can be added, removed and replaced at any time."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ from personalized_soups.mixing.layers.mixed_layers import MixedLayers
 from personalized_soups.mixing.profile_registry import ProfileRegistry
 from personalized_soups.mixing.served_profile import ServedProfile
 
-# A library of experts, its folder, or several folders.
+# A library of experts, the folder of a library, or several folders.
 Experts: TypeAlias = ExpertLibrary | Path | str | Sequence[Path | str]
 
 
 class HeldExperts(Mapping[str, Expert]):
     """The experts of a model by name, sorted.
 
-    `SoupModel.experts` is such an object. Changes wait until other threads have left their mixtures, so a batch sees
-    one version of every expert.
+    `SoupModel.experts` is a HeldExperts. Its methods wait until other threads have left their mixtures, so no expert
+    changes during a batch.
 
     Args:
-        layers: of the model.
-        registry: of the model; learns the experts' names and sides.
-        active: of the model.
-        served: of the model; drops experts that are removed.
-        base: the folder or hub id of the base; an expert that records another base's fingerprint is rejected.
-        same_base: accept any name and fingerprint of a base.
+        layers: the wrapped layers of the model.
+        registry: the profile registry of the model. It gets the new experts after each change.
+        active: the object that sets the model's mixtures.
+        served: the served profile of the model. The weights of removed experts are dropped from it.
+        base: the folder or hub id of the base. If `base` is given, an expert that records the fingerprint of another
+            base is rejected.
+        same_base: accept the experts whatever base names and fingerprints they record.
     """
 
     def __init__(
@@ -62,15 +63,16 @@ class HeldExperts(Mapping[str, Expert]):
         return len(self._layers.experts)
 
     def add(self, expert: Expert | Path | str, name: str | None = None) -> str:
-        """Add an expert, or replace the expert of that name. Return the name.
+        """Add an expert and return its name. If an expert has the name already, replace that expert.
+
+        After an error, the experts are the same as before.
 
         Args:
             expert: an opened expert, or its folder.
-            name: its name; the folder's name if left out.
+            name: the name for the expert. If left out, the name is that of the opened expert or of the folder.
 
         Raises:
-            SoupError: if the expert is damaged, of a kind that cannot be mixed, or of another base. Nothing has changed
-                then.
+            SoupError: if the expert is damaged, cannot be mixed, or was trained on another base.
             UsageError: if this thread has set a mixture, a profile has that name, or the folder holds several experts.
         """
         if not isinstance(expert, Expert):
@@ -81,7 +83,7 @@ class HeldExperts(Mapping[str, Expert]):
         return expert.name
 
     def remove(self, name: str) -> None:
-        """Remove an expert and free its memory. Profiles that name it are rejected from now on.
+        """Remove an expert and free its memory. From then on, profiles that name the expert are rejected.
 
         Raises:
             UsageError: if no expert has that name, or this thread has set a mixture.
@@ -89,42 +91,44 @@ class HeldExperts(Mapping[str, Expert]):
         self.change([], [name])
 
     def change(self, added: Sequence[Expert], removed: Sequence[str] = ()) -> None:
-        """Add and remove several experts, all or nothing. An added expert replaces the expert of its name.
+        """Add and remove several experts. An added expert replaces an expert that has the same name.
+
+        After an error, the experts are the same as before.
 
         Raises:
-            SoupError: as `add` and `remove`. Nothing has changed then.
+            SoupError: as `add` and `remove`.
         """
         with self._active.lock:
-            # Names first, so that a wrong name changes nothing.
+            # The names are checked first, so that a wrong name changes nothing.
             for name in removed:
                 self._registry.check_expert(name)
-            # The lock is this thread's, so a mixture that is set is this thread's, too: waiting would never end.
+            # This thread holds the lock, so a mixture that is set is its own. It would wait for itself forever.
             if self._active.innermost is not None:
                 raise UsageError(
-                    "experts cannot change while a mixture is set",
+                    "experts cannot change while a mixture is set, but this thread has set a mixture",
                     where="mixture",
-                    mend="leave the `with mixture(...)` block first",
+                    mend="change the experts after the `with model.mixture(...)` block",
                 )
-            # A name must mean one thing in `mixture("name")`.
+            # In `mixture("name")`, the name must not be ambiguous.
             for expert in added:
                 if expert.name in self._registry.named:
                     raise UsageError(
-                        f"a profile is called {expert.name!r}",
+                        f"the expert cannot be called {expert.name!r}, because a profile is called {expert.name!r}",
                         where="name",
-                        mend="give the expert another name: experts.add(..., name=...)",
+                        mend="give the expert another name: experts.add(folder, name=...)",
                     )
             if self._base is not None and not self._same_base:
                 check_known_base(added, self._base)
             try:
-                # A tensor that is made in inference mode cannot be changed outside of it.
+                # A tensor that is created in inference mode could not be changed outside of it.
                 with torch.inference_mode(False), torch.no_grad():
                     self._layers.change(added, removed, same_base=self._same_base)
-            finally:  # the experts have changed even where a warning of it was turned into an error
+            finally:  # `layers.change` may have changed the experts and then raised a warning as an error
                 self._registry.put(self._layers.experts)
                 self._served.restrict(self._layers.experts, list(self._layers.by_name))
 
     def set_scale(self, name: str, scale: float) -> None:
-        """Multiply an expert's weight by `scale` in every profile from now on; 1 undoes it.
+        """From now on, multiply an expert's weight in every profile by `scale`. A scale of 1 restores the weights.
 
         Raises:
             UsageError: if no expert has that name.
@@ -132,13 +136,13 @@ class HeldExperts(Mapping[str, Expert]):
         """
         with self._active.lock:
             self._registry.set_scale(name, scale)
-            # A scale changes the soups of profiles whose weights stay the same.
+            # The scale changes soups, but not the weights of profiles, from which cache keys are made.
             self._layers.cache_keys.renew([name])
             self._active.settle()
 
 
 def library_of(experts: Experts) -> ExpertLibrary:
-    """Return a library, or open its folder or folders."""
+    """Return `experts` if it is a library, else the library in the given folder or folders."""
     if isinstance(experts, ExpertLibrary):
         return experts
     return ExpertLibrary.open(*([experts] if isinstance(experts, Path | str) else experts))
@@ -152,6 +156,10 @@ def _only_expert(folder: Path | str) -> Expert:
     """
     experts = ExpertLibrary.open(folder)
     if len(experts) != 1:
-        raise UsageError(f"{folder} holds several experts", where="expert", mend="add them one by one")
+        raise UsageError(
+            f"the folder must hold one expert, but it holds {len(experts)} experts",
+            where=str(folder),
+            mend="add the experts one by one, such as experts.add('experts/friendly')",
+        )
     (expert,) = experts.values()
     return expert

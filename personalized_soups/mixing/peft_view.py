@@ -1,4 +1,4 @@
-"""A SoupModel with the type and calls of a PeftModel, for code that expects one."""
+"""A SoupModel with the type and methods of a PeftModel, for code that expects a PeftModel."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ _BASE = "__base__"
 
 
 class _RejectedCalls:
-    """The calls of a PeftModel that make, write or fold in adapters: a mixed model rejects them."""
+    """The methods of a PeftModel that create, save or merge adapters. A PeftView rejects them."""
 
     def add_adapter(self, *_: Any, **__: Any) -> NoReturn:
-        """Reject: experts are trained elsewhere."""
+        """Raise UsageError, because experts are trained elsewhere."""
         raise _rejected(
             "add_adapter",
-            "train with psoups train, or with PEFT on the bare base, and call load_adapter with the folder",
+            "train with psoups train, or with PEFT on the bare base, and call load_adapter(folder, name)",
         )
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        """Reject: the experts are files already."""
+        """Raise UsageError, because the experts are stored on disk already."""
         raise _rejected("save_pretrained", "copy the experts' folders, or write a soup of them with psoups merge")
 
     def merge_and_unload(self, *_: Any, **__: Any) -> NoReturn:
-        """Reject: the model in memory serves all users."""
+        """Raise UsageError, because all users share the model in memory."""
         raise _rejected("merge_and_unload", "write a merged model with psoups merge, or use LiveAdapter for one soup")
 
 
 class PeftView(_RejectedCalls, PeftModel):
-    """A SoupModel with the type and calls of a PeftModel that has loaded all experts. Nothing is copied.
+    """A SoupModel with the type and methods of a PeftModel that has loaded all experts. Nothing is copied.
 
-    The adapters are the model's experts and its named profiles. `adapter_names` mixes a batch as in PEFT, but at the
-    cost of one adapter. `add_weighted_adapter` makes a profile, which takes a few numbers. Calls that train, save or
-    merge adapters are rejected.
+    The adapters are the experts and the named profiles of the SoupModel. With `adapter_names`, each row of a batch has
+    its own adapter, as in PEFT, but the batch costs no more than with a single adapter. `add_weighted_adapter` stores
+    a profile, which is only a few numbers. Methods that train, save or merge adapters raise UsageError.
 
     Args:
-        soup: the model.
+        soup: the SoupModel.
 
     Example:
         >>> model = PeftView(SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu"))
@@ -60,41 +60,41 @@ class PeftView(_RejectedCalls, PeftModel):
     """
 
     def __init__(self, soup: SoupModel) -> None:
-        # Not PeftModel.__init__, which would wrap every layer.
+        # PeftModel.__init__ is not called, because it would wrap every layer.
         nn.Module.__init__(self)
         self.peft_type = "LORA"
-        # PeftModel's own methods look these up.
+        # PeftModel's own methods read these attributes.
         self.special_peft_forward_args = {"adapter_names"}
         self._is_prompt_learning = False
         self._adapters_disabled = False
-        # Set past nn.Module: the model's modules are registered once, under `base_model`.
+        # nn.Module would register `soup` as a second child module next to `base_model`.
         object.__setattr__(self, "soup", soup)
         self._tuner = _Tuner(soup)
         self.base_model = self._tuner
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that answer while no batch is mixed."""
+        """The adapters that are used while no mixture is set."""
         served = self.soup.served
-        # A served profile is the object of its name: equal weights under another name are another object.
+        # Compared by identity, because two named profiles may have equal weights.
         named = [name for name, weights in self.soup.profiles.items() if weights is served.weights]
         return named[:1] or served.experts
 
     @property
     def active_adapter(self) -> Any:  # type: ignore[override]
-        """The active adapter, or a list if there are several or none."""
+        """The active adapter's name if exactly one adapter is active, else the list of the active adapters' names."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
 
     def forward(self, *arguments: Any, adapter_names: Sequence[str] | None = None, **keywords: Any) -> Any:
-        """Run the model's forward pass. With `adapter_names`, each row has its own adapter, or none (`__base__`)."""
+        """Run the model's forward pass. `adapter_names` gives each row its adapter; `__base__` means no adapter."""
         if adapter_names is None:
             return self.soup.model(*arguments, **keywords)
         with self.soup.mixture(_profiles_of(adapter_names)):
             return self.soup.model(*arguments, **keywords)
 
     def generate(self, *arguments: Any, adapter_names: Sequence[str] | None = None, **keywords: Any) -> Any:
-        """Run the model's own generate. `adapter_names` are as for `forward`, one for each prompt."""
+        """Run the model's own generate. `adapter_names` gives each prompt its adapter, as in `forward`."""
         if adapter_names is None:
             return self.soup.model.generate(*arguments, **keywords)
         inputs: Any = arguments[0] if arguments else keywords.get("input_ids", keywords.get("inputs_embeds"))
@@ -104,10 +104,10 @@ class PeftView(_RejectedCalls, PeftModel):
             return self.soup.model.generate(*arguments, **keywords)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = True) -> None:
-        """Make an adapter active, or the sum of several.
+        """Make an adapter active. If a list of experts is given, their sum becomes active.
 
         Raises:
-            UsageError: for an unknown adapter.
+            UsageError: if an adapter is unknown.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._adapters_disabled = False
@@ -121,7 +121,7 @@ class PeftView(_RejectedCalls, PeftModel):
         """Use the bare base within the block."""
         self._adapters_disabled = True
         try:
-            # A mixture and not `served.disable`: it ends with the block, and other threads wait.
+            # Other threads wait until a mixture has ended; with `served.disable` they would use the bare base, too.
             with self.soup.mixture(None):
                 yield
         finally:
@@ -135,34 +135,34 @@ class PeftView(_RejectedCalls, PeftModel):
         combination_type: str = "cat",
         **options: Any,
     ) -> None:
-        """Add the weighted sum of experts as a profile: PEFT's `cat`, which is the sum of the deltas.
+        """Add the weighted sum of the experts' deltas as a named profile. The sum is that of PEFT's `cat`.
 
         Raises:
-            DeclarationError: for an unknown expert.
-            UsageError: for another combination, the name of an expert, or if the numbers of adapters and weights
-                differ.
+            DeclarationError: if an expert is unknown, or a weight is not a finite number.
+            UsageError: if `combination_type` is not `cat`, options are given, an expert is called `adapter_name`, or
+                the numbers of adapters and weights differ.
         """
         if combination_type != "cat" or options:
             request = ", ".join([combination_type, *options])
             raise UsageError(
-                f"a mixture is the exact sum of the experts' deltas, not {request}",
+                f"PeftView supports only combination_type='cat' without options, but {request} was requested",
                 where="combination_type",
                 mend="use combination_type='cat' without options, or merge with another method: psoups merge",
             )
         if len(adapters) != len(weights):
             raise UsageError(
-                f"{len(weights)} weights for {len(adapters)} adapters",
+                f"the number of weights is {len(weights)}, but the number of adapters is {len(adapters)}",
                 where="weights",
                 mend="give one weight for each adapter",
             )
-        # PEFT sums any adapters, so opposed sides are allowed here.
+        # PEFT can sum any adapters, so opposed sides are allowed here.
         table = dict(zip(adapters, map(float, weights), strict=True))
         self.soup.profiles.add(Profile(user=adapter_name, weights=table, allow_opposed=True))
 
     def load_adapter(  # type: ignore[override]
         self, model_id: str | Path, adapter_name: str, *_: Any, **__: Any
     ) -> None:
-        """Add an expert under that name, from the folder of a LoRA adapter. Further options of PEFT have no effect.
+        """Add the LoRA adapter in the folder `model_id` as an expert. Further options of PEFT have no effect.
 
         Raises:
             SoupError: as `SoupModel.experts.add`.
@@ -176,7 +176,7 @@ class PeftView(_RejectedCalls, PeftModel):
             UsageError: if there is no adapter of that name.
         """
         if adapter_name in self.soup.profiles:
-            # The served profile must not outlive its name.
+            # A profile that is removed must not stay the served profile.
             if self.active_adapters == [adapter_name]:
                 self.soup.served.set(None)
             self.soup.profiles.remove(adapter_name)
@@ -184,16 +184,16 @@ class PeftView(_RejectedCalls, PeftModel):
             self.soup.experts.remove(adapter_name)
 
     def get_base_model(self) -> Any:
-        """Return the transformers model, with its layers mixed."""
+        """Return the transformers model, with wrapped layers."""
         return self.soup.model
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Return 0, because nothing is trained here, and the number of the base's parameters."""
+        """Return the number of trainable parameters, which is 0 here, and the number of the base's parameters."""
         return 0, sum(parameter.numel() for parameter in self.soup.model.parameters())
 
 
 class _Tuner(nn.Module):
-    """The `base_model` of a PeftModel, which has `model` and `peft_config`."""
+    """The `base_model` of a PeftView, with the attributes `model` and `peft_config` that PEFT's own has."""
 
     def __init__(self, soup: SoupModel) -> None:
         super().__init__()
@@ -225,4 +225,4 @@ def _profiles_of(adapter_names: Sequence[str]) -> list[ProfileLike]:
 
 
 def _rejected(call: str, mend: str) -> UsageError:
-    return UsageError(f"a mixed model has no {call}", where=f"PeftView.{call}", mend=mend)
+    return UsageError(f"a PeftView does not support {call}", where=f"PeftView.{call}", mend=mend)

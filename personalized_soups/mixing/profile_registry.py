@@ -1,4 +1,7 @@
-"""The experts of a model, the profiles that have a name, and the scale of each expert."""
+"""The names of a model's experts, the scale of each expert, and the named profiles.
+
+The registry resolves profiles: it checks a profile and returns its weights.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from personalized_soups.errors import DeclarationError, UsageError, choose_from
 
 Names = str | Sequence[str]
 
-# One counter for all models of the process: weights that one model checked never pass as checked in another.
+# All models of the process share one counter, so that no model takes weights for checked that another model checked.
 _VERSIONS = count()
 
 
 class ProfileRegistry:
-    """Resolves profiles into checked weights. Callers must hold a lock where several threads use one registry.
+    """Resolves profiles into checked weights. If several threads use one registry, callers must hold a lock.
 
     Attributes:
         named: the weights of each profile that has a name.
@@ -39,32 +42,35 @@ class ProfileRegistry:
         self._scales: dict[str, float] = {}
 
     def put(self, experts: Mapping[str, Expert]) -> None:
-        """Replace the experts by these. Scales of experts that are not among them are dropped."""
+        """Replace the experts. Experts with a known name keep their scale. Scales of removed experts are dropped."""
         self._experts = tuple(experts)
         self._version = next(_VERSIONS)
         self._sides = SideRule.of(experts.values())
         self._scales = {name: scale for name, scale in self._scales.items() if name in experts}
 
     def resolve(self, profile: ProfileLike) -> ExpertWeights:
-        """Return checked weights, without the experts' scales.
+        """Return the checked weights of a profile, without the experts' scales.
 
-        Weights that this method returned are returned as they are, as long as the experts are the same.
+        If `profile` is an earlier result of this method and the experts have not changed since, it is returned
+        unchecked.
 
         Args:
-            profile: a profile, weights by expert, the name of a profile or of an expert, resolved weights, or None for
-                the base alone.
+            profile: a Profile, a dict of weights by expert, the name of a profile or an expert, resolved weights, or
+                None for the base alone.
 
         Raises:
-            DeclarationError: for an unknown expert, opposed sides, or a weight that is not a finite number.
-            UsageError: for an unknown name, or a profile with a method other than linear or with a rank.
+            DeclarationError: if an expert is unknown, sides are opposed, or a weight is not a finite number.
+            UsageError: if a name is unknown, `profile` has a wrong type, or a profile has a rank or a method other than
+                linear.
         """
         if profile is None:
             return ExpertWeights(version=self._version)
         if isinstance(profile, ExpertWeights):
-            # The fast path of a server: names were checked when the request came in.
+            # A server takes this fast path, because it resolved the weights when the request came in.
             if profile.version == self._version:
                 return profile
-            # Experts have changed since. Opposed sides were allowed or rejected when the weights were resolved.
+            # Experts have changed since then, so names are checked again. Sides are not: a profile may allow opposed
+            # sides, but resolved weights do not record that.
             self._check_known(profile.weights, lambda name: f"weights.{name}")
             return ExpertWeights(profile.weights, self._version)
         if isinstance(profile, str):
@@ -76,7 +82,7 @@ class ProfileRegistry:
             return ExpertWeights.of(profile, self._experts, self._version)
         if not isinstance(profile, Mapping):
             raise UsageError(
-                f"a profile cannot be a {type(profile).__name__}",
+                f"a profile must be a Profile, dict, str or None, but it is of type {type(profile).__name__}",
                 where="profiles",
                 mend='give a Profile, a dict of weights ({"friendly": 0.6}), a name, or None for the base alone',
             )
@@ -85,19 +91,19 @@ class ProfileRegistry:
     def resolve_adapters(
         self, names: Names, weights: float | LayerWeights | Sequence[float | LayerWeights]
     ) -> ExpertWeights:
-        """Return the weights of the named experts: one weight for all of them, or one for each.
+        """Return checked weights for the named experts. `weights` is one weight for all names, or one for each.
 
         Raises:
-            UsageError: for an unknown expert, or if there are not as many weights as names.
-            DeclarationError: for a weight that is not a finite number.
+            UsageError: if an expert is unknown, or if the numbers of names and weights differ.
+            DeclarationError: if a weight is not a finite number.
         """
         listed = [names] if isinstance(names, str) else list(names)
         numbers = list(weights) if isinstance(weights, Sequence) else [weights] * len(listed)
         if len(numbers) != len(listed):
             raise UsageError(
-                f"{len(numbers)} weights for {len(listed)} adapters",
+                f"the number of weights is {len(numbers)}, but the number of names is {len(listed)}",
                 where="weights",
-                mend="give one weight for each name",
+                mend="give one weight for each name, or a single weight for all names",
             )
         for name in listed:
             self.check_expert(name)
@@ -107,18 +113,18 @@ class ProfileRegistry:
         return ExpertWeights(checked, self._version)
 
     def scaled(self, weights: ExpertWeights) -> ExpertWeights:
-        """Return the weights times the experts' scales, as the gates hold them."""
+        """Return `weights` multiplied by the experts' scales."""
         return weights.scaled(self._scales)
 
     def resolve_scaled(self, profile: ProfileLike) -> ExpertWeights:
-        """Return checked weights times the experts' scales. Raises as `resolve`."""
+        """Return the checked weights of a profile, multiplied by the experts' scales. Raises as `resolve`."""
         return self.scaled(self.resolve(profile))
 
     def set_scale(self, name: str, scale: float) -> None:
         """Set the factor by which every weight of an expert is multiplied.
 
         Raises:
-            UsageError: for an unknown expert.
+            UsageError: if the expert is unknown.
             DeclarationError: if the scale is not a finite number.
         """
         self.check_expert(name)
@@ -129,10 +135,10 @@ class ProfileRegistry:
         return name in self._experts
 
     def check_expert(self, name: str) -> None:
-        """Raise if no expert has that name.
+        """Check that an expert has that name.
 
         Raises:
-            UsageError: with the nearest name.
+            UsageError: if no expert has the name. The error suggests the most similar name.
         """
         if name not in self._experts:
             raise UsageError(f"no expert is called {name!r}", where="experts", mend=choose_from(name, self._experts))
@@ -146,7 +152,7 @@ class ProfileRegistry:
         if name in self._experts:
             return ExpertWeights({name: 1.0}, self._version)
         raise UsageError(
-            f"no profile and no expert is called {name!r}",
+            f"no profile or expert is called {name!r}",
             where="profiles",
             mend=choose_from(name, [*self.named, *self._experts]),
         )
@@ -157,14 +163,15 @@ class ProfileRegistry:
             name: weight if callable(weight) else checked_weight(weight, f"weights.{name}")
             for name, weight in weights.items()
         }
-        # A weight of 0 opposes nothing. A schedule counts, because it may become another number.
+        # An expert with weight 0 opposes no other expert. A schedule may return any number, so it counts as not 0.
         used = [name for name, weight in checked.items() if weight != 0]
         match = self._sides.opposed(used)
         if match is not None:
             raise DeclarationError(
-                f"{match.first!r} and {match.second!r} are two sides of one dimension, {match.dimension!r}",
+                f"{match.first!r} and {match.second!r} are two sides of one dimension, {match.dimension!r}, "
+                "but both have a weight",
                 where=f"weights of {', '.join(used)}",
-                mend="take one of them out, or give Profile(weights={...}, allow_opposed=True)",
+                mend="leave out one of the two, or allow both: Profile(weights={...}, allow_opposed=True)",
             )
         return ExpertWeights(checked, self._version)
 
@@ -181,13 +188,13 @@ class ProfileRegistry:
 def _check_linear(profile: Profile) -> None:
     if profile.method != "linear":
         raise UsageError(
-            f"the profile asks for the method {profile.method}; a mixture is always linear",
+            f"the profile has the method {profile.method!r}, but a mixture is always linear",
             where=profile.place("method"),
-            mend="leave `method` out, or merge: psoups merge",
+            mend="leave `method` out of the profile, or merge the experts with psoups merge",
         )
     if profile.rank is not None:
         raise UsageError(
-            f"the profile asks for rank {profile.rank}; a mixture is exact and has no rank",
+            f"the profile has rank {profile.rank}, but a mixture is exact and has no rank",
             where=profile.place("rank"),
-            mend="leave `rank` out, or merge: psoups merge",
+            mend="leave `rank` out of the profile, or merge the experts with psoups merge",
         )

@@ -1,4 +1,4 @@
-"""The profile that answers while no mixture is set."""
+"""The served profile: the profile that a model uses while no mixture is set."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from personalized_soups.mixing.profile_registry import Names, ProfileRegistry
 
 
 class ServedProfile:
-    """The profile of every row while no mixture is set: the bare base until `set` is called.
+    """The profile of every row while no mixture is set. Until `set` is called, it is the bare base.
 
-    `SoupModel.served` is such an object.
+    `SoupModel.served` is a ServedProfile.
 
     Args:
-        registry: resolves profiles.
-        active: writes the weights into the gates.
+        registry: resolves profiles into weights.
+        active: writes the served weights into the gates.
     """
 
     def __init__(self, registry: ProfileRegistry, active: ActiveMixture) -> None:
@@ -25,12 +25,12 @@ class ServedProfile:
         self._active = active
         self._weights = ExpertWeights()
         self._is_enabled = True
-        # Scaled when they are written, so that a later `set_scale` applies to the served profile, too.
+        # The weights are scaled when they are written, so that a later `set_scale` applies to the served profile, too.
         active.idle_weights = lambda: registry.scaled(self.weights)
 
     @property
     def weights(self) -> ExpertWeights:
-        """The served weights, without the experts' scales; empty while the bare base answers."""
+        """The served weights, without the experts' scales. They are empty while the bare base is served."""
         return self._weights if self._is_enabled else ExpertWeights()
 
     @property
@@ -39,12 +39,13 @@ class ServedProfile:
         return list(self.weights.weights)
 
     def set(self, profile: ProfileLike) -> None:
-        """Serve a profile; None serves the bare base.
+        """Serve a profile. With None, serve the bare base.
+
+        After an error, the served profile is the same as before.
 
         Raises:
-            DeclarationError: as `SoupModel.mixture`. The served profile stays as it was.
-            UsageError: as `SoupModel.mixture`, and if a weight is a function of the token's number. The served profile
-                stays as it was.
+            DeclarationError: as `SoupModel.mixture`.
+            UsageError: as `SoupModel.mixture`, and if a weight is a function of the token's number.
         """
         with self._active.lock:
             self._set(self._registry.resolve(profile))
@@ -53,39 +54,45 @@ class ServedProfile:
         """Serve the weighted sum of experts.
 
         Args:
-            names: of one expert or several.
-            weights: one weight for all of them, or one for each. A weight may differ by layer, as in `mixture`.
+            names: the name of one expert, or a list of names.
+            weights: one weight for all named experts, or one weight for each. A weight may differ by layer, as in
+                `SoupModel.mixture`.
 
         Raises:
-            UsageError: for an unknown expert, or if the numbers of names and weights differ.
+            UsageError: if an expert is unknown, the numbers of names and weights differ, or a weight does not fit into
+                the model's dtype.
             DeclarationError: if a weight is not a finite number, or a pattern matches no layer.
         """
         with self._active.lock:
             self._set(self._registry.resolve_adapters(names, weights))
 
     def disable(self) -> None:
-        """Serve the bare base until `enable` or `set`."""
+        """Serve the bare base until `enable`, `set` or `set_adapters` is called."""
         self._enable(False)
 
     def enable(self) -> None:
-        """Serve again the profile that was served before `disable`."""
+        """Serve again the profile that was served before `disable` was called."""
         self._enable(True)
 
     def restrict(self, experts: Collection[str], layers: Sequence[str]) -> None:
-        """Drop experts and layer patterns that no longer exist. The caller holds the lock."""
-        # Weights of removed experts are dropped and not rejected: no caller is there to get an error.
+        """Keep only the served weights of `experts`, and only the patterns that match one of `layers`.
+
+        The caller must hold the lock.
+        """
+        # Weights of removed experts are dropped silently, because no caller could handle an error.
         self._weights = self._weights.restricted(experts, layers)
         self._active.settle()
 
     def _set(self, weights: ExpertWeights) -> None:
         if weights.is_scheduled:
             raise UsageError(
-                "a served weight cannot be a function of the token's number: nothing counts tokens between calls",
+                "a weight of the served profile is a function of the token's number, but nothing counts tokens between "
+                "calls",
                 where="weights",
-                mend="give it with the prompt: generate(prompts, [profile])",
+                mend="give the profile together with the prompts: generate(prompts, profile)",
             )
         if weights.weights:
-            self._active.new_mixture([self._registry.scaled(weights)])  # raises before anything has changed
+            self._active.new_mixture([self._registry.scaled(weights)])  # raises for a wrong weight before any change
         self._weights, self._is_enabled = weights, True
         self._active.settle()
 

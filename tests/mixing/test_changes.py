@@ -73,7 +73,7 @@ def test_an_expert_that_does_not_fit_changes_nothing(model: SoupModel, tmp_path:
     with pytest.raises(IncompatibleExpertsError):
         model.experts.add(wrong)
     assert {name: layer.stack for name, layer in model.layers.by_name.items()} == before
-    with pytest.raises(UsageError, match="several experts"):
+    with pytest.raises(UsageError, match="must hold one expert, but it holds"):
         model.experts.add(tmp_path / "experts")
     with pytest.raises(UsageError, match="no expert is called 'wrm'"):
         model.experts.remove("wrm")

@@ -144,7 +144,7 @@ def test_a_stream_may_be_read_by_any_thread_and_left_early(model: SoupModel) -> 
     left.close()  # type: ignore[attr-defined]
     with ThreadPoolExecutor(1) as pool:  # the stream's mixture has ended: another thread need not wait for it
         assert pool.submit(model.generate, PROMPTS[:1], PROFILES[:1], max_new_tokens=10).result() == [want]
-    with pytest.raises(UsageError, match="no profile and no expert is called 'wram'"):
+    with pytest.raises(UsageError, match="no profile or expert is called 'wram'"):
         next(model.stream(PROMPTS[0], "wram"))
 
 
@@ -235,14 +235,14 @@ def test_weights_may_differ_by_layer(tmp_path: Path, small_base: Path) -> None:
     [
         (PROMPTS, PROFILES[:2], "the number of profiles is 2, but the number of prompts is 3"),
         ([], [], "there are no prompts"),
-        (PROMPTS[:1], ["wram"], "no profile and no expert is called 'wram'"),
+        (PROMPTS[:1], ["wram"], "no profile or expert is called 'wram'"),
         (PROMPTS[:1], [{"wram": 1.0}], "no expert is called 'wram'"),
         (PROMPTS[:1], [{"warm": float("nan")}], "not a finite number"),
         (PROMPTS[:1], [{"warm": float("inf")}], "not a finite number"),
         (PROMPTS[:1], [{"warm": True}], "not a finite number"),
         (PROMPTS[:1], [{"warm": 1e31}], "beyond"),
         (PROMPTS[:1], [{"warm": lambda step: float("nan")}], "not a finite number"),
-        (PROMPTS[:1], [3.0], "a profile cannot be a float"),
+        (PROMPTS[:1], [3.0], "but it is of type float"),
         (PROMPTS[:1], [Profile(weights={"warm": 1.0}, rank=2)], "a mixture is exact"),
         (PROMPTS[:1], [Profile(weights={"warm": 1.0}, method="ties")], "a mixture is always linear"),
     ],

@@ -111,7 +111,7 @@ def test_adapters_come_and_go(models: tuple[Any, Any, SoupModel], tmp_path: Path
     with pytest.raises(UsageError, match="no expert is called 'agian'"):
         view.set_adapter("agian")
     for call in (view.add_adapter, view.save_pretrained, view.merge_and_unload):
-        with pytest.raises(UsageError, match="a mixed model has no") as caught:
+        with pytest.raises(UsageError, match="a PeftView does not support") as caught:
             call("x")
         assert caught.value.mend
     with pytest.raises(DeclarationError):
