@@ -76,7 +76,7 @@ def disk_full(error: OSError) -> RunError:
     return RunError(
         f"the disk is full: {error.strerror}",
         where=str(error.filename or "the output folder's file system"),
-        mend="free some space, or give an --out on another disk; no incomplete output is left",
+        mend="free some space, or give --out a path on another disk; no incomplete output was left behind",
     )
 
 

@@ -37,5 +37,7 @@ def check_temperature(temperature: float, *, usual: float = 0.7) -> None:
     """
     if math.isinf(temperature):
         raise UsageError(
-            "the temperature is infinite", where="--temperature", mend=f"give a finite number such as {usual}"
+            "the temperature is infinite, but it must be a finite number",
+            where="--temperature",
+            mend=f"give a finite number, e.g. --temperature {usual}",
         )

@@ -33,23 +33,25 @@ def load_plugin(name: str, *, where: str) -> Any:
     if not matches:
         names = sorted({entry_point.name for entry_point in installed})
         raise DeclarationError(
-            f"no installed package provides the scorer {name!r}; installed: {', '.join(names) or 'none'}",
+            f"no package provides the scorer {name!r}; the installed scorers are: {', '.join(names) or 'none'}",
             where=where,
-            mend=choose_from(name, names) if names else f"install a package with an entry point in the group {GROUP!r}",
+            mend=choose_from(name, names)
+            if names
+            else f"install a package that has an entry point in the group {GROUP!r}",
         )
     if len(matches) > 1:
         raise DeclarationError(
-            f"{' and '.join(sorted(map(_package, matches)))} both provide the scorer {name!r}",
+            f"more than one package provides the scorer {name!r}: {', '.join(sorted(map(_package, matches)))}",
             where=where,
-            mend=f"write `kind: python` and `function: {matches[0].value}` (or the other's), or uninstall one of them",
+            mend=f"write `kind: python` and `function: {matches[0].value}`, or uninstall all packages but one",
         )
     try:
         return matches[0].load()
     except (ImportError, AttributeError) as error:
         raise DeclarationError(
-            f"the scorer {name!r} of {_package(matches[0])} can't be imported: {error}",
+            f"the scorer {name!r} of {_package(matches[0])} cannot be imported: {error}",
             where=where,
-            mend=f"repair or reinstall {_package(matches[0])}; it names {matches[0].value!r}",
+            mend=f"fix or reinstall {_package(matches[0])}: its entry point is {matches[0].value!r}",
         ) from error
 
 

@@ -80,9 +80,9 @@ def _scale(catalogue: Catalogue, name: str, dimension: Dimension, scorers: Mappi
     }
     if not ends:
         raise DeclarationError(
-            f"no side uses the scorer of the dimension {name!r}: each has its own",
+            f"no side uses the scorer of the dimension {name!r}, because every side has its own scorer",
             where=f"dimensions.{name}",
-            mend="remove the dimension's scorer, or a side's own scorer",
+            mend="remove the dimension's scorer, or remove the own scorer of one side",
         )
     some_side = next(iter(ends.values()))
     return Scale(

@@ -171,9 +171,9 @@ def python_scorer(function: str, *, where: str = "scorer: function") -> Scorer:
         imported = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise DeclarationError(
-            f"the scorer {function!r} can't be imported: {error}",
+            f"the scorer {function!r} cannot be imported: {error}",
             where=where,
-            mend="write it as package.module:function, and install the package or add its folder to PYTHONPATH",
+            mend="write the name as package.module:function, and install the package or add its folder to PYTHONPATH",
         ) from error
     return _checked(imported, repr(function), where=where)
 
@@ -194,9 +194,9 @@ def _checked(function: Callable[[str, str], object], name: str, *, where: str) -
         # a stranger's function may return anything, regardless of its annotations
         if not isinstance(scored, Scored) or not 0.0 <= scored.value <= 1.0:
             raise DeclarationError(
-                f"the scorer {name} returned {scored!r}, expected a Scored with a value in [0, 1]",
+                f"the scorer {name} returned {scored!r}, but it must return a Scored with a value in [0, 1]",
                 where=where,
-                mend="return personalized_soups.scoring.scorers.Scored(value, valid)",
+                mend="return a personalized_soups.scoring.scorers.Scored, e.g. Scored(value=0.5, valid=True)",
             )
         return scored
 

@@ -94,9 +94,9 @@ def test_a_catalogue_names_a_scorer_of_an_installed_package(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "message", "was_imported"),
     [
-        ("exclamation", "scorer 'exclamation'; installed: broken, exclamations, gone", False),
-        ("gone", "can't be imported", True),
-        ("broken", "returned 2.0, expected a Scored with a value in [0, 1]", True),
+        ("exclamation", "scorer 'exclamation'; the installed scorers are: broken, exclamations, gone", False),
+        ("gone", "cannot be imported", True),
+        ("broken", "returned 2.0, but it must return a Scored with a value in [0, 1]", True),
     ],
 )
 def test_an_unknown_or_broken_scorer_is_an_error_with_the_catalogues_line(
@@ -138,14 +138,14 @@ def test_two_packages_with_one_name_are_refused(tmp_path: Path, monkeypatch: pyt
     _install(tmp_path / "site", "loudness", "exclamations = loudness:exclamations\n")
     _install(tmp_path / "site", "noise", "exclamations = loudness:exclamations\n")
     monkeypatch.syspath_prepend(tmp_path / "site")
-    with pytest.raises(DeclarationError, match="loudness and noise both provide") as caught:
+    with pytest.raises(DeclarationError, match="more than one package provides") as caught:
         plugin_scorer("exclamations")
     assert "loudness:exclamations" in caught.value.mend
 
 
 def test_no_installed_scorer_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("personalized_soups.scoring.plugins.entry_points", lambda **_: ())
-    with pytest.raises(DeclarationError, match="installed: none") as caught:
+    with pytest.raises(DeclarationError, match="the installed scorers are: none") as caught:
         plugin_scorer("exclamations")
     assert "personalized_soups.scorers" in caught.value.mend
 

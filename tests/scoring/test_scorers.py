@@ -110,7 +110,7 @@ def test_a_python_scorer_is_any_function(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "somebody", module)
     assert python_scorer("somebody:good")("p", "a") == Scored(0.25, valid=True)
     for wrong in ("bare", "large"):
-        with pytest.raises(DeclarationError, match=r"expected a Scored with a value in \[0, 1\]"):
+        with pytest.raises(DeclarationError, match=r"must return a Scored with a value in \[0, 1\]"):
             python_scorer(f"somebody:{wrong}")("p", "a")
 
 

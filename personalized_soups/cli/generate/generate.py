@@ -79,7 +79,9 @@ def generate(
     if profiles is None and prompts is None:
         if out is not None:
             raise UsageError(
-                "--out is for the answers to --prompts", where="--out", mend="add --profiles and --prompts"
+                "--out is given without --profiles and --prompts, but only answers to many users are written to a file",
+                where="--out",
+                mend="remove --out, or add --profiles users.jsonl --prompts questions.txt",
             )
         sampling = SamplingOptions(max_new_tokens, temperature, seed, batch_size=1)
         answer_one_user(one_user, loading, sampling, greedy=greedy, as_json=as_json)
@@ -89,7 +91,7 @@ def generate(
         raise UsageError(
             "options for one user and for many users are both given",
             where=", ".join(misplaced),
-            mend="remove them, or remove --profiles and --prompts",
+            mend=f"remove {', '.join(misplaced)}, or remove --profiles and --prompts",
         )
     request = checked_many_users(experts, profiles, prompts, out, overwrite=overwrite)
     answer_many_users(

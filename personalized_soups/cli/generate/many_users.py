@@ -50,7 +50,7 @@ def checked_many_users(
         values = {"--profiles FILE": profiles, "--prompts FILE": prompts, "--experts FOLDER": experts}
         missing = [option for option, value in values.items() if not value]
         raise UsageError(
-            "answering many users needs profiles, prompts and experts",
+            "answers for many users need --profiles, --prompts and --experts, but some of these options are missing",
             where=", ".join(option.split()[0] for option in missing),
             mend=f"add {' '.join(missing)}",
         )
@@ -115,7 +115,9 @@ def _profiles(path: Path, library: ExpertLibrary) -> list[Profile]:
     profiles = list(read_profiles(path))
     if not profiles:
         raise UsageError(
-            "the file holds no profile", where=str(path), mend='write {"user": "u1", "weights": {...}} lines'
+            "the file holds no profile",
+            where=str(path),
+            mend='write one profile per line, e.g. {"user": "u1042", "weights": {"expert": 0.6}}',
         )
     for profile in profiles:
         library.check(profile)

@@ -86,16 +86,24 @@ def answer_one_user(
 def _check_sources(request: OneUserRequest) -> None:
     has_profile, has_weights = request.profile is not None, request.weights is not None
     if request.adapter is not None and (request.experts or has_profile or has_weights):
-        raise UsageError("an adapter and experts are given", where="--adapter, --experts", mend="give one of the two")
+        raise UsageError(
+            "--adapter cannot be combined with --experts, --profile or --weights",
+            where="--adapter, --experts",
+            mend="remove --adapter, or remove the other options",
+        )
     if request.experts and has_profile == has_weights:
         number = "both are given" if has_profile else "neither is given"
         raise UsageError(
-            f"experts are merged for a profile or for --weights, exactly one: {number}",
+            f"--experts needs exactly one of --profile and --weights, but {number}",
             where="--profile, --weights",
-            mend="add --profile FILE or --weights elementary=0.6,concise=0.6",
+            mend="give --profile me.yaml, or give --weights elementary=0.6,concise=0.6",
         )
     if not request.experts and (has_profile or has_weights):
-        raise UsageError("no experts are given", where="--experts", mend="add --experts FOLDER")
+        raise UsageError(
+            "--profile or --weights is given, but no experts are given",
+            where="--experts",
+            mend="add the folder of the experts, e.g. --experts quickstart/experts",
+        )
 
 
 def _prompt(prompt: str | None) -> str:
@@ -105,16 +113,18 @@ def _prompt(prompt: str | None) -> str:
     if prompt is None or prompt == "-":
         if prompt is None and sys.stdin.isatty():
             raise UsageError(
-                "no prompt is given", where="PROMPT", mend='write it in quotes: psoups generate ... "How?"'
+                "no prompt is given",
+                where="PROMPT",
+                mend='write the prompt in quotes, e.g. psoups generate --base tiny "How do I clean a kettle?"',
             )
         where = "standard input"
         try:
             prompt = sys.stdin.read()
         except UnicodeDecodeError as error:
             raise InputError(
-                f"the prompt is not UTF-8: byte {error.object[error.start]:#04x}",
+                f"the prompt is not UTF-8: it contains the byte {error.object[error.start]:#04x}",
                 where=where,
-                mend="send UTF-8 text, e.g. through: iconv -f latin1 -t utf-8",
+                mend="convert the text to UTF-8, e.g. iconv -f latin1 -t utf-8 prompt.txt | psoups generate ...",
             ) from error
     check_text(prompt, where=where)
     return prompt.strip()

@@ -18,7 +18,9 @@ def check_no_input(out: Path | None, inputs: Sequence[Path]) -> None:
     """
     for path in inputs:
         if out is not None and out.exists() and path.exists() and out.samefile(path):
-            raise UsageError("the output is one of the inputs", where=f"--out {out}", mend="choose another name")
+            raise UsageError(
+                "the output file is also an input file", where=f"--out {out}", mend="give --out another path"
+            )
 
 
 @contextmanager

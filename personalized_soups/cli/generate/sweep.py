@@ -90,9 +90,17 @@ def sweep(
 
 def _check_sweep(side_a: str, side_b: str, scale: float) -> None:
     if side_a == side_b:
-        raise UsageError(f"both experts are {side_a!r}", where="SIDE_A SIDE_B", mend="name two experts")
+        raise UsageError(
+            f"SIDE_A and SIDE_B are both {side_a!r}, but a sweep needs two different experts",
+            where="SIDE_A SIDE_B",
+            mend="name two different experts, e.g. psoups sweep unfriendly friendly ...",
+        )
     if not 0 < scale < math.inf:
-        raise UsageError(f"the scale is {scale:g}", where="--scale", mend="give a number above 0, such as 1")
+        raise UsageError(
+            f"the scale is {scale:g}, but it must be a finite number above 0",
+            where="--scale",
+            mend="give a number above 0, e.g. --scale 1",
+        )
 
 
 def _show(results: Mapping[str, Any], folder: Path) -> None:
@@ -107,7 +115,7 @@ def _show(results: Mapping[str, Any], folder: Path) -> None:
     title = f"{results['score']}: {results['low']} to {results['high']}, the base alone {results['base']:.3g}"
     render.show_table(["w", results["score"], "95% from", "to", "valid"], rows, title=title)
     if min(results["valid"]) < 1:
-        render.say("invalid answers (ill-formed or off topic, by the catalogue's scorer) score 0")
+        render.say("an answer that the catalogue's scorer finds ill-formed or off topic is invalid and scores 0")
     if results["num_prompts"] < _FEW_PROMPTS:
         render.say(f"{results['num_prompts']} prompts are too few for a reliable curve: use {_FEW_PROMPTS} or more")
     render.say(f"{results['verdict']}; {folder / PICTURE}")

@@ -63,7 +63,9 @@ def doctor(
 def _profile(path: Path | None, weights: str | None) -> Profile | None:
     if path is not None and weights is not None:
         raise UsageError(
-            "a profile file and --weights are both given", where="--profile, --weights", mend="give one of the two"
+            "--profile and --weights are both given, but only one of the two can be used",
+            where="--profile, --weights",
+            mend="remove --profile, or remove --weights",
         )
     from personalized_soups.declare.profile import Profile, load_profile
 

@@ -27,7 +27,9 @@ def inspect(
     """Describe a folder: its kind, base, rank, modules, size, weights and provenance."""
     if methods == (folder is not None):
         raise UsageError(
-            "give a folder or --methods, exactly one", where="DIR, --methods", mend="write psoups inspect DIR"
+            "exactly one of a folder and --methods must be given",
+            where="FOLDER, --methods",
+            mend="run psoups inspect my-soup, or run psoups inspect --methods",
         )
     if folder is None:
         _show_methods(as_json=as_json)

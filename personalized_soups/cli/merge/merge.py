@@ -85,7 +85,7 @@ def merge(
     """Merge experts for one user into a LoRA adapter, or into a full model with --into-base."""
     folders = checked_experts(experts)
     if out is None and not dry_run:
-        raise UsageError("no output is given", where="--out", mend="give --out FOLDER, or --dry-run")
+        raise UsageError("no output folder is given", where="--out", mend="give --out my-soup, or give --dry-run")
     check_one_base(base, into_base)
     copy_mode = checked_copy_mode(untouched)
     from personalized_soups.merging.planning.options import MergeOptions
@@ -114,9 +114,9 @@ def _profile(path: Path | None, weights: str | None, *, allow_opposed: bool) -> 
     if (path is None) == (weights is None):
         number = "neither is given" if path is None else "both are given"
         raise UsageError(
-            f"give a profile file or --weights, exactly one: {number}",
+            f"exactly one of a profile file and --weights must be given, but {number}",
             where="PROFILE, --weights",
-            mend="write psoups merge me.yaml ..., or psoups merge --weights elementary=0.6,concise=0.6 ...",
+            mend="run psoups merge me.yaml ..., or run psoups merge --weights elementary=0.6,concise=0.6 ...",
         )
     from personalized_soups.declare.profile import Profile, load_profile
 

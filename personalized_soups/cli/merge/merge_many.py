@@ -74,7 +74,7 @@ def merge_many(
     check_one_base(base, into_base)
     _check_readable_twice(profiles)
     if out is None:
-        raise UsageError("no output is given", where="--out", mend="give --out FOLDER")
+        raise UsageError("no output folder is given", where="--out", mend="give a folder, e.g. --out soups")
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.merging.planning.options import MergeOptions
 
@@ -96,9 +96,11 @@ def merge_many(
 def _check_readable_twice(profiles: Path) -> None:
     if not profiles.is_file():
         raise UsageError(
-            "the profiles are read twice, first to check all of them; this path is no regular file",
+            "the profiles are read twice, so they must be in a regular file, but this path is not a regular file",
             where=str(profiles),
-            mend="write them to a file" if profiles.exists() else "check the path",
+            mend="write the profiles to a file, e.g. users.jsonl"
+            if profiles.exists()
+            else "give the path of an existing file",
         )
 
 
@@ -150,7 +152,7 @@ class _Users:
             raise UsageError(
                 "the file holds no profile",
                 where=str(self.profiles),
-                mend='write one profile per line: {"user": "u1042", "weights": {"expert": 0.6}}',
+                mend='write one profile per line, e.g. {"user": "u1042", "weights": {"expert": 0.6}}',
             )
         return total
 

@@ -21,7 +21,9 @@ def checked_experts(experts: list[Path] | None) -> list[Path]:
         UsageError: if no folder is given.
     """
     if not experts:
-        raise UsageError("no experts are given", where="--experts", mend="give --experts FOLDER")
+        raise UsageError(
+            "no folder of experts is given", where="--experts", mend="give a folder, e.g. --experts quickstart/experts"
+        )
     return experts
 
 
@@ -33,9 +35,9 @@ def check_one_base(base: str | None, into_base: str | None) -> None:
     """
     if base is not None and into_base is not None:
         raise UsageError(
-            "--base writes an adapter and --into-base writes a full model; both are given",
+            "--base and --into-base are both given, but --base writes an adapter and --into-base writes a full model",
             where="--base, --into-base",
-            mend="give one of the two",
+            mend="remove --into-base to write an adapter, or remove --base to write a full model",
         )
 
 

@@ -123,7 +123,9 @@ def list_profiles(
         render.show_table(["user", "version", "written", "weights"], rows)
     if len(page) > limit:
         last = shown[-1].profile.user
-        render.say(f"there are more: --after {shlex.quote(last) if last.isprintable() else repr(last)}")
+        render.say(
+            f"there are more profiles: list them with --after {shlex.quote(last) if last.isprintable() else repr(last)}"
+        )
 
 
 def delete_profile(
@@ -136,9 +138,9 @@ def delete_profile(
     """Delete a user with all versions. This cannot be undone."""
     if not yes and not sys.stdin.isatty():
         raise UsageError(
-            "the deletion must be confirmed, and standard input is no terminal",
+            "the deletion must be confirmed, but standard input is not a terminal",
             where="psoups profile delete",
-            mend="give --yes",
+            mend="give --yes to delete without confirmation",
         )
     with opened_store(profiles) as store:
         if not yes:
@@ -163,16 +165,16 @@ def show_history(user: UserArgument, *, profiles: StoreOption = DEFAULT_STORE, a
 def _check_one_source(weights: str | None, file: Path | None, **fields: object) -> None:
     if (weights is None) == (file is None):
         raise UsageError(
-            "give weights or a profile file, exactly one",
+            "exactly one of --weights and --file must be given",
             where="--weights, --file",
-            mend="write --weights elementary=0.6,concise=0.6",
+            mend="give --weights elementary=0.6,concise=0.6, or give --file me.yaml",
         )
     misplaced = [f"--{name.replace('_', '-')}" for name, value in fields.items() if value]
     if file is not None and misplaced:
         raise UsageError(
-            f"a profile file has its own fields, so it cannot be combined with {', '.join(misplaced)}",
+            f"--file cannot be combined with {', '.join(misplaced)}, because the profile file has its own fields",
             where=misplaced[0],
-            mend="write the field into the file",
+            mend=f"remove {', '.join(misplaced)}, and write the values into the profile file",
         )
 
 
@@ -182,8 +184,8 @@ def _profile_of_file(file: Path, user: str) -> Profile:
     profile = load_profile(file)
     if "user" in profile.model_fields_set and profile.user != user:
         raise UsageError(
-            f"the file is the profile of {profile.user!r}, not of {user!r}",
+            f"the file is the profile of the user {profile.user!r}, but USER is {user!r}",
             where=profile.place("user"),
-            mend="remove `user` from the file, or name the same user",
+            mend="remove `user` from the file, or give the same name as USER",
         )
     return profile.replaced(user=user)

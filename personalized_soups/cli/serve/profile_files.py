@@ -90,9 +90,9 @@ class _ImportReport:
         """
         if self.skipped and not self.num_valid:
             raise InputError(
-                f"no line of the file is a valid profile; {len(self.skipped)} lines are invalid",
+                f"the file has no valid profile, but {len(self.skipped)} invalid lines",
                 where=str(file),
-                mend="fix the lines that are listed above",
+                mend="fix the lines whose errors are printed above",
             )
 
     def show(self, *, with_skipped: bool, as_json: bool) -> None:
@@ -114,7 +114,9 @@ def _new_file(path: Path, *, overwrite: bool) -> Iterator[TextIO]:
     """Yield a file that appears complete when the block ends, and not at all after an error."""
     if os.path.lexists(path) and (path.is_dir() or not overwrite):
         raise OutputExistsError(
-            "the output already exists", where=str(path), mend="name another file, or pass --overwrite"
+            "the output path already exists",
+            where=str(path),
+            mend="give --out a new file, e.g. --out users.jsonl, or give --overwrite to replace an existing file",
         )
     from personalized_soups.files.atomic import new_file
 

@@ -133,6 +133,10 @@ def _rules(
     origins = cors_origin or ()
     for origin in origins:
         if origin != "*" and not _ORIGIN.fullmatch(origin):
-            raise UsageError(f"{origin!r} is no origin", where="--cors-origin", mend="write https://app.example.com")
+            raise UsageError(
+                f"{origin!r} is not a valid origin: an origin is a scheme and a host, without a path",
+                where="--cors-origin",
+                mend="give an origin, e.g. --cors-origin https://app.example.com",
+            )
     hosts = [name.lower() for name in (host, *(allow_host or ()))]
     return Rules(hosts=hosts, origins=origins, max_body=round(max_body * 2**20), max_requests=max_requests)

@@ -39,7 +39,7 @@ def quickstart(
 ) -> None:
     """Train six experts on the embedded base, merge a model for each of eight combinations, and score all models."""
     if basis not in {"free", "shared"}:
-        raise UsageError(f"unknown basis {basis!r}", where="--basis", mend="choose free or shared")
+        raise UsageError(f"unknown basis {basis!r}", where="--basis", mend="give --basis free, or give --basis shared")
     check_extra("train", "trl", "datasets", "accelerate")
     check_extra("plot", "matplotlib")
     from personalized_soups.studies.quickstart import run_study
@@ -59,7 +59,7 @@ def quickstart(
         return
     show_results(results, examples)
     if was_complete:
-        render.say(f"\n{out} was complete already; --overwrite starts again.")
+        render.say(f"\nThe run in {out} was already complete. Give --overwrite to start again.")
     render.say(next_steps(out, results))
 
 

@@ -67,7 +67,9 @@ def pairs(
     """
     check_temperature(temperature, usual=1.0)
     if not 0 < min_gap <= 1:
-        raise UsageError(f"the smallest gap is {min_gap:g}", where="--min-gap", mend="give a number in (0, 1]")
+        raise UsageError(
+            f"the value is {min_gap:g}, but it must be in (0, 1]", where="--min-gap", mend="give --min-gap 0.3"
+        )
     _check_files(prompts, pool, out, overwrite=overwrite)
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
@@ -92,7 +94,11 @@ def pairs(
 def _check_files(prompts: Path | None, pool: Path | None, out: Path, *, overwrite: bool) -> None:
     has_pool = pool is not None and pool.exists()
     if prompts is None and not has_pool:
-        raise UsageError("no prompts are given", where="--prompts", mend="give --prompts FILE, or an existing --pool")
+        raise UsageError(
+            "neither --prompts nor an existing --pool is given",
+            where="--prompts",
+            mend="give a file of prompts, e.g. --prompts questions.txt",
+        )
     _check_out(out, overwrite=overwrite)
     if pool is not None and not has_pool:
         _check_out(pool, overwrite=False)
@@ -100,13 +106,23 @@ def _check_files(prompts: Path | None, pool: Path | None, out: Path, *, overwrit
 
 def _check_out(out: Path, *, overwrite: bool) -> None:
     if out.is_dir():
-        raise OutputExistsError("the output is a folder", where=str(out), mend="name a file, e.g. pairs.jsonl")
+        raise OutputExistsError(
+            "the output path is a folder, but it must be a file",
+            where=str(out),
+            mend="give a file, e.g. --out pairs.jsonl",
+        )
     if out.exists() and not overwrite:
         raise OutputExistsError(
-            "the output file already exists", where=str(out), mend="choose another name, or pass --overwrite"
+            "the output file already exists",
+            where=str(out),
+            mend="choose another name, or give --overwrite to replace the file",
         )
     if not out.absolute().parent.is_dir():
-        raise UsageError("the output's folder does not exist", where=str(out.parent), mend="create the folder first")
+        raise UsageError(
+            f"the folder of the output file {out.name!r} does not exist",
+            where=str(out.parent),
+            mend="create the folder first, e.g. with mkdir -p",
+        )
 
 
 def _journal_of(file: Path) -> Path:

@@ -59,9 +59,9 @@ class PoolRequest:
 
         if self.prompts is not None and read_prompts(self.prompts) != [sampled.prompt for sampled in answers]:
             raise UsageError(
-                f"the pool holds answers to other prompts than {self.prompts}",
+                f"the prompts in the pool differ from the prompts in {self.prompts}",
                 where=str(self.pool),
-                mend="leave --prompts out to use the pool as it is, or name a new pool",
+                mend="remove --prompts to use the pool as it is, or give a new file, e.g. --pool new-pool.jsonl",
             )
 
     def _sample(self, *, quiet: bool) -> list[Sampled]:

@@ -114,7 +114,7 @@ def _say_how_to_resume(out: Path) -> None:
 
     last = last_complete(partial_folder(out))
     if last is not None:
-        render.say(f"{last.name} is kept; --resume continues from it")
+        render.say(f"the checkpoint {last.name} is kept: give --resume to continue from this checkpoint")
 
 
 def _show(out: Path, *, as_json: bool) -> None:

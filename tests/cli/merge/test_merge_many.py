@@ -81,7 +81,7 @@ def test_an_empty_and_a_missing_file_of_profiles_are_reported(
     code, _, err = psoups(capsys, "merge-many", tmp_path / "empty.jsonl", *args)
     assert (code, "holds no profile" in err) == (2, True)
     code, _, err = psoups(capsys, "merge-many", tmp_path / "missing.jsonl", *args)
-    assert (code, "check the path" in err) == (2, True)
+    assert (code, "give the path of an existing file" in err) == (2, True)
 
 
 def test_a_pipe_of_profiles_is_rejected_since_profiles_are_read_twice(
@@ -90,4 +90,4 @@ def test_a_pipe_of_profiles_is_rejected_since_profiles_are_read_twice(
     os.mkfifo(tmp_path / "pipe.jsonl")
     args = ("--experts", experts, "--out", tmp_path / "out")
     code, _, err = psoups(capsys, "merge-many", tmp_path / "pipe.jsonl", *args)
-    assert (code, "write them to a file" in err) == (2, True)
+    assert (code, "write the profiles to a file" in err) == (2, True)

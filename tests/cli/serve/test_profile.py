@@ -65,7 +65,7 @@ def test_a_profile_file_is_written(psoups: Run, tmp_path: Path) -> None:
     }  # fmt: skip
     (tmp_path / "of-u8.yaml").write_text("user: u8\nweights: {friendly: 0.5}\n")
     code, _, err = psoups("profile", "set", "u7", "--file", "of-u8.yaml")
-    assert (code, "the profile of 'u8', not of 'u7'" in err, "of-u8.yaml:1" in err) == (2, True, True)
+    assert (code, "the profile of the user 'u8', but USER is 'u7'" in err, "of-u8.yaml:1" in err) == (2, True, True)
     assert psoups("profile", "set", "u8", "--file", "of-u8.yaml")[0] == 0
 
 
@@ -193,7 +193,7 @@ def test_skip_bad_skips_and_reports_every_invalid_line(psoups: Run, tmp_path: Pa
 def test_a_file_without_a_valid_line_is_rejected_and_its_lines_are_reported(psoups: Run, tmp_path: Path) -> None:
     (tmp_path / "users.jsonl").write_text("{\n\n[]\n")
     code, out, err = psoups("profile", "import", "users.jsonl", "--skip-bad")
-    assert (code, out, err.count("skipped users.jsonl:"), "no line of the file" in err) == (2, "", 2, True)
+    assert (code, out, err.count("skipped users.jsonl:"), "no valid profile" in err) == (2, "", 2, True)
     (tmp_path / "users.jsonl").write_text("")
     code, out, _ = psoups("profile", "import", "users.jsonl", "--skip-bad", "--json")
     assert (code, json.loads(out)["skipped"]) == (0, [])

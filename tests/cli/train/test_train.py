@@ -78,7 +78,7 @@ def test_a_pool_of_other_prompts_is_rejected(psoups: Run, small_base: Path, file
     pool = ("--pool", files / "pool.jsonl")
     code, _, err = psoups(*_pairs(files, small_base, "--prompts", files / "prompts.txt", *pool))
     assert code == 2
-    assert "other prompts" in err
+    assert "the prompts in the pool differ" in err
     assert psoups(*_pairs(files, small_base, *pool))[0] == 0
 
 
