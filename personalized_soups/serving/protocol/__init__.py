@@ -1,1 +1,1 @@
-"""OpenAI's protocol: requests, responses, streams and errors; knows no web server."""
+"""OpenAI's protocol: requests, responses, streams and errors. These modules do not depend on the web server."""

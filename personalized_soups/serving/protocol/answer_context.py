@@ -1,4 +1,4 @@
-"""Everything that answering a request needs from the server."""
+"""The parts of the server that are needed to answer a request."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from personalized_soups.serving.protocol.profile_resolver import ProfileResolver
 
 @dataclass(frozen=True, slots=True)
 class AnswerContext:
-    """Everything that answering a request needs from the server.
+    """The parts of the server that are needed to answer a request.
 
     Attributes:
         batcher: generates the answers.
-        resolver: finds the soup of each request.
-        generator: encodes prompts.
-        metrics: count requests, answers and tokens.
-        files: of the experts; their digest is the system fingerprint.
-        default_max_tokens: length limit of an answer to a chat request that sets none.
-        request_seconds: time limit of a request.
+        resolver: finds the soup (the weighted sum of the experts) of each request.
+        generator: has the tokenizer that encodes prompts.
+        metrics: counts requests, answers and tokens.
+        files: the experts' files. Their digest is part of the `system_fingerprint` in responses.
+        default_max_tokens: maximum number of tokens of a chat answer, if the request sets no maximum.
+        request_seconds: time limit of a request, in seconds.
     """
 
     batcher: Batcher

@@ -1,4 +1,4 @@
-"""Answers sent while they are generated, as server-sent events."""
+"""Streams answers to the client as server-sent events while they are generated."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(Response):
-    """A response that sends each piece of the answers as an event.
+    """A response that sends each piece of the answers as a server-sent event.
 
     Args:
-        pending: the answers.
-        receive: of ASGI, after the request's body.
+        pending: the submitted request, whose answers are sent.
+        receive: the ASGI function that returns the client's next message. The request's body must have been received.
     """
 
     media_type = "text/event-stream"
@@ -37,9 +37,11 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events.
 
+        An error after the first event is sent as an event.
+
         Raises:
-            ApiError: if the answers fail before the first event; the response then has the error's status. A later
-                error is sent as an event.
+            ApiError: if an answer fails before the first event. The server then sends a response with the error's
+                status.
         """
         is_begun = False
         try:
@@ -64,7 +66,7 @@ class EventStream(Response):
         envelope = pending.envelope(pending.chunk, pending.prefix + secrets.token_hex(12))
         frame = _Frame(envelope, with_usage=pending.request.includes_usage)
         answers = [Answer() for _ in pending.generations]
-        # characters of each answer's tokens; the detokenizer may hold some of them back
+        # for each answer, the number of characters of its tokens; the detokenizer may not have sent all of them yet
         lengths = [0] * len(answers)
         async with aclosing(pending.pieces(self._receive)) as source:
             async for pieces in source:
@@ -87,7 +89,7 @@ class EventStream(Response):
 
 
 class _Frame:
-    """Writes events that differ in their choice only: everything around it is encoded once."""
+    """Writes events that differ only in `choices`. The JSON around `choices` is encoded once."""
 
     def __init__(self, envelope: Mapping[str, Any], *, with_usage: bool) -> None:
         self._before = f'data: {to_json(envelope)[:-1]},"choices":['.encode()

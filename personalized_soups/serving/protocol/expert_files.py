@@ -1,4 +1,4 @@
-"""The files of the served experts: notices which of them have changed since they were loaded."""
+"""Detects which of the served experts' files have changed since they were loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from personalized_soups.files.file_names import CONFIG_FILE, EXPERT_FILE, WEIGHT
 
 _FILES = (WEIGHTS_FILE, CONFIG_FILE, EXPERT_FILE)
 
-# A file's inode, size, mtime and ctime, for each file of an expert; None for a file that does not exist.
+# For each file of an expert: its inode, size, mtime and ctime, or None if the file does not exist.
 Stamp: TypeAlias = tuple[tuple[int, ...] | None, ...]
 
 
@@ -25,10 +25,10 @@ class ExpertsChangedError(RunError):
 
 
 class ExpertFiles:
-    """What the folders of the served experts looked like when they were loaded.
+    """Remembers the state of the served experts' files when they were loaded.
 
     Args:
-        reopen: opens the library again.
+        reopen: opens the library of experts again, to see the files that are on disk now.
     """
 
     def __init__(self, reopen: Callable[[], ExpertLibrary]) -> None:
@@ -38,11 +38,13 @@ class ExpertFiles:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of the served experts' tensors: 12 hex digits."""
+        """The first 12 hexadecimal digits of a digest of the served experts' names and tensor files."""
         return self._fingerprint
 
     def look(self) -> tuple[ExpertLibrary, Mapping[str, tuple[Path, Stamp]]]:
-        """Return the library as it is on disk, with the stamp of each expert, taken before its tensors are read.
+        """Open the library that is on disk now, and return it with each expert's folder and stamp.
+
+        The stamps are taken before any tensor is read. So a change during loading is detected later.
 
         Raises:
             SoupError: if the library cannot be opened.
@@ -51,24 +53,24 @@ class ExpertFiles:
         return library, {name: (expert.folder, _stamp(str(expert.folder))) for name, expert in library.items()}
 
     def serve(self, stamps: Mapping[str, tuple[Path, Stamp]]) -> None:
-        """Record that the experts with these stamps are loaded."""
+        """Record that the experts in `stamps` have been loaded, and compute their fingerprint."""
         digest = hashlib.sha256()
         for name, (folder, _) in sorted(stamps.items()):
-            with suppress(OSError, SoupError):  # a deleted expert is rejected as changed
+            with suppress(OSError, SoupError):  # an expert whose files were deleted meanwhile is reported by `check`
                 digest.update(f"{name}\0{digest_file(folder / WEIGHTS_FILE)}\0".encode())
         self._fingerprint = digest.hexdigest()[:12]
         self._served = stamps
 
     def is_changed(self, name: str) -> bool:
-        """Return whether an expert's files differ from those that were loaded; True for an unknown expert."""
+        """Return True if an expert's files have changed since they were loaded, or if no such expert was loaded."""
         known = self._served.get(name)
         return known is None or _stamp(str(known[0])) != known[1]
 
     def check(self, names: Iterable[str]) -> None:
-        """Raise if the files of one of these experts have changed.
+        """Check that the files of these experts have not changed since they were loaded.
 
         Raises:
-            ExpertsChangedError: naming the experts.
+            ExpertsChangedError: if files have changed. The message names the experts.
         """
         changed = [name for name in names if self.is_changed(name)]
         if changed:
@@ -81,13 +83,13 @@ class ExpertFiles:
     def difference(
         self, library: ExpertLibrary, stamps: Mapping[str, tuple[Path, Stamp]]
     ) -> tuple[list[Expert], list[str]]:
-        """Return the experts to load (new or changed), and the names of those that were removed."""
+        """Return the experts that are new or changed, and the names of the served experts that no longer exist."""
         changed = [expert for name, expert in library.items() if self._served.get(name) != stamps[name]]
         return changed, [name for name in self._served if name not in library]
 
 
 def _stamp(folder: str) -> Stamp:
-    """Return the stamp of an expert's folder, without reading its files."""
+    """Return the stamp of an expert's files, without reading their contents."""
     return tuple(_stamp_of(f"{folder}/{name}") for name in _FILES)
 
 

@@ -1,4 +1,4 @@
-"""Errors in the form of OpenAI's protocol, so that its clients handle them like OpenAI's own."""
+"""Errors in the form of OpenAI's protocol, so that OpenAI's client libraries can handle them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """An error that a client receives.
+    """An error that is sent to the client.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         message: what is wrong, and how to fix it.
-        param: the request's parameter that caused it.
-        code: the error's name for programs.
-        headers: sent with the response.
+        param: the request parameter that caused the error.
+        code: an identifier of the error for programs.
+        headers: additional headers of the response.
     """
 
     def __init__(
@@ -51,23 +51,23 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
-        """Return the body in the protocol's form."""
+        """Return the JSON body of the error response."""
         kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """Return the response."""
+        """Return the error response."""
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
 def api_error(error: Exception, *, param: str | None = None, status: int = 400, retry_after: int = 1) -> ApiError:
-    """Return the error that a client receives for an exception.
+    """Return the error to send to the client for an exception.
 
     Args:
-        error: an exception of this package; clients learn nothing about any other exception.
-        param: the request's parameter that caused it.
-        status: for input that the client sent and that cannot be used.
-        retry_after: seconds after which the request may succeed, for a full queue or an unavailable store.
+        error: the exception. If it is not a SoupError or an ApiError, the client is told only that the server failed.
+        param: the request parameter that caused the exception.
+        status: the HTTP status for input that cannot be used.
+        retry_after: seconds after which the request may succeed, if the cause is temporary.
     """
     if isinstance(error, ApiError):
         return error
@@ -84,21 +84,21 @@ def api_error(error: Exception, *, param: str | None = None, status: int = 400, 
             return ApiError(known.status, message, param=param, code=known.code, headers=headers)
     if error.exit_code != InputError.exit_code:
         return ApiError(500, f"{error.what}; {error.mend}", code="run_failed")
-    # clients see places in their request, but no paths of the server
+    # `where` is sent if it is a place in the request, but not if it is a path on the server
     where = f"{error.where}: " if error.where.startswith(("profile", "weights", "user")) else ""
     return ApiError(status, f"{where}{error.what}; {error.mend}", param=param, code="invalid_value")
 
 
 class _KnownError(NamedTuple):
-    """How clients see some kinds of errors.
+    """The status, code and message for some classes of exceptions.
 
     Attributes:
-        kinds: the exceptions.
-        status: of HTTP.
-        code: the error's name for programs.
-        message: replaces the exception's own text and fix; None keeps them.
+        kinds: the classes.
+        status: the HTTP status.
+        code: an identifier of the error for programs.
+        message: replaces the text of the exception; None keeps the text.
         is_temporary: whether the same request may succeed later. The response then has a Retry-After header.
-        retry_after: seconds in that header; None uses the caller's.
+        retry_after: the value of that header, in seconds; None uses the argument of `api_error`.
     """
 
     kinds: tuple[type[SoupError], ...]
@@ -109,7 +109,7 @@ class _KnownError(NamedTuple):
     retry_after: int | None = None
 
 
-# Clients never learn where the store's database is.
+# The messages for store errors are replaced, because the originals may contain the address of the database.
 _KNOWN_ERRORS = (
     _KnownError((QueueFullError,), 429, "queue_full", is_temporary=True),
     _KnownError((ClosedError,), 503, "shutting_down", is_temporary=True),

@@ -1,4 +1,4 @@
-"""How answers are written: as chat completions, and as text completions."""
+"""Writes answers in the two formats of OpenAI's protocol: chat completions and text completions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PendingChat(PendingAnswers):
     chunk: ClassVar[str] = "chat.completion.chunk"
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """Return a complete answer."""
+        """Return the entry of `choices` for a complete answer."""
         return {
             "index": index,
             "message": {"role": "assistant", "content": "".join(answer.parts), "refusal": None},
@@ -26,7 +26,7 @@ class PendingChat(PendingAnswers):
         }
 
     def head(self, index: int) -> dict[str, Any] | None:
-        """Return the role, which a stream sends first."""
+        """Return the entry of `choices` with the role, which a stream sends before the first token."""
         return {
             "index": index,
             "delta": {"role": "assistant", "content": ""},
@@ -35,12 +35,12 @@ class PendingChat(PendingAnswers):
         }
 
     def delta(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
-        """Return what a stream sends for an answer's next piece."""
+        """Return the entry of `choices` that a stream sends for an answer's next piece."""
         delta = {"content": text} if text or finish is None else {}
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
     def logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs]], start: int) -> dict[str, Any]:
-        """Return the log-probabilities of tokens."""
+        """Return the log-probabilities of tokens in the format of chat completions."""
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.token_text(token)
@@ -61,20 +61,20 @@ class PendingCompletion(PendingAnswers):
     chunk: ClassVar[str] = "text_completion"
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """Return a complete answer."""
+        """Return the entry of `choices` for a complete answer."""
         logprobs = self.logprobs(answer.logprobs, 0) if self.request.num_logprobs is not None else None
         return {"index": index, "text": "".join(answer.parts), "logprobs": logprobs, "finish_reason": answer.finish}
 
     def head(self, index: int) -> dict[str, Any] | None:
-        """Return None: a stream starts with the text."""
+        """Return None, because a stream of text completions starts with the text."""
         return None
 
     def delta(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
-        """Return what a stream sends for an answer's next piece."""
+        """Return the entry of `choices` that a stream sends for an answer's next piece."""
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
     def logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs]], start: int) -> dict[str, Any]:
-        """Return the log-probabilities of tokens, with the offset of each token's text in the answer."""
+        """Return the log-probabilities of tokens, and where the text of each token starts in the answer."""
         texts = [self.token_text(token) for token, _ in tokens]
         offsets = [start + sum(map(len, texts[:place])) for place in range(len(texts))]
         return {
@@ -89,5 +89,5 @@ class PendingCompletion(PendingAnswers):
 
 
 def _bytes(text: str) -> list[int] | None:
-    """Return a token's bytes; None if the token is part of a character, because its text does not contain the bytes."""
+    """Return the bytes of a token's text; None if the token is only a part of a character, whose bytes are unknown."""
     return None if "\ufffd" in text else list(text.encode())

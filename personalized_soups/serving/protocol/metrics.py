@@ -21,11 +21,12 @@ class Metrics:
     """The metrics of one server.
 
     Attributes:
-        registry: of prometheus_client, with all metrics.
+        registry: prometheus_client's registry with all metrics.
 
     Args:
-        max_rows: rows of a full batch.
-        by_user: whether answers are also counted by user. All readers of the metrics then see the users' names.
+        max_rows: number of rows of a full batch.
+        by_user: whether answers are also counted for each user. Everyone who can read the metrics then sees the users'
+            names.
     """
 
     def __init__(self, max_rows: int, *, by_user: bool = False) -> None:
@@ -54,34 +55,37 @@ class Metrics:
         self._per_second = 0.0
 
     def step(self, num_rows: int, seconds: float) -> None:
-        """Count a decoding step."""
+        """Record a decoding step that generated one token in each of `num_rows` rows."""
         self._rows.observe(num_rows)
         self._step.observe(seconds)
         self._answer_tokens.inc(num_rows)
         self._per_second += 0.05 * (num_rows / max(seconds, 1e-6) - self._per_second)
 
     def first_token(self, seconds: float) -> None:
-        """Count an answer's first token; it comes from reading the prompt, not from a decoding step."""
+        """Record the first token of an answer and the seconds since the request arrived.
+
+        The first token results from reading the prompt, so `step` does not count it.
+        """
         self._first.observe(seconds)
         self._answer_tokens.inc()
 
     def submitted(self, profile: ResolvedProfile, num_answers: int, num_prompt_tokens: int) -> None:
-        """Count a request that was submitted."""
+        """Count the answers and prompt tokens of a submitted request."""
         self._profiles.labels(profile.kind).inc(num_answers)
         self._prompt_tokens.inc(num_prompt_tokens)
         if self._users is not None and profile.user is not None:
             self._users.labels(profile.user).inc(num_answers)
 
     def answered(self, seconds: float) -> None:
-        """Count a request for answers that has ended, successfully or not."""
+        """Record the seconds of a request that has ended, successfully or not."""
         self._whole.observe(seconds)
 
     def responded(self, route: str, status: int) -> None:
-        """Count a response."""
+        """Count a response by route and HTTP status."""
         self._requests.labels(route, str(status)).inc()
 
     def page(self, load: Load) -> bytes:
-        """Return all metrics in the format of Prometheus."""
+        """Return all metrics in Prometheus' text format. `load` is the present load of the batcher."""
         self._waiting.set(load.waiting)
         self._running.set(load.running)
         self._occupancy.set(load.running / self._max_rows)

@@ -1,4 +1,4 @@
-"""A submitted request: collects its answers, and writes them as OpenAI's protocol defines."""
+"""`PendingAnswers`: a submitted request. It collects the answers and writes them in the form of OpenAI's protocol."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from personalized_soups.serving.protocol.requests import AnswerRequest
 
 @dataclass(eq=False)
 class Answer:
-    """One answer, as far as it has been generated.
+    """The part of an answer that has been generated so far.
 
     Attributes:
-        num_tokens: tokens, including an end token.
-        parts: the text, in pieces.
-        logprobs: the tokens of the text with their log-probabilities, if the request asked for them.
+        num_tokens: number of generated tokens, including the end token.
+        parts: the pieces of the text.
+        logprobs: token ids with their log-probabilities, if the request asked for them; without the end token.
         finish: why the answer ended; None while it continues.
     """
 
@@ -43,19 +43,19 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class PendingAnswers(ABC):
-    """A request that has been submitted, and how its answers are written. Each endpoint has a subclass.
+    """A submitted request and the format of its answers. Each endpoint has its own subclass.
 
     Attributes:
-        context: of the server.
-        request: as the client sent it.
-        profile: the soup that answers.
-        generations: one for each answer.
-        num_prompt_tokens: tokens of all prompts.
+        context: the parts of the server that are needed to answer.
+        request: the request that the client sent.
+        profile: the soup that generates the answers.
+        generations: the batcher's requests, one for each answer.
+        num_prompt_tokens: number of tokens of all prompts together.
         started: when the request arrived, by time.perf_counter().
         created: when the answers were submitted, in seconds since 1970.
-        prefix: start of a response's `id`.
-        whole: `object` of a response.
-        chunk: `object` of an event in a stream.
+        prefix: the start of the `id` of a response.
+        whole: the value of `object` in a response that is not streamed.
+        chunk: the value of `object` in an event of a stream.
     """
 
     context: AnswerContext
@@ -72,38 +72,41 @@ class PendingAnswers(ABC):
 
     @abstractmethod
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        """Return a complete answer."""
+        """Return the entry of `choices` for a complete answer."""
 
     @abstractmethod
     def head(self, index: int) -> dict[str, Any] | None:
-        """Return what a stream sends before an answer's first token; None for nothing."""
+        """Return the entry of `choices` that a stream sends before an answer's first token; None if it sends none."""
 
     @abstractmethod
     def delta(self, index: int, text: str, logprobs: Any, finish: str | None) -> dict[str, Any]:
-        """Return what a stream sends for an answer's next piece."""
+        """Return the entry of `choices` that a stream sends for an answer's next piece."""
 
     @abstractmethod
     def logprobs(self, tokens: Sequence[tuple[int, TokenLogprobs]], start: int) -> Any:
-        """Return the log-probabilities of tokens.
+        """Return the log-probabilities of tokens in the format of the endpoint.
 
         Args:
             tokens: token ids with their log-probabilities.
-            start: length of the answer's text before the first of them, in characters.
+            start: number of characters of the answer before the first of these tokens.
         """
 
     def token_text(self, token: int) -> str:
-        """Return the text of one token decoded alone."""
+        """Decode one token, without its neighbors, and return its text."""
         decoded = self.context.generator.tokenizer.decode([token], clean_up_tokenization_spaces=False)
         return str(decoded)
 
     def logprobs_of(self, piece: Piece) -> list[tuple[int, TokenLogprobs]]:
-        """Return a piece's token with its log-probabilities; nothing for an end token, which has no text."""
+        """Return the piece's token with its log-probabilities, in a list.
+
+        The list is empty for an end token, which has no text, and if the request asked for no log-probabilities.
+        """
         if piece.logprobs is None or piece.token is None or piece.token in self.context.generator.stop_ids:
             return []
         return [(piece.token, piece.logprobs)]
 
     def envelope(self, kind: str, identity: str) -> dict[str, Any]:
-        """Return the fields of a response or an event except its choices."""
+        """Return all fields of a response or an event except `choices` and `usage`."""
         return {
             "id": identity,
             "object": kind,
@@ -113,7 +116,7 @@ class PendingAnswers(ABC):
         }
 
     def usage(self, num_answer_tokens: int) -> dict[str, Any]:
-        """Return the numbers of tokens."""
+        """Return the `usage` of a response: the numbers of prompt and answer tokens."""
         return {
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": num_answer_tokens,
@@ -121,11 +124,11 @@ class PendingAnswers(ABC):
         }
 
     async def pieces(self, receive: Receive) -> AsyncGenerator[Sequence[tuple[int, Piece]]]:
-        """Yield the pieces of the answers, each with the number of its answer.
+        """Yield the pieces of the answers as they are generated, each piece with the index of its answer.
 
         Raises:
-            ApiError: if an answer failed, or the time limit has passed.
-            ClientDisconnectedError: if the client has closed its connection.
+            ApiError: if an answer fails, or the request exceeds its time limit.
+            ClientDisconnectedError: if the client closes the connection.
         """
         metrics, seconds = self.context.metrics, self.context.request_seconds
         begun: set[int] = set()
@@ -150,10 +153,10 @@ class PendingAnswers(ABC):
             metrics.answered(time.perf_counter() - self.started)
 
     async def whole_response(self, receive: Receive) -> Response:
-        """Return all answers in one response.
+        """Wait for all answers, and return them in one response.
 
         Raises:
-            ApiError: as `pieces`.
+            ApiError: if an answer fails, or the request exceeds its time limit.
         """
         answers = [Answer() for _ in self.generations]
         try:
@@ -166,7 +169,7 @@ class PendingAnswers(ABC):
                         answer.logprobs += self.logprobs_of(piece)
                         answer.finish = piece.finish
         except ClientDisconnectedError:
-            return Response(status_code=499)  # not sent; nginx logs the same number
+            return Response(status_code=499)  # never sent, only counted; nginx uses the same status
         body = self.envelope(self.whole, self.prefix + secrets.token_hex(12))
         body["choices"] = [self.choice(index, answer) for index, answer in enumerate(answers)]
         body["usage"] = self.usage(sum(answer.num_tokens for answer in answers))
@@ -174,5 +177,8 @@ class PendingAnswers(ABC):
 
 
 def to_json(body: Mapping[str, Any]) -> str:
-    """Return a body as JSON without spaces, in ASCII: escaped, a lone surrogate is valid JSON; in UTF-8 it is not."""
+    """Return a body as ASCII JSON without spaces.
+
+    Other characters are escaped, because UTF-8 cannot encode a lone surrogate.
+    """
     return json.dumps(body, ensure_ascii=True, separators=(",", ":"), allow_nan=False)

@@ -1,4 +1,4 @@
-"""The pieces of a request's answers, from the batcher's thread to the event loop that sends them."""
+"""Passes the pieces of answers from the batcher's thread to the event loop, which sends them to the clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ClientDisconnectedError(Exception):
 
 
 class PieceQueue:
-    """The pieces of one request's answers. Belongs to one event loop."""
+    """A queue of pieces of one request's answers. All methods must be called in one event loop."""
 
     def __init__(self) -> None:
         self._pieces: list[tuple[int, Piece]] = []
@@ -24,17 +24,17 @@ class PieceQueue:
         self._changed = asyncio.Event()
 
     def put(self, index: int, piece: Piece) -> None:
-        """Append a piece of answer number `index`."""
+        """Append a piece of the answer with this index."""
         self._pieces.append((index, piece))
         self._changed.set()
 
     def disconnect(self) -> None:
-        """Record that the client has closed its connection."""
+        """Record that the client has closed the connection."""
         self._is_disconnected = True
         self._changed.set()
 
     async def get(self) -> Sequence[tuple[int, Piece]]:
-        """Return all pieces that arrived since the last call; wait for at least one.
+        """Wait for a piece, and return all pieces that have arrived since the last call.
 
         Raises:
             ClientDisconnectedError: if the client has closed its connection.
@@ -58,7 +58,10 @@ class PieceDispatcher:
         self._loop = loop
 
     def deliver(self, pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
-        """Schedule the delivery in the event loop; the batcher's thread calls this once for each step."""
+        """Put the pieces of a step into the queues of their requests.
+
+        The batcher's thread calls this method. The pieces are put into the queues later, in the event loop.
+        """
         try:
             self._loop.call_soon_threadsafe(_put_all, pieces)
         except RuntimeError:  # the loop is closed, and so is every connection
@@ -74,16 +77,19 @@ def _put_all(pieces: Sequence[tuple[GenerationRequest, Piece]]) -> None:
 async def pieces_of(
     batcher: Batcher, generations: Sequence[GenerationRequest], *, receive: Receive, seconds: float
 ) -> AsyncGenerator[Sequence[tuple[int, Piece]]]:
-    """Yield the pieces of answers until all have ended; abort the answers that nobody reads to their end.
+    """Yield the pieces of answers until all answers have ended.
+
+    If the caller stops earlier, the unfinished answers are aborted.
 
     Args:
         batcher: generates the answers.
-        generations: submitted requests whose destinations are places of one queue.
-        receive: of ASGI, after the request's body; it reports when the client disconnects.
+        generations: the batcher's requests. All have the same queue as destination.
+        receive: the ASGI function that returns the client's next message. The request's body must have been received,
+            so that the next message reports that the client has disconnected.
         seconds: time limit for all answers together.
 
     Raises:
-        TimeoutError: if the answers take longer.
+        TimeoutError: if the answers take longer than `seconds`.
         ClientDisconnectedError: if the client has closed its connection.
     """
     queue: PieceQueue = generations[0].destination[0]
@@ -92,7 +98,7 @@ async def pieces_of(
     deadline = asyncio.get_running_loop().time() + seconds
     try:
         while unfinished:
-            # the timeout does not include the yield: it would cancel the code that receives the pieces
+            # the timeout must not include the yield, because it would cancel the caller's code
             async with asyncio.timeout_at(deadline):
                 pieces = await queue.get()
             unfinished.difference_update(index for index, piece in pieces if piece.is_last)

@@ -1,4 +1,4 @@
-"""Which soup answers a request: the meaning of its `model` and `profile`."""
+"""Finds the soup (the weighted sum of the experts) that a request's `model` and `profile` select."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ from personalized_soups.users.profiles.store import ProfileStore
 
 SOUP = "soup:"
 
-# `soup:u1042@7` is version 7 of user u1042. A user whose own name ends with @ and digits needs a version after it.
+# `soup:u1042@7` is version 7 of user u1042. If a user's own name ends with @ and digits,
+# the version must be given, too.
 _VERSIONED = re.compile(r"(?s)(?P<user>.+)@(?P<version>[0-9]{1,9})")
 
 
 @dataclass(frozen=True, slots=True)
 class ResolvedProfile:
-    """The soup that answers a request.
+    """The soup that a request selects.
 
     Attributes:
-        weights: the checked weights of the experts; none for the base alone.
-        kind: of the profile, for metrics.
-        user: the user of a stored profile; None for other kinds.
-        model: the model name in the response.
+        weights: the checked weights of the experts; empty for the base without experts.
+        kind: "base" without a profile, "inline" for a profile in the request, "stored" for a stored profile.
+        user: the user of the stored profile; None for the other kinds.
+        model: the value of `model` in the response.
     """
 
     weights: ExpertWeights
@@ -43,7 +44,7 @@ class ResolvedProfile:
 
 
 class ProfileResolver:
-    """Finds the soup that answers a request.
+    """Finds the soup that a request selects.
 
     Attributes:
         base: the model name of the base.
@@ -51,8 +52,8 @@ class ProfileResolver:
     Args:
         model: base and experts.
         base: the model name of the base.
-        store: of profiles; None if the server has none.
-        files: of the experts, which may have changed since they were loaded.
+        store: the profile store; None if the server has no store.
+        files: detects experts whose files have changed since they were loaded.
     """
 
     def __init__(self, model: SoupModel, base: str, store: ProfileStore | None, files: ExpertFiles) -> None:
@@ -62,11 +63,14 @@ class ProfileResolver:
         self._files = files
 
     def resolve(self, model: str, profile: Mapping[str, Any] | None) -> ResolvedProfile:
-        """Return the soup for a request's `model` and `profile`. Blocks while it reads the store.
+        """Return the soup for a request's `model` and `profile`.
+
+        If `model` names a stored profile, this call blocks while the store is read.
 
         Raises:
-            ApiError: 404 for an unknown model or user, 400 or 422 for a profile that cannot be served.
-            ExpertsChangedError: if the files of one of its experts have changed.
+            ApiError: 404 for an unknown model or user; 400 if `profile` is invalid, or is given although `model` names
+                a stored profile; 422 if the served experts do not match the profile.
+            ExpertsChangedError: if the files of an expert in the profile have changed since they were loaded.
         """
         if model.startswith(SOUP):
             if profile is not None:
@@ -90,15 +94,15 @@ class ProfileResolver:
         return ResolvedProfile(self.weights(_declared(profile), "profile"), "inline", None, self.base)
 
     def weights(self, profile: Profile, param: str) -> ExpertWeights:
-        """Return a profile's checked weights.
+        """Check a profile, and return its weights.
 
         Args:
             profile: the profile.
-            param: the parameter of the request that gave the profile, for the error.
+            param: the request parameter that selected the profile. The error names this parameter.
 
         Raises:
             ApiError: 422 if the served experts do not match the profile.
-            ExpertsChangedError: if the files of one of its experts have changed.
+            ExpertsChangedError: if the files of an expert in the profile have changed since they were loaded.
         """
         try:
             weights = self._model.resolve(profile)
@@ -120,20 +124,20 @@ class ProfileResolver:
         user, version = (versioned["user"], int(versioned["version"])) if versioned else (name, None)
         try:
             stored = self._store.get(user, version)
-        except SoupError as error:  # an invalid user name has no profile either
+        except SoupError as error:  # 404 for an invalid user name, too: no profile has such a name
             raise api_error(error, param="model", status=404) from error
         weights = self.weights(stored.profile.with_places(Places("profile", {})), "model")
         return ResolvedProfile(weights, "stored", user, f"{SOUP}{user}@{stored.version}")
 
 
 def _declared(profile: Mapping[str, Any]) -> Profile:
-    """Return the profile in a request.
+    """Return the profile that a request contains.
 
     Raises:
-        ApiError: 400 if it is not a valid profile.
+        ApiError: 400 if the profile is invalid.
     """
     try:
-        # the fast way, for valid profiles; load_data finds the errors of an invalid one again and explains them
+        # This is fast, but its errors are hard to read. For an invalid profile, load_data below explains the error.
         return Profile.model_validate(profile).with_places(Places("profile", {}))
     except ValidationError:
         pass

@@ -1,4 +1,7 @@
-"""Requests of OpenAI's protocol. A parameter that is not supported is rejected by name, never ignored silently."""
+"""Requests of OpenAI's protocol.
+
+A parameter that would change the answer and is not supported is rejected with an error that names it.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,17 @@ _MAX_CHOICES = 64
 _MAX_STOPS = 16
 _MAX_BIASED = 1024
 
-# Every parameter of OpenAI's chat completions and completions is supported (a field of the requests below), ignored or
-# unsupported. A test compares the three groups with the types of the openai package.
+# Every parameter of OpenAI's chat completions and completions belongs to one of three groups: supported (a field of the
+# classes below), IGNORED or UNSUPPORTED. A test compares these groups with the types of the openai package.
 
-# Parameters that cannot change an answer of this server, regardless of their value: notes, caches, billing, speed.
+# Parameters that never change an answer of this server. They concern notes, caches, billing and speed.
 IGNORED = frozenset({
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
     "prompt_cache_retention", "safety_identifier", "service_tier", "store",
 })  # fmt: skip
 
-# Parameters that would change the answer, each with the values that are accepted because they change nothing. Null is
-# always accepted.
+# Parameters that would change the answer. Each is rejected, except for null and the values listed with it, which change
+# nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -44,8 +47,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-# Keys of a message with content other than its text: calls, other media, reasoning, an answer to continue. They are
-# accepted if they are empty. All other keys are ignored: they are a client's own notes (`id`, `createdAt`, ...).
+# Keys of a message that hold content other than text, such as tool calls, images or reasoning. Such a key is accepted
+# only if its value is empty. All other unknown keys, such as `id`, are a client's own notes and are ignored.
 UNSUPPORTED_KEYS = frozenset({
     # from OpenAI's protocol
     "audio", "function_call", "refusal", "tool_call_id", "tool_calls",
@@ -59,25 +62,25 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class RequestBody(BaseModel):
-    """A request, or a part of one: strict, closed and immutable."""
+    """Base class of requests and their parts. Types are checked strictly and unknown keys are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 def _unsupported(name: str) -> PydanticCustomError:
-    """Return the error for a parameter that is not supported; `validation_error` reads its name."""
+    """Return the error for an unsupported parameter. `validation_error` reads the parameter's name from the error."""
     return PydanticCustomError("unsupported", "{name} is not supported by this server; remove it", {"name": name})
 
 
 class StreamOptions(RequestBody):
-    """What a stream contains in addition to the answers."""
+    """Selects what a stream contains in addition to the answers."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class TextPart(RequestBody):
-    """A part of a message's content. Keys other than these two are ignored (`cache_control`, ...)."""
+    """A part of a message's content. Other keys, such as `cache_control`, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -97,7 +100,10 @@ class ChatMessage(RequestBody):
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, given: Any) -> Any:
-        """Reject content other than text. The message of an answer has these keys, too, and they are empty."""
+        """Reject content other than text.
+
+        The messages of answers contain these keys with empty values, so empty values are accepted.
+        """
         if isinstance(given, Mapping):
             for name in given:
                 if name in UNSUPPORTED_KEYS and given[name] not in _EMPTY:
@@ -117,14 +123,14 @@ class ChatMessage(RequestBody):
         return content
 
     def plain(self) -> Message:
-        """Return the message as chat templates expect it."""
+        """Return the message in the form that chat templates expect."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         message = {"role": "system" if self.role == "developer" else self.role, "content": content}
         return message if self.name is None else {**message, "name": self.name}
 
 
 class AnswerRequest(RequestBody):
-    """The parameters that both endpoints share."""
+    """The parameters of both chat completions and completions."""
 
     default_max_tokens: ClassVar[int | None] = None
 
@@ -197,21 +203,21 @@ class AnswerRequest(RequestBody):
 
     @property
     def num_tokens(self) -> int | None:
-        """The length limit of an answer; None if the request sets none."""
+        """The maximum number of tokens of an answer; None if the request sets no maximum."""
         return self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are reported with each token; None reports no log-probabilities."""
+        """The number of likeliest tokens to report with each token; None if no log-probabilities are requested."""
         raise NotImplementedError
 
     @property
     def includes_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with the numbers of prompt and answer tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def sampling_params(self, seed: int, place: int) -> SamplingParams:
-        """Return how the tokens of answer number `place` are chosen; `seed` applies if the request has none."""
+        """Return the sampling parameters of answer number `place`. `seed` is used if the request sets no seed."""
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -225,7 +231,7 @@ class AnswerRequest(RequestBody):
 
 
 class ChatRequest(AnswerRequest):
-    """POST /v1/chat/completions."""
+    """The body of POST /v1/chat/completions."""
 
     messages: list[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
@@ -240,16 +246,16 @@ class ChatRequest(AnswerRequest):
 
     @property
     def num_tokens(self) -> int | None:
-        """The length limit of an answer; None if the request sets none."""
+        """The maximum number of tokens of an answer; None if the request sets no maximum."""
         return self.max_completion_tokens or self.max_tokens
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are reported with each token; None reports no log-probabilities."""
+        """The number of likeliest tokens to report with each token; None if no log-probabilities are requested."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> list[Message]:
-        """Return the messages as chat templates expect them."""
+        """Return the messages in the form that chat templates expect."""
         return [message.plain() for message in self.messages]
 
 
@@ -257,7 +263,7 @@ Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
 class CompletionRequest(AnswerRequest):
-    """POST /v1/completions."""
+    """The body of POST /v1/completions."""
 
     default_max_tokens: ClassVar[int | None] = 16  # as in OpenAI's protocol
 
@@ -266,11 +272,11 @@ class CompletionRequest(AnswerRequest):
 
     @property
     def num_logprobs(self) -> int | None:
-        """How many of the likeliest tokens are reported with each token; None reports no log-probabilities."""
+        """The number of likeliest tokens to report with each token; None if no log-probabilities are requested."""
         return self.logprobs
 
     def prompts(self) -> list[str | list[int]]:
-        """Return every prompt: a text, or token ids."""
+        """Return the prompts as a list. Each prompt is a text or a list of token ids."""
         if isinstance(self.prompt, str):
             return [self.prompt]
         prompts: list[str | list[int]] = []

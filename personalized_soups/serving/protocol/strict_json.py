@@ -1,4 +1,4 @@
-"""Strict JSON in requests (no NaN, no infinities, valid UTF-8), and the errors for invalid requests."""
+"""Parses requests as strict JSON (no NaN, no infinities, valid UTF-8), and describes invalid requests."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pydantic_core import from_json
 from personalized_soups.errors import nearest
 from personalized_soups.serving.protocol.faults import ApiError
 
-# Parts of an error's location that name one of the types pydantic tried, and no parameter.
+# Parts of a pydantic error's location that name a type pydantic tried, not a parameter.
 _UNION_TAG = re.compile(r"str|[a-z-]+\[.*\]|constrained-.*")
 
 
 class StrictRequest(Request):
-    """A request that accepts only JSON as RFC 8259 defines it."""
+    """A request whose body must be JSON as RFC 8259 defines it."""
 
     async def json(self) -> Any:
         """Return the parsed body.
@@ -39,10 +39,10 @@ class StrictRequest(Request):
 
 
 class StrictRoute(APIRoute):
-    """A route that receives a StrictRequest."""
+    """A route that parses bodies with StrictRequest."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, which then receives a StrictRequest."""
+        """Return FastAPI's handler, wrapped so that it receives a StrictRequest."""
         handle = super().get_route_handler()
 
         async def handler(request: Request) -> Response:
@@ -52,10 +52,10 @@ class StrictRoute(APIRoute):
 
 
 class BodyRoute(APIRoute):
-    """A route that calls `endpoint(body, request)`, with the body parsed and no other argument.
+    """A route that parses the body and calls `endpoint(body, request)`.
 
-    FastAPI only describes the route in its schema. Its general way of finding an endpoint's arguments takes as long as
-    all other work on a request before it is queued, and the event loop handles one request at a time.
+    FastAPI's own way of finding an endpoint's arguments is slow: it takes as long as all other work on a request before
+    the request is queued. So FastAPI only describes the route in the OpenAPI schema.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -82,11 +82,12 @@ class BodyRoute(APIRoute):
 
 
 def validation_error(error: RequestValidationError, known: Sequence[str]) -> ApiError:
-    """Return the error that a client receives for an invalid request.
+    """Return the error to send to the client for an invalid request.
 
     Args:
-        error: all that is wrong with the request. The client receives an unknown parameter, or else the first entry.
-        known: the parameters of the protocol, for a suggestion.
+        error: all faults of the request. The client is told the first unknown parameter if there is one, else the first
+            fault.
+        known: the parameters of the protocol. The most similar parameter is suggested for an unknown one.
     """
     errors = error.errors()
     first = next((entry for entry in errors if entry["type"] == "extra_forbidden"), errors[0])

@@ -1,4 +1,7 @@
-"""From a request to pending answers: finds the soup, encodes the prompts, and submits them to the batcher."""
+"""Turns a request into pending answers: finds the soup, encodes the prompts, and submits them to the batcher.
+
+A soup is the weighted sum of the experts.
+"""
 
 from __future__ import annotations
 
@@ -20,29 +23,31 @@ from personalized_soups.serving.protocol.piece_queue import PieceQueue
 from personalized_soups.serving.protocol.profile_resolver import SOUP
 from personalized_soups.serving.protocol.requests import AnswerRequest, ChatRequest
 
-# Prompts with more characters are encoded on another thread, because the event loop sends all other answers meanwhile.
+# Prompts with more characters are encoded on another thread, so that the event loop can send other answers meanwhile.
 _LONG_PROMPT = 8192
 
 
 async def submit(
     context: AnswerContext, request: AnswerRequest, prompts: Sequence[Any], kind: type[PendingAnswers], started: float
 ) -> PendingAnswers:
-    """Submit a request's answers: `n` for each prompt, prompt by prompt.
+    """Submit a request to the batcher, and return its pending answers.
+
+    The first `n` answers belong to the first prompt, the next `n` answers to the second prompt, and so on.
 
     Args:
-        context: of the server.
-        request: as the client sent it.
-        prompts: plain texts, conversations, or token ids.
-        kind: how the answers are written.
+        context: the parts of the server that are needed to answer.
+        request: the request that the client sent.
+        prompts: plain texts, conversations, or lists of token ids.
+        kind: the class that writes the answers in the format of the endpoint.
         started: when the request arrived, by time.perf_counter().
 
     Raises:
         ApiError: if the request cannot be served, or too many requests wait.
-        ExpertsChangedError: if the files of an expert in the profile have changed.
+        ExpertsChangedError: if the files of an expert in the profile have changed since they were loaded.
     """
     _check_number(context, len(prompts) * request.num_choices)
     resolve = partial(context.resolver.resolve, request.model, request.profile)
-    # only stored profiles are read from a disk or another machine
+    # reading a stored profile blocks, because the store is on a disk or another machine
     profile = await run_in_threadpool(resolve) if request.model.startswith(SOUP) else resolve()
     encoded = await _encoded(context.generator, prompts)
     queue = PieceQueue()
@@ -70,10 +75,10 @@ async def submit(
 
 
 def _check_number(context: AnswerContext, num_answers: int) -> None:
-    """Raise if a request asks for more answers than the batcher ever accepts; nothing is encoded for it then.
+    """Check that the batcher could accept the number of answers. This is checked before the prompts are encoded.
 
     Raises:
-        ApiError: 400.
+        ApiError: 400 if the request asks for too many answers.
     """
     limits = context.batcher.limits
     most = limits.max_rows + limits.max_waiting
@@ -111,7 +116,7 @@ def _encode(generator: Generator, prompt: Any) -> list[int]:
         raise ApiError(
             400, f"the base's chat template rejects the messages: {error}", param="messages", code="invalid_value"
         ) from error
-    except SoupError as error:  # without its place, which is a path of the server
+    except SoupError as error:  # `error.where` is not sent, because it is a path on the server
         raise ApiError(400, f"{error.what}; {error.mend}", param="messages", code="invalid_value") from error
     if not tokens:
         raise ApiError(400, "the prompt is empty", param="prompt", code="invalid_value")
@@ -119,10 +124,10 @@ def _encode(generator: Generator, prompt: Any) -> list[int]:
 
 
 def _max_new_tokens(context: AnswerContext, request: AnswerRequest, num_prompt: int) -> int:
-    """Return the length limit of an answer.
+    """Return the maximum number of tokens of an answer to a prompt with `num_prompt` tokens.
 
     Raises:
-        ApiError: if prompt and answer do not fit into the context.
+        ApiError: 400 if prompt and answer do not fit into the context together.
     """
     max_context = context.batcher.limits.max_context
     num_new = request.num_tokens or request.default_max_tokens

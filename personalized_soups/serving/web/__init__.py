@@ -1,1 +1,1 @@
-"""The HTTP server: the application, its routes, the request guard, connections."""
+"""The HTTP server: the application and its routes, the checks before a request, and the connections."""

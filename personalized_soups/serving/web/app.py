@@ -1,4 +1,4 @@
-"""`Server`: the ASGI application with all routes, for one base, its experts and a profile store."""
+"""`Server`: an ASGI application that serves one base, its experts and a profile store."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ PLAYGROUND = Path(__file__).parents[1] / "playground"
 
 
 class Server:
-    """A batcher and an ASGI application around it.
+    """An ASGI application with all routes, and the batcher that generates the answers.
 
     Create a server in the event loop that runs it. `close` ends the batcher's thread.
 
     Args:
-        model: base and experts, with a tokenizer.
+        model: the base with its experts and a tokenizer.
         settings: the server's settings.
-        files: the folders of the model's experts.
-        store: the profile store; its `check` should reject profiles that the model cannot serve.
-        catalogue: names and scorers of the dimensions.
+        files: detects changes of the experts' files.
+        store: the profile store. Its `check` should reject profiles that the model cannot serve.
+        catalogue: the dimensions with their names, sides and scorers.
 
     Attributes:
         app: the ASGI application.
 
     Raises:
-        SoupError: if the model cannot be served, or a scorer cannot be found.
+        SoupError: if the batcher cannot run the model, or a scorer in the catalogue cannot be found.
     """
 
     def __init__(
@@ -110,11 +110,11 @@ class Server:
         self.app: ASGIApp = self._guard
 
     def refuse_bodies(self) -> None:
-        """Reject requests whose body has not arrived yet, because the server is about to end."""
+        """Reject requests whose body has not arrived yet. Call this when the server is about to shut down."""
         self._guard.refuse_bodies()
 
     def close(self) -> None:
-        """End all answers that are still being generated, with an error."""
+        """End the batcher's thread. Answers that are still being generated end with an error."""
         self.batcher.close(finish=False, timeout=self.settings.grace_seconds)
 
     def _count_response(self, scope: Scope, status: int) -> None:
@@ -122,9 +122,10 @@ class Server:
 
 
 def _route_of(scope: Scope) -> str:
-    """Return the route template (`/v1/profiles/{user:any}`), so that metrics never contain user names.
+    """Return the template of a request's route, for example `/v1/profiles/{user:any}`.
 
-    A request that was rejected before routing gets the template of its path, or `other`.
+    The template is used in metrics, so that they contain no user names. If the request was rejected before routing, the
+    template is derived from its path; it is `other` for an unknown path.
     """
     route = scope.get("route")
     if route is not None:
@@ -149,7 +150,7 @@ def _add_playground(api: FastAPI) -> None:
 
 
 def _add_faults(api: FastAPI) -> None:
-    """Send every error in the format of OpenAI's API."""
+    """Add handlers that send every error in the format of OpenAI's API."""
     known = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields})
 
     @api.exception_handler(ApiError)

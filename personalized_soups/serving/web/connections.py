@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with deadlines for clients that send or read nothing."""
+"""uvicorn's HTTP protocol, extended to close the connections of clients that stop sending or reading."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Limits for the head of a request: its request line and headers.
+# Limits for the head of a request, which consists of the request line and the headers.
 HEAD_SECONDS = 15.0
 MAX_HEAD_BYTES = 64 << 10
 
@@ -18,9 +18,10 @@ _TOO_LARGE = b"HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Length: 0
 
 
 class PatientProtocol(HttpToolsProtocol):
-    """uvicorn's protocol with three limits: the time and the size of a request's head, and the time of a write.
+    """uvicorn's HTTP protocol with three limits that uvicorn itself lacks.
 
-    uvicorn itself has none of them.
+    The head of a request must arrive within HEAD_SECONDS and have at most MAX_HEAD_BYTES bytes. A client that does not
+    read its response may block the connection for at most WRITE_SECONDS.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -31,7 +32,7 @@ class PatientProtocol(HttpToolsProtocol):
         self._is_in_head = True
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the timer for the first head."""
+        """Start the timer for the head of the first request."""
         super().connection_made(transport)
         self._start_head_timer()
 
@@ -41,7 +42,7 @@ class PatientProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of a head, and close the connection if there are too many."""
+        """Process data, and close the connection if the head of a request has too many bytes."""
         if self._is_in_head:
             self._num_head_bytes += len(data)
         super().data_received(data)
@@ -51,14 +52,14 @@ class PatientProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        """Start the timer for the next head."""
+        """Start the timer for the head of the next request."""
         super().on_message_begin()
         self._is_in_head = True
         if self._head_timer is None:
             self._start_head_timer()
 
     def on_headers_complete(self) -> None:
-        """Cancel the timer: the head is complete."""
+        """Cancel the timer for the head, which is now complete."""
         self._is_in_head = False
         self._num_head_bytes = 0
         if self._head_timer is not None:
@@ -67,13 +68,13 @@ class PatientProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def pause_writing(self) -> None:
-        """Start the timer: the client does not read."""
+        """Start the timer for a client that does not read its response."""
         super().pause_writing()
         if self._write_timer is None:
             self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Cancel the timer: the client reads again."""
+        """Cancel the timer, because the client reads its response again."""
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None

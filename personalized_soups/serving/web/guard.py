@@ -1,4 +1,4 @@
-"""`Guard`: checks host, origin, API key, body size and load before a request reaches the application."""
+"""`Guard`: checks a request's host, origin, API key and body size, and the server's load, before routing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _log = logging.getLogger(__name__)
 
 _USUAL_HEADERS = "Authorization, Content-Type, If-Match, If-None-Match"
 
-# A longer Content-Length is larger than any limit.
+# A Content-Length with more digits is larger than any limit.
 _MAX_DIGITS = 15
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
-# Our pages may load files from this server and send requests to it, and nothing else.
+# The playground's pages may load files only from this server and send requests only to it.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,18 +41,20 @@ _ALWAYS = {
 
 _PROBED = ("/health", "/ready")
 
-# Paths that need no key: health checks, and a page that contains no data.
+# Paths that need no key. They contain no user's data.
 _OPEN = ("/health", "/ready", "/favicon.ico", "/openapi.json", "/playground")
 
 
 class Guard:
-    """ASGI middleware that rejects requests that break a rule, and reads the bodies of all others.
+    """ASGI middleware that rejects requests that break a rule.
+
+    The whole body of every other request is received before the request is passed to the application.
 
     Args:
-        app: the application.
-        rules: who may send requests, and how much.
+        app: the ASGI application.
+        rules: the rules for clients and requests.
         retry_after: returns the seconds for a Retry-After header.
-        on_response: called with scope and status of each response.
+        on_response: called for each response with its ASGI scope and HTTP status.
     """
 
     def __init__(
@@ -72,11 +74,11 @@ class Guard:
         self._is_ending = asyncio.Event()
 
     def refuse_bodies(self) -> None:
-        """From now on, reject requests whose bodies have not arrived."""
+        """Reject all requests whose bodies have not arrived yet, from now on."""
         self._is_ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Reject a request, or pass it to the application."""
+        """Check a request. Send an error if it breaks a rule, and pass it to the application otherwise."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -118,7 +120,13 @@ class Guard:
             self._num_running -= counts
 
     def _check_host(self, headers: Headers) -> None:
-        """Reject unknown host names: another site could point its name at this machine (DNS rebinding)."""
+        """Reject unknown host names.
+
+        Without this check, another site could point its own name at this machine (DNS rebinding).
+
+        Raises:
+            ApiError: 421 for an unknown host name; 400 for repeated Host or Origin headers.
+        """
         if len(headers.getlist("host")) > 1 or len(headers.getlist("origin")) > 1:
             raise ApiError(400, "the request has more than one Host or Origin header", code="invalid_value")
         host = _host_of(headers.get("host", ""))
@@ -150,7 +158,7 @@ class Guard:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # All keys are compared, so that the time does not depend on which key matches.
+        # All keys are compared, so that the response time does not reveal which key matches.
         matches = [hmac.compare_digest(given, known) for known in self._digests]
         if scheme.lower() != "bearer" or not any(matches):
             what = "Incorrect API key provided" if key else "You didn't provide an API key"
@@ -188,10 +196,10 @@ class Guard:
             ) from None
 
     async def _received(self, receive: Receive) -> Message:
-        """Return the next part of a body.
+        """Wait for the next part of the body, and return it.
 
         Raises:
-            ApiError: 503 if the server is about to end and the part has not arrived.
+            ApiError: 503 if the server is about to shut down and the part has not arrived.
         """
         arriving = asyncio.ensure_future(receive())
         await asyncio.sleep(0)
@@ -228,7 +236,7 @@ async def _preflight(headers: Headers, scope: Scope, receive: Receive, send: Sen
 
     allowed = {
         "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
-        # OpenAI's client for browsers sends headers of its own
+        # allow all headers, because OpenAI's client for browsers sends additional ones
         "Access-Control-Allow-Headers": headers.get("access-control-request-headers", _USUAL_HEADERS),
         "Access-Control-Max-Age": "600",
     }
@@ -236,7 +244,7 @@ async def _preflight(headers: Headers, scope: Scope, receive: Receive, send: Sen
 
 
 def _refusal(fault: Exception, headers: Headers) -> ApiError:
-    """Return the error for a request that is rejected."""
+    """Return the error to send for an exception that a check raised."""
     if not isinstance(fault, ApiError):
         _log.error("a request could not be checked", exc_info=fault)
     refusal = api_error(fault)
@@ -259,7 +267,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def _is_counted(scope: Scope) -> bool:
-    """Return whether a request counts towards the limit. Health checks do not."""
+    """Return whether a request counts toward `max_requests`. Only paths that start with /v1/ count."""
     return bool(scope["path"].startswith("/v1/"))
 
 
@@ -270,7 +278,10 @@ def _too_large(most: int) -> ApiError:
 
 
 def _host_of(header: str) -> str:
-    """Return the name in a Host header, in lower case, without port and brackets; empty if the header is invalid."""
+    """Return the host name in a Host header, in lower case, without port and brackets.
+
+    The name is empty if the header is invalid.
+    """
     if "@" in header or "/" in header or "?" in header or "#" in header:
         return ""
     try:
@@ -280,7 +291,7 @@ def _host_of(header: str) -> str:
 
 
 def _is_address(host: str) -> bool:
-    """Return whether a host is an IP address, which DNS rebinding cannot redirect."""
+    """Return whether a host is an IP address. DNS rebinding needs a host name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Runs a server: bind the socket, load the model, serve, and finish running answers on SIGINT or SIGTERM."""
+"""Runs a server: opens the socket, loads the model, serves, and finishes running answers on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from personalized_soups.serving.web.connections import PatientProtocol
 from personalized_soups.serving.web.settings import Settings
 from personalized_soups.users.profiles.store import ProfileStore
 
-# Shorter keys can be guessed.
+# Minimum number of characters of an API key. Shorter keys can be guessed.
 _MIN_KEY = 16
 
-# The default of max_context for a base with a larger context.
+# The default context for a base whose own context is larger or unknown.
 _USUAL_CONTEXT = 32_768
 
-# Longer than the minute that load balancers use: the balancer should close an idle connection first.
+# Load balancers close idle connections after a minute. This time is longer, so that the balancer closes them first.
 _KEEP_ALIVE_SECONDS = 75
 
-# Time to send the error to clients whose answers were ended.
+# Time to send errors to the clients whose answers were ended at the deadline.
 _LAST_SECONDS = 3
 
-# Share of the memory that is free after the model is loaded.
+# The KV cache's share of the memory that is free after the model is loaded.
 _CACHE_SHARE = 0.5
 
 
@@ -66,12 +66,12 @@ def _nothing(*_: object) -> None:
 
 
 class UvicornServer(uvicorn.Server):
-    """uvicorn running a `Server`. A signal ends it without an exception.
+    """A uvicorn server that runs a `Server`. SIGINT and SIGTERM end it without an exception.
 
     Args:
-        server: the server.
+        server: the server to run.
         on_started: called when the server accepts requests.
-        on_ending: called at the first signal, with the number of unfinished answers.
+        on_ending: called with the number of unfinished answers when the server starts to shut down.
     """
 
     def __init__(
@@ -83,13 +83,16 @@ class UvicornServer(uvicorn.Server):
         self._on_ending = on_ending
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Call `on_started` when the server accepts requests."""
+        """Start the server, and call `on_started` when it accepts requests."""
         await super().startup(sockets)
         if self.started:
             self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Finish running requests. At the deadline, the others get an error before uvicorn closes their connections."""
+        """Finish the running requests.
+
+        Requests that are not finished after `grace_seconds` get an error before uvicorn closes their connections.
+        """
         self._served.refuse_bodies()
         load = self._served.batcher.load
         self._on_ending(load.running + load.waiting)
@@ -105,23 +108,23 @@ class UvicornServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM, and do not raise them again afterwards."""
+        """Handle SIGINT and SIGTERM. In contrast to uvicorn, the signals are not raised again afterward."""
         with super().capture_signals():
             yield
             self._captured_signals.clear()
 
 
 def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> socket.socket:
-    """Return a listening socket.
+    """Return a socket that listens on an address.
 
     Args:
         host: the address to listen on.
-        port: the port; 0 takes a free one.
+        port: the port to listen on; 0 takes a free port.
         has_key: whether the server checks API keys.
         or_any: whether to take a free port if `port` is in use.
 
     Raises:
-        UsageError: if other machines could reach a server without keys, or the address cannot be used.
+        UsageError: if other machines could reach a server that checks no API keys, or the address cannot be used.
     """
     if not has_key and not _is_loopback(host):
         raise UsageError(
@@ -147,10 +150,11 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
 
 
 def read_keys(path: Path) -> list[str]:
-    """Return the keys in a file: one per line. Empty lines and lines that start with # are skipped.
+    """Return the API keys in a file with one key per line. Empty lines and lines that start with # are skipped.
 
     Raises:
-        InputError: if the file cannot be read, other users may read or write it, it has no key, or a key is invalid.
+        InputError: if the file cannot be read, if other users may read or write it, if it contains no key, or if a key
+            contains white space or is too short.
     """
     try:
         mode = path.stat().st_mode
@@ -188,10 +192,15 @@ def read_keys(path: Path) -> list[str]:
 def load_model(
     base: str, experts: Callable[[], ExpertLibrary], *, device: str, dtype: Dtype, same_base: bool
 ) -> tuple[SoupModel, ExpertFiles]:
-    """Load base and experts, and record the state of the experts' folders.
+    """Load the base and its experts, and record the state of the experts' files.
+
+    Args:
+        base: the base's folder or model id.
+        experts: opens the library of experts; called again at each reload.
+        device, dtype, same_base: as for SoupModel.from_pretrained.
 
     Raises:
-        SoupError: as SoupModel.from_pretrained.
+        SoupError: if the library cannot be opened, or SoupModel.from_pretrained raises it.
     """
     files = ExpertFiles(experts)
     library, stamps = files.look()
@@ -201,15 +210,15 @@ def load_model(
 
 
 def context_of(model: SoupModel, wanted: int | None) -> int:
-    """Return the largest number of tokens of prompt and answer together.
+    """Return the maximum number of tokens of a prompt and its answer together.
 
     Args:
-        model: the base.
-        wanted: the number; None for the base's own limit, or 32,768 if that is larger or unknown, because the cache
-            reserves room for the longest request.
+        model: the base with its experts.
+        wanted: the maximum that the user asked for. None takes the base's own limit, or 32,768 if that limit is larger
+            or unknown, because the cache reserves memory for the longest request.
 
     Raises:
-        UsageError: if the base's limit is smaller than `wanted`.
+        UsageError: if `wanted` exceeds the base's own limit.
     """
     most = max_context_of(model.model.config)
     if wanted is not None and wanted > most:
@@ -222,7 +231,7 @@ def context_of(model: SoupModel, wanted: int | None) -> int:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Return the bytes for the KV cache: half of the free memory of the model's device."""
+    """Return the maximum size of the KV cache in bytes, which is half of the free memory of the device."""
     if device.type == "cuda":
         return int(_CACHE_SHARE * torch.cuda.mem_get_info(device)[0])
     try:
@@ -244,13 +253,15 @@ def serve(
     on_started: Callable[[], None] = _nothing,
     on_ending: Callable[[int], None] = _nothing,
 ) -> None:
-    """Serve until SIGINT or SIGTERM. Then reject new requests and finish running ones; a second signal ends them.
+    """Serve until SIGINT or SIGTERM arrives. Then reject new requests, and finish the running requests.
+
+    A second signal ends the running requests at once.
 
     Args:
         model, settings, files, store, catalogue: as for `app.Server`.
-        listening: the listening socket.
+        listening: the socket, from `listen`.
         on_started: called when the server accepts requests.
-        on_ending: called at the first signal, with the number of unfinished answers.
+        on_ending: called with the number of unfinished answers when the server starts to shut down.
     """
 
     async def run() -> None:
@@ -260,7 +271,7 @@ def serve(
         finally:
             server.close()
 
-    # The million objects of the loaded libraries live until the end, so the garbage collector need not scan them.
+    # The loaded libraries have a million objects that live until the end. The garbage collector need not scan them.
     gc.collect()
     gc.freeze()
     try:
@@ -271,7 +282,7 @@ def serve(
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    """Return uvloop's factory of event loops, None if uvloop is not installed."""
+    """Return uvloop's factory of event loops, or None if uvloop is not installed."""
     try:
         import uvloop
     except ImportError:

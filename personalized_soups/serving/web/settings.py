@@ -1,6 +1,6 @@
-"""How a server behaves: whom it serves, how much, and for how long. Importing this file loads no torch and no fastapi.
+"""The server's settings. Importing this module imports neither torch nor fastapi.
 
-Every default of `psoups serve` that the server itself needs is written here or in `engine/limits.py`, and nowhere else.
+The defaults of `psoups serve` for these settings are defined only here and in `engine/limits.py`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from personalized_soups.serving.engine.limits import Limits
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Who may send requests, and how much.
+    """Rules for clients and requests. The server rejects requests that break a rule.
 
     Attributes:
-        keys: accepted API keys; with none, every client is served.
-        hosts: accepted names in the Host header, in addition to loopback names and IP addresses; `*` accepts any.
-        origins: origins of other sites whose pages may send requests (CORS); none by default.
-        max_body: bytes of a request's body.
-        max_requests: requests served at once.
-        body_seconds: how long a body may take to arrive.
+        keys: accepted API keys. If there are none, requests need no key.
+        hosts: accepted names in the Host header, in addition to loopback names and IP addresses; `*` accepts all.
+        origins: origins of other sites whose pages may send requests (CORS), for example `https://app.example.com`.
+        max_body: maximum size of a request's body, in bytes.
+        max_requests: maximum number of requests served at once.
+        body_seconds: maximum time for a request's body to arrive, in seconds.
     """
 
     keys: Sequence[str] = ()
@@ -34,18 +34,18 @@ class Rules:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How a server behaves.
+    """The settings of a server.
 
     Attributes:
-        base: the model name under which the base is served.
-        rules: who may send requests, and how much.
-        limits: how much is generated at once.
-        default_max_tokens: length limit of an answer to a chat request that sets none.
-        request_seconds: how long a request may take.
-        grace_seconds: how long running answers may continue after the server was asked to stop.
-        users_in_metrics: count answers by user name in /metrics.
-        started_with: the command-line options that say what is served. The playground offers them for copying; a server
-            with API keys does not publish them.
+        base: the model name of the base in requests and responses.
+        rules: rules for clients and requests.
+        limits: limits of the batcher.
+        default_max_tokens: maximum number of tokens of a chat answer, if the request sets no maximum.
+        request_seconds: time limit of a request, in seconds.
+        grace_seconds: seconds that running answers may continue after the server was asked to stop.
+        users_in_metrics: whether /metrics counts the answers of each user by name.
+        started_with: the command-line options that select what is served. The playground shows them for copying. A
+            server with API keys does not publish them.
     """
 
     base: str

@@ -6,7 +6,7 @@ from starlette.convertors import Convertor, register_url_convertor
 
 
 class AnyText(Convertor[str]):
-    """Matches the rest of a path. User names may contain slashes and line breaks."""
+    """A path parameter that matches the whole rest of the path, because user names may contain slashes and newlines."""
 
     regex = r"[\s\S]*"
 

@@ -18,12 +18,12 @@ from personalized_soups.serving.protocol.strict_json import BodyRoute
 from personalized_soups.serving.protocol.submission import submit
 from personalized_soups.users.profiles.store import ProfileStore
 
-# How many stored profiles GET /v1/models lists.
+# Maximum number of stored profiles that GET /v1/models lists.
 _LISTED = 100
 
 
 def router(context: AnswerContext, store: ProfileStore | None) -> APIRouter:
-    """Return the routes."""
+    """Return the routes of this module."""
     routes = APIRouter(route_class=BodyRoute, tags=["OpenAI"])
     reading = APIRouter(tags=["OpenAI"])
     since = int(time.time())
@@ -35,21 +35,24 @@ def router(context: AnswerContext, store: ProfileStore | None) -> APIRouter:
 
     @routes.post("/v1/chat/completions", response_model=None)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation with a user's soup; with `stream`, as server-sent events."""
+        """Answer a conversation with the soup that the request selects.
+
+        If `stream` is true, the answer is sent as server-sent events.
+        """
         started = time.perf_counter()
         pending = await submit(context, body, [body.conversation()], PendingChat, started)
         return await answered(pending, request)
 
     @routes.post("/v1/completions", response_model=None)
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue texts or tokens without a chat template."""
+        """Continue texts or lists of token ids, without a chat template."""
         started = time.perf_counter()
         pending = await submit(context, body, body.prompts(), PendingCompletion, started)
         return await answered(pending, request)
 
     @reading.get("/v1/models")
     def models() -> dict[str, Any]:
-        """List the base and the first stored profiles, as `soup:USER`."""
+        """List the base and the first 100 stored profiles, which are named `soup:USER`."""
         names = [context.resolver.base]
         if store is not None:
             names += [f"{SOUP}{stored.profile.user}" for stored in store.page(limit=_LISTED)]
@@ -57,7 +60,7 @@ def router(context: AnswerContext, store: ProfileStore | None) -> APIRouter:
 
     @reading.get("/v1/models/{model:any}")
     async def one_model(model: str) -> dict[str, Any]:
-        """Return one model: the base, or the soup of a stored profile."""
+        """Return one model, which is the base or the soup of a stored profile."""
         profile = await run_in_threadpool(context.resolver.resolve, model, None)
         return _model(profile.model if profile.kind == "base" else model, since)
 

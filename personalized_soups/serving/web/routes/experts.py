@@ -25,10 +25,10 @@ from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.serving.protocol.requests import RequestBody
 from personalized_soups.serving.protocol.strict_json import StrictRoute
 
-# The weight of each expert in a preset: the choice of the quickstart on the embedded base.
+# The weight of each expert in the playground's presets. The quickstart uses the same weight.
 _PRESET_WEIGHT = 0.6
 
-# Limit for the answers of one request, in characters.
+# Maximum number of characters of all answers in one request for scores.
 _MAX_CHARACTERS = 65_536
 
 _log = logging.getLogger(__name__)
@@ -52,10 +52,10 @@ def router(
     has_store: bool,
     started_with: Sequence[str],
 ) -> APIRouter:
-    """Return the routes."""
+    """Return the routes of this module."""
     routes = APIRouter(route_class=StrictRoute, tags=["soups"])
     reloading = _Reloading(model, batcher, files)
-    scoring = CapacityLimiter(1)  # pure Python, which competes with the batcher's thread
+    scoring = CapacityLimiter(1)  # scoring is pure Python and competes with the batcher's thread
 
     def listing() -> dict[str, Any]:
         experts = [_expert(expert, files, catalogue) for expert in list(model.experts.values())]
@@ -71,18 +71,18 @@ def router(
 
     @routes.get("/v1/experts")
     def list_experts() -> dict[str, Any]:
-        """List experts and dimensions."""
+        """List the experts and their dimensions."""
         return listing()
 
     @routes.post("/v1/experts/reload")
     async def reload_experts() -> dict[str, Any]:
-        """Load the experts' folders again, after the running answers are finished."""
+        """Reload new and changed experts after the running answers have finished, and list all experts."""
         await reloading.done()
         return listing()
 
     @routes.post("/v1/scores")
     async def scores(body: ScoresRequest) -> dict[str, Any]:
-        """Score answers in every dimension that has a scorer."""
+        """Score answers in each dimension that has a scorer."""
         if not scales.dimensions:
             raise ApiError(404, "the server's preference catalogue has no scorers", code="no_scorers")
         if sum(map(len, body.answers)) > _MAX_CHARACTERS:
@@ -97,7 +97,7 @@ def router(
 
 
 class _Reloading:
-    """Reloads the experts. Requests that arrive while a reload waits to start share that reload."""
+    """Reloads the experts. All requests that arrive before a reload starts share this reload."""
 
     def __init__(self, model: SoupModel, batcher: Batcher, files: ExpertFiles) -> None:
         self._model = model
@@ -106,10 +106,10 @@ class _Reloading:
         self._pending: Future[None] | None = None
 
     async def done(self) -> None:
-        """Return when the experts are reloaded.
+        """Wait until the experts are reloaded.
 
         Raises:
-            ApiError: 409 if the new experts are invalid, 503 if the server is about to end.
+            ApiError: 409 if an expert cannot be loaded; 503 if the server is about to shut down.
         """
         if self._pending is None or self._pending.running() or self._pending.done():
             self._pending = self._batcher.run_when_idle(self._reload)
@@ -148,7 +148,7 @@ def _expert(expert: Expert, files: ExpertFiles, catalogue: Catalogue | None) -> 
 
 
 def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, scales: Scales) -> list[dict[str, Any]]:
-    """Return the dimensions in the catalogue's order, each with its experts from the low end to the high end."""
+    """Return the dimensions in the catalogue's order. The experts of each are sorted from its low to its high end."""
     declared = {} if catalogue is None else catalogue.dimensions
     names = sorted(
         {each["dimension"] for each in experts} - {None},

@@ -12,12 +12,12 @@ from personalized_soups.serving.protocol.faults import ApiError
 from personalized_soups.serving.protocol.metrics import CONTENT_TYPE, Metrics
 from personalized_soups.users.profiles.store import ProfileStore
 
-# How long the last check of the store counts.
+# Seconds for which a successful check of the store is not repeated.
 _CHECK_SECONDS = 0.5
 
 
 def router(batcher: Batcher, store: ProfileStore | None, metrics: Metrics) -> APIRouter:
-    """Return the routes."""
+    """Return the routes of this module."""
     routes = APIRouter(tags=["operation"])
     alone = CapacityLimiter(1)
     checked_at = [-_CHECK_SECONDS]
@@ -25,7 +25,7 @@ def router(batcher: Batcher, store: ProfileStore | None, metrics: Metrics) -> AP
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> dict[str, str]:
-        """Report that the process responds."""
+        """Report that the server process responds."""
         return {"status": "ok"}
 
     @routes.head("/ready", include_in_schema=False)

@@ -1,4 +1,4 @@
-"""/v1/profiles: read and write stored profiles, with ETags against lost updates."""
+"""/v1/profiles: read and write stored profiles. ETags prevent lost updates."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from personalized_soups.users.profiles.store import (
 _ETAG = re.compile(r'\s*"([0-9]{1,9})"\s*')
 _MAX_VERSION = 2**31 - 1
 
-# Writers wait for each other. Few of them may hold a thread, so that readers and health checks get one.
+# Maximum number of threads for writes. Writes wait for each other, and other requests need threads, too.
 _WRITERS = 8
 
 IfMatch = Annotated[
@@ -42,10 +42,10 @@ Version = Annotated[int | None, Query(ge=1, le=_MAX_VERSION)]
 
 
 def router(store: ProfileStore) -> APIRouter:
-    """Return the routes.
+    """Return the routes of this module.
 
     Args:
-        store: the profile store; its `check` rejects profiles that cannot be served.
+        store: the profile store. Its `check` should reject profiles that cannot be served.
     """
     routes = APIRouter(route_class=StrictRoute, tags=["profiles"])
     writers = CapacityLimiter(_WRITERS)
@@ -62,7 +62,7 @@ def router(store: ProfileStore) -> APIRouter:
             ),
         ] = "",
     ) -> JSONResponse:
-        """List current profiles in the order of their users' names."""
+        """List the users' current profiles, sorted by user name."""
         stored_profiles = store.page(after=after, limit=limit + 1, search=search)
         data = [_content(stored) for stored in stored_profiles[:limit]]
         return JSONResponse({"object": "list", "data": data, "has_more": len(stored_profiles) > limit})
@@ -74,7 +74,7 @@ def router(store: ProfileStore) -> APIRouter:
         history: Annotated[bool, Query(description="List all versions, the oldest first.")] = False,
         if_none_match: IfNoneMatch = None,
     ) -> Response:
-        """Return a user's current profile, or an older version."""
+        """Return a user's current profile, the given `version` of it, or its `history`."""
         _check(user)
         if history:
             return JSONResponse({"object": "list", "data": [_content(stored) for stored in store.history(user)]})
@@ -87,7 +87,7 @@ def router(store: ProfileStore) -> APIRouter:
     async def put_profile(
         user: str, profile: dict[str, Any], if_match: IfMatch = None, if_none_match: IfNoneMatch = None
     ) -> JSONResponse:
-        """Write a user's next version: `{"weights": {...}}`."""
+        """Write the next version of a user's profile, for example `{"weights": {"friendly": 0.6}}`."""
         return await to_thread.run_sync(partial(put, user, profile, if_match, if_none_match), limiter=writers)
 
     def put(user: str, profile: dict[str, Any], if_match: str | None, if_none_match: str | None) -> JSONResponse:
@@ -103,7 +103,7 @@ def router(store: ProfileStore) -> APIRouter:
 
     @routes.delete("/v1/profiles/{user:any}", status_code=204)
     async def delete_profile(user: str, if_match: IfMatch = None) -> Response:
-        """Delete a user with all versions."""
+        """Delete all versions of a user's profile."""
         await to_thread.run_sync(partial(delete, user, if_match), limiter=writers)
         return Response(status_code=204)
 
@@ -115,7 +115,7 @@ def router(store: ProfileStore) -> APIRouter:
 
 
 def no_store() -> APIRouter:
-    """Return routes that report that the server has no store."""
+    """Return routes that answer with the error that the server has no profile store."""
     routes = APIRouter(tags=["profiles"])
 
     @routes.api_route("/v1/profiles", methods=["GET"], include_in_schema=False)
@@ -129,10 +129,11 @@ def no_store() -> APIRouter:
 
 
 def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_match: str | None) -> int | None:
-    """Return the version that a request's condition requires; None for any.
+    """Return the version that a write expects according to its condition headers; None if it expects no version.
 
     Raises:
-        ApiError: 412 if the condition does not hold, 400 if it is not an ETag or `*`.
+        ApiError: 412 if the condition of `If-Match` does not hold; 400 if `If-None-Match` is not `*` or is sent
+            together with `If-Match`.
     """
     if if_none_match is not None:
         if if_none_match.strip() != "*" or if_match is not None:
@@ -157,7 +158,7 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
 
 
 def _version_of(store: ProfileStore, user: str) -> int | None:
-    """Return a user's current version, None if the user does not exist."""
+    """Return the version of a user's current profile, or None if the user has no profile."""
     try:
         return store.get(user).version
     except UnknownProfile:
@@ -168,7 +169,7 @@ def _declared(user: str, profile: Mapping[str, Any]) -> Profile:
     """Return the profile in a request's body.
 
     Raises:
-        ApiError: 400 if the body is not a profile, or names another user.
+        ApiError: 400 if the body is not a valid profile, or if it names another user than the path.
     """
     if profile.get("user", user) != user:
         raise ApiError(
@@ -206,6 +207,6 @@ def _etag(stored: StoredProfile) -> dict[str, str]:
 
 
 def _versions(header: str, *, weakly: bool = False) -> set[str]:
-    """Return the versions in a condition header."""
+    """Return the versions that an If-Match or If-None-Match header lists. `weakly` accepts weak ETags (`W/`), too."""
     parts = [part.strip().removeprefix("W/") if weakly else part for part in header.split(",")]
     return {match[1] for part in parts if (match := _ETAG.fullmatch(part))}
