@@ -180,7 +180,7 @@ def test_two_sides_of_one_dimension_are_refused_with_the_line() -> None:
     profile = load_text("weights:\n  elementary: 1\n  friendly: 1\n  expert: 0.5\n", Profile, "u.yaml")
     with pytest.raises(DeclarationError) as caught:
         SideRule(DIMENSION_OF).check(profile)
-    assert caught.value.what.startswith(
+    assert caught.value.what.startswith("'elementary' and 'expert' are two sides of one dimension, 'expertise'")
         "'elementary' and 'expert' are two sides of one dimension, 'expertise', but both"
     )
     assert caught.value.where == "u.yaml:4: weights.expert"
