@@ -1,1 +1,1 @@
-"""Compute what a merge writes: tensors in, tensors out, no files."""
+"""Compute the tensors of a soup (the weighted sum of the experts). The modules of this package write no files."""

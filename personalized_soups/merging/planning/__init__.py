@@ -1,1 +1,1 @@
-"""Plan a merge: decide from headers, without computing a tensor."""
+"""Plan a merge from the headers of the files, before any tensor is computed."""

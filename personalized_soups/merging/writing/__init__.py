@@ -1,1 +1,1 @@
-"""Write merged adapters and models: all or nothing."""
+"""Write merged adapters and merged models. An output folder appears only when it is complete."""

@@ -30,12 +30,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class MergedAdapter:
-    """A soup that can be written as an adapter. Nothing is computed before the tensors are read or written.
+    """A soup in the form of one adapter. The tensors are computed only when they are read or written.
 
     Attributes:
         plan: the plan of the merge.
         library: the experts.
-        device: where the arithmetic runs.
+        device: the device that computes the soup.
     """
 
     plan: MergePlan
@@ -43,40 +43,41 @@ class MergedAdapter:
     device: torch.device
 
     def each(self, finish: Callable[[MergedModule], Result]) -> Iterator[Result]:
-        """Yield `finish(module)` for every module, in the plan's order. Memory: the few modules in use.
+        """Yield `finish(module)` for every module, in the plan's order. Only a few modules are in memory at once.
 
-        `finish` runs on the thread that computed the module, and several threads run at once. All modules have the
-        plan's rank (lower ranks are padded with zeros), unless an energy share gives each module its own.
+        `finish` runs on the thread that computed the module, and several threads run at once. If the plan has an energy
+        share, each module has its own rank. Otherwise all modules have the plan's rank: factors of a lower rank are
+        padded with zeros.
 
         Raises:
-            InputError: if an expert holds NaN or infinity.
-            UsageError: if the soup does not fit into its dtype.
+            InputError: if a tensor of an expert holds NaN or infinity.
+            UsageError: if a value of the soup does not fit into the soup's dtype.
         """
         return self._computed[0].each(lambda soups: finish(MergedModule.of(soups[0], self.plan)))
 
     def modules(self) -> Iterator[MergedModule]:
-        """Yield every module, in the plan's order. Memory and errors: as `each`."""
+        """Yield every module, in the plan's order. The memory and the errors are those of `each`."""
         return self.each(lambda module: module)
 
     @property
     def whole(self) -> WholeTensors | None:
-        """The tensors that experts trained whole; None if the plan has no base."""
+        """The soup's tensors that do not come from low-rank factors; None if the plan has no base."""
         return self._computed[1][0] if self._computed[1] else None
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
-        """Every tensor, by its name in the file, on the CPU. All are in memory at once."""
+        """All tensors of the adapter on the CPU, by their names in the file. All are in memory at once."""
         modules = list(self.modules())
         ranks = common_ranks(self.plan, {module.name: module.rank for module in modules})
         named = {name: tensor for module in modules for name, tensor in module.padded(ranks[module.name]).named()}
         return {**named, **({} if self.whole is None else self.whole.tensors())}
 
     def check(self, folder: Path | str | None = None, overwrite: bool = False) -> None:
-        """Raise the errors of `write` that the files' headers show. Nothing is written.
+        """Raise the errors that `write` would raise, as far as the files' headers show them. Nothing is written.
 
         Args:
-            folder: the new folder; None checks the inputs alone.
-            overwrite: replace the folder if this tool wrote it.
+            folder: the new folder. With None, only the inputs are checked.
+            overwrite: allow that the folder exists, if this tool wrote it.
 
         Raises:
             SoupError: as `write`, except for errors in the tensors' values and a full disk.
@@ -87,17 +88,20 @@ class MergedAdapter:
         on_base([self.plan], ExpertBank(self._experts))
 
     def write(self, folder: Path | str, overwrite: bool = False, durable: bool = False) -> Path:
-        """Write the adapter folder, all or nothing, and return it. Memory: the few modules in use.
+        """Write the adapter folder and return its path. Only a few modules are in memory at once.
+
+        The folder appears only when it is complete.
 
         Args:
             folder: the new folder.
-            overwrite: replace the folder if this tool wrote it.
-            durable: write all bytes to the disk before the folder appears.
+            overwrite: replace the folder if it exists and this tool wrote it.
+            durable: flush all bytes to the disk before the folder appears.
 
         Raises:
-            InputError: if an expert holds NaN or infinity.
-            OutputExistsError: if the folder exists; with `overwrite`, if it exists and this tool did not write it.
-            UsageError: if the folder is an expert's, or inside or around one; if the soup does not fit into its dtype.
+            InputError: if a tensor of an expert holds NaN or infinity.
+            OutputExistsError: if the folder exists. With `overwrite`, only if this tool did not write the folder.
+            UsageError: if the folder is the folder of an expert or of the base, or is inside or around such a folder.
+                Also if a value of the soup does not fit into the soup's dtype.
             RunError: if the disk is full.
         """
         folder = Path(folder)
@@ -124,19 +128,21 @@ class MergedAdapter:
 
 
 def merge(library: ExpertLibrary, profile: Profile, options: MergeOptions | None = None) -> MergedAdapter:
-    """Return the soup of `profile` as one adapter; `.write(folder)` writes the folder. The base is never loaded whole.
+    """Return the soup of `profile` (the weighted sum of the experts) as one adapter. `.write(folder)` writes it.
 
-    The scaling is multiplied into B and `r == lora_alpha`. All modules have one rank (lower ranks are padded with
-    zeros), unless `options.energy` gives each module its own. Arithmetic: float64 for the coefficients, one rounding to
-    the dtype. Without truncation, every A is copied unchanged.
+    The base model is never loaded as a whole. In the adapter `r == lora_alpha`, because the scaling is multiplied into
+    B. With `options.energy` each module has its own rank. Otherwise all modules have one rank: factors of a lower rank
+    are padded with zeros. The coefficients are computed in float64, and every tensor is rounded once to the adapter's
+    dtype. If the soup is a plain sum that is not truncated, the A's of the experts are copied.
 
     Args:
         library: the experts.
         profile: the user's weights.
-        options: the choices that override the profile's; the defaults if left out.
+        options: the choices that override those of the profile. The default is `MergeOptions()`.
 
     Raises:
-        SoupError: all errors of plan_merge; UsageError if the device is unknown or missing.
+        UsageError: if the device is unknown or missing.
+        SoupError: all errors of `plan_merge`.
 
     Example:
         >>> library = ExpertLibrary.open("experts")

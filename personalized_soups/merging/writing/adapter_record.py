@@ -27,13 +27,13 @@ def adapter_record(
     losses: Mapping[str, Loss],
     inputs: tuple[InputRecord, ...],
 ) -> SoupRecord:
-    """Return soup.json of a merged adapter.
+    """Return the content of soup.json for a merged adapter.
 
     Args:
         plan: the plan of the merge.
-        device: where the arithmetic ran.
-        ranks: the rank at which each module is written.
-        losses: each module's truncation error.
+        device: the device that computed the soup.
+        ranks: the rank of each module in the file, by the module's name.
+        losses: the truncation error of each module, by the module's name.
         inputs: the records of the experts.
     """
     rank = max(ranks.values())
@@ -68,7 +68,7 @@ def adapter_record(
 
 
 def adapter_config(plan: MergePlan, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Return adapter_config.json. Alpha equals the rank at every module, so PEFT's scaling is 1."""
+    """Return the content of adapter_config.json. Alpha equals the rank in every module, so PEFT's scaling is 1."""
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     table = {

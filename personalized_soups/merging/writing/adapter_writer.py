@@ -1,6 +1,6 @@
-"""Write the folder of one merged adapter: tensors as they are computed, then the JSON files.
+"""Write the folder of one merged adapter. The tensors are written as they are computed, and the JSON files last.
 
-R rank, I in features, O out features.
+Shapes: R = rank, I = in_features, O = out_features.
 """
 
 from __future__ import annotations
@@ -46,13 +46,14 @@ _SPOOL_FILE = ".spool"
 class AdapterWriter:
     """A context manager that writes one merged adapter into an empty folder, module by module.
 
-    Modules may be put in any order and are not kept in memory. If an energy share gives each module its own rank, the
-    modules go to a temporary file first, since a safetensors file begins with the shapes of all tensors.
+    The modules may come in any order and are not kept in memory. If the plan has an energy share, the ranks are known
+    only after the last module. A safetensors file begins with the shapes of all tensors, so the modules are then first
+    written to a temporary file.
 
     Args:
         folder: an empty folder.
         plan: the plan of the merge.
-        whole: the tensors that experts trained whole; None if the plan has no base.
+        whole: the soup's tensors that do not come from low-rank factors; None if the plan has no base.
     """
 
     def __init__(self, folder: Path, plan: MergePlan, whole: WholeTensors | None = None) -> None:
@@ -77,7 +78,7 @@ class AdapterWriter:
         self._stack.__exit__(kind, error, trace)
 
     def put(self, module: MergedModule) -> None:
-        """Write one module."""
+        """Write all tensors of one module. Several threads may call this method at once."""
         self._losses[module.name] = module.loss
         if self.plan.energy is None:
             self._write(self._writer, module)
@@ -86,21 +87,30 @@ class AdapterWriter:
         self._aside.append(replace(module, factors=Factors(a_RI, b_OR)))
 
     def begin(self, module: MergedModule) -> None:
-        """Write one module's A; `add` writes its B. Only for modules of the plan's rank."""
+        """Write the A of a module that has the plan's rank. `add` then writes the module's B."""
         self._losses[module.name] = module.loss
         self._writer.write(module.like.a_name, module.factors.a_RI)
 
     def add(self, module: PlannedModule, start: int, values: Tensor) -> None:
-        """Write values of a module's B, rounded to the adapter's dtype; `start` is the index of the first value.
+        """Round some values of a module's B to the adapter's dtype and write them.
+
+        Args:
+            module: the planned module.
+            start: the index of the first value in the flattened B.
+            values: the values.
 
         Raises:
-            UsageError: if a value does not fit into the dtype.
+            UsageError: if a value does not fit into the adapter's dtype.
         """
         part = rounded(module.like.b_name, values, self.plan)
         self._writer.write(module.like.b_name, part, start * part.element_size())
 
     def finish(self, device: torch.device, inputs: tuple[InputRecord, ...]) -> SoupRecord:
-        """Write the rest: modules in the temporary file, whole tensors, adapter_config.json and soup.json."""
+        """Write the modules from the temporary file, the whole tensors, adapter_config.json and soup.json.
+
+        Returns:
+            The content of soup.json.
+        """
         # threads finish modules in any order, but the records' bytes must not depend on it
         in_order = [module.name for module in self.plan.modules]
         losses = {name: self._losses[name] for name in in_order}

@@ -1,4 +1,4 @@
-"""Skip users whose soup is already written."""
+"""Find the users whose soup is already written, so that a second run can skip them."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def is_finished(
     base: str | None,
     overwrite: bool,
 ) -> bool:
-    """Return whether the user's folder has a soup.json of exactly this merge.
+    """Return whether the folder of the plan's user already holds the soup of exactly this plan, as soup.json records.
 
     Args:
         library: the experts.
         plan: the user's plan.
         folder: the folder that holds the users' folders.
         digests: computes the digests of the experts' files.
-        base: the fingerprint of the base model that the soup is folded into; None for an adapter.
-        overwrite: a folder with another soup may be replaced.
+        base: the fingerprint of the base model if the soup is folded into a base, else None.
+        overwrite: allow that the folder holds another soup. The result is then False.
 
     Raises:
-        OutputExistsError: if the folder exists with another soup and may not be replaced.
+        OutputExistsError: if the folder holds another soup and `overwrite` is false.
     """
     for expert in plan.experts:
         for path in library[expert.name].adapter.files:
@@ -47,7 +47,7 @@ def is_finished(
     except SoupError:
         record = None
     if record is not None and _matches(record, plan, input_records(plan, library, digests.results()), base):
-        # check_target removes what a killed run left; it raises if another run is writing this folder
+        # check_target removes the remains of a killed run; it raises if another run is writing this folder
         with suppress(OutputExistsError):
             check_target(out, overwrite=True)
         return True

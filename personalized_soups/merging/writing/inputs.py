@@ -1,4 +1,4 @@
-"""The inputs of a merge: their records in soup.json, and the check that no output overlaps them."""
+"""Record the inputs of a merge in soup.json, and check that the output folder does not overlap an input folder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from personalized_soups.merging.planning.plan import MergePlan
 
 
 def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path, str]) -> tuple[InputRecord, ...]:
-    """Return the records of the plan's experts in soup.json.
+    """Return the records of the plan's experts for soup.json.
 
     Args:
         plan: the plan of the merge.
         library: the experts.
-        digests: the BLAKE3 digest of each of the experts' files.
+        digests: the BLAKE3 digest of every file of the experts, by the file's path.
     """
     return tuple(
         InputRecord(
@@ -31,10 +31,10 @@ def input_records(plan: MergePlan, library: ExpertLibrary, digests: Mapping[Path
 
 
 def check_output_apart(folder: Path, inputs: Iterable[str | Path]) -> None:
-    """Raise if an output folder is an input folder, or inside or around one: writing would destroy the input.
+    """Check that writing the output folder cannot destroy an input folder.
 
     Raises:
-        UsageError: with the input's folder.
+        UsageError: if the output folder is an input folder, is inside an input folder, or contains an input folder.
     """
     output = folder.resolve()
     for name in inputs:

@@ -1,4 +1,4 @@
-"""Fold soups into their base model: full model folders, written while the base is read once."""
+"""Fold soups into their base model, and write one full model folder for each soup. The base is read once."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, eq=False)
 class MergedModel:
-    """A soup that can be folded into a base and written as a model folder. Nothing is computed before `write`.
+    """A soup in the form of a full model: the base with the soup added. The tensors are computed by `write`.
 
     Attributes:
         plan: the plan of the merge, made with `into_base=True`.
         library: the experts.
-        base: the base model: a folder, or a hub id in the local cache.
-        device: where the arithmetic runs.
-        same_base: fold the soup into this base even if the experts recorded another fingerprint.
+        base: the folder of the base model, or the id of a model in the local hub cache.
+        device: the device that computes the soup.
+        same_base: accept this base even if the experts' records have another fingerprint.
     """
 
     plan: MergePlan
@@ -58,26 +58,27 @@ class MergedModel:
     def of(
         cls, library: ExpertLibrary, profile: Profile, base: Path | str, options: MergeOptions | None = None
     ) -> Self:
-        """Plan the merge of `profile` into `base`; the base is not opened.
+        """Plan the merge of `profile` into `base`, without opening the base.
 
         Raises:
-            SoupError: all errors of plan_merge; UsageError if the device is unknown or missing.
+            UsageError: if the device is unknown or missing.
+            SoupError: all errors of `plan_merge`.
         """
         options = options or MergeOptions()
         plan = plan_merge(library, profile, options, into_base=True)
         return cls(plan, library, base, resolve_device(options.device, kinds=MERGE_DEVICES), options.same_base)
 
     def check(self, folder: Path | str | None = None, overwrite: bool = False) -> None:
-        """Raise the errors of `write` that the files' headers show. Nothing is written.
+        """Raise the errors that `write` would raise, as far as the files' headers show them. Nothing is written.
 
-        Fingerprints are not compared, since that reads the base's tensors.
+        Fingerprints are not compared, because a fingerprint is computed from the values of the base's tensors.
 
         Args:
-            folder: the new folder; None checks the inputs alone.
-            overwrite: replace the folder if this tool wrote it.
+            folder: the new folder. With None, only the inputs are checked.
+            overwrite: allow that the folder exists, if this tool wrote it.
 
         Raises:
-            SoupError: as `write`, except for errors in the tensors' values, another base and a full disk.
+            SoupError: as `write`, except for errors in the tensors' values, a wrong fingerprint and a full disk.
         """
         if folder is not None:
             check_output_apart(Path(folder), self.plan.input_folders)
@@ -97,7 +98,7 @@ class MergedModel:
         untouched: CopyMode = "copy",
         progress: Progress | None = None,
     ) -> Path:
-        """Write the model folder, and return it. See merge_into_base."""
+        """Write the model folder and return its path. `merge_into_base` describes the arguments and errors."""
         fold_plans(
             self.library,
             [self.plan],
@@ -125,29 +126,33 @@ def merge_into_base(
     untouched: CopyMode = "copy",
     progress: Progress | None = None,
 ) -> Path:
-    """Write the base with the soup of `profile` added to it as a model folder, and return the folder.
+    """Add the soup of `profile` to the base model, write the result as a full model folder, and return its path.
 
-    Adapted tensors are accumulated in float32 (float64 if the base's tensor is float64) and rounded once to the base's
-    dtype. All other tensors are copied byte for byte, in the base's order and shards, and so are all files without
-    weights. Memory: a few blocks of rows and the factors in use, regardless of the model's size. An interrupted run
-    resumes at the first incomplete shard, if the inputs and options are the same.
+    Adapted tensors are summed in float32 (in float64 if the base's tensor is float64) and rounded once to the base's
+    dtype. All other tensors and all files without weights are copied byte for byte. The shards and the order of the
+    tensors are those of the base. Only a few blocks of rows and a few modules are in memory at once, regardless of the
+    model's size. If a run is interrupted, a second run with the same inputs and options resumes at the first
+    incomplete shard.
 
     Args:
         library: the experts.
         profile: the user's weights.
-        base: the base model's folder, or a hub id in the local cache.
+        base: the folder of the base model, or the id of a model in the local hub cache.
         out: the new folder.
-        options: the choices that override the profile's; the defaults if left out. A folded model has no rank, and
-            keeps the base's dtypes.
-        overwrite: replace `out` if this tool wrote it.
-        durable: write all bytes to the disk before the folder appears.
-        untouched: how to copy a shard that the soup does not change: `copy`, `reflink` (shares blocks if the file
-            system can) or `link` (the base's own file under a second name, which must not be edited).
-        progress: called with the bytes of tensors that are done and the total.
+        options: the choices that override those of the profile. The default is `MergeOptions()`. The options `rank`,
+            `energy`, `dtype` and `base` must be left out, because a folded model keeps the base's dtypes and is not
+            truncated.
+        overwrite: replace `out` if it exists and this tool wrote it.
+        durable: flush all bytes to the disk before the folder appears.
+        untouched: how to copy a shard that the soup does not change. `copy` writes a new file. `reflink` shares the
+            blocks of the base's file if the file system supports that. `link` gives the base's file a second name, so
+            the file must not be edited.
+        progress: a function that is called with the number of bytes that are done and the total number.
 
     Raises:
-        SoupError: all errors of plan_merge; IncompatibleExpertsError if the base lacks an adapted module or has it in
-            another shape; UnsupportedAdapterError if the base is quantised.
+        IncompatibleExpertsError: if the base lacks an adapted module or has the module in another shape.
+        UnsupportedAdapterError: if the base is quantized.
+        SoupError: all errors of `plan_merge`.
 
     Example:
         >>> library = ExpertLibrary.open("experts")
@@ -172,9 +177,10 @@ def fold_plans(
     untouched: CopyMode = "copy",
     progress: Progress | None = None,
 ) -> None:
-    """Write the soups of plans over the same experts into one folder each, and read the base once.
+    """Fold the soup of each plan into the base and write it to the folder of the same index in `outs`.
 
-    See merge_into_base.
+    All plans must have the same experts, so that the base is read once for all. `merge_into_base` describes the other
+    arguments and the errors.
     """
     experts = [library[expert.name] for expert in plans[0].experts]
     for out in outs:

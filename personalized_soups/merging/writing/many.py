@@ -1,7 +1,4 @@
-"""Merge many users in one pass: profiles over the same experts are merged in batches.
-
-U users, E experts.
-"""
+"""Merge the profiles of many users. Profiles with the same experts are merged together in batches."""
 
 from __future__ import annotations
 
@@ -37,12 +34,12 @@ from personalized_soups.merging.writing.one_basis import OneBasisWriter
 
 Progress = Callable[[int], None]
 
-# Bytes of one module's soups of all users of a batch. A few modules are computed at once.
+# The maximum size in bytes of one module's soups in a batch. The threads hold a few modules at once.
 _BATCH_BYTES = 32 << 20
 _MOST_USERS = 64
-# A batch of folded models has this many files open, and their terms of one module in memory.
+# For a batch of folded models, this many files are open at once, and their terms of a tensor are in memory.
 _MOST_MODELS = 16
-# Profiles that wait for others over the same experts, to fill a batch.
+# The maximum number of profiles that wait in memory until their batch is full.
 _MOST_WAITING = 1024
 
 
@@ -69,25 +66,25 @@ def merge_many(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Merged:
-    """Write the soup of every profile into `out/USER`: adapters, or full models with `into_base`.
+    """Write the soup of every profile to the folder `out/USER`: an adapter, or a full model if `into_base` is given.
 
-    Profiles over the same experts are merged in batches: a batch reads the experts once, and work that does not depend
-    on the weights is done once. If all experts share their basis, one product gives every user's factors. Users whose
-    soup exists already are skipped, so an interrupted run resumes when it is started again. Memory: one batch's soups
-    of the few modules in use, regardless of the number of profiles.
+    Profiles with the same experts are merged in batches. For each batch the experts are read once, and work that does
+    not depend on the weights is done once. If all experts share their A's, one matrix product gives the B's of all
+    users. Users whose soup is already written are skipped, so an interrupted run can be started again and continues.
+    In memory are the soups of one batch for a few modules, regardless of the number of profiles.
 
     Args:
         library: the experts.
-        profiles: one profile for each user; the field `user` names the user's folder.
-        out: the folder that holds the users' folders; it may exist.
-        options: the choices that override the profiles'; the defaults if left out.
-        into_base: fold every soup into this base model, which is read once for each batch.
-        overwrite: replace folders that hold another soup.
-        progress: called from time to time with the number of users that are done.
+        profiles: one profile for each user. The field `user` is the name of the user's folder.
+        out: the folder that holds the users' folders. It may exist.
+        options: the choices that override those of the profiles. The default is `MergeOptions()`.
+        into_base: fold every soup into this base model. The base is read once for each batch.
+        overwrite: replace a user's folder if it holds another soup.
+        progress: a function that is called after each batch with the number of users that are done.
 
     Raises:
-        SoupError: all errors of merge and merge_into_base; OutputExistsError if a user's folder holds another soup, or
-            two profiles name the same user.
+        OutputExistsError: if the folder of a user holds another soup and `overwrite` is false.
+        SoupError: all errors of `merge` and `merge_into_base`. Also if two profiles have the same user.
 
     Example:
         >>> library = ExpertLibrary.open("experts")
@@ -130,7 +127,7 @@ def merge_many(
 
 
 def _batches(plans: ManyPlans, profiles: Iterable[Profile], *, into_base: bool) -> Iterator[list[MergePlan]]:
-    """Yield batches of plans over the same experts. At most `_MOST_WAITING` plans wait for their batch to fill."""
+    """Yield batches of plans that have the same experts. At most `_MOST_WAITING` plans wait until a batch is full."""
     waiting: dict[object, list[MergePlan]] = {}
     num_waiting = 0
     for profile in profiles:

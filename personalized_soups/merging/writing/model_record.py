@@ -1,4 +1,8 @@
-"""The JSON files of a merged model: soup.json, and config.json and the index if an embedding is untied."""
+"""The JSON files of a merged model.
+
+soup.json is always written. The base's config.json and index change only if the soups untie the embeddings, so that the
+output embedding becomes a separate tensor.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,10 @@ from personalized_soups.merging.planning.plan import MergePlan
 
 
 def untied_tables(changes: Changes) -> dict[str, object]:
-    """Return the base's JSON tables that change if the output embedding becomes a tensor of its own, by file name."""
+    """Return the changed content of the base's config.json and index, by file name.
+
+    The result is empty unless the soups untie the embeddings, so that the output embedding becomes a separate tensor.
+    """
     if changes.unties is None:
         return {}
     assert changes.model.tied is not None
@@ -46,14 +53,21 @@ def untied_tables(changes: Changes) -> dict[str, object]:
 
 
 def json_text(table: object) -> str:
-    """Return the text of a JSON file of a model folder."""
+    """Return the text with which a JSON file of a model folder holds `table`."""
     return json.dumps(table, indent=2, ensure_ascii=False) + "\n"
 
 
 def identity(plan: MergePlan, files: Sequence[Path], device: torch.device, untouched: CopyMode) -> str:
-    """Return a digest of everything that decides the shards' bytes. An interrupted merge resumes if it is equal.
+    """Return a digest of everything that decides the shards' bytes.
 
-    Files count by size and modification time, since hashing them would take as long as the merge.
+    An interrupted merge is resumed only if the digest is the same. Files enter the digest with their sizes and
+    modification times, because hashing their content would take as long as the merge.
+
+    Args:
+        plan: the plan of the merge.
+        files: the files that the merge reads.
+        device: the device that computes the soup.
+        untouched: how unchanged shards are copied.
     """
     states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     deciding = [
@@ -73,14 +87,14 @@ def identity(plan: MergePlan, files: Sequence[Path], device: torch.device, untou
 def model_record(
     plan: MergePlan, changes: Changes, inputs: tuple[InputRecord, ...], digests: Mapping[Path, str], folder: Path
 ) -> SoupRecord:
-    """Return soup.json of a merged model.
+    """Return the content of soup.json for a merged model.
 
     Args:
         plan: the plan of the merge.
-        changes: the soups' changes to the base.
+        changes: the changes that the soups make to the base.
         inputs: the records of the experts.
-        digests: the BLAKE3 digest of each of the base's shards.
-        folder: the model's folder, with all of its other files.
+        digests: the BLAKE3 digest of every shard of the base, by the shard's path.
+        folder: the model's folder. All of its other files must be written already.
     """
     model = changes.model
     changed = {model.checkpoint.entry(name).dtype for name in changes.changes if name in model.checkpoint}

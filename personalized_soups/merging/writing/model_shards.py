@@ -17,29 +17,33 @@ from personalized_soups.methods.finite import all_finite
 
 
 class Sink(Protocol):
-    """Takes the tensors of one shard, from several threads at once. files.writer.SafetensorsWriter is one."""
+    """The output for one shard of one merged model, such as a `SafetensorsWriter`. Several threads call it at once."""
 
     def write(self, name: str, data: Tensor | memoryview, start: int = 0) -> None:
-        """Take a part of a tensor; `start` is the part's first byte in the tensor."""
+        """Write a part of the tensor `name`. The part begins at the byte `start` of the tensor."""
         ...
 
     def copy(self, names: Sequence[str], source: SafetensorsFile) -> None:
-        """Take whole tensors, as the bytes that `source` has."""
+        """Copy the bytes of whole tensors from the file `source`."""
         ...
 
 
 def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Sink]) -> Iterator[int]:
-    """Write a shard of every merged model to the model's sink, and yield the number of bytes done, piece by piece.
+    """Write the merged tensors of one shard of the base to the sink of every soup.
 
-    Each thread computes one tensor at a time. The bytes do not depend on the number of threads.
+    Each thread computes one tensor at a time. The written bytes do not depend on the number of threads.
 
     Args:
         source: one shard of the base.
-        changes: the soups' changes to the base.
-        sinks: the sinks, by the index of their soup in `changes.soups.plans`. Soups without a sink are left out.
+        changes: the changes that the soups make to the base.
+        sinks: the sink of each soup, by the index of the soup in `changes.soups.plans`. A soup without a sink is not
+            computed.
+
+    Yields:
+        The number of the base's bytes that each finished piece covers.
 
     Raises:
-        InputError: if the base holds NaN or infinity, or a soup has values beyond the base's dtype.
+        InputError: if the base holds NaN or infinity, or a value of a soup does not fit into the base's dtype.
     """
 
     def done(names: Sequence[str]) -> int:
@@ -72,7 +76,10 @@ def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Ma
 
 
 def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]]:
-    """Yield the names of tensors in the file's order: a changed tensor alone, unchanged neighbours together."""
+    """Yield lists of tensor names in the file's order. A changed tensor is alone in its list.
+
+    Unchanged tensors that follow each other are in one list, so that their bytes are copied together.
+    """
     stretch: list[str] = []
     for name in source.entries:
         if not changes.touches(name):
@@ -100,7 +107,7 @@ def _raise_not_finite(name: str, before: Tensor) -> None:
 
 
 def shard_specs(source: SafetensorsFile, changes: Changes) -> list[TensorSpec]:
-    """Return the names, dtypes and shapes of the tensors of a merged shard, in the file's order."""
+    """Return the name, dtype and shape of each tensor that the merged shard of `source` holds, in the file's order."""
     return [
         TensorSpec(name, entry.dtype, entry.shape)
         for entry in source.entries.values()

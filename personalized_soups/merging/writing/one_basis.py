@@ -1,4 +1,9 @@
-"""Write the soups of many users whose experts share one basis: blocks of B go from the product to the users' files."""
+"""Write the adapters of many users whose experts share their A's.
+
+The B's of all users are computed block by block, and each block is written to the users' files at once.
+
+Shapes: U = number of users, C = number of values of B in a block.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,11 @@ from personalized_soups.merging.writing.adapter_writer import AdapterWriter
 
 
 class OneBasisWriter:
-    """Writes the modules of soups for which is_plain_product holds; several threads may write at once.
+    """Writes the modules of soups for which `is_plain_product` returns True. Several threads may call `write` at once.
 
     Args:
         soups: the soups of all users.
-        writers: each user's writer, in the order of the soups' plans.
+        writers: the writer of each user, in the order of `soups.plans`.
     """
 
     def __init__(self, soups: Soups, writers: Sequence[AdapterWriter]) -> None:
@@ -28,8 +33,8 @@ class OneBasisWriter:
         """Compute and write one module for every user.
 
         Raises:
-            InputError: if an expert holds NaN or infinity; it names the file and the tensor.
-            UsageError: if a user's soup does not fit into the dtype; it names the user.
+            InputError: if an expert holds NaN or infinity. The message names the file and the tensor.
+            UsageError: if a value of a user's soup does not fit into the dtype. The message names the user.
         """
         soup, blocks = self._sums.of(module)
         for writer in self._writers:
