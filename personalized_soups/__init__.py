@@ -1,7 +1,7 @@
-"""Personalized Soups: train one LoRA expert per preference, merge a personal model for any mixture of them.
+"""Personalized Soups: train one LoRA expert for each preference, and merge a personal model from any mix of experts.
 
-`__all__` is the public API. Its names are resolved on first use, so `import personalized_soups` loads neither torch nor
-pydantic.
+The names in `__all__` are the public API. The module of a name is imported when the name is first used, so
+`import personalized_soups` loads neither torch nor pydantic.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ __all__ = [
     "verify",
 ]
 
-# Where each public name is defined: the module, and after the colon its name there if that is another one.
+# The module that defines each public name. If the module uses a different name, that name follows after a colon.
 _HOME = {
     "Catalogue": "personalized_soups.declare.dimension",
     "DenseMerge": "personalized_soups.methods.plugins",

@@ -1,4 +1,4 @@
-"""`python -m personalized_soups`, which is also what torchrun's `-m` starts."""
+"""Run the command line with `python -m personalized_soups`, or with `torchrun -m personalized_soups`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every choice of device and dtype: what `auto` means, and which names are accepted."""
+"""Names of devices and dtypes: which names are accepted, and which device `auto` stands for."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from personalized_soups.errors import UsageError
 
 DtypeName = Literal["float32", "bfloat16", "float16"]
 
-# Kinds of device for merges and live weights, which compute in float64 and use CUDA's memory interface.
+# The kinds of device on which merges and live weights run. They compute in float64 and use CUDA's memory interface.
 MERGE_DEVICES = ("cpu", "cuda")
 
 
 def resolve_device(device: str, *, kinds: Collection[str] | None = None) -> torch.device:
-    """Return the device with that name. `auto` is the first CUDA device if there is one, else the CPU.
+    """Return the device named `device`. The name `auto` stands for CUDA if torch finds a GPU, and for the CPU if not.
 
     Args:
         device: `auto`, or a name that torch knows, such as `cpu`, `cuda` or `cuda:1`.
-        kinds: the accepted kinds of device; None accepts every kind that can compute.
+        kinds: the accepted kinds, such as `("cpu", "cuda")`. None accepts every device that can compute.
 
     Raises:
-        UsageError: if the name is unknown, the kind is not accepted, the device does not exist, or it cannot compute.
+        UsageError: if the name is unknown, its kind is not in `kinds`, the device does not exist or cannot compute.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = device.partition(":")
-    # Compared as an integer of any length, because torch keeps an index in eight bits.
+    # Compare the index as a Python integer, because torch stores an index in eight bits.
     if kind == "cuda" and index.isdigit() and int(index[:9]) >= torch.cuda.device_count():
         raise _missing(device)
     try:
@@ -44,7 +44,7 @@ def resolve_device(device: str, *, kinds: Collection[str] | None = None) -> torc
 
 
 def torch_dtype(name: DtypeName) -> torch.dtype:
-    """Return torch's dtype with that name."""
+    """Return the torch dtype named `name`."""
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

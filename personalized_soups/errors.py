@@ -1,7 +1,7 @@
 """The errors that users see. Each has three parts: what is wrong, where, and how to fix it.
 
-The parts are separate arguments, so that none can be forgotten and tests can check each. The command line prints them
-and exits with the error's `exit_code`: 2 for wrong usage or input, 1 for a run that failed.
+The three parts are separate arguments, so that no part can be forgotten and tests can check each part. The command
+line prints them and exits with the `exit_code` of the error: 2 for wrong usage or input, 1 for a run that failed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import ClassVar
 
-# The most names that a fix lists: a list of every tensor of a model would not help.
+# The maximum number of names that a fix lists. A list of all tensors of a model would not help.
 _MAX_NAMES = 24
 
 
 class SoupError(Exception):
-    """An error with its place and its fix.
+    """An error that says what is wrong, where it is wrong, and how to fix it.
 
     Args:
         what: what is wrong, in one sentence, with the value found and the value expected.
-        where: a file (with the line, if known), a folder, a module's name, or an option.
+        where: the place: a file (with the line, if it is known), a folder, the name of a module, or an option.
         mend: how to fix it, in the imperative.
 
     Example:
@@ -48,39 +48,39 @@ class SoupError(Exception):
 
 
 class UsageError(SoupError):
-    """The command or call is wrong, for example contradicting options or an unknown name."""
+    """The command or the call is wrong, for example because options contradict each other or a name is unknown."""
 
     exit_code = 2
 
 
 class InputError(SoupError):
-    """A file or other data from the user cannot be used."""
+    """The package cannot use a file or other data that the user gave."""
 
     exit_code = 2
 
 
 class DeclarationError(InputError):
-    """A profile, recipe or catalogue is invalid: an unknown key, a bad weight, a repeated name."""
+    """A profile, recipe or catalogue is invalid, for example because it has an unknown key or a repeated name."""
 
 
 class FileFormatError(InputError):
-    """A file does not have the format of its name: truncated, invalid header, wrong encoding, pickle."""
+    """A file does not have the expected format, for example because it is truncated, not UTF-8 or a pickle."""
 
 
 class UnsupportedAdapterError(InputError):
-    """An adapter uses a variant of LoRA that this version does not merge. The message names the variant."""
+    """An adapter uses a variant of LoRA that this package cannot merge. The message names the variant."""
 
 
 class IncompatibleExpertsError(InputError):
-    """Experts, or an expert and the base, do not fit together: different base models, shapes or ranks."""
+    """Experts do not fit each other or the base model, for example because their shapes differ."""
 
 
 class OutputExistsError(UsageError):
-    """The output exists already and `overwrite` is false."""
+    """The output cannot be written where it was requested, for example because it exists and `overwrite` is false."""
 
 
 class RunError(SoupError):
-    """A run with valid usage and input failed, for example on a full disk or because a process was killed."""
+    """A run failed although its usage and input were valid, for example because the disk was full."""
 
     exit_code = 1
 
@@ -90,7 +90,15 @@ def _rebuild(kind: type[SoupError], what: str, where: str, mend: str) -> SoupErr
 
 
 def check_extra(extra: str, *modules: str) -> None:
-    """Raise UsageError, with the install command, if packages of an optional extra are missing."""
+    """Raise an error with the install command if a module of an optional extra is not installed.
+
+    Args:
+        extra: the name of the extra, such as `serve`.
+        *modules: the modules that must be installed.
+
+    Raises:
+        UsageError: if at least one of the modules is missing.
+    """
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UsageError(
@@ -101,13 +109,16 @@ def check_extra(extra: str, *modules: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name most similar to `name`, or None if none is similar."""
+    """Return the known name that is most similar to `name`, or None if no known name is similar to it."""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
 def choose_from(name: str, known: Iterable[str]) -> str:
-    """Return the fix for an unknown name: the most similar known name, or else the list of known names."""
+    """Return the fix for an unknown name: a question with the most similar known name, or a list of known names.
+
+    The list is returned if no known name is similar to `name`.
+    """
     names = sorted(known)
     match = nearest(name, names)
     if match is not None:

@@ -1,1 +1,1 @@
-"""Bytes to named tensors and back: safetensors files, checkpoints in shards, folders written all or nothing."""
+"""Read and write safetensors files and sharded checkpoints, and write an output folder completely or not at all."""

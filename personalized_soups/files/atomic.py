@@ -1,4 +1,4 @@
-"""All-or-nothing output: folders and files are made next to their target and moved there in one step."""
+"""Write outputs completely or not at all: make a file or folder next to its target, then move it there in one step."""
 
 from __future__ import annotations
 
@@ -42,15 +42,20 @@ _log = logging.getLogger(__name__)
 def new_folder(target: Path | str, overwrite: bool = False, *, durable: bool = False) -> Iterator[Path]:
     """Yield an empty scratch folder next to `target`, which is moved to `target` when the block ends without an error.
 
-    If the block raises (or on Ctrl-C), nothing is left. What a killed run left is removed by the next run. Only one run
-    at a time can write to `target`. With `overwrite`, an existing folder that this package wrote is exchanged for the
-    new one in one step. If the old folder has files that this package did not write, it is renamed to `NAME.replaced-1`
-    instead of deleted. With `durable`, all files are synced to the disk before the move. Modes follow the umask.
+    If the block raises an error or Ctrl-C interrupts it, the scratch folder is removed. If the process is killed, the
+    next run with the same target removes the scratch folder. Only one run at a time can write to `target`. File modes
+    follow the umask.
+
+    Args:
+        target: the output folder.
+        overwrite: replace `target` in one step if it is empty or this package wrote it. If it has files that this
+            package did not write, it is renamed to `NAME.replaced-1` instead of deleted.
+        durable: sync all files to the disk before the move.
 
     Raises:
-        OutputExistsError: if `target` exists and `overwrite` is false, if `target` is not a folder that this package
-            wrote, or if another run is writing it.
-        UsageError: if the folder cannot be made.
+        OutputExistsError: if `target` exists and `overwrite` is false, if this package did not write `target`, or if
+            another run is writing to it.
+        UsageError: if the scratch folder cannot be created.
         RunError: if the disk is full.
     """
     target = _absolute(target)
@@ -66,11 +71,11 @@ def new_folder(target: Path | str, overwrite: bool = False, *, durable: bool = F
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Resumable:
-    """A scratch folder that survives an interruption.
+    """A scratch folder that is kept if the run is interrupted. A piece is a file or folder in the scratch folder.
 
     Attributes:
-        folder: the folder.
-        done: the pieces in it that an earlier run has finished, as paths relative to it.
+        folder: the scratch folder.
+        done: the pieces that an earlier run has finished, as paths relative to `folder`.
     """
 
     folder: Path
@@ -79,10 +84,10 @@ class Resumable:
     _durable: bool
 
     def mark(self, name: str) -> None:
-        """Record that a piece is finished: the file or folder at the path `name` below `folder`. Thread-safe.
+        """Record that the piece at the relative path `name` in `folder` is finished. Thread-safe.
 
         Raises:
-            ValueError: if it does not exist, or is not below `folder`.
+            ValueError: if the piece does not exist, or is not below `folder`.
             OSError: if the record cannot be written.
         """
         path = PurePosixPath(name)
@@ -101,16 +106,18 @@ def resumable_folder(
 ) -> Iterator[Resumable]:
     """Yield a scratch folder as `new_folder` does, but keep it if the block is interrupted after a piece was marked.
 
-    The next run with the same target and identity resumes: it finds the marked pieces in place (`done`). Everything
-    else is removed, so each piece is either complete or absent. A run with another identity starts from scratch. The
-    pieces are kept until the next boot, and with `durable` across boots. Nothing is kept on systems without locks
-    (Windows), or if the block raises InputError or UsageError.
+    The next run with the same target and identity finds the marked pieces in the scratch folder, and their names in
+    `done`. All other files of the scratch folder are removed, so each piece is either complete or absent. A run with
+    another identity starts with an empty folder. The pieces are kept until the next boot; with `durable`, they are kept
+    after it, too. No pieces are kept if the system has no locks (Windows), or if the block raises InputError or
+    UsageError.
 
     Args:
-        target: the folder.
-        identity: everything that decides the bytes of the pieces: digests of the inputs, options, versions.
+        target: the output folder.
+        identity: a text that differs if the bytes of the pieces may differ. It covers the digests of the inputs, the
+            options and the versions.
         overwrite: as in `new_folder`.
-        durable: as in `new_folder`; in addition, each piece is synced to the disk before it is marked.
+        durable: as in `new_folder`. In addition, each piece is synced to the disk before it is marked.
 
     Raises:
         SoupError: as `new_folder` does.
@@ -126,7 +133,10 @@ def resumable_folder(
             with _journal(place, identity, durable=durable) as journal:
                 try:
                     yield Resumable(place.new, frozenset(journal.names), journal, durable)
-                except (InputError, UsageError):  # with other input or options, other pieces are needed
+                except (
+                    InputError,
+                    UsageError,
+                ):  # a run with other input needs other pieces
                     keeps = False
                     raise
                 finally:
@@ -145,7 +155,9 @@ def resumable_folder(
 
 
 def check_target(target: Path | str, *, overwrite: bool = False) -> None:
-    """Raise the error that `new_folder` would raise at its start, and finish the swap of a run that was killed in it.
+    """Raise the error that `new_folder` would raise at its start.
+
+    If a run was killed while it exchanged an old folder for a new one, finish that exchange first.
 
     Raises:
         SoupError: as `new_folder` does.
@@ -162,10 +174,11 @@ def check_target(target: Path | str, *, overwrite: bool = False) -> None:
 def new_file(target: Path | str) -> Iterator[Path]:
     """Yield an empty scratch file next to `target`, which replaces `target` when the block ends without an error.
 
-    If the block raises, nothing is left. What killed runs left is removed by the next run.
+    If the block raises, the scratch file is removed. Scratch files of killed runs are removed by the next run with the
+    same target.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the file cannot be written.
     """
     target = _absolute(target)
     _clear_abandoned(target)
@@ -179,8 +192,11 @@ def new_file(target: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def _ready(target: Path, *, overwrite: bool) -> Iterator[Workplace]:
-    """Yield the workplace of a target that may be written, after cleaning up what killed runs left."""
-    if not _has_leftovers(target):  # otherwise an unfinished swap may have to be settled first
+    """Yield the workplace of `target` (see workplace.py), after a check that `target` may be written.
+
+    What killed runs left in the workplace is cleaned up.
+    """
+    if not _has_leftovers(target):  # otherwise an unfinished exchange of folders may have to be finished first
         check_replaceable(target, overwrite=overwrite)
     with claimed(target) as place:
         if not place.is_locked:
@@ -197,7 +213,7 @@ def _has_leftovers(target: Path) -> bool:
 
 
 def _clear_abandoned(target: Path) -> None:
-    """Remove the scratch folders and files with random names that killed runs left, not those of running ones."""
+    """Remove the scratch folders and files with random names that killed runs left. Keep those of running processes."""
     for scratch in scratches_of(target):
         with abandoned(scratch) as is_dead:
             if not is_dead:
@@ -211,7 +227,7 @@ def _clear_abandoned(target: Path) -> None:
 
 @contextmanager
 def _journal(place: Workplace, identity: str, *, durable: bool) -> Iterator[Journal]:
-    """Yield the workplace's journal, after removing everything from `new` that the journal does not name."""
+    """Yield the journal of the workplace, after removing from `place.new` all files that the journal does not name."""
     place.new.mkdir(exist_ok=True)
     with Journal(place.journal, identity, durable=durable) as journal:
         above = {parent.as_posix() for name in journal.names for parent in PurePosixPath(name).parents}

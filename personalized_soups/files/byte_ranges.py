@@ -1,4 +1,4 @@
-"""Sets of bytes of a file, as ranges."""
+"""A set of byte positions in a file, stored as ranges."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from bisect import bisect_left
 
 
 class ByteRanges:
-    """Ranges `[begin, end)` that do not overlap. Adjacent ranges are merged."""
+    """A set of ranges `[begin, end)` that do not overlap. Adjacent ranges are merged."""
 
     def __init__(self) -> None:
         self._ranges: list[tuple[int, int]] = []
 
     def add(self, begin: int, end: int) -> bool:
-        """Add a range and return True; if a part of it is present already, change nothing and return False."""
+        """Add a range and return True. If a part of the range is present already, change nothing and return False."""
         if begin == end:
             return True
         low = high = bisect_left(self._ranges, (begin, end))
@@ -30,6 +30,6 @@ class ByteRanges:
         return True
 
     def has(self, begin: int, end: int) -> bool:
-        """Return whether the whole range is present."""
+        """Return whether all bytes of the range are present."""
         place = bisect_left(self._ranges, (begin + 1,))
         return begin == end or (place > 0 and self._ranges[place - 1][1] >= end)

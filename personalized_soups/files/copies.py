@@ -1,4 +1,4 @@
-"""Copying bytes between files in the fastest way that the file systems support."""
+"""Copy bytes between files in the fastest way that the file systems support."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ from personalized_soups.files.syscalls import UNSUPPORTED, reflink
 
 CopyMode = Literal["copy", "reflink", "link"]
 
-# Bytes per system call, so that Ctrl-C is handled soon.
+# The maximum number of bytes per system call. It is small enough that Ctrl-C is handled soon.
 _PIECE = 32 << 20
 _BUFFER = 4 << 20
 
 
 def copy_file(source: Path, target: Path, how: CopyMode = "copy") -> CopyMode:
-    """Make a new file `target` with the bytes of `source`, and return how it was made.
+    """Create the file `target` with the bytes of `source`, and return the mode that was used.
 
-    `reflink` shares the blocks on the disk until one of the files changes. `link` gives the same file a second name, so
-    a change in place changes both. If the file system supports neither, the bytes are copied. A copy's mode follows the
-    umask; a link has its source's mode. Symbolic links are followed.
+    `reflink` lets both files share their blocks on the disk until one of the files changes. `link` gives the source a
+    second name (a hard link), so a change in place changes both files. If the file system does not support the
+    requested mode, the bytes are copied. The permissions of a copy follow the umask; a link has the permissions of
+    `source`. Symbolic links are followed.
 
     Raises:
-        InputError: if the source is not a regular file or cannot be opened.
+        InputError: if `source` is not a regular file or cannot be opened.
         OSError: if copying fails, or if `target` exists.
     """
     with opened(source) as reading:
@@ -49,8 +50,8 @@ def copy_file(source: Path, target: Path, how: CopyMode = "copy") -> CopyMode:
 def copy_range(source: int, start: int, target: int, begin: int, length: int) -> bool:
     """Let the kernel copy `length` bytes from offset `start` of `source` to offset `begin` of `target`.
 
-    Return whether all bytes were copied. If the kernel does not support it, or the source is too short, return False;
-    a part may then have been copied.
+    Return whether all bytes were copied. The result is False if the kernel does not support the copy or if `source` is
+    too short. In that case some of the bytes may have been copied.
 
     Raises:
         OSError: if reading or writing fails.
@@ -89,7 +90,7 @@ def _copy_through_memory(reading: int, writing: int) -> None:
 
 
 def write_at(descriptor: int, data: memoryview, place: int) -> None:
-    """Write all of `data` at an offset of an open file.
+    """Write all of `data` to an open file, starting at the offset `place`.
 
     Raises:
         OSError: if writing fails.

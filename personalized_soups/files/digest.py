@@ -1,4 +1,4 @@
-"""BLAKE3 digests of files, computed in background threads so that provenance does not slow down a merge."""
+"""BLAKE3 digests of files. Background threads compute them, so that recording the inputs does not slow down a merge."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def digest_file(path: Path) -> str:
     """Return the BLAKE3 digest of a file's bytes, in hex.
 
     Raises:
-        FileFormatError: if it is not a regular file.
-        InputError: if it cannot be read.
+        FileFormatError: if `path` is not a regular file.
+        InputError: if the file cannot be read.
     """
     with opened(path) as descriptor:
         try:
@@ -38,9 +38,9 @@ def digest_file(path: Path) -> str:
 
 
 class BackgroundDigests:
-    """Hashes files in background threads; `results` waits for the digests.
+    """Computes the digests of files in background threads. `results` waits for all digests.
 
-    A context manager. Leaving the block without calling `results` cancels the files that were not started.
+    Use it as a context manager. At the end of the block, files whose hashing has not started are canceled.
     """
 
     def __init__(self, paths: Iterable[Path] = (), *, num_threads: int = 1) -> None:
@@ -58,12 +58,12 @@ class BackgroundDigests:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def add(self, path: Path) -> None:
-        """Start hashing a file, which must be complete. A path that was added before is not hashed again."""
+        """Queue a file for hashing. The file must be complete. A path that was added before is not hashed again."""
         if path not in self._futures:
             self._futures[path] = self._pool.submit(digest_file, path)
 
     def results(self) -> Mapping[Path, str]:
-        """Wait for all files, and return each one's digest in hex.
+        """Wait until all files are hashed, and return the digest of each file in hex.
 
         Raises:
             InputError: if a file could not be read.

@@ -1,4 +1,4 @@
-"""The names of the files in the folders of adapters, models, experts and soups."""
+"""The names of the files in the folders of adapters, base models, experts and soups (merged experts)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MODEL_WEIGHTS_FILE = "model.safetensors"
 MODEL_INDEX_FILE = "model.safetensors.index.json"
 INDEX_SUFFIX = ".index.json"
 
-# the package's own records, next to the tensors
+# records of this package, next to the tensors
 EXPERT_FILE = "expert.json"
 SOUP_FILE = "soup.json"
 TINY_BASE_FILE = "base.json"

@@ -1,6 +1,7 @@
 """The header of a safetensors file: https://github.com/huggingface/safetensors#format.
 
-Eight bytes of length, then JSON with an entry for each tensor, then the tensors' bytes without gaps.
+A safetensors file starts with eight bytes that hold the length of the header. The header follows: a JSON object with an
+entry for each tensor. The bytes of the tensors follow without gaps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from personalized_soups.files.strict_json import damaged, parse_json, shown
 # The limit of the reference implementation.
 MAX_HEADER_BYTES = 100_000_000
 
-# Bits per element of every dtype of the format, also of those that torch does not have: their tensors can be copied.
+# Bits per element of every dtype of the format. Tensors whose dtype torch does not have can still be copied.
 BITS: Mapping[str, int] = MappingProxyType({
     "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -50,14 +51,14 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor in a file.
+    """The header's entry of one tensor.
 
     Attributes:
         name: the tensor's name.
         dtype: the dtype's name in the format, such as `BF16`.
         shape: the tensor's shape.
-        start: the offset of its first byte, counted from the end of the header.
-        end: the offset after its last byte, counted in the same way.
+        start: the offset of the tensor's first byte, counted from the end of the header.
+        end: the offset just after the tensor's last byte, counted from the end of the header.
     """
 
     name: str
@@ -68,15 +69,15 @@ class TensorEntry:
 
 
 def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Return the checked entries, in the order of their bytes, and the metadata.
+    """Check a header, and return its entries by name, sorted by offset, and its metadata.
 
     Args:
-        header: the header's JSON.
+        header: the JSON text of the header.
         data_bytes: the number of bytes after the header.
-        path: the file, for errors.
+        path: the file, which error messages name.
 
     Raises:
-        FileFormatError: if the header is not valid, or if the tensors do not fill the bytes after it exactly.
+        FileFormatError: if the header is not valid, or if the tensors do not exactly fill the bytes after the header.
     """
     parsed = parse_json(header, path)
     if not isinstance(parsed, dict):
@@ -112,7 +113,7 @@ def _entry(name: str, fields: Any, path: Path) -> TensorEntry:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise damaged(path, f"tensor {text} has the unknown dtype {reprlib.repr(dtype)}")
-    # sizes of 0 are skipped: torch computes strides from the others, and their product must fit into int64, too
+    # Sizes of 0 are skipped, because torch computes strides from the other sizes, whose product must fit into int64.
     if not _are_sizes(shape) or math.prod(size for size in shape if size) >= 1 << 63:
         raise damaged(path, f"the shape of tensor {text} is not a valid list of sizes: {reprlib.repr(shape)}")
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:

@@ -1,4 +1,7 @@
-"""The record of finished pieces of a long run: an append-only text file, of which a kill loses at most one line."""
+"""The list of the finished pieces of a long run, in a text file that only grows.
+
+If the process is killed, at most the last line is lost.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +14,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-# Linux's identifier of the current boot. After a power cut, pieces may be lost that the journal lists, unless they were
-# synced. So a journal counts only within the boot that wrote it.
+# The file with Linux's identifier of the current boot. After a power cut, pieces that the journal lists may be lost
+# unless they were synced to the disk. So a journal is valid only until the next boot, unless it is durable.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Journal:
-    """The names of finished pieces, in the order in which they were added. A context manager; safe between threads.
+    """The names of finished pieces, in the order in which they were added. A thread-safe context manager.
 
-    The first line has the run's identity and the boot. An incomplete last line is dropped. A journal of another
-    identity or of an earlier boot is discarded; one written with `durable` survives a reboot.
+    The first line of the file holds the identity of the run and the identifier of the boot. An existing file is
+    discarded if its first line differs. A durable journal has no boot identifier, so it stays valid after a reboot. An
+    incomplete last line is dropped.
 
     Args:
-        path: the file, which need not exist.
+        path: the journal's file, which need not exist.
         identity: the identity of the run. Two runs with the same identity write the same bytes.
         durable: whether every line is synced to the disk before `add` returns.
 
     Raises:
-        OSError: if it cannot be read or written.
+        OSError: if the file cannot be read or written.
     """
 
     def __init__(self, path: Path, identity: str, *, durable: bool = False) -> None:
@@ -57,7 +61,7 @@ class Journal:
         """Add the name of a finished piece.
 
         Raises:
-            OSError: if it cannot be written.
+            OSError: if the file cannot be written.
         """
         with self._lock:
             self._append(_line(name))
@@ -79,7 +83,7 @@ class Journal:
         os.ftruncate(self._descriptor, sound)
 
     def _append(self, line: bytes) -> None:
-        # a full disk may leave half a line; with the next line appended it is not JSON, so it is never read as a name
+        # A full disk may leave half a line. With the next line appended it is not JSON, so it is never read as a name.
         while line:
             line = line[os.write(self._descriptor, line) :]
         if self._durable:

@@ -19,13 +19,13 @@ _BLOCK = 1 << 20
 
 @dataclass(slots=True)
 class GrowingLines:
-    """A growing file of this run.
+    """A JSON Lines file to which this run appends rows.
 
-    Nothing is written before the first rows, so a run that fails earlier changes nothing.
+    An existing file is not changed before the first rows are added, so a run that fails earlier changes nothing.
 
     Attributes:
         path: the file.
-        num_done: the number of lines from an earlier run.
+        num_done: the number of complete lines that an earlier run wrote and this run keeps.
     """
 
     path: Path
@@ -35,10 +35,10 @@ class GrowingLines:
     _is_begun: bool
 
     def add(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Append one line per row. A kill loses at most the last line.
+        """Append one line for each row. If the process is killed, at most the last line is incomplete.
 
         Raises:
-            OSError: if they cannot be written.
+            OSError: if the rows cannot be written.
         """
         self.begin()
         text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
@@ -46,7 +46,7 @@ class GrowingLines:
             file.write(text)
 
     def begin(self) -> None:
-        """Remove an earlier file, and write the settings next to the new one."""
+        """Start an empty file and record the settings. Do nothing if the file was started by this or a resumed run."""
         if not self._is_begun:
             self.path.unlink(missing_ok=True)
             self._journal.write_text(json.dumps(self._settings), encoding="utf-8")
@@ -56,20 +56,22 @@ class GrowingLines:
 
 @contextmanager
 def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> Iterator[GrowingLines]:
-    """Yield a file that only this run can write. It is complete when the block ends without an error.
+    """Yield a growing file that only this run can write. The file is complete when the block ends without an error.
 
-    Until then its settings are in a hidden file next to it, so that a run resumes only with the same settings.
+    Until then, the settings are stored in a hidden folder next to the file. A later run resumes the file only if its
+    settings are the same.
 
     Args:
-        path: the file; missing parent folders are made.
+        path: the file. Missing parent folders are created.
         settings: the JSON values on which the lines depend.
         overwrite: start from scratch if the file is complete or was started with other settings. The old file is
             removed when the first rows are written.
 
     Raises:
-        OutputExistsError: if the file exists and is complete, or if another run is writing it.
-        UsageError: if it was started with other settings; the message names them.
-        OSError: if it cannot be written.
+        OutputExistsError: if `path` is a folder, if the file is complete and `overwrite` is false, or if another run is
+            writing the file.
+        UsageError: if the file was started with other settings and `overwrite` is false. The message names them.
+        OSError: if the file cannot be written.
     """
     if path.is_dir():
         raise OutputExistsError(
@@ -77,7 +79,7 @@ def growing_lines(path: Path, settings: Mapping[str, Any], *, overwrite: bool = 
             where=str(path),
             mend="give a file, such as answers.jsonl",
         )
-    # before and after locking: fail early, and notice a run that ended in between
+    # Check before locking, to fail early, and after locking, because another run may have ended in between.
     _check_free(path, overwrite=overwrite)
     with claimed(path) as place:
         _check_free(path, overwrite=overwrite)
