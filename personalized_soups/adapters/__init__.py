@@ -1,1 +1,1 @@
-"""What a LoRA folder means: its configuration, its tensors' names, its provenance, and which experts fit together."""
+"""LoRA adapter folders: their configuration, tensor names and records, and checks that experts fit together."""

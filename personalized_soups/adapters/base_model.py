@@ -1,4 +1,4 @@
-"""A base model: its folder, its checkpoint, and its tied embeddings."""
+"""A base model: its folder, its checkpoint and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from personalized_soups.files.regular import check_no_lfs_pointers
 from personalized_soups.files.shards import Checkpoint
 from personalized_soups.files.strict_json import parse_json
 
-# Suffixes of weight files. They are not copied into a merged model's folder: they would be the base's unmerged weights.
+# Suffixes of weight files. These files are not copied into a merged model's folder, because their weights are unmerged.
 _OTHER_WEIGHTS = PICKLES | {".safetensors", ".gguf", ".ggml", ".onnx", ".h5", ".msgpack", ".tflite", ".ot"}
 
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """A model folder with its weight files opened and checked, not read.
+    """A base model in a folder. Its weight files are opened and checked, but no tensor is read.
 
     Attributes:
         name: the hub id, or the folder's absolute path.
@@ -45,11 +45,14 @@ class BaseModel:
 
     @classmethod
     def open(cls, base: Path | str) -> Self:
-        """Open a folder, or a hub id in the local cache.
+        """Open a base model.
+
+        Args:
+            base: a model folder, or the hub id of a model in the local cache.
 
         Raises:
             InputError: if the model does not exist or has no config.json.
-            FileFormatError: if its weight files are damaged or pickles, or if a file is a Git LFS pointer.
+            FileFormatError: if a weight file is damaged or is a pickle, or if a file is a Git LFS pointer.
             UnsupportedAdapterError: if the model is quantised.
         """
         folder = base_folder(base)
@@ -62,13 +65,13 @@ class BaseModel:
                 where=str(folder),
                 mend="give the base before quantisation, or merge plain LoRA experts without a base",
             )
-        # records have the absolute path, so that it is valid in any working directory
+        # the absolute path, because records of the base must be valid in any working directory
         name = str(folder.resolve()) if Path(base) == folder else str(base)
         return cls(name, folder, config, Checkpoint.open(folder))
 
     @cached_property
     def fingerprint(self) -> str:
-        """The base's fingerprint, as in the experts' records."""
+        """The base's fingerprint; see `base_fingerprint`."""
         return base_fingerprint(self.folder)
 
     @cached_property
@@ -77,17 +80,17 @@ class BaseModel:
 
     @property
     def tied(self) -> tuple[str, str] | None:
-        """The names of the input and the output embedding if they are tied; see `Embeddings.tied`."""
+        """The names of the input and the output embedding if they are tied, else None; see `Embeddings.tied`."""
         return self._embeddings.tied
 
     @property
     def output_for_both(self) -> str | None:
-        """The name of the output embedding if it also serves as the input embedding, which is missing in the files."""
+        """The name of the output embedding if it is tied and the files have no input embedding, else None."""
         return self._embeddings.output_for_both
 
     @cached_property
     def names(self) -> StoredNames:
-        """The names of the tensors in the files, and the search among them."""
+        """The names of the tensors in the files, with a search for a tensor of the model in memory."""
         model_type = self.config.get("model_type")
         return StoredNames(
             self.checkpoint,
@@ -96,20 +99,20 @@ class BaseModel:
         )
 
     def find(self, tensor: str) -> str | None:
-        """Return the name in the checkpoint of a tensor of the model in memory, or None."""
+        """Return the checkpoint's name for a tensor of the model in memory, or None if there is none."""
         return None if self._embeddings.is_missing_output(tensor) else self.names.find(tensor)
 
     def source(self, tensor: str) -> str | None:
-        """Return the name in the checkpoint of a tensor's data, or None if it has none.
+        """Return the checkpoint's name for the values of a tensor, or None if the checkpoint does not have them.
 
-        For a tied output embedding this is the input embedding's name.
+        The values of a tied output embedding have the input embedding's name.
         """
         if self.tied is not None and self._embeddings.is_missing_output(tensor):
             return self.tied[0]
         return self.find(tensor)
 
     def written_name(self, tensor: str) -> str:
-        """Return the name under which to write a tensor of the model in memory."""
+        """Return the name that a tensor of the model in memory has in the files of a merged model."""
         if self.tied is not None and self._embeddings.is_missing_output(tensor):
             return self.tied[1]
         return self.find(tensor) or tensor
@@ -118,7 +121,7 @@ class BaseModel:
         """Raise if an expert was trained on a base with another fingerprint.
 
         Raises:
-            IncompatibleExpertsError: with the names of all such experts.
+            IncompatibleExpertsError: if there are such experts. The error names all of them.
         """
         for fault in strangers(experts, self.fingerprint, self.name):
             raise fault
@@ -126,8 +129,8 @@ class BaseModel:
     def other_files(self) -> list[str]:
         """Return the paths of all files without weights, relative to the folder.
 
-        Hidden files and folders (`.git`, `.cache`) are skipped, and so is the base's own record, which would not be
-        true for the merged model.
+        Hidden files and folders (`.git`, `.cache`) are skipped. This package's records (soup.json) are skipped as well,
+        because they describe the base and not the merged model.
         """
         others = []
         for name in sorted(files_below(self.folder)):
@@ -142,7 +145,7 @@ class BaseModel:
 
 
 def copy_others(base: BaseModel, folder: Path) -> None:
-    """Copy all files without weights into `folder`."""
+    """Copy all files of the base that are not weights into `folder`."""
     for name in base.other_files():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(base.folder / name, folder / name)

@@ -1,7 +1,7 @@
-"""adapter_config.json: the kind of LoRA.
+"""The configuration of a LoRA adapter, adapter_config.json.
 
-Only settings on an allow-list (variants.py) are accepted. All others are rejected by name, because merging them could
-give wrong results.
+Only the settings in variants.py are accepted. An adapter with any other setting is rejected with the setting's name,
+because a merge could give wrong results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_CONFIG_BYTES = 16 << 20
 # The default of PEFT's LoraConfig.
 _DEFAULT_RANK = 8
 
-# The most names in a list. Each name is compared with every tensor of the adapter.
+# The maximum number of names in a list. Each name is compared with every tensor of the adapter.
 _MAX_NAMES = 1000
 
 Biases = Literal["none", "all", "lora_only"]
@@ -36,23 +36,24 @@ class AdapterConfig:
     """The parts of a LoRA configuration that decide what the saved tensors mean.
 
     Attributes:
-        path: the file.
-        rank: `r`.
-        lora_alpha: alpha.
+        path: the path of adapter_config.json.
+        rank: the rank of all modules that rank_pattern does not match (`r`).
+        lora_alpha: the alpha of all modules that alpha_pattern does not match.
         use_rslora: whether the scaling is alpha / sqrt(rank) instead of alpha / rank.
-        rank_pattern: ranks of some modules, by regular expressions for their names.
-        alpha_pattern: alphas of some modules, by regular expressions for their names.
+        rank_pattern: the ranks of some modules. The keys are regular expressions for the modules' names.
+        alpha_pattern: the alphas of some modules. The keys are regular expressions for the modules' names.
         base_model: the base model's path or hub id.
         revision: the base model's revision on the hub.
         task_type: PEFT's task type, such as `CAUSAL_LM`.
-        target_modules: the names of the adapted modules; None if they are not a plain list.
+        target_modules: the names of the adapted modules, or None if the file does not have them as a plain list.
         peft_version: the version of PEFT that saved the adapter.
-        fan_in_fan_out: whether the last wrapped layer stores its weight as [in, out] (Conv1D).
+        fan_in_fan_out: whether the layer that PEFT wrapped last stores its weight as [in, out] (Conv1D).
         bias: which biases of the base were trained.
         lora_bias: whether B has a bias.
         use_dora: whether the adapter is DoRA (arXiv 2402.09353).
         modules_to_save: the names of modules that were trained whole.
-        trainable_tokens: the tokens whose embedding rows were trained, for all embeddings or by module name.
+        trainable_tokens: the tokens whose embedding rows were trained: one tuple for all embeddings, or a tuple for
+            each module name.
         target_parameters: the names of adapted parameters that are not modules.
         ensure_weight_tying: whether PEFT saved the change of a tied embedding twice.
     """
@@ -85,8 +86,9 @@ class AdapterConfig:
 
         Raises:
             InputError: if the file is missing or cannot be read.
-            FileFormatError: if it is not JSON, or a value is invalid.
-            UnsupportedAdapterError: with the first variant of LoRA that this version does not merge.
+            FileFormatError: if the file is not JSON, or a value is invalid.
+            UnsupportedAdapterError: if the adapter is a variant of LoRA that this version cannot merge. The error names
+                the first such setting.
         """
         path = Path(folder) / CONFIG_FILE
         table = _read(path)
@@ -122,19 +124,22 @@ class AdapterConfig:
         )
 
     def rank_of(self, module: str) -> int:
-        """Return the configured rank of a module, or of a parameter by its full name.
+        """Return the configured rank of a module.
+
+        Args:
+            module: the module's name. For a parameter, its full name.
 
         Raises:
-            UnsupportedAdapterError: if rank_pattern takes too long to resolve.
+            UnsupportedAdapterError: if the search in rank_pattern takes too long.
         """
         key = self._first(self._rank_keys, module)
         return self.rank if key is None else self.rank_pattern[key]
 
     def scaling_of(self, module: str) -> float:
-        """Return alpha / rank of a module, or alpha / sqrt(rank) with rsLoRA (arXiv 2312.03732).
+        """Return a module's scaling: alpha / rank, or alpha / sqrt(rank) if the adapter uses rsLoRA (arXiv 2312.03732).
 
         Raises:
-            UnsupportedAdapterError: if a pattern takes too long to resolve.
+            UnsupportedAdapterError: if the search in rank_pattern or alpha_pattern takes too long.
         """
         key = self._first(self._alpha_keys, module)
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
@@ -181,7 +186,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_init(path: Path, init: Any) -> None:
-    # as PEFT: a falsy value means no initialisation, and case does not matter for gaussian
+    # like PEFT: a falsy value means no initialisation, and gaussian may be in upper case
     if init is None or (isinstance(init, (bool, str)) and init in PLAIN_INITS):
         return
     if init == 0 or (isinstance(init, str) and init.lower() == "gaussian"):
@@ -201,7 +206,7 @@ def _check_variants(path: Path, table: Mapping[str, Any]) -> None:
         if refusal := REFUSED.get(key):
             if not any(type(value) is type(off) and value == off for off in refusal.off):
                 raise _refused(path, f"{key} is {str(value)[:80]} ({refusal.name}: {refusal.why})", refusal.mend)
-        # an unknown key of a newer PEFT is accepted only if it is switched off
+        # an unknown key of a newer PEFT is accepted only if its value switches it off
         elif value is not None and value is not False and value not in ({}, []):
             raise _refused(
                 path, f"the key {key!r} (value {str(value)[:80]}) is unknown", f"train the expert without {key}"
@@ -209,12 +214,12 @@ def _check_variants(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def _targets(table: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Return the names in target_modules if they alone decide which modules are adapted, otherwise None."""
+    """Return the names in target_modules, or None if other settings also decide which modules are adapted."""
     targets = table.get("target_modules")
     narrowed = any(table.get(key) not in (None, []) for key in ("exclude_modules", "layers_to_transform"))
     if narrowed or not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
         return None
-    # a name with a wrapper that a training tool left is not a name in the base
+    # a name with a training tool's wrapper (_orig_mod) is not the name of a module in the base
     return None if any(map(is_wrapped, targets)) else tuple(sorted(targets))
 
 
@@ -280,7 +285,7 @@ def _number(path: Path, key: str, value: Any) -> float:
 
 def _flag(path: Path, table: Mapping[str, Any], key: str) -> bool:
     value = table.get(key)
-    if value is None or (type(value) is int and value in {0, 1}):  # as PEFT reads them
+    if value is None or (type(value) is int and value in {0, 1}):  # PEFT accepts null, 0 and 1, too
         return bool(value)
     if not isinstance(value, bool):
         raise _out_of_place(path, f"{key} is {str(value)[:80]!r}, but true or false was expected")

@@ -1,4 +1,4 @@
-"""The input and output embeddings of a base model, and whether they are one tensor."""
+"""The input and output embeddings of a base model. They are one tensor if the model ties them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from personalized_soups.adapters.names import core_name
 from personalized_soups.adapters.tie_flag import says_tied
 from personalized_soups.files.shards import Checkpoint
 
-# The modules that transformers ties: a causal model's input and output embeddings.
+# The last steps of the names of a causal model's input and output embeddings, which transformers may tie.
 _INPUTS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _OUTPUTS = ("lm_head", "embed_out", "output")
 
@@ -29,7 +29,10 @@ class Embeddings:
 
     @cached_property
     def tied(self) -> tuple[str, str] | None:
-        """The names of the input and the output embedding if they are tied; the file has the tensor under the first."""
+        """The names of the input and the output embedding if they are tied, else None.
+
+        The files have the tensor under the name of the input embedding.
+        """
         inputs, outputs = self._names
         if len(inputs) != 1 or not self._says_tied:
             return None
@@ -41,12 +44,12 @@ class Embeddings:
 
     @cached_property
     def output_for_both(self) -> str | None:
-        """The name of the output embedding if it also serves as the input embedding, which is missing in the files."""
+        """The name of the output embedding if it is tied and the files have no input embedding, else None."""
         inputs, outputs = self._names
         return outputs[0] if not inputs and len(outputs) == 1 and self._says_tied else None
 
     def is_missing_output(self, tensor: str) -> bool:
-        """Return whether a tensor is the output embedding of a tied model, and the files do not have it."""
+        """Return whether `tensor` is the output embedding of a tied model that is not in the files."""
         is_head = core_name(tensor).removesuffix(".weight") in _OUTPUTS
         return is_head and self.tied is not None and self.tied[1] not in self._checkpoint
 
@@ -62,7 +65,7 @@ class Embeddings:
     @cached_property
     def _says_tied(self) -> bool:
         says = says_tied(self._config)
-        # without a flag: a causal model without an output embedding in its files is tied
+        # the configuration does not say: a causal model without an output embedding in its files is tied
         return not self._names[1] and self._is_causal if says is None else says
 
     def _shape(self, name: str) -> tuple[int, ...]:
@@ -70,7 +73,7 @@ class Embeddings:
 
 
 def is_input_embedding(tensor: str) -> bool:
-    """Return whether a tensor is a model's input embedding, by its name."""
+    """Return whether a tensor's name is that of an input embedding."""
     return _module(tensor) in _INPUTS
 
 

@@ -1,4 +1,4 @@
-"""Fingerprints of base models: digests of their tensors, independent of folder names and sharding."""
+"""Fingerprints of base models: digests of the tensors that do not depend on folder names or shards."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from blake3 import blake3
 from personalized_soups.errors import InputError
 from personalized_soups.files.shards import Checkpoint
 
-# Below this size all bytes are hashed, above it three samples of each tensor: 8B parameters take less than a second.
+# Smaller models are hashed completely. Of larger models, three samples of each tensor are hashed, so that the
+# fingerprint of a model with 8B parameters takes less than a second.
 WHOLE_BELOW_BYTES = 1 << 30
 _SAMPLE_BYTES = 16 << 10
 
 
 def base_fingerprint(base: Path | str) -> str:
-    """Return the fingerprint of a base model: a folder, or a hub id in the local cache.
+    """Return the fingerprint of a base model.
 
-    BLAKE3 over the sorted list of every tensor's name, dtype, shape and digest. A tensor's digest covers all bytes if
-    the model is smaller than 1 GiB, and otherwise its first, middle and last 16 KiB. A copy with another folder name,
-    other shards or another config has the same fingerprint; other dtypes or values change it.
+    The fingerprint is the BLAKE3 digest of the sorted list of all tensors, each with its name, dtype, shape and digest.
+    A tensor's digest covers all bytes of the tensor if the model is smaller than 1 GiB. In a larger model, the digest
+    covers the first, middle and last 16 KiB of the tensor.
+
+    Copies with another folder name, other shards or another configuration have the same fingerprint. Models with other
+    dtypes or values have another fingerprint.
+
+    Args:
+        base: a model folder, or the hub id of a model in the local cache.
 
     Raises:
         InputError: if the model does not exist.
-        FileFormatError: if its weights are not valid safetensors files.
+        FileFormatError: if the model's weights are not valid safetensors files.
     """
     checkpoint = Checkpoint.open(base_folder(base))
     whole = checkpoint.num_bytes < WHOLE_BELOW_BYTES
@@ -52,12 +59,13 @@ def base_fingerprint(base: Path | str) -> str:
 
 
 def base_folder(base: Path | str) -> Path:
-    """Return the folder of a base model: the path itself, or a hub id's snapshot in the local cache.
+    """Return the folder of a base model.
 
-    Nothing is downloaded.
+    If `base` is a folder, return its path. Otherwise, `base` is a hub id: return the folder of its snapshot in the
+    local cache. Nothing is downloaded.
 
     Raises:
-        InputError: if neither exists.
+        InputError: if `base` is neither a folder nor a hub id in the local cache.
     """
     if os.path.isdir(base):  # noqa: PTH112 # Path.is_dir() raises if the name is too long
         return Path(base)

@@ -1,9 +1,10 @@
-"""Matching of the keys of rank_pattern and alpha_pattern, which are regular expressions, in bounded time.
+"""Match module names with the keys of rank_pattern and alpha_pattern in bounded time. The keys are regular expressions.
 
 PEFT calls `re.match(rf"(.*\\.)?({key})$", module)` for each key (peft.utils.other.get_pattern_key). Python's matcher
-backtracks, so that a key such as `(a+)+$` in a stranger's adapter could run for years. Here the expression is parsed by
-Python's parser and run as a finite automaton (Thompson, CACM 11(6), 1968), one step per character. Features without an
-automaton (references to groups, lookahead and lookbehind) and large expressions are rejected.
+backtracks, so a malicious adapter with a key such as `(a+)+$` could keep it busy for years. This module parses the
+expression with Python's parser and runs it as a finite automaton (Thompson, CACM 11(6), 1968), which takes one step per
+character. It rejects large expressions and features that an automaton cannot match: references to groups, lookahead and
+lookbehind.
 """
 
 from __future__ import annotations
@@ -13,17 +14,18 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-# Python's parser of regular expressions and its constants, which `re` itself uses.
+# Python's own parser of regular expressions, and the constants in its results.
 _parser: Any = importlib.import_module("re._parser")
 _is: Any = importlib.import_module("re._constants")
 
-# Most keys are a module's name or its end. For these, Python's matcher needs at most |key| * |module| steps.
+# Most keys are a module's name or the end of one. For such keys, Python's matcher needs at most len(key) * len(module)
+# steps, so no automaton is needed.
 _NAME = re.compile(r"\^?(?:[\w\-]|\\?\.)+\$?")
 
 _MAX_KEY = 1000
 _MAX_STATES = 2000
-# States times characters, over all keys and modules of an adapter: at most a minute. 10,000 modules and ten expressions
-# of twenty states need a tenth of it.
+# The maximum sum of states times characters, over all keys and modules of an adapter. It takes at most a minute. An
+# adapter with 10,000 modules and ten expressions of twenty states needs a tenth of it.
 _MAX_STEPS = 100_000_000
 
 _CATEGORIES: dict[Any, Callable[[str], bool]] = {
@@ -37,10 +39,11 @@ _CATEGORIES: dict[Any, Callable[[str], bool]] = {
 
 
 class Patterns:
-    """The keys of one pattern table, in their order.
+    """The keys of rank_pattern or alpha_pattern, in the order of the file.
 
     Raises:
-        ValueError: with the first key that is not a regular expression or cannot be matched in bounded time.
+        ValueError: if a key is not a valid regular expression or cannot be matched in bounded time. The error names the
+            first such key.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -48,10 +51,10 @@ class Patterns:
         self._steps_left = _MAX_STEPS
 
     def first(self, module: str) -> str | None:
-        """Return the first key that matches a module's name, or None.
+        """Return the first key that matches a module's name, or None if no key matches.
 
         Raises:
-            ValueError: if the matches so far needed more steps than a normal adapter needs.
+            ValueError: if all calls so far together took more steps than a normal adapter needs.
         """
         for key, matcher in self._matchers:
             self._steps_left -= len(module) * len(matcher.states) if isinstance(matcher, _Automaton) else 1
@@ -79,14 +82,14 @@ def _matcher(key: str) -> _Automaton | re.Pattern[str]:
 
 
 class _TooMuchError(Exception):
-    """The expression has a feature that a small automaton cannot match; the message names it."""
+    """A small automaton cannot match the expression. The message says why."""
 
 
 class _Automaton:
     """A nondeterministic finite automaton.
 
-    A state is a test of a character, a test of a place, and the next states. A state without a test of a character
-    consumes none.
+    A state is a tuple of a test of the next character, a test of the position in the text, and the numbers of the
+    following states. A state without a character test consumes no character.
     """
 
     def __init__(self, parsed: Any) -> None:
@@ -97,7 +100,7 @@ class _Automaton:
         self._start = self._sequence(parsed, self._end)
 
     def match(self, text: str) -> bool:
-        """Return whether `re.match(expression, text)` matches."""
+        """Return whether `re.match(expression, text)` would find a match."""
         current = self._closure([self._start], 0, text)
         for place, char in enumerate(text):
             if self._end in current or not current:
@@ -111,7 +114,7 @@ class _Automaton:
         return self._end in current
 
     def _closure(self, numbers: list[int], place: int, text: str) -> set[int]:
-        """Return the states that can be reached without consuming a character."""
+        """Return the given states and all states that are reached from them without consuming a character."""
         reached: set[int] = set()
         waiting = list(numbers)
         while waiting:
@@ -141,7 +144,7 @@ class _Automaton:
         return after
 
     def _node(self, operation: Any, argument: Any, after: int) -> int:
-        """Return the state from which a node of the parsed expression leads to `after`."""
+        """Add the states of a node of the parsed expression, which lead to `after`, and return the first of them."""
         if operation is _is.BRANCH:
             return self._state(*(self._sequence(branch, after) for branch in argument[1]))
         if operation is _is.SUBPATTERN:

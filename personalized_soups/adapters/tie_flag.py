@@ -1,4 +1,7 @@
-"""Whether a model's configuration ties its input and output embeddings, so that transformers makes them one tensor."""
+"""The flag in a model's configuration that ties the embeddings.
+
+Tied embeddings are one tensor: transformers uses the input embedding also as the output embedding.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,25 @@ from typing import Any
 
 _FLAG = "tie_word_embeddings"
 
-# The keys of the language model's configuration in a multimodal one: first those of PreTrainedConfig.get_text_config,
-# then those of single models.
+# The keys under which the configuration of a multimodal model contains that of its language model. First come the keys
+# of PreTrainedConfig.get_text_config, then the keys of single models.
 _TEXT_CONFIGS = (
     "text_config", "decoder", "generator", "text_encoder", "language_config", "llm_config", "thinker_config",
     "vlm_config",
 )  # fmt: skip
 
-# LFM2's own name for the flag, which overrides it.
+# LFM2's own name for the flag. If it is present, it overrides tie_word_embeddings.
 _OTHER_FLAG = "tie_embedding"
 
 
 def says_tied(config: Mapping[str, Any]) -> bool | None:
-    """Return whether a configuration ties the embeddings, or None if it does not decide that.
+    """Return whether a configuration ties the embeddings, or None if the configuration does not say.
 
-    The flag of the whole model counts, or else that of the text model; flags of other parts (vision, audio) never do.
-    In doubt, the configuration's class in transformers decides: some classes tie embeddings by default, and some read
-    the text model's flag although the whole model has one.
+    The flag of the whole model counts. If the whole model has no flag, the flag of its text model counts. Flags of
+    other parts (vision, audio) never count.
+
+    Unless the whole model's flag is true, the configuration's class in transformers decides if that flag is missing or
+    is not the only one: some classes tie the embeddings by default, and some classes prefer the text model's flag.
     """
     flag = config.get(_FLAG)
     if flag is True:
@@ -47,7 +52,7 @@ def _text_configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _by_class(config: Mapping[str, Any]) -> bool | None:
-    """Return the flag as transformers' class reads it, or None if there is no such class or it raises."""
+    """Return the flag after transformers has parsed the configuration, or None if transformers cannot parse it."""
     from transformers import CONFIG_MAPPING
 
     try:
