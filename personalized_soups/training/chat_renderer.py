@@ -1,4 +1,4 @@
-"""Messages rendered by a base's chat template: as text, as token ids, and which of their keys the template renders."""
+"""Render messages with a base's chat template, and find the keys of messages that the template does not render."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from personalized_soups.training.messages import SPOKEN_KEYS, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Names of one thing: transformers copies a message's reasoning to all of them before it calls the template.
+# Three names of the same key: transformers copies a message's reasoning to all of them before it calls the template.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _COMMENT = re.compile(r"{#.*?#}", re.DOTALL)
 
 
 class ChatRenderer:
-    """Renders messages of one pair by the base's chat template.
+    """Renders messages of one pair with the base's chat template.
 
     Args:
-        pair: the pair; its `tools` go to the template with every message.
-        tokenizer: holds the template.
-        place: file and line of the pair, for errors.
+        pair: the pair. Its `tools` are passed to the template in every call.
+        tokenizer: the tokenizer with the chat template.
+        place: the file and line of the pair, for errors.
     """
 
     def __init__(self, pair: Pair, tokenizer: PreTrainedTokenizerBase, place: str) -> None:
@@ -36,18 +36,18 @@ class ChatRenderer:
         self._place = place
 
     def ids(self, messages: Sequence[Message], **options: Any) -> list[int]:
-        """Return the token ids of messages."""
+        """Return the token ids of the rendered messages."""
         return list(self._apply(messages, tokenize=True, return_dict=True, **options)["input_ids"])
 
     def text(self, messages: Sequence[Message], **options: Any) -> str:
-        """Return the text of messages."""
+        """Return the text of the rendered messages."""
         return str(self._apply(messages, tokenize=False, **options))
 
     def renders(self, key: str, messages: Sequence[Message]) -> bool:
-        """Return whether the template renders a key of messages.
+        """Return whether the template renders `key` of any of the messages.
 
         Raises:
-            InputError: if it does not, and the key holds a part of what the speaker said.
+            InputError: if the template does not render a key that holds a part of what the speaker said.
         """
         if not any(key in message for message in messages):
             return False
@@ -57,11 +57,15 @@ class ChatRenderer:
         if self.text(without) != self.text(messages):
             return True
         if key in SPOKEN_KEYS:
-            raise self._lost(f"a message has {key!r}, which the base's chat template does not render", key)
+            raise self._lost(f"a message has {key!r}, but the base's chat template does not render it", key)
         return False
 
     def is_reshaped(self, prompt: Sequence[Message], wholes: Sequence[Sequence[Message]]) -> bool:
-        """Return whether the texts of prompt and whole conversations diverge before the prompt's last message ends."""
+        """Return whether the template renders the prompt differently when an answer follows.
+
+        That is the case if the texts of `prompt` and of a conversation in `wholes` diverge before the end of the
+        prompt's last message.
+        """
         last = prompt[-1]["content"].strip()
         before = self.text(prompt, add_generation_prompt=True)
         start = before.rfind(last)
@@ -73,10 +77,10 @@ class ChatRenderer:
             return
         without_tools = ChatRenderer({}, self._tokenizer, self._place)
         if without_tools.text(messages) == self.text(messages):
-            raise self._lost("the pair has 'tools', which the base's chat template does not render", "tools")
+            raise self._lost("the pair has 'tools', but the base's chat template does not render them", "tools")
 
     def _names(self, key: str) -> bool:
-        """Return whether the template's source mentions a key, or a variable of that name."""
+        """Return whether the template's source mentions `key`."""
         with template_faults(self._place):
             template = _COMMENT.sub("", str(self._tokenizer.get_chat_template(tools=self.tools)))
         if key == "tools":
@@ -86,16 +90,16 @@ class ChatRenderer:
 
     def _lost(self, what: str, key: str) -> InputError:
         return InputError(
-            f"{what}: training would lose it",
+            f"{what}, so training would lose this content",
             where=self._place,
-            mend=f"use a base whose chat template renders {key!r}, or remove it from the data",
+            mend=f"use a base whose chat template renders {key!r}, or remove {key!r} from the data",
         )
 
     def _apply(self, messages: Sequence[Message], **options: Any) -> Any:
-        """Return the messages, rendered by the template.
+        """Return the rendered messages.
 
-        Most templates expect a call's arguments as an object, and would put OpenAI's JSON text in quotes. Some accept
-        only the text.
+        OpenAI writes the arguments of a tool call as JSON text. Most templates expect an object and would quote the
+        text, so the arguments are parsed first. If the template rejects the object, it gets the text.
         """
         parsed = [_with_objects(message) for message in messages]
         options |= {"tools": self.tools}
@@ -110,7 +114,7 @@ class ChatRenderer:
 
 
 def _with_objects(message: Message) -> Message:
-    """Return a message with the arguments of its tool calls parsed, where they are the JSON text of an object."""
+    """Return the message with every tool call's arguments parsed if they are the JSON text of an object."""
     if not isinstance(message.get("tool_calls"), list):
         return message
     return {**message, "tool_calls": [_call_with_object(call) for call in message["tool_calls"]]}
@@ -131,6 +135,6 @@ def _with_object(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def num_common(ids: Sequence[object], other: Sequence[object]) -> int:
-    """Return how many items two sequences have in common at their start."""
+    """Return the length of the longest common start of two sequences."""
     shortest = min(len(ids), len(other))
     return next((place for place in range(shortest) if ids[place] != other[place]), shortest)

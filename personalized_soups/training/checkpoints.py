@@ -1,7 +1,8 @@
-"""Checkpoints of a training that runs, in a hidden folder next to the expert's, each marked once it is complete.
+"""Manage the checkpoints of a training.
 
-A kill at any moment leaves at most one checkpoint without a mark, which the next run removes. `run.json` records the
-training's settings, so that a training never resumes from the checkpoints of a different one.
+Checkpoints lie in a hidden folder next to the expert's folder. Each complete checkpoint has a mark: a file with the
+sizes of the other files. A kill leaves at most one checkpoint without a mark, and the next run removes it. `run.json`
+records the training's settings, so that a training never resumes from the checkpoints of a different training.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ _RUN = "run.json"
 
 
 def partial_folder(out: Path) -> Path:
-    """Return the hidden folder, next to `out`, for the checkpoints of the expert that a training writes to `out`."""
+    """Return the hidden folder for the checkpoints of the training that writes its expert to `out`."""
     return out.parent / f".{out.name}.training"
 
 
 @contextmanager
 def held(out: Path) -> Iterator[None]:
-    """Lock the folder of the checkpoints while the block runs, so that one run at a time trains into `out`.
+    """Lock the folder of the checkpoints while the block runs, so that only one run at a time trains into `out`.
 
-    The lock of a killed run is released. Remains of a kill within `remove` are deleted.
+    A killed run loses its lock. If a run was killed within `remove`, the files that `remove` left are deleted.
 
     Raises:
         OutputExistsError: if another run holds the lock.
@@ -42,7 +43,7 @@ def held(out: Path) -> Iterator[None]:
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Record the size of every file of a complete `checkpoint`. The mark appears by one rename."""
+    """Mark `checkpoint` as complete. The mark records the size of every file, and appears by a single rename."""
     sizes = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file() and path.name != MARK}
     scratch = checkpoint / f"{MARK}.partial"
     scratch.write_text(json.dumps(sizes), encoding="utf-8")
@@ -50,7 +51,7 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Return whether `checkpoint` has its mark and every file has the size that the mark records."""
+    """Return whether `checkpoint` has a mark and every file has the size that the mark records."""
     try:
         sizes = json.loads((checkpoint / MARK).read_text(encoding="utf-8"))
         return all((checkpoint / name).stat().st_size == size for name, size in sizes.items())
@@ -59,24 +60,24 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def last_complete(partial: Path) -> Path | None:
-    """Return the complete checkpoint with the most steps, or None if there is none."""
+    """Return the complete checkpoint with the most steps, or None if no checkpoint is complete."""
     complete = [folder for folder in partial.glob("checkpoint-*") if is_complete(folder)]
     return max(complete, key=_steps, default=None)
 
 
 def prepare(partial: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
-    """Prepare the folder for a training, and return the checkpoint to resume from, or None to start.
+    """Prepare the folder of the checkpoints, and return the checkpoint from which the training resumes.
 
-    Incomplete checkpoints are removed.
+    Incomplete checkpoints are removed. If no checkpoint is complete, the training starts, and None is returned.
 
     Args:
         partial: the folder of the checkpoints.
-        run: the training's settings; a resumed training must have the same.
+        run: the training's settings. A resumed training must have the settings of the interrupted training.
         resume: whether to resume.
 
     Raises:
         OutputExistsError: if the folder holds a complete checkpoint and `resume` is false.
-        UsageError: if its checkpoints belong to a training with other settings.
+        UsageError: if the checkpoints belong to a training with other settings.
     """
     if not resume and last_complete(partial) is not None:
         raise OutputExistsError(
@@ -98,13 +99,16 @@ def prepare(partial: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
 
 
 def remove_if_useless(partial: Path) -> None:
-    """Remove the folder unless it holds a checkpoint to resume from."""
+    """Remove the folder of the checkpoints unless it holds a complete checkpoint."""
     if last_complete(partial) is None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove(partial: Path) -> None:
-    """Remove the folder of a finished training: rename it first, so that a kill leaves no partial folder."""
+    """Remove the folder of a finished training.
+
+    The folder is renamed first. So a kill leaves no folder that looks like one with checkpoints.
+    """
     renamed = _done(partial)
     shutil.rmtree(renamed, ignore_errors=True)
     partial.replace(renamed)
@@ -123,7 +127,9 @@ def _check_same_run(partial: Path, run: dict[str, Any]) -> None:
     run = json.loads(json.dumps(run))
     differing = sorted(key for key in {*begun, *run} if begun.get(key) != run.get(key))
     if differing:
-        changes = "; ".join(f"{key} was {_short(begun.get(key))}, is now {_short(run.get(key))}" for key in differing)
+        changes = "; ".join(
+            f"{key} was {_short(begun.get(key))} and is now {_short(run.get(key))}" for key in differing
+        )
         raise UsageError(
             f"the interrupted training had other settings: {changes}",
             where=str(partial),

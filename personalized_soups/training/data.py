@@ -1,9 +1,12 @@
-"""Preference pairs in TRL's formats, read from JSON lines; every error names file and line.
+"""Read preference pairs in TRL's formats from JSON lines. Every error names file and line.
 
-Standard: `{"prompt": "...", "chosen": "...", "rejected": "..."}`. Conversational: the same fields as lists of messages,
-`[{"role": "user", "content": "..."}]`, with or without `tools`. Implicit: no `prompt`; the common start of `chosen` and
-`rejected` is the prompt. Other fields of a pair are ignored, except fields with which TRL would change the text. All
-keys of a message go to the chat template.
+- A standard pair is `{"prompt": "...", "chosen": "...", "rejected": "..."}`.
+- A conversational pair has lists of messages in the same fields, e.g. `[{"role": "user", "content": "..."}]`. It may
+  also have `tools`.
+- An implicit pair has no `prompt`. Its prompt is the common start of `chosen` and `rejected`.
+
+Other fields of a pair are ignored, except that fields with which TRL would change the text are rejected. All keys of a
+message are passed to the chat template.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from personalized_soups.training.messages import Message, check_answer, read_mes
 
 FIELDS = ("prompt", "chosen", "rejected")
 _UNSUPPORTED = ("images", "image", "chat_template_kwargs")
-# Names that data sets give to a prompt. If a pair has one of them, the common start of its texts is not its prompt.
+# Field names that data sets use for a prompt. A pair with such a field is not implicit.
 _PROMPT_NAMES = (
     "question",
     "instruction",
@@ -36,7 +39,7 @@ _PROMPT_NAMES = (
     "conversation",
     "messages",
 )
-_MEND = 'write {"prompt": ..., "chosen": ..., "rejected": ...} in every line'
+_MEND = 'write {"prompt": "...", "chosen": "...", "rejected": "..."} in every line'
 
 Pair: TypeAlias = dict[str, Any]
 
@@ -47,8 +50,8 @@ class Preferences:
 
     Args:
         path: the file.
-        blake3: the digest of its bytes, in hex.
-        pairs: prompt, chosen, rejected and, if present, `tools` of each pair, in the order of the file.
+        blake3: the digest of the file's bytes, in hex.
+        pairs: `prompt`, `chosen`, `rejected` and, if present, `tools` of each pair, in the order of the file.
         conversational: whether the texts are lists of messages rather than plain text.
         lines: the line number of each pair.
     """
@@ -60,17 +63,17 @@ class Preferences:
     lines: tuple[int, ...]
 
     def place(self, index: int) -> str:
-        """Return file and line of a pair."""
+        """Return the file and line of a pair, as errors name them."""
         return f"{self.path}:{self.lines[index]}"
 
 
 def read_preferences(path: Path) -> Preferences:
-    """Read a file of preference pairs, all of one format.
+    """Read a file of preference pairs. All pairs must be plain text, or all must be conversations.
 
     Raises:
-        InputError: with file and line, if the file is not readable, empty, not UTF-8 or not JSON; if a field is missing
-            or of the wrong kind; if an answer is empty, equal to the other, or has messages of another role than the
-            assistant's; if plain text and conversations are mixed.
+        InputError: if the file cannot be read, is empty, or is not UTF-8 or JSON; if a field is missing or has the
+            wrong type; if an answer is empty, equals the other answer, or has a message that is not the assistant's;
+            or if the file mixes plain text and conversations.
     """
     try:
         content = path.read_bytes()
@@ -81,7 +84,9 @@ def read_preferences(path: Path) -> Preferences:
     check_no_lfs_pointer(content, path)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise InputError(
-            "the file is UTF-16, not UTF-8", where=f"{path}:1", mend="save it as UTF-8: iconv -f utf-16 -t utf-8"
+            "the file is UTF-16, not UTF-8",
+            where=f"{path}:1",
+            mend="save it as UTF-8, e.g. with: iconv -f utf-16 -t utf-8",
         )
     pairs: list[Pair] = []
     lines: list[int] = []
@@ -92,9 +97,9 @@ def read_preferences(path: Path) -> Preferences:
         formats.add(isinstance(pair["prompt"], list))
         if len(formats) > 1:
             raise InputError(
-                "the file mixes plain text and conversations; the lines above this line hold the other format",
+                "the file mixes plain text and conversations: this line has one, but the lines above have the other",
                 where=where,
-                mend="write all fields of all lines as strings, or all as lists of messages",
+                mend="write all fields of all lines as strings, or write all of them as lists of messages",
             )
         pairs.append(pair)
         lines.append(number)
@@ -105,18 +110,18 @@ def read_preferences(path: Path) -> Preferences:
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:
-    """Write pairs as JSON lines, all or nothing."""
+    """Write pairs as JSON lines. A failed write leaves `path` as it was."""
     write_lines(path, pairs)
 
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write JSON lines, UTF-8, all or nothing."""
+    """Write rows as JSON lines in UTF-8. A failed write leaves `path` as it was."""
     with new_file(path) as scratch:
         scratch.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield number and bytes of each line that is not blank. JSON lines end at line feeds only."""
+    """Yield the number and the bytes of each line that is not blank. Only a line feed ends a line of JSON."""
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
             yield number, line
@@ -135,7 +140,7 @@ def _pair(line: bytes, where: str) -> Pair:
     _check_encodable(pair, where)
     if is_equal:
         raise InputError(
-            "`chosen` and `rejected` are equal: the pair states no preference", where=where, mend="remove the line"
+            "`chosen` and `rejected` are equal, so the pair states no preference", where=where, mend="remove the line"
         )
     return pair
 
@@ -145,38 +150,38 @@ def _row(line: bytes, where: str) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(
-            f"byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8",
+            f"the byte {line[error.start]:#04x} at column {error.start + 1} is not UTF-8",
             where=where,
             mend="save the file as UTF-8, e.g. with: iconv -f latin1 -t utf-8",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"not a JSON object: {error}", where=where, mend=_MEND) from error
+        raise InputError(f"the line is not a JSON object: {error}", where=where, mend=_MEND) from error
     if not isinstance(row, dict):
-        raise InputError(f"expected a JSON object, found {_kind(row)}", where=where, mend=_MEND)
+        raise InputError(f"each line must be a JSON object, but found {_kind(row)}", where=where, mend=_MEND)
     for field in ("chosen", "rejected"):
         if field not in row:
             raise _missing(field, row, where)
     for field in _UNSUPPORTED:
         if row.get(field):
             raise InputError(
-                f"the field {field!r} is not supported: experts are trained on text only",
+                f"the field {field!r} is not supported, because experts are trained on text only",
                 where=where,
-                mend=f"remove {field!r}, or the line",
+                mend=f"remove {field!r}, or remove the line",
             )
     return row
 
 
 def _missing(field: str, row: Mapping[str, Any], where: str, because: str = "") -> InputError:
     names = ", ".join(repr(name) for name in row) or "none"
-    return InputError(f"the field {field!r} is missing{because}; found: {names}", where=where, mend=_MEND)
+    return InputError(f"the field {field!r} is missing{because}; the line's fields: {names}", where=where, mend=_MEND)
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> Pair:
-    """Return a pair of conversations; if both answers begin with the prompt, remove it from them."""
+    """Return a conversational pair. If both answers begin with the prompt, the prompt is removed from them."""
     for field in FIELDS:
         if field in row and not isinstance(row[field], list) and isinstance(row.get("prompt"), list):
             raise InputError(
-                f"`{field}` is {_kind(row[field])}, `prompt` is a list of messages",
+                f"`{field}` is {_kind(row[field])}, but `prompt` is a list of messages",
                 where=where,
                 mend="write all three as strings, or all three as lists of messages",
             )
@@ -197,9 +202,10 @@ def _conversation(row: Mapping[str, Any], where: str) -> Pair:
 def _shared_messages(
     row: Mapping[str, Any], chosen: list[Message], rejected: list[Message], where: str
 ) -> list[Message]:
-    """Return the common first messages of both conversations, at most all but one, as TRL's extract_prompt does.
+    """Return the common first messages of both conversations as the prompt, like TRL's extract_prompt.
 
-    Some data sets repeat the last of these messages as plain text under `prompt`.
+    At least one message of each conversation remains as the answer. Some data sets repeat the prompt's last message as
+    plain text under `prompt`.
     """
     prompt = chosen[: _num_shared(chosen, rejected)]
     if "prompt" not in row:
@@ -208,7 +214,7 @@ def _shared_messages(
         return prompt
     if not prompt or prompt[-1]["role"] != "user" or prompt[-1]["content"].strip() != row["prompt"].strip():
         raise InputError(
-            "`chosen` is a list of messages, but `prompt` is text and differs from the message before both answers",
+            "`chosen` is a list of messages, but `prompt` is text and differs from the last message before the answers",
             where=where,
             mend="write all three as strings, or all three as lists of messages",
         )
@@ -225,10 +231,10 @@ def _num_shared(chosen: Sequence[Any], rejected: Sequence[Any]) -> int:
 
 
 def _texts(row: dict[str, Any], where: str) -> Pair:
-    """Return a pair of plain texts. Without a prompt, take their common start, as TRL's extract_prompt does."""
+    """Return a pair of plain texts. A missing prompt is the common start of both, as in TRL's extract_prompt."""
     if row.get("tools"):
         raise InputError(
-            "the field 'tools' is not supported with plain text: only a chat template can render it",
+            "the field 'tools' is not supported with plain text, because only a chat template can render tools",
             where=where,
             mend="write all three as lists of messages, or remove 'tools'",
         )
@@ -243,19 +249,19 @@ def _implicit_texts(row: Mapping[str, Any], where: str) -> Pair:
     chosen, rejected = row["chosen"], row["rejected"]
     named = [name for name in row if name in _PROMPT_NAMES and row[name]]
     if named:
-        raise _missing("prompt", row, where, f" ({named[0]!r} may be it)")
+        raise _missing("prompt", row, where, f" ({named[0]!r} may be the prompt)")
     if not isinstance(chosen, str) or not isinstance(rejected, str):
         raise _missing("prompt", row, where)
     num_shared = _num_shared(chosen, rejected) if chosen and rejected else 0
     if num_shared and chosen[num_shared - 1] == " ":
-        num_shared -= 1  # the space belongs to the word after it
+        num_shared -= 1  # the space belongs to the next word
     if not chosen[:num_shared].strip():
         raise _missing("prompt", row, where, ", and `chosen` and `rejected` have no common start")
     return {"prompt": chosen[:num_shared], "chosen": chosen[num_shared:], "rejected": rejected[num_shared:]}
 
 
 def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Return the tools of a conversation: a list of JSON schemas, or the JSON text of such a list, as in TRL."""
+    """Return the tools of a conversation. As in TRL, they are a list of JSON schemas or its JSON text."""
     tools = row.get("tools") or []
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools
@@ -265,20 +271,20 @@ def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
         raise InputError(
             "`tools` is not a list of JSON schemas",
             where=where,
-            mend="write one object for each tool, or remove `tools`",
+            mend='write e.g. [{"type": "function", "function": {"name": "look"}}], or remove `tools`',
         )
     return tools
 
 
 def _check_encodable(pair: Pair, where: str) -> None:
-    """Raise InputError if the JSON has a lone surrogate such as `\\ud800`, which UTF-8 cannot encode."""
+    """Raise InputError if the pair has a lone surrogate such as `\\ud800`, which UTF-8 cannot encode."""
     try:
         json.dumps(pair, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{error.object[error.start]!r} is half of a surrogate pair, not a character",
+            f"the text has {error.object[error.start]!r}, which is half of a surrogate pair and not a character",
             where=where,
-            mend="write the character itself, or remove it",
+            mend="write the whole character, or remove this half",
         ) from error
 
 
@@ -286,12 +292,12 @@ def _check_text(value: object, field: str, where: str) -> None:
     if not isinstance(value, str):
         raise InputError(
             f"`{field}` is {_kind(value)}, "
-            + ("expected text or a list of messages" if field == "prompt" else "`prompt` is text"),
+            + ("but must be text or a list of messages" if field == "prompt" else "but `prompt` is text"),
             where=where,
             mend="write all three as strings, or all three as lists of messages",
         )
     if not value.strip():
-        raise InputError(f"`{field}` is empty", where=where, mend="fill it in, or remove the line")
+        raise InputError(f"`{field}` is empty", where=where, mend=f"write the text of `{field}`, or remove the line")
 
 
 def _kind(value: object) -> str:

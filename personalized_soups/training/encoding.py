@@ -1,8 +1,8 @@
-"""Preference pairs as token ids: the pairs to train on, the pairs left out, and notes on both for the reader.
+"""Encode preference pairs as token ids, leave out pairs that cannot be trained, and write notes for the user.
 
-The ids equal those of TRL's DPOTrainer. They are computed here for two reasons: a template's error then names file and
-line, and nested values (tool calls) reach the template as the file holds them. A table of `datasets` would give every
-message the keys of all others.
+The ids equal those of TRL's DPOTrainer. They are computed here for two reasons: errors of a chat template name file and
+line, and nested values such as tool calls reach the template unchanged. TRL stores messages in a table of `datasets`,
+which gives every message the keys of all other messages.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """One pair as token ids (4 bytes each). The answer begins where the prompt and the whole texts diverge.
+    """One pair as token ids of 4 bytes.
+
+    A text is the prompt with an answer. The prompt's ids end where they diverge from those of either text.
 
     Args:
-        prompt_ids: the common start of both texts, at most the prompt.
-        chosen_ids: the rest of the chosen text.
-        rejected_ids: the rest of the rejected text.
-        place: file and line.
+        prompt_ids: the ids that the prompt and both texts have in common at their start.
+        chosen_ids: the rest of the text with the chosen answer.
+        rejected_ids: the rest of the text with the rejected answer.
+        place: the file and line of the pair.
     """
 
     prompt_ids: array[int]
@@ -42,11 +44,11 @@ class EncodedPair:
     place: str
 
     def cut(self, max_length: int) -> tuple[array[int], array[int]]:
-        """Return both texts, cut to `max_length` tokens as the trainer cuts them."""
+        """Return the ids of the chosen and of the rejected text, cut to `max_length` tokens as in the trainer."""
         return (self.prompt_ids + self.chosen_ids)[:max_length], (self.prompt_ids + self.rejected_ids)[:max_length]
 
     def num_cut(self, max_length: int) -> int:
-        """Return how many of the two texts `max_length` shortens."""
+        """Return how many of the two texts are longer than `max_length` tokens."""
         answers = (self.chosen_ids, self.rejected_ids)
         return sum(len(self.prompt_ids) + len(answer) > max_length for answer in answers)
 
@@ -56,14 +58,15 @@ class EncodedPairs:
     """The pairs of one file as token ids.
 
     Args:
-        max_length: most tokens of prompt and answer together; longer texts are cut.
+        max_length: the maximum number of tokens of prompt and answer together. Longer texts are cut.
         is_chat: whether a chat template rendered the texts.
         pairs: the pairs to train on, shortest first.
-        filled: places of pairs left out because the prompt alone has `max_length` tokens or more.
-        equal: places of pairs left out because both texts are the same tokens.
-        equal_once_cut: places of pairs left out because both texts are the same tokens once they are cut.
-        reshaped: places of pairs whose prompt the template renders differently when an answer follows.
-        carried: keys of messages, other than role and content, that the template received.
+        filled: the places of pairs that are left out because the prompt alone has `max_length` tokens or more.
+        equal: the places of pairs that are left out because both texts have the same tokens.
+        equal_once_cut: the places of pairs that are left out because both texts, once cut, have the same tokens.
+        reshaped: the places of pairs whose prompt the template renders differently when an answer follows.
+        carried: the keys of messages, other than role and content, that the template received. `tools` is included if
+            a pair has tools.
         unrendered: the keys in `carried` that the template does not render, with the number of pairs.
     """
 
@@ -78,7 +81,7 @@ class EncodedPairs:
     unrendered: Counter[str] = field(default_factory=Counter)
 
     def add(self, pair: EncodedPair) -> None:
-        """Add a pair to `pairs`, or its place to the list that gives the reason for leaving it out."""
+        """Add a pair to `pairs`, or add its place to the list for the reason why the pair is left out."""
         chosen, rejected = pair.cut(self.max_length)
         if len(pair.prompt_ids) >= self.max_length:
             self.filled.append(pair.place)
@@ -90,7 +93,7 @@ class EncodedPairs:
             self.pairs.append(pair)
 
     def columns(self) -> dict[str, list[Any]]:
-        """Return the pairs as columns, for TRL's trainer."""
+        """Return the pairs as the columns of a table for TRL's trainer."""
         names = ("prompt_ids", "chosen_ids", "rejected_ids")
         return {name: [np.asarray(getattr(pair, name)) for pair in self.pairs] for name in names}
 
@@ -100,24 +103,29 @@ class EncodedPairs:
             return
         limit = f"dpo.max_length ({self.max_length} tokens)"
         if not self.equal and not self.equal_once_cut:
-            raise InputError(f"every prompt alone fills {limit}", where=path, mend="raise dpo.max_length in the recipe")
+            raise InputError(
+                f"every prompt alone fills {limit}, which leaves no room for an answer",
+                where=path,
+                mend="raise dpo.max_length in the recipe, e.g. to 1024",
+            )
         raise InputError(
             f"no pair is left to train on: {len(self.equal_once_cut)} have equal answers once cut to {limit}, "
-            f"{len(self.equal)} have equal answers before the cut, and {len(self.filled)} have a prompt that fills it",
+            f"{len(self.equal)} have equal answers before the cut, and {len(self.filled)} have a prompt that alone "
+            "fills dpo.max_length",
             where=path,
-            mend="raise dpo.max_length in the recipe"
+            mend="raise dpo.max_length in the recipe, e.g. to 1024"
             if self.equal_once_cut or self.filled
             else "give answers that the base's chat template renders differently",
         )
 
     def changes(self) -> dict[str, Any]:
-        """Return facts that a resumed training must share, in addition to the file's digest: how pairs were read."""
+        """Return facts on how the pairs were encoded. A resumed training must have the same facts."""
         carried = sorted(self.carried - self.unrendered.keys())
         num_equal = len(self.equal) + len(self.equal_once_cut)
         return ({"num_equal_pairs": num_equal} if num_equal else {}) | ({"message_keys": carried} if carried else {})
 
     def notes(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> list[str]:
-        """Return notes for the user, to print before the training begins."""
+        """Return notes for the user on pairs that are left out, cut or changed, and on missing end tokens."""
         limit = f"dpo.max_length ({self.max_length})"
         num_cut = sum(pair.num_cut(self.max_length) for pair in self.pairs)
         notes = [
@@ -145,7 +153,7 @@ class EncodedPairs:
         return [text for num, text in notes if num] + self._end_notes(tokenizer, stop_ids)
 
     def _end_notes(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> list[str]:
-        """Return a note if chosen answers lack an end token: the expert would not learn to stop."""
+        """Return a note if chosen answers lack an end token, since the expert would not learn to end an answer."""
         endless = [pair for pair in self.pairs if not _ends(pair.chosen_ids, tokenizer, stop_ids)]
         if not endless:
             return []
@@ -159,11 +167,11 @@ class EncodedPairs:
 
 
 def encode_pairs(preferences: Preferences, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> EncodedPairs:
-    """Return the pairs as token ids, those with the shortest answers first, not yet cut.
+    """Return the pairs as token ids, which are not yet cut. Pairs with the shortest answers come first.
 
     Raises:
-        InputError: if the chat template rejects the messages or does not render a part of what was said (with file and
-            line), or if no pair is left to train on.
+        InputError: if the chat template rejects the messages or does not render a part of what was said, or if no pair
+            is left to train on.
     """
     encoded = EncodedPairs(max_length, preferences.conversational)
     order = sorted(range(len(preferences.pairs)), key=lambda index: _num_characters(preferences.pairs[index]))
@@ -178,7 +186,7 @@ def encode_pairs(preferences: Preferences, tokenizer: PreTrainedTokenizerBase, *
 
 
 def check_pairs(encoded: EncodedPairs, tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None) -> None:
-    """Raise InputError, with file and line, if a pair holds a token without an embedding in the base."""
+    """Raise InputError, with file and line, if the base has no embedding for a token of a pair."""
     for pair in encoded.pairs:
         for ids in pair.cut(encoded.max_length):
             check_tokens(ids, tokenizer, num_embeddings, where=pair.place)
@@ -208,7 +216,7 @@ def _encode_chat(pair: Pair, tokenizer: PreTrainedTokenizerBase, place: str, enc
 
 
 def _split(prompt_ids: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], *, place: str) -> EncodedPair:
-    """Return the pair. As in TRL, the answer begins where the prompt's tokens diverge from either text's."""
+    """Return the pair. As in TRL, the answers begin where the prompt's tokens diverge from those of either text."""
     length = min(num_common(prompt_ids, chosen), num_common(prompt_ids, rejected))
     return EncodedPair(
         array("i", prompt_ids[:length]), array("i", chosen[length:]), array("i", rejected[length:]), place
@@ -216,7 +224,7 @@ def _split(prompt_ids: Sequence[int], chosen: Sequence[int], rejected: Sequence[
 
 
 def _ends(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, stop_ids: Collection[int]) -> bool:
-    """Return whether the last token, white space aside, ends an answer."""
+    """Return whether the last token that is not white space ends an answer."""
     last = next((token for token in reversed(ids) if str(tokenizer.decode([token])).strip()), None)
     return last in stop_ids
 
@@ -230,7 +238,10 @@ def _first(places: Sequence[str]) -> str:
 
 
 def _num_characters(pair: Pair) -> int:
-    """Return the longer answer's characters: sorting by it leaves little padding in the reference pass's batches."""
+    """Return the number of characters of the longer answer.
+
+    Sorting by this number leaves little padding in the batches of the reference pass.
+    """
 
     def measure(answer: str | list[Message]) -> int:
         if isinstance(answer, str):

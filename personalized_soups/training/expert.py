@@ -1,4 +1,4 @@
-"""Train one expert: from preference pairs and a frozen base to a PEFT adapter folder with expert.json."""
+"""Train one expert on preference pairs with a frozen base, and write a PEFT adapter folder with expert.json."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from personalized_soups.training.progress import Silent, TrainingProgress
 if TYPE_CHECKING:
     from personalized_soups.training.trainer import ExpertTrainer
 
-# The figures in expert.json are means over this many last steps, because those of a single batch vary too much.
+# The figures in expert.json are means over this many last steps, because the figures of a single batch vary too much.
 _STEPS_OF_METRICS = 10
 
 
 @dataclass(frozen=True, slots=True)
 class _Training:
-    """The arguments of a training, checked as far as possible without the model.
+    """The arguments of a training. They are checked as far as possible without the model.
 
     Attributes:
         side: the side to train for.
@@ -77,22 +77,22 @@ def train_expert(
     """Train the expert of one side by DPO on a frozen base, and return its folder.
 
     Args:
-        side: the side of a preference dimension that the pairs favour.
+        side: the side of a preference dimension that the pairs favor.
         base: the base model: a folder or a hub id.
         data: preference pairs in TRL's format, JSON lines.
         out: the folder to write: adapter_config.json, adapter_model.safetensors, expert.json.
-        recipe: every hyper-parameter; `recipe.sides` may override some for this side.
-        catalogue: gives the side's dimension; a side that the catalogue lacks is an error. None checks no side.
-        device: `auto`, `cpu` or `cuda`. Under torchrun each process uses its own GPU.
-        seed: random seed for LoRA's initial A and the order of the pairs. On one machine and thread count the same
-            seed gives the same bytes.
-        resume: continue from the last complete checkpoint, with the same result as without the interruption. Without
-            a checkpoint, start. Return at once if `out` already holds this expert.
-        progress: receives every step.
+        recipe: the hyperparameters. `recipe.sides` may override some of them for this side.
+        catalogue: declares the side's dimension, and must have the side. With None, the side is not checked.
+        device: `auto`, `cpu` or `cuda`. Under torchrun, each process uses its own GPU.
+        seed: random seed for LoRA's initial A and for the order of the pairs. On the same machine with the same number
+            of threads, equal seeds give equal bytes.
+        resume: continue from the last complete checkpoint, or start if there is none. The result equals that of an
+            uninterrupted training. If `out` already holds this expert, nothing is trained.
+        progress: receives the figures of every step.
 
     Raises:
         SoupError: if an input is wrong, `out` exists, another run writes to `out`, the loss diverges, or the disk or
-            the GPU's memory is full.
+            the GPU memory is full.
 
     Example:
         >>> folder = train_expert(  # doctest: +SKIP
@@ -123,7 +123,7 @@ def train_expert(
         on_first_process(lambda: stack.enter_context(checkpoints.held(out)))
         if resume and on_first_process(lambda: _is_same(read_expert_record(out), record)):
             partial = checkpoints.partial_folder(out)
-            # a kill after the expert's last rename leaves checkpoints that no run needs
+            # A kill right after the expert was written leaves checkpoints that no run needs.
             on_first_process(lambda: checkpoints.remove(partial))
             if is_first_process():
                 progress.note(side, f"{out} already holds this expert")
@@ -165,7 +165,7 @@ def _train(training: _Training, *, device: str, resume: bool, progress: Training
 def _build(
     training: _Training, *, partial: Path, device: str, progress: TrainingProgress
 ) -> tuple[ExpertTrainer, dict[str, Any]]:
-    """Return the trainer, and the facts, in addition to the record, that a resumed training must share."""
+    """Return the trainer and the facts that a resumed training must share in addition to the record."""
     import torch
 
     from personalized_soups.generation.special_tokens import num_embeddings, pad_id, stop_ids
@@ -178,7 +178,7 @@ def _build(
         raise InputError(
             "the pairs are conversations, but the base's tokenizer has no chat template",
             where=str(training.preferences.path),
-            mend="write the pairs as plain text, or give the tokenizer a chat template",
+            mend="write the pairs as plain text, or set tokenizer.chat_template and save the tokenizer with the base",
         )
     encoded = encode_pairs(training.preferences, tokenizer, max_length=training.recipe.dpo.max_length)
     model = load_base(training.base, device=torch.device("cpu"), dtype=training.recipe.dtype)
@@ -198,24 +198,24 @@ def _build(
     if config.process_index == 0:
         notes = encoded.notes(tokenizer, stop_ids(model, tokenizer))
         if not training.preferences.conversational and tokenizer.chat_template is not None:
-            notes.append("the pairs are plain text: they are trained without the tokenizer's chat template")
+            notes.append("the pairs are plain text, so they are trained without the tokenizer's chat template")
         for note in notes:
             progress.note(training.side, note)
     return trainer, encoded.changes()
 
 
 def _write(model: Any, record: ExpertRecord, out: Path) -> None:
-    """Write the expert's folder, all or nothing. Equal trainings write equal bytes."""
+    """Write the expert's folder. It appears only when it is complete. Equal trainings write equal bytes."""
     with new_folder(out) as scratch:
         model.save_pretrained(str(scratch), save_embedding_layers=False)
         (scratch / "README.md").unlink(missing_ok=True)
         config_path = scratch / CONFIG_FILE
         config = json.loads(config_path.read_text(encoding="utf-8"))
-        # PEFT writes a set, whose order depends on this process's string hashes.
+        # PEFT writes a set. Its order depends on the string hashes of this process.
         config["target_modules"] = sorted(config["target_modules"])
         config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_record(scratch, record)
-        # safetensors ignores the umask and writes mode 0600; the record has the mode that the umask gives.
+        # safetensors ignores the umask and writes mode 0600. The record file has the mode that the umask gives.
         mode = (scratch / EXPERT_FILE).stat().st_mode & 0o777
         (scratch / WEIGHTS_FILE).chmod(mode)
 
@@ -228,7 +228,7 @@ def _metrics(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _is_same(existing: ExpertRecord | None, wanted: ExpertRecord) -> bool:
-    """Return whether an existing expert's record describes the same training."""
+    """Return whether an existing expert has the wanted record, apart from the metrics."""
     if existing is None or existing.base.name != wanted.base.name:
         return False
     known_later = {"base", "metrics"}
@@ -238,47 +238,50 @@ def _is_same(existing: ExpertRecord | None, wanted: ExpertRecord) -> bool:
 
 
 def _check_free(out: Path, *, resume: bool) -> None:
-    """Raise OutputExistsError if `out` exists: a training replaces nothing."""
+    """Raise OutputExistsError if `out` exists, because a training replaces no folder."""
     try:
         check_replaceable(out, overwrite=False)
     except OutputExistsError as error:
-        reason = "; its side, base, data, recipe, seed or versions differ from this training's" if resume else ""
+        reason = (
+            ", but its side, base, data, recipe, seed or versions differ from those of this training" if resume else ""
+        )
         raise OutputExistsError(
-            f"{error.what}{reason}", where=error.where, mend="choose another output folder, or delete this one"
+            f"{error.what}{reason}", where=error.where, mend="choose another output folder, or delete this folder"
         ) from error
 
 
 @contextmanager
 def _clear_errors(training: _Training) -> Iterator[None]:
-    """Raise a SoupError for the errors of torch, PEFT and safetensors on a full disk, a full GPU or unknown modules."""
+    """Turn errors of libraries into a SoupError: a full disk, full GPU memory, or modules that LoRA cannot adapt."""
     import torch
 
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise RunError(
-            "the GPU's memory is full",
+            "the GPU has run out of memory",
             where=training.side,
-            mend="lower optimizer.batch_size and raise optimizer.gradient_accumulation, or set gradient_checkpointing",
+            mend="in the recipe, halve optimizer.batch_size and double optimizer.gradient_accumulation, or write "
+            "gradient_checkpointing: true",
         ) from error
     except Exception as error:
         if _is_full_disk(error):
             raise RunError(
                 "no space is left on the device",
                 where=str(training.out.parent),
-                mend="free some space and pass resume=True to continue from the last complete checkpoint",
+                mend="free some space, then pass resume=True to continue from the last complete checkpoint",
             ) from error
         if isinstance(error, ValueError) and ("arget modules" in str(error) or "`lm_head`" in str(error)):
             raise DeclarationError(
                 f"LoRA cannot adapt these modules: {error}",
                 where=training.recipe.place("lora", "target_modules"),
-                mend="write all-linear, or names of linear layers inside the base, e.g. [q_proj, v_proj]",
+                mend="write all-linear, or the names of linear layers of the base, e.g. [q_proj, v_proj]",
             ) from error
         raise
 
 
 def _is_full_disk(error: BaseException) -> bool:
-    """Return whether a library's error means a full disk; safetensors and torch give the number only in the text."""
+    """Return whether a library's error means a full disk. safetensors and torch give the error number only as text."""
     message = str(error)
     signs = (
         "No space left on device",

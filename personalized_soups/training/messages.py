@@ -1,4 +1,4 @@
-"""Messages of preference data, as a chat template takes them. Messages that cannot be trained are rejected by name."""
+"""Read and check the messages of preference data. Messages that cannot be trained are rejected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from personalized_soups.errors import InputError
 
 Message: TypeAlias = dict[str, Any]
 
-# Keys that hold a part of what the speaker said. If a chat template does not render such a key, training would lose it.
+# Keys that hold a part of what the speaker said. Training would lose the content of a key that the template does not
+# render.
 SPOKEN_KEYS = (
     "tool_calls",
     "function_call",
@@ -26,38 +27,41 @@ _MESSAGE_MEND = 'write each message as {"role": "user", "content": "..."}'
 
 
 def read_messages(value: list[Any], field: str, where: str) -> list[Message]:
-    """Return the messages of a field, each with role, text, and every further key that is not empty.
+    """Return the messages of a field. Each message has its role, its text, and every further key that is not empty.
 
-    Parts of content are joined. The chat template decides which of the further keys the model reads.
+    If the content is a list of parts, the parts are joined. The chat template decides which further keys it renders.
 
     Raises:
-        InputError: with `where` and the message, if a message has no role, no text, a part that is not text, or a tool
-            call without a name.
+        InputError: if a message has no role, no text, a part that is not text, or a tool call without a name.
     """
     if not value:
-        raise InputError(f"`{field}` is empty", where=where, mend="write at least one message")
+        raise InputError(
+            f"`{field}` is empty",
+            where=where,
+            mend='write at least one message, e.g. {"role": "user", "content": "Hello"}',
+        )
     return [_message(message, field, number, where) for number, message in enumerate(value)]
 
 
 def check_answer(messages: Sequence[Message], field: str, where: str) -> None:
-    """Raise InputError unless every message of an answer is the assistant's and has a loss.
+    """Raise InputError unless every message of an answer is the assistant's and is meant to enter the loss.
 
-    All tokens of an answer enter the loss: the model would learn another speaker's words as its own.
+    All tokens of an answer enter the loss, so the model would learn another speaker's words as its own.
     """
     first = messages[0]["role"]
     if first != "assistant":
         raise InputError(
-            f"`{field}` begins with a message of the role {first!r}, expected 'assistant'",
+            f"`{field}` begins with a message of the role {first!r}, but must begin with the role 'assistant'",
             where=where,
             mend='write {"role": "assistant", "content": "..."}, and put earlier messages under `prompt`',
         )
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             raise InputError(
-                f"`{field}` has a message of the role {message['role']!r} (message {number + 1}): training learns "
-                "every message of an answer as the assistant's own words",
+                f"`{field}` has a message of the role {message['role']!r} (message {number + 1}), but the model learns "
+                "every message of an answer as its own words",
                 where=where,
-                mend=f"end `{field}` before that message, or move everything up to it into `prompt`",
+                mend=f"end `{field}` before this message, or move this message and all earlier ones into `prompt`",
             )
         for key in _LOSS_KEYS:
             if key in message and not message[key]:
@@ -65,12 +69,12 @@ def check_answer(messages: Sequence[Message], field: str, where: str) -> None:
                     f"`{field}` has a message with {key!r}: {json.dumps(message[key])} (message {number + 1}), but "
                     "every message of an answer enters the loss",
                     where=where,
-                    mend=f"move that message into `prompt`, or remove {key!r}",
+                    mend=f"move this message into `prompt`, or remove {key!r}",
                 )
 
 
 def spoken(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages with only the keys that hold the speaker and the speaker's words."""
+    """Return the messages with only the role and the keys that hold the speaker's words."""
     return [{key: value for key, value in message.items() if key in _COMPARED} for message in messages]
 
 
@@ -85,7 +89,7 @@ _COMPARED = frozenset({"role", "content", *SPOKEN_KEYS})
 def _message(message: object, field: str, number: int, where: str) -> Message:
     if not isinstance(message, dict) or not _is_text(message.get("role")):
         raise _no_text(message, field, where)
-    # An exported dataset has null in every key that only some messages have.
+    # An exported data set has null under every key that only some messages have.
     further = {
         key: value
         for key, value in message.items()
@@ -94,9 +98,9 @@ def _message(message: object, field: str, number: int, where: str) -> Message:
     for key in _MEDIA_KEYS:
         if key in further:
             raise InputError(
-                f"`{field}` has a message with {key!r}: experts are trained on text only",
+                f"`{field}` has a message with {key!r}, but experts are trained on text only",
                 where=where,
-                mend=f"remove {key!r}, or the line",
+                mend=f"remove {key!r}, or remove the line",
             )
     _check_calls(further.get("tool_calls", []), field, number, where)
     content = _content(message.get("content"), field, where)
@@ -107,7 +111,7 @@ def _message(message: object, field: str, number: int, where: str) -> Message:
 
 
 def _content(content: object, field: str, where: str) -> str | None:
-    """Return a message's text, or None if the content is not text. Parts are joined as the server joins them."""
+    """Return a message's text, or None if the content is not text. Parts are joined as in the server."""
     if content is None:
         return ""
     if not isinstance(content, list):
@@ -119,15 +123,15 @@ def _content(content: object, field: str, where: str) -> str | None:
             raise InputError(
                 f"`{field}` has a content part that is not text: {json.dumps(part)[:80]}",
                 where=where,
-                mend='write parts as {"type": "text", "text": "..."}, or remove the line: experts are trained on text '
-                "only",
+                mend='write each part as {"type": "text", "text": "..."}, or remove the line, because experts are trained '
+                "on text only",
             )
         texts.append(part["text"])
     return "".join(texts)
 
 
 def _check_calls(calls: object, field: str, number: int, where: str) -> None:
-    """Raise InputError unless every call in `calls` names a function, nested as OpenAI writes calls or flat."""
+    """Raise InputError unless every call names a function, under `function` as in OpenAI's format or directly."""
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not _is_text(function.get("name")):

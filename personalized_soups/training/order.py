@@ -1,6 +1,6 @@
-"""The order in which a training sees pairs: shuffled in each epoch, with pairs of similar length in one batch.
+"""Shuffle the pairs in each epoch, so that pairs of similar length share a batch.
 
-Answers differ in length by a factor of five and more. In random batches half of all tokens would be padding.
+Answers differ in length by a factor of five and more. In random batches, half of all tokens would be padding.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-# Pairs are sorted by length within this many batches: enough to save most padding, few enough that the batches differ
-# between epochs.
+# Pairs are sorted by length within groups of this many batches. Large groups save padding, and small groups let the
+# batches differ between epochs.
 _BATCHES_SORTED = 16
 
 
 class LikeLengthOrder(Sampler[int]):
-    """Yields indices of pairs; each batch of `batch_size` consecutive indices has pairs of similar length.
+    """Yields indices of pairs. Each run of `batch_size` indices is a batch, with pairs of similar length.
 
-    The order depends only on seed and epoch, so a resumed training sees the same batches as an uninterrupted one.
+    For given pairs, the order depends only on seed and epoch. So a resumed training gets the batches of an
+    uninterrupted training.
 
     Args:
         lengths: the number of tokens of each pair.
-        batch_size: pairs in a batch.
+        batch_size: the number of pairs in a batch.
         seed: random seed for the shuffling.
     """
 
@@ -43,7 +44,7 @@ class LikeLengthOrder(Sampler[int]):
         for start in range(0, len(order), stride):
             group = sorted(order[start : start + stride], key=self.lengths.__getitem__)
             batches += [group[first : first + self.batch_size] for first in range(0, len(group), self.batch_size)]
-        # An incomplete batch must be the last: after it, the trainer would cut all batches at the wrong indices.
+        # An incomplete batch must be the last batch. Otherwise the trainer would split all later batches wrongly.
         last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         rng.shuffle(batches)
         for batch in [*batches, *last]:

@@ -1,6 +1,6 @@
-"""Preference pairs from a base's own answers: sample answers to each prompt, score them, pair answers that differ.
+"""Make preference pairs from a base's own answers: sample answers, score them, and pair answers that differ.
 
-One pool of answers is sampled once and gives pairs for every side.
+The pool, which is all sampled answers, is sampled once and gives pairs for every side.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from personalized_soups.training.data import Pair, write_lines
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One prompt and a model's sampled answers."""
+    """One prompt and the answers that were sampled for it."""
 
     prompt: str  # the prompt
     answers: tuple[str, ...]  # the answers, in the order of sampling
@@ -48,7 +48,11 @@ def sample_pool(
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Sampled]:
-    """Return `num_samples` sampled answers to each prompt; `on_done` is called with the number of answers so far."""
+    """Sample `num_samples` answers to each prompt, and return them.
+
+    `on_done` is called after each batch with the number of finished answers. The other arguments are those of
+    `Generator.answers`.
+    """
     answers = generator.answers(
         prompts,
         num_samples=num_samples,
@@ -74,23 +78,24 @@ def label_pool(
 ) -> list[Pair]:
     """Return pairs of answers whose scores towards `side` differ by at least `min_gap`.
 
-    Each answer is in one pair at most: the best with the worst, the second best with the second worst, and so on. The
-    chosen answer is always valid. If the valid answers to a prompt differ too little, its pair has an invalid rejected
-    answer. Such pairs are the first to be left out if there are more than `max_pairs`.
+    The best answer to a prompt is paired with the worst, the second best with the second worst, and so on. The chosen
+    answer is always valid. The rejected answer is invalid only if the valid answers to the prompt differ too little.
+    If there are more than `max_pairs` pairs, pairs with an invalid answer are left out first.
 
     Args:
         pool: prompts with their answers.
-        side: the side that the pairs favour.
+        side: the side that the pairs favor.
         catalogue: declares the side and its scorer.
-        min_gap: least difference of the scores, in (0, 1].
-        max_pairs: most pairs to return, chosen at random; None returns all.
+        min_gap: the minimum difference of the scores, in (0, 1].
+        max_pairs: the maximum number of pairs. They are chosen at random. None returns all pairs.
         seed: random seed for the choice and the order of the pairs.
-        conversational: write prompt and answers as messages, for a base with a chat template.
-        scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
+        conversational: whether to write prompt and answers as messages, for a base with a chat template.
+        scorers: functions that replace the catalogue's scorers, by the name of their side or dimension.
 
     Raises:
         DeclarationError: if the catalogue lacks the side, or the side has no scorer.
-        InputError: if no two answers to a prompt differ enough.
+        InputError: if no prompt has two answers that differ enough.
+        ValueError: if `min_gap` is not in (0, 1].
     """
     if not 0 < min_gap <= 1:
         raise ValueError(f"min_gap must be in (0, 1], got {min_gap}")
@@ -112,21 +117,23 @@ def label_pool(
 
 
 def write_pool(path: Path, pool: Sequence[Sampled]) -> None:
-    """Write a pool as JSON lines, all or nothing."""
+    """Write a pool as JSON lines. A failed write leaves `path` as it was."""
     write_lines(path, [{"prompt": sampled.prompt, "answers": list(sampled.answers)} for sampled in pool])
 
 
 def read_pool(path: Path) -> list[Sampled]:
-    """Return the pool in a file that `write_pool` wrote.
+    """Return the pool from a file that `write_pool` has written.
 
     Raises:
-        InputError: with file and line, if the file holds anything else.
+        InputError: if the file cannot be read, is empty, or has a line that is not a prompt with answers.
     """
     pool = []
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"the pool can't be read: {error}", where=str(path), mend="sample it again") from error
+        raise InputError(
+            f"the file of sampled answers can't be read: {error}", where=str(path), mend="sample the answers again"
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -139,18 +146,18 @@ def read_pool(path: Path) -> list[Sampled]:
             sound = False
         if not sound:
             raise InputError(
-                "expected a JSON object with a prompt and a list of answers",
+                "the line is not a JSON object with a prompt and a list of answers",
                 where=f"{path}:{number}",
-                mend="sample the pool again",
+                mend="sample the answers again",
             )
         pool.append(Sampled(prompt, tuple(answers)))
     if not pool:
-        raise InputError("the pool is empty", where=str(path), mend="sample it again")
+        raise InputError("the file of sampled answers is empty", where=str(path), mend="sample the answers again")
     return pool
 
 
 def _paired(prompt: str, valid: list[tuple[float, str]], invalid: list[str], min_gap: float) -> list[_Candidate]:
-    """Return the pairs of one prompt. `valid` is sorted by score, worst answer first."""
+    """Return the pairs of one prompt. `valid` is sorted by score, with the worst answer first."""
     pairs = [
         _Candidate(prompt, best, worst, high, low, both_valid=True)
         for (low, worst), (high, best) in zip(valid, reversed(valid[(len(valid) + 1) // 2 :]), strict=False)
@@ -163,19 +170,19 @@ def _paired(prompt: str, valid: list[tuple[float, str]], invalid: list[str], min
 
 
 def _no_pairs(side: str, pool: Sequence[Sampled], spans: Sequence[tuple[float, float]], min_gap: float) -> InputError:
-    """Return the error for no pair, with the reason: no valid answer, equal scores, or too small differences."""
+    """Return the error for a side without pairs. The reason is no valid answer, equal scores or small gaps."""
     low, high = min((low for low, _ in spans), default=0.0), max((high for _, high in spans), default=0.0)
     widest = max((best - worst for worst, best in spans), default=0.0)
     what = f"no two answers differ by {min_gap:g} for the side {side!r} ({len(pool)} prompts)"
     if not spans:
         what += ": no answer is valid"
-        mend = "look at the answers (pool=FILE stores them): the scorer calls all of them invalid"
+        mend = "read the answers (pool=FILE stores them), and find out why the scorer calls all of them invalid"
     elif low == high:
         what += f": every valid answer scores {low:g}"
         mend = "change the scorer to markers or bounds that the base's answers reach (pool=FILE stores the answers)"
     else:
-        what += f": all scores lie between {low:g} and {high:g}, those of one prompt at most {widest:g} apart"
-        mend = "sample more answers to each prompt, raise the temperature, lower the least gap, or change the scorer"
+        what += f": all scores lie between {low:g} and {high:g}, and those of one prompt differ by at most {widest:g}"
+        mend = "sample more answers to each prompt, raise the temperature, lower the minimum gap, or change the scorer"
     return InputError(what, where=f"pairs for {side}", mend=mend)
 
 

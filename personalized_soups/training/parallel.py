@@ -1,6 +1,7 @@
-"""Train several experts in a few processes, each process one expert after the other.
+"""Train several experts in a few processes. Each process trains one expert after the other.
 
-Experts are independent. On a CPU, two processes of one thread train a small model faster than one of two threads.
+Experts are independent. On a CPU, two processes with one thread each train a small model faster than one process with
+two threads.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ def train_experts(
     workers: int = 1,
     progress: TrainingProgress | None = None,
 ) -> list[Path]:
-    """Train every expert of `jobs` with one recipe on one base, and return their folders in the order of `jobs`.
+    """Train all experts of `jobs` with one recipe on one base, and return their folders in the order of `jobs`.
 
     Args:
         jobs: the experts to train.
-        workers: number of processes; 1 trains in this process. With more, each process computes with one thread, and
+        workers: the number of processes. 1 trains in this process. Otherwise each process computes with one thread, and
             a script that calls this function needs `if __name__ == "__main__":`.
         base, recipe, catalogue, device, seed, resume, progress: as for `train_expert`.
 
     Raises:
-        SoupError: the first error of any expert. The other trainings are stopped and can be resumed.
+        SoupError: if a training fails. The other trainings are stopped and can be resumed.
     """
     options = {"base": base, "recipe": recipe, "catalogue": catalogue, "device": device, "seed": seed, "resume": resume}
     progress = progress or Silent()
@@ -75,7 +76,7 @@ def _train_and_report(job: ExpertJob, report: Report, *, options: dict[str, Any]
 
 
 class _ReportingProgress:
-    """A TrainingProgress that sends its calls to the main process, where `_forward` makes them."""
+    """A TrainingProgress that sends its calls to the main process, where `_forward` repeats them."""
 
     def __init__(self, report: Report) -> None:
         self._report = report

@@ -1,4 +1,4 @@
-"""One training in several processes (torchrun, accelerate launch): the first process reads and writes for all."""
+"""Run one training in several processes (torchrun, accelerate launch). Only the first process writes and prints."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ Result = TypeVar("Result")
 
 
 def is_first_process() -> bool:
-    """Return whether this process writes and prints: rank 0, or the only process."""
+    """Return whether this process writes and prints. It does if it has rank 0 or is the only process."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def num_processes() -> int:
-    """Return the number of processes that train together, from the launcher's WORLD_SIZE."""
+    """Return the number of processes that train together: WORLD_SIZE, which the launcher sets, or 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def on_first_process(action: Callable[[], Result]) -> Result:
-    """Run `action` on the first process; return its result, or raise its SoupError, on every process."""
+    """Run `action` on the first process. Every process returns its result or raises its SoupError."""
     if num_processes() == 1:
         return action()
     from accelerate.utils import broadcast_object_list
@@ -53,7 +53,7 @@ def wait_for_all() -> None:
 def together() -> Iterator[None]:
     """Leave the process group when the block ends normally or with a SoupError, which every process raises.
 
-    Threads of a process group that still run can abort Python's exit (SIGABRT, "terminate called").
+    Without this, threads of the process group may abort Python at its exit (SIGABRT, "terminate called").
     """
     try:
         yield

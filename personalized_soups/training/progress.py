@@ -1,4 +1,4 @@
-"""Progress reports of a training; the caller decides how to show them."""
+"""Report the progress of a training. The caller decides how to show the reports."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class StepReport:
     """The figures of one optimizer step.
 
     Args:
-        step: steps done, including this step.
-        num_steps: steps of the whole training.
-        loss: DPO loss plus the weighted SFT term.
-        margin: mean reward of the chosen answers minus that of the rejected ones.
-        accuracy: share of pairs whose chosen answer has the higher reward.
-        learning_rate: learning rate of this step.
+        step: the number of finished steps, including this step.
+        num_steps: the number of steps of the whole training.
+        loss: the DPO loss plus the weighted SFT loss.
+        margin: the mean reward of the chosen answers minus the mean reward of the rejected answers.
+        accuracy: the share of pairs whose chosen answer has the higher reward.
+        learning_rate: the learning rate of this step.
     """
 
     step: int
@@ -31,7 +31,7 @@ class TrainingProgress(Protocol):
     """Receives the progress of trainings. Each call names the side, since several experts may train at once."""
 
     def begin(self, side: str, *, step: int, num_steps: int) -> None:
-        """Called before the first step; a resumed training has done `step` of `num_steps` already."""
+        """Called before the first step. A resumed training has already done `step` of `num_steps` steps."""
         ...
 
     def advance(self, side: str, report: StepReport) -> None:
@@ -43,7 +43,7 @@ class TrainingProgress(Protocol):
         ...
 
     def end(self, side: str) -> None:
-        """Called when the expert is written."""
+        """Called when the expert has been written."""
         ...
 
 

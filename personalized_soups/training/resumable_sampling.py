@@ -1,7 +1,7 @@
-"""Sampling that stores its answers on disk, so that an interrupted run resumes.
+"""Sample answers and store them in a file, so that an interrupted run can be resumed.
 
 The first line of the file records the settings. Each further line holds the answers to one prompt. Prompts are sampled
-in portions whose borders do not depend on the interruption, so a resumed run gives the answers of an uninterrupted one.
+in portions of a fixed size, so a resumed run gives the same answers as an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from personalized_soups.generation.generator import Generator
 from personalized_soups.training.data import write_lines
 from personalized_soups.training.pairs import Sampled
 
-# Batches in a portion. A portion is sorted by length, to save padding; a kill loses one portion at most.
+# The number of batches in a portion. A portion is sorted by length to save padding. A kill loses at most one portion.
 _BATCHES = 8
 
 
@@ -37,16 +37,16 @@ def sample_kept(
     on_begin: Callable[[int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Sampled]:
-    """Return `num_samples` sampled answers to each prompt; answers in the file `kept` are not sampled again.
+    """Return `num_samples` sampled answers to each prompt. Answers in the file `kept` are not sampled again.
 
     Args:
         generator: samples the answers.
         prompts: the prompts.
-        kept: the file of the answers. It is made if it does not exist, and stays when all answers are sampled.
-        base: identifies the base, for example its fingerprint.
+        kept: the file of the answers. It is created if it does not exist, and it stays when all answers are sampled.
+        base: a text that identifies the base, e.g. its fingerprint.
         num_samples, temperature, max_new_tokens, batch_size, seed: as for `Generator.answers`.
-        on_begin: called once with the number of answers that the file holds.
-        on_done: called with the number of answers so far.
+        on_begin: called once with the number of answers that the file already holds.
+        on_done: called after each batch with the number of finished answers.
 
     Raises:
         UsageError: if `kept` holds the unfinished answers of a run with other settings.
@@ -88,7 +88,7 @@ def sample_kept(
 
 
 def _read(kept: Path, sampling: dict[str, Any]) -> list[Sampled]:
-    """Return the answers that the file holds for these settings; an incomplete last line does not count."""
+    """Return the answers in the file if it has the same settings. An incomplete last line is ignored."""
     try:
         begun, *rows = [json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]]
         pool = [Sampled(row["prompt"], tuple(row["answers"])) for row in rows]
@@ -98,11 +98,11 @@ def _read(kept: Path, sampling: dict[str, Any]) -> list[Sampled]:
     if not differing:
         return pool
     if not pool or len(pool) == begun.get("num_prompts"):
-        return []  # the file has no answers to lose, or a finished run's: other settings ask for new answers
+        return []  # The file holds no answers, or those of a finished run: with other settings, sample new answers.
     raise UsageError(
-        f"the file holds an interrupted sampling with other settings; they differ in {', '.join(differing)}",
+        f"the file holds the answers of an interrupted run with other settings: {', '.join(differing)}",
         where=str(kept),
-        mend="give the same options to resume it, or delete the file to start again",
+        mend="give the options of the interrupted run to resume it, or delete the file to start again",
     )
 
 

@@ -1,10 +1,10 @@
-"""The shared basis: one frozen A for all experts, drawn from a seed, so that their merges are exact at one rank.
+"""Draw the shared basis: one frozen A for all experts. With it, a merge is exact at the rank of one expert.
 
-Each module's A depends only on the seed, the module's name and its shape: experts of one seed and rank have the same
-bytes, regardless of the other modules they adapt. The draws are raw counter-based random bits (Philox), converted to
-floats here, so they are equal on every machine and under every version of torch and NumPy.
+A module's A depends only on the seed, the module's name and its shape. So
+experts with the same seed and rank have the same A, whichever other modules they adapt. The random bits come from
+Philox and are converted to floats here, so they are equal on every machine and with every version of torch and NumPy.
 
-R rank, I in features
+Shapes: R = rank, I = in_features.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _WRAPPER = "base_model.model."
 
 
 def basis_factor(module: str, rank: int, in_features: int, seed: int) -> Tensor:
-    """Return a_RI of one module: float32 on the CPU, uniform in +-1/sqrt(I), the distribution of PEFT's initial A."""
+    """Return A of one module, (R, I), float32 on the CPU. It is uniform in +-1/sqrt(I), like PEFT's initial A."""
     name = f"{seed}/{module}/{rank}x{in_features}".encode()
     key = np.frombuffer(hashlib.blake2b(name, digest_size=16).digest(), dtype="<u8")
     raw = np.random.Philox(key=key).random_raw(rank * in_features)
@@ -29,7 +29,7 @@ def basis_factor(module: str, rank: int, in_features: int, seed: int) -> Tensor:
 
 
 def set_shared_basis(model: Any, seed: int, *, adapter: str = "default") -> None:
-    """Set A of every LoRA module of a PEFT model to the basis, in place, and freeze it."""
+    """Set A of every LoRA module of a PEFT model to the shared basis in place, and freeze A."""
     for name, module in model.named_modules():
         if adapter in getattr(module, "lora_A", {}):
             weight = module.lora_A[adapter].weight
@@ -40,7 +40,7 @@ def set_shared_basis(model: Any, seed: int, *, adapter: str = "default") -> None
 
 
 def freeze_basis(model: Any, *, adapter: str = "default") -> None:
-    """Freeze A of every LoRA module, in place: loading a checkpoint makes all factors trainable again."""
+    """Freeze A of every LoRA module in place. This is needed after a checkpoint is loaded, which makes A trainable."""
     for module in model.modules():
         if adapter in getattr(module, "lora_A", {}):
             module.lora_A[adapter].weight.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer, configured by a recipe: silent, exactly resumable, with pairs of similar length in a batch."""
+"""Configure TRL's DPOTrainer from a recipe. The trainer is silent and exactly resumable."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-_CHECKPOINTS_KEPT = 2  # a kill may leave the last checkpoint incomplete
-_REFERENCE_BATCHES = 4  # training batches in one batch of the reference pass, which stores no activations
+_CHECKPOINTS_KEPT = 2  # two, because a kill may leave the last checkpoint incomplete
+# The reference pass stores no activations, so that one of its batches can hold this many training batches.
+_REFERENCE_BATCHES = 4
 
 
 class ExpertTrainer(DPOTrainer):
-    """DPOTrainer with our order of the pairs, without model card, telemetry and tokenization.
+    """A DPOTrainer that puts pairs of similar length in a batch. It writes no model card and sends no telemetry.
 
     Args:
         recipe: the recipe, with the overrides of the side.
-        model: the base; PEFT wraps it in place.
+        model: the base. PEFT wraps it in place.
         tokenizer: the base's tokenizer.
         pairs: the pairs as token ids.
         config: the configuration that `trainer_config` returns.
@@ -57,12 +58,12 @@ class ExpertTrainer(DPOTrainer):
     ) -> None:
         self._recipe = recipe
         self._order: LikeLengthOrder | None = None
-        # TRL turns off all dropout or none. This turns off the base's; LoRA's dropout is added later, from the recipe.
+        # TRL turns off all dropout or none. This call turns off the base's dropout. PEFT adds LoRA's dropout later.
         disable_dropout_in_model(model)
         super().__init__(
             model,
             args=config,
-            # In memory: a cache on disk could pass the data of one training to another.
+            # The data set stays in memory, because a cache on disk could pass the data of one training to another.
             train_dataset=datasets.Dataset.from_dict(pairs.columns()),
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
@@ -73,21 +74,21 @@ class ExpertTrainer(DPOTrainer):
             set_shared_basis(self.model, recipe.basis_seed)
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle the pairs for an epoch."""
+        """Set the epoch, which determines the order of the pairs."""
         if self._order is not None:
             self._order.epoch = epoch
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Make the optimizer. Freeze a shared basis before, which loading a checkpoint makes trainable."""
+        """Freeze a shared basis, which loading a checkpoint makes trainable, and then make the optimizer."""
         if self._recipe.basis == "shared":
             freeze_basis(self.model)
         return super().create_optimizer(*args, **options)
 
     def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Write no model card; expert.json records the training."""
+        """Write no model card, because expert.json records the training."""
 
     def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        """Return the dataset unchanged: encode_pairs has computed TRL's token ids."""
+        """Return the data set unchanged, because `encode_pairs` has already computed TRL's token ids."""
         return dataset
 
     def _send_telemetry(self) -> None:
@@ -107,18 +108,18 @@ class _Epochs(TrainerCallback):
         self._trainer = trainer
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        # A training that resumes within an epoch has a fraction here.
+        # If a training resumes within an epoch, `state.epoch` has a fraction.
         self._trainer.set_epoch(math.floor(state.epoch or 0))
 
 
 class Reporting(TrainerCallback):
-    """Passes the figures of every step to a TrainingProgress, in the first process only."""
+    """Passes the figures of every step to a TrainingProgress. Only the first process reports."""
 
     def __init__(self, side: str, progress: TrainingProgress) -> None:
         self._side, self._progress = side, progress
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Report the first step and the number of steps."""
+        """Report the number of finished steps and of all steps."""
         if state.is_world_process_zero:
             self._progress.begin(self._side, step=state.global_step, num_steps=state.max_steps)
 
@@ -126,16 +127,16 @@ class Reporting(TrainerCallback):
         """Report a step.
 
         Raises:
-            RunError: if the loss or the gradient's norm is not finite.
+            RunError: if the loss or the norm of the gradient is not finite.
         """
         if not logs or "loss" not in logs:
             return  # the summary at the end
         if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
             raise RunError(
-                f"the training diverged: at step {state.global_step} the loss is {logs['loss']} "
-                f"and the gradient's norm is {logs.get('grad_norm')}",
+                f"the training diverged: at step {state.global_step}, the loss is {logs['loss']} "
+                f"and the norm of the gradient is {logs.get('grad_norm')}",
                 where=self._side,
-                mend="lower optimizer.learning_rate in the recipe",
+                mend="lower optimizer.learning_rate in the recipe, e.g. to half its value",
             )
         if state.is_world_process_zero:
             report = StepReport(
@@ -150,7 +151,7 @@ class Reporting(TrainerCallback):
 
 
 class Marking(TrainerCallback):
-    """Marks each checkpoint as complete when all processes have written their parts."""
+    """Marks each checkpoint as complete once all processes have written their parts of it."""
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Mark the checkpoint of this step."""
@@ -164,8 +165,9 @@ def trainer_config(
 ) -> DPOConfig:
     """Return TRL's configuration for a recipe.
 
-    One process that trains more than one epoch computes the reference log-probabilities once, before the steps. For a
-    single epoch, computing them in each step costs the same. Several processes would share TRL's file of them.
+    With one process and more than one epoch, the reference log-probabilities are computed once, before the steps. For a
+    single epoch, computing them in each step costs the same. Several processes also compute them in each step, because
+    they would all use the same file for them.
     """
     optimizer = recipe.optimizer
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
@@ -207,12 +209,13 @@ def trainer_config(
         seed=seed,
     )
     if num_processes == 1 and config.n_gpu > 1:
-        config._n_gpu = 1  # with several GPUs in one process, Trainer would use DataParallel, which TRL rejects
+        # With several GPUs in one process, Trainer would use DataParallel, which TRL rejects.
+        config._n_gpu = 1
     return config
 
 
 def lora_config(recipe: TrainingRecipe) -> LoraConfig:
-    """Return PEFT's configuration for a recipe."""
+    """Return PEFT's LoRA configuration for a recipe."""
     lora = recipe.lora
     return LoraConfig(
         r=lora.rank,
@@ -227,7 +230,7 @@ def lora_config(recipe: TrainingRecipe) -> LoraConfig:
 
 @contextmanager
 def quiet_training() -> Iterator[None]:
-    """Hide the progress bars and messages of transformers, datasets and TRL within the block."""
+    """Hide the progress bars and messages of transformers, datasets and TRL while the block runs."""
     were_disabled = datasets.are_progress_bars_disabled()
     tqdm = os.environ.get("TQDM_DISABLE")
     datasets.disable_progress_bars()

@@ -149,7 +149,7 @@ def test_text_beyond_ascii_survives_and_line_separators_of_unicode_do_not_split(
         ),
         ({**GOOD, "chosen": "so \ud800"}, "surrogate"),
         ({**CHAT, "rejected": [{"role": "assistant", "content": "\udc00 so"}]}, "surrogate"),
-        ({**GOOD, "prompt": None}, "`prompt` is null, expected text or a list"),
+        ({**GOOD, "prompt": None}, "`prompt` is null, but must be text or a list"),
         ({**GOOD, "images": ["x.png"]}, "'images' is not supported"),
         ({**GOOD, "tools": [{}]}, "'tools' is not supported"),
         (["How?"], "found a list"),

@@ -103,7 +103,7 @@ def test_a_faulty_pool_is_named_with_its_line(tmp_path: Path, line: str) -> None
     [
         (("", " "), "no answer is valid", "pool=FILE"),
         (("one two three",) * 2, "every valid answer scores", "change the scorer"),
-        (("one two three", "one two three four"), "all scores lie between", "lower the least gap"),
+        (("one two three", "one two three four"), "all scores lie between", "lower the minimum gap"),
     ],
 )
 def test_it_is_said_why_there_is_no_pair(answers: tuple[str, ...], why: str, mend: str) -> None:
