@@ -373,7 +373,7 @@ def nothing(deltas: list[Tensor], weights: list[float]) -> None:
             too_narrow,
             r"returned \[64, 95\] of torch.float32 on cpu, but it must return a tensor \[64, 96\] of torch.float32",
         ),
-        (in_float64, r"returned \[64, 96\] of torch.float64 on cpu; expected"),
+        (in_float64, r"returned \[64, 96\] of torch.float64 on cpu, but it must return"),
         (with_nan, "returned NaN or infinity, but it must return finite values"),
         (nothing, "returned an object of type NoneType, but it must return a tensor"),
     ],

@@ -1,4 +1,4 @@
-"""Checks before a merge: each expert is sound, the options are valid, and the experts meet the method's needs."""
+"""Checks before a merge: whether the experts' files are readable, the options valid, and the experts fit the method."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _MAX_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The requested truncation: to a rank, to a share of the energy, or none.
+    """The truncation that is requested. At most one of `rank` and `energy` is given.
 
     Attributes:
-        rank: the highest rank; None if there is no limit.
-        energy: the share of each module's squared Frobenius norm to keep; None if there is no limit.
-        where: the argument or the line of the profile that requests it, for errors.
+        rank: the maximum rank; None if the rank is not limited.
+        energy: the share of each module's squared Frobenius norm to keep; None if no share is given.
+        where: the argument, or the line of the profile, that requests the truncation. Errors show it.
     """
 
     rank: int | None = None
@@ -44,11 +44,13 @@ class Cut:
 
 
 def checked_cut(profile: Profile, rank: int | None, energy: float | None, *, into_base: bool) -> Cut:
-    """Return the truncation that the options request, or else the profile.
+    """Check the truncation that is requested and return it.
+
+    A rank or an energy in the arguments overrides the rank of the profile.
 
     Raises:
-        UsageError: if the value is out of bounds, both a rank and an energy are given, or the soup is folded into a
-            base, which needs no rank.
+        UsageError: if the value is out of bounds, if a rank and an energy are both given, or if the soup is folded into
+            a base, which needs no truncation.
     """
     if rank is not None and energy is not None:
         raise UsageError(
@@ -82,7 +84,7 @@ def checked_cut(profile: Profile, rank: int | None, energy: float | None, *, int
 
 
 def faults_of(expert: Expert) -> list[SoupError]:
-    """Return the errors in one expert's adapter and record."""
+    """Return the errors that reading the expert's adapter and the expert's training record raises."""
     readings: tuple[Callable[[], object], ...] = (lambda: expert.adapter, lambda: expert.record)
     faults: list[SoupError] = []
     for read in readings:
@@ -94,7 +96,7 @@ def faults_of(expert: Expert) -> list[SoupError]:
 
 
 def raise_all(faults: Sequence[SoupError]) -> None:
-    """Raise the only error, or one error with the texts of all; return if there are none."""
+    """Raise the error if there is one. If there are several, raise one error with the texts of all."""
     if not faults:
         return
     if len(faults) == 1:
@@ -109,7 +111,7 @@ def raise_all(faults: Sequence[SoupError]) -> None:
 
 
 def unmet_needs(method: Method, bank: ExpertBank, weights: Sequence[float]) -> list[SoupError]:
-    """Return an error for each of the method's needs that the experts and weights do not meet."""
+    """Return an error for each requirement of the merge method that the experts or the weights do not meet."""
     faults: list[SoupError] = []
     if method.family != "linear":
         faults += [_no_rule(method, expert) for expert in bank.experts if expert.adapter.trained]
@@ -162,7 +164,10 @@ def _unequal(method: Method, bank: ExpertBank, what: str, of: Callable[[Expert, 
 
 @contextmanager
 def naming_user(plan: MergePlan) -> Iterator[None]:
-    """Name the user in every UsageError of the block: a merge for many users must say whose profile is wrong."""
+    """Add the user's name to every UsageError that the `with` block raises.
+
+    In a merge for many users, the message must show which profile is wrong.
+    """
     try:
         yield
     except UsageError as fault:

@@ -1,7 +1,8 @@
-"""The layout of a merged adapter: the names of its tensors, and its adapter_config.json.
+"""The layout of a merged adapter: the names of the adapter's tensors, and the content of adapter_config.json.
 
-The experts' headers and configurations decide the layout. PEFT names a tensor by its place in the wrapped model
-(adapters/names.py), so the names depend on the modules that all experts together adapt.
+The layout follows from the headers and configurations of the experts. PEFT wraps each adapted module, and a tensor's
+name contains the wrappers around it (see adapters/names.py). So the names depend on the modules that all experts
+together adapt.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ _WRAPPED = "base_layer"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parts of a merged adapter in addition to its low-rank factors, and the names of all tensors.
+    """The names of all tensors of a merged adapter, and the kinds of tensors that it has besides the low-rank factors.
 
     Attributes:
-        target_modules: adapter_config.json's names of adapted modules, sorted.
-        target_parameters: the full names of adapted parameters (mixtures of experts), sorted.
+        target_modules: the value of `target_modules` in adapter_config.json, sorted.
+        target_parameters: the full names of the adapted mixture-of-experts parameters, sorted.
         fan_in_fan_out: whether any adapted module stores its weight transposed.
-        bias: which biases the experts trained, in PEFT's words.
+        bias: the biases that the experts trained, as a value of PEFT's option `bias`.
         lora_bias: whether any B has a bias.
         use_dora: whether any module has a magnitude (DoRA).
         modules_to_save: the names of modules that experts saved whole, sorted.
@@ -56,7 +57,7 @@ class Layout:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The keys of adapter_config.json that the layout decides; keys that few adapters need only if they do."""
+        """The entries of adapter_config.json that depend on the layout. Rare entries are present only if needed."""
         table: dict[str, Any] = {
             "bias": self.bias,
             "fan_in_fan_out": self.fan_in_fan_out,
@@ -78,7 +79,7 @@ class Layout:
         return not (self.lora_bias or self.use_dora)
 
     def named(self, module: LoraModule) -> LoraModule:
-        """Return an expert's module with the names that its factors have in the merged adapter."""
+        """Return a copy of an expert's module in which the factors have their names in the merged adapter."""
         owner, depth = module.name, 0
         if module.kind == "parameter":
             owner, _, parameter = module.name.rpartition(".")
@@ -88,29 +89,32 @@ class Layout:
         return replace(module, a_name=a_name, b_name=b_name)
 
     def order_of(self, owner: str) -> list[str]:
-        """Return a module's adapted parameters from the outermost wrapper inwards; empty if the order is unknown."""
+        """Return the adapted parameters of the module `owner`, from the outermost wrapper to the innermost.
+
+        The list is empty if the order in which PEFT wraps the parameters is unknown.
+        """
         return wrapping_order(parameters_of(owner, self.target_parameters))
 
     def magnitude_name(self, module: str) -> str:
-        """Return the name of a module's magnitude (DoRA)."""
+        """Return the name of a module's DoRA magnitude in the merged adapter."""
         return magnitude_name(self._path(module))
 
     def b_bias_name(self, module: str) -> str:
-        """Return the name of the bias of a module's B (lora_bias)."""
+        """Return the name of the bias of a module's B (lora_bias) in the merged adapter."""
         return b_bias_name(self._path(module))
 
     def whole_name(self, target: str) -> str:
-        """Return the name of a tensor that replaces a tensor of the base."""
+        """Return the name in the merged adapter of the tensor that replaces the base's tensor `target`."""
         module, _, attribute = target.rpartition(".")
         wrapped = f".{_WRAPPED}" * self.wrappers.get(module, 0)
         return f"{PREFIX}{self._path(module)}{wrapped}.{attribute}"
 
     def rows_name(self, module: str) -> str:
-        """Return the name of an embedding's trained rows."""
+        """Return the name in the merged adapter of the trained rows of the embedding `module`."""
         return tokens_name(self._path(module))
 
     def _path(self, module: str) -> str:
-        """Return the path of a module in the wrapped model, through the wrappers of the modules around it."""
+        """Return the path of a module in the wrapped model, including the wrappers of the modules that contain it."""
         steps = module.split(".")
         path = []
         for end, step in enumerate(steps, start=1):
@@ -145,14 +149,17 @@ def layout_of(experts: Sequence[Expert]) -> Layout:
 
 
 def named_modules(experts: Sequence[Expert], layout: Layout) -> list[LoraModule]:
-    """Return every module that any expert adapts, sorted by name, with the factors' names in the merged adapter."""
+    """Return the modules that at least one expert adapts, sorted by name.
+
+    In each module the factors have their names in the merged adapter.
+    """
     return [layout.named(module) for module in _modules(experts).values()]
 
 
 def conflicts(experts: Sequence[Expert], layout: Layout) -> list[SoupError]:
-    """Return an error for each combination of the experts' parts that PEFT cannot load as one adapter.
+    """Return an error for each combination of the experts' tensors that PEFT cannot load as one adapter.
 
-    A model that the soup is folded into can hold every combination.
+    The limits apply only to adapters: a soup that is folded into a base may have every combination.
     """
     conflicts = []
     modules = _modules(experts)
@@ -194,7 +201,7 @@ def conflicts(experts: Sequence[Expert], layout: Layout) -> list[SoupError]:
 
 
 def missing_base(experts: Sequence[Expert]) -> list[SoupError]:
-    """Return an error for each expert with a tensor that cannot be merged without the base model."""
+    """Return an error for each expert that has a tensor whose merge needs the base model."""
     faults: list[SoupError] = []
     for expert in experts:
         tensor = next((tensor for tensor in expert.adapter.trained.values() if tensor.kind != "added"), None)
@@ -211,7 +218,10 @@ def missing_base(experts: Sequence[Expert]) -> list[SoupError]:
 
 
 def _modules(experts: Sequence[Expert]) -> dict[str, LoraModule]:
-    """Return every module that any expert adapts, sorted by name, as the first expert with that module has it."""
+    """Return the modules that at least one expert adapts, by name, in sorted order.
+
+    If several experts adapt a module, the module of the first of these experts is returned.
+    """
     modules: dict[str, LoraModule] = {}
     for expert in experts:
         for name, module in expert.adapter.modules.items():
@@ -220,11 +230,11 @@ def _modules(experts: Sequence[Expert]) -> dict[str, LoraModule]:
 
 
 def _targets(experts: Sequence[Expert], modules: Sequence[str]) -> tuple[str, ...]:
-    """Return `target_modules` that match exactly the adapted modules.
+    """Return a value of `target_modules` that matches exactly the adapted modules.
 
-    If every expert lists its targets, the union of the lists matches the union of the modules. If an expert gives a
-    regular expression, leaves out layers, or has modules that it does not list (the output embedding, under
-    ensure_weight_tying), the modules' full names are returned.
+    If the configurations of all experts list their targets, the union of the lists matches the union of the modules.
+    The full names of the modules are returned if a configuration has a regular expression, excludes layers, or does not
+    list all adapted modules (with ensure_weight_tying, the output embedding is not listed).
     """
     listed: set[str] = set()
     for expert in experts:

@@ -1,4 +1,4 @@
-"""Plans for many users: decisions about the experts are made once for each set of experts."""
+"""Plans for many users. Profiles with the same experts share the decisions that depend only on the experts."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import MergePlan
 from personalized_soups.merging.planning.planner import plan_merge
 
-# Sets of experts whose plans are kept. A plan lists every module, so the number is limited.
+# The maximum number of plans that are kept. A plan lists every module, so more plans would need much memory.
 _MOST_PATTERNS = 64
 # File systems allow names of 255 bytes, and the scratch folder's name is longer than the user's.
 _MAX_NAME_BYTES = 200
 
 
 class ManyPlans:
-    """Plans for many profiles. Decisions that depend on the experts alone are made once for each set of experts.
+    """Makes the plans of many profiles. A plan is reused for later profiles with the same experts.
 
     Args:
         library: the experts.
-        options: the choices that override the profiles'; the defaults if left out.
+        options: the choices that override those of the profiles. The default is `MergeOptions()`.
         into_base: plan to fold the soups into a base model.
     """
 
@@ -37,11 +37,11 @@ class ManyPlans:
         self._known: dict[object, _Pattern] = {}
 
     def plan(self, profile: Profile) -> tuple[object, MergePlan]:
-        """Return the profile's plan, and a key that is equal for plans that can be merged in one batch.
+        """Return a key and the plan of the profile. Plans with equal keys can be merged in one batch.
 
         Raises:
             DeclarationError: if the user's name cannot be the name of a folder.
-            SoupError: all errors of plan_merge.
+            SoupError: all errors of `plan_merge`.
         """
         _check_user(profile)
         weights = {name: weight for name, weight in profile.resolved_weights().items() if weight != 0}
@@ -60,12 +60,12 @@ class ManyPlans:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Pattern:
-    """The plan for one set of experts, in which the weights of each user replace the first user's.
+    """A plan that is reused for other profiles with the same experts.
 
     Attributes:
         plan: the plan of the first profile with these experts.
         bank: the experts.
-        sides: finds opposed experts.
+        sides: checks that a profile does not name experts of two sides of one dimension.
     """
 
     plan: MergePlan
@@ -78,6 +78,7 @@ class _Pattern:
         return cls(plan, ExpertBank(experts), SideRule.of(experts))
 
     def filled(self, library: ExpertLibrary, profile: Profile, weights: Mapping[str, float]) -> MergePlan:
+        """Return the plan with another profile and its weights. The errors are those of `plan_merge`."""
         library.check(profile)
         self.sides.check(profile)
         experts = tuple(replace(expert, weight=weights[expert.name]) for expert in self.plan.experts)
@@ -87,10 +88,10 @@ class _Pattern:
 
 
 def _check_user(profile: Profile) -> None:
-    """Raise if the user's name cannot be the name of a folder.
+    """Check that the user's name can be the name of a folder.
 
     Raises:
-        DeclarationError: with the profile's line.
+        DeclarationError: if the name is missing, too long, or not a plain name. The error shows the profile's line.
     """
     name = profile.user
     is_plain = not set(name) & set("/\\") and name.isprintable() and not name.startswith(".")

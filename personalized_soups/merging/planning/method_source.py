@@ -1,4 +1,4 @@
-"""The source of a merge method from outside this package, for soup.json."""
+"""Describe in soup.json which code defines a merge method from outside this package."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from personalized_soups.methods.plugins import is_builtin
 
 
 def method_source(method: Method) -> MethodRecord | None:
-    """Return the record of a method's function; None for a built-in method.
+    """Return the module, the name and the file digest of a method's function; None for a built-in method.
 
-    The digest covers the file that defines the function, not the modules that the file imports.
+    The digest is that of the file that defines the function. Modules that this file imports are not included.
 
     Raises:
-        UsageError: if the function's file is not found, or the function cannot be imported.
+        UsageError: if the function cannot be imported, or the file that defines the function is not found.
     """
     if is_builtin(method):
         return None

@@ -1,4 +1,4 @@
-"""The choices of a merge that a profile leaves open, in one value for every function that merges."""
+"""The options that all merge functions accept."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeOptions:
-    """How to merge: the method, the size of the result, and where to compute it.
+    """The merge method, the size of the result, and the device of a merge.
 
-    A value that is None is taken from the profile or from the experts. `plan_merge` checks the values.
+    `plan_merge` checks the values.
 
     Attributes:
-        method: the merge method: a name, a function on dense deltas (see `DenseMerge`), or a `Method`. None takes the
-            profile's method.
-        method_options: options of the method, such as `{"density": 0.5}`. Each overrides the profile's; options that
-            are not given keep the profile's value or the method's default.
-        rank: the highest rank of the merged adapter. Modules of a higher rank are truncated, and soup.json records the
-            error. None takes the profile's rank; without one, nothing is truncated.
+        method: the merge method. It is a name, a function on dense deltas (see `DenseMerge`), or a `Method`. With None,
+            the profile's method is used.
+        method_options: options of the method, such as `{"density": 0.5}`. An option that is not given here has the
+            profile's value if the profile sets it, else the method's default.
+        rank: the maximum rank of the merged adapter. Modules of a higher rank are truncated, and soup.json records the
+            truncation error. With None, the profile's rank is used. If the profile has no rank, nothing is truncated.
         energy: the share of each module's squared Frobenius norm that truncation keeps, above 0 and at most 1. Each
-            module gets the lowest rank that keeps it. Give either `rank` or `energy`.
-        dtype: the dtype of the merged adapter: float32, bfloat16 or float16. None takes the experts' dtype if all
-            experts have the same one, else float32.
-        target: the program that loads the merged adapter: `peft`, or `vllm`, which needs one rank for all modules.
-        device: where to compute: `cpu`, `cuda`, `cuda:N`, or `auto`, which is CUDA if there is a GPU, else the
-            CPU. Sums of factors that are not truncated are always computed on the CPU.
-        same_base: accept experts that name different bases, or bases with different fingerprints, as experts of one
-            base.
-        base: the base model that a merged adapter is computed with: a folder, or a hub id in the local cache. Required
-            if an expert has tensors that are relative to the base: DoRA's magnitudes, biases, saved modules or trained
-            tokens.
+            module gets the lowest rank that keeps this share. Only one of `rank` and `energy` may be given.
+        dtype: the dtype of the merged adapter: float32, bfloat16 or float16. With None, the dtype is that of the
+            experts if all experts have the same dtype, else float32.
+        target: the program that will load the merged adapter, `peft` or `vllm`. An adapter for `vllm` has the same rank
+            in all modules.
+        device: the device that computes the soup: `cpu`, `cuda`, `cuda:N` or `auto`. With `auto`, a CUDA GPU is used if
+            there is one, else the CPU. Sums of factors that are not truncated are always computed on the CPU.
+        same_base: merge experts even if their files name different bases or record different fingerprints of the base.
+        base: the folder of the base model of a merged adapter, or the id of a model in the local hub cache. A base is
+            required if an expert trained DoRA magnitudes, biases, tokens or whole modules, because their values are
+            relative to the base.
 
     Example:
         >>> MergeOptions(method="ties", method_options={"density": 0.3}, rank=16).rank

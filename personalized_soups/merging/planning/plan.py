@@ -1,4 +1,4 @@
-"""The plan of a merge: all of its decisions, made from headers before any tensor is computed."""
+"""The plan of a merge. It holds all decisions, which are made from the files' headers before a tensor is computed."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PlannedExpert:
     Attributes:
         name: the expert's name in the library.
         folder: the expert's folder, as an absolute path.
-        weight: the mixing weight that the method gets, after the profile's normalization.
+        weight: the mixing weight that the merge method uses, after the profile's normalization.
     """
 
     name: str
@@ -37,13 +37,16 @@ class PlannedExpert:
 
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """One module of a merge. If the module is a mixture-of-experts parameter, its ranks are those of each block.
+    """One module of a merge.
+
+    A mixture-of-experts parameter has several blocks, and each block has its own factors. The ranks below are then the
+    ranks of one block.
 
     Attributes:
-        like: the module as an expert has it, with the names that its factors have in the merged adapter.
+        like: the module of one expert, with the names that the module's factors have in the merged adapter.
         experts: the names of the experts that adapt this module.
-        full_rank: the rank of the method's result.
-        rank: the highest rank after truncation.
+        full_rank: the rank of the soup before truncation.
+        rank: the maximum rank of the soup after truncation.
     """
 
     like: LoraModule
@@ -58,36 +61,37 @@ class PlannedModule:
 
     @property
     def out_features(self) -> int:
-        """Rows of B."""
+        """The number of rows of B."""
         return self.like.out_features
 
     @property
     def in_features(self) -> int:
-        """Columns of A; a convolution's kernel counts as columns."""
+        """The number of columns of A. For a convolution, this includes the positions of the kernel."""
         return self.like.in_features
 
 
 @dataclass(frozen=True, slots=True)
 class MergePlan:
-    """All decisions of a merge. A plan holds no tensors; `lines()` describes it for people.
+    """All decisions of a merge. A plan holds no tensors, and `lines()` returns the plan as readable text.
 
     Attributes:
-        profile: the profile, as it was given.
+        profile: the user's profile, without changes.
         method: the merge method.
-        method_source: the module and the source digest of a method from outside this package; None for a built-in one.
-        options: the method's options, with defaults filled in.
-        target: the program that loads the merged adapter.
-        energy: the share of each module's squared Frobenius norm that truncation keeps; None if a rank decides.
-        encoding: how the soup is written: stacked, truncated or folded.
+        method_source: the module and the digest of the file that define the merge method; None for a built-in method.
+        options: the options of the merge method, including the defaults of options that are not given.
+        target: the program that will load the merged adapter.
+        energy: the share of each module's squared Frobenius norm that truncation keeps; None if no share is given.
+        encoding: how the soup is written. A `stacked` soup has factors that are not truncated, a `truncated` soup has
+            truncated factors, and a `folded` soup is added to the base.
         experts: the experts with weights other than 0, sorted by name.
         modules: the modules that any expert adapts, sorted by name.
-        rank: the merged adapter's rank. If `energy` decides, the highest rank that a module can get.
-        dtype: the merged adapter's dtype. A folded model keeps the dtypes of its base.
+        rank: the rank of the merged adapter. With `energy`, this is the maximum rank of a module.
+        dtype: the dtype of the merged adapter. A folded model keeps the dtypes of its base.
         fits_vllm: whether vLLM supports every kind of module and tensor that the experts have.
-        base: the base model's name and fingerprint, as far as they are known.
-        base_folder: the folder of the base that an adapter is computed with; None if no base is given.
-        revision: the base's revision in the experts' configurations; None if they differ.
-        task_type: PEFT's task type in the experts' configurations; None if they differ.
+        base: the name and the fingerprint of the base model, as far as they are known.
+        base_folder: the folder of the base if a base is given for a merged adapter, else None.
+        revision: the base's revision in the experts' configurations; None if the experts have different revisions.
+        task_type: PEFT's task type in the experts' configurations; None if the experts have different task types.
         layout: the names and shapes of the merged adapter's tensors, and its configuration.
         shares_basis: whether all experts have the same A at every module.
     """
@@ -124,7 +128,7 @@ class MergePlan:
 
     @property
     def num_bytes(self) -> int:
-        """The size of the merged adapter's factors in bytes; an upper bound if `energy` decides the ranks."""
+        """The size of the merged adapter's factors in bytes. With `energy`, this is the maximum size."""
         numbers = sum(
             self.rank * module.like.blocks * (module.in_features + module.out_features) for module in self.modules
         )
@@ -132,11 +136,11 @@ class MergePlan:
 
     @property
     def vllm_max_lora_rank(self) -> int | None:
-        """The smallest --max-lora-rank with which vLLM loads the merged adapter; None if vLLM cannot load it."""
+        """The lowest --max-lora-rank with which vLLM loads the merged adapter; None if vLLM cannot load the adapter."""
         return vllm_max_lora_rank(self.rank) if self.fits_vllm else None
 
     def lines(self) -> list[str]:
-        """Return the plan as lines of text for people."""
+        """Return the plan as lines of readable text."""
         experts = " + ".join(f"{expert.weight:g} {expert.name}" for expert in self.experts)
         basis = ", one shared basis" if self.shares_basis else ""
         share = "" if self.energy is None else f"at most, {self.energy:g} of each module's energy, "
@@ -156,13 +160,14 @@ class MergePlan:
 
 
 def arithmetic_device(plan: MergePlan, device: str) -> torch.device:
-    """Return where a plan is computed: on `device`, except for sums of factors, which are computed on the CPU.
+    """Return the device that computes a plan: the CPU for sums of factors, else `device`.
 
-    A GPU cannot win there: the sums must come back to be written, and the CPU forms them in the buffer from which it
-    writes, at about the speed of a copy. DoRA needs products with the base as well, and keeps its device.
+    A GPU would not make sums of factors faster. The sums would have to be copied back to be written, and the CPU
+    computes them about as fast as it copies them. A plan with DoRA is computed on `device`, because DoRA also needs
+    products with the base.
 
     Raises:
-        UsageError: as `devices.resolve_device`.
+        UsageError: if the device is unknown or missing.
     """
     target = resolve_device(device, kinds=MERGE_DEVICES)
     is_sum_of_factors = plan.encoding == "stacked" and not plan.layout.use_dora

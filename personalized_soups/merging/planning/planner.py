@@ -1,4 +1,4 @@
-"""Plan a merge: check the experts and the options, and decide everything that headers can decide."""
+"""Plan a merge: check the experts and the options, and make all decisions that need only the files' headers."""
 
 from __future__ import annotations
 
@@ -32,20 +32,23 @@ _OF_FILES: Mapping[str, DtypeName] = {"F32": "float32", "BF16": "bfloat16", "F16
 def plan_merge(
     library: ExpertLibrary, profile: Profile, options: MergeOptions | None = None, *, into_base: bool = False
 ) -> MergePlan:
-    """Return the plan for merging `profile`, from the experts' headers and the first bytes of their A's.
+    """Return the plan for the soup of `profile`.
+
+    The plan is made from the headers of the experts' files. Of the experts' tensors, only the A's are read, to find
+    experts that share their A's. If one step of the checks finds several errors, one exception reports them all.
 
     Args:
         library: the experts.
-        profile: the user's weights. Experts of weight 0 take no part.
-        options: the choices that override the profile's; the defaults if left out.
-        into_base: plan to fold the soup into a base model, which decides the dtype; the soup then has no rank.
+        profile: the user's weights. Experts with weight 0 are left out.
+        options: the choices that override those of the profile. The default is `MergeOptions()`.
+        into_base: plan to fold the soup into a base model. The soup is then not truncated and has the base's dtypes.
 
     Raises:
-        DeclarationError: if the profile names unknown experts or two sides of one dimension.
-        IncompatibleExpertsError: if the experts disagree with each other, or do not meet the method's needs.
-        InputError: if an expert is damaged, or is a variant of LoRA that cannot be merged.
-        UsageError: if an option is wrong, or an adapter cannot hold the soup, or cannot without the base. All errors
-            of one step are raised together.
+        DeclarationError: if the profile names an unknown expert, or experts of two sides of one dimension.
+        IncompatibleExpertsError: if the experts do not fit each other or the merge method.
+        InputError: if a file of an expert is damaged, or an expert is a variant of LoRA that cannot be merged.
+        UsageError: if an option is invalid, if an adapter cannot hold the soup, or if the soup needs a base model and
+            none is given.
     """
     options = options or MergeOptions()
     method = find_method(profile.method if options.method is None else options.method)
@@ -134,9 +137,9 @@ def _checked_target(target: str, *, into_base: bool) -> Target:
 
 
 def _method_options(method: Method, profile: Profile, given: Mapping[str, float] | None) -> Mapping[str, float]:
-    """Return the method's options: the caller's, then the profile's.
+    """Return the options of the merge method. The caller's values override the profile's values.
 
-    If the caller overrides the profile's method, the profile's options that the new method lacks are dropped.
+    If the caller chooses another method than the profile, options of the profile that this method lacks are ignored.
     """
     is_own = method.name == profile.method
     own = {name: value for name, value in profile.options.items() if is_own or name in method.options}
@@ -196,7 +199,7 @@ def _resolved_dtype(dtype: str | None, experts: Sequence[Expert]) -> DtypeName:
 
 
 def _common_base(experts: Sequence[Expert]) -> BaseRecord:
-    """Return the base's name and fingerprint: the first ones that an expert records."""
+    """Return the first name and the first fingerprint of the base that the experts record."""
     bases = [expert.base for expert in experts]
     return BaseRecord(
         name=next((base.name for base in bases if base.name), None),
@@ -205,7 +208,11 @@ def _common_base(experts: Sequence[Expert]) -> BaseRecord:
 
 
 def _read_base(base: Path | str | None, experts: Sequence[Expert], *, same_base: bool) -> tuple[BaseRecord, str | None]:
-    """Return the base's name and fingerprint, and its folder if a base is given."""
+    """Return the base's name and fingerprint, and the base's folder if a base is given.
+
+    Raises:
+        IncompatibleExpertsError: if `same_base` is false and an expert records another fingerprint than the base's.
+    """
     named = _common_base(experts)
     if base is None:
         return named, None

@@ -1,4 +1,4 @@
-"""The limits of vLLM 0.32: the ranks and the kinds of modules that it loads."""
+"""The ranks and the kinds of modules that vLLM 0.32 can load."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def vllm_max_lora_rank(rank: int) -> int | None:
-    """Return the smallest --max-lora-rank with which vLLM loads this rank; None if no value is large enough."""
+    """Return the lowest --max-lora-rank with which vLLM loads an adapter of this rank; None if the rank is too high."""
     return next((allowed for allowed in VLLM_RANKS if allowed >= rank), None)
 
 
 def check_vllm_rank(rank: int) -> None:
-    """Raise if vLLM cannot load an adapter of this rank.
+    """Check that vLLM can load an adapter of this rank.
 
     Raises:
-        UsageError: with the highest rank that vLLM loads.
+        UsageError: if the rank is higher than every rank that vLLM loads.
     """
     if vllm_max_lora_rank(rank) is None:
         raise UsageError(
@@ -31,10 +31,10 @@ def check_vllm_rank(rank: int) -> None:
 
 
 def unfit_for_vllm(experts: Sequence[Expert]) -> list[SoupError]:
-    """Return an error for each expert with a tensor or module that vLLM rejects or silently ignores.
+    """Return an error for each expert that has a tensor or module that vLLM rejects or silently ignores.
 
-    Source: vllm/lora/peft_helper.py (modules_to_save, DoRA, bias) and vLLM's lists of supported layers. vLLM ignores
-    adapters of target_parameters (vllm-project/vllm#41384).
+    The source is vllm/lora/peft_helper.py (modules_to_save, DoRA, bias) and vLLM's lists of supported layers. vLLM
+    ignores the factors of target_parameters (vllm-project/vllm#41384).
     """
     found: list[SoupError] = []
     for expert in experts:

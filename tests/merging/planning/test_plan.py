@@ -103,7 +103,7 @@ def test_unequal_ranks_are_refused_where_the_method_needs_equal_ones(tmp_path: P
     write_expert(tmp_path / "b", rank=4, alpha=8)
     with pytest.raises(IncompatibleExpertsError, match=message) as caught:
         plan_of(tmp_path, method=method)
-    assert "a has 2, b has 4" in caught.value.what
+    assert "a has rank 2, b has rank 4" in caught.value.what
     assert "linear" in caught.value.mend
 
 
