@@ -1,1 +1,1 @@
-"""Merge methods: pure functions that compute a soup's delta from the experts' deltas, and the table that lists them."""
+"""Merge methods: pure functions that merge the deltas of several experts into the delta of a soup, and their table."""

@@ -1,8 +1,10 @@
-"""LoRA factors, and the merge methods that sum A's and B's separately.
+"""LoRA factors, and the merge methods that sum the experts' A's and B's separately.
 
-These methods do not return the sum of the deltas: `(sum B)(sum A)` also has the cross terms `B_i A_j`.
+The result of these methods is not the sum of the deltas: `(sum B)(sum A)` also contains the cross terms `B_i A_j`.
 
-R rank, I in features, O out features, K sum of ranks.
+In the formulas, `w_e`, `s_e`, `A_e` and `B_e` are the weight, the scaling and the factors of expert e.
+
+Shapes: R = rank, I = in_features, O = out_features.
 """
 
 from __future__ import annotations
@@ -17,22 +19,22 @@ from torch import Tensor
 from personalized_soups.methods.dense import dare_linear, dare_ties_peft, magnitude_prune, ties_peft
 from personalized_soups.methods.streams import Stream
 
-# Weights cancel if their sum is at most this share of the sum of their magnitudes. factor_average divides by the sum,
-# which would amplify rounding errors more than a million times.
+# Weights cancel if their sum is at most this share of the sum of their magnitudes. factor_average divides by the sum of
+# the weights. A smaller sum would multiply rounding errors by more than a million.
 CANCELLED = 1e-6
 
-# merges either the A's or the B's by their weights; the last argument is "A" or "B"
+# A function that merges either the A's or the B's with their weights. The last argument is "A" or "B".
 _Merge = Callable[[Sequence[Tensor], Sequence[float], str], Tensor]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Factors:
-    """One module's low-rank delta: `delta_OI = scaling * b_OR @ a_RI`.
+    """The low-rank delta of one module: `delta_OI = scaling * b_OR @ a_RI`.
 
     Attributes:
-        a_RI: A.
-        b_OR: B, of the same dtype and on the same device.
-        scaling: LoRA's `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA (arXiv 2312.03732).
+        a_RI: the factor A.
+        b_OR: the factor B. It has the dtype of A and is on the same device.
+        scaling: LoRA's `alpha / rank`, or rsLoRA's `alpha / sqrt(rank)` (arXiv 2312.03732).
     """
 
     a_RI: Tensor  # noqa: N815
@@ -51,11 +53,15 @@ class Factors:
         return int(self.a_RI.shape[0])
 
     def delta(self) -> Tensor:
-        """Return the dense delta_OI, a new tensor in the factors' dtype and on their device."""
+        """Return the dense delta_OI as a new tensor with the dtype and the device of the factors."""
         return (self.b_OR @ self.a_RI).mul_(self.scaling)
 
     def padded(self, rank: int) -> Factors:
-        """Return factors of the same delta with at least `rank` rows of A, by adding rows and columns of zeros."""
+        """Return factors of the same delta with a rank of at least `rank`.
+
+        Rows of zeros are added to A, and columns of zeros to B. Factors that already have the rank are returned
+        unchanged.
+        """
         missing = rank - self.rank
         if missing <= 0:
             return self
@@ -67,18 +73,19 @@ class Factors:
 def factor_average(factors: Sequence[Factors], weights: Sequence[float], total: float | None = None) -> Factors:
     """Return `dW = (s / t) (sum w_e B_e) (sum w_e A_e)` with `t = sum w_e`, as factors with scaling 1.
 
-    The rule of Personalized Soups (arXiv 2310.11564; its code has equal weights and t = 1). An expert's own delta
-    counts `w_e^2 / t`, and cross terms `B_i A_j` are added. If all experts share A, the result equals `linear`.
+    This is the rule of Personalized Soups (arXiv 2310.11564). The authors' code has equal weights and t = 1. An
+    expert's own delta has the factor `w_e^2 / t` in the result, and the cross terms `B_i A_j` are added. If all experts
+    have the same A, the result equals `linear`. The result has the dtype and the device of the factors. No argument is
+    changed.
 
     Args:
-        factors: one per expert that adapts this module, all of one rank.
-        weights: one per expert in `factors`.
-        total: t, if the soup also has experts that do not adapt this module. Default: the sum of `weights`.
-
-    dtype and device: those of the factors. No argument is changed.
+        factors: one per expert that adapts this module. All must have one rank and one scaling s.
+        weights: one per element of `factors`.
+        total: the sum t, if the soup also has experts that do not adapt this module. The default is the sum of
+            `weights`.
 
     Raises:
-        ValueError: if the ranks or the scalings differ, or if the weights cancel (t is about 0).
+        ValueError: if the ranks or the scalings differ, or if `total` is None and the sum of the weights is about 0.
     """
     _check_same_rank(factors, "factor_average")
     of_a, of_b = average_coefficients([each.scaling for each in factors], weights, total)
@@ -93,7 +100,7 @@ def average_coefficients(
     """Return the coefficients of `factor_average`: `w / t` for each expert's A, and `w s` for each expert's B.
 
     Raises:
-        ValueError: if the scalings differ, or if the weights cancel.
+        ValueError: if the scalings differ, or if `total` is None and the sum of the weights is about 0.
     """
     different = sorted(set(scalings))
     if len(different) > 1:
@@ -102,17 +109,17 @@ def average_coefficients(
         total = math.fsum(weights)
         if cancels(weights):
             raise ValueError(f"factor_average divides by the sum of the weights, which is about 0: {total:g}")
-    # the scaling goes into B, so that a sum of shared A's is that A times 1
+    # the scaling is applied to B only, so that the weighted sum of equal A's is exactly that A
     return [weight / total for weight in weights], [weight * different[0] for weight in weights]
 
 
 def factor_linear(factors: Sequence[Factors], weights: Sequence[float]) -> Factors:
-    """Return PEFT's `linear`: `A = sum sign(w_e) sqrt(|w_e s_e|) A_e`, `B = sum sqrt(|w_e s_e|) B_e`.
+    """Return PEFT's `linear`: `A = sum sign(w_e s_e) sqrt(|w_e s_e|) A_e` and `B = sum sqrt(|w_e s_e|) B_e`.
 
-    An expert's own delta counts `w_e`, as it should, and cross terms `B_i A_j` are added: if n experts share A, the
-    delta is up to n times too large. For comparison with PEFT's add_weighted_adapter(combination_type="linear").
-
-    dtype and device: those of the factors. No argument is changed.
+    An expert's own delta has the factor `w_e` in the result, as it should. But the cross terms `B_i A_j` are added: if
+    n experts have the same A, the delta is up to n times too large. Use this method to compare with PEFT's
+    add_weighted_adapter(combination_type="linear"). The result has the dtype and the device of the factors. No argument
+    is changed.
 
     Raises:
         ValueError: if the ranks differ.
@@ -121,17 +128,20 @@ def factor_linear(factors: Sequence[Factors], weights: Sequence[float]) -> Facto
 
 
 def linear_coefficients(scalings: Sequence[float], weights: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Return the coefficients of `factor_linear`: `sign(w s) sqrt(|w s|)` for each A, `sqrt(|w s|)` for each B."""
-    # the sign of w * s, as in PEFT; s is negative only if lora_alpha is
+    """Return the coefficients of `factor_linear`.
+
+    They are `sign(w s) sqrt(|w s|)` for each expert's A, and `sqrt(|w s|)` for each expert's B.
+    """
+    # the sign is that of w * s, as in PEFT; s is negative only if lora_alpha is negative
     products = [weight * scaling for weight, scaling in zip(weights, scalings, strict=True)]
     roots = [math.sqrt(abs(product)) for product in products]
     return [math.copysign(root, product) for root, product in zip(roots, products, strict=True)], roots
 
 
 def factor_magnitude_prune(factors: Sequence[Factors], weights: Sequence[float], *, density: float) -> Factors:
-    """Return PEFT's `magnitude_prune`: `factor_linear` of the largest entries of each A and each B.
+    """Return PEFT's `magnitude_prune`: trim each A and each B, then merge them with `factor_linear`.
 
-    dtype, device and errors: as `factor_linear`.
+    The dtype, the device and the errors are those of `factor_linear`.
     """
     return _separately(
         factors,
@@ -144,10 +154,10 @@ def factor_magnitude_prune(factors: Sequence[Factors], weights: Sequence[float],
 def factor_dare_linear(
     factors: Sequence[Factors], weights: Sequence[float], *, density: float, streams: Sequence[Stream]
 ) -> Factors:
-    """Return PEFT's `dare_linear`: `factor_linear` of each A and each B after DARE's drop and rescale.
+    """Return PEFT's `dare_linear`: drop entries of each A and each B and rescale, then merge them with `factor_linear`.
 
-    The A's draw from each stream's child "A", the B's from its child "B". dtype, device and errors: as
-    `factor_linear`.
+    The random numbers for an expert's A come from the child "A" of the expert's stream, and those for its B from the
+    child "B". The dtype, the device and the errors are those of `factor_linear`.
     """
     return _separately(
         factors,
@@ -158,12 +168,13 @@ def factor_dare_linear(
 
 
 def factor_ties(factors: Sequence[Factors], weights: Sequence[float], *, density: float) -> Factors:
-    """Return PEFT's `ties`: `ties_peft` of the A's, weights `sign(w_e) sqrt(|w_e s_e|)`, and of the B's, without sign.
+    """Return PEFT's `ties`: `ties_peft` of the A's and `ties_peft` of the B's.
 
-    The A's and the B's elect their signs separately, and the sign of an entry of A or B does not decide the sign of any
-    entry of the delta. Experts that agree in their deltas may therefore cancel, and the reverse.
+    The weights are `sign(w_e s_e) sqrt(|w_e s_e|)` for the A's and `sqrt(|w_e s_e|)` for the B's. The A's and the B's
+    elect their signs separately, but the sign of an entry of A or B does not determine the sign of any entry of the
+    delta. So experts whose deltas agree may cancel, and experts whose deltas disagree may not.
 
-    dtype, device and errors: as `factor_linear`.
+    The dtype, the device and the errors are those of `factor_linear`.
     """
     return _separately(
         factors, weights, "factor_ties", lambda tensors, roots, _part: ties_peft(tensors, roots, density=density)
@@ -173,9 +184,9 @@ def factor_ties(factors: Sequence[Factors], weights: Sequence[float], *, density
 def factor_dare_ties(
     factors: Sequence[Factors], weights: Sequence[float], *, density: float, streams: Sequence[Stream]
 ) -> Factors:
-    """Return PEFT's `dare_ties`: `factor_ties` with DARE's drop and rescale in place of trimming.
+    """Return PEFT's `dare_ties`: `factor_ties` that drops entries at random and rescales instead of trimming.
 
-    Streams as in `factor_dare_linear`; dtype, device and errors as `factor_linear`.
+    The streams are used as in `factor_dare_linear`. The dtype, the device and the errors are those of `factor_linear`.
     """
     return _separately(
         factors,
@@ -186,13 +197,13 @@ def factor_dare_ties(
 
 
 def cancels(weights: Sequence[float]) -> bool:
-    """Return whether the sum of the weights is about 0, relative to the sum of their magnitudes."""
+    """Return whether the sum of the weights is about 0 in comparison with the sum of their magnitudes."""
     return abs(math.fsum(weights)) <= CANCELLED * math.fsum(abs(weight) for weight in weights)
 
 
 def _separately(factors: Sequence[Factors], weights: Sequence[float], method: str, merge: _Merge) -> Factors:
-    """Merge the A's and the B's separately, each weighted by the roots of the weights, as PEFT does."""
-    # the roots multiply to w * s, so each expert's own delta keeps its weight; PEFT, too, splits w * s and not w alone
+    """Merge the A's and the B's separately. The weights of both are the roots of the experts' weights, as in PEFT."""
+    # The two roots multiply to w * s, so each expert's own delta keeps its weight. PEFT also splits w * s, not only w.
     _check_same_rank(factors, method)
     signed, roots = linear_coefficients([each.scaling for each in factors], weights)
     return Factors(
@@ -205,7 +216,7 @@ def _children(streams: Sequence[Stream], part: str) -> list[Stream]:
 
 
 def _weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:
-    """Return the sum in the tensors' dtype: computed in float64 and rounded once."""
+    """Return the weighted sum in the dtype of the tensors. It is computed in float64 and rounded once."""
     total = torch.zeros_like(tensors[0], dtype=torch.float64)
     for tensor, coefficient in zip(tensors, coefficients, strict=True):
         total.add_(tensor, alpha=coefficient)

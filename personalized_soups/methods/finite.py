@@ -1,4 +1,4 @@
-"""A check for NaN and infinity that costs no more than a sum."""
+"""Check a tensor for NaN and infinity at the cost of one sum."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Return whether no element is NaN or infinite.
+    """Return whether the tensor contains neither NaN nor infinity.
 
-    Any floating dtype, any device. Allocates only a scalar, unless the sum is not finite.
+    The tensor may have any floating-point dtype and be on any device. Memory is allocated for one scalar only, unless
+    the sum of the elements is not finite.
     """
-    # A sum with a NaN or infinite term is not finite, so a finite sum proves that all elements are. Finite elements may
-    # also overflow the sum. Only then check each element, which takes about fifty times as long.
+    # A sum with a NaN or infinite term is not finite, so a finite sum proves that all elements are finite. The sum of
+    # finite elements may also overflow. So if the sum is not finite, check each element, which takes about fifty times
+    # as long.
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())

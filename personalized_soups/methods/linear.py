@@ -1,6 +1,6 @@
-"""The default merge method: the weighted sum of the experts' deltas, exact, as stacked factors.
+"""`linear`, the default merge method: the exact weighted sum of the experts' deltas, as stacked factors.
 
-R rank, I in features, O out features, K sum of ranks.
+Shapes: R = rank of an expert, I = in_features, O = out_features, K = sum of the ranks of the distinct A's.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from personalized_soups.methods.factors import Factors
 def linear(factors: Sequence[Factors], weights: Sequence[float], basis: Sequence[int] | None = None) -> Factors:
     """Return `dW = sum_e w_e s_e B_e A_e` as factors with scaling 1: task arithmetic (arXiv 2212.04089, 2306.04488).
 
-    The A's are stacked unchanged by rows, the B's by columns, each multiplied by `w_e s_e`. An A that several experts
-    share is stored once, and their B's are summed. Experts that all share one A therefore merge at their own rank.
+    `w_e`, `s_e`, `B_e` and `A_e` are the weight, the scaling and the factors of expert e. The rows of the A's are
+    stacked unchanged. The columns of the B's are stacked too, each B multiplied by `w_e s_e`. An A that several experts
+    share is stored once, and the B's of these experts are summed. So if all experts share one A, the result has the
+    rank of one expert.
 
     Args:
-        factors: one per expert, of any ranks.
-        weights: one per expert; may be negative.
-        basis: one number per expert, the same for experts with equal A's. By default no experts share A.
+        factors: one per expert. The ranks may differ.
+        weights: one per expert. A weight may be negative.
+        basis: one number per expert. Experts with equal numbers must have equal A's. By default, no experts share A.
 
     Returns:
-        a_KI and b_OK, new tensors in the factors' dtype and on their device. K is the sum of the distinct A's ranks.
-        The A's are not rounded. The B's are computed in float64 and rounded once.
+        a_KI and b_OK, new tensors with the dtype and the device of the factors. A is not rounded. B is computed in
+        float64 and rounded once.
 
     Raises:
         ValueError: if there are no factors.
@@ -33,7 +35,7 @@ def linear(factors: Sequence[Factors], weights: Sequence[float], basis: Sequence
     if not factors:
         raise ValueError("there are no factors for linear: give the factors of at least one expert")
     groups = range(len(factors)) if basis is None else basis
-    # the weights go into B alone: A then keeps its bytes, and a change of weights in a live model rescales only B
+    # The weights are applied to B only. The bytes of A do not change, and other weights in a live model rescale only B.
     members: dict[int, list[tuple[Factors, float]]] = {}
     for each, weight, group in zip(factors, weights, groups, strict=True):
         members.setdefault(group, []).append((each, weight * each.scaling))
@@ -43,7 +45,7 @@ def linear(factors: Sequence[Factors], weights: Sequence[float], basis: Sequence
     start = 0
     for own in members.values():
         (each, coefficient), *others = own
-        # summed in float64, so that the result is rounded once regardless of how many experts share A
+        # summed in float64, so that the result is rounded once even if several experts share A
         total = each.b_OR.to(torch.float64, copy=True).mul_(coefficient)
         for other, its_own in others:
             total.add_(other.b_OR, alpha=its_own)

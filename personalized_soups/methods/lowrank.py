@@ -1,10 +1,11 @@
 """The best low-rank approximation of a sum of low-rank deltas, without forming an O x I matrix.
 
-With `B = Q_B R_B` and `A^T = Q_A R_A`, `B A = Q_B (R_B R_A^T) Q_A^T`: B A has the singular values of the K x K core
-`R_B R_A^T`. Only the core depends on the weights of a soup, so one decomposition serves all users.
+A and B are the experts' stacked factors. With `B = Q_B R_B` and `A^T = Q_A R_A`, `B A = Q_B (R_B R_A^T) Q_A^T`. So the
+product B A has the singular values of the K x K core `R_B R_A^T`. Only the core depends on the weights of a soup, so
+one decomposition is enough for all users.
 
-O out features, I in features, R rank that is kept, K sum of ranks, E experts, N rows of a tall matrix, Q rank of its
-columns (at most K).
+Shapes: O = out_features, I = in_features, R = rank of the approximation, K = sum of the experts' ranks, E = number of
+experts, N = rows of a tall matrix, Q = columns of its orthonormal factor (at most K).
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ from personalized_soups.methods.shared_a import SharedRows
 # The fast path (Cholesky) is used up to this condition number of T with its columns scaled to length 1. The columns of
 # Q = T R^-1 then depart from orthonormal ones by about the unit roundoff times the squared condition number,
 # 1e-16 * 1e4**2 = 1e-8 (Yamamoto, Nakatsukasa, Yanagisawa, Fukaya 2015, section 2). Singular values have at most the
-# same relative error (Ostrowski). The full product B A has none, since T R^-1 R = T. Measured at the limit: 3e-11 in
-# the product at rank R, 6e-12 in the tail.
+# same relative error (Ostrowski). The full product B A does not have this error, because T R^-1 R = T. Measured at the
+# limit: an error of 3e-11 in the product at rank R, and of 6e-12 in the tail.
 MAX_CONDITION = 1e4
-# Squared lengths of columns below this have lost digits: float64's least normal number is 2e-308.
+# Squared lengths of columns below this value have lost digits: the smallest normal number of float64 is 2e-308.
 MIN_SQUARE = 1e-280
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Truncated:
-    """A low-rank approximation and its error.
+    """A low-rank approximation of a delta, and its error.
 
     Attributes:
-        factors: the approximation, of rank at most R.
+        factors: the factors of the approximation. Their rank is at most R.
         energy: the squared Frobenius norm of the whole delta.
-        lost: the squared Frobenius norm of the difference.
+        lost: the squared Frobenius norm of the delta minus the approximation.
     """
 
     factors: Factors
@@ -46,19 +47,19 @@ class Truncated:
 
     @property
     def relative_error(self) -> float:
-        """`|dW - dW_R| / |dW|` in the Frobenius norm; 0 if dW is 0."""
+        """The Frobenius norm of the error divided by that of the whole delta. It is 0 if the delta is 0."""
         return float((self.lost / self.energy) ** 0.5) if self.energy > 0 else 0.0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Decomposition:
-    """One module of all experts, decomposed once for all choices of weights.
+    """The decomposition of all experts' factors of one module. It does not depend on the experts' weights.
 
     Attributes:
         left: the decomposition of the stacked B's.
         right: the decomposition of the distinct A's, transposed.
-        expert_K: the expert to which each column of B belongs.
-        row_K: the row of the distinct A's that each column of B multiplies.
+        expert_K: for each column of the stacked B's, the index of the expert that it belongs to.
+        row_K: for each column of the stacked B's, the index of the row of the distinct A's that it multiplies.
         scalings: the experts' scalings.
     """
 
@@ -69,32 +70,35 @@ class Decomposition:
     scalings: tuple[float, ...]
 
     def truncate(self, weights: Sequence[float], rank: int | None = None, energy: float | None = None) -> Truncated:
-        """Return the best approximation (Eckart-Young) of `sum_e w_e s_e B_e A_e` and its error.
+        """Return the best approximation (Eckart-Young) of `sum_e w_e s_e B_e A_e`, and its error.
 
-        Each factor takes the root of the singular values, `B = U sqrt(S)` and `A = sqrt(S) V^T`, so that neither
-        overflows or underflows 16 bits before the other. Each column of B has the sign that makes its largest entry
-        positive. If S_R and S_(R+1) nearly tie, the factors are not unique; the error is.
+        `w_e`, `s_e`, `B_e` and `A_e` are the weight, the scaling and the factors of expert e. If `U S V^T` is the
+        singular value decomposition, the factors are `B = U sqrt(S)` and `A = sqrt(S) V^T`. Because both factors take
+        the root of S, neither factor overflows or underflows 16 bits before the other. The signs are chosen so that the
+        entry of the largest magnitude in each column of B is positive. If the singular values `S_R` and `S_(R+1)` are
+        nearly equal, the factors are not unique, but the error is still unique.
 
         Args:
-            weights: one per expert; may be negative or 0.
-            rank: the rank to keep.
-            energy: the share of the squared singular values to keep, in place of a rank: the least sufficient rank is
-                used.
+            weights: one per expert. A weight may be negative or 0.
+            rank: the rank of the approximation.
+            energy: the share of the sum of the squared singular values to keep, as an alternative to `rank`. The
+                smallest rank that keeps this share is used.
 
         Returns:
-            a_RI and b_OR with scaling 1, new tensors in float64 and on the factors' device; zeros if the delta is 0.
-            Their rank is the smaller of `rank` and the stack's. A delta whose squared norm underflows in float64 (a
-            norm below 1e-154) counts as 0 in `energy` and `lost`.
+            a_RI and b_OR with scaling 1, new tensors in float64 on the device of the factors. They are zeros if the
+            delta is 0. If `rank` is given, their rank is the smaller of `rank` and the number of rows of the distinct
+            A's. If the squared norm of the delta underflows in float64 (the norm is below 1e-154), `energy` and `lost`
+            are 0.
 
         Raises:
-            ValueError: if not exactly one of rank and energy is given, if it is out of bounds, if there is not one
-                weight per expert, or if the delta or its squared norm is not finite.
+            ValueError: if both or neither of rank and energy are given, if the value is out of bounds, if there is not
+                one weight per expert, or if the delta or its squared norm is not finite.
         """
         check_cut(rank, energy)
         share = energy or 0.0
         products = [weight * scaling for weight, scaling in zip(weights, self.scalings, strict=True)]
         products_K = torch.tensor(products, dtype=torch.float64, device=self.expert_K.device)[self.expert_K]
-        # K x K: the only part that depends on the weights
+        # a K x K matrix, the only part that depends on the weights
         core = (self.left.triangle_QK * products_K) @ self.right.triangle_QK[:, self.row_K].T
         if not all_finite(core):
             raise ValueError("the delta contains NaN or infinity, so it is not finite")
@@ -102,16 +106,16 @@ class Decomposition:
         squares = values.square()
         sums = squares.cumsum(0)
         total = float(sums[-1])
-        # a finite delta of a norm above 1e154 has a squared norm beyond float64
+        # the squared norm of a delta whose norm is above 1e154 overflows float64
         if math.isinf(total):
             raise ValueError(f"the delta's norm is {float(values[0]):g} or more, and its square overflows float64")
         kept = min(rank or least_rank(sums, share * total), len(values))
         root = values[:kept].sqrt()
         b_OR = self.left.times(u[:, :kept] * root)
-        # an SVD leaves the signs open, and LAPACK versions differ: fixed signs make the files reproducible
+        # an SVD does not determine the signs, and versions of LAPACK differ; fixed signs make the files reproducible
         signs = column_signs(b_OR)
         a_RI = self.right.times(vh[:kept].T * (root * signs)).T.contiguous()
-        # If O or I is less than K, there are fewer than K singular values. Zeros fill the requested rank.
+        # If O or I is less than K, there are fewer than K singular values. Zeros fill the factors up to the given rank.
         missing = min(rank or 0, self.right.triangle_QK.shape[1]) - kept
         factors = Factors(_padded(a_RI, missing, 0), _padded(b_OR.mul_(signs), missing, 1))
         return Truncated(factors, total, float(squares[kept:].sum()))
@@ -119,11 +123,12 @@ class Decomposition:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Thin:
-    """The decomposition `T = Q R` of a tall matrix, with orthonormal Q.
+    """The decomposition `T = Q R` of a tall matrix T. Q is orthonormal.
 
     Attributes:
-        tall: Q, or T if R is well conditioned: `Q x = T (R^-1 x)` then costs less than forming Q.
-        triangle_QK: R, upper triangular.
+        tall: Q if `is_orthonormal` is set, else T. T is stored if R is well conditioned, because `T (R^-1 x)` then
+            costs less than forming Q.
+        triangle_QK: R, an upper triangular matrix.
         is_orthonormal: whether `tall` is Q.
     """
 
@@ -132,22 +137,22 @@ class _Thin:
     is_orthonormal: bool
 
     def times(self, x_QR: Tensor) -> Tensor:
-        """Return `Q @ x`, a new tensor."""
+        """Return the product of Q and `x_QR` as a new tensor."""
         if not self.is_orthonormal:
             x_QR = torch.linalg.solve_triangular(self.triangle_QK, x_QR, upper=True)
         return self.tall @ x_QR
 
 
 def decompose(factors: Sequence[Factors], basis: Sequence[int] | None = None) -> Decomposition:
-    """Return the decomposition of one module's stack, from which every user's soup can be truncated.
+    """Decompose the stacked factors of one module, so that the soup of any weights can be truncated.
+
+    The decomposition is in float64 on the device of the factors. It may refer to the float64 factors of a single expert
+    instead of copying them, so do not change the factors while you use the decomposition.
 
     Args:
-        factors: one per expert, of any ranks.
-        basis: one number per expert, the same for experts with equal A's, whose rows are then stacked once. By default
-            no experts share A.
-
-    dtype and device: float64, on the factors' device. The float64 factors of a single expert may be referenced, not
-    copied: they must not change while the decomposition is in use.
+        factors: one per expert. The ranks may differ.
+        basis: one number per expert. Experts with equal numbers must have equal A's, whose rows are stacked once. By
+            default, no experts share A.
 
     Raises:
         ValueError: if there are no factors.
@@ -174,7 +179,11 @@ def truncate(factors: Factors, rank: int | None = None, energy: float | None = N
 
 
 def check_cut(rank: int | None, energy: float | None) -> None:
-    """Raise ValueError unless exactly one is given: a rank of at least 1, or an energy share in (0, 1]."""
+    """Check that exactly one of `rank` and `energy` is given, and that its value is allowed.
+
+    Raises:
+        ValueError: if both or neither are given, if `rank` is below 1, or if `energy` is not above 0 and at most 1.
+    """
     if (rank is None) == (energy is None):
         raise ValueError(f"give exactly one of rank and energy, not rank={rank} and energy={energy}")
     if rank is not None and rank <= 0:
@@ -184,42 +193,47 @@ def check_cut(rank: int | None, energy: float | None) -> None:
 
 
 def least_rank(sums: Tensor, wanted: float) -> int:
-    """Return the least number of squared singular values whose sum reaches `wanted`; len(sums) + 1 if none does.
+    """Return the smallest number of squared singular values whose sum is at least `wanted`.
+
+    If all of them together are less than `wanted`, return `len(sums) + 1`.
 
     Args:
-        sums: the cumulative sums of the squared singular values, the greatest first.
-        wanted: an energy share times the energy.
+        sums: the cumulative sums of the squared singular values, in descending order of the singular values.
+        wanted: an energy share times the energy of the delta.
     """
     return int(torch.searchsorted(sums, wanted)) + 1
 
 
 def column_signs(b_OR: Tensor) -> Tensor:
-    """Return for each column the sign (1 or -1) of its entry of the largest magnitude; 1 for a column of zeros."""
+    """Return the sign (1 or -1) of the entry of the largest magnitude in each column.
+
+    The sign of a column of zeros is 1.
+    """
     largest = b_OR.abs().argmax(dim=0, keepdim=True)
     return torch.where(b_OR.gather(0, largest)[0] < 0, -1.0, 1.0).to(b_OR.dtype)
 
 
 def _thin(parts: Sequence[Tensor]) -> _Thin:
-    # float64, because a Gram matrix squares the condition number
+    # in float64, because the condition number of a Gram matrix is the square of that of T
     tall_NK = torch.cat([part.double() for part in parts], dim=1) if len(parts) > 1 else parts[0].double()
     triangle_KK = _cholesky(tall_NK)
     if triangle_KK is not None:
         return _Thin(tall_NK, triangle_KK, is_orthonormal=False)
-    # Householder QR also works for matrices without full column rank, for which Cholesky fails: columns of zeros, the
-    # same expert twice, more columns than rows
+    # Cholesky fails for matrices without full column rank, for example if they have columns of zeros, the same expert
+    # twice, or more columns than rows. Householder QR also works for such matrices.
     orthonormal_NQ, triangle_QK = torch.linalg.qr(tall_NK)
     return _Thin(orthonormal_NQ, triangle_QK, is_orthonormal=True)
 
 
 def _cholesky(tall_NK: Tensor) -> Tensor | None:
-    """Return R of `T = Q R` from the Cholesky factor of T^T T, six times as fast as QR; None if T is ill conditioned.
+    """Return R of `T = Q R` from the Cholesky factor of T^T T. Return None if T is ill conditioned.
 
-    The columns are scaled to length 1 first. Scaling R back is exact up to rounding, and the condition number then
-    depends on the angles between columns only, not on their lengths.
+    This is six times as fast as QR. The columns of T are scaled to length 1 first, and R is scaled back, which adds
+    only rounding errors. So the condition number depends only on the angles between the columns, not on their lengths.
     """
     gram_KK = tall_NK.T @ tall_NK
     lengths = gram_KK.diagonal().sqrt()
-    # `not x >= limit` instead of `x < limit`: NaN must take the slow path, and both comparisons are false for NaN
+    # `not x >= limit` instead of `x < limit`: both comparisons are false for NaN, and NaN must take the slow path
     if not float(gram_KK.diagonal().min()) >= MIN_SQUARE:
         return None
     lower, failed = torch.linalg.cholesky_ex(gram_KK / torch.outer(lengths, lengths))

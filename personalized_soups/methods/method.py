@@ -1,4 +1,4 @@
-"""The description of one merge method. Nothing here imports torch, so that methods can be listed quickly."""
+"""The description of a merge method. This module does not import torch, so that methods can be listed quickly."""
 
 from __future__ import annotations
 
@@ -16,28 +16,32 @@ Encoding = Literal["stacked", "truncated", "folded", "gated"]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """One merge method: the formula of the soup's delta, the encodings of the result, and the source.
+    """A merge method: its function, the encodings of its result, its formula and its source.
 
     Attributes:
-        name: the name in a profile.
-        function: a pure function `(parts, weights, **keywords)`, or `module:name` of one, which is imported when it is
-            used. It takes one part and one weight per expert that adapts the module. Its keywords are the method's
-            options (except the seed), `basis` in the family `linear`, and the keywords that the flags below add.
-        family: `linear` (linear in the deltas) and `factor` (other rules on the factors) take `Factors` and return
-            `Factors`; `dense` takes dense O x I deltas and returns one.
-        encodings: the encodings in which the result can be held.
-        formula: the formula of dW.
-        source: the paper or program.
-        about: when to use the method, in one sentence.
-        needs_equal_ranks: whether all experts of a module must have the same rank.
-        needs_equal_scalings: whether all experts of a module must have the same scaling.
-        divides_by_sum: whether the method divides by the sum of the weights, which then must not cancel. Adds the
-            keyword `total`.
-        options: the names of the method's options in `OPTIONS`.
-        trims_globally: whether each expert is trimmed over all of its modules at once. Adds the keyword `thresholds`.
-        coefficients: for methods that only take weighted sums of the A's and of the B's: `module:name` of the function
-            that computes the coefficients from scalings and weights (and `total` if `divides_by_sum` is set). The
-            soups of many users are then one matrix product.
+        name: the method's name in a profile.
+        function: a pure function `(parts, weights, **keywords)`, or the place `module:name` of such a function, which
+            is imported when it is used. The function takes one part and one weight per expert that adapts the module.
+            Its keywords are the method's options (except the seed), `basis` if the family is `linear`, and the keywords
+            that other attributes add.
+        family: the type of the parts and of the result. `linear` (the result is linear in the deltas) and `factor`
+            (other formulas on the factors) take `Factors` and return `Factors`. `dense` takes dense O x I deltas (O =
+            out_features, I = in_features) and returns one dense delta.
+        encodings: the encodings in which the result can be stored.
+        formula: the formula of the soup's delta.
+        source: the paper or program that defines the method.
+        about: one sentence that says when to use the method.
+        needs_equal_ranks: whether all experts must have the same rank in a module.
+        needs_equal_scalings: whether all experts must have the same scaling in a module.
+        divides_by_sum: whether the method divides by the sum of the weights. The sum must then not be about 0, and the
+            function takes the keyword `total`.
+        options: the names of the method's options. `OPTIONS` describes each option.
+        trims_globally: whether each expert is trimmed over all of its modules at once. The function then takes the
+            keyword `thresholds`.
+        coefficients: the place `module:name` of a function that computes the coefficients of the A's and B's from the
+            scalings and weights (and from `total` if `divides_by_sum` is set). Only methods that return weighted sums
+            of the A's and of the B's have such a function. The soups of many users are then computed by one matrix
+            product.
 
     Example:
         >>> def mean(deltas, weights, *, lambda_):
@@ -64,14 +68,18 @@ class Method:
 
     @property
     def is_random(self) -> bool:
-        """Whether the method draws random numbers. Its function then takes `streams`: one per expert, from the seed."""
+        """Whether the method draws random numbers. Its function then takes `streams`, one random stream per expert."""
         return "seed" in self.options
 
     def resolved(self, given: Mapping[str, float]) -> dict[str, float]:
-        """Return the value of every option of this method, given or default, by name in the order of `options`.
+        """Return the value of each option of this method, by the option's name, in the order of `options`.
+
+        Args:
+            given: values by the name of the option. Options that are not given have their default values.
 
         Raises:
-            UsageError: if the method has no such option, or a value is out of bounds. `where` is the option's name.
+            UsageError: if the method does not have a given option, or if a value is out of bounds. `where` is the
+                option's name.
         """
         for name in given:
             if name not in self.options:
@@ -82,11 +90,11 @@ class Method:
         return values
 
     def load(self) -> Callable[..., Any]:
-        """Return the function, imported if its place is given."""
+        """Return the method's function. If `function` is a place `module:name`, import the module."""
         return _imported(self.function) if isinstance(self.function, str) else self.function
 
     def load_coefficients(self) -> Callable[..., Any]:
-        """Import and return the function that computes the coefficients of the A's and B's."""
+        """Import the function that computes the coefficients of the A's and B's, and return the function."""
         return _imported(self.coefficients)
 
     def _not_taken(self, name: str) -> UsageError:

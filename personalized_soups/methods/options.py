@@ -1,4 +1,4 @@
-"""The numbers that a merge method accepts, with their defaults and bounds."""
+"""The options of merge methods. Each option is a number with a default value and bounds."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from types import MappingProxyType
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One number that a merge method accepts.
+    """An option of merge methods: one number.
 
     Attributes:
-        name: the name in a profile and on the command line.
-        keyword: the keyword argument of the method's function.
-        default: the value if none is given.
-        least: the lower bound; allowed itself unless `is_open` is set.
-        most: the upper bound; allowed itself.
-        about: the effect, in one sentence.
+        name: the option's name in a profile and on the command line.
+        keyword: the name of the keyword argument of the method's function.
+        default: the value if no value is given.
+        least: the lower bound. It is itself allowed, unless `is_open` is set.
+        most: the upper bound. It is itself allowed.
+        about: one sentence that describes the effect of the option.
         is_open: whether the value must be greater than `least`.
         is_whole: whether the value must be a whole number.
     """
@@ -33,12 +33,12 @@ class Option:
 
     @property
     def bounds(self) -> str:
-        """The allowed values, in words."""
+        """The bounds in words, such as `above 0 and at most 1`."""
         kind = "a whole number " if self.is_whole else ""
         return f"{kind}{'above' if self.is_open else 'at least'} {self.least:g} and at most {self.most:.16g}"
 
     def allows(self, value: float) -> bool:
-        """Return whether `value` is within the bounds. NaN never is."""
+        """Return whether `value` is within the bounds. NaN is never within the bounds."""
         above = self.least < value if self.is_open else self.least <= value
         return above and value <= self.most and not (self.is_whole and value != int(value))
 

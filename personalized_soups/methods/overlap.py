@@ -1,8 +1,10 @@
-"""Similarity of experts' low-rank deltas: inner products, subspaces and signs, without forming O x I matrices.
+"""The similarity of experts' low-rank deltas: inner products, subspaces and signs, without forming O x I matrices.
 
-With `d_e = s_e B_e A_e`, `<d_i, d_j> = s_i s_j sum_kl (B_i^T B_j)_kl (A_i A_j^T)_kl`: K x K Gram matrices are enough.
+With `d_e = s_e B_e A_e` for expert e, `<d_i, d_j> = s_i s_j sum_kl (B_i^T B_j)_kl (A_i A_j^T)_kl`. So only Gram
+matrices of size K x K are needed.
 
-E experts, K sum of ranks, R rank of one expert, O out features, I in features, N rows in the sample.
+Shapes: E = number of experts, K = sum of the experts' ranks, R = rank of one expert, O = out_features, I = in_features,
+N = number of sampled rows (in `row_overlaps`: number of columns).
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from torch import Tensor
 from personalized_soups.methods.blocks import row_blocks
 from personalized_soups.methods.factors import Factors
 
-# Eigenvalues of a Gram matrix below this share of the greatest are rounding errors. Forming the Gram matrix squares the
-# singular values, so in float64 those below about 1e-6 of the greatest are lost.
+# Eigenvalues of a Gram matrix below this share of the largest eigenvalue are rounding errors. Forming the Gram matrix
+# squares the singular values, so in float64 singular values below about 1e-6 of the largest one are lost.
 _SMALLEST_SQUARE = 1e-12
 
 
 def inner_products(factors: Sequence[Factors]) -> Tensor:
-    """Return `<d_i, d_j>` for every two deltas, including their scalings: float64 `[E, E]` on the CPU."""
+    """Return the inner products of every two deltas, including the scalings, as float64 `[E, E]` on the CPU."""
     ranks = [each.rank for each in factors]
     a_KI = torch.cat([each.a_RI.double() for each in factors])
     b_OK = torch.cat([each.b_OR.double() * each.scaling for each in factors], dim=1)
@@ -32,11 +34,12 @@ def inner_products(factors: Sequence[Factors]) -> Tensor:
 
 
 def row_overlaps(matrices_RN: Sequence[Tensor]) -> Tensor:
-    """Return the overlap of the row spaces of every two matrices: float64 `[E, E]` on the CPU.
+    """Return the overlaps of the row spaces of every two matrices, as float64 `[E, E]` on the CPU.
 
-    The overlap is the mean squared cosine of the principal angles, as many as the smaller space has dimensions. It is 1
-    if one space contains the other, and 0 if they are orthogonal. Random spaces have an expected overlap of the larger
-    one's dimension over N. It is NaN if a matrix is 0.
+    The overlap of two spaces is the mean squared cosine of their principal angles. There are as many angles as the
+    smaller space has dimensions. The overlap is 1 if one space contains the other, and 0 if the spaces are orthogonal.
+    For two random spaces, its expected value is the dimension of the larger space divided by N. The overlap is NaN if
+    one of the matrices is 0.
     """
     ranks = [matrix.shape[0] for matrix in matrices_RN]
     stack_KN = torch.cat([matrix.double() for matrix in matrices_RN])
@@ -49,7 +52,7 @@ def row_overlaps(matrices_RN: Sequence[Tensor]) -> Tensor:
             if num_angles:
                 # the singular values of this core are the cosines of the principal angles (Bjorck, Golub 1973)
                 core = left.T @ grams[i][j] @ right
-                # rounding may exceed 1 by an ulp
+                # the rounded quotient may exceed 1 by an ulp
                 overlaps_EE[i, j] = min(float(core.square().sum()) / num_angles, 1.0)
     return overlaps_EE
 
@@ -59,11 +62,11 @@ def opposed_energies(factors: Sequence[Factors], rows_N: Tensor) -> tuple[Tensor
 
     Args:
         factors: one per expert.
-        rows_N: the indices of the rows. The N x I deltas are formed a few rows at a time.
+        rows_N: the indices of the sampled rows. Only a few of these rows of the deltas are in memory at a time.
 
     Returns:
         opposed_EE: `opposed[i, j]` is the sum of the squares of the entries of `d_i` whose sign is opposite in `d_j`.
-        energy_E: the sum of the squares of `d_i`.
+        energy_E: `energy[i]` is the sum of the squares of the entries of `d_i`.
 
         Both are float64 on the CPU.
     """
@@ -78,7 +81,7 @@ def opposed_energies(factors: Sequence[Factors], rows_N: Tensor) -> tuple[Tensor
         for i, delta in enumerate(deltas):
             energy_E[i] += squares[i].sum().cpu()
             for j in range(i):
-                # signs, not entries: a product of two small entries could underflow to 0
+                # multiply signs instead of entries, because a product of two small entries could underflow to 0
                 differ = delta.sign() * deltas[j].sign() < 0
                 opposed_EE[i, j] += squares[i][differ].sum().cpu()
                 opposed_EE[j, i] += squares[j][differ].sum().cpu()
@@ -86,7 +89,10 @@ def opposed_energies(factors: Sequence[Factors], rows_N: Tensor) -> tuple[Tensor
 
 
 def _orthonormalizing(gram_RR: Tensor) -> Tensor:
-    """Return W with `W^T G W = 1`, with one column per dimension of the row space whose Gram matrix is G."""
+    """Return a matrix W with `W^T G W = 1`, where G is a Gram matrix.
+
+    W has one column per dimension of the row space of the matrix that G belongs to.
+    """
     values, vectors = torch.linalg.eigh(gram_RR)
     kept = values > _SMALLEST_SQUARE * values[-1].clamp(min=0)
     scaled: Tensor = vectors[:, kept] / values[kept].sqrt()

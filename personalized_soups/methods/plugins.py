@@ -1,12 +1,12 @@
 """Merge methods from outside this package: a Python function, a `Method`, or a method of an installed package.
 
-A package declares a method in its pyproject.toml; docs/howto/add_a_method.md shows a whole package:
+A package declares a method in its pyproject.toml. docs/howto/add_a_method.md shows a complete package:
 
     [project.entry-points."personalized_soups.methods"]
     clipped = "clipping:clipped"
 
-Names come from the packages' metadata. A package is imported only when one of its methods is used. Nothing here imports
-torch, so that profiles are read quickly.
+The names of the methods come from the metadata of the installed packages. A package is imported only when one of its
+methods is used. This module does not import torch, so that profiles can be loaded quickly.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 GROUP = "personalized_soups.methods"
 
-# The encodings in which the result of a method of each family can be held. "gated" needs a result that is linear in the
-# deltas, and "linear" has one formula, which the package computes in several ways without calling the function.
+# The encodings in which the result of a method can be stored, by the method's family. "gated" needs a result that is
+# linear in the deltas. The family "linear" is missing, because it has only one formula, which the package computes in
+# several ways without calling the function.
 _ENCODINGS: dict[Family, tuple[Encoding, ...]] = {
     "dense": ("truncated", "folded"),
     "factor": ("stacked", "truncated", "folded"),
@@ -36,19 +37,20 @@ _ENCODINGS: dict[Family, tuple[Encoding, ...]] = {
 
 
 class DenseMerge(Protocol):
-    """A merge method as a function: the deltas and weights of one weight tensor in, the merged delta out.
+    """A merge method as a function that takes the experts' deltas of one weight tensor and returns the merged delta.
 
-    `merge`, `merge_into_base` and `merge_many` call the function once for each weight tensor that an expert adapts, and
-    once for each block of a mixture's parameter. On a CPU, several threads call it at the same time.
+    `merge`, `merge_into_base` and `merge_many` call the function once for each weight tensor that an expert adapts. For
+    a parameter of a mixture-of-experts layer, they call it once for each block of the parameter. On a CPU, several
+    threads call the function at the same time.
 
     Args:
-        deltas: the dense deltas `scaling * B @ A` of the experts that adapt this tensor, at least one, in the order of
-            the experts' names. They are matrices [O, I] (O out features, I in features), of the dtype float32 and on
-            the device of the merge. The function may overwrite them.
-        weights: the experts' weights in the same order; they may be negative, and are never 0.
+        deltas: the dense deltas `scaling * B @ A` of the experts that adapt this tensor, in the order of the experts'
+            names. There is at least one delta. Each delta is a float32 matrix [O, I] (O = out_features, I =
+            in_features) on the device of the merge. The function may overwrite the deltas.
+        weights: the experts' weights in the same order. A weight may be negative, but is never 0.
 
     Returns:
-        The merged delta: a finite tensor of the shape, dtype and device of the deltas.
+        The merged delta: a finite tensor with the shape, dtype and device of the deltas.
 
     Example:
         >>> import torch
@@ -65,14 +67,14 @@ class DenseMerge(Protocol):
 
 
 def find_method(method: str | Method | DenseMerge) -> Method:
-    """Return the `Method` for a name or a function, or check the one given.
+    """Return the `Method` with a given name or of a given function. Check and return a given `Method`.
 
-    A name is first looked up in the table of built-in methods, then among the methods of installed packages, which is
-    when the package is imported.
+    A name is looked up first in the table of built-in methods, and then in the metadata of the installed packages. If
+    an installed package provides the method, the package is imported.
 
     Raises:
-        UsageError: if no method has the name, if an installed package is broken, or if a function or a `Method` cannot
-            be used.
+        UsageError: if no method has the name, if several packages provide it, if the package cannot be imported, or if
+            the function or the `Method` cannot be used.
     """
     if isinstance(method, Method):
         return _checked(method)
@@ -82,16 +84,16 @@ def find_method(method: str | Method | DenseMerge) -> Method:
 
 
 def is_builtin(method: Method) -> bool:
-    """Return whether a method is a row of this package's table."""
+    """Return whether a method is in this package's table of built-in methods."""
     return METHODS.get(method.name) == method
 
 
 def method_of_function(function: object, name: str | None = None) -> Method:
-    """Return the `Method` of a function on dense deltas; its name is `module:function` if none is given.
+    """Return a `Method` of the family `dense` for a function. If `name` is None, its name is `module:function`.
 
     Raises:
-        UsageError: if `function` is not a function. A functools.partial or a callable object has settings that
-            soup.json does not record.
+        UsageError: if `function` is not a function. A functools.partial or a callable object is rejected too, because
+            it has settings that soup.json does not record.
     """
     module, qualified = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
     if not callable(function) or isinstance(function, type) or module is None or qualified is None:
@@ -112,27 +114,27 @@ def method_of_function(function: object, name: str | None = None) -> Method:
 
 
 def installed_methods() -> dict[str, EntryPoint]:
-    """Return the methods of installed packages by name, without importing a package.
+    """Return the entry points of the methods of installed packages, by the method's name. No package is imported.
 
-    A name of a built-in method always means the built-in method, so such entry points are left out. If several packages
-    provide one name, the dictionary has one of their entry points.
+    A built-in method takes precedence over an installed method of the same name, which is left out. If several packages
+    provide a name, the dictionary contains the entry point of one of them.
     """
     installed = sorted(entry_points(group=GROUP), key=lambda entry_point: entry_point.name)
     return {entry_point.name: entry_point for entry_point in installed if entry_point.name not in METHODS}
 
 
 def is_method_name(name: str) -> bool:
-    """Return whether a built-in method or an installed package's method has the name. No package is imported."""
+    """Return whether a built-in method or a method of an installed package has the name. No package is imported."""
     return name in METHODS or bool(_providers(name))
 
 
 def method_names() -> list[str]:
-    """Return the names of all methods: built-in methods first, then those of installed packages."""
+    """Return the names of the built-in methods, followed by the names of the methods of installed packages."""
     return [*METHODS, *installed_methods()]
 
 
 def package_of(entry_point: EntryPoint) -> str:
-    """Return the name and version of the package that an entry point belongs to."""
+    """Return the name and version of the package that declares an entry point."""
     distribution = entry_point.dist
     return "an unnamed package" if distribution is None else f"{distribution.name} {distribution.version}"
 
@@ -158,7 +160,8 @@ def _providers(name: str) -> tuple[EntryPoint, ...]:
 
 
 # A file of profiles may name one method in a hundred thousand lines, and reading the metadata of all packages takes
-# milliseconds. A name that no package provides raises, which is not cached: a package installed later is found.
+# milliseconds, so the result is cached. For a name that no package provides, this function raises an error, which is
+# not cached, so that a package that is installed later is found.
 @lru_cache(maxsize=64)
 def _cached_providers(name: str, _path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     providers = tuple(entry_point for entry_point in entry_points(group=GROUP) if entry_point.name == name)

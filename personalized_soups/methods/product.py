@@ -1,6 +1,7 @@
-"""Weighted sums of E tensors for U users, computed as one matrix product.
+"""Weighted sums of the experts' tensors for many users, computed as one matrix product.
 
-E experts, U users, P numbers of one expert.
+Shapes: E = number of experts, U = number of users, P = number of elements of one expert's tensor, C = number of
+elements of a block.
 """
 
 from __future__ import annotations
@@ -13,15 +14,16 @@ from torch import Tensor
 
 from personalized_soups.kernels import weighted_sums as kernel
 
-# Numbers of each expert per product. Six experts and sixteen users in float32 take 5.5 MiB, which the cache of a core
-# and the shared cache behind it can hold.
+# The number of elements of each expert in one product. With six experts and sixteen users, the float32 buffers take
+# 5.5 MiB, which fit into the cache of a core and the shared cache behind it.
 _CHUNK = 1 << 16
 
 
 class BlockSums(threading.local):
-    """The sums of `weighted_sums`, block by block, in reused buffers; each thread has its own buffers.
+    """Computes the same sums as `weighted_sums`, block by block, in buffers that are reused.
 
-    Fresh memory for the sums of many users would cost more than the sums: one page fault for every 4 KiB.
+    Each thread has its own buffers. New memory for the sums of many users would cost more time than the sums, because
+    of one page fault for every 4 KiB.
     """
 
     def __init__(self) -> None:
@@ -29,12 +31,12 @@ class BlockSums(threading.local):
         self._outward = torch.empty(0, 0)
 
     def blocks(self, weights_UE: Tensor, tensors: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield each block's start in the flattened tensors, and its sums `[U, C]` with C at most 65,536.
+        """Yield, for each block, its start in the flattened tensors and its sums `[U, C]`. C is at most 65,536.
 
-        The sums equal those of `weighted_sums`. The next block overwrites the one before.
+        The sums equal those of `weighted_sums`. The sums of the next block overwrite the sums of this block.
 
         Raises:
-            ValueError: as `weighted_sums`.
+            ValueError: if there are no tensors, or if the number of weights differs from the number of tensors.
         """
         flat, weights = _checked(weights_UE, tensors)
         shapes = ((len(flat), _CHUNK), (len(weights), _CHUNK))
@@ -50,19 +52,21 @@ class BlockSums(threading.local):
 
 
 def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return out_UP with `out[u] = sum_e weights[u, e] tensors[e]`, every tensor flattened.
+    """Return out_UP with `out[u] = sum_e weights[u, e] tensors[e]`. The tensors are flattened.
 
-    Each tensor is read once, regardless of the number of users. On a CPU the tensors are stacked in blocks, so the
-    whole stack is never in memory. On a GPU they are stacked whole, so that tensors of any size take two launches. The
-    sums are computed in the tensors' dtype, float32 or float64, with `|err| <= (E + 1) u sum |w| |x|` for its unit
-    roundoff u (Higham, Accuracy and Stability, section 3.1; the 1 is for the rounded weight).
+    Each tensor is read once for all users. On a CPU, the tensors are stacked in blocks, so the whole stack is never in
+    memory. On a GPU, the tensors are stacked as a whole, so two kernel launches are enough for tensors of any size. The
+    sums are computed in the dtype of the tensors, float32 or float64. Their error is at most `(E + 1) u sum |w| |x|`,
+    where u is the unit roundoff of the dtype (Higham, Accuracy and Stability, section 3.1; the 1 is for the rounding of
+    the weights).
 
     Args:
-        weights_UE: on any device and in any floating dtype; converted to the tensors'.
+        weights_UE: the weights, on any device and in any floating-point dtype. They are converted to the dtype and the
+            device of the tensors.
         tensors: E contiguous tensors of one shape, dtype and device.
 
     Raises:
-        ValueError: if there are no tensors, or if their number is not that of the weights.
+        ValueError: if there are no tensors, or if the number of weights differs from the number of tensors.
     """
     flat, weights = _checked(weights_UE, tensors)
     if flat[0].device.type != "cpu":
@@ -79,9 +83,10 @@ def weighted_sums(weights_UE: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def sums_of_stack(weights_UE: Tensor, stack_EP: Tensor) -> Tensor:
-    """Return `weights @ stack`: on a GPU by a kernel that reads the stack once, otherwise by torch.
+    """Return `weights @ stack`.
 
-    Both arguments must be contiguous, of one dtype and on one device.
+    On a GPU, a kernel that reads the stack only once computes float32 products. In all other cases, torch computes the
+    product. Both arguments must be contiguous, of one dtype and on one device.
     """
     out_UP = stack_EP.new_empty(weights_UE.shape[0], stack_EP.shape[1])
     # the kernel accumulates in float32, so float64 stacks need torch
@@ -91,7 +96,7 @@ def sums_of_stack(weights_UE: Tensor, stack_EP: Tensor) -> Tensor:
 
 
 def _checked(weights_UE: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Return the flattened tensors, and the weights in the tensors' dtype and on their device."""
+    """Return the flattened tensors, and the weights in the dtype and on the device of the tensors."""
     if not tensors or weights_UE.shape[1] != len(tensors):
         raise ValueError(f"there are {weights_UE.shape[1]} weights for {len(tensors)} tensors; expected one each")
     flat = [tensor.reshape(-1) for tensor in tensors]

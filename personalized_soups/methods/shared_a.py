@@ -1,6 +1,6 @@
-"""Experts that share A: which experts do, and where each expert's rows are if every distinct A is stored once.
+"""Experts that share A: which experts have equal A's, and where their rows are if each distinct A is stored once.
 
-K sum of the experts' ranks.
+Shapes: K = sum of the experts' ranks.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ Item = TypeVar("Item")
 
 
 def group_numbers(items: Sequence[Item], are_equal: Callable[[Item, Item], bool]) -> tuple[int, ...]:
-    """Return one number per item, the same for equal items: 0, 1, ... in order of first appearance.
+    """Return one number per item: 0, 1, ... in order of first appearance. Equal items have equal numbers.
 
-    Each item is compared with the first item of every group before it, so that free experts, whose first bytes differ,
-    cost E^2 / 2 short comparisons.
+    Each item is compared with the first item of every earlier group. For E experts that share no A, that makes E^2 / 2
+    comparisons, which are short because the first bytes already differ.
     """
     firsts: list[Item] = []
     numbers = []
@@ -33,8 +33,8 @@ class SharedRows:
     """The rows of the distinct A's, stacked in order of first appearance.
 
     Attributes:
-        firsts: for each distinct A, the position of the first expert that has it.
-        row_K: for each rank of the experts, concatenated, its row in the stack.
+        firsts: for each distinct A, the index of the first expert that has this A.
+        row_K: for each row of each expert's A, in the order of the experts, the index of this row in the stack.
     """
 
     firsts: tuple[int, ...]
@@ -42,7 +42,10 @@ class SharedRows:
 
     @classmethod
     def of(cls, basis: Sequence[int], ranks: Sequence[int]) -> Self:
-        """Return the rows of experts with these ranks; experts with the same number in `basis` share A."""
+        """Return the stacked rows of experts with the given ranks.
+
+        Experts with equal numbers in `basis` share A.
+        """
         first_row: dict[int, int] = {}
         firsts = []
         row_K: list[int] = []

@@ -1,9 +1,10 @@
-"""Rules that keep some entries of a delta and set the others to 0: by magnitude, at random, or both.
+"""Rules that keep some entries of a delta and set the other entries to 0: by magnitude, at random, or both.
 
-Each rule is a `Keep`: a function of a block of rows in float32 or float64 and of the flat index of its first element.
-It returns the sparsified block and changes no argument. If all entries are kept, it may return the block itself.
+Each rule is a `Keep`: a function of a block of rows and of the flat index of the block's first element in the delta.
+The block is float32 or float64. The rule returns the sparsified block and changes no argument. If it keeps all entries,
+it may return the block itself.
 
-O out features, I in features, N rows of a block.
+Shapes: O = out_features, I = in_features, N = rows of a block.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from personalized_soups.methods.streams import Stream
 
 Keep = Callable[[Tensor, int], Tensor]
 
-# Bits per digit of the radix select. IEEE 754 magnitudes sort as their bit patterns do, so the k-th largest one is
-# found digit by digit. Counting into 2^16 bins is twice as fast as a partition and six times as fast as torch.kthvalue.
+# Bits per digit of the radix select. IEEE 754 magnitudes have the same order as their bit patterns, so the k-th largest
+# magnitude is found digit by digit. Counting into 2^16 bins is twice as fast as a partition and six times as fast as
+# torch.kthvalue.
 _DIGIT = 16
 
 
 def trim(threshold: float) -> Keep:
-    """Keep all entries whose magnitude is at least `threshold`. 0 keeps all entries, infinity none."""
+    """Return the rule that keeps each entry whose magnitude is at least `threshold`.
+
+    A threshold of 0 keeps all entries. An infinite threshold keeps none.
+    """
     if threshold == 0:
         return lambda block_NI, _start: block_NI
 
     def keep(block_NI: Tensor, _start: int) -> Tensor:
-        # hardshrink needs one pass and no mask. It keeps magnitudes above its bound, not at it, so the bound is the
-        # next smaller float.
+        # hardshrink needs one pass and no mask. It keeps only magnitudes above its bound, so the bound is the largest
+        # float below `threshold`.
         bound = torch.nextafter(torch.tensor(threshold, dtype=block_NI.dtype), torch.zeros((), dtype=block_NI.dtype))
         return torch.hardshrink(block_NI, float(bound))
 
@@ -39,7 +44,10 @@ def trim(threshold: float) -> Keep:
 
 
 def drop(density: float, stream: Stream) -> Keep:
-    """Keep each entry with probability `density`, unscaled (DARE, arXiv 2311.03099). Word i decides element i."""
+    """Return the rule that keeps each entry with probability `density`, without rescaling (DARE, arXiv 2311.03099).
+
+    Word i of the stream decides whether to keep element i of the delta.
+    """
     if density >= 1:
         return lambda block_NI, _start: block_NI
     highest = _highest_word(torch.tensor(density, dtype=torch.float64))
@@ -52,11 +60,11 @@ def drop(density: float, stream: Stream) -> Keep:
 
 
 def drop_small(density: float, epsilon: float, stream: Stream, *, rescales: bool) -> Keep:
-    """Keep entries at random, the larger ones of a row more often (MAGPRUNE, arXiv 2406.11617).
+    """Return the rule that keeps larger entries of a row with higher probability (MAGPRUNE, arXiv 2406.11617).
 
-    The entry of rank j by magnitude in its row (0 is the smallest of I) is kept with probability
-    `p = density - epsilon + 2 epsilon j / (I - 1)`. Of equal magnitudes, the earlier entry has the lower rank. A row of
-    one entry has p = density. With `rescales`, kept entries are divided by p.
+    Rank the I entries of a row by magnitude, from 0 for the smallest entry. The entry of rank j is kept with
+    probability `p = density - epsilon + 2 epsilon j / (I - 1)`. Of two equal magnitudes, the earlier entry has the
+    lower rank. In a row of one entry, p is `density`. If `rescales` is set, each kept entry is divided by its p.
 
     Raises:
         ValueError: if a probability would not be above 0 and at most 1.
@@ -76,7 +84,7 @@ def drop_small(density: float, epsilon: float, stream: Stream, *, rescales: bool
         # clamped, as linspace may exceed its end by an ulp
         p_I = torch.linspace(density - spread, density + spread, width, dtype=torch.float64).clamp_(max=1.0)
         order_NI = _ascending(block_NI)
-        # scatter takes the j-th probability to the column of rank j
+        # scatter writes the j-th probability into the column of rank j
         highest_NI = torch.empty(block_NI.shape, dtype=torch.int32, device=device)
         highest_NI.scatter_(1, order_NI, _highest_word(p_I).to(device).expand(block_NI.shape))
         words = stream.words(block_NI.numel(), device, start=start).view(block_NI.shape)
@@ -90,14 +98,15 @@ def drop_small(density: float, epsilon: float, stream: Stream, *, rescales: bool
 
 
 def scaled(keep: Keep, divisor: float) -> Keep:
-    """Return the rule that applies `keep` and divides the kept entries by `divisor`."""
+    """Return the rule that applies `keep` and then divides the kept entries by `divisor`."""
     return keep if divisor == 1 else lambda block_NI, start: keep(block_NI, start).div(divisor)
 
 
 def matched(keep: Keep, delta_OI: Tensor) -> Keep:
-    """Return the rule that applies `keep` and rescales to the L1 norm of the whole delta, as mergekit's `rescale_norm`.
+    """Return the rule that applies `keep` and then restores the L1 norm of the whole delta.
 
-    If one of the two norms is below 1e-7 (mergekit's guard), nothing is rescaled.
+    mergekit's `rescale_norm` does the same. If the norm before or after `keep` is below 1e-7 (mergekit's bound), the
+    rule does not rescale.
     """
     before = _l1_norm(delta_OI, lambda block_NI, _start: block_NI)
     after = _l1_norm(delta_OI, keep)
@@ -105,26 +114,33 @@ def matched(keep: Keep, delta_OI: Tensor) -> Keep:
 
 
 def num_kept(density: float, count: int, at_least: int = 0) -> int:
-    """Return how many of `count` entries a density keeps, rounded down as in PEFT and mergekit."""
+    """Return how many of `count` entries trimming keeps: `density * count`, rounded down as in PEFT and mergekit.
+
+    The number is at least `at_least` and at most `count`.
+    """
     return min(count, max(at_least, int(density * count)))
 
 
 def threshold(delta_OI: Tensor, density: float, *, at_least: int = 0) -> float:
-    """Return the k-th largest magnitude, `k = num_kept(density, O * I, at_least)`: the argument of `trim`."""
+    """Return the magnitude of the k-th largest entry, with `k = num_kept(density, O * I, at_least)`.
+
+    It is the argument of `trim`.
+    """
     return global_threshold(lambda: (delta_OI,), density, at_least=at_least)
 
 
 def global_threshold(deltas: Callable[[], Iterable[Tensor]], density: float, *, at_least: int = 0) -> float:
-    """Return the k-th largest magnitude of all deltas together, exactly, by a radix select.
+    """Return the k-th largest magnitude of all deltas together. It is computed exactly, by a radix select.
 
     Args:
-        deltas: a function that returns the same matrices on each call. It is called twice (four times for float64), and
-            only one matrix at a time is in use. 16-bit floats are read as float32.
-        density: k is `int(density * count)`.
-        at_least: the least k.
+        deltas: a function that returns the same matrices on each call. It is called twice, or four times for float64.
+            Only one matrix is in use at a time. 16-bit floats are converted to float32.
+        density: the share that determines k, `int(density * count)` for `count` entries in total.
+        at_least: the smallest k.
 
     Returns:
-        The magnitude. 0, which keeps all entries, if `density` is 1 or there are no entries. Infinity if k is 0.
+        The magnitude. It is 0, which keeps all entries, if `density` is 1 or there are no entries. It is infinity,
+        which keeps no entry, if k is 0.
     """
     first = next(iter(deltas()), None)
     if density >= 1 or first is None:
@@ -141,7 +157,8 @@ def global_threshold(deltas: Callable[[], Iterable[Tensor]], density: float, *, 
             remaining = num_kept(density, total, at_least)
             if remaining == 0:
                 return math.inf if total else 0.0
-        # digits from the greatest down: the first at which at least `remaining` magnitudes are reached is the k-th's
+        # Count from the largest digit down. The digit of the k-th largest magnitude is the first one at which the count
+        # reaches `remaining`.
         from_above = counts.flip(0).cumsum(0)
         place = int(torch.searchsorted(from_above, remaining))
         remaining -= int(from_above[place - 1]) if place else 0
@@ -151,9 +168,9 @@ def global_threshold(deltas: Callable[[], Iterable[Tensor]], density: float, *, 
 
 
 def _digit_counts(deltas: Iterable[Tensor], prefix: int | None, shift: int, width: int) -> Tensor:
-    """Count the values of one digit: `width` bits, `shift` bits from the end.
+    """Count how often each value of one digit occurs. The digit has `width` bits and is `shift` bits from the end.
 
-    Only magnitudes whose bits above that digit equal `prefix` count; all if it is None.
+    If `prefix` is not None, only magnitudes count whose bits above the digit equal `prefix`.
     """
     counts = torch.zeros(2**width, dtype=torch.int64)
     for words in _magnitudes(deltas):
@@ -172,11 +189,11 @@ def _magnitudes(deltas: Iterable[Tensor]) -> Iterator[Tensor]:
 
 
 def _ascending(block_NI: Tensor) -> Tensor:
-    """Return each row's columns by rising magnitude as int64, the earlier first among equal magnitudes."""
+    """Return the int64 column indices that sort each row by magnitude. Equal magnitudes stay in order."""
     if block_NI.device.type != "cpu" or block_NI.dtype != torch.float32:
         return block_NI.abs().argsort(dim=1, stable=True)
-    # The key is the magnitude's bits above the column's. NumPy sorts int64 with vector instructions, five times faster
-    # than a stable argsort, and the column breaks ties.
+    # A key has the bits of the magnitude above the bits of the column, so the column decides between equal magnitudes.
+    # NumPy sorts int64 with vector instructions, five times faster than a stable argsort.
     keys_NI = block_NI.abs().view(torch.int32).long().bitwise_left_shift_(32)
     keys_NI.bitwise_or_(torch.arange(block_NI.shape[1]))
     keys_NI.numpy().sort(axis=1)
@@ -184,18 +201,18 @@ def _ascending(block_NI: Tensor) -> Tensor:
 
 
 def _highest_word(probability: Tensor) -> Tensor:
-    """Return the highest int32 word that is kept, so that a random word is kept with `probability`.
+    """Return the int32 word h such that a random word w satisfies `w <= h` with the given probability.
 
-    Of the 2^32 words, `probability * 2^32` are at most the returned one, rounded, and never less than one.
+    The number of words up to h is `probability * 2^32`, rounded, but at least 1.
     """
-    # -2^31 is the smallest word, so the n smallest words end at n - 2^31 - 1; float64 is exact here
+    # the smallest word is -2^31, so the largest of the n smallest words is n - 2^31 - 1, which float64 holds exactly
     kept = (probability * 2.0**32).round_().clamp_(min=1.0)
     return (kept - (2.0**31 + 1)).to(torch.int32)
 
 
 def _l1_norm(delta_OI: Tensor, keep: Keep) -> float:
-    """Return the sum of the magnitudes of the kept entries, in float64."""
-    # Sum each column first: torch adds up a column in one thread, so the result does not depend on the number of
+    """Return the sum of the magnitudes of the entries that `keep` keeps, in float64."""
+    # Each column is summed first. torch sums a column in one thread, so the result does not depend on the number of
     # threads.
     total_I = torch.zeros(delta_OI.shape[1], dtype=torch.float64, device=delta_OI.device)
     for rows in row_blocks(delta_OI):

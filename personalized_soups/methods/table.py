@@ -1,4 +1,4 @@
-"""The table of the package's merge methods. Nothing here imports torch, so that the table can be printed quickly."""
+"""The table of built-in merge methods. This module does not import torch, so that the table can be printed quickly."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.methods.method import Encoding, Method
 
 _METHODS = "personalized_soups.methods"
-# the result is a pair of factors: it can be written as it is
+# for methods whose result is a pair of factors, which can be written without truncation
 _EXACT: tuple[Encoding, ...] = ("stacked", "truncated", "folded")
-# the result has full rank: it has to be truncated or added to the base
+# for methods whose result has full rank, so that it must be truncated or added to the base
 _DENSE: tuple[Encoding, ...] = ("truncated", "folded")
 
 _ROWS = (
@@ -230,10 +230,10 @@ METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS
 
 
 def method_named(name: str) -> Method:
-    """Return the method called `name`.
+    """Return the built-in method with this name.
 
     Raises:
-        UsageError: if no method has that name. The fix is the nearest name.
+        UsageError: if no built-in method has this name. `mend` proposes the most similar name.
     """
     try:
         return METHODS[name]

@@ -112,7 +112,7 @@ def missing_method_fault(record: SoupRecord) -> Fault:
         "record",
         f"{SOUP_FILE}: method",
         f"the soup was merged by {source.module}:{source.function}, a method from outside this package; "
-        "give verify that method, so that it can recompute the tensors",
+        "give the method, so that verify can recompute the tensors",
     )
 
 
