@@ -82,7 +82,7 @@ def fitting_rows(model: Any, num_prompts: int, width: Callable[[], int], *, rows
         where="batch_size",
         mend=f"use batch_size {fitting}"
         if fitting > 0
-        else "use shorter prompts, fewer max_new_tokens, dtype='bfloat16' or a larger GPU: a single prompt does not fit",
+        else "use shorter prompts, fewer max_new_tokens, dtype='bfloat16' or another GPU: a single prompt does not fit",
     )
 
 

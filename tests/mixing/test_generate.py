@@ -256,18 +256,18 @@ def test_bad_input_is_rejected(model: SoupModel, prompts: Sequence[str], profile
 
 def test_a_batch_of_other_rows_is_rejected_by_the_layer(model: SoupModel) -> None:
     with (
-        pytest.raises(UsageError, match="for 2 prompts of 1 rows each, but the batch has 4 rows"),
+        pytest.raises(UsageError, match="2 profiles for 1 rows each, but the batch has 4 rows"),
         model.mixture(["warm"] * 2),
     ):
         model(input_ids=random_ids(4, 3))
     rows = torch.zeros(1, 4, dtype=torch.int64)
     with (
-        pytest.raises(UsageError, match=r"tokens of shape \[1, 3\], but rows has shape \[1, 4\]"),
+        pytest.raises(UsageError, match=r"have shape \[1, 3\], but rows has shape \[1, 4\]"),
         model.mixture(["warm"], rows=rows),
     ):
         model(input_ids=random_ids(1, 3))
     with (
-        pytest.raises(UsageError, match="for 1 prompts of 1 rows each, but the batch has 4 rows"),
+        pytest.raises(UsageError, match="1 profiles for 1 rows each, but the batch has 4 rows"),
         model.mixture(["warm"]),
     ):
         model(input_ids=random_ids(4, 3))

@@ -178,7 +178,7 @@ def test_a_quantised_layer_is_touched_at_its_outputs_only(tmp_path: Path, small_
 
 def test_dora_on_a_quantised_layer_is_refused(tmp_path: Path, small_base: Path) -> None:
     _write_dora(tmp_path / "experts" / "dora", small_base, 1)
-    with pytest.raises(UnsupportedAdapterError, match="quantised") as caught:
+    with pytest.raises(UnsupportedAdapterError, match="quantized") as caught:
         SoupModel(_quantised(small_base), tmp_path / "experts")
     assert "dora" in caught.value.where
 
@@ -213,10 +213,10 @@ def test_an_expert_of_other_shapes_does_not_fit(tmp_path: Path, small_base: Path
     write_expert(tmp_path / "experts" / "far", shapes={"model.layers.0.self_attn.q_proj": (64, 32)})
     write_expert(tmp_path / "others" / "far", shapes={"model.layers.9.self_attn.q_proj": (64, 64)})
     with pytest.raises(
-        IncompatibleExpertsError, match=r"q_proj has shape \[64, 64\], but the expert adapts \[64, 32\]"
+        IncompatibleExpertsError, match=r"q_proj has shape \[64, 64\], but the expert adapts a layer of \[64, 32\]"
     ):
         open_model(small_base, tmp_path / "experts")
-    with pytest.raises(IncompatibleExpertsError, match=r"layers\.9\.self_attn\.q_proj is missing"):
+    with pytest.raises(IncompatibleExpertsError, match=r"the model has no layer model\.layers\.9\.self_attn\.q_proj"):
         open_model(small_base, tmp_path / "others")
 
 
@@ -225,7 +225,7 @@ def test_a_name_that_the_model_does_not_have_is_shown_with_the_models(tmp_path: 
     write_expert(tmp_path / "experts" / "far", shapes={apart: (64, 64)})
     with pytest.raises(IncompatibleExpertsError) as caught:
         open_model(small_base, tmp_path / "experts")
-    assert f"{apart} is missing (did you mean 'model.layers.0.self_attn.q_proj'?)" in caught.value.what
+    assert f"the model has no layer {apart} (did you mean 'model.layers.0.self_attn.q_proj'?)" in caught.value.what
 
 
 def test_two_modules_of_an_expert_on_one_layer_are_refused(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_two_modules_of_an_expert_on_one_layer_are_refused(tmp_path: Path) -> No
     model = nn.ModuleDict({"one": layer, "two": layer})
     write_expert(tmp_path / "experts" / "far", shapes={"one": (8, 8), "two": (8, 8)})
     experts = list(ExpertLibrary.open(tmp_path / "experts").values())
-    with pytest.raises(IncompatibleExpertsError, match="one and two are one layer of the model"):
+    with pytest.raises(IncompatibleExpertsError, match="one and two are two names of one layer"):
         check_experts(experts, model, Gates(), same_base=True)
 
 

@@ -1,1 +1,1 @@
-"""The wrapped layers of a model: stacked factors, gates, and one product for layers that share an input."""
+"""The wrapped layers of a model: stacked LoRA factors, gates, and groups of layers that share one matrix product."""

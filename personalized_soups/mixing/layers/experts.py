@@ -1,6 +1,8 @@
-"""Check experts against a loaded model, and read their tensors for its layers.
+"""Check whether experts fit a loaded model, and read their tensors for its layers.
 
-O out features, I in features.
+DoRA scales each output of a layer: D is the magnitude over the norm of the merged weight, one number for each output.
+
+Shapes: O = out_features, I = in_features.
 """
 
 from __future__ import annotations
@@ -30,18 +32,18 @@ _MAX_SHOWN = 5
 
 
 def check_experts(experts: Sequence[Expert], model: nn.Module, gates: Gates, *, same_base: bool) -> None:
-    """Raise if an expert is damaged, cannot be mixed, or does not fit the other experts or the model.
+    """Check that no expert is damaged, and that all experts can be mixed and fit each other and the model.
 
     Args:
-        experts: all experts that the model is to have.
-        model: the base; its layers may be wrapped already.
-        gates: of the model.
-        same_base: accept any names and fingerprints of bases that the experts record.
+        experts: all experts that the model will hold.
+        model: the base, whose layers may be wrapped already.
+        gates: the gates of the model.
+        same_base: accept the experts whatever base names and fingerprints they record.
 
     Raises:
-        SoupError: with all problems that one kind of check finds.
+        SoupError: if a check fails. The error lists all problems that this check found.
     """
-    # In this order, each kind of check may rely on the ones before it. Headers only: no tensor is read.
+    # Each check relies on the checks before it. Only file headers are read, no tensors.
     raise_all([fault for expert in experts for fault in faults_of(expert)])
     raise_all([fault for expert in experts for fault in _unmixable(expert)])
     raise_all([*disagreements(experts, same_base=same_base)])
@@ -49,31 +51,32 @@ def check_experts(experts: Sequence[Expert], model: nn.Module, gates: Gates, *, 
 
 
 def check_known_base(experts: Sequence[Expert], base: Path | str) -> None:
-    """Raise if an expert records the fingerprint of another base.
+    """Check that no expert records the fingerprint of another base.
 
     Args:
         experts: the experts.
         base: the folder or hub id of the base.
 
     Raises:
-        IncompatibleExpertsError: with the names of all such experts.
+        IncompatibleExpertsError: if an expert records another fingerprint. The error names all such experts.
     """
-    # Hashing the base takes time, so it is done only if an expert records a fingerprint.
+    # Hashing the base takes time, so the base is hashed only if an expert records a fingerprint.
     if any(expert.base.fingerprint is not None for expert in experts):
         raise_all(strangers(experts, base_fingerprint(base), str(base)))
 
 
 class Members:
-    """The tensors of experts at each module of a model, read on demand. Safe for use by several threads.
+    """Reads the tensors of experts for each module of a model. Several threads may use one object.
 
     Attributes:
         modules: the names of all modules that an expert adapts.
 
     Args:
-        experts: checked experts.
-        model: the base; DoRA's D is computed from its weights.
-        gates: of the model.
-        dtype: of the factors. Factors with DoRA are float32, because D multiplies B before it is rounded.
+        experts: the experts, already checked.
+        model: the base, from whose weights DoRA's D is computed.
+        gates: the gates of the model.
+        dtype: the dtype of the factors. At modules with DoRA, the factors are float32, because B is multiplied by D
+            before it is rounded.
     """
 
     def __init__(self, experts: Sequence[Expert], model: nn.Module, gates: Gates, dtype: torch.dtype) -> None:
@@ -89,20 +92,22 @@ class Members:
         self.modules = frozenset(self._bank.modules)
 
     def of(self, module: str) -> list[Member]:
-        """Return the tensors of each expert at a module, in the experts' order. Plain factors may be memory-mapped.
+        """Return the tensors of each expert that adapts a module, in the order of the experts.
+
+        Factors without DoRA may be views of memory-mapped files.
 
         Raises:
-            InputError: with file and tensor, if a value is NaN or infinite in the dtype.
-            UnsupportedAdapterError: if an expert has DoRA on a quantised layer.
+            InputError: if a value is NaN or infinite in the dtype. The error names the file and the tensor.
+            UnsupportedAdapterError: if an expert has DoRA on a quantized layer.
         """
         bank, dora = self._bank, self._dora
         indices = bank.members(module)
-        # D multiplies the sum of base and delta, so a layer with DoRA needs a gain for W x, too.
+        # D multiplies the sum of base weight and delta, so with DoRA the base's product W x needs a gain, too.
         has_gains = dora is not None and any((index, module) in dora.magnitudes for index in indices)
         dtype = torch.float32 if has_gains else self._dtype
         factors = tuple(bank.factors(index, module, dtype) for index in indices)
         stack = StackedModule(module, indices, factors, tuple(range(len(indices))))
-        # D is the magnitude over the norm of W + delta, which depends on the base of this model.
+        # The norm in D is that of W + delta, so D depends on the base weight W of this model.
         gains: Mapping[int, Tensor] = dora.gains(stack) if dora is not None and has_gains else {}
         members = []
         for index, turned_factors in zip(indices, turned(stack, gains).factors, strict=True):
@@ -112,7 +117,7 @@ class Members:
                 Member(
                     expert=bank.experts[index].name,
                     factors=turned_factors,
-                    # D - 1 and not D: an expert with weight 0 must add nothing.
+                    # The gain is D - 1, because an expert with weight 0 must add nothing.
                     gain_O=None if gain_O is None else gain_O - 1,
                     bias_O=None if bias is None else adapter.trained_tensor(bias.name),
                 )
@@ -121,7 +126,11 @@ class Members:
 
 
 def bare_layer(model: nn.Module, name: str, gates: Gates) -> Any:
-    """Return the base's own layer of that name, wrapped with these gates or not; None if there is no such layer."""
+    """Return the base's own layer of that name; None if there is no such layer.
+
+    If the layer is wrapped with `gates`, the layer within the wrapper is returned. A layer that another SoupModel has
+    wrapped is returned with its wrapper.
+    """
     try:
         layer = model.get_submodule(name)
     except AttributeError:
@@ -141,22 +150,22 @@ class _LiveTensors:
         """Return a layer's weight.
 
         Raises:
-            UnsupportedAdapterError: if the weight is quantised.
+            UnsupportedAdapterError: if the weight is quantized.
         """
         layer = bare_layer(self._model, name.removesuffix(".weight"), self._gates)
         weight: Tensor = layer.weight.detach()
-        # 8-bit floats are quantised, too: their numbers need scales that are stored elsewhere.
+        # Weights in 8-bit floats are quantized, too: their scales are stored elsewhere.
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise UnsupportedAdapterError(
-                f"{name} is quantised, but DoRA needs the norms of the base's weights",
+                f"{name} is quantized, but DoRA needs the norms of the base's weights",
                 where=", ".join(str(expert.folder) for expert in self._experts if expert.adapter.config.use_dora),
-                mend="load the base without quantisation, or leave this expert out",
+                mend="load the base without quantization_config, or leave out the experts with DoRA",
             )
         return weight
 
 
 def _dora(bank: ExpertBank, model: nn.Module, gates: Gates) -> Dora | None:
-    # Without DoRA the base's weights are not touched at all.
+    # Without DoRA, the base's weights are never read.
     if not any(tensor.kind == "magnitude" for expert in bank.experts for tensor in expert.adapter.trained.values()):
         return None
     tensors = _LiveTensors(model, gates, bank.experts)
@@ -172,19 +181,19 @@ def _dora(bank: ExpertBank, model: nn.Module, gates: Gates) -> Dora | None:
 
 def _unmixable(expert: Expert) -> list[SoupError]:
     problems = [
-        f"{module.name} is not a linear layer of its own ({module.kind})"
+        f"{module.name} is not a separate linear layer (its kind is {module.kind})"
         for module in expert.adapter.modules.values()
         if module.kind not in {"linear", "transposed"} or module.base_name != f"{module.name}.weight"
     ]
-    # A router gives an expert layer a list of tokens without saying from which rows they are.
+    # A layer behind a router of a mixture-of-experts model gets tokens without their rows.
     problems += [
         f"{module.name} gets only the tokens that a router sends to it"
         for module in expert.adapter.modules.values()
         if module.kind in {"linear", "transposed"} and ".experts." in module.name
     ]
-    # A whole tensor is not a low-rank change, so no gate can weigh it by row.
+    # A tensor that is trained whole has no low-rank factors, so no gate can weight it for each row.
     problems += [
-        f"{whole.name} is trained whole ({whole.origin})"
+        f"{whole.name} is trained as a whole tensor ({whole.origin})"
         for whole in expert.adapter.trained.values()
         if whole.kind not in {"added", "magnitude"}
     ]
@@ -194,38 +203,38 @@ def _unmixable(expert: Expert) -> list[SoupError]:
         UnsupportedAdapterError(
             f"expert {expert.name!r} cannot be mixed on the fly: " + _first_few(problems),
             where=str(expert.folder),
-            mend="merge it instead (psoups merge), or leave this expert out",
+            mend="merge this expert with psoups merge, or leave this expert out",
         )
     ]
 
 
 def _unfit(expert: Expert, model: nn.Module, gates: Gates) -> list[SoupError]:
     problems: list[str] = []
-    # The first module of each layer, by the layer's identity: tied modules are one layer under two names.
+    # The first name of each layer, by the layer's identity. Tied modules are one layer with two names.
     first: dict[int, str] = {}
     for module in expert.adapter.modules.values():
         layer = bare_layer(model, module.name, gates)
         want = (module.out_features, module.in_features)
         if layer is None:
-            # A suggestion compares the name with every layer, so it is made only for the problems that are shown.
+            # A suggestion is slow, because it compares all names, so it is made only for problems that are shown.
             nearest = f" ({choose_from(module.name, _layers(model))})" if len(problems) < _MAX_SHOWN else ""
-            problems.append(f"{module.name} is missing{nearest}")
+            problems.append(f"the model has no layer {module.name}{nearest}")
         elif (earlier := first.setdefault(id(layer), module.name)) != module.name:
-            problems.append(f"{earlier} and {module.name} are one layer of the model")
-        # Its gates are another model's: two mixtures would be added to one output.
+            problems.append(f"{earlier} and {module.name} are two names of one layer, but the expert adapts both")
+        # If two SoupModels wrapped one layer, the soups of both would be added to its output.
         elif isinstance(layer, MixedLinear):
-            problems.append(f"{module.name} is wrapped by another SoupModel: call its unload() first")
+            problems.append(f"{module.name} is wrapped by another SoupModel: call the unload() of that SoupModel first")
         elif (shape := _shape(layer)) is not None and shape != want:
-            problems.append(f"{module.name} has shape {list(shape)}, but the expert adapts {list(want)}")
+            problems.append(f"{module.name} has shape {list(shape)}, but the expert adapts a layer of {list(want)}")
         elif shape is None and not hasattr(layer, "weight"):
-            problems.append(f"{module.name} is a {type(layer).__name__}")
+            problems.append(f"{module.name} is of type {type(layer).__name__}, which has no weight")
     if not problems:
         return []
     return [
         IncompatibleExpertsError(
             f"expert {expert.name!r} does not fit the model: " + _first_few(problems),
             where=str(expert.folder),
-            mend="give the base that it was trained on",
+            mend="load the base on which the expert was trained, or leave this expert out",
         )
     ]
 
@@ -236,10 +245,13 @@ def _layers(model: nn.Module) -> list[str]:
 
 
 def _shape(layer: Any) -> tuple[int, int] | None:
-    """Return a layer's declared out and in features, because a quantised weight has another shape."""
+    """Return a layer's declared (out_features, in_features); None if the layer declares none.
+
+    The shape of `weight` would not do, because a quantized weight is stored in another shape.
+    """
     if hasattr(layer, "out_features") and hasattr(layer, "in_features"):
         return int(layer.out_features), int(layer.in_features)
-    if type(layer).__name__ == "Conv1D":  # transformers' class in models like GPT-2; its weight is [I, O]
+    if type(layer).__name__ == "Conv1D":  # a class of transformers in models like GPT-2, whose weight is [I, O]
         return int(layer.weight.shape[1]), int(layer.weight.shape[0])
     return None
 
