@@ -1,4 +1,7 @@
-"""Which models can answer in a running batch: those whose attention gives every row its own mask and past."""
+"""Checks whether a model supports continuous batching.
+
+Its attention must accept a separate mask for each row of a batch, and keep the keys and values of every token.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,20 @@ from typing import Any
 from personalized_soups.errors import UsageError
 
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
-# These implementations take a separate mask for every row; flash attention takes none.
+# These implementations accept a separate mask for each row. Flash attention accepts no mask.
 _KNOWN_IMPLEMENTATIONS = {"sdpa", "eager"}
 
 _FIX = "serve a model with full or sliding attention, or generate in fixed batches with psoups generate"
 
 
 def layer_kinds(text: Any) -> tuple[str, ...]:
-    """Return the kinds of attention that a model's layers use, sorted.
+    """Return the kinds of attention that a model's layers use, in alphabetical order.
 
     Args:
         text: the configuration of the model's decoder.
 
     Raises:
-        UsageError: if a layer does not keep the keys and values of every token (recurrent layers do not).
+        UsageError: if a layer, such as a recurrent layer, does not keep the keys and values of every token.
     """
     kinds = getattr(text, "layer_types", None)
     if kinds is None:
@@ -37,13 +40,13 @@ def layer_kinds(text: Any) -> tuple[str, ...]:
 
 
 def check_attention(text: Any) -> None:
-    """Raise if a model's attention ignores masks or positions of single rows.
+    """Check that a model's attention respects the mask and the positions of each row.
 
     Args:
         text: the configuration of the model's decoder.
 
     Raises:
-        UsageError: naming the attention.
+        UsageError: if it does not. The message names the kind of attention.
     """
     implementation = text._attn_implementation
     if implementation not in _KNOWN_IMPLEMENTATIONS:
@@ -53,7 +56,7 @@ def check_attention(text: Any) -> None:
             where="base",
             mend="load the model with attn_implementation='sdpa'",
         )
-    # GPT-Neo counts the window of its local layers in columns of the batch, not in tokens of the row
+    # GPT-Neo counts the window of its local layers in columns of the batch, which include padding
     if "local" in (getattr(text, "attention_layers", None) or ()):
         raise UsageError(
             "the model has layers with local attention, but continuous batching supports only full and sliding "
@@ -64,7 +67,7 @@ def check_attention(text: Any) -> None:
 
 
 def rows_differ(model: Any) -> UsageError:
-    """Return the error for a model whose rows give other logits in a batch than alone."""
+    """Return the error for a model that computes other logits for a prompt in a batch than for a prompt alone."""
     return UsageError(
         f"{type(model).__name__} does not compute the same logits for a prompt in a batch as for a prompt alone",
         where="base",

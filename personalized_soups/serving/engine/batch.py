@@ -1,6 +1,6 @@
-"""The rows of a running batch: each row has its own soup, and joins and leaves between two steps of the others.
+"""The running batch. Each row has its own soup (weighted sum of the experts), and joins and leaves between two steps.
 
-N rows, Q tokens of a forward pass, V vocabulary.
+Shapes: N = rows, Q = columns of a forward pass, T = tokens of a row, V = vocabulary size.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from personalized_soups.serving.engine.token_sampler import Choice, TokenSampler
 
 @dataclass(eq=False, slots=True)
 class BatchRow:
-    """A prompt with the answer generated so far.
+    """A prompt with the part of its answer that has been generated so far.
 
     Attributes:
-        tokens: the tokens of the prompt; the batch appends those of the answer.
+        tokens: the tokens of the prompt. The batch appends the tokens of the answer.
         weights: the checked weights of the row's soup.
         sampler: chooses the row's tokens.
-        num_read: tokens whose keys and values are in the row's slot.
-        slot: the number of the row's slot; -1 before the row is read.
+        num_read: number of tokens whose keys and values are in the row's slot of the KV cache.
+        slot: the index of this slot; -1 before any token is read.
     """
 
     tokens: list[int]
@@ -40,20 +40,23 @@ class BatchRow:
 
 
 class Batch:
-    """Rows in slots; the rows that have joined fill the first slots and are decoded together.
+    """Rows that are decoded together, one token of each row at a time.
 
-    All calls must come from one thread. The batch holds the model's mixture between two changes of its rows; `release`
-    lets other threads use the model.
+    A row joins the batch when its whole prompt has been read. The keys and values of each row are in a slot of the KV
+    cache. The rows that have joined use the first slots.
+
+    All calls must come from one thread. `step` sets the model's mixture to the soups of the rows, and keeps it for the
+    next step. Other threads must not use the model until `release` is called.
 
     Attributes:
-        token_bytes: bytes of the keys and values of one token, in all layers.
+        token_bytes: size of the keys and values of one token in all layers, in bytes.
 
     Args:
-        model: base and experts.
-        cache_bytes: limit for the bytes of keys and values; None for no limit.
+        model: the base with its experts.
+        cache_bytes: maximum size of the keys and values in bytes; None for no limit.
 
     Raises:
-        UsageError: if rows of the model cannot join and leave a batch. The constructor tests this with two short rows.
+        UsageError: if the model does not support continuous batching. The constructor tests this with two short rows.
     """
 
     def __init__(self, model: SoupModel, cache_bytes: int | None = None) -> None:
@@ -67,36 +70,41 @@ class Batch:
 
     @property
     def rows(self) -> Sequence[BatchRow]:
-        """The rows that have joined, by slot."""
+        """The rows that have joined, in the order of their slots."""
         return self._rows
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """The size of the memory allocated for keys and values, in bytes."""
         return self._slots.num_bytes
 
     def fits(self, num_rows: int, num_tokens: int) -> bool:
-        """Return whether the keys and values of `num_rows` rows of `num_tokens` tokens stay within the limit."""
+        """Return whether the cache of `num_rows` rows with `num_tokens` tokens each stays within `cache_bytes`."""
         return self._slots.fits(num_rows, num_tokens, self.token_bytes)
 
     def read(self, rows: Sequence[BatchRow], max_tokens: int, *, num_tokens: int = 0) -> list[Choice] | None:
-        """Read the next tokens of prompts, at most `max_tokens` of each.
+        """Read at most `max_tokens` further tokens of each prompt.
+
+        When the prompts have been read completely, the rows join the batch.
 
         Args:
-            rows: rows that have not joined. Several rows must be read in one call; a single one may take several calls.
-            max_tokens: tokens to read.
-            num_tokens: columns to allocate: tokens of the longest row, including those that its answer will get. The
-                memory then need not grow while the answers do.
+            rows: rows that have not joined. Several rows must be read completely in this call. The prompt of a single
+                row may be read in several calls.
+            max_tokens: maximum number of tokens to read of each prompt.
+            num_tokens: number of tokens of the longest row of the batch, including the tokens that its answer may still
+                get. Memory for them is allocated now, so that it need not grow later.
 
         Returns:
-            The first token of each answer once the prompts are read; the rows have joined then. None before.
+            The first token of each answer, or None if a prompt has not been read completely.
         """
         self.release()
         chunks = [row.tokens[row.num_read : row.num_read + max_tokens] for row in rows]
         first = len(self._rows)
         self._slots.fit(first + len(rows), max(num_tokens, *(len(row.tokens) + 1 for row in (*self._rows, *rows))))
         for slot, row in enumerate(rows, first):
-            if row.num_read and row.slot != slot:  # other rows have left since the last part was read
+            if (
+                row.num_read and row.slot != slot
+            ):  # rows have left the batch since the last part of this prompt was read
                 self._slots.move(row.slot, slot, row.num_read)
             row.slot = slot
         with self._model.mixture([row.weights for row in rows]):
@@ -112,7 +120,7 @@ class Batch:
         return choices
 
     def step(self) -> list[Choice]:
-        """Append the next token to every row that has joined, and return the choices by slot."""
+        """Append the next token to every row that has joined, and return the tokens in the order of the slots."""
         rows = self._rows
         if not self._is_set:
             self._mixture.enter_context(self._model.mixture([row.weights for row in rows]))
@@ -124,7 +132,7 @@ class Batch:
         return choices
 
     def remove(self, rows: Sequence[BatchRow]) -> None:
-        """Remove rows; the last rows of the batch move into their slots."""
+        """Remove rows from the batch. Rows from the last slots move into the slots that become free."""
         if not rows:
             return
         self.release()
@@ -137,7 +145,7 @@ class Batch:
                 self._rows[slot] = last
 
     def release(self) -> None:
-        """Leave the model's mixture: other threads may set theirs, and experts may change."""
+        """End the model's mixture, so that other threads can use the model and experts can be changed."""
         self._is_set = False
         self._mixture.close()
 
@@ -148,11 +156,13 @@ class Batch:
         self._slots.clear()
 
     def _measure(self) -> int:
-        """Return the bytes of one token's keys and values, measured on two rows that are removed afterwards.
+        """Return the size of one token's keys and values in bytes.
+
+        The size is measured on two short rows, which are removed afterward.
 
         Raises:
-            UsageError: if the model rejects positions or a mask for each row, or if a row's logits depend on the other
-                row.
+            UsageError: if the model does not accept positions and a mask for each row, or if the logits of one row
+                depend on the other row.
         """
         model: Any = self._model.model
         try:
@@ -170,22 +180,25 @@ class Batch:
         return token_bytes
 
     def _has_independent_rows(self, tokens: Sequence[Sequence[int]]) -> bool:
-        """Return whether the last token's logits of rows in one batch are those of each row alone."""
+        """Return whether the last token of each row has the same logits in a batch as in a batch of its own."""
         model: Any = self._model.model
         self._forward(0, [row[:-1] for row in tokens], [0] * len(tokens))
         got_NV = self._forward(0, [row[-1:] for row in tokens], [len(row) - 1 for row in tokens]).double()
         for row, got_V in zip(tokens, got_NV, strict=True):
             ids_1T = torch.tensor([row], device=model.device)
             want_V: Tensor = model(input_ids=ids_1T, use_cache=False).logits[0, -1].double()
-            # rounding, even to eight bits, changes far less than 0.3; another row's context changes far more
+            # a relative difference from rounding, even to eight bits, is far below 0.3; from another context, far above
             if not (got_V - want_V).norm() <= 0.3 * (want_V - want_V.mean()).norm():
                 return False
         return True
 
     def _forward(self, first: int, chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """Return the logits after each row's last token, `[N, V]`."""
+        """Run the model on `chunks[n]` for each row n, and return the logits after its last token, `[N, V]`.
+
+        Row n is in slot `first + n`, which already has the keys and values of `starts[n]` tokens.
+        """
         num_columns = max(map(len, chunks))
-        # padded on the left, so that every row's last token is in the last column
+        # padding is on the left, so that every row's last token is in the last column
         ids_NQ = torch.tensor([[0] * (num_columns - len(chunk)) + list(chunk) for chunk in chunks])
         model: Any = self._model.model
         inputs = self._slots.place(first, starts, list(map(len, chunks)), model.device)

@@ -1,4 +1,7 @@
-"""Continuous batching: requests wait in a queue, join the running batch when there is room, and leave when they end."""
+"""`Batcher`: generates answers with continuous batching.
+
+Requests wait in a queue, join the running batch when there is room, and leave it when their answers end.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +28,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How much a batcher has to do: for metrics and for the Retry-After header.
+    """The present load of a batcher. It is used for metrics and for the Retry-After header.
 
     Attributes:
-        waiting: requests that wait for a free row.
-        running: requests whose prompts are being read or whose answers are being generated.
-        cache_bytes: bytes allocated for keys and values.
-        seconds_per_answer: how long an answer took, smoothed over the last ones; 0 before the first one.
+        waiting: number of requests that wait for a free row.
+        running: number of requests whose prompts are being read or whose answers are being generated.
+        cache_bytes: size of the memory allocated for keys and values, in bytes.
+        seconds_per_answer: smoothed average time of the latest answers; 0 before the first answer has ended.
     """
 
     waiting: int
@@ -41,21 +44,22 @@ class Load:
 
 
 class Batcher:
-    """Generates answers on its own thread, in one batch that never stops for one of its rows.
+    """Generates answers on its own thread, with continuous batching.
 
     Attributes:
-        model: base and experts.
-        limits: how much is generated at once, with `max_context` as the model allows it.
+        model: the base with its experts.
+        limits: the given limits. `max_context` is lower if the model allows only fewer tokens.
 
     Args:
-        model: base and experts, with a tokenizer.
-        deliver: called by the batcher's thread after each step, with all pieces of that step and their requests. If it
-            raises, it is called again for each piece separately; a request whose piece it rejects again is aborted.
-        limits: how much is generated at once.
+        model: the base with its experts and a tokenizer.
+        deliver: called by the batcher's thread after each step with all pieces of this step and their requests. If
+            `deliver` raises an exception, it is called again for each piece. If it raises an exception for a piece, the
+            request of this piece is aborted.
+        limits: limits for the queue, the batch and its memory.
         on_step: called after each decoding step with the number of rows and the seconds that the step took.
 
     Raises:
-        UsageError: if rows of the model cannot join and leave a batch.
+        UsageError: if the model does not support continuous batching.
     """
 
     def __init__(
@@ -78,11 +82,12 @@ class Batcher:
         self._thread.start()
 
     def submit(self, requests: Sequence[GenerationRequest]) -> None:
-        """Queue requests: all of them, or none.
+        """Append requests to the queue. If one of them is rejected, none is appended.
 
         Raises:
-            InputError: if a request has no prompt, no room for its answer, or a token that the model does not know.
-            UsageError: if a weight depends on the generated token's number.
+            InputError: if a prompt or an answer has no tokens, if both have too many tokens together, or if a token id
+                is unknown.
+            UsageError: if a weight depends on the number of the generated token.
             QueueFullError: if more requests would wait than the limits allow.
             ClosedError: if the batcher was closed.
         """
@@ -92,13 +97,14 @@ class Batcher:
             self._queue.put(requests, self._scheduler.num_running)
 
     def abort(self, requests: Iterable[GenerationRequest]) -> None:
-        """Stop generating answers that nobody waits for. Requests that have ended are ignored."""
+        """Stop generating the answers to these requests. Requests that have already ended are ignored."""
         self._queue.abort(requests)
 
     def run_when_idle(self, job: Callable[[], T]) -> Future[T]:
-        """Call a function on the batcher's thread while no answer is being generated, for example to change experts.
+        """Call `job` on the batcher's thread while no answer is being generated, and return the future of its result.
 
-        Running answers are finished first, and waiting requests wait; between two jobs, a group of them is answered.
+        This allows, for example, to change experts. Running answers are finished before the job, and waiting requests
+        are started after it. Between two jobs, one group of waiting requests is answered.
         """
         return self._queue.put_job(job)
 
@@ -109,7 +115,7 @@ class Batcher:
 
     @property
     def load(self) -> Load:
-        """How much the batcher has to do."""
+        """The present load."""
         scheduler = self._scheduler
         with self._queue.lock:
             return Load(
@@ -120,24 +126,24 @@ class Batcher:
             )
 
     def retry_after(self) -> int:
-        """Return after how many seconds a row is probably free."""
+        """Return the estimated number of seconds until a row is free, from 1 to 60."""
         load = self.load
         answers_before = load.waiting / self.limits.max_rows
         return max(1, min(60, round(load.seconds_per_answer * answers_before)))
 
     def close(self, *, finish: bool = True, timeout: float | None = None) -> bool:
-        """Reject new requests, end the thread, and return whether it has ended.
+        """Reject new requests, tell the batcher's thread to end, and return whether it has ended.
 
         Args:
-            finish: whether accepted requests are finished; False ends them with a ClosedError.
-            timeout: seconds to wait for the thread; None waits until it has ended.
+            finish: whether to finish the accepted requests. If False, they end with a ClosedError.
+            timeout: maximum number of seconds to wait for the thread; None waits until it has ended.
         """
         self._queue.close(finish=finish)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    # The thread.
+    # The methods below run on the batcher's thread.
 
     def _run(self) -> None:
         try:
@@ -149,7 +155,7 @@ class Batcher:
                         self._scheduler.fail_all(error)
                     self._send()
         finally:
-            # no client waits forever, whichever error ended the thread
+            # end all requests even if an error ended the loop, so that no client waits forever
             self._scheduler.cut_off(
                 ClosedError("the server has shut down", where="server", mend="send the request again")
             )
@@ -157,14 +163,14 @@ class Batcher:
             self._scheduler.batch.clear()
 
     def _wait(self) -> bool:
-        """Wait for work, and return whether there is any."""
+        """Wait for work and return True. Return False if the queue is closed and no work is left."""
         is_busy = self._scheduler.num_running > 0
         if not is_busy:
             self._scheduler.batch.release()  # other threads may use the model meanwhile
         return self._queue.wait(is_busy=is_busy, on_idle=self._scheduler.batch.clear)
 
     def _turn(self) -> None:
-        """Let requests leave and join, and decode one token of each running answer; or run a job."""
+        """Run a job, if one is due. Otherwise let requests join or leave, and decode one token of each answer."""
         started = time.perf_counter()
         self._scheduler.drop_aborted()
         job = self._queue.take_job(is_busy=self._scheduler.num_running > 0)

@@ -1,4 +1,7 @@
-"""The text of an answer while its tokens arrive: only whole characters, and no text that may start a stop string."""
+"""`Detokenizer`: decodes the tokens of an answer one by one.
+
+It returns only whole characters, and holds back text that may be the start of a stop string.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What tokenizers decode bytes to that are not a whole character.
+# Tokenizers decode the bytes of an incomplete character to this character.
 _INCOMPLETE = "\ufffd"
-# Tokens that may wait for the rest of a character; if more wait, the first ones cannot become a character.
+# Maximum number of tokens that wait for the rest of a character. If more wait, their first bytes are invalid.
 _MAX_PENDING = 16
-# Bytes of the longest character in UTF-8, and so the most tokens that it spans.
+# Maximum number of bytes of a character in UTF-8. A character cannot span more tokens than that.
 _MAX_CHARACTER_BYTES = 4
 
 
@@ -23,11 +26,11 @@ class Detokenizer:
         is_stopped: whether the text contains a stop string.
 
     Args:
-        tokenizer: of the base.
-        stops: strings that end the answer and do not belong to it. The string that is complete first counts, and the
-            longer one of two that are complete at once, wherever the tokens divide them.
-        silent: tokens without text, from `silent_tokens`. They are skipped, because the detokenizer would decode them
-            again with every token that follows.
+        tokenizer: the base's tokenizer.
+        stops: stop strings. The first stop string in the text ends the answer and is removed from the text. If the text
+            contains several, the string that ends first counts; of two strings with the same end, the longer one.
+        silent: the special tokens, from `silent_tokens`. They have no text and are skipped, because they would
+            otherwise be decoded again with every following token.
     """
 
     def __init__(
@@ -36,16 +39,16 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._stops = tuple(stop for stop in stops if stop)
         self._tokens: list[int] = []
-        self._read = 0  # tokens whose text is final ...
-        self._context = (
-            0  # ... and the first of them that is decoded again: a token's text may depend on its neighbours
-        )
+        self._read = 0  # number of tokens whose text is final
+        # The tokens from this index on are decoded again with new tokens, because a token's text may depend on its
+        # neighbors.
+        self._context = 0
         self._held = ""  # text that is final, but may be the start of a stop string
         self.is_stopped = False
         self._silent = silent
 
     def add(self, token: int) -> str:
-        """Take the next token, and return the text that has become final."""
+        """Append a token, and return the text that has become final."""
         if token in self._silent:
             return ""
         self._tokens.append(token)
@@ -62,7 +65,7 @@ class Detokenizer:
         return self._until_stop(new[len(old) :])
 
     def end(self) -> str:
-        """Return the text that was held back; no token follows."""
+        """Return the text that was held back. Call this after the last token."""
         old = self._decoded(self._context, self._read)
         new = self._decoded(self._context, len(self._tokens))
         self._read = len(self._tokens)
@@ -72,16 +75,16 @@ class Detokenizer:
         return text
 
     def _final_part(self, whole: str) -> tuple[int, str]:
-        """Return how many tokens, and which text of them, no later token can change."""
+        """Return the number of first tokens whose text cannot change any more, and this text."""
         for end in range(len(self._tokens) - _MAX_CHARACTER_BYTES, self._read, -1):
             first, second = self._decoded(self._context, end), self._decoded(end, len(self._tokens))
-            # a character that is cut at `end` decodes to two incomplete ones, and the sum differs from the whole
+            # if `end` cuts a character, both parts decode to incomplete characters, and their sum differs from `whole`
             if second and first + second == whole:
                 return end, first
         return self._read, ""
 
     def _until_stop(self, text: str) -> str:
-        """Return the part of a new text that can be delivered, and hold back what may start a stop string."""
+        """Return the new text up to a stop string, and hold back the end that may be the start of a stop string."""
         if self.is_stopped:
             return ""
         if not self._stops:
@@ -105,12 +108,12 @@ class Detokenizer:
 
 
 def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the special tokens, which texts leave out."""
+    """Return the ids of the special tokens, which have no text in answers."""
     return frozenset(number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many characters at the end of a text are the start of a stop string."""
+    """Return the maximum number of characters at the end of `text` with which `stop` starts."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -1,7 +1,7 @@
-"""Keys and values of a running batch: a slot for each row, a column for each token.
+"""The KV cache of a running batch. Each row of the batch has a slot, and each token of the row has a column in it.
 
-S slots, N rows of a forward pass, Q tokens of each, T columns, W columns that the pass attends to, H heads, D their
-width.
+Shapes: S = slots, N = rows of a forward pass, Q = tokens of each row in a forward pass, T = columns of a slot,
+W = columns that a forward pass attends to, H = heads, D = width of a head.
 """
 
 from __future__ import annotations
@@ -17,20 +17,22 @@ from transformers.cache_utils import CacheLayerMixin
 
 from personalized_soups.serving.engine.attention import check_attention, layer_kinds
 
-# Columns are allocated in multiples of the first number; slots in powers of two up to the second one, and in multiples
-# of it beyond.
+# Columns are allocated in multiples of _COLUMNS. Slots are allocated in powers of two up to _SLOTS, and in multiples of
+# _SLOTS beyond.
 _COLUMNS = 64
 _SLOTS = 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Placement:
-    """Where one forward pass writes its tokens: its rows are the slots `first`, `first + 1`, ...
+    """The slots and columns into which a forward pass writes keys and values.
+
+    Row n of the forward pass writes into slot `first + n`.
 
     Attributes:
         first: the slot of the first row.
-        columns_NQ: int64, the column of every token. Padding is written to the last column, which no row attends to.
-        width: number of columns that the pass attends to.
+        columns_NQ: the column of every token, int64. Padding is written into the last column, which no row attends to.
+        width: number of columns that the forward pass attends to.
     """
 
     first: int
@@ -39,7 +41,7 @@ class Placement:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """Keys and values of one layer, `[S, H, T, D]`."""
+    """The keys and values of one layer, `[S, H, T, D]`."""
 
     is_compileable = False
     keys: Tensor
@@ -50,9 +52,9 @@ class _SlotLayer(CacheLayerMixin):
         self._slots = slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate keys and values with the heads' width."""
+        """Allocate memory for the keys and values, with the heads and widths of these states."""
         shape = (self._slots.num_slots, key_states.shape[1], self._slots.num_columns)
-        # zeros: masked keys are multiplied by 0, and uninitialized memory may hold NaN
+        # zeros, because masked values are multiplied by 0, and uninitialized memory may contain NaN
         self.keys = key_states.new_zeros(*shape, key_states.shape[3])
         self.values = value_states.new_zeros(*shape, value_states.shape[3])
         self.is_initialized = True
@@ -60,7 +62,10 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *arguments: Any, **keywords: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write `[N, H, Q, D]` where the placement says, and return views `[N, H, W, D]` of the rows' columns."""
+        """Write the keys and values of a forward pass, `[N, H, Q, D]`, into the columns of `KvSlots.placement`.
+
+        Return views of the keys and values that the pass attends to, `[N, H, W, D]`.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         placement = self._slots.placement
@@ -74,7 +79,7 @@ class _SlotLayer(CacheLayerMixin):
         return views[0], views[1]
 
     def resize(self, num_slots: int, num_columns: int, num_used: int) -> None:
-        """Allocate another number of slots and columns, and copy the first `num_used` columns of the slots."""
+        """Allocate new memory for this number of slots and columns, and copy the first `num_used` columns into it."""
         if self.is_initialized:
             for name in ("keys", "values"):
                 old: Tensor = getattr(self, name)
@@ -84,60 +89,61 @@ class _SlotLayer(CacheLayerMixin):
                 setattr(self, name, new)
 
     def narrow(self, num_slots: int, num_columns: int) -> None:
-        """Use at most so many slots and columns; the memory of the others stays allocated."""
+        """Use only the first slots and columns. The memory of the other slots and columns stays allocated."""
         if self.is_initialized:
             self.keys = self.keys[:num_slots, :, :num_columns]
             self.values = self.values[:num_slots, :, :num_columns]
 
     def move(self, source: int, target: int, num_columns: int) -> None:
-        """Copy the first columns of one slot into another slot."""
+        """Copy the first `num_columns` columns of the slot `source` into the slot `target`."""
         for stored in (self.keys, self.values):
             stored[target, :, :num_columns] = stored[source, :, :num_columns]
 
     def wipe(self, slots: slice, columns: slice) -> None:
-        """Fill with zeros."""
+        """Fill these columns of these slots with zeros."""
         if self.is_initialized:
             self.keys[slots, :, columns] = 0
             self.values[slots, :, columns] = 0
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of keys and values."""
+        """The size of the keys and values in bytes."""
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return how many columns the pass attends to, and the first of them."""
+        """Return the number of columns that the forward pass attends to, and the first of these columns."""
         return self._slots.placement.width, 0
 
     def get_seq_length(self) -> int:
-        """Return 0: rows differ in length, and `place` gives the positions to the model."""
+        """Return 0, because the rows differ in length. The model gets its positions from `KvSlots.place`."""
         return 0
 
     def get_max_length(self) -> int:
-        """Return -1: the layer grows without limit."""
+        """Return -1, which means that the layer has no maximum length."""
         return -1
 
 
 class KvSlots:
-    """The keys and values of a batch: memory that grows and is written in place.
+    """The KV cache of a running batch. Its memory grows as needed and is written in place.
 
-    Columns that a row has not written hold zeros. Attention multiplies masked columns by 0, and NaN or infinities of a
-    row that has left would survive that. So a slot is wiped before another row uses it.
+    Columns that a row has not written contain zeros. Attention multiplies the values of masked columns by 0, but 0
+    times NaN or infinity is NaN. So a slot is filled with zeros before another row uses it.
 
     Attributes:
-        cache: the cache that the model is called with.
-        kinds: the kinds of attention of the model's layers.
-        num_slots: allocated slots.
-        num_columns: allocated columns of each slot.
-        placement: where the next forward pass writes.
+        cache: the transformers cache with which the model is called.
+        kinds: the kinds of attention that the model's layers use.
+        num_slots: number of allocated slots.
+        num_columns: number of allocated columns of each slot.
+        placement: the slots and columns into which the next forward pass writes.
 
     Args:
-        config: configuration of the model.
-        max_bytes: limit for the allocated bytes, as long as the requested rows fit into it; None for no limit. While
-            the memory is resized, the old memory of one layer is allocated in addition.
+        config: the model's configuration.
+        max_bytes: maximum size of the allocated memory in bytes; None for no limit. The limit is exceeded if the rows
+            need more. While the memory is resized, the old memory of one layer is allocated in addition.
 
     Raises:
-        UsageError: if a layer does not keep keys and values of each token (recurrent layers), or ignores masks.
+        UsageError: if a layer, such as a recurrent layer, does not keep the keys and values of every token, or if the
+            attention does not respect the mask of each row.
     """
 
     def __init__(self, config: Any, max_bytes: int | None = None) -> None:
@@ -148,7 +154,7 @@ class KvSlots:
         self.num_columns = 0
         self.placement = Placement(0, torch.zeros(0, 0, dtype=torch.int64), 0)
         self._max_bytes = max_bytes
-        self._written: list[int] = []  # for each slot, how many columns are not zeros
+        self._written: list[int] = []  # for each slot, the number of columns that have been written
         self._window = int(getattr(text, "sliding_window", None) or 0)
         self._is_eager = text._attn_implementation == "eager"
         self._layers = [_SlotLayer(self) for _ in range(text.num_hidden_layers)]
@@ -156,37 +162,37 @@ class KvSlots:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes allocated in all layers."""
+        """The size of the allocated memory of all layers in bytes."""
         return sum(layer.num_bytes for layer in self._layers)
 
     def fits(self, num_slots: int, num_tokens: int, token_bytes: int) -> bool:
-        """Return whether memory for `num_slots` rows of `num_tokens` tokens stays within the limit.
+        """Return whether the memory for `num_slots` rows with `num_tokens` tokens each stays within the limit.
 
         Args:
-            num_slots: rows.
-            num_tokens: tokens of each row.
-            token_bytes: bytes of the keys and values of one token, in all layers.
+            num_slots: number of rows.
+            num_tokens: number of tokens of each row.
+            token_bytes: size of the keys and values of one token in all layers, in bytes.
         """
         num_entries = _rounded_slots(num_slots) * _rounded_columns(num_tokens)
         return self._max_bytes is None or num_entries * token_bytes <= self._max_bytes
 
     def fit(self, num_slots: int, num_tokens: int) -> None:
-        """Allocate memory for rows, and free memory that they do not need if the limit requires it.
+        """Allocate memory for the rows of the batch. If the limit requires it, free the memory that they do not need.
 
         Args:
-            num_slots: rows in use, including those that are read next.
-            num_tokens: tokens of the longest row, including those that it will get.
+            num_slots: number of rows, including the rows that are read next.
+            num_tokens: number of tokens of the longest row, including the tokens that it may still get.
         """
         slots = max(self.num_slots, _rounded_slots(num_slots))
         columns = max(self.num_columns, _rounded_columns(num_tokens))
         allocated = self.num_slots * self.num_columns
         if self._max_bytes is not None and allocated and slots * columns * self.num_bytes > self._max_bytes * allocated:
-            # rows that have left needed more slots or columns: shrink to what the present rows need
+            # rows that have left the batch needed more slots or columns; shrink to what the present rows need
             slots, columns = _rounded_slots(num_slots), _rounded_columns(num_tokens)
         self._resize(slots, columns)
 
     def _grow(self, num_slots: int, num_tokens: int) -> None:
-        """Allocate memory for rows, even beyond the limit."""
+        """Allocate memory for the rows, even if it exceeds the limit."""
         if num_slots > self.num_slots or num_tokens >= self.num_columns:
             self._resize(
                 max(self.num_slots, _rounded_slots(num_slots)), max(self.num_columns, _rounded_columns(num_tokens))
@@ -200,7 +206,7 @@ class KvSlots:
             for layer in self._layers:
                 layer.resize(num_slots, num_columns, max(written, default=0))
         except Exception:
-            # the device's memory is full: use in all layers what the smallest layer has; every row fits into that
+            # The device's memory is full. All layers use the size of the smallest layer, which has room for every row.
             num_slots, num_columns = min(num_slots, self.num_slots), min(num_columns, self.num_columns)
             raise
         finally:
@@ -218,7 +224,7 @@ class KvSlots:
             layer.keys = layer.values = torch.zeros(0)
 
     def move(self, source: int, target: int, num_tokens: int) -> None:
-        """Copy a slot's tokens into another slot."""
+        """Copy the first `num_tokens` tokens of the slot `source` into `target`, and clear the rest of `target`."""
         stale = slice(num_tokens, self._written[target])
         for layer in self._layers:
             layer.move(source, target, num_tokens)
@@ -227,25 +233,25 @@ class KvSlots:
         self._written[target] = num_tokens
 
     def _wipe(self, slots: slice) -> None:
-        """Fill slots with zeros where earlier rows wrote."""
+        """Fill the columns of these slots that earlier rows have written with zeros."""
         stale = max(self._written[slots], default=0)
         if stale:
             for layer in self._layers:
                 layer.wipe(slots, slice(stale))
 
     def place(self, first: int, starts: Sequence[int], lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-        """Set where the next forward pass writes, and return the arguments for the model.
+        """Set the placement of the next forward pass, and return the model's keyword arguments for this pass.
 
         Args:
-            first: the slot of the first row; the other rows have the slots that follow.
-            starts: for each row, how many tokens its slot has already.
-            lengths: for each row, how many tokens the pass adds. They are at the right of `[N, Q]`, with padding at
-                their left.
-            device: of the model.
+            first: the slot of the first row. The other rows use the slots that follow.
+            starts: for each row, the number of tokens that its slot already contains.
+            lengths: for each row, the number of tokens that the forward pass adds. In `input_ids`, `[N, Q]`, shorter
+                rows are padded on the left.
+            device: the model's device.
 
         Returns:
-            `past_key_values`, `position_ids` `[N, Q]`, and `attention_mask` `[N, 1, Q, W]`, or one mask for each kind
-            of layer.
+            A dict with `past_key_values`, `position_ids`, `[N, Q]`, and `attention_mask`, `[N, 1, Q, W]`. If the model
+            has several kinds of attention, `attention_mask` is a dict with one mask for each kind.
         """
         most = max(lengths)
         width = max(start + length for start, length in zip(starts, lengths, strict=True))
@@ -258,7 +264,7 @@ class KvSlots:
         positions_NQ = ends_N1 - torch.arange(most, 0, -1)[None, :]
         is_padding_NQ = positions_NQ < torch.tensor(starts)[:, None]
         columns_NQ = positions_NQ.masked_fill(is_padding_NQ, self.num_columns - 1).to(device)
-        # padding attends to the first token, because a softmax over no column would be NaN
+        # padding attends to the first column, because a softmax over no columns would be NaN
         positions_NQ = positions_NQ.masked_fill(is_padding_NQ, 0).to(device)
         self.placement = Placement(first, columns_NQ, width)
         return {
@@ -276,7 +282,10 @@ class KvSlots:
         return shaped if len(shaped) > 1 else next(iter(shaped.values()))
 
     def _for_attention(self, mask: Tensor) -> Tensor:
-        """Return a mask in the form of the model's attention: booleans, or numbers that are added to the scores."""
+        """Return a mask in the form that the model's attention expects.
+
+        Eager attention expects numbers to add to the scores, and SDPA expects booleans.
+        """
         return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e30) if self._is_eager else mask
 
 
@@ -289,5 +298,5 @@ def _rounded_slots(count: int) -> int:
 
 
 def _rounded_columns(num_tokens: int) -> int:
-    # one column more than tokens: the last column is for padding
+    # one more column than tokens, because the last column is for padding
     return -(-(num_tokens + 1) // _COLUMNS) * _COLUMNS

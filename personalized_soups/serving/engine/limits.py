@@ -1,4 +1,4 @@
-"""How much a batcher does at once, and how long a model's rows may be. Importing this file loads no torch."""
+"""Limits of the batcher and of the model's context. Importing this module does not import torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much a batcher does at once.
+    """Limits of a batcher.
 
     Attributes:
-        max_rows: answers generated at once, in one batch.
-        max_waiting: requests that may wait for a free row; the queue rejects more.
-        max_context: tokens of a prompt and its answer together.
-        read_tokens: prompt tokens read between two decoding steps. A higher number shortens the wait for a first token
-            and delays the running answers more.
-        cache_bytes: bytes of keys and values; None for no limit.
+        max_rows: maximum number of answers that are generated at once, in one batch.
+        max_waiting: maximum number of requests that wait for a free row. Further requests are rejected.
+        max_context: maximum number of tokens of a prompt and its answer together.
+        read_tokens: maximum number of prompt tokens that are read between two decoding steps. With a higher number, new
+            answers start earlier, but running answers are delayed longer.
+        cache_bytes: maximum size of all keys and values in bytes; None for no limit.
 
     Raises:
         ValueError: if `max_rows`, `max_context` or `read_tokens` is below 1.
@@ -37,16 +37,18 @@ class Limits:
 
 
 def max_context_of(config: Any) -> int:
-    """Return how many tokens a row of a model may have without changing the other rows of its batch.
+    """Return the maximum number of tokens of a row that the model supports in a batch.
+
+    The number is `sys.maxsize` if the configuration gives no maximum.
 
     Args:
-        config: the model's, as transformers has it.
+        config: the model's configuration, from transformers.
     """
     text = config.get_text_config(decoder=True)
     ropes: Any = getattr(text, "rope_parameters", None) or {}
     bounds = [
         getattr(text, "max_position_embeddings", None),
-        # a row longer than this switches the rotation of every row in the batch, including short ones
+        # a longer row would change the rotary embedding of all rows in the batch, including short rows
         *(
             rope.get("original_max_position_embeddings")
             for rope in (ropes, *ropes.values())

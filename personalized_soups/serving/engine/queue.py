@@ -1,6 +1,7 @@
-"""What waits for the batcher: requests for a free row, and jobs for a moment at which no answer is being generated.
+"""`RequestQueue`: the requests and jobs that wait for the batcher.
 
-Any thread puts requests and jobs in; the batcher's thread takes them out.
+Requests wait for a free row, and jobs wait until no answer is being generated. Any thread may append requests and jobs.
+Only the batcher's thread removes them.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ from personalized_soups.serving.engine.request import GenerationRequest
 
 T = TypeVar("T")
 
-# An idle batcher keeps its keys and values this long: allocating them again takes as long as reading a few prompts.
+# An idle batcher keeps its memory for this time, because allocating the memory takes as long as reading a few prompts.
 _IDLE_SECONDS = 10.0
 
-# An idle batcher starts once no request has arrived for the first time span, and at the latest after the second.
+# An idle batcher that gets a request starts when no further request has arrived for _QUIET_SECONDS, and at the latest
+# after _GATHER_SECONDS.
 _QUIET_SECONDS = 0.001
 _GATHER_SECONDS = 0.04
 
 
 class QueueFullError(RunError):
-    """As many requests wait as the limits allow."""
+    """More requests would wait than the limits allow."""
 
 
 class ClosedError(RunError):
@@ -42,8 +44,8 @@ class Job:
     """A function that runs on the batcher's thread while no answer is being generated.
 
     Attributes:
-        function: takes no argument.
-        future: receives the function's result or exception.
+        function: the function to call, without arguments.
+        future: gets the function's result or exception.
     """
 
     function: Callable[[], Any]
@@ -54,7 +56,7 @@ class Job:
         if not self.future.set_running_or_notify_cancel():
             return
         try:
-            with torch.inference_mode(False):  # other threads may change the tensors that the job makes
+            with torch.inference_mode(False):  # so that other threads can change tensors that the job creates
                 result = self.function()
         except BaseException as error:
             self.future.set_exception(error)
@@ -62,24 +64,24 @@ class Job:
             self.future.set_result(result)
 
     def fail(self, error: Exception) -> None:
-        """Give the future an exception without calling the function."""
+        """Set an exception as the result of the future, without calling the function."""
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
 
 class RequestQueue:
-    """Waiting requests and jobs.
+    """The requests and jobs that wait for the batcher.
 
-    Requests leave in the order in which they arrived. Jobs and requests take turns: between two jobs, one group of
-    waiting requests is answered.
+    Requests are removed in the order in which they arrived. Jobs and requests take turns: one group of waiting requests
+    is answered between two jobs.
 
     Attributes:
-        lock: reentrant; every method acquires it. Callers hold it around calls that must see the same state.
-        waiting: the waiting requests, oldest first.
+        lock: a reentrant lock that every method acquires. Hold it around several calls that must see the same state.
+        waiting: the waiting requests. The oldest request is first.
         is_closed: whether new requests and jobs are rejected.
 
     Args:
-        limits: how many requests may wait, and how many rows run.
+        limits: the maximum numbers of waiting requests and of rows.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -91,14 +93,14 @@ class RequestQueue:
         self.is_closed = False
         self._is_cut_off = False
         self._is_gathering = False
-        self._is_turn_of_requests = False  # a job has run, and waiting requests go before the next job
+        self._is_turn_of_requests = False  # a job has run, so waiting requests are taken before the next job
 
     def put(self, requests: Sequence[GenerationRequest], num_running: int) -> None:
-        """Append requests: all of them, or none.
+        """Append requests. If they do not all fit, none is appended.
 
         Args:
-            requests: to append; GenerationRequest.check accepts each of them.
-            num_running: number of requests that left the queue and have not ended.
+            requests: requests that have passed GenerationRequest.check.
+            num_running: number of requests that were taken from the queue and have not ended.
 
         Raises:
             QueueFullError: if more requests would wait than the limits allow.
@@ -120,12 +122,12 @@ class RequestQueue:
                 self.lock.notify()
 
     def put_back(self, requests: Sequence[GenerationRequest]) -> None:
-        """Insert requests before those that wait."""
+        """Insert requests in front of the waiting requests."""
         with self.lock:
             self.waiting.extendleft(reversed(requests))
 
     def put_job(self, function: Callable[[], T]) -> Future[T]:
-        """Append a job, and return its future; the future of a closed queue has a ClosedError."""
+        """Append a job, and return its future. If the queue is closed, the future has a ClosedError."""
         job = Job(function, Future())
         with self.lock:
             if self.is_closed:
@@ -136,7 +138,7 @@ class RequestQueue:
         return job.future
 
     def abort(self, requests: Iterable[GenerationRequest]) -> None:
-        """Mark requests as aborted, whether they wait or run. Requests that have ended are ignored."""
+        """Mark waiting and running requests as aborted. Requests that have already ended are ignored."""
         with self.lock:
             self._aborted.update(requests)
             self.lock.notify()
@@ -145,7 +147,7 @@ class RequestQueue:
         """Reject new requests and jobs.
 
         Args:
-            finish: whether the accepted requests and jobs are still finished.
+            finish: whether to finish the requests and jobs that have been accepted.
         """
         with self.lock:
             self.is_closed = True
@@ -153,11 +155,11 @@ class RequestQueue:
             self.lock.notify()
 
     def wait(self, *, is_busy: bool, on_idle: Callable[[], None]) -> bool:
-        """Wait for work and return True; return False once the queue is closed and no work is left.
+        """Wait for work and return True. Return False if the queue is closed and no work is left.
 
         Args:
-            is_busy: whether requests are running; then there is work.
-            on_idle: called when no work has arrived for ten seconds.
+            is_busy: whether requests are running. In this case there is always work.
+            on_idle: called when no work has arrived for _IDLE_SECONDS.
         """
         with self.lock:
             while not self._is_cut_off:
@@ -166,7 +168,7 @@ class RequestQueue:
                 self._aborted.clear()
                 if self.is_closed:
                     return False
-                # a notification that arrives together with the timeout is lost, so the state decides
+                # check the state as well, because a notification that arrives together with the timeout is lost
                 if not self.lock.wait(_IDLE_SECONDS) and not (
                     self.waiting or self._jobs or self._aborted or self.is_closed
                 ):
@@ -176,7 +178,7 @@ class RequestQueue:
             return False
 
     def take_aborted(self) -> set[GenerationRequest]:
-        """Return the requests that were aborted since the last call, and remove them from those that wait."""
+        """Return the requests that were aborted since the last call, and remove them from `waiting`."""
         with self.lock:
             aborted, self._aborted = self._aborted, set()
             if aborted:
@@ -184,10 +186,10 @@ class RequestQueue:
             return aborted
 
     def take_job(self, *, is_busy: bool) -> Job | None:
-        """Remove and return the next job, if it may run now.
+        """Remove and return the next job if it may run now. Otherwise return None.
 
         Args:
-            is_busy: whether requests are running; a job waits until they have ended.
+            is_busy: whether requests are running. A job must wait until they have ended.
         """
         with self.lock:
             if not self._jobs or is_busy or (self.waiting and self._is_turn_of_requests):
@@ -196,9 +198,9 @@ class RequestQueue:
             return self._jobs.popleft()
 
     def take(self, fits: Callable[[GenerationRequest], bool]) -> list[GenerationRequest]:
-        """Remove and return waiting requests, oldest first, up to the first request that does not fit.
+        """Remove and return waiting requests, oldest first, until `fits` returns False for a request.
 
-        The list is empty while a job waits for running requests to end.
+        If a job must run first, no request is returned.
         """
         with self.lock:
             taken: list[GenerationRequest] = []
@@ -209,7 +211,7 @@ class RequestQueue:
             return taken
 
     def cut_off(self, error: Exception) -> list[GenerationRequest]:
-        """Close the queue, give its jobs an error, and remove and return the waiting requests."""
+        """Close the queue, end its jobs with an error, and remove and return the waiting requests."""
         with self.lock:
             self.is_closed = True
             requests, self.waiting = list(self.waiting), deque()
@@ -221,14 +223,14 @@ class RequestQueue:
     def _gather(self) -> None:
         """Wait until no request has arrived for a moment, so that prompts that arrive together are read together.
 
-        Many clients' requests arrive one by one, on a thread that shares Python's lock with this one. Starting with the
-        first request would delay the others, and their prompts would be read in groups of two or three.
+        Another thread appends the requests one by one, and it shares Python's global lock with this thread. If this
+        thread started with the first request, the other requests would be delayed and read in groups of two or three.
         """
         end = time.monotonic() + _GATHER_SECONDS
         num_seen = 0
         while num_seen < len(self.waiting) < self._limits.max_rows and time.monotonic() < end:
             num_seen = len(self.waiting)
-            self._is_gathering = True  # put() need not wake this thread
+            self._is_gathering = True  # while this is True, put() does not wake this thread
             self.lock.wait(_QUIET_SECONDS)
             self._is_gathering = False
         self._is_turn_of_requests = False

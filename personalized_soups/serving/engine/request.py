@@ -13,7 +13,7 @@ from personalized_soups.serving.engine.token_sampler import SamplingParams, Toke
 
 
 class Finish(StrEnum):
-    """Why an answer ended, in the words of OpenAI's protocol."""
+    """The reason why an answer ended, named as in OpenAI's protocol."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -21,14 +21,14 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one step adds to an answer.
+    """The token and the text that one step adds to an answer.
 
     Attributes:
-        token: the chosen token; None if the step chose none.
-        text: the text that is final now; may be empty.
+        token: the chosen token; None if an error ended the answer.
+        text: the text that has become final with this step. It may be empty.
         logprobs: the log-probabilities of the token, if the request asked for them.
-        finish: why the answer ended; None while it continues.
-        error: the exception that ended the answer, in place of `finish`.
+        finish: the reason why the answer ended; None if it continues or if an error ended it.
+        error: the exception that ended the answer, if any.
     """
 
     token: int | None = None
@@ -39,7 +39,7 @@ class Piece:
 
     @property
     def is_last(self) -> bool:
-        """Whether no piece follows."""
+        """Whether this is the last piece of the answer."""
         return self.finish is not None or self.error is not None
 
 
@@ -49,12 +49,12 @@ class GenerationRequest:
 
     Attributes:
         tokens: the tokens of the prompt.
-        weights: the checked weights of the request's soup. The engine passes this object on and never checks its names.
-        max_new_tokens: the length at which the answer is cut.
+        weights: the weights of the request's soup. The submitter must have checked the names of the experts.
+        max_new_tokens: maximum number of tokens of the answer.
         sampling_params: how the answer's tokens are chosen.
-        stops: strings that end the answer.
-        ignore_eos: whether the answer continues after an end token (for benchmarks).
-        destination: where the submitter delivers the pieces to; the engine does not read it.
+        stops: strings that end the answer. They are not part of its text.
+        ignore_eos: whether the answer continues after an end token, as benchmarks need.
+        destination: tells the submitter where to deliver the pieces. The engine does not use it.
     """
 
     tokens: Sequence[int]
@@ -66,15 +66,18 @@ class GenerationRequest:
     destination: Any = None
 
     def check(self, *, vocab_size: int, max_context: int) -> None:
-        """Raise if the request would fail in a step that it shares with others: on a GPU that ends the process.
+        """Check that the model can process the request.
+
+        An invalid request would fail a step that it shares with other requests. On a GPU, this can end the process.
 
         Args:
-            vocab_size: tokens that the model embeds.
-            max_context: tokens that prompt and answer may have together.
+            vocab_size: number of tokens for which the model has an embedding.
+            max_context: maximum number of tokens of prompt and answer together.
 
         Raises:
-            InputError: if the prompt or the answer has no token, both together have too many, or a token id is unknown.
-            UsageError: if a weight depends on the generated token's number.
+            InputError: if the prompt or the answer has no tokens, if both have too many tokens together, or if a token
+                id is unknown.
+            UsageError: if a weight depends on the number of the generated token.
         """
         if not self.tokens or self.max_new_tokens < 1:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Which requests are read, join the batch, leave it or fail at each step."""
+"""`Scheduler`: decides at each step which requests are read, join the batch, leave it or fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from personalized_soups.serving.engine.token_sampler import Choice, TokenSampler
 
 _log = logging.getLogger(__name__)
 
-# The newest answer's share in the smoothed seconds of an answer.
+# The weight of the latest answer in the smoothed average time of an answer.
 _NEWEST_SHARE = 0.1
 
 
@@ -33,14 +33,14 @@ class _RunningRequest:
 
     @property
     def num_left(self) -> int:
-        """Tokens that the answer may still get."""
+        """The number of tokens that the answer may still get."""
         return self.request.max_new_tokens - (len(self.row.tokens) - len(self.request.tokens))
 
     def piece(self, choice: Choice, stop_ids: Collection[int]) -> Piece:
-        """Return the piece for the token that the row has just received.
+        """Return the piece for the token that has just been appended to the row.
 
         Raises:
-            RunError: if the token was chosen from logits that are not finite.
+            RunError: if the logits of the token are infinite or NaN.
         """
         if not choice.is_sound:
             raise RunError(
@@ -60,23 +60,23 @@ class _RunningRequest:
 
 
 class Scheduler:
-    """Runs requests in one batch, step by step. All calls come from one thread.
+    """Runs requests in one batch, step by step. All calls must come from one thread.
 
-    Between two steps, rows that ended leave and waiting requests join. Prompts are read together, in the order in which
-    they arrived, `read_tokens` at a time; a longer prompt is read in parts of that size, so that running answers never
-    wait long for their next token.
+    Between two steps, ended requests leave the batch and waiting requests join it. Prompts are read in groups, in the
+    order in which they arrived. A group has at most `read_tokens` tokens. A longer prompt is read alone, in parts of
+    `read_tokens` tokens, so that the running answers never wait long for their next token.
 
     Attributes:
         batch: the rows of the running requests.
-        seconds_per_answer: how long an answer took, smoothed over the last ones; 0 before the first one.
+        seconds_per_answer: smoothed average time of the latest answers; 0 before the first answer has ended.
 
     Args:
-        model: base and experts, with a tokenizer.
-        queue: the waiting requests.
-        limits: how much is generated at once.
+        model: the base with its experts and a tokenizer.
+        queue: the waiting requests and jobs.
+        limits: limits for the batch and its memory.
 
     Raises:
-        UsageError: if rows of the model cannot join and leave a batch.
+        UsageError: if the model does not support continuous batching.
     """
 
     def __init__(self, model: SoupModel, queue: RequestQueue, limits: Limits) -> None:
@@ -87,26 +87,26 @@ class Scheduler:
         self._limits = limits
         self._stop_ids = model.generator.stop_ids
         self._silent = silent_tokens(model.generator.tokenizer)
-        self._running: dict[int, _RunningRequest] = {}  # by the id() of the row
+        self._running: dict[int, _RunningRequest] = {}  # the keys are the id() of each row
         self._reading: list[_RunningRequest] = []
-        self._longest = 0  # tokens of the longest row, including those that it may still get
-        self._max_together = limits.max_rows  # prompts read together; fewer after the device ran out of memory
+        self._longest = 0  # tokens of the longest row, including the tokens that it may still get
+        self._max_together = limits.max_rows  # maximum prompts in a group; lowered after an error such as full memory
         self._pieces: list[tuple[GenerationRequest, Piece]] = []
 
     @property
     def num_running(self) -> int:
-        """Requests that left the queue and have not ended."""
+        """The number of requests that were taken from the queue and have not ended."""
         return len(self._running) + len(self._reading)
 
     def drop_aborted(self) -> None:
-        """Remove aborted requests, whether they wait, are read or run."""
+        """Remove aborted requests from the queue, from the group that is being read, and from the batch."""
         aborted = self._queue.take_aborted()
         if aborted:
             self._reading = [running for running in self._reading if running.request not in aborted]
             self._leave([running for running in self._running.values() if running.request in aborted])
 
     def join(self) -> None:
-        """Read waiting prompts; requests whose prompts are complete join the batch with their first tokens."""
+        """Read tokens of waiting prompts. Requests whose prompts have been read completely join the batch."""
         if not self._reading:
             self._admit()
         if not self._reading:
@@ -120,20 +120,20 @@ class Scheduler:
             return
         if choices is not None:
             self._max_together = min(self._limits.max_rows, 2 * self._max_together)
-            with self._queue.lock:  # other threads must see each request in exactly one of the two groups
+            with self._queue.lock:  # other threads must see each request in either _reading or _running
                 joined, self._reading = self._reading, []
                 self._running.update((id(running.row), running) for running in joined)
             self._record([running.row for running in joined], choices)
 
     def step(self) -> int:
-        """Give every row its next token, and return how many rows got one."""
+        """Generate the next token of every row in the batch, and return the number of rows that got a token."""
         rows = list(self.batch.rows)
         if not rows:
             return 0
         try:
             choices = self.batch.step()
         except Exception:
-            # a row whose expert was removed fails alone; the other rows are unchanged and take the step again
+            # Rows whose expert was removed fail. The other rows are unchanged, and get their tokens in the next step.
             faulty = _faulty(self._model, self._running.values())
             if not faulty:
                 raise
@@ -145,19 +145,19 @@ class Scheduler:
         return len(rows)
 
     def take_pieces(self) -> list[tuple[GenerationRequest, Piece]]:
-        """Remove and return the pieces that were made since the last call."""
+        """Remove and return the pieces that were generated since the last call."""
         pieces, self._pieces = self._pieces, []
         return pieces
 
     def fail_all(self, error: Exception) -> None:
-        """End every running request with an error, and start again with an empty batch."""
+        """End every running request with an error, and empty the batch."""
         self._pieces += _failed([*self._running.values(), *self._reading], error)
         self._running.clear()
         self._reading = []
         self.batch.clear()
 
     def cut_off(self, error: Exception) -> None:
-        """End every request, running or waiting, because the batcher ends; the queue is closed."""
+        """End every running and waiting request with an error, and close the queue, because the batcher ends."""
         waiting = self._queue.cut_off(error)
         running = [running.request for running in (*self._running.values(), *self._reading)]
         self._running.clear()
@@ -165,8 +165,8 @@ class Scheduler:
         self._pieces += [(request, Piece(error=error)) for request in (*running, *waiting)]
 
     def _admit(self) -> None:
-        """Take the requests from the queue whose prompts are read together next."""
-        with self._queue.lock:  # every request counts as waiting or as running at all times
+        """Take the next group of requests, whose prompts are read together, from the queue."""
+        with self._queue.lock:  # so that other threads always see each request as waiting or as running
             admission = _Admission(self._limits, self.batch, self._running.values(), self._max_together)
             self._reading = [
                 _RunningRequest(
@@ -179,9 +179,9 @@ class Scheduler:
             self._longest = admission.longest
 
     def _drop_faulty(self, error: Exception) -> None:
-        """End the requests that caused an error while their prompts were read, and return the others to the queue.
+        """End the requests that caused an error while their prompts were read, and put the others back into the queue.
 
-        If the cause is unknown, as when memory is full, half as many prompts are read together the next time.
+        If the cause is unknown, for example if memory is full, the next group has half as many prompts.
         """
         faulty = _faulty(self._model, self._reading)
         if not faulty and len(self._reading) == 1:
@@ -197,7 +197,7 @@ class Scheduler:
             self._queue.put_back(again)
 
     def _record(self, rows: Sequence[BatchRow], choices: Sequence[Choice]) -> None:
-        """Turn chosen tokens into pieces, and remove the rows whose answers ended."""
+        """Make pieces of the chosen tokens, and remove the rows whose answers have ended."""
         ended = []
         for row, choice in zip(rows, choices, strict=True):
             running = self._running[id(row)]
@@ -222,13 +222,13 @@ class Scheduler:
 
 
 class _Admission:
-    """Decides which waiting prompts are read together: as many as there are rows, memory and tokens for.
+    """Decides how many waiting prompts are read together. The limits of rows, memory and tokens must allow them.
 
     Args:
-        limits: of the batcher.
-        batch: knows how many rows fit into memory.
-        running: requests that have joined the batch.
-        max_together: prompts that may be read together.
+        limits: the limits of the batcher.
+        batch: the batch that the requests will join.
+        running: the requests that have joined the batch.
+        max_together: maximum number of prompts that are read together.
     """
 
     def __init__(self, limits: Limits, batch: Batch, running: Collection[_RunningRequest], max_together: int) -> None:
@@ -237,21 +237,21 @@ class _Admission:
         self._max_prompts = min(limits.max_rows - len(running), max_together)
         self._num_running = len(running)
         self._num_prompts = 0
-        self._width = 0  # tokens of the longest prompt, to which the others are padded
+        self._width = 0  # tokens of the longest prompt; the other prompts are padded to this length
         self.longest = max((len(request.row.tokens) + request.num_left for request in running), default=0)
 
     def accept(self, request: GenerationRequest) -> bool:
-        """Return whether a request's prompt can be read with the others; if so, count it among them."""
+        """Return whether a request's prompt can be read together with the accepted prompts. If so, accept it."""
         if self._num_prompts >= self._max_prompts:
             return False
         num_prompts = self._num_prompts + 1
         width = max(self._width, len(request.tokens))
         longest = max(self.longest, len(request.tokens) + request.max_new_tokens)
-        # a prompt that exceeds read_tokens alone is read in parts
+        # a single prompt with more than read_tokens tokens is accepted, because it is read in parts
         if num_prompts > 1 and width * num_prompts > self._read_tokens:
             return False
         num_rows = self._num_running + num_prompts
-        # a request that runs alone may exceed the memory limit: it would never run otherwise
+        # a request that runs alone may exceed the memory limit, because it would otherwise never run
         if num_rows > 1 and not self._batch.fits(num_rows, longest):
             return False
         self._num_prompts, self._width, self.longest = num_prompts, width, longest
@@ -259,7 +259,10 @@ class _Admission:
 
 
 def _faulty(model: SoupModel, group: Iterable[_RunningRequest]) -> list[tuple[_RunningRequest, Exception]]:
-    """Return the requests whose weights the model rejects: experts may have changed since they were submitted."""
+    """Return the requests whose weights the model rejects now, with the errors.
+
+    The experts may have changed since a request was submitted.
+    """
     faulty: list[tuple[_RunningRequest, Exception]] = []
     for running in group:
         try:
@@ -270,8 +273,8 @@ def _faulty(model: SoupModel, group: Iterable[_RunningRequest]) -> list[tuple[_R
 
 
 def _failed(group: Iterable[_RunningRequest], error: Exception) -> list[tuple[GenerationRequest, Piece]]:
-    """Log an error, and return the pieces that end requests with it."""
+    """Log an error, and return pieces that end the requests with this error."""
     _log.error("generating an answer failed", exc_info=error)
-    # the frames of the traceback hold tensors, and a receiver may keep the error
+    # the traceback refers to tensors, and a receiver could keep them in memory by keeping the error
     error.__traceback__ = None
     return [(running.request, Piece(error=error)) for running in group]

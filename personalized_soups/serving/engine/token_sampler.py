@@ -1,6 +1,6 @@
-"""How each row of a running batch chooses its next token, according to its own request.
+"""Chooses the next token of each row of a running batch, with the sampling parameters of the row's request.
 
-N rows, V vocabulary, L reported log-probabilities.
+Shapes: N = rows, V = vocabulary size, L = number of reported log-probabilities.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from torch import Tensor
 
 from personalized_soups.generation.sampling import choose_tokens, uniforms
 
-# Random numbers that a row makes at once.
+# Minimum number of random numbers that a row generates at once.
 _DRAWS = 256
 
-# Larger than any useful parameter; sums of such numbers are far below the largest float32.
+# Maximum magnitude of a parameter. No useful parameter is larger, and sums of such numbers cannot overflow float32.
 _MAX_MAGNITUDE = 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of an answer are chosen. Names and meanings are those of OpenAI's protocol.
+    """Parameters for choosing the tokens of an answer. Most names and meanings are those of OpenAI's protocol.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
-        top_p: draw from the smallest set of likeliest tokens whose probabilities sum to at least this.
-        seed: seed of the random numbers, which depend on `seed` and `place` only (as in SoupModel.generate).
-        place: number of the answer, so that several answers with one seed differ.
-        presence_penalty: subtracted from the logits of tokens that the answer contains.
-        frequency_penalty: subtracted once for each time that the answer contains the token.
-        logit_bias: added to the logits, by token id.
-        logprobs: how many of the likeliest tokens are reported with each chosen one; None reports no log-probabilities.
+        temperature: the logits are divided by this number. With 0, the likeliest token is chosen.
+        top_p: tokens are drawn from the smallest set of likeliest tokens whose probabilities sum to at least this.
+        seed: the seed of the random numbers. They depend only on `seed` and `place`, as in SoupModel.generate.
+        place: the number of the answer. It makes several answers with the same seed differ.
+        presence_penalty: subtracted from the logit of every token that the answer already contains.
+        frequency_penalty: subtracted from a token's logit once for each time that the answer contains the token.
+        logit_bias: for each token id, the number that is added to its logit.
+        logprobs: number of likeliest tokens to report with each chosen token; None reports no log-probabilities.
 
     Raises:
-        ValueError: if a parameter is out of its range. Undetected, it would fail a step that other requests share.
+        ValueError: if a parameter is out of its range. Such a parameter would fail a step that other requests share.
     """
 
     temperature: float = 0.0
@@ -69,7 +69,7 @@ class SamplingParams:
 
     @property
     def is_plain(self) -> bool:
-        """Whether no penalty and no bias changes the logits."""
+        """Whether the logits are used without penalties and bias."""
         return not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
@@ -78,8 +78,8 @@ class TokenLogprobs:
     """Log-probabilities at one position of an answer.
 
     Attributes:
-        chosen: of the chosen token.
-        top: the likeliest tokens with theirs, the likeliest first.
+        chosen: the log-probability of the chosen token.
+        top: the ids and log-probabilities of the likeliest tokens. The likeliest token is first.
     """
 
     chosen: float
@@ -92,8 +92,8 @@ class Choice:
 
     Attributes:
         token: the chosen token.
-        logprobs: its log-probabilities, if the request asked for them.
-        is_sound: whether the logits were finite; large weights can overflow the model's dtype.
+        logprobs: the log-probabilities at this position, if the request asked for them.
+        is_sound: whether the largest logit is finite. Large weights of experts can overflow the model's dtype.
     """
 
     token: int
@@ -106,7 +106,7 @@ class TokenSampler:
 
     Attributes:
         params: how the tokens are chosen.
-        num_chosen: tokens chosen so far.
+        num_chosen: number of tokens chosen so far.
 
     Args:
         params: how the tokens are chosen.
@@ -117,17 +117,17 @@ class TokenSampler:
         self.num_chosen = 0
         self._draws: list[float] = []
         self._counts: Counter[int] = Counter()
-        self._bias: tuple[Tensor, Tensor] | None = None  # token ids and biases on the device, copied once
+        self._bias: tuple[Tensor, Tensor] | None = None  # token ids and biases on the model's device
 
     def draw(self) -> float:
-        """Return the random number of the next token, from [0, 1)."""
+        """Return the random number for the next token, from 0 (included) to 1 (excluded)."""
         if self.num_chosen >= len(self._draws):
             count = max(_DRAWS, 2 * len(self._draws))
             self._draws = uniforms(self.params.seed, self.params.place, count).tolist()
         return self._draws[self.num_chosen]
 
     def adjust(self, logits_V: Tensor) -> None:
-        """Apply bias and penalties to a row's logits, in place."""
+        """Add the bias to a row's logits and subtract the penalties, in place."""
         params = self.params
         if params.logit_bias:
             if self._bias is None:
@@ -138,22 +138,22 @@ class TokenSampler:
             logits_V.index_add_(0, _index(self._counts, logits_V), logits_V.new_tensor(penalties), alpha=-1)
 
     def record(self, token: int) -> None:
-        """Count a token as chosen."""
+        """Record that a token was chosen. `draw` and `adjust` depend on the tokens chosen so far."""
         self.num_chosen += 1
         if self.params.presence_penalty or self.params.frequency_penalty:
             self._counts[token] += 1
 
 
 def choose(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> list[Choice]:
-    """Return the next token of every row, and record it in the row's sampler.
+    """Choose the next token of every row, record it in the row's sampler, and return the choices.
 
     Args:
-        logits_NV: of the model, in any float dtype; not changed.
-        samplers: one for each row.
+        logits_NV: the model's logits in any floating-point dtype. They are not changed.
+        samplers: the sampler of each row.
     """
     adjusted_NV = _adjusted(logits_NV, samplers)
     token_N = _tokens(adjusted_NV, samplers)
-    # the maximum of a row with NaN or infinity is not finite; one copy brings everything from the device
+    # The maximum of a row with NaN or infinity is not finite. Stacking needs only one copy from the device.
     tokens, is_sound = torch.stack([token_N, logits_NV.amax(-1).isfinite().long()]).tolist()
     logprobs = _logprobs(logits_NV, tokens, [sampler.params.logprobs for sampler in samplers])
     for sampler, token in zip(samplers, tokens, strict=True):
@@ -165,7 +165,7 @@ def _adjusted(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
     rows = [row for row, sampler in enumerate(samplers) if not sampler.params.is_plain]
     if not rows:
         return logits_NV
-    # widening keeps every bit of the rows that are not adjusted, so their tokens do not depend on the others
+    # the wider dtype represents every logit exactly, so this conversion does not change the other rows' tokens
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
     for row in rows:
         samplers[row].adjust(logits_NV[row])
@@ -192,9 +192,9 @@ def _tokens(logits_NV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
 
 
 def _logprobs(logits_NV: Tensor, tokens: Sequence[int], counts: Sequence[int | None]) -> dict[int, TokenLogprobs]:
-    """Return log-probabilities by row, for the rows that report them.
+    """Return the log-probabilities for each row that reports them. The keys are the indices of the rows.
 
-    They are the model's own: before temperature, penalties and bias.
+    Temperature, penalties and bias are not applied.
     """
     logprobs: dict[int, TokenLogprobs] = {}
     for count in sorted({count for count in counts if count is not None}):
@@ -209,7 +209,7 @@ def _logprobs(logits_NV: Tensor, tokens: Sequence[int], counts: Sequence[int | N
 
 
 def _finite(value: float) -> float:
-    # JSON has no infinity; OpenAI's protocol uses -9999 for "very unlikely"
+    # JSON has no infinity; OpenAI's protocol uses -9999 for very unlikely tokens
     return value if math.isfinite(value) else -9999.0
 
 
