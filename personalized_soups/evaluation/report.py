@@ -1,4 +1,4 @@
-"""The report of an evaluation in Markdown. Every number and verdict in it is computed from the results."""
+"""Write the report of an evaluation in Markdown. Every number and verdict is computed from the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from personalized_soups.evaluation.results import (
 
 
 def report(results: Results, *, examples: Examples) -> str:
-    """Return the report. Scores have three decimals; in the table of targets, six significant digits.
+    """Return the report as Markdown. Scores have three decimals, except that the table of targets has six digits.
 
     Raises:
         ValueError: if the results lack a row or the averages of their best method.
@@ -139,7 +139,7 @@ def _methods(results: Results) -> str:
 
 
 def _overtaken(results: Results) -> str:
-    """Return a note on methods with a higher joint score here than the chosen method, or nothing."""
+    """Return a note on methods whose joint score is higher than the chosen method's, or '' if there are none."""
     best = method_of(results, results["best_method"])
     higher = [method for method in results["methods"] if method["joint"] > best["joint"]]
     if not higher:

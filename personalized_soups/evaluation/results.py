@@ -1,7 +1,8 @@
-"""The results of an evaluation, as plain data: the contents of results.json, and the input of report and pictures.
+"""Define the results of an evaluation: the contents of results.json. The report and the pictures are made from them.
 
-Every score is in [0, 1] and gated on validity: an answer that is ill-formed or off topic scores 0. `mean` is over the
-dimensions. `joint` is the share of answers that are valid and on the wanted side of every dimension.
+Every score is in [0, 1]. An invalid answer, which is ill-formed or off topic, scores 0. `valid` is the share of valid
+answers. `mean` is the mean score over answers and dimensions. `joint` is the share of answers that are valid and on the
+wanted side of every dimension.
 """
 
 from __future__ import annotations
@@ -23,15 +24,19 @@ class Scores(TypedDict):
 
 
 class BaseScores(Scores):
-    """The base alone: `mean` and `joint` averaged over the combinations, `per_dimension` towards the high sides."""
+    """Scores of the base alone.
+
+    `mean` and `joint` are averaged over the combinations. `per_dimension` scores valid answers towards the high sides.
+    """
 
     distinct_bigrams: float
 
 
 class CombinationScores(Scores):
-    """One combination, merged by one method. `per_dimension` is towards the sides of the combination.
+    """Scores of the model that one method has merged for one combination of sides.
 
-    `weight` is the mixing weight of each expert, `base_joint` the base's joint score for the same sides.
+    `per_dimension` scores towards the sides of the combination. `weight` is the weight of each expert, and `base_joint`
+    is the base's joint score for the same sides.
     """
 
     sides: Sequence[str]
@@ -44,7 +49,7 @@ class CombinationScores(Scores):
 
 
 class ValidationScores(TypedDict):
-    """The scores of one method with one weight on the validation topics."""
+    """Scores of one method at one weight on the validation topics, averaged over the combinations."""
 
     method: str
     weight: float
@@ -54,14 +59,17 @@ class ValidationScores(TypedDict):
 
 
 class MethodScores(ValidationScores):
-    """The scores of one method at its chosen weight on the evaluation's prompts, averaged over the combinations."""
+    """Scores of one method at its chosen weight on the evaluation's prompts, averaged over the combinations."""
 
     win_rate_vs_base: float
     distinct_bigrams: float
 
 
 class Check(TypedDict):
-    """One target: the measured value, its bar (a least value, a range, or words), and whether the value meets it."""
+    """One target: the measured value, its bar, and whether the value meets the bar.
+
+    The bar is a minimum, a range, or words.
+    """
 
     name: str
     value: float | str
@@ -72,9 +80,10 @@ class Check(TypedDict):
 class Results(TypedDict):
     """All results of one evaluation.
 
-    A point of a sweep is (w, score): the expert of the dimension's high side has the weight w, that of its low side
-    1 - w, and the score is towards the high side. `num_prompts` is the number of prompts of a combination,
-    `num_samples` the number of answers to a prompt. `files` maps captions to paths relative to the report.
+    A point of a sweep is (w, score). The expert of the dimension's high side has the weight w, and the expert of its
+    low side has the weight 1 - w. The score is towards the high side. `num_prompts` is the number of prompts for each
+    combination, and `num_samples` is the number of answers to each prompt. `files` maps captions to paths relative to
+    the report.
     """
 
     base: BaseScores
@@ -96,46 +105,46 @@ class Results(TypedDict):
 
 
 class NamedAnswer(TypedDict):
-    """The answer of one model, named "base" or by the sides it was merged for."""
+    """The answer of one model. Its name is "base" or the sides that the model was merged for."""
 
     name: str
     answer: str
 
 
 class Examples(TypedDict):
-    """One prompt, answered by several models."""
+    """One prompt with the answers of several models."""
 
     prompt: str
     answers: Sequence[NamedAnswer]
 
 
 def name_of(sides: Sequence[str]) -> str:
-    """Return a combination's name, its sides in full: `elementary + concise + friendly`."""
+    """Return the name of a combination: its sides, e.g. `elementary + concise + friendly`."""
     return " + ".join(sides)
 
 
 def combinations_of(results: Results) -> list[tuple[str, ...]]:
-    """Return the distinct combinations, in the order of their first rows."""
+    """Return the distinct combinations in the order in which they first occur."""
     return list(dict.fromkeys(tuple(row["sides"]) for row in results["combinations"]))
 
 
 def row_of(results: Results, sides: Sequence[str], method: str) -> CombinationScores:
-    """Return the row of one combination under one method.
+    """Return the scores of one combination with one method.
 
     Raises:
-        ValueError: if the results have no such row.
+        ValueError: if the results have no such scores.
     """
     for row in results["combinations"]:
         if tuple(row["sides"]) == tuple(sides) and row["method"] == method:
             return row
-    raise ValueError(f"the results have no row for {name_of(sides)} merged by {method!r}")
+    raise ValueError(f"the results have no scores for {name_of(sides)} with the method {method!r}")
 
 
 def method_of(results: Results, method: str) -> MethodScores:
-    """Return a method's averages over the combinations.
+    """Return the scores of a method, averaged over the combinations.
 
     Raises:
-        ValueError: if the results have no such method.
+        ValueError: if the results have no scores of this method.
     """
     for row in results["methods"]:
         if row["method"] == method:

@@ -1,4 +1,4 @@
-"""Scores of one model's answers: computed once per side, then summarised for any combination of sides."""
+"""Score one model's answers once for each side, and summarize the scores for any combination of sides."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Graded:
         prompt: the prompt.
         answer: the model's answer.
         valid: whether every scorer calls the answer well formed and on topic.
-        toward: side -> score in [0, 1]; 0 for every side if the answer is invalid.
+        toward: the score in [0, 1] towards each side. All scores of an invalid answer are 0.
     """
 
     prompt: str
@@ -47,11 +47,11 @@ def grade(
         answers: the answers of one model.
         catalogue: declares the sides and their scorers.
         sides: the sides to score towards.
-        scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
+        scorers: functions that replace the catalogue's scorers, by the name of their side or dimension.
 
     Raises:
-        DeclarationError: as `scorer_of`.
-        ValueError: if the numbers of answers and prompts differ.
+        DeclarationError: if the catalogue lacks a side, or a side has no scorer.
+        ValueError: if there are not as many answers as prompts.
     """
     used = {side: (scorer_of(catalogue, side, scorers=scorers), catalogue.side(side)[1].end) for side in sides}
     graded = []
@@ -64,23 +64,26 @@ def grade(
 
 
 def worth(entry: Graded, sides: Sequence[str]) -> float:
-    """Return the mean of one answer's scores towards `sides`: its value to a user who prefers these sides."""
+    """Return the worth of an answer to a user who prefers `sides`: the mean of its scores towards them."""
     return fsum(entry.toward[side] for side in sides) / len(sides)
 
 
 def mean_worth(graded: Sequence[Graded], sides: Sequence[str]) -> float:
-    """Return the mean worth over all answers; invalid answers count as 0."""
+    """Return the mean worth of all answers. Invalid answers count as 0."""
     return fsum(worth(entry, sides) for entry in graded) / len(graded)
 
 
 def mean_toward(graded: Sequence[Graded], side: str, *, of_valid: bool = False) -> float:
-    """Return the mean score towards one side, over all answers or only the valid answers; 0 if there are none."""
+    """Return the mean score of all answers towards one side, or 0 if there are no answers.
+
+    With `of_valid`, only valid answers are included.
+    """
     counted = [entry for entry in graded if entry.valid or not of_valid]
     return fsum(entry.toward[side] for entry in counted) / len(counted) if counted else 0.0
 
 
 def joint_share(graded: Sequence[Graded], sides: Sequence[str]) -> float:
-    """Return the share of answers that are valid and in the wanted half of every dimension at once."""
+    """Return the share of answers that are valid and score above 0.5 towards all `sides` at once."""
     return sum(entry.valid and all(entry.toward[side] > 0.5 for side in sides) for entry in graded) / len(graded)
 
 
@@ -92,15 +95,15 @@ def valid_share(graded: Sequence[Graded]) -> float:
 def distinct_bigrams(answers: Sequence[str], *, sample: int, seed: int = 0, num_draws: int = 20) -> float:
     """Return the share of distinct bigrams among `sample` bigrams drawn from the answers.
 
-    Distinct-2 (arXiv:1510.03055) falls with the length of the text, so models are compared at one number of bigrams.
-    The result is the mean over `num_draws` draws without replacement.
+    This measure (Distinct-2, arXiv:1510.03055) falls with the length of the text, so models are compared at the same
+    number of bigrams. The result is the mean over `num_draws` draws without replacement.
 
     Raises:
-        ValueError: if the answers have fewer bigrams.
+        ValueError: if the answers have fewer than `sample` bigrams.
     """
     bigrams = [pair for answer in answers for pair in _bigrams(answer)]
     if len(bigrams) < sample:
-        raise ValueError(f"cannot draw {sample} bigrams: the answers have {len(bigrams)}")
+        raise ValueError(f"cannot draw {sample} bigrams, because the answers have only {len(bigrams)}")
     rng = random.Random(seed)
     return fsum(len(set(rng.sample(bigrams, sample))) for _ in range(num_draws)) / num_draws / sample
 

@@ -64,7 +64,7 @@ def check_tokens(
         token = max(tokens)
         name = tokenizer.convert_ids_to_tokens(token)
         raise InputError(
-            f"the base has no embedding for token {token} ({name!r}): it has embeddings for {num_embeddings} tokens",
+            f"the base has no token {token} ({name!r}): it has {num_embeddings} tokens",
             where=where,
             mend="use the base's own tokenizer, or enlarge the base's embedding: "
             "model.resize_token_embeddings(len(tokenizer))",

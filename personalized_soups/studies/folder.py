@@ -1,6 +1,6 @@
-"""A study's folder: the path of each file, and the answers of an interrupted run.
+"""Manage the folder of a study: the path of each file, and the answers of an interrupted run.
 
-Every stage writes files. A run skips stages whose files exist, and rejects a folder of a run with other settings.
+Every stage writes files. A run skips work whose files exist, and rejects the folder of a run with other settings.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class StudyFolder:
     """The paths of one study below `root`.
 
     Attributes:
-        root: the folder.
-        settings: the settings that a resumed run must share.
-        results: the results.
-        report: the report, in Markdown.
-        examples: one prompt with several models' answers.
-        seconds: the seconds that each stage took.
-        pool: the base's sampled answers, from which pairs are made.
+        root: the folder of the study.
+        settings: the file of the settings that a resumed run must share.
+        results: the file of the results.
+        report: the report in Markdown.
+        examples: the file of one prompt with the answers of several models.
+        seconds: the file of the seconds that each stage took.
+        pool: the file of the base's sampled answers, from which pairs are made.
         experts: the folder of the experts.
         merged: the folder of the merged adapters.
     """
@@ -46,15 +46,15 @@ class StudyFolder:
         self.merged = root / "merged"
 
     def pairs(self, side: str) -> Path:
-        """Return the path of one side's preference pairs."""
+        """Return the path of the preference pairs for one side."""
         return self.root / "pairs" / f"{side}.jsonl"
 
     def picture(self, name: str) -> Path:
-        """Return the path of a picture."""
+        """Return the path of the PNG file for a picture."""
         return self.root / f"{name}.png"
 
     def answers(self, stage: str) -> AnswerFile:
-        """Return the file of one stage's answers."""
+        """Return the file of the answers that one stage generates."""
         return AnswerFile(self.root / "answers" / f"{stage}.jsonl")
 
     def soup(self, method: str, sides: Sequence[str]) -> Path:
@@ -62,7 +62,7 @@ class StudyFolder:
         return self.merged / method / "+".join(sides)
 
     def clear(self) -> None:
-        """Remove the files that studies write. Other files in the folder stay."""
+        """Remove the files that a study writes. Other files in the folder stay."""
         for path in (self.root / "pairs", self.experts, self.merged, self.root / "answers"):
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.settings, self.results, self.report, self.pool, self.examples, self.seconds):
@@ -71,17 +71,17 @@ class StudyFolder:
             self.picture(name).unlink(missing_ok=True)
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Make the folder, or check that it holds a run with the same settings, which can be resumed.
+        """Create the folder, or check that it holds a run with the same settings. Such a run can be resumed.
 
         Raises:
-            OutputExistsError: if the folder holds anything else.
+            OutputExistsError: if the folder holds a run with other settings, or other files and no study, or is a file.
         """
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         if self.settings.is_file():
             if self.settings.read_text(encoding="utf-8") == text:
                 return
             raise OutputExistsError(
-                "the folder holds a run with other settings",
+                "the folder holds a study with other settings",
                 where=str(self.root),
                 mend="choose another output folder, or pass overwrite=True to start again",
             )
@@ -91,7 +91,7 @@ class StudyFolder:
             )
         if self.root.is_dir() and any(self.root.iterdir()):
             raise OutputExistsError(
-                f"the folder holds files but no study (it has no {SETTINGS_FILE})",
+                f"the folder holds files, but it is not a study's folder because it has no {SETTINGS_FILE}",
                 where=str(self.root),
                 mend="choose another output folder",
             )
@@ -100,13 +100,13 @@ class StudyFolder:
 
 
 class AnswerFile:
-    """A file of answers, one JSON line per job. Reading skips a line that a kill left incomplete."""
+    """A file of answers with one JSON line for each job. A line that a kill left incomplete is skipped when reading."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[str, list[str]]:
-        """Return job -> answers, from all complete lines."""
+        """Return the answers of all complete lines, by the name of the job."""
         return dict(self._lines()) if self.path.is_file() else {}
 
     def add(self, job: str, answers: Sequence[str]) -> None:
@@ -132,7 +132,7 @@ class AnswerFile:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, all or nothing."""
+    """Write a text file in one step: a kill leaves the old file or the new file, but no part of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From graded answers to results: the figures of results.json, and whether they meet each target."""
+"""Compute the figures of results.json from graded answers, and check whether they meet the targets."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BASE: tuple[str, Combination] = ("base", ())
 
 
 def score_selection(method: str, weight: float, graded: Mapping[Combination, Sequence[Graded]]) -> ValidationScores:
-    """Return the scores of one method with one weight on the validation prompts, averaged over the combinations."""
+    """Return the scores of a method at one weight on the validation prompts, averaged over the combinations."""
     return {
         "method": method,
         "weight": weight,
@@ -48,13 +48,13 @@ def score_selection(method: str, weight: float, graded: Mapping[Combination, Seq
 
 
 def best_weight(selection: Sequence[ValidationScores], method: str) -> float:
-    """Return the weight with the highest joint score of a method; the mean score breaks ties."""
+    """Return the weight at which a method has its highest joint score. The mean score breaks ties."""
     rows = [row for row in selection if row["method"] == method]
     return max(rows, key=lambda row: (row["joint"], row["mean"]))["weight"]
 
 
 def best_of_method(selection: Sequence[ValidationScores]) -> str:
-    """Return the method with the highest joint score on the validation prompts; the mean score breaks ties."""
+    """Return the method with the highest joint score on the validation prompts. The mean score breaks ties."""
     return max(selection, key=lambda row: (row["joint"], row["mean"]))["method"]
 
 
@@ -74,16 +74,17 @@ def collect(
     """Return all results of the study.
 
     Args:
-        study_sides: dimension -> its low and high side.
+        study_sides: the low and the high side of each dimension.
         combinations: the combinations of sides.
-        weights: method -> its chosen weight.
+        weights: the chosen weight of each method.
         selection: the scores on the validation prompts.
-        held_out: (method, sides) -> graded answers to the held-out prompts; `("base", ())` holds the base's.
-        sweeps: dimension -> (weight, graded answers) at each step.
-        best_method: the chosen method.
+        held_out: the graded answers to the held-out prompts, by method and sides. The key `("base", ())` has the
+            base's answers.
+        sweeps: the weight and the graded answers of each step, by dimension.
+        best_method: the method that was chosen on the validation prompts.
         seed: the study's seed, which also seeds the bootstrap.
         basis: the experts' basis.
-        seconds: stage -> seconds.
+        seconds: the seconds that each stage took.
     """
     alone = held_out[_BASE]
     rows = [
@@ -99,7 +100,8 @@ def collect(
         for method, weight in weights.items()
         for sides in combinations
     ]
-    # Draw one number of bigrams for all models: half of the fewest, so that draws without replacement differ.
+    # All models draw the same number of bigrams: half of the bigrams of the model with the fewest. So even the draws of
+    # this model, which are without replacement, differ.
     answers = {method: [e.answer for sides in combinations for e in held_out[method, sides]] for method in weights}
     base_answers = [entry.answer for entry in alone]
     sample = min(num_bigrams(texts) for texts in [base_answers, *answers.values()]) // 2
@@ -146,7 +148,7 @@ def collect(
 
 
 def checks(results: Results) -> list[Check]:
-    """Return every target with its measured value. The project has set the bars."""
+    """Return every target with its measured value, its bar, and whether the value meets the bar."""
     base, method = results["base"], results["best_method"]
     rows = [row for row in results["combinations"] if row["method"] == method]
     by_name = {row["method"]: row for row in results["methods"]}
@@ -185,9 +187,9 @@ def checks(results: Results) -> list[Check]:
 
 
 def example_answers(held_out: HeldOut, method: str, combinations: Sequence[Combination]) -> Examples:
-    """Return one prompt, answered by the base and by three personal models that differ in every dimension.
+    """Return one prompt with the answers of the base and of the personal models for three combinations.
 
-    The prompt is the first with four valid answers, or the first prompt if none has.
+    The prompt is the first prompt with four valid answers. If there is no such prompt, it is the first prompt.
     """
     shown = [combinations[1], combinations[-2], combinations[len(combinations) // 2 - 1]]
     models = {"base": held_out[_BASE]} | {name_of(sides): held_out[method, sides] for sides in shown}

@@ -1,4 +1,4 @@
-"""The quickstart repeated over seeds, with free and with shared basis, and the page of its results."""
+"""Repeat the quickstart over seeds, with free and with shared basis, and write the page of the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ BASES: tuple[Basis, ...] = get_args(Basis)
 def run_quality(
     out: Path, *, num_seeds: int, num_workers: int, device: str, stage: Stage, overwrite: bool = False
 ) -> dict[Basis, list[Results]]:
-    """Run the study for seeds 0, 1, ... and both bases below `out`, and return the results. Skip finished runs."""
+    """Run the quickstart for `num_seeds` seeds and both bases, and return the results. Finished runs are skipped.
+
+    Each run writes to a folder below `out`, e.g. `free-0` for free basis and seed 0.
+    """
     runs: dict[Basis, list[Results]] = {}
     for basis in BASES:
         for seed in range(num_seeds):
@@ -32,7 +35,7 @@ def run_quality(
 
 
 def quality_page(by_basis: dict[Basis, list[Results]]) -> str:
-    """Return the Markdown page: every figure with a target, for each run and on average, and all methods."""
+    """Return the results as a Markdown page: the best method of each run, all methods, and all targets."""
     runs = [results for basis in by_basis for results in by_basis[basis]]
     count = max(len(by_basis[basis]) for basis in by_basis)
     first = runs[0]
@@ -119,7 +122,7 @@ def _target_table(by_basis: dict[Basis, list[Results]]) -> str:
 
 
 def _value(check: Check, results: Results) -> str:
-    """Return the measured value of a check; for a sweep, its largest dip."""
+    """Return the measured value of a check as text. The value of a sweep is its largest dip."""
     if not isinstance(check["value"], str):
         return f"{check['value']:.3f}"
     name = check["name"].removeprefix("sweep of ")

@@ -1,6 +1,7 @@
-"""The whole pipeline in one run: pairs from the base's own answers, six experts, merges, scores.
+"""Run the whole pipeline: make pairs from the base's own answers, train experts, merge them, and score the answers.
 
-Method and weights are chosen on validation topics, and scores are computed on held-out topics. Training sees neither.
+Method and weights are chosen on validation topics, and scores are computed on held-out topics. Experts are not trained
+on either.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ from personalized_soups.training.parallel import ExpertJob, train_experts
 
 
 def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False) -> tuple[Results, Examples]:
-    """Run every stage whose files do not exist yet, and return the results and example answers.
+    """Run every stage of a study whose files do not exist yet, and return the results and example answers.
 
     Args:
         study: the settings.
-        out: the folder for pairs, experts, merged adapters, every answer, results.json, report and pictures.
+        out: the study's folder. It gets pairs, experts, merged adapters, all answers, results.json and examples.json.
         stage: opens a progress bar for each stage.
         overwrite: delete the files of a study in `out` and start again.
 
     Raises:
         OutputExistsError: if `out` holds other files, or a study with other settings.
-        SoupError: as the stages raise.
+        SoupError: if a stage fails.
     """
     folder = StudyFolder(out)
     if overwrite and folder.settings.is_file():
@@ -58,7 +59,7 @@ def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False)
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """The stages. Each stage skips work whose files exist.
+    """The stages of a study. Each stage skips work whose files exist.
 
     Attributes:
         study: the settings.
@@ -94,7 +95,7 @@ class _Run:
         write_text(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def pairs(self, workers: Workers) -> None:
-        """Sample the base's answers once, and make pairs of them for every side."""
+        """Sample the base's answers once, and make pairs for every side from them."""
         from personalized_soups.training.data import write_pairs
         from personalized_soups.training.pairs import Sampled, label_pool, read_pool, write_pool
 
@@ -146,7 +147,7 @@ class _Run:
             )
 
     def choose(self, workers: Workers) -> tuple[dict[MethodName, float], list[ValidationScores]]:
-        """Score every weight of every method on validation topics. Return each method's best weight and all scores."""
+        """Score all weights of all methods on validation topics. Return each method's best weight and all scores."""
         study, recipe = self.study, self.study.recipe.selection
         prompts = study.prompts("validation", recipe.num_prompts)
         trials = [(method, weight) for method, weights in recipe.weights.items() for weight in weights]
@@ -171,7 +172,7 @@ class _Run:
         return {method: best_weight(selection, method) for method in recipe.weights}, selection
 
     def merge(self, weights: Mapping[MethodName, float]) -> None:
-        """Merge a personal adapter for each combination, by each method at its best weight."""
+        """Merge an adapter for each combination of sides with each method at its best weight."""
         from personalized_soups.adapters.library import ExpertLibrary
         from personalized_soups.merging.writing.adapter import merge
 
@@ -250,7 +251,7 @@ class _Run:
         )
 
     def _answered(self, title: str, stage: str, jobs: Sequence[AnswerJob], workers: Workers) -> dict[str, list[str]]:
-        """Return job -> answers: read those of an earlier run, compute and store the others."""
+        """Return the answers of each job. Stored answers are read, and the others are computed and stored."""
         file = self.folder.answers(stage)
         by_job = {name: answers for name, answers in file.read().items() if name in {job.name for job in jobs}}
         with self.stage(title, len(jobs)) as bar:
@@ -263,7 +264,7 @@ class _Run:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        """Add the seconds of the block to the stage's seconds in earlier, interrupted runs."""
+        """Add the block's run time to the seconds that the stage took in earlier, interrupted runs."""
         start = time.monotonic()
         try:
             yield
@@ -279,4 +280,4 @@ class _Run:
         except FileNotFoundError:
             return {}
         except ValueError:
-            raise RunError("the file is not JSON", where=str(path), mend="delete it and run again") from None
+            raise RunError("the file is not JSON", where=str(path), mend="delete the file and run again") from None

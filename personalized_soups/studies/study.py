@@ -1,4 +1,4 @@
-"""The settings of a study, and its progress reports."""
+"""Define the settings of a study, and the progress bars that it updates."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ class Bar(Protocol):
     """Shows the progress of one stage."""
 
     def update(self, done: int, *, total: int | None = None, **figures: float | str) -> None:
-        """Show that `done` units of work are done, with further figures next to the bar."""
+        """Show that `done` of `total` units of work are done, with further figures next to the bar."""
 
 
 Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
-"""Opens the bar of a stage, from its title and its number of units of work (None if it is not known yet)."""
+"""Opens the bar of a stage. The arguments are its title and its number of units of work, or None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Study:
-    """The settings of one run.
+    """The settings of one study.
 
     Attributes:
-        seed: random seed of all stages.
-        basis: `free`, each expert has its own A; or `shared`, all experts have one frozen A.
-        num_workers: worker processes for training and answering.
+        seed: the random seed of all stages.
+        basis: with `free`, each expert has its own A. With `shared`, all experts have the same frozen A.
+        num_workers: the number of worker processes for training and answering.
         device: `auto`, `cpu` or `cuda`.
         base: the base model's folder.
         recipe: the number of prompts, the methods and their weights.
-        training: the recipe of the experts; None takes the shipped recipe for the basis.
+        training: the training recipe of the experts. None takes the shipped recipe for the basis.
         catalogue: the dimensions, each with a low and a high side.
     """
 
@@ -59,13 +59,13 @@ class Study:
 
     @property
     def training_recipe(self) -> TrainingRecipe:
-        """The recipe of the experts: `training`, or the shipped recipe for the basis."""
+        """The training recipe of the experts: `training` if it is given, else the shipped recipe for the basis."""
         name = "train/tiny.yaml" if self.basis == "free" else "train/tiny-shared.yaml"
         return self.training or load(shipped_recipe(name), TrainingRecipe)
 
     @property
     def sides(self) -> dict[str, tuple[str, str]]:
-        """Dimension -> its low and high side."""
+        """The low and the high side of each dimension, by the dimension's name."""
         ends = {}
         for name, dimension in self.catalogue.dimensions.items():
             by_end = {side.end: side_name for side_name, side in dimension.sides.items()}
@@ -74,15 +74,15 @@ class Study:
 
     @property
     def combinations(self) -> list[Combination]:
-        """All combinations of one side of each dimension."""
+        """All combinations of sides. A combination has one side of each dimension."""
         return list(itertools.product(*self.sides.values()))
 
     def prompts(self, split: Split, count: int) -> tuple[str, ...]:
-        """Return `count` prompts on topics of one split."""
+        """Return `count` prompts on the topics of one split, e.g. held-out."""
         return tuple(prompts(split, count, self.seed))
 
     def settings(self) -> dict[str, object]:
-        """Return the settings that a resumed run must share with the interrupted run."""
+        """Return the settings that a resumed run must have in common with the interrupted run."""
         return {
             "seed": self.seed,
             "basis": self.basis,
@@ -94,7 +94,7 @@ class Study:
 
 
 class TrainingBar:
-    """Shows the training of several experts as one bar of optimizer steps."""
+    """Shows the training of several experts as one bar that counts optimizer steps."""
 
     def __init__(self, bar: Bar, num_experts: int) -> None:
         self._bar = bar
@@ -103,11 +103,11 @@ class TrainingBar:
         self._steps: dict[str, int] = {}
 
     def begin(self, side: str, *, step: int, num_steps: int) -> None:
-        """Count the steps of an interrupted training."""
+        """Store the number of finished steps and of all steps of one expert's training."""
         self._done[side], self._steps[side] = step, num_steps
 
     def advance(self, side: str, report: StepReport) -> None:
-        """Show one step. The total assumes that experts not yet begun have the mean number of steps."""
+        """Show one step. The total assumes the mean number of steps for experts whose training has not begun."""
         self._done[side] = report.step
         self._bar.update(
             sum(self._done.values()),
@@ -119,7 +119,7 @@ class TrainingBar:
         )
 
     def note(self, side: str, text: str) -> None:
-        """Ignore notes on the pairs, which the study makes itself."""
+        """Ignore notes on the pairs, because the study makes the pairs itself."""
 
     def end(self, side: str) -> None:
         """Ignore the end of a training."""

@@ -1,6 +1,6 @@
-"""Sweeps: how answers change while the weight moves from one side's expert to another's.
+"""Measure how answers change while the weight moves from one side's expert to another side's expert.
 
-All steps of a prompt are rows of one batch; nothing is merged.
+All steps of a prompt are rows of one batch, and nothing is merged.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Sweep:
     Attributes:
         low: the expert at share 0.
         high: the expert at share 1.
-        num_steps: number of steps, both ends included.
-        scale: sum of the two weights.
+        num_steps: the number of steps, including both ends.
+        scale: the sum of the two weights.
     """
 
     low: str
@@ -42,11 +42,11 @@ class Sweep:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """The share w of the `high` expert at each step."""
+        """The share of the `high` expert in the sum of the weights, for each step."""
         return tuple(step / (self.num_steps - 1) for step in range(self.num_steps))
 
     def profile(self, share: float) -> Profile:
-        """Return the profile at one share."""
+        """Return the profile in which the `high` expert has the given share of the weight."""
         weights = {self.low: self.scale * (1 - share), self.high: self.scale * share}
         return Profile(user=f"w = {share:g}", weights=weights, allow_opposed=True)
 
@@ -61,16 +61,16 @@ def answer_sweep(
     on_done: Callable[[int], None] = lambda _: None,
     **sampling: Any,
 ) -> None:
-    """Answer every prompt at every step and by the base alone, and append a line for each prompt to `kept`.
+    """Answer every prompt with the base alone and at every step, and append a line for each prompt to `kept`.
 
-    All steps of one prompt sample with the same random numbers.
+    All answers to one prompt are sampled with the same random numbers.
 
     Args:
-        model: holds both experts.
+        model: a model with both experts.
         sweep: the sweep.
-        prompts: the prompts; those that `kept` already holds are skipped.
+        prompts: the prompts. Prompts whose answers `kept` already holds are skipped.
         kept: the file of the answers.
-        batch_size: rows of a batch; a batch holds all rows of one prompt at least.
+        batch_size: the maximum number of rows in a batch. A batch always holds all rows of at least one prompt.
         on_done: called after each batch with the number of answered prompts.
         sampling: max_new_tokens, temperature and seed, as for SoupModel.generate.
     """
@@ -103,16 +103,16 @@ def score_sweep(
     *,
     scorers: Mapping[str, Scorer] | None = None,
 ) -> dict[str, Any]:
-    """Return the score of the answers at each step, with 95% intervals (bootstrap over prompts).
+    """Return the mean score of the answers at each step, with 95% intervals from a bootstrap over prompts.
 
-    An invalid answer (ill-formed or off topic) scores 0; `valid` is the share of valid answers at each step.
+    An invalid answer, which is ill-formed or off topic, scores 0. `valid` is the share of valid answers at each step.
 
     Args:
-        answers: the file that answer_sweep wrote.
+        answers: the file that `answer_sweep` has written.
         sweep: the sweep.
-        catalogue: declares the scorer of `side`; None counts words.
-        side: the side to score towards, that of the `high` expert.
-        scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
+        catalogue: declares the scorer of `side`. With None, the score is the number of words.
+        side: the side towards which answers are scored: the side of the `high` expert.
+        scorers: functions that replace the catalogue's scorers, by the name of their side or dimension.
     """
     lines = read_lines(answers)
     prompts = [line["prompt"] for line in lines]
@@ -142,7 +142,7 @@ def score_sweep(
 
 
 def draw_sweep(results: Mapping[str, Any], path: Path) -> Path:
-    """Write the picture of the results of score_sweep, and return its path.
+    """Draw the results of `score_sweep` as a PNG file, and return its path.
 
     Raises:
         UsageError: if matplotlib is missing.
@@ -166,7 +166,7 @@ def draw_sweep(results: Mapping[str, Any], path: Path) -> Path:
 
 
 def _round_up(value: float) -> float:
-    """Return a round number at or above a count of words, for the end of an axis."""
+    """Return a round number at or above `value`, for the end of an axis that counts words."""
     step = 10
     while value > 10 * step:
         step *= 10

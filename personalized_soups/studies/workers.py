@@ -1,4 +1,4 @@
-"""Answer many prompts with many models, in worker processes."""
+"""Answer many prompts with many models in worker processes."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from personalized_soups.merging.writing.adapter import merge
 
 @dataclass(frozen=True, slots=True)
 class AnswerJob:
-    """Prompts for one model to answer.
+    """The prompts that one model has to answer.
 
     Args:
         name: the job's name, unique within its stage.
-        base: the base model.
-        soup: None for the base alone, the folder of a merged adapter, or a profile to merge (with `experts`).
-        experts: the library's folder.
+        base: the base model's folder.
+        soup: the folder of a merged adapter, or a profile for merging experts. None answers with the base alone.
+        experts: the folder of the experts that a profile names.
         prompts: the prompts to answer.
-        temperature, max_new_tokens, seed: the sampling.
+        temperature, max_new_tokens, seed: as for `Generator.answers`.
         device: the device to compute on.
     """
 
@@ -46,7 +46,10 @@ Workers: TypeAlias = ProcessPool[AnswerJob, list[str]]
 
 
 def start_workers(count: int) -> AbstractContextManager[Workers]:
-    """Return a pool of `count` worker processes, which share the machine's cores evenly; the block's end stops them."""
+    """Return a pool of `count` worker processes as a context manager, whose end stops them.
+
+    The workers share the machine's cores evenly.
+    """
     return start_processes(_answer, count, num_threads=max(1, (os.cpu_count() or 1) // count))
 
 

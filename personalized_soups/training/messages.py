@@ -123,8 +123,8 @@ def _content(content: object, field: str, where: str) -> str | None:
             raise InputError(
                 f"`{field}` has a content part that is not text: {json.dumps(part)[:80]}",
                 where=where,
-                mend='write each part as {"type": "text", "text": "..."}, or remove the line, because experts are trained '
-                "on text only",
+                mend='write each part as {"type": "text", "text": "..."}, or remove the line: experts are trained on '
+                "text only",
             )
         texts.append(part["text"])
     return "".join(texts)

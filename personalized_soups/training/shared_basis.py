@@ -1,8 +1,8 @@
-"""Draw the shared basis: one frozen A for all experts. With it, a merge is exact at the rank of one expert.
+"""Draw the shared basis: one frozen A for all experts, which makes a merge exact at the rank of one expert.
 
-A module's A depends only on the seed, the module's name and its shape. So
-experts with the same seed and rank have the same A, whichever other modules they adapt. The random bits come from
-Philox and are converted to floats here, so they are equal on every machine and with every version of torch and NumPy.
+A module's A depends only on the seed, the module's name and its shape. So experts with the same seed and rank have the
+same A, whichever other modules they adapt. The random bits come from Philox and are converted to floats here, so the
+values are equal on every machine and with every version of torch and NumPy.
 
 Shapes: R = rank, I = in_features.
 """

@@ -177,7 +177,7 @@ def test_what_was_said_and_the_template_does_not_render_is_refused_by_name(
     mentioned = "{# no tool_calls, no message.reasoning: 'thinking' #}"
     tokenizer = _tokenizer(small_base)
     tokenizer.chat_template = mentioned + str(tokenizer.chat_template) + "{% if false %}some reasoning{% endif %}"
-    with pytest.raises(InputError, match=f"'{key}'.*does not render.*lose it") as caught:
+    with pytest.raises(InputError, match=f"'{key}'.*does not render.*lose this content") as caught:
         _encoded(tmp_path, [_chat("a"), row], tokenizer)
     assert caught.value.where == f"{tmp_path / 'pairs.jsonl'}:2"
     assert key in caught.value.mend

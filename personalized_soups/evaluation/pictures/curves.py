@@ -1,4 +1,4 @@
-"""Curves of sweeps: a score against the weight of one side's expert."""
+"""Draw the curves of sweeps: a score against the weight of one side's expert."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ _MOST_MARKERS = 25  # more markers would overlap
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """One sweep: the scores while the weight w moves from one side's expert to another's.
+    """One sweep: the scores while the weight w moves from one side's expert to another side's expert.
 
     Attributes:
         low: the side whose expert has the weight 1 - w.
         high: the side whose expert has the weight w.
         score: the name of the score.
-        points: (w, score), by rising w.
+        points: pairs (w, score), sorted by w.
         base: the score of the base alone.
-        intervals: the 95% interval of each point, or none.
-        top: the end of the score's axis, which begins at 0.
-        title: a title above the panel.
-        note: a subtitle of a picture of one panel.
+        intervals: the 95% interval of each point's score. It may be empty.
+        top: the upper end of the score's axis, which begins at 0.
+        title: the title above the panel.
+        note: the subtitle of a picture with a single panel.
     """
 
     low: str
@@ -46,18 +46,18 @@ class Curve:
 
 
 def draw_sweeps(results: Results, path: Path) -> Path:
-    """Write a PNG: a panel for each dimension, with its score against the weight of one side's expert.
+    """Write a PNG file with a panel for each dimension: its score against the weight of one side's expert.
 
     Raises:
         UsageError: if matplotlib is missing.
-        ValueError: if there are no sweeps.
+        ValueError: if the results have no sweeps.
     """
     with own_settings():
         return write_png(sweeps_figure(results), path)
 
 
 def draw_curve(curve: Curve, path: Path) -> Path:
-    """Write a PNG of one panel: a score against the weight of one side's expert.
+    """Write a PNG file with one panel: a score against the weight of one side's expert.
 
     Raises:
         UsageError: if matplotlib is missing.
@@ -67,7 +67,7 @@ def draw_curve(curve: Curve, path: Path) -> Path:
 
 
 def curve_figure(curve: Curve) -> Figure:
-    """Return the figure of `draw_curve`."""
+    """Return the figure that `draw_curve` writes."""
     from matplotlib.figure import Figure
 
     width, panel, top, foot = WIDTH * 0.62, 2.9, 1.2, 0.6  # inches
@@ -79,7 +79,11 @@ def curve_figure(curve: Curve) -> Figure:
 
 
 def sweeps_figure(results: Results) -> Figure:
-    """Return the figure of `draw_sweeps`, with the same arguments and errors."""
+    """Return the figure that `draw_sweeps` writes.
+
+    Raises:
+        ValueError: if the results have no sweeps.
+    """
     from matplotlib.figure import Figure
 
     dimensions = list(results["sweeps"])
@@ -87,7 +91,7 @@ def sweeps_figure(results: Results) -> Figure:
         raise ValueError("the results have no sweeps to draw")
     per_line = min(3, len(dimensions))
     lines = ceil(len(dimensions) / per_line)
-    # inches; the head above a panel has its title, the foot below it the names of its ends
+    # In inches. The head above a panel has its title, and the foot below the panel has the names of its ends.
     panel, top, head, foot = 2.35, 0.9, 0.55, 0.72
     height = top + lines * (head + panel + foot)
     figure = Figure(figsize=(WIDTH, height))
@@ -140,7 +144,7 @@ def _draw_panel(axes: Axes, curve: Curve) -> None:
         lower, upper = zip(*curve.intervals, strict=True)
         axes.fill_between(weights, lower, upper, color=LINE, alpha=0.16, linewidth=0)
     marker = "o" if len(scores) <= _MOST_MARKERS else None
-    # in front of the axis, which would hide the lower half of points at 0
+    # Draw in front of the axis, which would hide the lower half of points at 0.
     axes.plot(weights, scores, color=LINE, linewidth=2, marker=marker, markersize=4, clip_on=False, zorder=3)
     axes.text(0, 1.13, curve.title, transform=axes.transAxes, fontsize=11, weight="bold", va="baseline")
     axes.text(0, 1.045, curve.score, transform=axes.transAxes, fontsize=9.5, color=QUIET, va="baseline")
@@ -149,7 +153,7 @@ def _draw_panel(axes: Axes, curve: Curve) -> None:
 
 
 def _draw_base_label(axes: Axes, curve: Curve, scores: Sequence[float]) -> None:
-    """Label the base's line at the end where the curve is farther from it, and on the side away from the curve."""
+    """Label the base's line at the end that is farther from the curve, and on the side away from the curve."""
     base = curve.base
     at_left = abs(scores[0] - base) > abs(scores[-1] - base)
     above = (scores[0] if at_left else scores[-1]) < base

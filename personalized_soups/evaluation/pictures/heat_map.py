@@ -1,4 +1,4 @@
-"""The heat map of an evaluation: the scores of every combination of sides under the base and each method."""
+"""Draw the heat map of an evaluation: the scores of the base and of each method for every combination of sides."""
 
 from __future__ import annotations
 
@@ -13,23 +13,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# One hue from almost white to dark: lightness alone gives the order, for every kind of colour vision.
+# One hue from almost white to dark. Lightness alone gives the order, so every kind of color vision can read the map.
 SHADES = ["#f4f8fa", "#cfe3ea", "#93c2d1", "#4f9ab1", "#1f6f8b", "#12475c"]
 
 
 def draw_combinations(results: Results, path: Path) -> Path:
-    """Write a PNG: a row for each combination; the joint scores of the base and each method, three scores of the best.
+    """Write a PNG file with a row for each combination of sides.
+
+    The columns are the joint scores of the base and of each method, and three more scores of the best method.
 
     Raises:
         UsageError: if matplotlib is missing.
-        ValueError: if the results lack a row of a combination under a method.
+        ValueError: if the results lack the scores of a combination with a method.
     """
     with own_settings():
         return write_png(combinations_figure(results), path)
 
 
 def combinations_figure(results: Results) -> Figure:
-    """Return the figure of `draw_combinations`, with the same arguments and errors."""
+    """Return the figure that `draw_combinations` writes.
+
+    Raises:
+        ValueError: if the results lack the scores of a combination with a method.
+    """
     from matplotlib.figure import Figure
 
     rows = combinations_of(results)
@@ -77,7 +83,7 @@ class _Column(NamedTuple):
 
 
 def _columns(results: Results) -> list[_Column]:
-    """Return the joint scores of the base and of each method, then three scores of the best method."""
+    """Return the columns: joint scores of the base and of each method, then three scores of the best method."""
     rows, best = combinations_of(results), results["best_method"]
     chosen = [row_of(results, sides, best) for sides in rows]
     columns = [_Column("base", "alone", "", [row["base_joint"] for row in chosen])]
@@ -106,7 +112,7 @@ def _draw_cell(axes: Axes, x: float, y: float, value: float, **text: Any) -> Non
 
     shade = LinearSegmentedColormap.from_list("shades", SHADES)(min(max(value, 0.0), 1.0))
     axes.add_patch(Rectangle((x, y), 1, 1, facecolor=shade, edgecolor="white", linewidth=2))
-    # Rec. 709 luma; at 0.5 ink and white have about the same contrast on these shades
+    # The luma of Rec. 709. At 0.5, ink and white have about the same contrast on these shades.
     is_dark = 0.2126 * shade[0] + 0.7152 * shade[1] + 0.0722 * shade[2] < 0.5
     colour = "white" if is_dark else INK
     axes.text(x + 0.5, y + 0.52, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=10.5, **text)
@@ -119,7 +125,7 @@ def _draw_groups(axes: Axes, groups: list[tuple[str, float, float]]) -> None:
 
 
 def _draw_names(axes: Axes, rows: list[tuple[str, ...]]) -> None:
-    """Write the sides of each combination left of its cells, one column for each dimension."""
+    """Write the sides of each combination to the left of its cells, in one column for each dimension."""
     lengths = [max(len(sides[at]) for sides in rows) + 2.5 for at in range(len(rows[0]))]
     size = min(10.0, 390 / sum(lengths))  # 39 letters fit at 10 points
     at_height = axes.get_yaxis_transform()

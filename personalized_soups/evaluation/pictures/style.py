@@ -1,6 +1,6 @@
-"""The look of all pictures: width, colours, title, matplotlib's defaults, PNG files.
+"""Define the look of all pictures, and write figures as PNG files.
 
-The same results give the same picture with the same version of matplotlib, on any machine and with any user settings.
+With the same version of matplotlib, the same results give the same picture on any machine and with any user settings.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from personalized_soups.errors import check_extra
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH = 9.0  # inches; shown 900 pixels wide, text of 10 points is 14 pixels high
+WIDTH = 9.0  # in inches; at 900 pixels, text of 10 points is 14 pixels high
 DPI = 200
 
 INK, QUIET, FAINT = "#22303c", "#6b7885", "#d5dbe1"
@@ -24,7 +24,7 @@ LINE = "#1f6f8b"
 
 @contextmanager
 def own_settings() -> Iterator[None]:
-    """Draw with matplotlib's defaults within the block, instead of the user's settings.
+    """Draw with matplotlib's defaults instead of the user's settings while the block runs.
 
     Raises:
         UsageError: if matplotlib is missing.
@@ -39,7 +39,7 @@ def own_settings() -> Iterator[None]:
 
 
 def write_png(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG, without metadata on the machine, and return the path."""
+    """Write a figure as a PNG file without metadata, and return the path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
