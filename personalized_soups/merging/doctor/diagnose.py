@@ -1,4 +1,4 @@
-"""`diagnose`: check experts before merging them. Reports every error that prevents a merge, and what may surprise."""
+"""`diagnose` checks experts before a merge. It reports every error that prevents the merge, and likely surprises."""
 
 from __future__ import annotations
 
@@ -45,16 +45,19 @@ def diagnose(
 ) -> Diagnosis:
     """Check experts against each other and against their base, and measure the angles between their deltas.
 
-    Returns all errors, not only the first, and writes nothing. DoRA's magnitudes and tensors that are trained whole are
-    checked but not measured. Memory: one module of all experts at a time.
+    The result contains all errors, not only the first. No file is written. The magnitudes of DoRA and the tensors that
+    an expert trained whole are checked, but not measured. One module of all experts is in memory at a time.
 
     Args:
         experts: a library, or experts of different names.
-        base: the base model: a folder, or a hub id in the local cache. None skips the checks against the base.
-        profile: weights of some of the experts, to check the soup as well.
-        same_base: accept experts that name different bases, or bases with different fingerprints.
-        num_rows: count opposite signs in this many rows of each module, or in all rows of a module with fewer.
-        progress: called with the number of modules read and their total number.
+        base: the base model: a folder, or a hub id in the local cache. If it is None, the experts are not checked
+            against their base.
+        profile: the weights of some of the experts. If it is given, their soup is checked too.
+        same_base: whether to accept experts that name different bases, or a base whose fingerprint differs from theirs.
+        num_rows: the number of rows of each module in which opposite signs are counted. In a module with fewer rows,
+            all rows are used.
+        progress: a function that is called with the number of modules that have been read and the number of all
+            modules.
 
     Raises:
         DeclarationError: if the profile names an unknown expert.
@@ -75,7 +78,7 @@ def diagnose(
 
 @dataclass(eq=False, slots=True)
 class _Examination:
-    """Collects the findings about one library."""
+    """The checks of one library. `run` collects their findings and returns the diagnosis."""
 
     library: ExpertLibrary
     profile: Profile | None
@@ -121,7 +124,7 @@ class _Examination:
                 yield expert
 
     def _check_base(self, experts: Sequence[Expert]) -> None:
-        """Check each expert separately, so that an error of one expert does not hide another's."""
+        """Check each expert separately, so that an error of one expert does not hide the errors of another."""
         if self.model is None:
             return
         for expert in experts:
@@ -189,12 +192,12 @@ def _as_library(experts: Sequence[Expert]) -> ExpertLibrary:
 
 
 def _duplicates(bank: ExpertBank, measures: Measures) -> Iterator[tuple[int, int]]:
-    """Yield pairs of experts whose weight files are equal, byte for byte."""
+    """Yield each pair of experts whose weight files are equal byte for byte."""
     digests: dict[int, tuple[str, ...]] = {}
     for first, second in combinations(range(len(bank.experts)), 2):
         sizes = {bank.experts[index].adapter.num_bytes for index in (first, second)}
         cosine = measures.cosine(first, second)
-        # hashing is slow, so it is left to candidates; the cosine is None if an expert is zero or not finite
+        # Hashing is slow, so only likely duplicates are hashed. The cosine is None if an expert is zero or not finite.
         if len(sizes) > 1 or (cosine is not None and cosine < 1 - 1e-6):
             continue
         for index in (first, second):

@@ -1,4 +1,4 @@
-"""The doctor's results: findings about experts, and the measurements behind them."""
+"""The results of the doctor: its findings about experts, and the measurements that the findings come from."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One finding about experts.
+    """A finding about experts.
 
     Attributes:
-        severity: `error` if the experts cannot be merged, `warning` if the soup may surprise, `note` if neither.
-        kind: a stable name of the rule, for programs.
-        what: the finding, in one sentence with the values.
-        where: the experts, tensors or files.
-        mend: what to do about it.
+        severity: `error` if the experts cannot be merged, `warning` if the soup may not behave as expected, `note`
+            otherwise.
+        kind: the name of the rule. Names do not change, so programs can compare them.
+        what: one sentence that describes the finding with the measured values.
+        where: the experts, tensors or files that the finding is about.
+        mend: the action to take.
     """
 
     severity: Severity
@@ -30,19 +31,21 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class ExpertFacts:
-    """An expert whose files are sound.
+    """Facts about an expert whose files are valid.
 
     Attributes:
         name: the expert's name.
         folder: the expert's folder.
-        dimension: the preference dimension of the expert's side; None if unknown.
-        rank: the rank of its modules, or the lowest and the highest: `4`, `2 to 8`.
-        scaling: the scaling of its modules, or the lowest and the highest.
-        num_modules: the number of modules that it adapts.
-        dtype: the dtypes of its tensors, as its file names them.
-        norm: the Frobenius norm of its low-rank deltas, all modules as one vector; None if it holds NaN or infinity.
-        relative: `norm` divided by the norm of the base's tensors that it changes; None without a base.
-        weight: the profile's weight; None without a profile.
+        dimension: the preference dimension of the expert's side. None if it is unknown.
+        rank: the rank of the expert's modules, such as `4`. If the ranks differ, the lowest and the highest, such as
+            `2 to 8`.
+        scaling: the scaling of the expert's modules. If the scalings differ, the lowest and the highest.
+        num_modules: the number of modules that the expert adapts.
+        dtype: the dtypes of the expert's tensors, as named in the adapter file.
+        norm: the Frobenius norm of the expert's low-rank deltas, with all modules as one vector. None if the expert
+            contains NaN or infinity.
+        relative: `norm` divided by the norm of the base tensors that the expert changes. None without a base.
+        weight: the expert's weight in the profile. None without a profile.
     """
 
     name: str
@@ -59,15 +62,18 @@ class ExpertFacts:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Measurements of two experts' low-rank deltas. A number is None if the experts share no module or a delta is 0.
+    """Measurements of the low-rank deltas of two experts.
+
+    A measurement is None if the experts have no module in common, or if one of the deltas is 0.
 
     Attributes:
         one: the first expert's name.
         other: the second expert's name.
-        cosine: the cosine of the angle between their deltas, all modules as one vector.
-        inputs: the mean squared cosine of the principal angles between the row spaces of their A's.
-        outputs: the mean squared cosine of the principal angles between the column spaces of their B's.
-        opposed: the share of energy (squared norm) in entries where their signs differ, the mean of both experts'.
+        cosine: the cosine of the angle between the two deltas, with all modules as one vector.
+        inputs: the mean squared cosine of the principal angles between the row spaces of the A's.
+        outputs: the mean squared cosine of the principal angles between the column spaces of the B's.
+        opposed: the share of the squared norm that is in entries where the signs of the deltas differ. It is the mean
+            of the two experts' shares.
     """
 
     one: str
@@ -80,12 +86,14 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Pile:
-    """The Frobenius norm of a profile's weighted sum of deltas, with two values to compare it with.
+    """The Frobenius norm of a profile's weighted sum of deltas, and two norms to compare it with.
+
+    In the formulas, w is an expert's weight and d is its delta.
 
     Attributes:
-        norm: `|sum w d|`.
-        orthogonal: `sqrt(sum |w d|^2)`, the norm if the experts were orthogonal.
-        most: `sum |w d|`, the norm if all weighted experts had one direction.
+        norm: `|sum w d|`, the norm of the weighted sum.
+        orthogonal: `sqrt(sum |w d|^2)`, the norm that the weighted sum would have if the experts were orthogonal.
+        most: `sum |w d|`, the norm that the weighted sum would have if all weighted experts had the same direction.
     """
 
     norm: float
@@ -99,13 +107,15 @@ class Diagnosis:
 
     Attributes:
         findings: all findings, errors first.
-        experts: facts about each expert whose files are sound.
-        pairs: measurements of each pair of those experts.
-        rows_looked_at: in words, the rows in which opposite signs were counted.
-        shares_basis: whether all experts have the same A in every module; None if they do not fit together.
-        rank: the rank of their exact soup as an adapter; None if they do not fit together.
-        vllm_max_lora_rank: the smallest --max-lora-rank with which vLLM loads that adapter; None if there is none.
-        pile: the norms of the profile's weighted sum; None without a profile, or if an expert could not be measured.
+        experts: facts about each expert whose files are valid.
+        pairs: the measurements of each pair of these experts.
+        rows_looked_at: a description of the rows in which opposite signs were counted.
+        shares_basis: whether the experts have the same A in every module. None if they cannot be merged with each
+            other.
+        rank: the rank of the adapter file of the experts' exact soup. None if they cannot be merged with each other.
+        vllm_max_lora_rank: the smallest value of --max-lora-rank with which vLLM loads that adapter. None if there is
+            no such value.
+        pile: the norms of the profile's weighted sum. None without a profile, or if an expert could not be measured.
     """
 
     findings: tuple[Finding, ...]
@@ -119,11 +129,11 @@ class Diagnosis:
 
     @property
     def has_errors(self) -> bool:
-        """Whether an error prevents a merge of these experts."""
+        """Whether a finding is an error, so that the experts cannot be merged."""
         return any(finding.severity == "error" for finding in self.findings)
 
     def of_kind(self, kind: str) -> tuple[Finding, ...]:
-        """Return the findings of one kind."""
+        """Return the findings of the rule named `kind`."""
         return tuple(finding for finding in self.findings if finding.kind == kind)
 
     def as_json(self) -> Mapping[str, Any]:

@@ -1,4 +1,4 @@
-"""Experts with their measurements, which the doctor's rules read."""
+"""The experts and their measurements, from which the doctor's rules derive findings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from personalized_soups.merging.doctor.measures import Measures
 
 @dataclass(frozen=True, eq=False, slots=True)
 class MeasuredExperts:
-    """Experts whose files are sound, and their measurements. An expert's number is its position in the bank.
+    """The experts whose files are valid, and their measurements.
+
+    An expert is identified by its position in the bank.
 
     Attributes:
         bank: the experts.
-        measures: the measurements of their tensors.
-        weights: the profile's weight of each expert; None without a profile.
-        dimensions: the preference dimension of each expert that has one, by the expert's name.
-        base_norms: the Frobenius norm of each tensor of the base that the experts change, by the tensor's name; None
-            without a base.
-        duplicates: pairs of experts whose weight files are equal byte for byte, the lower number first.
+        measures: the measurements of the experts' tensors.
+        weights: the weight of each expert in the profile. None without a profile.
+        dimensions: the preference dimension of each expert that has a dimension, by the expert's name.
+        base_norms: the Frobenius norm of each base tensor that the experts change, by the tensor's name. None without a
+            base.
+        duplicates: the pairs of experts whose weight files are equal byte for byte, with the lower position first.
     """
 
     bank: ExpertBank
@@ -34,23 +36,26 @@ class MeasuredExperts:
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """The experts that take part in the soup: those with a weight other than 0; all experts without a profile."""
+        """The experts in the soup: those with a weight other than 0. Without a profile, all experts."""
         every = range(len(self.bank.experts))
         return tuple(every) if self.weights is None else tuple(index for index in every if self.weights[index] != 0)
 
     @property
     def measured(self) -> tuple[int, ...]:
-        """The experts that take part and hold neither NaN nor infinity."""
+        """The experts in the soup that contain neither NaN nor infinity."""
         return tuple(index for index in self.chosen if index not in self.measures.faults)
 
     @property
     def shares_basis(self) -> bool:
-        """Whether all experts that take part have the same A in each module."""
+        """Whether all experts in the soup have the same A in each module."""
         return ExpertBank([self.bank.experts[index] for index in self.chosen]).shares_basis
 
     @property
     def pile(self) -> Pile | None:
-        """The norms of the profile's weighted sum; None without a profile, or if an expert could not be measured."""
+        """The norms of the profile's weighted sum.
+
+        None without a profile, if all weights are 0, or if an expert in the soup contains NaN or infinity.
+        """
         if self.weights is None or len(self.measured) < max(len(self.chosen), 1):
             return None
         weights = [self.weights[index] for index in self.measured]
@@ -65,16 +70,20 @@ class MeasuredExperts:
         return Pile(math.sqrt(max(square, 0.0)), math.hypot(*parts), math.fsum(parts))
 
     def name(self, index: int) -> str:
-        """Return an expert's name."""
+        """Return the name of the expert at a position."""
         return self.bank.experts[index].name
 
     def part(self, index: int) -> float:
-        """Return the norm of an expert's term in the soup: `|w d|`, or `|d|` without a profile."""
+        """Return the norm `|w d|` of an expert's weighted delta. Without a profile, the weight w is 1."""
         weight = 1.0 if self.weights is None else abs(self.weights[index])
         return weight * self.measures.norm(index)
 
     def relative(self, index: int) -> float | None:
-        """Return `|d| / |W|` over the tensors that an expert changes; None without a base that has all of them."""
+        """Return the norm of an expert's delta divided by the norm of the base tensors that the expert changes.
+
+        Return None without a base, if the base lacks one of these tensors, or if the norms are not usable (0, NaN or
+        infinite).
+        """
         if self.base_norms is None or index in self.measures.faults:
             return None
         names = {module.base_name for module in self.bank.experts[index].adapter.modules.values()}
@@ -84,6 +93,9 @@ class MeasuredExperts:
         return self.measures.norm(index) / whole if 0 < whole < math.inf else None
 
     def are_of_one_dimension(self, first: int, second: int) -> bool:
-        """Return whether two experts are sides of one dimension. A profile does not weigh both."""
+        """Return whether two experts are sides of the same dimension.
+
+        A profile usually gives a weight to only one of two such experts.
+        """
         dimension = self.dimensions.get(self.name(first))
         return dimension is not None and dimension == self.dimensions.get(self.name(second))

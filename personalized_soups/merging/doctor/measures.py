@@ -1,6 +1,6 @@
-"""Measurements of experts' tensors: norms, angles, overlaps and signs, read module by module.
+"""Measurements of experts' tensors: norms, angles, overlaps and signs. They are computed module by module.
 
-E experts, O out features, I in features, N sampled rows.
+Shapes: E = number of experts, O = out_features, I = in_features, N = number of sampled rows.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from personalized_soups.methods.streams import Stream
 
 @dataclass(eq=False, slots=True)
 class Measures:
-    """Sums over the modules that two experts both adapt in the same shape, `[E, E]` in float64 on the CPU.
+    """Measurements of every pair of experts, summed over the modules that both experts adapt in the same shape.
+
+    All matrices are float64 `[E, E]` on the CPU.
 
     Attributes:
         products: the inner products of the deltas.
-        faults: errors about NaN or infinity, by the expert's position in the bank.
+        faults: the errors about NaN or infinity, by the expert's position in the bank.
     """
 
     products: Tensor
@@ -40,12 +42,16 @@ class Measures:
 
     @classmethod
     def of(cls, bank: ExpertBank, num_rows: int, progress: Callable[[int, int], None] | None = None) -> Measures:
-        """Read every module of every expert once. Memory: one module of all experts, and `num_rows` dense rows of it.
+        """Measure the experts. Each module of each expert is read once.
+
+        One module of all experts and `num_rows` dense rows of that module are in memory at a time.
 
         Args:
             bank: the experts. Modules of different shapes are not compared.
-            num_rows: signs are counted in this many sampled rows of a module, or in all rows of a module with fewer.
-            progress: called with the number of modules read and their total number.
+            num_rows: the number of sampled rows of each module in which signs are counted. In a module with fewer rows,
+                all rows are used.
+            progress: a function that is called with the number of modules that have been read and the number of all
+                modules.
         """
         count = len(bank.experts)
         zeros = [torch.zeros(count, count, dtype=torch.float64) for _ in range(3)]
@@ -63,24 +69,27 @@ class Measures:
         return measures
 
     def norm(self, expert: int) -> float:
-        """Return the Frobenius norm of an expert's deltas, all modules as one vector."""
+        """Return the Frobenius norm of an expert's deltas, with all modules as one vector."""
         return math.sqrt(float(self.products[expert, expert]))
 
     def cosine(self, first: int, second: int) -> float | None:
-        """Return the cosine of the angle between two experts' deltas; None if a delta is 0."""
+        """Return the cosine of the angle between the deltas of two experts, or None if a delta is 0."""
         norms = self.norm(first) * self.norm(second)
         return max(-1.0, min(1.0, float(self.products[first, second]) / norms)) if norms > 0 else None
 
     def inputs(self, first: int, second: int) -> float | None:
-        """Return the mean overlap of the row spaces of their A's."""
+        """Return the mean overlap of the row spaces of two experts' A's, or None if no overlap is defined."""
         return self._inputs.of(first, second)
 
     def outputs(self, first: int, second: int) -> float | None:
-        """Return the mean overlap of the column spaces of their B's."""
+        """Return the mean overlap of the column spaces of two experts' B's, or None if no overlap is defined."""
         return self._outputs.of(first, second)
 
     def opposed(self, first: int, second: int) -> float | None:
-        """Return the share of energy in entries where their signs differ, the mean of both experts' shares."""
+        """Return the share of the squared norm that is in entries where the signs of two experts differ.
+
+        The share is the mean of the two experts' shares. Return None if a delta is 0.
+        """
         energies = self._energies[first, second], self._energies[second, first]
         if not all(float(energy) > 0 for energy in energies):
             return None
@@ -109,14 +118,14 @@ class Measures:
         self._inputs.add(at, row_overlaps([part.a_RI for part in factors]))
         self._outputs.add(at, row_overlaps([part.b_OR.T for part in factors]))
         opposed_EE, energy_E = opposed_energies(factors, rows_N)
-        # extrapolates from the sampled rows to all rows, so that every module counts by its size
+        # scale from the sampled rows to all rows, so that each module counts in proportion to its size
         scale = factors[0].b_OR.shape[0] / len(rows_N)
         self._opposed[at] += opposed_EE * scale
         self._energies[at] += energy_E[:, None].expand_as(opposed_EE) * scale
 
 
 class _Mean:
-    """The mean over modules of values that may be missing (NaN) in some modules."""
+    """The mean over modules of a value per pair of experts. A value may be missing (NaN) in some modules."""
 
     def __init__(self, count: int) -> None:
         self._sums = torch.zeros(count, count, dtype=torch.float64)
@@ -132,14 +141,20 @@ class _Mean:
 
 
 def sampled_rows(module: str, out_features: int, num_rows: int) -> Tensor:
-    """Return the rows of a module in which to count signs, ascending: all, or a random sample with a fixed seed."""
+    """Return the rows of a module in which signs are counted, in ascending order.
+
+    If the module has more than `num_rows` rows, the rows are a random sample with a fixed seed.
+    """
     if out_features <= num_rows:
         return torch.arange(out_features)
     return Stream.of(0, module, "sampled rows").uniform((out_features,)).argsort(stable=True)[:num_rows].sort().values
 
 
 def base_norms(model: BaseModel, names: Iterable[str]) -> Mapping[str, float]:
-    """Return the Frobenius norms of tensors of a base, by name. Tensors that the base does not have are left out."""
+    """Return the Frobenius norm of each of the named base tensors, by the tensor's name.
+
+    Tensors that the base does not have are left out.
+    """
     norms = {}
     for name in names:
         stored = model.find(name)

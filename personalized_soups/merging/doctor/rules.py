@@ -1,6 +1,6 @@
-"""The doctor's rules: findings about experts that can be merged, from their measurements and headers.
+"""The doctor's rules. They derive findings about valid experts from measurements and file headers.
 
-A warning is about a soup that may surprise. A note explains a property of the merge, and needs no action.
+A warning says that the soup may not behave as expected. A note explains a property of the merge and needs no action.
 """
 
 from __future__ import annotations
@@ -14,24 +14,26 @@ from personalized_soups.adapters.library import Expert
 from personalized_soups.merging.doctor.diagnosis import Finding
 from personalized_soups.merging.doctor.measured_experts import MeasuredExperts
 
-# An expert dominates if its norm is at least this many times the median norm of the others.
+# An expert dominates the soup if its norm is at least this many times the median norm of the other experts.
 DOMINANT = 4.0
-# A change of this share of the base's norm or more is larger than any fine-tuning known to leave a model usable.
+# If the norm of a delta is at least this share of the base's norm, the change is larger than that of any fine-tuning
+# that is known to leave a model usable.
 LARGE = 0.5
-# Two experts have one direction if the magnitude of their cosine is above this.
+# Two experts have the same direction if the magnitude of their cosine is above this value.
 ALIGNED = 0.9
-# Two experts act on the same features if their input spaces and their output spaces both overlap at least this much.
+# Two experts use the same features if the overlaps of their input spaces and of their output spaces are at least this.
 OVERLAPPING = 0.5
-# Two experts oppose each other if their signs differ in this share of their energy; 0.5 is chance.
+# Two experts oppose each other if their signs differ in at least this share of their squared norm. Chance gives 0.5.
 OPPOSED = 0.6
-# Bounds of `|sum w d|` relative to its value for orthogonal experts. Two equal experts reach 1.41.
+# Below the first bound, the weighted experts cancel. Above the second, they add up. The bounds apply to `|sum w d|`
+# divided by its value for orthogonal experts. For two equal experts, this ratio is 1.41.
 CANCELS, PILES_UP = 0.5, 1.25
 
 _MAX_SHOWN = 8
 
 
 def rule_findings(experts: MeasuredExperts) -> list[Finding]:
-    """Return the findings of all rules: warnings about the soup of these experts, and notes that explain the merge."""
+    """Return the findings of all rules: errors and warnings about the soup, and notes that explain the merge."""
     if not experts.chosen:
         return []
     rules: tuple[Callable[[MeasuredExperts], Iterator[Finding]], ...] = (
@@ -202,9 +204,10 @@ def _modules(experts: MeasuredExperts) -> Iterator[Finding]:
 
 
 def _alike(own: Set[str], others: Set[str]) -> list[tuple[str, str]]:
-    """Return pairs of an expert's module and another expert's, whose names are equal from the first numbered layer on.
+    """Return pairs of a module of one expert and a module of the others whose names have the same end.
 
-    Returns no pairs if the expert shares a module with another expert.
+    The end of a name starts at its first numbered layer. No pairs are returned if the expert shares a module with
+    another expert.
     """
     if not own or not own.isdisjoint(others):
         return []
@@ -214,7 +217,10 @@ def _alike(own: Set[str], others: Set[str]) -> list[tuple[str, str]]:
 
 
 def _from_layer(module: str) -> str:
-    """Return a name from its first numbered layer on, such as `layers.0.mlp.up_proj`; else its last component."""
+    """Return the end of a module name from the first numbered layer on, such as `layers.0.mlp.up_proj`.
+
+    Return the last component of the name if it has no numbered layer.
+    """
     steps = module.split(".")
     start = next((index - 1 for index, step in enumerate(steps) if step.isdigit() and index), len(steps) - 1)
     return ".".join(steps[start:])

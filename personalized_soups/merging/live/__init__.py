@@ -1,1 +1,1 @@
-"""Live soups: a soup inside a loaded model, changed in place."""
+"""Live soups. A live soup is the weighted sum of experts inside a loaded model, and its weights can change in place."""

@@ -1,6 +1,6 @@
-"""`LiveAdapter`: a soup inside a loaded model, changed in place by one product over one buffer.
+"""`LiveAdapter` puts a soup (the weighted sum of the experts) into a loaded model, and changes the soup in place.
 
-E experts, K rank of the live adapter.
+Shapes: K = rank of the live adapter.
 """
 
 from __future__ import annotations
@@ -38,28 +38,32 @@ from personalized_soups.methods.table import METHODS
 
 
 class LiveAdapter:
-    """The soup of a library's experts on a device, which `set(profile)` changes in place.
+    """A soup of a library's experts on a device. `set(profile)` changes the soup in place.
 
-    `set` reads the experts once and writes the soup once, without a loop over modules, an allocation or a new address:
-    CUDA graphs and compiled models see every change. The soup is zero until the first `set`. For `linear` of experts
-    with A's of their own, the soup has the experts' stacked factors, and `set` scales the columns of B. For `linear` of
-    experts whose A's are equal byte for byte, and for the factor methods, `set` sums the experts' B's (and A's) at the
-    rank of one expert. The arithmetic is float32; 16-bit soups are rounded once from float32.
+    `set` reads the experts once and writes the soup once. It does not loop over modules, allocate memory or move the
+    soup to another address, so CUDA graphs and compiled models use the new soup. The soup is zero until the first
+    `set`.
 
-    `set` is not atomic: a forward pass on another thread or stream at the same time may read parts of both soups. On
-    CUDA, `set` is queued on the current stream like any kernel.
+    The rank of the soup depends on the method and on the experts. With `linear` and different A's, the soup contains
+    the stacked factors of all experts, and `set` scales the columns of B. With `linear` and A's that are equal byte for
+    byte, and with the factor methods, `set` sums the experts' B's (with factor methods also their A's), and the soup
+    has the rank of one expert. The arithmetic is float32. A 16-bit soup is rounded once from float32.
+
+    `set` is not atomic. A forward pass that runs at the same time on another thread or stream may use parts of the old
+    and of the new soup. On CUDA, `set` is queued on the current stream like any kernel.
 
     Args:
         library: the experts.
-        device: the model's device: auto (CUDA if there is a GPU, else the CPU), cpu, cuda or cuda:N.
-        method: linear, factor_average or factor_linear. Soups of other methods have to be merged.
-        experts: the names of the experts that profiles may weigh. Default: all experts of the library.
-        dtype: the dtype of the live factors: float32 (the default), bfloat16 or float16.
-        same_base: accept experts that name different bases, or bases with different fingerprints.
+        device: the device of the model: auto (CUDA if there is a GPU, else the CPU), cpu, cuda or cuda:N.
+        method: linear, factor_average or factor_linear. Other methods cannot be used live; merge the experts instead.
+        experts: the names of the experts that profiles can give a weight. The default is all experts of the library.
+        dtype: the dtype of the soup's factors: float32 (the default), bfloat16 or float16.
+        same_base: whether to accept experts that name different bases, or a base whose fingerprint differs from theirs.
 
     Raises:
-        SoupError: all errors of plan_merge about experts; UnsupportedAdapterError if an expert has anything but
-            low-rank factors of linear layers; InputError if an expert holds NaN or infinity.
+        UnsupportedAdapterError: if an expert has anything but low-rank factors of linear layers.
+        InputError: if an expert contains NaN or infinity.
+        SoupError: if the experts cannot be merged, as in plan_merge.
 
     Example:
         >>> live = LiveAdapter(ExpertLibrary.open("experts"), device="cpu")
@@ -78,13 +82,13 @@ class LiveAdapter:
         same_base: bool = False,
     ) -> None:
         self.method = _checked_method(method)
-        # a tensor's device has an index, "cuda:0", as the devices of the model's tensors do
+        # the device of a tensor has an index, such as "cuda:0", like the devices of the model's tensors
         self.device = torch.empty(0, device=resolve_device(device, kinds=MERGE_DEVICES)).device
         self._library = library
         self._plan = _plan_of_all(library, self.method, experts, dtype or "float32", same_base=same_base)
         self._experts = {expert.name: library[expert.name] for expert in self._plan.experts}
         self._sides = SideRule.of(self._experts.values())
-        # a buffer created in inference mode cannot be changed outside of it
+        # a buffer that is created in inference mode cannot be changed outside of inference mode
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = _buffers(ExpertBank(list(self._experts.values())), self._plan, self.device)
             widths = [sum(product.widths) for product in self._buffers.products]
@@ -94,28 +98,29 @@ class LiveAdapter:
 
     @property
     def profile(self) -> Profile | None:
-        """The profile of the last `set`; None while the soup is zero."""
+        """The profile of the last `set`. None while the soup is zero."""
         return self._profile
 
     @property
     def rank(self) -> int:
-        """K, the rank of every module of the live adapter."""
+        """The rank K of every module of the live adapter."""
         return next(iter(self._buffers.factors.values())).rank
 
     @property
     def num_bytes(self) -> int:
-        """Bytes on the device: the experts' fixed numbers and the live factors."""
+        """The number of bytes on the device: the experts' fixed tensors and the factors of the soup."""
         return self._buffers.num_bytes
 
     def set(self, profile: Profile) -> None:
-        """Change the soup in place to that of `profile`. Experts that the profile does not name have weight 0.
+        """Change the soup in place to the soup of `profile`. Experts that the profile does not name have weight 0.
 
-        If `set` raises, the soup stays unchanged.
+        If `set` raises an error, the soup does not change.
 
         Raises:
             DeclarationError: if the profile names unknown experts or two sides of one dimension.
-            UsageError: if the profile asks for another method or a lower rank, if its weights cancel and the method
-                divides by their sum, if the dtype cannot hold the soup, or if a model was moved or cast after `attach`.
+            UsageError: if the profile asks for another method or a lower rank, if the method divides by the sum of the
+                weights and the sum is about 0, if the dtype cannot hold the soup, or if a model was moved or cast after
+                `attach`.
         """
         weights = self._checked_weights(profile)
         self._check_attached()
@@ -126,7 +131,7 @@ class LiveAdapter:
         self._profile = profile
 
     def zero(self) -> None:
-        """Set the soup to zero in place: the model then computes what the base computes.
+        """Set the soup to zero in place. The model then computes the same as its base.
 
         Raises:
             UsageError: if a model was moved or cast after `attach`.
@@ -136,19 +141,21 @@ class LiveAdapter:
         self._profile = None
 
     def attach(self, model: Any, *, adapter: str = "soup") -> Any:
-        """Add this soup to `model` as an adapter, and return the PeftModel with the adapter active.
+        """Add this soup to `model` as an adapter, make the adapter active, and return the PeftModel.
 
-        `model` itself is changed. The adapter's parameters are frozen views of the live buffers with scaling 1, so
-        `generate`, `state_dict` and `save_pretrained` see every `set`. Several models may share one soup. Moving or
-        casting a model after `attach` (`to`, `half`) copies its parameters, and the next `set` raises.
+        `model` itself is changed. The parameters of the adapter are frozen views of the soup's buffers with scaling 1,
+        so `generate`, `state_dict` and `save_pretrained` use the soup of the last `set`. Several models may share one
+        soup. If a model is moved or cast after `attach` (`to`, `half`), its parameters are copied, and the next `set`
+        raises UsageError.
 
         Args:
-            model: the base on this device, or a PeftModel of the base; its other adapters become inactive.
-            adapter: the new adapter's name.
+            model: the base on the device of this soup, or a PeftModel of the base. The other adapters of a PeftModel
+                become inactive.
+            adapter: the name of the new adapter.
 
         Raises:
             IncompatibleExpertsError: if the model lacks modules that the experts adapt, or has them in other shapes.
-            UsageError: if the model has an adapter of that name, or is on another device.
+            UsageError: if the model already has an adapter of this name, or is on another device.
         """
         from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -167,7 +174,7 @@ class LiveAdapter:
             task_type=self._plan.task_type,
             inference_mode=True,
         )
-        # PEFT's own factors are replaced below, so they are created on the meta device, without memory
+        # the factors that PEFT creates are replaced below, so PEFT creates them on the meta device, without memory
         if wrapped:
             model.add_adapter(adapter, config, low_cpu_mem_usage=True)
             model.set_adapter(adapter)
@@ -178,7 +185,7 @@ class LiveAdapter:
             layer: Any = base.get_submodule(name)
             layer.lora_A[adapter].weight = nn.Parameter(factors.a_RI, requires_grad=False)
             layer.lora_B[adapter].weight = nn.Parameter(factors.b_OR, requires_grad=False)
-            # `to` moves all parameters of a model, so checking the last parameter is enough
+            # `to` moves all parameters of a model, so it is enough to check the last one
             probe = layer.lora_B[adapter].weight
         self._attached.append((weakref.ref(probe), probe.data_ptr()))
         return model
@@ -206,7 +213,7 @@ class LiveAdapter:
                 mend=f"create a LiveAdapter with this expert: experts=[..., {absent[0]!r}]",
             )
         self._sides.check(profile)
-        # a profile without a method takes the live soup's, as it takes the method of a merge's options
+        # for a profile that names no method, the method of the live soup is used, as in a merge that of its options
         if "method" in profile.model_fields_set and profile.method != self.method.name:
             raise UsageError(
                 f"the profile asks for the method {profile.method}, but the live soup uses {self.method.name}",
@@ -239,7 +246,7 @@ class LiveAdapter:
 
 
 def _checked_method(method: str | Method | DenseMerge) -> Method:
-    # the name of an installed package's method is rejected without importing the package
+    # if the method is from an installed package, its name is rejected without importing the package
     is_installed = isinstance(method, str) and is_method_name(method)
     name = method if isinstance(method, str) and is_installed else find_method(method).name
     if name != "linear" and name not in FACTOR_RULES:
@@ -254,7 +261,10 @@ def _checked_method(method: str | Method | DenseMerge) -> Method:
 def _plan_of_all(
     library: ExpertLibrary, method: Method, experts: Sequence[str] | None, dtype: str, *, same_base: bool
 ) -> MergePlan:
-    """Return the plan of a merge in which every expert has weight 1; planning checks the experts."""
+    """Return the plan of a merge in which every expert has weight 1.
+
+    Planning the merge checks that the experts fit together.
+    """
     names = list(library if experts is None else experts)
     if not names:
         raise UsageError(

@@ -1,6 +1,7 @@
-"""The buffers of a live soup. All modules lie in one buffer, so one product sets all of them.
+"""The buffers of a live soup. All modules are in one buffer, so that one product sets all of them.
 
-E experts, K rank of the live adapter, O out features, I in features, P numbers in all A's (or all B's) of one expert.
+Shapes: E = number of experts, K = rank of the live adapter, O = out_features (in `pristine_OK`, the sum over all
+modules), I = in_features, P = number of elements of all A's (or all B's) of one expert.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from personalized_soups.methods.factors import Factors
 
 Shape = tuple[int, int]
 
-# The length of a RowSum's rows is a multiple of 16 numbers, 64 bytes, so that the kernel reads 16 bytes at a time.
+# The length of the rows of a RowSum is a multiple of 16 numbers (64 bytes), so that the kernel can read 16 bytes at a
+# time.
 _ROW_UNIT = 16
 
 
@@ -31,11 +33,12 @@ class LiveBuffers:
     """The tensors of a live soup, and the products that set them.
 
     Attributes:
-        factors: each module's factors, with scaling 1, by the module's name; views into the products' buffers, except
-            for A's that never change.
+        factors: the factors of each module with scaling 1, by the module's name. They are views of the products'
+            buffers, except for A's that never change.
         products: the products that set the factors.
-        coefficients: a function of the experts' weights that returns one coefficient per expert, for each product.
-        num_bytes: bytes of all tensors.
+        coefficients: a function that takes the experts' weights and returns, for each product, one coefficient per
+            expert.
+        num_bytes: the number of bytes of all tensors.
     """
 
     factors: Mapping[str, Factors]
@@ -46,12 +49,15 @@ class LiveBuffers:
 
 @dataclass(frozen=True, slots=True)
 class FactorRule:
-    """A method that sums the A's and the B's separately, split into a part of the expert and a part of the weights.
+    """A method that sums the experts' A's and B's separately, as fixed terms and coefficients.
+
+    Each term depends only on the expert. Each coefficient depends only on the weights.
 
     Attributes:
-        a: an expert's fixed term in the sum of A's.
-        b: an expert's fixed term in the sum of B's.
-        coefficients: a function that takes the weights and returns one coefficient per expert, for A's and for B's.
+        a: a function that returns an expert's fixed term in the sum of the A's.
+        b: a function that returns an expert's fixed term in the sum of the B's.
+        coefficients: a function that takes the weights and returns one coefficient per expert for the A's and one for
+            the B's.
     """
 
     a: Callable[[Factors], Tensor]
@@ -59,7 +65,7 @@ class FactorRule:
     coefficients: Callable[[Sequence[float]], Sequence[Sequence[float]]]
 
 
-# The formulas of methods/factors.py. A scaling goes into the expert's part, so that `set` needs the weights alone.
+# The formulas of methods/factors.py. The fixed terms include the scalings, so that `set` needs only the weights.
 FACTOR_RULES: Mapping[str, FactorRule] = MappingProxyType({
     "factor_average": FactorRule(
         a=lambda factors: factors.a_RI,
@@ -77,14 +83,14 @@ FACTOR_RULES: Mapping[str, FactorRule] = MappingProxyType({
 def free_buffers(
     bank: ExpertBank, modules: Sequence[PlannedModule], dtype: torch.dtype, *, device: torch.device
 ) -> LiveBuffers:
-    """Return the buffers for `linear` of experts with A's of their own: A's are stacked once, B's columns are scaled.
+    """Return the buffers for `linear` if the experts have different A's. The A's are fixed, and B's columns are scaled.
 
-    All modules have the same rank K, so the B's of all modules are rows of one buffer. An expert has as many columns as
-    its highest rank; columns above the rank of a module, or in a module that it does not adapt, are zero. The fixed B's
-    include the scalings.
+    All modules have the same rank K, so that the B's of all modules are rows of one buffer. Each expert has as many
+    columns as its highest rank. A column is zero if it is above the expert's rank in a module, or if the expert does
+    not adapt the module. The fixed B's include the scalings.
 
     Raises:
-        InputError: if an expert holds NaN or infinity.
+        InputError: if an expert contains NaN or infinity.
         UsageError: if an A does not fit into `dtype`.
     """
     ranks = [max(module.rank for module in expert.adapter.modules.values()) for expert in bank.experts]
@@ -107,12 +113,12 @@ def free_buffers(
 def shared_buffers(
     bank: ExpertBank, modules: Sequence[PlannedModule], rank: int, dtype: torch.dtype, *, device: torch.device
 ) -> LiveBuffers:
-    """Return the buffers for `linear` of experts that share their A's: A's are fixed, B's are summed with the scalings.
+    """Return the buffers for `linear` if the experts share their A's. The A's are fixed, and the B's are summed.
 
-    Modules of a lower rank are padded with zeros, as in a merged adapter.
+    The fixed B's include the scalings. Modules of a lower rank are padded with zeros, as in a merged adapter.
 
     Raises:
-        InputError: if an expert holds NaN or infinity.
+        InputError: if an expert contains NaN or infinity.
         UsageError: if an A does not fit into `dtype`.
     """
     shapes = _b_shapes(modules, rank)
@@ -134,10 +140,12 @@ def factor_buffers(
     *,
     device: torch.device,
 ) -> LiveBuffers:
-    """Return the buffers for a method that sums the A's and the B's separately: one buffer and one product for each.
+    """Return the buffers for a method that sums the A's and the B's separately.
+
+    There is one buffer and one product for the A's, and one of each for the B's.
 
     Raises:
-        InputError: if an expert holds NaN or infinity.
+        InputError: if an expert contains NaN or infinity.
     """
     a_shapes, b_shapes = [(rank, module.in_features) for module in modules], _b_shapes(modules, rank)
     a_product = RowSum(_expert_rows(bank, modules, a_shapes, rule.a, device), dtype)
@@ -149,10 +157,10 @@ def factor_buffers(
 
 
 def check_fits(largest: float, dtype: torch.dtype) -> None:
-    """Raise if `dtype` cannot hold values of magnitude `largest`.
+    """Check that `dtype` can hold values of the magnitude `largest`.
 
     Raises:
-        UsageError: if `largest` is beyond the dtype's largest number, or is NaN.
+        UsageError: if `largest` is NaN or greater than the largest number of the dtype.
     """
     if not largest <= torch.finfo(dtype).max:
         raise UsageError(
@@ -180,14 +188,15 @@ def _expert_rows(
     part: Callable[[Factors], Tensor],
     device: torch.device,
 ) -> Tensor:
-    """Return experts_EP in float32: one row per expert, with its `part` of every module's factors concatenated.
+    """Return experts_EP in float32. Row e contains `part` of the factors of every module of expert e.
 
-    Modules that an expert does not adapt are zero. Zeros at the end make the rows' length a multiple of _ROW_UNIT.
+    The elements of modules that an expert does not adapt are zero. Zeros at the end of each row make its length a
+    multiple of _ROW_UNIT.
     """
     num_values = sum(map(math.prod, shapes))
     rows_EP = torch.zeros(len(bank.experts), num_values + -num_values % _ROW_UNIT, device=device)
     for index, expert in enumerate(bank.experts):
-        # assembled on the CPU, so that a GPU receives one copy per expert and not one per module
+        # the row is assembled on the CPU, so that a GPU receives one copy per expert instead of one per module
         row_P = rows_EP[index] if device.type == "cpu" else torch.zeros(rows_EP.shape[1])
         for module, target in zip(modules, _views(row_P, shapes), strict=True):
             if module.name in expert.adapter.modules:
@@ -199,7 +208,10 @@ def _expert_rows(
 
 
 def _views(values_P: Tensor, shapes: Sequence[Shape]) -> list[Tensor]:
-    """Split the start of a vector into consecutive matrices of these shapes. They share its memory."""
+    """Split the start of a vector into consecutive matrices with the given shapes.
+
+    The matrices are views of the vector, not copies.
+    """
     sizes = [math.prod(shape) for shape in shapes]
     parts = values_P[: sum(sizes)].split(sizes)
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

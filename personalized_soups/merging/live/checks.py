@@ -1,4 +1,4 @@
-"""Checks of the experts and of the model before a live soup is built or attached."""
+"""Checks of the experts before a live soup is built, and of the model before the soup is attached."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MAX_SHOWN = 5
 
 
 def check_plain(experts: Sequence[Expert]) -> None:
-    """Raise if an expert has anything but low-rank factors of linear layers.
+    """Check that all experts have only low-rank factors of linear layers.
 
     Raises:
-        UnsupportedAdapterError: with the expert and the first such tensor.
+        UnsupportedAdapterError: if an expert has another tensor. The error names the expert and its first such tensor.
     """
     for expert in experts:
         for module in expert.adapter.modules.values():
@@ -30,11 +30,11 @@ def check_plain(experts: Sequence[Expert]) -> None:
 
 
 def check_model(base: nn.Module, plan: MergePlan, device: torch.device) -> None:
-    """Raise if the model lacks a linear layer that the experts adapt, or has it in another shape or on another device.
+    """Check that the model has all linear layers that the experts adapt, in the same shapes and on `device`.
 
     Raises:
-        IncompatibleExpertsError: with the modules that are missing or have other shapes.
-        UsageError: if a module is on another device.
+        IncompatibleExpertsError: if layers are missing or have other shapes. The error names these layers.
+        UsageError: if a layer is on another device.
     """
     layers = dict(base.named_modules())
     faults = []

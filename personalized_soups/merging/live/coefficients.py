@@ -1,4 +1,4 @@
-"""Carry a profile's coefficients to the device where a live soup's products read them."""
+"""Copy a profile's coefficients to the device, where the products of a live soup read them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Pairs of a number and how many times it is written.
+# Pairs of a coefficient and how many times to write it.
 Numbers = Iterable[tuple[float, int]]
 
 
 class Coefficients(Protocol):
-    """A buffer of float32 numbers that the host writes and the products read."""
+    """A buffer of float32 coefficients. The CPU writes the coefficients, and the products read them."""
 
     def written(self, numbers: Numbers) -> AbstractContextManager[Sequence[Tensor]]:
-        """Write all numbers, and return one tensor for each product; start the products inside the `with` block."""
+        """Write all coefficients, and return one tensor of coefficients for each product.
+
+        Start the products inside the `with` block. Each element of `numbers` is a coefficient and how many times to
+        write it.
+        """
         ...
 
 
 def coefficients_on(device: torch.device, widths: Sequence[int]) -> Coefficients:
-    """Return a buffer for products that take these numbers of coefficients."""
+    """Return a buffer for products that take the numbers of coefficients in `widths`."""
     return _ForGpu(device, widths) if device.type == "cuda" else _ForCpu(widths)
 
 
 class _ForCpu:
-    """A buffer in the host's memory, which the products read directly."""
+    """A buffer in CPU memory. The products read it directly."""
 
     def __init__(self, widths: Sequence[int]) -> None:
         values = torch.zeros(sum(widths))
@@ -44,16 +48,16 @@ class _ForCpu:
 
 
 class _ForGpu:
-    """Two slots, used alternately, and a stream that copies them to the GPU.
+    """Two slots that are used in turn, and a CUDA stream that copies them to the GPU.
 
-    The numbers for the next `set` are copied while the products of this `set` run. The host waits only for the `set`
-    before the last, because it needs that slot.
+    The coefficients of the next `set` can be copied while the products of this `set` run. The CPU waits only for the
+    `set` before the last one, because that `set` used the same slot.
     """
 
     def __init__(self, device: torch.device, widths: Sequence[int]) -> None:
         self._slots = cycle([_Slot(device, widths), _Slot(device, widths)])
         self._stream = torch.cuda.Stream(device)
-        # the current stream fills the slots with zeros, perhaps after this constructor returns
+        # the current stream fills the slots with zeros, possibly after this constructor has returned
         self._stream.wait_stream(torch.cuda.current_stream(device))
 
     @contextmanager
@@ -72,14 +76,14 @@ class _ForGpu:
 
 
 class _Slot:
-    """The numbers of one `set`, in pinned host memory and on the GPU.
+    """The coefficients of one `set`, in pinned CPU memory and on the GPU.
 
     Attributes:
-        on_host: the pinned tensor.
-        array: the pinned tensor as a NumPy array.
+        on_host: the tensor in pinned memory.
+        array: the same memory as a NumPy array.
         on_device: the tensor on the GPU.
         parts: one view of `on_device` for each product.
-        was_read: the event after which the products have read the slot.
+        was_read: the event that is recorded after the products have read the slot.
     """
 
     def __init__(self, device: torch.device, widths: Sequence[int]) -> None:

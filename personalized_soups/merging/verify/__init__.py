@@ -1,1 +1,1 @@
-"""Verify a merged folder: merge again from its soup.json, and compare."""
+"""Verify a merged folder: repeat the merge that its soup.json records, and compare the results."""

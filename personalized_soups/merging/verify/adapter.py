@@ -1,6 +1,6 @@
-"""Compare a merged adapter's tensors with recomputed ones, module by module.
+"""Compare the tensors of a merged adapter with recomputed tensors, module by module.
 
-R rank, I in features, O out features, E experts.
+Shapes: R = rank, I = in_features, O = out_features. E is the number of experts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.linear import linear
 from personalized_soups.methods.lowrank import decompose
 
-# The largest error of a product B A, relative to its norm, for factors that are not unique. It covers float32 sums of
-# a few hundred entries, and singular vectors that rotate if their singular values are close.
+# The largest allowed error of a product B A, relative to its norm, if the factors are not unique. It covers the errors
+# of float32 sums of a few hundred entries, and singular vectors that rotate because their singular values are close.
 PRODUCT_TOLERANCE = 1e-5
 
 _METADATA = {"format": "pt"}
@@ -33,13 +33,13 @@ _METADATA = {"format": "pt"}
 
 @dataclass(eq=False, slots=True)
 class AdapterComparison:
-    """Compares a weight file with a merged adapter, which is computed again.
+    """Compares an adapter's weight file with the merged adapter, which is computed again.
 
     Attributes:
         file: the weight file.
-        merged: the adapter to compute.
-        ranks: the ranks of the recomputed modules, by module; filled by `run`.
-        losses: the truncation losses of the recomputed modules, by module; filled by `run`.
+        merged: the merged adapter to compute again.
+        ranks: the ranks of the recomputed modules, by the module's name. `run` fills it.
+        losses: the truncation losses of the recomputed modules, by the module's name. `run` fills it.
     """
 
     file: SafetensorsFile
@@ -50,7 +50,14 @@ class AdapterComparison:
     _faults: list[Fault] = field(default_factory=list)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Comparison:
-        """Recompute and compare every module. Memory: the few modules being computed."""
+        """Compute every module again and compare it with the file.
+
+        Only the few modules that are being computed are in memory.
+
+        Args:
+            progress: a function that is called with the number of bytes that have been compared and the number of all
+                bytes.
+        """
         expected: set[str] = set()
         done, total = 0, len(self.file.data)
         for module in self.merged.modules():
@@ -71,7 +78,10 @@ class AdapterComparison:
         return Comparison(len(expected), tuple(self._differences), tuple(self._faults))
 
     def written_rank(self, module: MergedModule) -> int:
-        """Return a module's rank in the file; its recomputed rank if the file has no such matrix."""
+        """Return the rank of a module in the file.
+
+        If the file has no A of the module, return the recomputed rank.
+        """
         entry = self.file.entries.get(module.like.a_name)
         return entry.shape[0] // module.like.blocks if entry is not None and entry.shape else module.rank
 
@@ -93,7 +103,7 @@ class AdapterComparison:
         self._differences += [self._by_element(module, name, tensors[name]) for name in differing]
 
     def _compare_whole(self, whole: WholeTensors) -> set[str]:
-        """Compare the tensors that experts trained whole, part by part, and return their names."""
+        """Compare the tensors that experts trained whole, part by part. Return the names of these tensors."""
         specs = {spec.name: spec for spec in whole.specs()}
         distances: dict[str, Distance] = {}
         for name, spec in specs.items():
@@ -126,7 +136,11 @@ class AdapterComparison:
         return Fault("tensor", name, f"has {dtype} {list(entry.shape)}, expected {tensor.dtype} {list(tensor.shape)}")
 
     def _by_element(self, module: MergedModule, name: str, tensor: Tensor) -> Difference:
-        """Compare one tensor of a stack: A's are copies and must be equal; B's are sums of w s B, with rounding."""
+        """Compare one tensor of stacked factors element by element.
+
+        The A's are copies, so they must be equal. The B's are sums of w s B (weight, scaling and B of an expert), so
+        they may differ by rounding.
+        """
         distance = Distance()
         if name == module.like.a_name:
             room = None
@@ -140,8 +154,9 @@ class AdapterComparison:
     def _room(self, module: MergedModule) -> Tensor:
         """Return how far two computations of B may differ: `(E + 2) 2^-24 sum |w s B|` plus one ulp of the dtype.
 
-        A float32 sum has an error of up to (E + 1) 2^-24 sum |w s B| (methods.product), a float64 sum of half an ulp of
-        float32. Both are then rounded to the dtype; values on either side of a midpoint end one ulp apart.
+        A float32 sum has an error of at most (E + 1) 2^-24 sum |w s B| (see methods.product). A float64 sum has an
+        error of at most half an ulp of float32. Both sums are then rounded to the dtype. If they are on different sides
+        of a midpoint, the results differ by one ulp.
         """
         plan = self.merged.plan
         bank = ExpertBank([self.merged.library[expert.name] for expert in plan.experts])
@@ -150,12 +165,15 @@ class AdapterComparison:
         parts = zip(*(blocks_of(_magnitudes(factors), module.like.blocks) for factors in stack.factors), strict=True)
         sums = of_blocks([linear(part, weights, stack.basis).padded(module.rank) for part in parts]).b_OR.double()
         kind = torch.finfo(torch_dtype(plan.dtype))
-        # the ulp of the rounded value: rounding up may reach the next power of two, where ulps double
+        # use the ulp of the rounded value: rounding up may reach the next power of two, where the ulp is twice as large
         ulp = torch.maximum(sums, module.factors.b_OR.double().abs()) * kind.eps + kind.smallest_normal * kind.eps
         return sums * ((len(plan.experts) + 2) * 2.0**-24) + ulp
 
     def _by_product(self, module: MergedModule, differing: list[str]) -> list[Difference]:
-        """Compare products B A: factors are not unique, since a rotation of both leaves the delta unchanged."""
+        """Compare the products B A instead of the factors.
+
+        The factors are not unique, because a rotation of both factors does not change their product.
+        """
         like = module.like
         written = Factors(self.file.tensor(like.a_name).flatten(1), self.file.tensor(like.b_name).flatten(1))
         apart = size = room = 0.0
@@ -164,7 +182,7 @@ class AdapterComparison:
             if not (bool(torch.isfinite(got.a_RI).all()) and bool(torch.isfinite(got.b_OR).all())):
                 return [Difference(name, None, None, is_rounding=False) for name in differing]
             both = decompose([got, want])
-            # `energy` is the squared norm of the weighted sum, computed from the small core of the decomposition
+            # `.energy` is the squared norm of the weighted sum; it is computed from the small core of the decomposition
             apart += both.truncate([1.0, -1.0], energy=1.0).energy
             size += both.truncate([0.0, 1.0], energy=1.0).energy
             room += _rounding(want, torch_dtype(self.merged.plan.dtype)) ** 2
@@ -179,12 +197,18 @@ class AdapterComparison:
 
 
 def same_bytes(first: Tensor, second: Tensor) -> bool:
-    """Return whether two tensors of one dtype and shape have equal bytes, including NaNs and signs of zeros."""
+    """Return whether two tensors have equal bytes. NaNs and the signs of zeros are compared too.
+
+    The tensors must have the same dtype and shape.
+    """
     return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))
 
 
 def _roundings(tensor: Tensor) -> Tensor:
-    """Return how far two computations of norms, magnitudes or whole tensors may differ; little cancels in these."""
+    """Return how far two computations of norms, magnitudes or tensors that are trained whole may differ.
+
+    In these computations, few terms cancel.
+    """
     numbers = torch.finfo(tensor.dtype)
     return tensor.double().abs() * (numbers.eps + 2.0**-20) + numbers.smallest_normal
 
@@ -194,9 +218,9 @@ def _magnitudes(factors: Factors) -> Factors:
 
 
 def _rounding(factors: Factors, dtype: torch.dtype) -> float:
-    """Return how far B A moves if every element of B and A moves by an ulp: `|B| |dA| + |dB| |A|`.
+    """Return how far B A changes if each element of B and A changes by an ulp: `|B| |dA| + |dB| |A|`.
 
-    |A| and |B| are spectral norms; |dA| and |dB| are Frobenius norms.
+    |A| and |B| are spectral norms. |dA| and |dB| are the Frobenius norms of the changes.
     """
     a_RI, b_OR = factors.a_RI.double(), factors.b_OR.double()
     a_norm, b_norm = float(a_RI.norm()), float(b_OR.norm())

@@ -1,4 +1,4 @@
-"""`verify`: compute a merged folder again from its soup.json, and compare."""
+"""`verify` repeats the merge that the soup.json of a merged folder records, and compares the result with the folder."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ from personalized_soups.methods.plugins import DenseMerge, find_method
 
 Progress = Callable[[int, int], None]
 
-# Errors of planning that mean that the inputs or the record have changed since the merge.
+# If planning the merge raises one of these errors, the inputs or the record have changed since the merge.
 _UNPLANNABLE = (DeclarationError, IncompatibleExpertsError, UnsupportedAdapterError, UsageError)
 
 
@@ -74,26 +74,29 @@ def verify(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Verification:
-    """Compute a merged adapter or model again from its soup.json, and compare every tensor and file.
+    """Repeat the merge that the soup.json of a merged adapter or model records, and compare every tensor and file.
 
-    Nothing is written. An adapter is compared module by module and a model block by block, so memory does not grow with
-    the model.
+    No file is written. An adapter is compared module by module, and a model block by block, so memory does not grow
+    with the size of the model.
 
     Args:
         folder: a folder that a merge wrote.
-        base: the base model, if it has moved since the merge. For an adapter that was merged without a base, its
-            fingerprint is compared with the recorded one.
-        experts: experts, or folders of experts, that have moved since the merge. They are found by name.
-        method: the merge method, if it is from outside this package. soup.json only describes such a method, and verify
-            imports nothing that a file names, so without the method the tensors are not recomputed.
-        device: where to compute: auto (CUDA if there is a GPU, else the CPU), cpu, cuda or cuda:N.
-        progress: called with the bytes of tensors compared and their total.
+        base: the base model, if it has moved since the merge. If an adapter was merged without a base, only the
+            fingerprint of this base is compared with the recorded fingerprint.
+        experts: experts, or folders of experts, that have moved since the merge. They are matched with the recorded
+            experts by name.
+        method: the merge method, if it is from outside this package. soup.json only describes such a method, and
+            `verify` never imports what a file names. So if `method` is None, the tensors of such a soup are not
+            recomputed.
+        device: the device of the computation: auto (CUDA if there is a GPU, else the CPU), cpu, cuda or cuda:N.
+        progress: a function that is called with the number of bytes that have been compared and the number of all
+            bytes.
 
     Raises:
-        InputError: if the folder has no soup.json, or if an expert or the base is missing.
+        InputError: if the folder does not exist or has no soup.json, or if an expert or the base is missing.
         FileFormatError: if a file is damaged.
-        UsageError: if the soup was merged by a built-in method and another method is given, or if the method given
-            cannot be used.
+        UsageError: if the soup was merged by a built-in method but `method` is another method, or if `method` cannot be
+            used.
 
     Example:
         >>> folder = merge(ExpertLibrary.open("experts"), Profile(weights={"friendly": 1.0})).write("soup")
@@ -124,7 +127,7 @@ def verify(
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Job:
-    """The comparison of one soup that can be computed again."""
+    """The comparison of one soup whose merge can be repeated."""
 
     folder: Path
     record: SoupRecord
@@ -134,7 +137,7 @@ class _Job:
     digests: BackgroundDigests
 
     def adapter(self, base: Path | str | None, progress: Progress | None) -> tuple[Comparison | None, list[Fault]]:
-        """Compare a merged adapter: tensors, configuration, record."""
+        """Compare the tensors, the configuration and the record of a merged adapter."""
         compared: Comparison | None = None
         faults: list[Fault] = []
         if base is not None and self.record.base.fingerprint is not None:
@@ -154,7 +157,7 @@ class _Job:
         return compared, [*input_faults(self.record, self.library, self.digests.results()), *faults]
 
     def model(self, base: Path | str | None, progress: Progress | None) -> tuple[Comparison | None, list[Fault]]:
-        """Compare a merged model: tensors, every other file, record."""
+        """Compare the tensors, all other files and the record of a merged model."""
         model = _base_of(self.record, base)
         for shard in model.checkpoint.shards.values():
             self.digests.add(shard.path)
@@ -191,10 +194,10 @@ def _record_of(folder: Path) -> SoupRecord:
 
 
 def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None) -> ExpertLibrary:
-    """Return the record's experts under their recorded names, which seed the streams of random methods.
+    """Return the record's experts under their recorded names. The names seed the streams of random methods.
 
     Raises:
-        InputError: with all experts that are missing.
+        InputError: if experts are missing. The error names all missing experts.
     """
     roots = [given] if isinstance(given, Path | str) else given
     moved = ExpertLibrary.open(*roots) if roots else {}
@@ -213,10 +216,13 @@ def _library(record: SoupRecord, given: Path | str | Sequence[Path | str] | None
 
 
 def _given_method(record: SoupRecord, method: str | Method | DenseMerge | None) -> Method | str | None:
-    """Return the method to merge with: the record's built-in method, or the method given; None if it has to be given.
+    """Return the method with which to repeat the merge.
+
+    If the record's method is built-in, return its name. Otherwise, return the `Method` of `method`, or None if `method`
+    is None.
 
     Raises:
-        UsageError: if the record's method is built-in and another is given.
+        UsageError: if the record's method is built-in, but `method` is another method.
     """
     given = None if method is None else find_method(method)
     if record.method_source is not None:
@@ -231,11 +237,12 @@ def _given_method(record: SoupRecord, method: str | Method | DenseMerge | None) 
 
 
 def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, method: Method | str) -> MergePlan:
-    """Plan the merge again, with the experts in the record's order, which is their order in stacked factors.
+    """Plan the merge again. The experts are in the order of the record, which is their order in stacked factors.
 
-    The experts' bases are not compared with each other: the files' digests show whether the inputs have changed.
+    The experts' bases are not compared with each other, because the digests of the files show whether the inputs have
+    changed.
     """
-    # the profile may name a method of a package that is not installed here; the method given replaces it
+    # the profile may name a method of a package that is not installed here, so `method` replaces it
     own = {} if record.method_source is None else {"method": "linear", "options": {}}
     profile = load_data({**record.profile, **own}, Profile, SOUP_FILE)
     weights = {name: weight for name, weight in profile.weights.items() if weight != 0}
@@ -249,7 +256,7 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, m
     cut = record.truncation
     return plan_merge(
         library,
-        # the record has the rank of the merge, which an option may have set instead of the profile
+        # the record contains the rank of the merge, which may come from an option instead of the profile
         profile.replaced(weights=ordered, rank=None, allow_opposed=True),
         MergeOptions(
             method=method,

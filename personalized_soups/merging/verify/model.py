@@ -1,6 +1,9 @@
-"""Compare a merged model's tensors with recomputed ones: fold the base again, into a sink that compares.
+"""Compare the tensors of a merged model with recomputed tensors.
 
-B rows of a block, M rows and N columns of a base's matrix.
+The changes of the soup are added to the base again, as in a merge, but the result is compared with the merged model
+instead of being written.
+
+Shapes: B = rows of a block, M and N = rows and columns of a base matrix, R = rank.
 """
 
 from __future__ import annotations
@@ -26,16 +29,18 @@ from personalized_soups.merging.verify.adapter import same_bytes
 from personalized_soups.merging.verify.verification import Comparison, Difference, Distance, Fault
 from personalized_soups.merging.writing.model_shards import fold_shard, shard_specs
 
-# Bytes of a copied tensor that are compared at once.
+# The number of bytes of a copied tensor that are compared at a time.
 _CHUNK_BYTES = 4 << 20
 
 
 def compare_model(folder: Path, changes: Changes, progress: Callable[[int, int], None] | None = None) -> Comparison:
-    """Fold the base again and compare with the shards in `folder`. Memory: a few blocks of rows.
+    """Merge the experts into the base again, and compare the result with the shards in `folder`.
+
+    Only a few blocks of rows are in memory at a time.
 
     Raises:
         FileFormatError: if a shard in `folder` is damaged.
-        InputError: if the base or an expert holds NaN or infinity.
+        InputError: if the base or an expert contains NaN or infinity.
     """
     shards = changes.model.checkpoint.shards
     total = sum(source.num_bytes - source.header_bytes for source in shards.values())
@@ -77,7 +82,10 @@ def _misfits(
 
 
 class _ComparingSink:
-    """A sink of fold_shard that compares the tensors with those of a written shard. Several threads call it at once."""
+    """A sink for `fold_shard` that compares each tensor with the tensor in a written shard.
+
+    Several threads may call it at the same time.
+    """
 
     def __init__(self, changes: Changes, written: SafetensorsFile, specs: Iterable[TensorSpec]) -> None:
         self._changes = changes
@@ -92,12 +100,12 @@ class _ComparingSink:
         self._magnitudes = lru_cache(maxsize=num_file_threads(changes.soups.bank.device))(self._magnitudes_of)
 
     def differences(self) -> list[Difference]:
-        """Return every tensor that differs, in the order of the file."""
+        """Return the differences of all tensors that differ, in the order of the file."""
         distances = ((name, self._distances.get(name)) for name in self._specs)
         return [distance.result(name) for name, distance in distances if distance is not None and not distance.is_equal]
 
     def write(self, name: str, data: Tensor | memoryview, start: int = 0) -> None:
-        """Compare a part of a tensor that begins at its byte `start`."""
+        """Compare a part of the tensor `name`. The part begins at byte `start` of the tensor."""
         if name not in self._specs:
             return
         if isinstance(data, memoryview):
@@ -112,12 +120,12 @@ class _ComparingSink:
         if same_bytes(written_BN, block_BN):
             distance.add_equal(block_BN)
             return
-        # the allowed distance costs as much as the merge; after a larger distance it is not needed
+        # The allowed distance costs as much as the merge. Once a block has exceeded it, it is no longer needed.
         room_BN = self._room(name, block_BN, first) if distance.may_be_rounding else None
         distance.add(written_BN, block_BN, room_BN)
 
     def copy(self, names: Sequence[str], source: SafetensorsFile) -> None:
-        """Compare whole tensors with the base's."""
+        """Compare whole tensors with the same tensors of the base."""
         for name in names:
             if name in self._specs:
                 self._compare_copy(name, source.raw(name))
@@ -127,7 +135,7 @@ class _ComparingSink:
             return self._distances.setdefault(name, Distance())
 
     def _compare_copy(self, name: str, expected: memoryview) -> None:
-        """Compare a tensor that a merge copies: its bytes must be equal."""
+        """Compare a tensor that the merge copies from the base. Its bytes must be equal."""
         written, kind = self._written.raw(name), self._specs[name].dtype
         starts = range(0, len(expected), _CHUNK_BYTES)
         if all(torch.equal(_chunk(written, start), _chunk(expected, start)) for start in starts):
@@ -139,8 +147,9 @@ class _ComparingSink:
     def _room(self, name: str, block_BN: Tensor, first: int) -> Tensor:
         """Return how far two computations of a block may differ, in float64 on the CPU.
 
-        Each has an error of at most `ulp / 2 + (K + 2) u (|W| + sum |w s| |B| |A|)` per element. u is the unit roundoff
-        of the arithmetic, K the number of products in a sum.
+        Each computation has an error of at most `ulp / 2 + (K + 2) u (|W| + sum |w s| |B| |A|)` per element. W is the
+        base matrix, w and s are the weight and the scaling of an expert, u is the unit roundoff of the arithmetic, and
+        K is the number of products in the sum of one element.
         """
         terms, depth = self._magnitudes(name)
         base_MN = self._base_MN(name)
@@ -148,10 +157,10 @@ class _ComparingSink:
         base_BN = base_MN[first : first + block_BN.shape[0]].to(device, kind).abs()
         size_BN = base_BN.clone()
         for term in terms:
-            # given -|base|, a term `weight * (value - base)` of magnitudes adds a sum of magnitudes
+            # applied to -|base|, a term `weight * (value - base)` of magnitudes adds a sum of magnitudes
             term.add(size_BN, -base_BN, first)
         numbers, unit = torch.finfo(block_BN.dtype), torch.finfo(kind).eps / 2
-        # the ulp of the rounded value: rounding up may reach the next power of two, where ulps double
+        # use the ulp of the rounded value: rounding up may reach the next power of two, where the ulp is twice as large
         size_BN = torch.maximum(size_BN.cpu().double(), block_BN.double().abs())
         return size_BN * (numbers.eps + 2 * (depth + 2) * unit) + numbers.smallest_normal * numbers.eps
 
@@ -161,13 +170,16 @@ class _ComparingSink:
 
     def _base_MN(self, name: str) -> Tensor:  # noqa: N802
         model = self._changes.model
-        # an untied output embedding is computed from the input embedding
+        # the base has no tensor for an untied output embedding, which is computed from the input embedding
         source = name if name in model.checkpoint or model.tied is None else model.tied[0]
         return self._changes.as_matrix(name, model.checkpoint.tensor(source))
 
 
 def magnitude_of(term: Term) -> Term:
-    """Return a term that, given -|base|, adds at least the magnitudes of all numbers that `term` adds."""
+    """Return a term that bounds the magnitudes of `term`.
+
+    If the term is applied to -|base|, it adds at least the magnitude of every number that `term` adds.
+    """
     if isinstance(term, Product):
         return replace(term, left_MR=term.left_MR.abs(), right_RN=term.right_RN.abs())
     if isinstance(term, Dense):
@@ -183,7 +195,7 @@ def magnitude_of(term: Term) -> Term:
 def _depth(terms: Iterable[Term]) -> int:
     """Return the largest number of products in the sum of one element.
 
-    Products with different first rows change different rows, so only those with the same first row add up.
+    Products with different first rows change different rows. So only products with the same first row are added up.
     """
     ranks: Counter[int] = Counter()
     others = 0
@@ -200,9 +212,12 @@ def _chunk(data: memoryview, start: int) -> Tensor:
 
 
 def _numbers(data: Tensor, kind: str) -> Tensor:
-    """Return bytes as numbers of their dtype if torch computes with that dtype, else as bytes."""
+    """Return bytes as numbers of the dtype `kind`.
+
+    If torch cannot compute with this dtype, return the bytes unchanged.
+    """
     dtype = TORCH_DTYPES.get(kind)
     if dtype is None or dtype.is_complex or BITS[kind] < 8:
         return data
-    # cloned, since a chunk's first byte may not be aligned for the dtype
+    # cloned, because the first byte of a chunk may not be aligned for the dtype
     return data.clone().view(dtype)

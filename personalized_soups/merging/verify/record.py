@@ -1,4 +1,4 @@
-"""Compare everything but the tensors of a merged folder with its soup.json: files, inputs, configuration, record."""
+"""Compare everything except the tensors of a merged folder with its soup.json: files, inputs, configuration, record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.verify.verification import Fault, Subject
 from personalized_soups.merging.writing.model_record import json_text, untied_tables
 
-# Keys that have checks of their own, and keys that say where and with which versions the soup was computed.
+# Keys of soup.json that other checks compare, and keys that say where and with which versions the soup was computed.
 _NOT_COMPARED = {
     "profile",
     "method_source",
@@ -30,13 +30,13 @@ _NOT_COMPARED = {
     "files",
 }
 
-# Two computations of a truncation error agree to this share of it. Errors below 0.1 lose digits, so they are compared
-# as if they were 0.1.
+# Two computations of a truncation error agree if they differ by at most this share of the error. Errors below 0.1 lose
+# digits, so for them, the allowed difference is that of an error of 0.1.
 _ERROR_TOLERANCE = 1e-5
 
 
 def file_faults(folder: Path, record: SoupRecord) -> Iterator[Fault]:
-    """Yield the files that are missing, and those that the merge did not write. Hidden files are ignored."""
+    """Yield a fault for each missing file and for each file that the merge did not write. Hidden files are ignored."""
     present = {name for name in files_below(folder) if not any(part.startswith(".") for part in Path(name).parts)}
     for name in sorted(set(record.files) - present):
         yield Fault("file", name, "is missing")
@@ -45,7 +45,7 @@ def file_faults(folder: Path, record: SoupRecord) -> Iterator[Fault]:
 
 
 def input_faults(record: SoupRecord, library: ExpertLibrary, digests: Mapping[Path, str]) -> Iterator[Fault]:
-    """Yield the files of experts that have changed since the merge."""
+    """Yield a fault for each file of an expert that has changed since the merge."""
     for expert in record.experts:
         adapter = library[expert.name].adapter
         actual = {path.name: digests[path] for path in adapter.files}
@@ -55,7 +55,14 @@ def input_faults(record: SoupRecord, library: ExpertLibrary, digests: Mapping[Pa
 def digest_faults(
     subject: Subject, folder: str, recorded: Mapping[str, str], actual: Mapping[str, str]
 ) -> Iterator[Fault]:
-    """Yield the files of one folder that have changed, by their recorded digests and their digests now."""
+    """Yield a fault for each file of a folder that has changed since the merge.
+
+    Args:
+        subject: the kind of thing that the folder contains.
+        folder: the folder.
+        recorded: the digests that soup.json records, by the file's name.
+        actual: the digests of the files now, by the file's name.
+    """
     for name in sorted({*recorded, *actual}):
         where = str(Path(folder) / name)
         if name not in actual:
@@ -68,7 +75,7 @@ def digest_faults(
 
 
 def fingerprint_faults(record: SoupRecord, actual: str, where: str) -> Iterable[Fault]:
-    """Return a fault if the base is not the recorded one."""
+    """Return a fault if the fingerprint of the base differs from the recorded fingerprint."""
     if record.base.fingerprint in {None, actual}:
         return []
     what = f"is another base: fingerprint {actual[:12]}, expected {(record.base.fingerprint or '')[:12]}"
@@ -76,7 +83,7 @@ def fingerprint_faults(record: SoupRecord, actual: str, where: str) -> Iterable[
 
 
 def configuration_faults(folder: Path, expected: Mapping[str, Any]) -> Iterator[Fault]:
-    """Yield the keys of adapter_config.json that differ from what the merge writes."""
+    """Yield a fault for each key of adapter_config.json whose value differs from what the merge writes."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         return  # file_faults reports it
@@ -88,11 +95,16 @@ def configuration_faults(folder: Path, expected: Mapping[str, Any]) -> Iterator[
 
 
 def record_faults(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
-    """Yield the keys of soup.json that differ from those of a merge of its own profile and inputs."""
+    """Yield a fault for each key of soup.json that a merge of its profile and inputs would write differently.
+
+    Args:
+        record: the soup.json of the folder.
+        expected: the record of the repeated merge.
+    """
     skipped = _NOT_COMPARED | {"base_blake3"}
     if record.method_source is not None:
-        # a script's function is in the module `__main__`, and elsewhere if another program imports the script's file;
-        # method_faults compares its source instead
+        # The module of a function in a script is `__main__`, or another name if another program imports the script. So
+        # the names of the methods are not compared here; method_faults compares the source file.
         skipped = skipped | {"method"}
     tables = [soup.model_dump(mode="json", exclude=skipped) for soup in (record, expected)]
     yield from _unequal("record", f"{SOUP_FILE}: ", *tables)
@@ -105,7 +117,7 @@ def record_faults(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
 
 
 def missing_method_fault(record: SoupRecord) -> Fault:
-    """Return the fault of a soup whose method is from outside the package and was not given."""
+    """Return the fault of a soup whose method is from outside the package and was not given to `verify`."""
     source = record.method_source
     assert source is not None
     return Fault(
@@ -117,7 +129,10 @@ def missing_method_fault(record: SoupRecord) -> Fault:
 
 
 def method_faults(record: SoupRecord, given: MethodRecord | None) -> Iterator[Fault]:
-    """Yield a fault if the method given is not the recorded function, or if its source file has changed."""
+    """Yield the differences between the method given to `verify` and the recorded method.
+
+    They may differ in the function or in the contents of its source file.
+    """
     source = record.method_source
     if source is None or given is None:
         return
@@ -152,7 +167,10 @@ def _truncation_faults(actual: TruncationRecord | None, expected: TruncationReco
 
 
 def other_file_faults(folder: Path, record: SoupRecord, changes: Changes) -> Iterator[Fault]:
-    """Yield the files without tensors that differ from the base's, or from the base's with untied embeddings."""
+    """Yield a fault for each file without tensors that differs from the base's file.
+
+    If the merge unties the embeddings, some files are compared with the base's files with untied embeddings.
+    """
     model = changes.model
     tables = untied_tables(changes)
     for name in sorted(set(record.files) - {SOUP_FILE, *model.checkpoint.shards}):

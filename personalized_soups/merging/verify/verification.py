@@ -1,4 +1,4 @@
-"""The results of verifying a merged folder: differences of tensors, and other faults."""
+"""The results of `verify`: differences between tensors, and other faults of a merged folder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Fault:
 
     Attributes:
         subject: the kind of thing that disagrees.
-        where: the file, folder, key or tensor.
-        what: the disagreement, as a phrase about `where`.
+        where: the file, folder, key or tensor that disagrees.
+        what: a phrase that continues `where` and describes the disagreement.
     """
 
     subject: Subject
@@ -33,14 +33,14 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A tensor whose bytes differ from the recomputed ones.
+    """A tensor whose bytes differ from the bytes of the recomputed tensor.
 
     Attributes:
-        name: the tensor.
-        largest: the largest magnitude in the difference; None if a value is NaN or infinite.
-        relative: the Frobenius norm of the difference divided by that of the recomputed tensor; None if a value is NaN
-            or infinite.
-        is_rounding: whether another order of the arithmetic explains the difference.
+        name: the tensor's name.
+        largest: the largest magnitude of the difference. None if a value is NaN or infinite.
+        relative: the Frobenius norm of the difference divided by the norm of the recomputed tensor. None if a value is
+            NaN or infinite.
+        is_rounding: whether another order of the arithmetic can explain the difference.
     """
 
     name: str
@@ -51,12 +51,12 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The comparison of a folder's tensors with the recomputed ones.
+    """The comparison of a folder's tensors with the recomputed tensors.
 
     Attributes:
         num_tensors: the number of recomputed tensors.
         differences: the tensors whose bytes differ.
-        faults: tensors that are missing, superfluous, or of another shape or dtype.
+        faults: the tensors that are missing, that do not belong to the soup, or that have another shape or dtype.
     """
 
     num_tensors: int
@@ -65,7 +65,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """The verdict on all tensors."""
+        """The verdict on all tensors: `identical`, `equal to rounding` or `different`."""
         if self.faults or not all(difference.is_rounding for difference in self.differences):
             return "different"
         return "equal to rounding" if self.differences else "identical"
@@ -80,9 +80,9 @@ class Verification:
         kind: `adapter` or `model`.
         verdict: the verdict on the tensors.
         num_tensors: the number of recomputed tensors.
-        num_rounded: the number of tensors that differ by rounding alone.
-        num_different: the number of other tensors that differ.
-        differences: the tensors that differ most, at most 8, largest difference first.
+        num_rounded: the number of tensors that differ only by rounding.
+        num_different: the number of tensors that differ by more than rounding.
+        differences: the tensors that differ most, at most 8, with the largest difference first.
         faults: all disagreements except different values of tensors.
     """
 
@@ -99,7 +99,7 @@ class Verification:
     def of(
         cls, folder: str, kind: Literal["adapter", "model"], compared: Comparison | None, faults: Iterable[Fault]
     ) -> Verification:
-        """Return the verification; without a comparison, the verdict is `not recomputed`."""
+        """Return the verification. If `compared` is None, its verdict is `not recomputed`."""
         if compared is None:
             return cls(folder, kind, "not recomputed", faults=tuple(faults))
         rounded = sum(difference.is_rounding for difference in compared.differences)
@@ -119,7 +119,7 @@ class Verification:
 
     @property
     def is_sound(self) -> bool:
-        """Whether the folder agrees with its soup.json."""
+        """Whether the tensors and everything else in the folder agree with its soup.json."""
         return self.verdict in {"identical", "equal to rounding"} and not self.faults
 
     def as_json(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Verification:
 
 
 class Distance:
-    """The distance of a written tensor from the recomputed one, summed block by block.
+    """The distance of a written tensor from the recomputed tensor, added up block by block.
 
     Attributes:
         is_equal: whether all blocks so far are equal byte for byte.
@@ -151,7 +151,7 @@ class Distance:
         Args:
             written: the written block, on the CPU.
             recomputed: the recomputed block, on the CPU.
-            room: how far each element may differ by rounding, on the CPU; None if the block must be equal.
+            room: how far each element may differ by rounding, on the CPU. None if the blocks must be equal.
         """
         apart = (written.double() - recomputed.double()).abs_()
         self.is_equal = False
@@ -162,18 +162,18 @@ class Distance:
         self._is_rounding &= room is not None and bool((apart <= room).all())
 
     def result(self, name: str) -> Difference:
-        """Return the difference of the tensor `name`."""
+        """Return the difference between the tensors. `name` is the name of the tensor."""
         relative = math.sqrt(self._squares / self._norm_squares) if self._norm_squares > 0 else math.inf
         return Difference(name, finite(self._largest), finite(relative), self._is_rounding)
 
     @property
     def may_be_rounding(self) -> bool:
-        """Whether rounding explains all blocks so far."""
+        """Whether rounding can explain the differences in all blocks so far."""
         return self._is_rounding
 
 
 def finite(value: float) -> float | None:
-    """Return a number, or None if it is NaN or infinite, which JSON cannot hold."""
+    """Return the number, or None if it is NaN or infinite, because JSON cannot represent these values."""
     return value if math.isfinite(value) else None
 
 
