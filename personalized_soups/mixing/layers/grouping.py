@@ -1,4 +1,9 @@
-"""Which layers of a model form a group, and the groups while models and experts change."""
+"""Decide which layers of a model form groups, and form them again when the model or its experts change.
+
+The layers of a group read the same input and share one matrix product (`groups.py`).
+
+Shapes: C = rows of the distinct A's, I = in_features.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +23,8 @@ from personalized_soups.mixing.layers.weight_group import WeightGroup, is_hooked
 if TYPE_CHECKING:
     from personalized_soups.mixing.layers.mixed_linear import MixedLinear
 
-# Names of layers that read the same input, in the order in which transformers' models call them. A wrong guess costs
-# time, never correctness: a layer that gets another input than its neighbours computes its own product.
+# Names of layers that read the same input, in the order in which transformers' models call them. A wrong row costs
+# time, but the results stay correct: a layer with another input than the other layers computes its own product.
 _READ_ALIKE = (
     ("q_proj", "k_proj", "v_proj"),
     ("gate_proj", "up_proj"),
@@ -29,9 +34,9 @@ _READ_ALIKE = (
     ("wi_0", "wi_1"),
 )
 
-# On a CPU, a group's weights move into one buffer only if they are at most so many numbers, as in the embedded base.
-# For a 1B base one product for weights and A's was no faster than two (docs/explanation/decisions.md), moving its
-# weights takes 5 seconds, and memory-mapped weights would become private memory.
+# The maximum number of weight elements that a group moves into its buffer on a CPU. The embedded base is below this
+# limit. For a base of 1B parameters, one product for weights and A's was no faster than two products
+# (docs/explanation/decisions.md). Moving its weights takes 5 seconds, and copies memory-mapped weights into memory.
 _MOST_NUMBERS_ON_CPU = 1 << 20
 
 
@@ -39,12 +44,12 @@ class LayerGroups:
     """The groups of a model's layers.
 
     Attributes:
-        slots: the slots of the layers that each product covers, in the order of the gates; a layer without a group is
-            alone.
+        slots: for each product, the slots of the layers that it computes, in the order of the gates' columns. A layer
+            without a group has its own product.
 
     Args:
-        model: of transformers.
-        gates: of the model.
+        model: a model of transformers.
+        gates: the gates of the model.
     """
 
     def __init__(self, model: Any, gates: Gates) -> None:
@@ -55,15 +60,15 @@ class LayerGroups:
 
     @property
     def num_spare_bytes(self) -> int:
-        """Bytes of the groups' buffers that hold neither weights nor factors."""
+        """The size in bytes of the parts of the groups' buffers that hold neither weights nor factors."""
         return sum(group.num_spare_bytes for group in self._groups)
 
     def is_current(self) -> bool:
-        """Return whether every group computes what its layers would compute separately."""
+        """Return whether every group has the same result as its layers would have separately."""
         return all(group.is_current() for group in self._groups)
 
     def clear(self) -> None:
-        """Forget all groups, without releasing their layers."""
+        """Drop all groups from this object, but do not dissolve them: their layers keep using them."""
         self._groups.clear()
 
     def dissolve_of(self, layers: set[MixedLinear]) -> None:
@@ -74,19 +79,21 @@ class LayerGroups:
         self._groups = [group for group in self._groups if layers.isdisjoint(group.layers)]
 
     def regroup(self, layers: Mapping[str, MixedLinear]) -> tuple[dict[str, MixedLinear], int]:
-        """Form the groups of these layers, keep the groups that are still right, and give all layers their slots.
+        """Form groups of these layers, keep the groups that are still correct, and give all layers their slots.
 
-        Slots depend on the layers' names alone, because a mixture that is set has a weight for each slot.
+        Slots depend only on the names of the layers, because a mixture that is set has a weight for each slot.
 
         Returns:
-            The layers in the order of their slots, and for how many groups memory ran out.
+            The layers in the order of their slots, and the number of groups that could not be formed because memory
+            ran out.
         """
-        # Names decide what is tried together; the identity of the input decides, in each pass, what shares a product.
+        # Names decide which layers form a group. In each forward pass, they share a product only if they get the same
+        # input tensor.
         names = in_slot_order(layers)
         candidates = [candidate for alike in names for candidate in candidate_groups([layers[name] for name in alike])]
-        # A tensor that is made in inference mode can be neither changed nor trained outside of it.
+        # A tensor that is created in inference mode can be neither changed nor trained outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            # A group with the same layers keeps its buffer: the base's weights must not move when experts change.
+            # A group with the same layers is kept, because the base's weights must not move when experts change.
             kept = {group.layers: group for group in self._groups if group.has_these_bases()}
             for group in self._groups:
                 if group.layers not in candidates or group.layers not in kept:
@@ -94,7 +101,7 @@ class LayerGroups:
             self._groups = [kept[candidate] for candidate in candidates if candidate in kept]
             num_failed = self._form(candidates, kept)
         ordered = {name: layers[name] for alike in names for name in alike}
-        # The slots run on over all groups, so a group's gates are one block of columns.
+        # The layers of a group have consecutive slots, so a group's gates are one block of columns.
         for slot, layer in enumerate(ordered.values()):
             layer.slot = slot
         self.slots = [[layer.slot for layer in candidate] for candidate in candidates]
@@ -103,7 +110,7 @@ class LayerGroups:
     def _form(
         self, candidates: Sequence[tuple[MixedLinear, ...]], kept: Mapping[tuple[MixedLinear, ...], LayerGroup]
     ) -> int:
-        """Make the missing groups, give the kept groups their new stacks, and return how many of them failed."""
+        """Form the missing groups, and make the kept groups store new stacks. Return how many groups failed."""
         storages = storage_counts(self._model)
 
         def formed(candidate: tuple[MixedLinear, ...]) -> LayerGroup | RuntimeError | None:
@@ -113,23 +120,26 @@ class LayerGroups:
                     return new_group(candidate, self._gates, storages)
                 if not group.has_these_stacks():
                     group.hold()
-            except RuntimeError as error:  # torch's error where memory runs out, on a CPU and on a GPU
+            except RuntimeError as error:  # torch raises it if memory runs out, on a CPU and on a GPU
                 if group is not None:
                     group.dissolve()
                 return error
             return group
 
-        # On a GPU the caller's thread works alone: other threads have other current streams.
+        # On a GPU, only the caller's thread is used, because other threads have other current streams.
         is_on_gpu = any(layer.stack.a_CI.is_cuda for candidate in candidates for layer in candidate)
         results = list(in_order(formed, candidates, 1 if is_on_gpu else num_workers(torch.device("cpu"))))
         if is_on_gpu:
-            torch.cuda.empty_cache()  # the memory from which the weights have moved
+            torch.cuda.empty_cache()  # frees the memory in which the weights were before they moved
         self._groups = [result for result in results if isinstance(result, LayerGroup)]
         return sum(isinstance(result, RuntimeError) for result in results)
 
 
 def in_slot_order(names: Collection[str]) -> list[list[str]]:
-    """Return names of layers in the order of their slots. Layers that may read the same input are in one list."""
+    """Return the names of layers in the order of their slots. Names of layers that may share an input are in one list.
+
+    Such layers have the same parent module, and names that `_READ_ALIKE` lists together.
+    """
     alike: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for name in sorted(names):
         parent, _, leaf = name.rpartition(".")
@@ -142,16 +152,16 @@ def in_slot_order(names: Collection[str]) -> list[list[str]]:
 
 
 def candidate_groups(layers: Sequence[MixedLinear]) -> list[tuple[MixedLinear, ...]]:
-    """Split layers that may read the same input into the layers that can form one group, and the others alone.
+    """Split layers that may read the same input into one candidate for a group, and each other layer as its own tuple.
 
-    The layers of a group have plain stacks of one width, dtype and device.
+    The layers of the group have plain stacks, and the same in_features, dtype and device.
     """
 
     def kind(layer: MixedLinear) -> tuple[int, torch.dtype, torch.device]:
         a_CI = layer.stack.a_CI
         return a_CI.shape[1], a_CI.dtype, a_CI.device
 
-    # DoRA changes W x itself, and lora_bias adds gate columns: the fused sum has neither.
+    # A stack is plain without DoRA, which scales W x, and without lora_bias, which adds columns to the gates.
     plain = [layer for layer in layers if _is_plain_stack(layer.stack)]
     together = tuple(layer for layer in plain if kind(layer) == kind(plain[0]))
     alone = [(layer,) for layer in layers if layer not in together]
@@ -159,21 +169,21 @@ def candidate_groups(layers: Sequence[MixedLinear]) -> list[tuple[MixedLinear, .
 
 
 def new_group(candidate: Sequence[MixedLinear], gates: Gates, storages: Mapping[int, int]) -> LayerGroup | None:
-    """Return a group of layers; None if they are no faster as a group.
+    """Return a new group of the layers; None if a group would not be faster than separate layers.
 
     Args:
-        candidate: the layers, one of the results of `candidate_groups`.
-        gates: of the model.
-        storages: of the model, as `storage_counts` returns them.
+        candidate: one of the tuples that `candidate_groups` returns.
+        gates: the gates of the model.
+        storages: the result of `storage_counts` for the model.
 
     Raises:
-        RuntimeError: if memory runs out. The layers are as they were.
+        RuntimeError: if memory runs out. The layers are then the same as before.
     """
     if not _is_plain_stack(candidate[0].stack):
         return None
     group: LayerGroup
     if takes_weights(candidate, storages):
-        # The weights move before `hold`, which writes the A's behind them.
+        # The weights move first, because `hold` writes the A's behind them.
         group = weights = WeightGroup(candidate, gates)
         weights.move_weights()
     elif len(candidate) > 1:
@@ -190,25 +200,25 @@ def new_group(candidate: Sequence[MixedLinear], gates: Gates, storages: Mapping[
 
 
 def takes_weights(layers: Sequence[MixedLinear], storages: Mapping[int, int]) -> bool:
-    """Return whether a group of these layers moves the base's weights into its buffer.
+    """Return whether a group of these layers should move the base's weights into its buffer.
 
     Args:
-        layers: the layers of one candidate.
-        storages: of the model, as `storage_counts` returns them.
+        layers: one of the tuples that `candidate_groups` returns.
+        storages: the result of `storage_counts` for the model.
     """
     if not all(is_plain_linear(layer.base_layer, layer.stack.a_CI, storages) for layer in layers):
         return False
-    # A GPU's decode step is bound by launches, so on a GPU the weights always move.
+    # On a GPU the weights always move, because the number of kernel launches decides the time of a decode step.
     num_numbers = sum(layer.weight.numel() for layer in layers)
     return layers[0].stack.a_CI.is_cuda or num_numbers <= _MOST_NUMBERS_ON_CPU
 
 
 def is_plain_linear(base: nn.Module, like: Tensor, storages: Mapping[int, int]) -> bool:
-    """Return whether a layer computes x W^T + b and nothing else, with a weight that may move into another buffer.
+    """Return whether a layer computes only x W^T + b, and its parameters may move into another buffer.
 
-    The layer must be `nn.Linear` itself, without hooks, parametrisation, or wrapping by PEFT or accelerate. Its tensors
-    must have `like`'s dtype and device, be neither sharded nor on the meta device, and own their storage: a weight that
-    is tied to another one, or part of a memory-mapped file, stays where it is.
+    The layer must be exactly an `nn.Linear`, without hooks, parametrization, or wrapping by PEFT or accelerate. Its
+    parameters must have the dtype and device of `like`, must not be sharded or on the meta device, and must own their
+    storage: a weight that is tied to another weight, or is part of a memory-mapped file, must not move.
     """
     if type(base) is not nn.Linear or is_hooked(base):
         return False
@@ -217,27 +227,27 @@ def is_plain_linear(base: nn.Module, like: Tensor, storages: Mapping[int, int]) 
 
 
 def storage_counts(model: nn.Module) -> Counter[int]:
-    """Return how often each storage, by its address, occurs among a model's parameters and buffers.
+    """Return how often each storage occurs among a model's parameters and buffers, by the storage's address.
 
-    A parameter counts once for each of its names: one layer may be in several modules, or have several names.
+    A parameter with several names counts once for each name.
     """
     named: Iterable[tuple[str, Tensor]] = (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     )
-    # A subclass of Tensor may have no storage at an address.
+    # Subclasses of Tensor are left out, because they may have no storage with an address.
     tensors = (tensor for _, tensor in named if type(tensor.data) is Tensor and not tensor.is_meta)
     return Counter(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
 
 def _may_move(tensor: nn.Parameter, like: Tensor, storages: Mapping[int, int]) -> bool:
-    """Return whether a parameter may become a view of another buffer, as `is_plain_linear` says."""
+    """Return whether a parameter may become a view of another buffer. `is_plain_linear` lists the conditions."""
     is_usual = type(tensor) is nn.Parameter and type(tensor.data) is Tensor and not tensor.is_inference()
     if not is_usual or tensor.is_meta or (tensor.dtype, tensor.device) != (like.dtype, like.device):
         return False
     storage = tensor.untyped_storage()
     is_alone = storage.nbytes() == tensor.nbytes and storages.get(storage.data_ptr(), 0) == 1
-    # torch reports every CUDA tensor as shared.
+    # `is_shared` is true for every CUDA tensor.
     return is_alone and tensor.is_contiguous() and (tensor.is_cuda or not tensor.is_shared())
 
 

@@ -1,11 +1,12 @@
-"""Groups of layers that read the same input, and share one product with it while a mixture is set.
+"""Groups of layers that read the same input x, and compute one matrix product with it while a mixture is set.
 
-A layer on its own needs four steps: a product with its weight, a product with the experts' A's, the gate, and a product
-with their B's. That makes twelve calls for q, k and v. A group needs three: one product
-`[Wq; Wk; Wv; Aq; Ak; Av] x`, one gate, and one kernel for all B's. Calls matter because a GPU's decode step is bound by
-the number of launches, and a small model on a CPU by the number of calls into torch.
+A single layer needs four operations: the product with its weight, the product with the experts' A's, the multiplication
+by the gates, and the product with the experts' B's. For q, k and v, these are twelve operations. A group of the three
+layers needs only three: one product `[Wq; Wk; Wv; Aq; Ak; Av] x`, one multiplication by the gates, and one kernel for
+all B's. Fewer operations are faster, because the time of a decode step is that of the kernel launches on a GPU, and
+that of the calls into torch for a small model on a CPU.
 
-N rows of the input, C rows of the A's, R rows of one layer's distinct A's, I in features, O out features.
+Shapes: I = in_features, O = out_features, C = rows of all A's of the group, R = rows of the distinct A's of one layer.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ if TYPE_CHECKING:
 
 
 class LayerGroup:
-    """Layers of one parent module that read the same input, and the tensors that they multiply it with.
+    """Layers of one parent module that read the same input, and the tensors by which the group multiplies this input.
 
     Attributes:
-        layers: the layers.
-        has_weights: whether `take` returns a layer's whole output; otherwise it returns `A x` alone.
+        layers: the layers of the group.
+        has_weights: True if `take` returns a layer's whole output, False if `take` returns only `A x`.
 
     Args:
-        layers: wrapped layers of one device and dtype, without DoRA and lora_bias.
-        gates: of the model; the columns of these layers are neighbours.
+        layers: wrapped layers with the same device and dtype, without DoRA and lora_bias.
+        gates: the gates of the model, in which the columns of these layers are contiguous.
     """
 
     has_weights = False
@@ -49,83 +50,87 @@ class LayerGroup:
 
     @property
     def num_spare_bytes(self) -> int:
-        """Bytes of the group's buffers that hold neither weights nor factors."""
+        """The size in bytes of the parts of the group's buffers that hold neither weights nor factors."""
         return 0
 
     def join(self) -> None:
-        """Make the layers use this group."""
+        """Make the layers compute with this group."""
         for place, layer in enumerate(self.layers):
             layer.group, layer.place = self, place
 
     def hold(self) -> None:
-        """Take over the layers' current stacks. If memory runs out, nothing has changed."""
+        """Store the layers' current stacks in the group's tensors. If memory runs out, nothing changes."""
         raise NotImplementedError
 
     def has_these_stacks(self) -> bool:
-        """Return whether the layers still hold the stacks that the group took over last."""
-        # Identity and not equality: a changed expert always gives a new stack.
+        """Return whether the layers still have the stacks that the last call of `hold` stored."""
+        # Stacks are compared by identity, because a changed expert always gives a new stack.
         return len(self._stacks) == len(self.layers) and all(
             layer.stack is stack for layer, stack in zip(self.layers, self._stacks, strict=True)
         )
 
     def has_these_bases(self) -> bool:
-        """Return whether the group still computes what the base's layers compute."""
+        """Return whether the group's copy of the base weights, if it has one, is still what the base layers use."""
         return True
 
     def is_current(self) -> bool:
-        """Return whether the group computes what its layers would compute separately."""
+        """Return whether the group has the same result as its layers would have separately."""
         return self.has_these_stacks() and self.has_these_bases()
 
     def dissolve(self) -> None:
-        """Release the layers and the group's tensors. Views of its buffers stay valid."""
+        """Make the layers compute separately, and release the group's tensors. Views of its buffers stay valid."""
         for layer in self.layers:
             if layer.group is self:
                 layer.group = None
         self._stacks = ()
 
     def take(self, place: int, x: Tensor) -> Tensor | None:
-        """Return one layer's part of the product with x.
+        """Return one layer's part of the group's product with x. The product is computed when the first layer asks.
+
+        Args:
+            place: the layer's number in the group.
+            x: the layer's input, `[..., I]`.
 
         Returns:
-            With weights, the layer's output with the soups added, `[..., O]`. Without, its `A x`, `[..., R]`. Either is
-            a view of the product, whose rows are wider. None if the layer must compute separately.
+            If `has_weights`, the layer's output with the soups added, `[..., O]`, else the layer's `A x`, `[..., R]`.
+            The tensor is a view of the product, so it is not contiguous. None if the layer must compute separately.
 
         Raises:
-            UsageError: if the batch does not have the rows of the mixture that is set.
+            UsageError: if the number of rows in the batch is not that of the mixture.
         """
-        # The product of the first layer that is called waits in the gates for the others.
+        # The first layer that is called computes the product. The gates hold it for the other layers.
         held = self._gates.held
         part = None if held is None else held.take(self, x, place)
         if part is None or held is None:
             parts = self._parts(x, self.layers[place].name) if self._is_usable(x) else None
-            # A group of one layer has nothing to keep for others.
+            # A group of one layer need not keep its product.
             if parts is None or len(parts) == 1:
                 return None if parts is None else parts[0]
             held = HeldProduct(self, x, parts)
             part = held.take(self, x, place)
-        # The last part is taken: the product and its input may be freed.
+        # After the last part is taken, the product and its input may be freed.
         self._gates.held = held if held.num_left else None
         return part
 
     def _parts(self, x: Tensor, name: str) -> Sequence[Tensor]:
-        """Return every layer's part of the product with x; errors name the layer `name`."""
+        """Return every layer's part of the product with x. `name` is the layer that errors mention."""
         raise NotImplementedError
 
     def _is_usable(self, x: Tensor) -> bool:
-        # The parts are changed in place, which neither autograd nor autocast expects.
+        # The parts are changed in place, which autograd and autocast do not support.
         if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return False
         like = self._stacks[0].a_CI if self._stacks else None
         if like is None or x.dtype != like.dtype or x.device != like.device:
             return False
-        # A global hook expects a call of each layer, which the shared product skips.
+        # A global hook must run for each base layer, but a group does not call the base layers.
         if not self.has_these_bases() or _has_any_global_hook():
             return False
-        # Compiled code computes all experts, and guards its stacks by the layers' attributes.
+        # Compiled code always computes all experts. torch compiles it again if a layer's stack is replaced.
         return torch.compiler.is_compiling() or (self.has_these_stacks() and self._is_worth(self._gates.used))
 
     def _is_worth(self, used: Collection[str]) -> bool:
-        """Return whether the batch uses at least half of the ranks: the group's product contains all ranks."""
+        """Return whether the batch uses at least half of the ranks. The group's product always computes all ranks."""
         ranks = Counter[bool]()
         for stack in self._stacks:
             for expert, rank in zip(stack.experts, stack.ranks, strict=True):
@@ -134,14 +139,17 @@ class LayerGroup:
 
 
 class FactorGroup(LayerGroup):
-    """A group whose A's are one product, for layers of any kind. Each layer computes the rest separately."""
+    """A group, for layers of any kind, that computes only the product with all A's. Layers compute the rest separately.
+
+    The A's of all layers are rows of one tensor.
+    """
 
     def hold(self) -> None:
-        """Take over the layers' current stacks: their A's become views of one tensor."""
+        """Copy the A's of the layers' current stacks into one tensor, and replace them by views of this tensor."""
         stacks = [layer.stack for layer in self.layers]
         self._a_CI = torch.cat([stack.a_CI for stack in stacks])
         self._sizes = [len(stack.a_CI) for stack in stacks]
-        # Views: the layers' own spans and the group's product share the memory.
+        # With views, the layers and the group do not need the memory twice.
         for layer, a_CI in zip(self.layers, self._a_CI.split(self._sizes), strict=True):
             layer.put(replace(layer.stack, a_CI=a_CI))
         self._stacks = tuple(layer.stack for layer in self.layers)
