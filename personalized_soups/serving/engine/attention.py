@@ -1,6 +1,6 @@
 """Checks whether a model supports continuous batching.
 
-Its attention must accept a separate mask for each row of a batch, and keep the keys and values of every token.
+The model's attention must accept a separate mask for each row of a batch, and keep the keys and values of every token.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def check_attention(text: Any) -> None:
         text: the configuration of the model's decoder.
 
     Raises:
-        UsageError: if it does not. The message names the kind of attention.
+        UsageError: if the attention does not respect them. The message names the kind of attention.
     """
     implementation = text._attn_implementation
     if implementation not in _KNOWN_IMPLEMENTATIONS:

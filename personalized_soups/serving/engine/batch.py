@@ -102,9 +102,8 @@ class Batch:
         first = len(self._rows)
         self._slots.fit(first + len(rows), max(num_tokens, *(len(row.tokens) + 1 for row in (*self._rows, *rows))))
         for slot, row in enumerate(rows, first):
-            if (
-                row.num_read and row.slot != slot
-            ):  # rows have left the batch since the last part of this prompt was read
+            if row.num_read and row.slot != slot:
+                # rows have left the batch since the last part of this prompt was read
                 self._slots.move(row.slot, slot, row.num_read)
             row.slot = slot
         with self._model.mixture([row.weights for row in rows]):
@@ -120,7 +119,7 @@ class Batch:
         return choices
 
     def step(self) -> list[Choice]:
-        """Append the next token to every row that has joined, and return the tokens in the order of the slots."""
+        """Append the next token to every row that has joined, and return the choices in the order of the slots."""
         rows = self._rows
         if not self._is_set:
             self._mixture.enter_context(self._model.mixture([row.weights for row in rows]))
@@ -193,7 +192,7 @@ class Batch:
         return True
 
     def _forward(self, first: int, chunks: Sequence[Sequence[int]], starts: Sequence[int]) -> Tensor:
-        """Run the model on `chunks[n]` for each row n, and return the logits after its last token, `[N, V]`.
+        """Run the model on `chunks[n]` for each row n, and return the logits after the row's last token, `[N, V]`.
 
         Row n is in slot `first + n`, which already has the keys and values of `starts[n]` tokens.
         """

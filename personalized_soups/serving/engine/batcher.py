@@ -103,7 +103,7 @@ class Batcher:
     def run_when_idle(self, job: Callable[[], T]) -> Future[T]:
         """Call `job` on the batcher's thread while no answer is being generated, and return the future of its result.
 
-        This allows, for example, to change experts. Running answers are finished before the job, and waiting requests
+        Experts can be changed in this way. Running answers are finished before the job, and waiting requests
         are started after it. Between two jobs, one group of waiting requests is answered.
         """
         return self._queue.put_job(job)

@@ -75,7 +75,7 @@ class Detokenizer:
         return text
 
     def _final_part(self, whole: str) -> tuple[int, str]:
-        """Return the number of first tokens whose text cannot change any more, and this text."""
+        """Return the index up to which the tokens' text is final, and the text from `_context` to this index."""
         for end in range(len(self._tokens) - _MAX_CHARACTER_BYTES, self._read, -1):
             first, second = self._decoded(self._context, end), self._decoded(end, len(self._tokens))
             # if `end` cuts a character, both parts decode to incomplete characters, and their sum differs from `whole`
@@ -113,7 +113,7 @@ def silent_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the maximum number of characters at the end of `text` with which `stop` starts."""
+    """Return the length of the longest end of `text` that is an incomplete start of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length

@@ -52,7 +52,7 @@ class _SlotLayer(CacheLayerMixin):
         self._slots = slots
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate memory for the keys and values, with the heads and widths of these states."""
+        """Allocate memory for the keys and values, with the heads and widths of the given states."""
         shape = (self._slots.num_slots, key_states.shape[1], self._slots.num_columns)
         # zeros, because masked values are multiplied by 0, and uninitialized memory may contain NaN
         self.keys = key_states.new_zeros(*shape, key_states.shape[3])
@@ -111,7 +111,7 @@ class _SlotLayer(CacheLayerMixin):
         return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the number of columns that the forward pass attends to, and the first of these columns."""
+        """Return the number of columns that the forward pass attends to, and the index of the first one, which is 0."""
         return self._slots.placement.width, 0
 
     def get_seq_length(self) -> int:
@@ -233,7 +233,7 @@ class KvSlots:
         self._written[target] = num_tokens
 
     def _wipe(self, slots: slice) -> None:
-        """Fill the columns of these slots that earlier rows have written with zeros."""
+        """Set to zero the columns that earlier rows have written in these slots."""
         stale = max(self._written[slots], default=0)
         if stale:
             for layer in self._layers:

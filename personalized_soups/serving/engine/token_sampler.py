@@ -30,7 +30,7 @@ class SamplingParams:
         temperature: the logits are divided by this number. With 0, the likeliest token is chosen.
         top_p: tokens are drawn from the smallest set of likeliest tokens whose probabilities sum to at least this.
         seed: the seed of the random numbers. They depend only on `seed` and `place`, as in SoupModel.generate.
-        place: the number of the answer. It makes several answers with the same seed differ.
+        place: the number of the answer. Answers with the same seed and different numbers differ.
         presence_penalty: subtracted from the logit of every token that the answer already contains.
         frequency_penalty: subtracted from a token's logit once for each time that the answer contains the token.
         logit_bias: for each token id, the number that is added to its logit.

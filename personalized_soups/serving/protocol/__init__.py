@@ -1,1 +1,1 @@
-"""OpenAI's protocol: requests, responses, streams and errors. These modules do not depend on the web server."""
+"""OpenAI's protocol: requests, responses, streams and errors. These modules do not depend on `serving.web`."""

@@ -21,7 +21,7 @@ Stamp: TypeAlias = tuple[tuple[int, ...] | None, ...]
 
 
 class ExpertsChangedError(RunError):
-    """The files of an expert differ from those that were loaded."""
+    """The files of an expert have changed since they were loaded."""
 
 
 class ExpertFiles:
@@ -62,7 +62,7 @@ class ExpertFiles:
         self._served = stamps
 
     def is_changed(self, name: str) -> bool:
-        """Return True if an expert's files have changed since they were loaded, or if no such expert was loaded."""
+        """Return whether an expert's files have changed since they were loaded. Return True for an unknown expert."""
         known = self._served.get(name)
         return known is None or _stamp(str(known[0])) != known[1]
 

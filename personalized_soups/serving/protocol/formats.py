@@ -89,5 +89,5 @@ class PendingCompletion(PendingAnswers):
 
 
 def _bytes(text: str) -> list[int] | None:
-    """Return the bytes of a token's text; None if the token is only a part of a character, whose bytes are unknown."""
+    """Return a token's bytes, or None if the token is only part of a character, because its text lacks the bytes."""
     return None if "\ufffd" in text else list(text.encode())

@@ -179,6 +179,6 @@ class PendingAnswers(ABC):
 def to_json(body: Mapping[str, Any]) -> str:
     """Return a body as ASCII JSON without spaces.
 
-    Other characters are escaped, because UTF-8 cannot encode a lone surrogate.
+    Non-ASCII characters are escaped, because UTF-8 cannot encode a lone surrogate.
     """
     return json.dumps(body, ensure_ascii=True, separators=(",", ":"), allow_nan=False)

@@ -21,8 +21,7 @@ from personalized_soups.users.profiles.store import ProfileStore
 
 SOUP = "soup:"
 
-# `soup:u1042@7` is version 7 of user u1042. If a user's own name ends with @ and digits,
-# the version must be given, too.
+# `soup:u1042@7` is version 7 of user u1042. If a user's own name ends with @ and digits, a version must follow it.
 _VERSIONED = re.compile(r"(?s)(?P<user>.+)@(?P<version>[0-9]{1,9})")
 
 
@@ -50,7 +49,7 @@ class ProfileResolver:
         base: the model name of the base.
 
     Args:
-        model: base and experts.
+        model: the base with its experts.
         base: the model name of the base.
         store: the profile store; None if the server has no store.
         files: detects experts whose files have changed since they were loaded.

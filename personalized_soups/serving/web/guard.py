@@ -78,7 +78,7 @@ class Guard:
         self._is_ending.set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request. Send an error if it breaks a rule, and pass it to the application otherwise."""
+        """Pass a request to the application. If the request breaks a rule, send an error instead."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return

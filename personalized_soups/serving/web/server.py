@@ -108,7 +108,7 @@ class UvicornServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM. In contrast to uvicorn, the signals are not raised again afterward."""
+        """Handle SIGINT and SIGTERM. uvicorn would raise the signals again afterward, but this server does not."""
         with super().capture_signals():
             yield
             self._captured_signals.clear()
@@ -196,11 +196,11 @@ def load_model(
 
     Args:
         base: the base's folder or model id.
-        experts: opens the library of experts; called again at each reload.
+        experts: opens the library of experts. It is called again at each reload.
         device, dtype, same_base: as for SoupModel.from_pretrained.
 
     Raises:
-        SoupError: if the library cannot be opened, or SoupModel.from_pretrained raises it.
+        SoupError: if the library cannot be opened, or the model cannot be loaded.
     """
     files = ExpertFiles(experts)
     library, stamps = files.look()

@@ -148,7 +148,7 @@ def _expert(expert: Expert, files: ExpertFiles, catalogue: Catalogue | None) -> 
 
 
 def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, scales: Scales) -> list[dict[str, Any]]:
-    """Return the dimensions in the catalogue's order. The experts of each are sorted from its low to its high end."""
+    """Return the dimensions in the catalogue's order. Experts are sorted from the low to the high end."""
     declared = {} if catalogue is None else catalogue.dimensions
     names = sorted(
         {each["dimension"] for each in experts} - {None},
@@ -159,7 +159,7 @@ def _dimensions(experts: Sequence[dict[str, Any]], catalogue: Catalogue | None, 
         declared_sides = declared[name].sides if name in declared else {}
         sides = sorted(
             declared_sides, key=lambda side: declared_sides[side].end == "high"
-        )  # stable: otherwise in the catalogue's order
+        )  # the sort is stable, so sides of the same end keep the catalogue's order
         own = sorted(
             (each for each in experts if each["dimension"] == name),
             key=lambda each: (sides.index(each["side"]) if each["side"] in sides else len(sides), each["name"]),
