@@ -1,4 +1,4 @@
-"""A look at each forward pass of a model, before its layers compute."""
+"""A hook that runs before each forward pass of a model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from personalized_soups.mixing.layers.gates import Gates
 
 
 class ForwardWatch:
-    """Counts the tokens of each batch, and notices a model that was moved or cast while weights are set.
+    """Counts the tokens of each batch, and detects that the model was moved or cast while weights are set.
 
     Attributes:
-        when_moved: called in a forward pass that finds the layers moved or cast while weights are set.
+        when_moved: the function that is called before a forward pass if weights are set, but the layers were moved or
+            cast since.
 
     Args:
-        model: of transformers.
-        gates: of the model.
-        is_fitting: returns whether the gates have the layers' dtype and device.
+        model: a model of transformers.
+        gates: the gates of the model.
+        is_fitting: a function that returns whether the gates have the dtype and device of the layers.
     """
 
     def __init__(self, model: Any, gates: Gates, is_fitting: Callable[[], bool]) -> None:
@@ -32,7 +33,7 @@ class ForwardWatch:
         self._hook: RemovableHandle | None = None
 
     def set(self, is_on: bool) -> None:
-        """Start or stop watching. A model without wrapped layers gets no hook, so it is as it was before."""
+        """Register the hook if `is_on` is true, else remove the hook."""
         if is_on and self._hook is None:
             self._hook = self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         elif not is_on and self._hook is not None:
@@ -40,10 +41,10 @@ class ForwardWatch:
             self._hook = None
 
     def _before_forward(self, _model: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
-        # Not while compiling: the compiled code would depend on the number of tokens.
+        # While compiling, the hook does nothing: otherwise the compiled code would depend on the number of tokens.
         if torch.compiler.is_compiling():
             return
-        self._gates.clear()  # a pass that failed may have left a product
+        self._gates.clear()  # a forward pass that failed may have left a held product
         ids = keywords.get("input_ids", arguments[0] if arguments else None)
         if ids is not None:
             self._gates.num_tokens = ids.numel()

@@ -1,6 +1,7 @@
-"""Which weight, and which factor, each column of the gates holds.
+"""The layout of the gates: which weight and which scaling each column holds.
 
-G gates, E experts of the model, S layers, C columns: the widths of all layers' stacks, concatenated.
+Shapes: G = gates, E = experts of the model, S = wrapped layers, C = columns of all layers' stacks together,
+N = G, or G * S where weights differ by layer; in `a_CI`, C = rows of one layer's A's and I = in_features.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from personalized_soups.mixing.layers.stack import Stack
 
 
 class Columns(NamedTuple):
-    """The columns of one layer.
+    """The columns of one layer's gates.
 
     Attributes:
         product: the index of the product that computes the layer.
-        start: the layer's first column among the columns of that product.
-        width: the number of the layer's columns.
+        start: the number of the layer's first column, counted within the product.
+        width: the number of columns of the layer.
     """
 
     product: int
@@ -31,25 +32,28 @@ class Columns(NamedTuple):
 
 
 class GateLayout:
-    """The columns of the gates, fixed until experts or layers change.
+    """The columns of the gates. They stay the same until experts or layers change.
+
+    A matrix product is computed for one layer, or for all layers of a group. The columns of its layers are contiguous.
 
     Attributes:
-        experts: all experts of the model.
+        experts: the names of all experts of the model.
         widths: the number of columns of each product.
-        dtype: of the stacks.
-        device: of the stacks.
+        dtype: the dtype of the stacks.
+        device: the device of the stacks.
 
     Args:
-        experts: all experts of the model.
-        stacks: of the layers, in the order of their slots.
-        products: the slots of the layers that each product computes; if left out, each layer has its own product.
+        experts: the names of all experts of the model.
+        stacks: the stacks of the layers, in the order of the layers' slots.
+        products: for each product, the slots of the layers that it computes. If left out, each layer has its own
+            product.
     """
 
     def __init__(
         self, experts: Sequence[str], stacks: Sequence[Stack], products: Sequence[Sequence[int]] | None = None
     ) -> None:
         self.experts = tuple(experts)
-        # The layers of one product are neighbours, so that a group reads one view for all of them.
+        # The columns of one product are contiguous, so that a group reads them as one view.
         order = [[slot] for slot in range(len(stacks))] if products is None else products
         self.widths = [sum(stacks[slot].width for slot in slots) for slots in order]
         self.dtype = stacks[0].a_CI.dtype if stacks else torch.float32
@@ -65,23 +69,25 @@ class GateLayout:
         columns: list[int] = []
         layered: list[int] = []
         scales: list[float] = []
-        # Built as lists: three tensors at the end are faster than one tensor for each layer.
+        # Lists are built first, because three tensors at the end are faster than one tensor for each layer.
         for slot in chain.from_iterable(order):
             stack = stacks[slot]
             own = [index[expert] for expert in stack.experts]
             for member, scale in stack.gate_columns():
                 columns.append(own[member])
-                # The position in a flattened [S, E] table, where weights differ between layers.
+                # The position in the flattened [S, E] table, which is used if weights differ between layers.
                 layered.append(slot * len(experts) + own[member])
                 scales.append(scale)
                 largest[stack.experts[member]] = max(largest[stack.experts[member]], abs(scale))
-        # The largest factor of each expert, in float64: checked against the dtype's range before any rounding.
+        # The largest absolute scaling of each expert. In float64, products with weights cannot overflow before `check`
+        # compares them with the dtype's range.
         self._largest = largest
         self._largest_E = torch.tensor(list(largest.values()), dtype=torch.float64)
-        with torch.inference_mode(False):  # a tensor made in inference mode cannot be changed outside of it
+        with torch.inference_mode(False):  # a tensor created in inference mode cannot be changed outside of it
             self._columns_C = torch.tensor(columns, dtype=torch.int64, device=self.device)
             self._layered_C = torch.tensor(layered, dtype=torch.int64, device=self.device)
-            # float32 until the product is rounded: a scaling such as 16 / 3 is inexact in 16 bits.
+            # Scalings stay in float32 until their products are rounded, because 16 / 3, for example, is inexact in 16
+            # bits.
             self._scales_C = torch.tensor(scales, dtype=torch.float32, device=self.device)
 
     def columns_of(self, slot: int) -> Columns:
@@ -89,11 +95,13 @@ class GateLayout:
         return self._columns[slot]
 
     def spread(self, weights_GE: Tensor, layered_GSE: Tensor | None = None) -> Tensor:
-        """Return the gates of all layers, `[G, C]`, float32 on the stacks' device: each weight times its factor.
+        """Return the gates of all layers, `[G, C]`, in float32 on the stacks' device.
+
+        Each entry is the weight of the column's expert times the scaling of the column.
 
         Args:
-            weights_GE: float32 on the CPU, the experts in the order of `experts`.
-            layered_GSE: weights for each layer, which replace `weights_GE`.
+            weights_GE: the weights as a float32 tensor on the CPU, with the experts in the order of `experts`.
+            layered_GSE: the weights for each layer. If given, it is used instead of `weights_GE`.
         """
         if layered_GSE is None:
             spread_GC = weights_GE.to(self.device).index_select(1, self._columns_C)
@@ -107,22 +115,24 @@ class GateLayout:
         return all(abs(weight) * self._largest.get(expert, 0.0) <= most for expert, weight in weights.items())
 
     def check(self, weights_GE: Tensor, layered_GSE: Tensor | None = None) -> None:
-        """Raise if a gate, a weight times its expert's scaling, does not fit into the stacks' dtype.
+        """Check that every weight times its expert's scaling fits into the stacks' dtype.
 
         Raises:
-            UsageError: with the expert's name.
+            UsageError: if a product is too large or NaN. The error names the expert.
         """
         if not self.experts:
             return
-        # The largest weight of an expert in any row and layer decides.
+        # Only the largest absolute weight of each expert, over all gates and layers, must be checked.
         weights_NE = weights_GE if layered_GSE is None else layered_GSE.flatten(0, 1)
         peaks_E = weights_NE.abs().amax(dim=0).double() * self._largest_E
         most = int(peaks_E.argmax())
-        # `not <=` and not `>`: NaN must not pass.
+        # `not ... <=` is also true for NaN, but `>` would be false.
         if not float(peaks_E[most]) <= torch.finfo(self.dtype).max:
             dtype = str(self.dtype).removeprefix("torch.")
             raise UsageError(
-                f"the weight of {self.experts[most]!r} times its scaling is {float(peaks_E[most]):g}, beyond {dtype}",
+                f"the weight of {self.experts[most]!r} times the expert's scaling is {float(peaks_E[most]):g}, but "
+                f"{dtype} holds at most {torch.finfo(self.dtype).max:g}",
                 where=f"weights.{self.experts[most]}",
-                mend="give a weight such as 0.6, or load the model in another dtype",
+                mend="give a smaller weight, such as 0.6, or load the model in a dtype with a larger range, such as "
+                "dtype='bfloat16'",
             )

@@ -1,4 +1,4 @@
-"""The product of a group of layers, kept until each layer has taken its part."""
+"""The matrix product that a group of layers has computed, held until each layer has taken its part."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 class HeldProduct:
     """The parts of a group's product that layers have not taken yet.
 
-    Keeps the product's input alive, so that no other tensor can get the same identity.
+    The object also keeps the input x of the product, so that no other tensor can get the identity of x.
 
     Attributes:
-        num_left: how many parts are left.
+        num_left: the number of parts that are left.
     """
 
     __slots__ = ("_group", "_parts", "_version", "_x", "num_left")
@@ -22,21 +22,26 @@ class HeldProduct:
     def __init__(self, group: object, x: Tensor, parts: Sequence[Tensor]) -> None:
         self._group = group
         self._x = x
-        # A layer may change its input in place before the next layer reads it.
+        # A layer may change x in place before the next layer reads it.
         self._version = _version(x)
         self._parts: list[Tensor | None] = list(parts)
         self.num_left = len(parts)
 
     def take(self, group: object, x: Tensor, place: int) -> Tensor | None:
-        """Return a layer's part, once. Return None if this is the product of another group or another input.
+        """Return a layer's part of the product. Return None if the part is taken, or the group or input is another one.
 
-        An input that was changed in place counts as another input. torch does not count the changes of tensors made in
-        inference mode, so a model that changes its hidden states in place between two layers of a group would get the
-        old product there.
+        An input that was changed in place counts as another input. But torch does not record changes of tensors that
+        were created in inference mode. So in inference mode, a model that changes its hidden states in place between
+        two layers of a group would get the product of the old states.
+
+        Args:
+            group: the group of the layer.
+            x: the layer's input.
+            place: the layer's number in the group.
         """
         if self._group is not group or self._x is not x or self._version != _version(x):
             return None
-        # Once: in inference mode nothing else shows that a buffer was filled again.
+        # A part can be taken only once. In inference mode, a second call is the only sign that x has new values.
         part, self._parts[place] = self._parts[place], None
         if part is not None:
             self.num_left -= 1
@@ -44,5 +49,5 @@ class HeldProduct:
 
 
 def _version(x: Tensor) -> int:
-    """Return how often a tensor was changed in place, if torch counts that; else 0."""
+    """Return how often a tensor was changed in place. If torch does not count the changes, return 0."""
     return 0 if torch.compiler.is_compiling() or x.is_inference() else x._version
