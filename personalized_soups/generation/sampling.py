@@ -72,8 +72,8 @@ def choose_tokens(
         logits_BV: the logits of the next token.
         draw_B: random float32 numbers in [0, 1).
         temperature: divides the logits. Either one number for all rows, or a tensor with a number above 0 for each row.
-        top_p_B: a number for each row. Only the most likely tokens are candidates, as few as have probabilities that
-            sum to top_p (nucleus sampling, arXiv 1904.09751). At 1, all tokens are candidates.
+        top_p_B: a number for each row, for nucleus sampling (arXiv 1904.09751). The candidates are the smallest set of
+            most likely tokens whose probabilities sum to at least top_p. At 1, all tokens are candidates.
     """
     if isinstance(temperature, Tensor):
         temperature = temperature[:, None].clamp(min=_COLDEST)
@@ -94,7 +94,7 @@ def choose_tokens(
 
 
 def _nucleus(share_BV: Tensor, top_p_B: Tensor) -> Tensor:
-    """Return the probabilities with those of the tokens outside the nucleus (see `choose_tokens`) set to 0."""
+    """Return the probabilities, with 0 for all tokens that are not candidates under `top_p_B` (see `choose_tokens`)."""
     sorted_BV, order_BV = share_BV.sort(dim=-1, descending=True, stable=True)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
     is_out_BV = (before_BV >= top_p_B[:, None]) & (top_p_B[:, None] < 1)

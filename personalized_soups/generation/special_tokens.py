@@ -9,14 +9,14 @@ if TYPE_CHECKING:
 
 
 def stop_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Return the ids that end an answer: that of the tokenizer and those of the model's generation config."""
+    """Return the ids of the end tokens, which the tokenizer and the model's generation config declare."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     listed = declared if isinstance(declared, list) else [] if declared is None else [declared]
     return frozenset({int(tokenizer.eos_token_id), *map(int, listed)})
 
 
 def num_embeddings(model: Any) -> int | None:
-    """Return the number of tokens for which the model has an embedding, or None if the model does not tell."""
+    """Return the number of tokens for which the model has an embedding, or None if it is unknown."""
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     weight = getattr(embedding, "weight", None)
     return None if weight is None or weight.ndim != 2 else int(weight.shape[0])

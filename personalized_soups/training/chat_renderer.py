@@ -80,7 +80,7 @@ class ChatRenderer:
             raise self._lost("the pair has 'tools', but the base's chat template does not render them", "tools")
 
     def _names(self, key: str) -> bool:
-        """Return whether the template's source mentions `key`."""
+        """Return whether the template's source mentions `key` or, for a key of reasoning, another name of the key."""
         with template_faults(self._place):
             template = _COMMENT.sub("", str(self._tokenizer.get_chat_template(tools=self.tools)))
         if key == "tools":

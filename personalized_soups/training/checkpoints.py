@@ -66,9 +66,10 @@ def last_complete(partial: Path) -> Path | None:
 
 
 def prepare(partial: Path, run: dict[str, Any], *, resume: bool) -> Path | None:
-    """Prepare the folder of the checkpoints, and return the checkpoint from which the training resumes.
+    """Prepare the folder of the checkpoints, and return the checkpoint to resume from.
 
-    Incomplete checkpoints are removed. If no checkpoint is complete, the training starts, and None is returned.
+    If no checkpoint is complete, None is returned, and the training starts from the beginning. Incomplete checkpoints
+    are removed.
 
     Args:
         partial: the folder of the checkpoints.
@@ -107,7 +108,7 @@ def remove_if_useless(partial: Path) -> None:
 def remove(partial: Path) -> None:
     """Remove the folder of a finished training.
 
-    The folder is renamed first. So a kill leaves no folder that looks like one with checkpoints.
+    The folder is renamed first, so that a kill never leaves the folder with only a part of its files.
     """
     renamed = _done(partial)
     shutil.rmtree(renamed, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Read preference pairs in TRL's formats from JSON lines. Every error names file and line.
+"""Read preference pairs in TRL's formats from JSON lines. Errors name the file and the line.
 
 - A standard pair is `{"prompt": "...", "chosen": "...", "rejected": "..."}`.
 - A conversational pair has lists of messages in the same fields, e.g. `[{"role": "user", "content": "..."}]`. It may
@@ -261,7 +261,7 @@ def _implicit_texts(row: Mapping[str, Any], where: str) -> Pair:
 
 
 def _tools(row: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Return the tools of a conversation. As in TRL, they are a list of JSON schemas or its JSON text."""
+    """Return the tools of a conversation. The field may be a list of JSON schemas or, as in TRL, its JSON text."""
     tools = row.get("tools") or []
     try:
         tools = json.loads(tools) if isinstance(tools, str) else tools

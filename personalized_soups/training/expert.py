@@ -228,7 +228,7 @@ def _metrics(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def _is_same(existing: ExpertRecord | None, wanted: ExpertRecord) -> bool:
-    """Return whether an existing expert has the wanted record, apart from the metrics."""
+    """Return whether `existing` records the same training with an unchanged base. Metrics are not compared."""
     if existing is None or existing.base.name != wanted.base.name:
         return False
     known_later = {"base", "metrics"}
@@ -252,7 +252,7 @@ def _check_free(out: Path, *, resume: bool) -> None:
 
 @contextmanager
 def _clear_errors(training: _Training) -> Iterator[None]:
-    """Turn errors of libraries into a SoupError: a full disk, full GPU memory, or modules that LoRA cannot adapt."""
+    """Raise a SoupError for library errors on a full disk, full GPU memory or modules that LoRA cannot adapt."""
     import torch
 
     try:

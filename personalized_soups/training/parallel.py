@@ -50,8 +50,8 @@ def train_experts(
 
     Args:
         jobs: the experts to train.
-        workers: the number of processes. 1 trains in this process. Otherwise each process computes with one thread, and
-            a script that calls this function needs `if __name__ == "__main__":`.
+        workers: the number of processes. With 1, this process trains. With more, each process computes with one thread,
+            and a script that calls this function needs `if __name__ == "__main__":`.
         base, recipe, catalogue, device, seed, resume, progress: as for `train_expert`.
 
     Raises:
