@@ -101,7 +101,7 @@ class Decomposition:
         # a K x K matrix, the only part that depends on the weights
         core = (self.left.triangle_QK * products_K) @ self.right.triangle_QK[:, self.row_K].T
         if not all_finite(core):
-            raise ValueError("the delta contains NaN or infinity, so it is not finite")
+            raise ValueError("the delta is not finite: it contains NaN or infinity")
         u, values, vh = torch.linalg.svd(core, full_matrices=False)
         squares = values.square()
         sums = squares.cumsum(0)

@@ -100,7 +100,7 @@ def method_of_function(function: object, name: str | None = None) -> Method:
         raise UsageError(
             f"the merge method is {function!r}; expected a name, a Method or a function",
             where="method",
-            mend="write a function in a module and pass it: def merge(deltas, weights): ...",
+            mend="define a function `merge(deltas, weights)` in a module, and pass the function: method=merge",
         )
     return Method(
         name=name or f"{module}:{qualified}",
@@ -179,7 +179,7 @@ def _load(entry_point: EntryPoint) -> Method:
             f"the merge method {entry_point.name!r} of the package {package} cannot be imported from "
             f"{entry_point.value}: {type(error).__name__}: {error}",
             where="method",
-            mend=f"reinstall or update it, or choose another method: pip install -U {package.partition(' ')[0]}",
+            mend=f"run `pip install -U {package.partition(' ')[0]}`, or choose another method",
         ) from error
     try:
         if isinstance(target, Method):
@@ -189,7 +189,7 @@ def _load(entry_point: EntryPoint) -> Method:
         raise UsageError(
             f"the merge method {entry_point.name!r} of the package {package} cannot be used: {error.what}",
             where="method",
-            mend=f"update it, or choose another method: pip install -U {package.partition(' ')[0]}",
+            mend=f"run `pip install -U {package.partition(' ')[0]}`, or choose another method",
         ) from error
 
 

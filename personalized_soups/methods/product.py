@@ -98,6 +98,8 @@ def sums_of_stack(weights_UE: Tensor, stack_EP: Tensor) -> Tensor:
 def _checked(weights_UE: Tensor, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """Return the flattened tensors, and the weights in the dtype and on the device of the tensors."""
     if not tensors or weights_UE.shape[1] != len(tensors):
-        raise ValueError(f"there are {weights_UE.shape[1]} weights for {len(tensors)} tensors; expected one each")
+        raise ValueError(
+            f"there are {weights_UE.shape[1]} weights for {len(tensors)} tensors; expected one weight per tensor"
+        )
     flat = [tensor.reshape(-1) for tensor in tensors]
     return flat, weights_UE.to(flat[0].device, flat[0].dtype)

@@ -64,7 +64,7 @@ def approximate(delta_OI: Tensor, *, rank: int | None = None, energy: float | No
     # in float64, because the error is the difference of two energies
     total = sum(float(block.square().sum()) for _, block in _blocks(delta_OI))
     if not math.isfinite(total):
-        raise ValueError("the delta contains NaN or infinity, or its squared norm overflows float64: it is not finite")
+        raise ValueError("the delta is not finite, or its squared norm overflows float64")
     side = min(delta_OI.shape)
     share = energy or 0.0
     candidate = rank or FIRST_RANK

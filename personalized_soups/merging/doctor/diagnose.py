@@ -217,7 +217,9 @@ def _rank_finding(rank: int) -> Finding:
     what = f"the adapter file of the exact soup has rank {rank}"
     most = vllm_max_lora_rank(rank)
     if most is None:
-        return Finding("warning", "rank of the merge", f"{what}, more than vLLM can load", "vLLM", "merge with rank 64")
+        return Finding(
+            "warning", "rank of the merge", f"{what}, which is more than vLLM can load", "vLLM", "merge with rank 64"
+        )
     mend = f"start vLLM with --max-lora-rank {most}, or merge with a smaller rank"
     return Finding("note", "rank of the merge", what, "vLLM", mend)
 

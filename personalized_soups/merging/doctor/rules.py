@@ -176,8 +176,8 @@ def _modules(experts: MeasuredExperts) -> Iterator[Finding]:
             yield Finding(
                 "warning",
                 "modules",
-                f"{expert.name} shares no module with the other experts, but {len(alike)} of its names end like theirs "
-                f"({', '.join(alike[0])})",
+                f"{expert.name} shares no module with the other experts, but {len(alike)} of its module names end "
+                f"like theirs ({', '.join(alike[0])})",
                 str(expert.folder),
                 "check that all experts were trained on the same model class; if the base has both modules, no action "
                 "is needed",

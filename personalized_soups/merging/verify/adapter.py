@@ -111,7 +111,9 @@ class AdapterComparison:
             if entry is None:
                 self._faults.append(Fault("tensor", name, "is missing from the file"))
             elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-                what = f"has {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
+                what = (
+                    f"has dtype {entry.dtype} and shape {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
+                )
                 self._faults.append(Fault("tensor", name, what))
             else:
                 distances[name] = Distance()
@@ -133,7 +135,11 @@ class AdapterComparison:
         dtype = self.file.tensor(name).dtype
         if (dtype, entry.shape) == (tensor.dtype, tuple(tensor.shape)):
             return None
-        return Fault("tensor", name, f"has {dtype} {list(entry.shape)}, expected {tensor.dtype} {list(tensor.shape)}")
+        return Fault(
+            "tensor",
+            name,
+            f"has dtype {dtype} and shape {list(entry.shape)}, expected {tensor.dtype} {list(tensor.shape)}",
+        )
 
     def _by_element(self, module: MergedModule, name: str, tensor: Tensor) -> Difference:
         """Compare one tensor of stacked factors element by element.

@@ -72,7 +72,7 @@ def _misfits(
         if entry is None:
             yield Fault("tensor", name, f"is missing from {file}")
         elif (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
-            what = f"has {entry.dtype} {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
+            what = f"has dtype {entry.dtype} and shape {list(entry.shape)}, expected {spec.dtype} {list(spec.shape)}"
             yield Fault("tensor", name, what)
     for name in sorted(set(written.entries) - set(expected)):
         yield Fault("tensor", name, f"does not belong to {file}")

@@ -237,7 +237,7 @@ def test_experts_with_different_names_for_one_base_are_an_error_or_a_warning(tmp
     modules = diagnosis.of_kind("modules")
     assert [finding.severity for finding in modules] == ["warning"] * 2
     for finding, own, other in zip(modules, (SHAPES, apart), (apart, SHAPES), strict=True):
-        assert f"8 of its names end like theirs ({min(own)}, {min(other)})" in finding.what
+        assert f"8 of its module names end like theirs ({min(own)}, {min(other)})" in finding.what
 
 
 def test_experts_of_different_layers_are_notes(tmp_path: Path) -> None:
