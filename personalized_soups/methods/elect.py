@@ -123,8 +123,8 @@ def _tally(
     """
     gain, count = torch.zeros_like(sign), torch.zeros_like(sign)
     for part, weight, amount, turn in zip(parts, weights, counts, turns, strict=True):
-        # `agreeing` is |t| where the expert agrees, else 0. Boolean masks would take three times as long, because these
-        # operations keep one dtype and work in place.
+        # `agreeing` is |t| where the expert agrees, else 0. These operations keep one dtype and work in place. Boolean
+        # masks would take three times as long.
         side = math.copysign(1.0, turn)
         agreeing = (part * sign).mul_(side).clamp_(min=0.0)
         # where the expert agrees, w t = w side sign |t|; the sign is multiplied once, after the loop

@@ -213,7 +213,7 @@ class LiveAdapter:
                 mend=f"create a LiveAdapter with this expert: experts=[..., {absent[0]!r}]",
             )
         self._sides.check(profile)
-        # for a profile that names no method, the method of the live soup is used, as in a merge that of its options
+        # for a profile without a method, the method of the live soup is used; a merge uses the method of its options
         if "method" in profile.model_fields_set and profile.method != self.method.name:
             raise UsageError(
                 f"the profile asks for the method {profile.method}, but the live soup uses {self.method.name}",

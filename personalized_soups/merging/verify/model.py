@@ -120,7 +120,7 @@ class _ComparingSink:
         if same_bytes(written_BN, block_BN):
             distance.add_equal(block_BN)
             return
-        # The allowed distance costs as much as the merge. Once a block has exceeded it, it is no longer needed.
+        # The allowed distance costs as much as the merge. It is not needed after a larger distance.
         room_BN = self._room(name, block_BN, first) if distance.may_be_rounding else None
         distance.add(written_BN, block_BN, room_BN)
 

@@ -31,7 +31,7 @@ _NOT_COMPARED = {
 }
 
 # Two computations of a truncation error agree if they differ by at most this share of the error. Errors below 0.1 lose
-# digits, so for them, the allowed difference is that of an error of 0.1.
+# digits. For such an error, the allowed difference is the same as for an error of 0.1.
 _ERROR_TOLERANCE = 1e-5
 
 
