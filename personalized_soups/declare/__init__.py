@@ -1,1 +1,1 @@
-"""What people write in files: profiles, catalogues of preferences, recipes. This package imports no torch."""
+"""The files that people write: profiles, catalogues of preferences, and recipes. This package does not import torch."""

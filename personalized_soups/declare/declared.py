@@ -1,4 +1,4 @@
-"""`Declared`, the base class of every model that people write in a file."""
+"""`Declared`, the base class of all pydantic models that people write in a file."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ KeyPath = tuple[str | int, ...]
 
 
 class Places:
-    """The line of each key of a declaration. All places are equal, so that equal declarations compare equal.
+    """The line number of each key in a declaration.
+
+    All objects of this class compare equal, so declarations with equal values from different files compare equal.
 
     Args:
-        source: the file, or the name of an argument.
-        lines: the line of each key, counted from 1; None where the source has no lines.
+        source: the path of the file, or the name of the argument that holds the declaration.
+        lines: the line number of each key, counted from 1. It is None if the source has no lines.
     """
 
     def __init__(self, source: str, lines: Mapping[KeyPath, int | None]) -> None:
@@ -30,7 +32,7 @@ class Places:
         return 0
 
     def of(self, path: KeyPath) -> str:
-        """Return `file:line: key`. A key that is not in the file gets the line of the nearest key around it."""
+        """Return `file:line: key`. If the key is not in the file, the line of the nearest key around it is used."""
         for end in range(len(path), 0, -1):
             if line := self.lines.get(path[:end]):
                 return f"{self.source}:{line}: {dotted(path)}"
@@ -38,41 +40,41 @@ class Places:
 
 
 class Declared(BaseModel):
-    """A model that people write in a file: unknown keys are rejected, types are strict, instances are frozen."""
+    """A pydantic model that people write in a file. Unknown keys and wrong types are rejected. Objects are frozen."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
     _places: Places = PrivateAttr(default_factory=lambda: Places("", {}))
 
     def place(self, *path: str | int) -> str:
-        """Return where a key was declared, as `file:line: key`, for the `where` of an error."""
+        """Return the place of a key as `file:line: key`, for the `where` of an error."""
         if self._places.source:
             return self._places.of(path)
         return f"{type(self).__name__} {dotted(path)}".rstrip()
 
     def with_places(self, places: Places) -> Self:
-        """Store the file and the lines that the object was loaded from, and return the object."""
+        """Store the file and the line numbers from which this object was loaded, and return this object."""
         self._places = places
         return self
 
     def replaced(self, **changes: Any) -> Self:
-        """Return a checked copy with some fields changed (pydantic's `model_copy` does not check)."""
+        """Return a copy with some fields changed. All values are checked, unlike in pydantic's `model_copy`."""
         fields = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self).model_validate({**fields, **changes}).with_places(self._places)
 
 
 def dotted(path: KeyPath) -> str:
-    """Return a key path as people write it: `dimensions.style.sides`."""
+    """Return a key path with dots between its parts, such as `dimensions.style.sides`."""
     return ".".join(str(part) for part in path)
 
 
 def refusal(what: str, *, mend: str, key: KeyPath = ()) -> PydanticCustomError:
-    """Return the error for a validator to raise; the loader adds file, line and key to it.
+    """Return an error that a validator of a declared model raises. The loader adds the file, the line and the key.
 
     Args:
-        what: the fault, with the value found.
-        mend: what to write instead.
-        key: the path from the validated key to the key at fault; empty if they are the same.
+        what: what is wrong, with the value found.
+        mend: how to fix it.
+        key: the path from the validated key to the wrong key. It is empty if both are the same key.
     """
-    # pydantic formats the message with the context, so the user's text is passed in the context: it may contain braces
+    # The user's text may contain braces, so it is not passed as the template but as a value that pydantic inserts.
     return PydanticCustomError("refused", "{what}", {"what": what, "mend": mend, "key": key})

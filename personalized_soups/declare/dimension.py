@@ -10,17 +10,18 @@ from pydantic import Field, model_validator
 from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.errors import DeclarationError, choose_from
 
-# Side names become folder names and appear in `weights="name=0.6,..."`; file systems and shells agree on these letters.
+# Names of sides become names of folders and are written in `weights="name=0.6,..."`. All file systems and shells accept
+# these characters.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
 Phrases = tuple[Annotated[str, Field(pattern=r"\S")], ...]  # a blank phrase would match everywhere
 
 
 class MarkersScorer(Declared):
-    """Counts words and phrases: value = high / (high + low), or 0.5 if neither occurs."""
+    """Counts words and phrases: value = high / (high + low), or 0.5 if the answer has none of them."""
 
     kind: Literal["markers"]
     high: Phrases = Field(min_length=1, description="Words or phrases of the high end.")
-    low: Phrases = Field(description="Words or phrases of the low end; may be empty for a side's own scorer.")
+    low: Phrases = Field(description="Words or phrases of the low end. May be empty if the scorer belongs to a side.")
 
     @model_validator(mode="after")
     def _check_disjoint(self) -> Self:
@@ -31,11 +32,11 @@ class MarkersScorer(Declared):
 
 
 class LengthScorer(Declared):
-    """Counts words: 0 at `low` words or fewer, 1 at `high` words or more, linear in between."""
+    """Counts words: the value is 0 up to `low` words, 1 from `high` words, and linear in between."""
 
     kind: Literal["length"]
-    low: int = Field(ge=0, description="Words at which the value is 0.")
-    high: int = Field(ge=1, description="Words at which the value is 1.")
+    low: int = Field(ge=0, description="The number of words up to which the value is 0.")
+    high: int = Field(ge=1, description="The number of words from which the value is 1.")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -44,11 +45,14 @@ class LengthScorer(Declared):
 
 
 class ReadabilityScorer(Declared):
-    """Flesch-Kincaid grade (syllables as vowel groups): 0 at grade `low` or below, 1 at `high` or above."""
+    """Flesch-Kincaid grade: the value is 0 up to grade `low`, 1 from grade `high`, and linear in between.
+
+    Each group of vowels counts as a syllable.
+    """
 
     kind: Literal["readability"]
-    low: float = Field(description="Grade at which the value is 0.")
-    high: float = Field(description="Grade at which the value is 1.")
+    low: float = Field(description="The grade up to which the value is 0.")
+    high: float = Field(description="The grade from which the value is 1.")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -60,14 +64,16 @@ class PythonScorer(Declared):
     """A function `(prompt: str, answer: str) -> Scored` in any module that Python can import."""
 
     kind: Literal["python"]
-    function: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="As `package.module:function`.")
+    function: str = Field(
+        pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="The function, written as `package.module:function`."
+    )
 
 
 class PluginScorer(Declared):
     """A scorer that an installed package provides, in the entry-point group `personalized_soups.scorers`."""
 
     kind: Literal["plugin"]
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="The entry point's name.")
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="The name of the entry point.")
 
 
 AnyScorer: TypeAlias = MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer | PluginScorer
@@ -78,28 +84,32 @@ ScorerSpec = Annotated[
 
 
 class Side(Declared):
-    """One pole of a dimension. The expert of a side has the name of the side."""
+    """One end of a dimension, such as `concise`. The expert that is trained for a side has the name of the side."""
 
     label: str | None = Field(
-        default=None, min_length=1, description="A short label, such as the paper's P1A; unique in the catalogue."
+        default=None,
+        min_length=1,
+        description="A short label, such as the paper's P1A. It is unique in the catalogue.",
     )
     instruction: str = Field(min_length=1, description="The instruction that states the preference in a prompt.")
     end: Literal["low", "high"] = Field(
         default="high", description="The end of the scorer's scale that this side prefers."
     )
-    scorer: ScorerSpec | None = Field(default=None, description="Replaces the dimension's scorer for this side.")
+    scorer: ScorerSpec | None = Field(
+        default=None, description="The scorer of this side. Without it, the dimension's scorer is used."
+    )
 
 
 class Dimension(Declared):
-    """An axis on which users differ, with two or more sides."""
+    """A preference in which users differ, such as the length of answers. It has one or more sides."""
 
-    about: str = Field(min_length=1, description="The dimension, described in one sentence.")
-    scorer: ScorerSpec | None = Field(default=None, description="The scorer of every side that has none.")
+    about: str = Field(min_length=1, description="A description of the dimension in one sentence.")
+    scorer: ScorerSpec | None = Field(default=None, description="The scorer of every side that has no own scorer.")
     sides: dict[Name, Side] = Field(min_length=1)
 
 
 class Catalogue(Declared):
-    """All dimensions that experts are trained for. Names of sides are unique in the catalogue.
+    """All dimensions for which experts are trained. The names of sides are unique in the catalogue.
 
     Example:
         >>> catalogue = load(shipped_recipe("dimensions/psoups.yaml"), Catalogue)
@@ -123,14 +133,14 @@ class Catalogue(Declared):
 
     @property
     def sides(self) -> dict[str, Side]:
-        """Every side by name, in the order of the file."""
+        """All sides by name, in the order of the file."""
         return {name: side for dimension in self.dimensions.values() for name, side in dimension.sides.items()}
 
     def side(self, name: str) -> tuple[str, Side]:
-        """Return the dimension's name and the side called `name`.
+        """Return the side named `name`, preceded by the name of its dimension.
 
         Raises:
-            DeclarationError: if no side has that name; the error suggests the nearest one.
+            DeclarationError: if no side has this name. The error suggests the most similar name.
         """
         for dimension, declared in self.dimensions.items():
             if name in declared.sides:
@@ -140,7 +150,7 @@ class Catalogue(Declared):
         )
 
     def dimension_of(self, expert: str) -> str | None:
-        """Return the dimension of the side that has the expert's name, or None if no side has it."""
+        """Return the name of the dimension that has a side named `expert`, or None if there is no such side."""
         return next((name for name, dimension in self.dimensions.items() if expert in dimension.sides), None)
 
     @property
@@ -149,7 +159,11 @@ class Catalogue(Declared):
         return [side.label for side in sides if side.label is not None]
 
     def scorer_of(self, name: str) -> AnyScorer:
-        """Return the scorer of a side: the side's, or else the dimension's."""
+        """Return the scorer of the side `name`. A side without a scorer has the scorer of its dimension.
+
+        Raises:
+            DeclarationError: if the side is unknown, or neither the side nor its dimension has a scorer.
+        """
         dimension, side = self.side(name)
         scorer = side.scorer or self.dimensions[dimension].scorer
         if scorer is None:

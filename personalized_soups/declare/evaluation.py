@@ -1,4 +1,4 @@
-"""The recipe of a study: how to make pairs, choose weights and score merged models."""
+"""The recipe of a study: how preference pairs are made, weights are chosen, and merged models are scored."""
 
 from __future__ import annotations
 
@@ -18,33 +18,37 @@ class PairsRecipe(Declared):
     """How preference pairs are made from the base model's answers."""
 
     num_prompts: PositiveInt
-    num_samples: Annotated[int, Field(ge=2, description="Answers sampled for each prompt.")]
+    num_samples: Annotated[int, Field(ge=2, description="The number of answers that are sampled for each prompt.")]
     temperature: Temperature = 1.0
-    min_gap: Annotated[float, Field(gt=0, le=1, description="Smallest difference between the two scores of a pair.")]
+    min_gap: Annotated[
+        float, Field(gt=0, le=1, description="The smallest allowed difference between the scores of the two answers.")
+    ]
     max_pairs: PositiveInt
 
 
 class SelectionRecipe(Declared):
-    """How the merge method and the weight are chosen: every weight of every method is tried on validation topics."""
+    """How the merge method and the weight are chosen: each weight of each method is scored on validation topics."""
 
-    num_prompts: PositiveInt = Field(description="Prompts for each combination, weight and method.")
+    num_prompts: PositiveInt = Field(
+        description="The number of prompts for each combination of sides, weight and method."
+    )
     weights: dict[MethodName, Annotated[tuple[MixingWeight, ...], Field(min_length=1)]] = Field(min_length=1)
 
 
 class SweepRecipe(Declared):
-    """A sweep between two sides: one weight goes from 0 to 1, the opposed weight from 1 to 0."""
+    """A sweep between two sides: the weight of one side rises from 0 to 1, and that of the other falls from 1 to 0."""
 
     num_prompts: PositiveInt
     num_steps: Annotated[int, Field(ge=2)]
 
 
 class StudyRecipe(Declared):
-    """All settings of a study, except how its experts are trained (see recipes/train)."""
+    """All settings of a study except the training of its experts, which has recipes of its own (recipes/train)."""
 
     pairs: PairsRecipe
     selection: SelectionRecipe
     sweep: SweepRecipe
-    num_prompts: PositiveInt = Field(description="Held-out prompts for each combination.")
+    num_prompts: PositiveInt = Field(description="The number of held-out prompts for each combination.")
     temperature: Temperature = 0.7
     max_new_tokens: PositiveInt = 160
 

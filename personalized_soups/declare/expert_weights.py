@@ -1,4 +1,4 @@
-"""The weights of one request: checked once, then passed by reference from the resolver to the gates."""
+"""The mixing weights of one request. They are checked once and then passed on without a copy."""
 
 from __future__ import annotations
 
@@ -14,25 +14,28 @@ from blake3 import blake3
 from personalized_soups.declare.profile import MAX_WEIGHT, Profile
 from personalized_soups.errors import DeclarationError
 
-# A weight for each layer: file-name patterns of layer names. The first pattern that matches a layer gives its weight; a
-# layer that no pattern matches gets 0.
+# A weight for each layer. The keys are patterns of layer names, with the wildcards of file names, such as `*.q_proj`.
+# A layer has the weight of the first pattern that matches its name, or 0 if no pattern matches.
 LayerWeights: TypeAlias = Mapping[str, float]
 Weight: TypeAlias = float | LayerWeights
-# A weight for each generated token, by its number. The prompt is read with the weight for token 0.
+# A function that returns the weight for a generated token, given the number of the token. The prompt is read with the
+# weight for token 0.
 Schedule: TypeAlias = Callable[[int], Weight]
 Weights: TypeAlias = Mapping[str, Weight | Schedule]
-# Everything that names a mixture: a profile, weights by expert, the name of a profile or of one expert, weights that
-# were resolved already, or None for the base alone.
+# All values that can name a mixture: a profile, a weight for each expert, the name of a profile or of one expert,
+# `ExpertWeights`, or None for the base model without experts.
 ProfileLike: TypeAlias = "Profile | Weights | str | ExpertWeights | None"
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """Checked mixing weights, by expert; an expert that is not named has weight 0.
+    """The checked mixing weight of each expert. An expert that is not named has weight 0.
 
     Attributes:
-        weights: the weight of each expert: a number, numbers by layer, or a function of the generated token's number.
-        version: the set of experts whose names these weights were checked against; None if they were not checked.
+        weights: the weight of each expert, by the expert's name. A weight is a number, a mapping from layer patterns to
+            numbers, or a function that returns the weight for the number of a generated token.
+        version: the number of the set of experts against which the names were checked. It is None if the names were not
+            checked.
 
     Example:
         >>> ExpertWeights.of(Profile(weights={"friendly": 3.0, "concise": 1.0}, normalize="sum")).weights
@@ -44,13 +47,13 @@ class ExpertWeights:
 
     @classmethod
     def of(cls, profile: Profile, experts: Sequence[str] | None = None, version: int | None = None) -> ExpertWeights:
-        """Return the weights of a profile as they enter a merge: divided by their sum where the profile says so.
+        """Return the weights of a profile. They are divided by their sum if the profile has `normalize: sum`.
 
         Args:
-            profile: the profile, whose names are checked already.
-            experts: all experts. The weights then have their order and use their string objects, so that a million
-                profiles share the strings.
-            version: of the set of experts.
+            profile: the profile. The names of its experts must have been checked.
+            experts: the names of all experts. If given, the weights have the order of `experts` and use its string
+                objects, so a million profiles do not store copies of the names.
+            version: the number of the set of experts.
         """
         resolved = profile.resolved_weights()
         if experts is not None:
@@ -59,14 +62,14 @@ class ExpertWeights:
 
     @property
     def is_scheduled(self) -> bool:
-        """Whether a weight depends on the generated token's number."""
+        """Whether the weight of at least one expert depends on the number of the generated token."""
         return any(callable(weight) for weight in self.weights.values())
 
     def at(self, step: int) -> dict[str, Weight]:
-        """Return the weights for the generated token with the number `step`.
+        """Return the weights for the generated token number `step`.
 
         Raises:
-            DeclarationError: if a schedule returns something other than a weight.
+            DeclarationError: if the function of an expert returns a value that is not a weight.
         """
         return {
             name: checked_weight(weight(step), f"weights.{name} at step {step}") if callable(weight) else weight
@@ -74,23 +77,23 @@ class ExpertWeights:
         }
 
     def scaled(self, scales: Mapping[str, float]) -> ExpertWeights:
-        """Return a copy with the weights of some experts multiplied."""
+        """Return a copy in which the weight of each expert in `scales` is multiplied by its scale."""
         if not scales.keys() & self.weights.keys():
             return self
         scaled = {name: _times(weight, scales.get(name, 1.0)) for name, weight in self.weights.items()}
         return ExpertWeights(scaled, self.version)
 
     def cache_key(self, stamps: Mapping[str, int], model: str) -> str:
-        """Return the key under which the keys and values of a prompt may be cached: 32 hex digits.
+        """Return a key for a cache of attention keys and values of prompts. The key has 32 hex digits.
 
-        The key changes with the weights that the prompt is read with (step 0), with the experts' files (`stamps`) and
-        with the model.
+        Prompts whose cache keys are equal may share cached keys and values. The key depends on the weights with which
+        the prompt is read (step 0), on the version of each expert's files (`stamps`), and on the model.
         """
         content = sorted((name, stamps[name], _content(weight)) for name, weight in self.at(0).items() if weight != 0)
         return blake3(repr((model, content)).encode()).hexdigest(length=16)
 
     def restricted(self, experts: Collection[str], layers: Sequence[str]) -> ExpertWeights:
-        """Return a copy without the experts, and without the layer patterns, that match nothing."""
+        """Return a copy that has only the given experts, and only those patterns that match one of the layers."""
         kept: dict[str, Weight | Schedule] = {}
         for name, weight in self.weights.items():
             if name not in experts:
@@ -103,10 +106,10 @@ class ExpertWeights:
 
 
 def checked_weight(weight: Weight, where: str) -> Weight:
-    """Return a weight, or weights by layer, as floats.
+    """Check a weight, which is a number or a mapping from layer patterns to numbers, and return its numbers as floats.
 
     Raises:
-        DeclarationError: if a weight is not a finite number.
+        DeclarationError: if a number is not finite, or its magnitude is greater than `MAX_WEIGHT`.
     """
     if isinstance(weight, Mapping):
         return {pattern: checked_number(value, f"{where}[{pattern!r}]") for pattern, value in weight.items()}
@@ -114,10 +117,10 @@ def checked_weight(weight: Weight, where: str) -> Weight:
 
 
 def checked_number(value: object, where: str) -> float:
-    """Return a weight as a float.
+    """Check a number and return it as a float. `where` is the place that an error message names.
 
     Raises:
-        DeclarationError: if the value is not a finite number, or beyond `MAX_WEIGHT`.
+        DeclarationError: if the value is not a finite number, or its magnitude is greater than `MAX_WEIGHT`.
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         what = f"the weight {value!r} is not a finite number"
@@ -129,7 +132,7 @@ def checked_number(value: object, where: str) -> float:
 
 
 def matches(pattern: str, layers: Sequence[str]) -> bool:
-    """Return whether a file-name pattern matches the name of at least one layer."""
+    """Return whether a pattern with file-name wildcards matches the name of at least one layer."""
     return any(fnmatchcase(layer, pattern) for layer in layers)
 
 
@@ -146,5 +149,5 @@ def _times_number(weight: Weight, scale: float) -> Weight:
 
 
 def _content(weight: Weight) -> str:
-    # The order of the patterns counts: the first one that matches a layer gives its weight.
+    # The order of the patterns matters: a layer has the weight of the first pattern that matches its name.
     return repr(list(weight.items()) if isinstance(weight, Mapping) else weight)

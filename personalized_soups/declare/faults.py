@@ -1,4 +1,4 @@
-"""Turns pydantic's errors into a DeclarationError with what is wrong, where (file, line, key), and the fix."""
+"""Turn pydantic's errors into a DeclarationError that gives the fault, its place (file, line and key) and its fix."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from personalized_soups.declare.declared import Declared, KeyPath, Places
 from personalized_soups.errors import DeclarationError, choose_from, nearest
 
-# The fix for each kind of error, by the beginning of pydantic's error type.
+# The fix for each kind of error. The keys are the beginnings of pydantic's error types; the first match is used.
 _MENDS: tuple[tuple[str, str], ...] = (
     ("missing", "add the key"),
     ("finite_number", "write a finite number, for example 0.5"),
@@ -31,7 +31,7 @@ _MENDS: tuple[tuple[str, str], ...] = (
 
 
 def declaration_error(error: ValidationError, model: type[Declared], places: Places) -> DeclarationError:
-    """Return one error that lists every fault that pydantic found, each with its line, key and fix."""
+    """Return one error that lists all faults that pydantic found, and the line, the key and the fix of each fault."""
     schema = model.model_json_schema()
     faults = [_fault(details, schema, places) for details in error.errors(include_url=False)]
     what, where, mend = faults[0]
@@ -76,7 +76,7 @@ def _unknown_value(
 
 
 def _path_in_file(details: ErrorDetails, places: Places) -> KeyPath:
-    """Return pydantic's `loc` without the parts that are not in the file: tags of unions and marks for keys."""
+    """Return pydantic's `loc` without the parts that are not keys of the file, such as the names of union members."""
     path: KeyPath = ()
     loc = details["loc"]
     for index, part in enumerate(loc):
@@ -88,7 +88,7 @@ def _path_in_file(details: ErrorDetails, places: Places) -> KeyPath:
 
 
 def _keys(schema: Mapping[str, Any], root: Mapping[str, Any], loc: tuple[int | str, ...]) -> Iterator[str]:
-    """Yield the keys that the JSON schema allows at `loc`."""
+    """Yield the keys that the JSON schema allows in the object at the path `loc`."""
     if "$ref" in schema:
         schema = root["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
     for variant in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):

@@ -1,8 +1,8 @@
-"""Loads YAML 1.2 and JSON files into declared models. Every error names file, line and key, and gives a fix.
+"""Load YAML 1.2 and JSON files into declared models. Every error names the file, the line and the key, and gives a fix.
 
-ruamel.yaml parses the file and knows the line of every key; pydantic checks the values. This module builds the document
-from ruamel's node tree, so that YAML 1.2 holds: `no` is a string and `1e-3` is a number. It rejects repeated keys,
-aliases and tags, and it never creates a date or a Python object.
+ruamel.yaml parses the file into a tree of nodes with line numbers. This module builds the values from the nodes by the
+rules of YAML 1.2: `no` is a string and `1e-3` is a number. It rejects repeated keys, aliases and tags, and it never
+creates a date or a Python object. pydantic then checks the values.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from personalized_soups.files.regular import check_no_lfs_pointer
 
 T = TypeVar("T", bound=Declared)
 
-# YAML 1.2 core schema, section 10.3.2. ruamel's own resolver would also accept dates, merge keys and YAML 1.1's
-# underscores in numbers.
+# The core schema of YAML 1.2, section 10.3.2. ruamel's own resolver also accepts dates, merge keys, and underscores in
+# numbers, which are YAML 1.1.
 _INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _WORDS: Mapping[str, object] = {
@@ -48,10 +48,10 @@ _MAX_DIGITS = 1000
 
 
 def load(path: Path, model: type[T]) -> T:
-    """Read a YAML or JSON file and return it as a checked `model`.
+    """Read a YAML or JSON file, check it against the pydantic model `model`, and return the object.
 
     Raises:
-        DeclarationError: if the file cannot be read or its content is invalid; with file, line, key and fix.
+        DeclarationError: if the file cannot be read or its content is invalid.
 
     Example:
         >>> load(shipped_recipe("train/tiny.yaml"), TrainingRecipe).lora.rank
@@ -61,19 +61,27 @@ def load(path: Path, model: type[T]) -> T:
 
 
 def load_text(text: str, model: type[T], source: str) -> T:
-    """Check `text` (YAML 1.2, which includes JSON) against `model`. Errors name the text `source`."""
+    """Check a YAML or JSON text against `model` and return the object. Error messages use `source` as the file name.
+
+    Raises:
+        DeclarationError: if the text is invalid.
+    """
     lines: dict[KeyPath, int | None] = {}
     document = _document(text, source, lines)
     return _checked(document, model, Places(source, lines))
 
 
 def load_data(data: Mapping[str, Any], model: type[T], source: str) -> T:
-    """Check a mapping against `model`. Errors name the mapping `source`."""
+    """Check a mapping against `model` and return the object. Error messages use `source` as the file name.
+
+    Raises:
+        DeclarationError: if the mapping is invalid.
+    """
     return _checked(dict(data), model, Places(source, dict.fromkeys(_paths(data, ()))))
 
 
 def dump(declared: Declared) -> str:
-    """Return `declared` as YAML 1.2 text that `load_text` reads back as an equal object."""
+    """Return `declared` as YAML 1.2 text. `load_text` turns the text into an equal object."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # ruamel annotates it as None
@@ -86,7 +94,8 @@ def read_text(path: Path) -> str:
     """Return the text of a file.
 
     Raises:
-        DeclarationError: if the path is missing, a folder or unreadable, or the file is not UTF-8 (then with the line).
+        DeclarationError: if the file does not exist, cannot be read, or is not UTF-8.
+        FileFormatError: if the file is a Git LFS pointer.
     """
     try:
         data = path.read_bytes()
@@ -119,14 +128,14 @@ def _checked(document: object, model: type[T], places: Places) -> T:
             mend=f"write the keys of a {_keys_of(model)}",
         )
     try:
-        # In JSON mode, strict validation still accepts a list for a tuple and a string for a Path.
+        # In JSON mode, strict validation accepts a list for a tuple and a string for a Path.
         return model.model_validate_json(json.dumps(document)).with_places(places)
     except ValidationError as error:
         raise declaration_error(error, model, places) from None
 
 
 def _paths(value: object, path: KeyPath) -> Iterator[KeyPath]:
-    """Yield the path of every key and item within `value`."""
+    """Yield the path of `value` and the paths of all keys and items in it."""
     yield path
     inner = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     for key, item in inner:
@@ -138,7 +147,7 @@ def _keys_of(model: type[Declared]) -> str:
 
 
 def _document(text: str, source: str, lines: dict[KeyPath, int | None]) -> object:
-    # JSON may be indented with tabs, YAML may not. A JSON string cannot contain a raw tab, so no value changes.
+    # Tabs are allowed as indentation in JSON but not in YAML. A JSON string has no raw tabs, so no value changes here.
     if text.lstrip().startswith("{"):
         text = text.replace("\t", " ")
     try:
@@ -170,7 +179,7 @@ def _syntax_mend(problem: str) -> str:
 
 
 class _Builder:
-    """Turns a node tree into dicts, lists and scalars, and records the line of every key."""
+    """Turns a tree of nodes into dicts, lists and scalars, and records the line number of every key."""
 
     def __init__(self, source: str, lines: dict[KeyPath, int | None]) -> None:
         self._source = source
@@ -223,7 +232,7 @@ class _Builder:
         if text in _WORDS:
             return _WORDS[text]
         if _INT.fullmatch(text):
-            if len(text) > _MAX_DIGITS:  # Python does not convert longer integers
+            if len(text) > _MAX_DIGITS:  # Python refuses to convert very long integers
                 raise self._rejected(node, path, f"a number has {len(text)} digits", f"use at most {_MAX_DIGITS}")
             return int(text, 10 if text.lstrip("+-").isdigit() else 0)
         return float(text) if _FLOAT.fullmatch(text) else text

@@ -1,4 +1,4 @@
-"""`Profile`: the mixing weights of one user over experts."""
+"""`Profile`: the mixing weight of each expert for one user."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ def _check_method(name: str) -> str:
     return name
 
 
-# A schema is the same on every machine, so it lists the built-in names and accepts those of installed packages.
+# The JSON schema must be the same on every machine. So it lists the names of the built-in methods and also accepts any
+# other string, which may name a method of an installed package.
 MethodName = Annotated[
     str,
     AfterValidator(_check_method),
     Field(json_schema_extra={"anyOf": [{"enum": list(METHODS)}, {"type": "string"}]}),
 ]
 
-# Weights whose sum is below this share of their absolute sum cancel: dividing by the sum would amplify rounding errors.
+# Weights cancel if their sum is at most this share of the sum of their magnitudes. Dividing by such a sum would amplify
+# rounding errors.
 _CANCELLED = 1e-6
 
-# A larger weight is a typing error. Below the limit, no product of weight, scaling and factor overflows float64.
+# A larger weight is a typing error. Up to this limit, no product of a weight, a scaling and a factor overflows float64.
 MAX_WEIGHT = 1e30
 
 
 class Profile(Declared):
-    """The mixing weights of one user over experts, and how to merge them.
+    """The mixing weight of each expert for one user, and the method that merges the experts.
 
     Example:
         >>> profile = Profile(user="ada", weights={"friendly": 0.6, "concise": 0.3})
@@ -44,21 +46,21 @@ class Profile(Declared):
         {'friendly': 0.6, 'concise': 0.3}
     """
 
-    user: str = Field(default="anonymous", min_length=1, description="The user's name; recorded in soup.json.")
+    user: str = Field(default="anonymous", min_length=1, description="The user's name, which is recorded in soup.json.")
     method: MethodName = Field(default="linear", description="The merge method.")
     options: dict[str, float] = Field(
         default={},
-        description="Options of the method, such as `density: 0.3`; docs/reference/methods.md lists them.",
+        description="Options of the method, such as `density: 0.3`. docs/reference/methods.md lists them.",
     )
     normalize: Literal["none", "sum"] = Field(
-        default="none", description="`sum` divides the weights by their sum; `none` uses them unchanged."
+        default="none", description="`sum` divides the weights by their sum. `none` uses them unchanged."
     )
     weights: dict[str, float] = Field(
-        min_length=1, description="Mixing weight of each expert, by the expert's name; may be negative."
+        min_length=1, description="The mixing weight of each expert, by the expert's name. A weight may be negative."
     )
     allow_opposed: bool = Field(default=False, description="Allow weights on two sides of one dimension.")
     rank: Annotated[int, Field(gt=0)] | None = Field(
-        default=None, description="Truncate the merged adapter to this rank; without it the adapter is exact."
+        default=None, description="The rank to which the merged adapter is truncated. Without it, the adapter is exact."
     )
 
     @field_validator("weights")
@@ -98,10 +100,10 @@ class Profile(Declared):
 
     @staticmethod
     def parse_weights(text: str) -> dict[str, float]:
-        """Parse weights written as `name=number,name=number`.
+        """Parse a text such as `friendly=0.6,concise=0.3` and return the weight of each expert.
 
         Raises:
-            UsageError: with the invalid part.
+            UsageError: if the text is invalid. The message names the invalid part.
         """
         weights: dict[str, float] = {}
         for part in text.split(","):
@@ -120,11 +122,16 @@ class Profile(Declared):
 
     @classmethod
     def from_option(cls, text: str, **fields: Any) -> Self:
-        """Return a profile from weights written as `name=0.6,...` and other fields; errors name `weights`."""
+        """Return a profile with the weights in `text`, such as `friendly=0.6,concise=0.3`, and with the other `fields`.
+
+        Raises:
+            UsageError: if the text is invalid.
+            DeclarationError: if a field is invalid.
+        """
         return load_data({**fields, "weights": cls.parse_weights(text)}, cls, "weights")
 
     def resolved_weights(self) -> dict[str, float]:
-        """Return the weights for the merge: divided by their sum if the profile has `normalize: sum`."""
+        """Return the weights for the merge. They are divided by their sum if the profile has `normalize: sum`."""
         if self.normalize == "none":
             return dict(self.weights)
         total = math.fsum(self.weights.values())
@@ -138,10 +145,10 @@ class Profile(Declared):
 
 
 def load_profile(path: Path | str) -> Profile:
-    """Read a profile file (YAML or JSON).
+    """Read a profile from a YAML or JSON file.
 
     Raises:
-        DeclarationError: if the file cannot be read or is invalid; with file, line, key and fix.
+        DeclarationError: if the file cannot be read or is invalid.
 
     Example:
         >>> load_profile(shipped_recipe("profiles/example.yaml")).weights

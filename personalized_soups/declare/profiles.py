@@ -1,4 +1,4 @@
-"""Many profiles in one JSON Lines file, one profile per line, read lazily."""
+"""Read a JSON Lines file with one profile in each line. Only one line at a time is in memory."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, SoupError, UsageError
 
-# Called with the error of each line that is skipped.
+# A function that is called with the error of each skipped line.
 OnBad: TypeAlias = Callable[[SoupError], None]
 
 
 def read_profiles(path: Path | str, *, on_bad: OnBad | None = None) -> Iterator[Profile]:
-    """Yield the profiles of a JSON Lines file, and skip empty lines. Only one line is in memory at a time.
+    """Yield the profiles of a JSON Lines file. Empty lines are skipped.
 
     Args:
         path: the file, in UTF-8.
-        on_bad: called with the error of each invalid line, which is then skipped. If None, the error is raised.
+        on_bad: called with the error of each invalid line. The line is then skipped. If `on_bad` is None, the error is
+            raised.
 
     Raises:
-        DeclarationError: if the file cannot be read or a line is invalid; with file and line.
+        DeclarationError: if the file cannot be read, or if a line is invalid and `on_bad` is None.
     """
     path = Path(path)
     try:
-        # A strict decoder would fail on a whole block, before the line with the invalid byte. With surrogateescape the
-        # byte arrives in its own line.
+        # A strict decoder fails on a whole block of lines, although only one line has the invalid byte. surrogateescape
+        # keeps the invalid byte, so it is found in its line.
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
             for number, line in enumerate(lines, 1):
                 if not line.strip():
@@ -52,7 +53,7 @@ def read_profiles(path: Path | str, *, on_bad: OnBad | None = None) -> Iterator[
 
 
 class SeenUsers:
-    """The users whose profiles have been read. Each user takes a digest of sixteen bytes."""
+    """The users whose profiles were read. Each user is stored as a digest of 16 bytes."""
 
     def __init__(self) -> None:
         self._marks: set[bytes] = set()
@@ -74,7 +75,7 @@ class SeenUsers:
 
 
 def each_once(profiles: Iterable[Profile]) -> Iterator[Profile]:
-    """Yield the profiles, and raise at the second profile of a user. Memory: sixteen bytes for each user.
+    """Yield the profiles, and check that each user has only one. A digest of 16 bytes is stored for each user.
 
     Raises:
         UsageError: if a user has two profiles.
@@ -90,7 +91,7 @@ def _profile(line: str, where: str) -> Profile:
         try:
             line.encode()
         except UnicodeEncodeError as error:
-            byte = ord(line[error.start]) & 0xFF  # surrogateescape: U+DC00 and the byte
+            byte = ord(line[error.start]) & 0xFF  # surrogateescape decodes an invalid byte as U+DC00 plus the byte
             raise DeclarationError(
                 f"the line is not UTF-8: byte 0x{byte:02x} is invalid", where=where, mend="save the file as UTF-8"
             ) from None
@@ -109,7 +110,7 @@ def _profile(line: str, where: str) -> Profile:
             mend='write one profile per line: {"user": "u1042", "weights": {"expert": 0.6}}',
         )
     try:
-        # This takes a third of the time of `load_data`, which runs only to report what is wrong.
+        # This takes a third of the time of `load_data`, which is called only for its better error.
         return Profile.model_validate_json(line).with_places(Places(where, {}))
     except ValidationError:
         return load_data(table, Profile, where)

@@ -1,4 +1,4 @@
-"""The recipes that come with the package."""
+"""The recipe files that are shipped with the package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def recipes_folder() -> Path:
-    """Return the folder of the shipped recipes: in the package of a wheel, or at the top of a checkout."""
+    """Return the folder `recipes`, which is in the installed package or, in a checkout, next to the package."""
     inside = _PACKAGE / "recipes"
     return inside if inside.is_dir() else _PACKAGE.parent / "recipes"
 
@@ -19,7 +19,7 @@ def shipped_recipe(name: str) -> Path:
     """Return the path of a shipped recipe such as `train/tiny.yaml`.
 
     Raises:
-        UsageError: if no recipe has that name; the error suggests the nearest one.
+        UsageError: if no recipe has this name. The error suggests the most similar name.
 
     Example:
         >>> shipped_recipe("train/tiny.yaml").name

@@ -1,4 +1,4 @@
-"""Opposed experts: a profile may not weigh two sides of one dimension, unless it says so."""
+"""The rule that a profile must not give weights to two sides of one dimension, unless it has `allow_opposed: true`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from personalized_soups.errors import DeclarationError
 
 
 class Sided(Protocol):
-    """An expert, as far as the rule looks at it; `adapters.library.Expert` is one."""
+    """The properties of an expert that the rule needs. `adapters.library.Expert` has them."""
 
     @property
     def name(self) -> str:
-        """The name by which profiles weigh the expert."""
+        """The name of the expert in profiles."""
 
     @property
     def side(self) -> str | None:
-        """The side that the expert was trained for; None if unknown."""
+        """The side for which the expert was trained, or None if it is unknown."""
 
     @property
     def dimension(self) -> str | None:
-        """The dimension of that side; None if unknown."""
+        """The dimension of the expert's side, or None if it is unknown."""
 
 
 class Opposed(NamedTuple):
@@ -41,13 +41,13 @@ class Opposed(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SideRule:
-    """Finds experts that oppose each other: two sides of one dimension.
+    """Finds opposed experts, which were trained for different sides of one dimension.
 
-    Experts without a dimension oppose nobody. Two experts of one side do not oppose each other.
+    An expert without a dimension is not opposed to any expert. Two experts for the same side are not opposed.
 
     Attributes:
-        dimension_of: the dimension of each expert that has one, by the expert's name.
-        side_of: the side of each expert that is not named after its side.
+        dimension_of: the dimension of each expert whose dimension is known, by the expert's name.
+        side_of: the side of each expert, by the expert's name. An expert that is not listed has the name of its side.
 
     Example:
         >>> rule = SideRule({"friendly": "style", "unfriendly": "style"})
@@ -60,16 +60,16 @@ class SideRule:
 
     @classmethod
     def of(cls, experts: Iterable[Sided]) -> SideRule:
-        """Return the rule for these experts.
+        """Return the rule for the given experts.
 
-        An expert's dimension is the one in its expert.json. An expert without a dimension takes the dimension that the
-        shipped catalogue gives its side or its name.
+        The dimension of an expert is recorded in its expert.json. If it is not, the dimension is looked up in the
+        shipped catalogue, by the expert's side or, if the side is unknown, by the expert's name.
         """
         listed = list(experts)
         return cls(_dimensions_of(listed), {expert.name: expert.side for expert in listed if expert.side is not None})
 
     def opposed(self, names: Collection[str]) -> Opposed | None:
-        """Return the first two of the named experts that oppose each other, None if no two do."""
+        """Return the first two opposed experts among `names`, or None if no two of them are opposed."""
         first: dict[str, str] = {}
         for name in names:
             dimension = self.dimension_of.get(name)
@@ -81,10 +81,10 @@ class SideRule:
         return None
 
     def check(self, profile: Profile) -> None:
-        """Raise if the profile weighs two sides of one dimension and does not say `allow_opposed: true`.
+        """Check that a profile does not weigh two sides of one dimension, unless it has `allow_opposed: true`.
 
         Raises:
-            DeclarationError: with the place of the second expert's weight.
+            DeclarationError: if it does. The place of the error is the weight of the second expert.
         """
         if profile.allow_opposed:
             return
@@ -107,7 +107,7 @@ def _dimensions_of(experts: Sequence[Sided]) -> dict[str, str]:
     text = recipe.read_text(encoding="utf-8")
     for expert in unknown:
         side = expert.side or expert.name
-        # Parsing the YAML takes as long as reading the experts' headers, so a name that the text lacks is skipped.
+        # Parsing the catalogue is slow, so it is parsed only if its text contains the name of the side.
         if side in text and (dimension := _catalogue(recipe).dimension_of(side)) is not None:
             dimensions[expert.name] = dimension
     return dimensions

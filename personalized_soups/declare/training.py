@@ -1,4 +1,4 @@
-"""The training recipe of an expert: all of its hyper-parameters."""
+"""The training recipe of an expert, which has all hyper-parameters of the training."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ NotNegative = Annotated[float, Field(ge=0)]
 
 
 class LoraRecipe(Declared):
-    """The shape of the adapter."""
+    """The settings of the LoRA adapter."""
 
     rank: PositiveInt
-    alpha: Positive = Field(description="LoRA's numerator: scaling = alpha / rank, or alpha / sqrt(rank) with rslora.")
+    alpha: Positive = Field(
+        description="The scaling of the adapter is alpha / rank, or alpha / sqrt(rank) with rslora."
+    )
     dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
     rslora: bool = False
@@ -28,11 +30,13 @@ class DpoRecipe(Declared):
 
     beta: Positive
     sft_weight: NotNegative = 1.0
-    max_length: PositiveInt = Field(description="Tokens of prompt and answer; longer pairs are truncated.")
+    max_length: PositiveInt = Field(
+        description="The maximum number of tokens of prompt and answer. Longer pairs are truncated."
+    )
 
 
 class OptimizerRecipe(Declared):
-    """AdamW, its schedule, and its length: either `epochs` or `max_steps`."""
+    """The settings of AdamW, the schedule of its learning rate, and the length of the training."""
 
     learning_rate: Positive
     weight_decay: NotNegative = 0.0
@@ -41,7 +45,7 @@ class OptimizerRecipe(Declared):
     max_grad_norm: Positive = 1.0
     epochs: Positive | None = None
     max_steps: PositiveInt | None = None
-    batch_size: PositiveInt = Field(description="Pairs in one forward pass of one process.")
+    batch_size: PositiveInt = Field(description="The number of pairs in one forward pass of one process.")
     gradient_accumulation: PositiveInt = 1
 
     @model_validator(mode="after")
@@ -55,7 +59,7 @@ class OptimizerRecipe(Declared):
 
 
 class SideOverrides(Declared):
-    """Values for one side. A value that is left out is the recipe's."""
+    """Values that replace values of the recipe for one side. Values that are left out are not replaced."""
 
     learning_rate: Positive | None = None
     epochs: Positive | None = None
@@ -82,22 +86,24 @@ class TrainingRecipe(Declared):
 
     lora: LoraRecipe
     basis: Literal["free", "shared"] = Field(
-        default="free", description="`shared` trains only B on a common frozen A drawn from basis_seed."
+        default="free",
+        description="`shared` trains only B; all experts have the same frozen A, which is drawn from basis_seed.",
     )
     basis_seed: int = Field(default=0, ge=0)
     dpo: DpoRecipe
     optimizer: OptimizerRecipe
-    save_steps: PositiveInt = Field(default=100, description="Optimizer steps between checkpoints.")
+    save_steps: PositiveInt = Field(default=100, description="The number of optimizer steps between two checkpoints.")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
-        default="float32", description="The base model's dtype in memory; `auto` uses the dtype of its files."
+        default="float32",
+        description="The dtype of the base model in memory. `auto` uses the dtype of its files.",
     )
     gradient_checkpointing: bool = False
     sides: dict[str, SideOverrides] = Field(
-        default_factory=dict, description="Values that differ for a side, by the side's name."
+        default_factory=dict, description="Values that differ for one side, by the name of the side."
     )
 
     def for_side(self, name: str) -> TrainingRecipe:
-        """Return the recipe with the overrides of the side `name` applied, and without `sides`."""
+        """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
         overrides = self.sides.get(name, SideOverrides()).model_dump(exclude_none=True)
         optimizer: dict[str, Any] = {key: overrides[key] for key in OptimizerRecipe.model_fields if key in overrides}
         if "epochs" in optimizer:

@@ -1,6 +1,6 @@
-"""Locks on folders and files. A lock ends with its process, so a folder or file that nobody has locked is unused.
+"""Locks on folders and files. A lock ends with its process, so no running process uses an unlocked folder or file.
 
-Network file systems (NFS) lock files but not folders. There a file named `lock` in the folder is locked instead.
+Network file systems (NFS) can lock files but not folders. On them, a file named `lock` in the folder is locked instead.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ LOCK_FILE = "lock"
 
 
 def lock_folder(folder: Path, target: Path) -> int | None:
-    """Make `folder` if it is missing and lock it; return the descriptor that holds the lock.
+    """Lock `folder`, and return the file descriptor that holds the lock. A missing folder is created.
 
-    Return None if the system or the file system cannot lock folders.
+    Return None if the operating system or the file system cannot lock folders.
 
     Args:
         folder: the folder.
-        target: the output that is made in it, for errors.
+        target: the output that is made in `folder`. Error messages name it.
 
     Raises:
         OutputExistsError: if another run holds the lock.
-        UsageError: if the folder cannot be made or opened.
+        UsageError: if the folder cannot be created or opened.
     """
     if sys.platform == "win32":
         return None
@@ -43,13 +43,13 @@ def lock_folder(folder: Path, target: Path) -> int | None:
         try:
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
-            continue  # another run ended and removed it between the two calls
+            continue  # another run ended and removed the folder between the two calls
         except OSError as error:
             raise _unmakable(error, target) from error
         is_ours = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # the lock is on the folder, not on its path: another run may have removed it before this one got the lock
+            # The lock is on the folder, not on its path: another run may have removed the folder before it was locked.
             is_ours = _leads_to(folder, descriptor)
         except BlockingIOError as error:
             raise _busy(target) from error
@@ -64,11 +64,13 @@ def lock_folder(folder: Path, target: Path) -> int | None:
 
 
 def lock_file(path: Path, *, waits: bool) -> int | None:
-    """Make a file if it is missing and lock it; return the descriptor that holds the lock, or None without locks.
+    """Lock a file, and return the file descriptor that holds the lock. A missing file is created.
+
+    Return None if the operating system or the file system has no locks. With `waits`, wait until the lock is free.
 
     Raises:
         BlockingIOError: if another run holds the lock and `waits` is false.
-        OSError: if the file cannot be made, for example because its folder was removed.
+        OSError: if the file cannot be created, for example because its folder was removed.
     """
     if sys.platform == "win32":
         return None
@@ -93,18 +95,19 @@ def lock_file(path: Path, *, waits: bool) -> int | None:
 
 @contextmanager
 def folder_with_lock_file(name_folder: Callable[[], Path], target: Path, *, waits: bool) -> Iterator[Path]:
-    """Make a folder if it is missing, lock the file `lock` in it, and yield the folder.
+    """Yield a folder in which the file named `lock` is locked during the block. A missing folder is created.
 
-    Afterwards the folder is removed if it has no other files.
+    After the block, the folder is removed if it has no files except `lock`.
 
     Args:
-        name_folder: returns the folder's path; called again if another run removes the folder before it is locked.
-        target: the output that is made in it, for errors.
+        name_folder: returns the path of the folder. It is called again if another run removes the folder before the
+            file `lock` is locked.
+        target: the output that is made in the folder. Error messages name it.
         waits: whether to wait for the lock if another run holds it.
 
     Raises:
         OutputExistsError: if another run holds the lock and `waits` is false.
-        UsageError: if the folder or the file cannot be made.
+        UsageError: if the folder or the file `lock` cannot be created.
         OSError: if the disk is full.
     """
     while True:

@@ -1,4 +1,4 @@
-"""Pickle files. They are rejected by name, because loading one can run any code."""
+"""Reject pickle files by the suffix of their name, because loading a pickle can run any code."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ PICKLES = frozenset({".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"})
 
 
 def check_no_pickle(path: Path) -> None:
-    """Raise if the suffix of `path` is that of a pickle.
+    """Raise an error if `path` has the suffix of a pickle file, such as `.bin` or `.pt`.
 
     Raises:
-        FileFormatError: with a command that converts the file.
+        FileFormatError: if it has. The message contains a command that converts the file to safetensors.
     """
     if path.suffix.lower() in PICKLES:
         converted = path.with_name(path.stem.replace("pytorch_model", "model") + ".safetensors")

@@ -1,7 +1,7 @@
-"""Reading safetensors files (https://github.com/huggingface/safetensors#format).
+"""Read safetensors files (https://github.com/huggingface/safetensors#format).
 
-The whole header is checked before any tensor is read. Files are mapped into memory, not loaded, and no code in a file
-is ever run.
+The whole header is checked before any tensor is read. Files are mapped into memory, not loaded. Reading a file never
+runs code from it.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from personalized_soups.files.pickles import check_no_pickle
 from personalized_soups.files.regular import opened, unreadable
 from personalized_soups.files.strict_json import damaged
 
-# A private mapping is writable, since torch warns about read-only buffers, but never changes the file. Without
-# MAP_NORESERVE, Linux would refuse to map a file larger than its memory in this way.
+# Files are mapped writable, because torch warns about read-only buffers. The mapping is private, so writing to it does
+# not change the file. Without MAP_NORESERVE, Linux would not map a file that is larger than the memory in this way.
 _NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class SafetensorsFile:
-    """A mapped file with a checked header.
+    """A safetensors file that is mapped into memory and whose header was checked.
 
-    If another process truncates the file while it is mapped, reading the missing pages kills this process (SIGBUS).
-    Replace files by a rename, as this package does, never in place.
+    If another process truncates the file while it is mapped, reading the missing pages kills this process (SIGBUS). So
+    do not overwrite a file in place. Write a new file and rename it, as this package does.
 
     Attributes:
         path: the file.
-        entries: the tensors by name, in the order of their bytes in the file.
+        entries: the header's entry of each tensor, by the tensor's name, sorted by offset.
         metadata: the header's `__metadata__`.
         data: the bytes of all tensors.
     """
@@ -52,7 +52,7 @@ class SafetensorsFile:
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
-        """Map `path` and check its header. No tensor's bytes are read.
+        """Map the file `path` into memory and check its header. The bytes of the tensors are not read.
 
         Raises:
             FileFormatError: if the file is a pickle, is truncated, or has an invalid header.
@@ -82,7 +82,7 @@ class SafetensorsFile:
 
     @contextmanager
     def reopened(self) -> Iterator[int | None]:
-        """Yield a descriptor of the mapped file, or None if another file is at its path by now."""
+        """Yield a new file descriptor of the mapped file, or None if its path now leads to another file or to none."""
         with ExitStack() as stack:
             try:
                 descriptor = stack.enter_context(opened(self.path))
@@ -100,11 +100,11 @@ class SafetensorsFile:
     def tensor(self, name: str) -> Tensor:
         """Return one tensor on the CPU, in the shape and dtype of the file.
 
-        The tensor shares the file's mapped pages if its offset is aligned, and is a copy otherwise. Writing to it does
-        not change the file. It does change what this object returns for the same tensor later.
+        The tensor shares memory with the mapped file if its offset is aligned to its dtype. Otherwise it is a copy.
+        Writing to a tensor that shares memory does not change the file, but later calls return the changed values.
 
         Raises:
-            FileFormatError: if torch has no such dtype.
+            FileFormatError: if the file has no such tensor, or torch does not have its dtype.
         """
         entry = self.entry(name)
         dtype = TORCH_DTYPES.get(entry.dtype)
@@ -123,7 +123,7 @@ class SafetensorsFile:
         return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
 
     def entry(self, name: str) -> TensorEntry:
-        """Return the entry of one tensor.
+        """Return the header's entry of one tensor.
 
         Raises:
             FileFormatError: if the file has no such tensor.
@@ -137,12 +137,12 @@ class SafetensorsFile:
 
     @property
     def header_bytes(self) -> int:
-        """The number of bytes before the first tensor: the length and the header."""
+        """The number of bytes before the first tensor: the header and the eight bytes with its length."""
         return self.num_bytes - len(self.data)
 
     @property
     def num_bytes(self) -> int:
-        """The size of the file."""
+        """The size of the file in bytes."""
         mapped = self.data.obj
         assert isinstance(mapped, mmap.mmap)
         return len(mapped)

@@ -1,4 +1,4 @@
-"""Opening regular files for reading. FIFOs, devices and folders are rejected without waiting."""
+"""Open regular files for reading. FIFOs, devices and folders are rejected without waiting for data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from personalized_soups.errors import FileFormatError, InputError
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _PIECE = 1 << 20
 
-# `git clone` writes such a pointer instead of a Git LFS file if git-lfs is not installed or skips downloads:
-# https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md. Pointers are shorter than 1024 bytes.
+# The beginnings of Git LFS pointers. `git clone` writes a pointer instead of a large file if git-lfs is not installed
+# or skips downloads. Pointers are shorter than 1024 bytes.
+# See https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md.
 _LFS_BEGINNINGS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _LFS_MAX_BYTES = 1024
 
@@ -25,11 +26,11 @@ _LOADED = frozenset({".json", ".model", ".jinja", ".txt", ".tiktoken"})
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Yield a descriptor of a regular file, open for reading. Links are followed.
+    """Yield a file descriptor of a regular file that is open for reading. Links are followed.
 
     Raises:
-        FileFormatError: if it is not a regular file, or is a Git LFS pointer.
-        InputError: if it cannot be opened.
+        FileFormatError: if `path` is not a regular file, or is a Git LFS pointer.
+        InputError: if the file cannot be opened.
     """
     try:
         descriptor = os.open(path, _FLAGS)
@@ -49,16 +50,16 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read_small(path: Path, max_bytes: int) -> bytes:
-    """Return all bytes of a regular file of at most `max_bytes`.
+    """Return all bytes of a regular file.
 
     Raises:
-        FileFormatError: if it is longer, or not a regular file.
-        InputError: if it cannot be read.
+        FileFormatError: if the file is larger than `max_bytes`, is not a regular file, or is a Git LFS pointer.
+        InputError: if the file cannot be read.
     """
     with opened(path) as descriptor:
         pieces, left = [], max_bytes + 1
         try:
-            # the size is not known in advance: the file may grow, and files in /proc report a size of 0
+            # The size is not known before reading: the file may grow, and files in /proc report a size of 0.
             while left and (piece := os.read(descriptor, min(left, _PIECE))):
                 pieces.append(piece)
                 left -= len(piece)
@@ -74,10 +75,14 @@ def read_small(path: Path, max_bytes: int) -> bytes:
 
 
 def check_no_lfs_pointer(data: bytes, path: Path) -> None:
-    """Raise if a file's first bytes are those of a Git LFS pointer.
+    """Raise an error if a file is a Git LFS pointer.
+
+    Args:
+        data: the first bytes of the file, or all its bytes.
+        path: the file, which the error message names.
 
     Raises:
-        FileFormatError: with the command that downloads the file.
+        FileFormatError: if it is. The message contains the command that downloads the real file.
     """
     if data.startswith(_LFS_BEGINNINGS):
         raise FileFormatError(
@@ -88,10 +93,10 @@ def check_no_lfs_pointer(data: bytes, path: Path) -> None:
 
 
 def check_no_lfs_pointers(folder: Path) -> None:
-    """Raise if a file of a model folder is a Git LFS pointer, among those from which models and tokenizers are loaded.
+    """Raise an error if a configuration or tokenizer file of a model folder is a Git LFS pointer.
 
     Raises:
-        FileFormatError: with the first such file and the command that downloads it.
+        FileFormatError: for the first pointer. The message contains the command that downloads the real file.
         InputError: if a file cannot be opened.
     """
     for path in sorted(folder.iterdir()):
@@ -110,6 +115,6 @@ def _check_no_pointer(descriptor: int, path: Path) -> None:
 
 
 def unreadable(path: Path, error: OSError | ValueError) -> InputError:
-    """Return the error for a file that cannot be read, with the reason."""
+    """Return an error which says that a file cannot be read, and why."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return InputError(f"the file cannot be read: {reason}", where=str(path), mend="check the path and the permissions")

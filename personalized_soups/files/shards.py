@@ -1,4 +1,4 @@
-"""A checkpoint: one safetensors file, or several with an index that maps tensor names to files."""
+"""A checkpoint: one safetensors file, or several files (shards) and an index that names the file of each tensor."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _MAX_INDEX_BYTES = 100_000_000
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Checkpoint:
-    """The weight files of one folder, opened and checked.
+    """The weight files of one folder, opened and with checked headers.
 
     Attributes:
         folder: the folder.
-        shards: the files, sorted by name.
-        has_index: whether an index names the files.
+        shards: the opened files by file name, sorted by name.
+        has_index: whether the files were listed by an index.
     """
 
     folder: Path
@@ -41,18 +41,19 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: Path | str, *, weights_file: str = MODEL_WEIGHTS_FILE) -> Self:
-        """Open all weight files of `folder`, by the rules of transformers.
+        """Open the weight files of `folder` by the rules of transformers.
 
-        A single weights file takes precedence over an index of other files. The index decides which files are read, and
-        the files decide which tensors they have. If the index names other tensors, a warning says so.
+        If the file `weights_file` exists, an index that lists other files is ignored with a warning. Otherwise the
+        index decides which files are read. The tensors are always those that the files contain. If the index does not
+        match them, a warning lists the differences.
 
         Args:
-            folder: the folder of the files.
-            weights_file: the name of the file that holds all weights if there is no index.
+            folder: the folder that contains the files.
+            weights_file: the name of the file that contains all weights if there is no index.
 
         Raises:
-            FileFormatError: if there is no safetensors file, if a shard is missing or damaged, or if two shards have
-                the same tensor.
+            FileFormatError: if there is no safetensors file, if a file or the index is damaged, if a shard is missing,
+                or if two shards have the same tensor.
         """
         folder = Path(folder)
         index = folder / f"{weights_file}{INDEX_SUFFIX}"
@@ -80,11 +81,11 @@ class Checkpoint:
         return name in self._shard_of
 
     def entry(self, name: str) -> TensorEntry:
-        """Return the entry of one tensor in its shard."""
+        """Return the entry of one tensor in the header of its file."""
         return self.shard_of(name).entry(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor, as `SafetensorsFile.tensor` does."""
+        """Return one tensor on the CPU. See `SafetensorsFile.tensor`."""
         return self.shard_of(name).tensor(name)
 
     def raw(self, name: str) -> memoryview:
@@ -93,14 +94,14 @@ class Checkpoint:
 
     @property
     def num_bytes(self) -> int:
-        """The size of all weight files together."""
+        """The total size of all weight files in bytes."""
         return sum(shard.num_bytes for shard in self.shards.values())
 
     def shard_of(self, name: str) -> SafetensorsFile:
-        """Return the file that has one tensor.
+        """Return the file that contains the tensor `name`.
 
         Raises:
-            FileFormatError: if there is no such tensor.
+            FileFormatError: if no file contains the tensor.
         """
         try:
             return self.shards[self._shard_of[name]]
@@ -111,7 +112,7 @@ class Checkpoint:
 
 
 def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
-    """Return the file of each tensor from the index, or None if the single weights file is to be read."""
+    """Return the file name of each tensor if the index is to be used, or None if the file `whole` is to be used."""
     index = folder / f"{whole}{INDEX_SUFFIX}"
     if not os.path.lexists(index):
         if not os.path.lexists(folder / whole):
@@ -119,7 +120,7 @@ def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
         return None
     if not (folder / whole).is_file():
         return _indexed(index)
-    # Both exist. transformers then reads the single file and ignores the index, so a damaged index is no error.
+    # Both exist. transformers then reads the file `whole` and ignores the index, so a damaged index is not an error.
     try:
         names = _indexed(index)
     except (FileFormatError, InputError):
@@ -136,7 +137,7 @@ def _index_of(folder: Path, whole: str) -> dict[str, str] | None:
 
 
 def _indexed(index: Path) -> dict[str, str]:
-    """Return the file of each tensor from an index."""
+    """Read and check an index, and return the file name of each tensor."""
     parsed = parse_json(read_small(index, _MAX_INDEX_BYTES), index)
     names = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(names, dict) or not names:
@@ -145,7 +146,7 @@ def _indexed(index: Path) -> dict[str, str]:
     for name, file in names.items():
         if isinstance(file, str) and file in plain:
             continue
-        # a path with a folder could point to any file on the disk
+        # A path with a folder could lead to any file on the disk.
         shard = file.removeprefix("./") if isinstance(file, str) else ""
         if not _is_plain(shard):
             found = reprlib.repr(file)
@@ -158,7 +159,7 @@ def _indexed(index: Path) -> dict[str, str]:
 
 
 def _differences(index: Path, names: Mapping[str, str], shard_of: Mapping[str, str]) -> str:
-    """Return the warning about an index whose tensors are not those of the shards."""
+    """Return a warning that lists where the index differs from the tensors in the shards."""
     kinds = {
         "names {}, which no shard has": sorted(names.keys() - shard_of.keys()),
         "does not name {}, which a shard has": sorted(shard_of.keys() - names.keys()),

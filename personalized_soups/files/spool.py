@@ -1,4 +1,4 @@
-"""Temporary storage of tensors on the disk, for tensors whose place in the output is not known yet."""
+"""Temporary storage on the disk for tensors whose offset in the output file is not known yet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Spool:
-    """A temporary file of tensors, safe to write from several threads. A context manager that removes the file."""
+    """A temporary file of tensors. Several threads can write to it. The context manager removes it at its end."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -30,7 +30,10 @@ class Spool:
         self._path.unlink(missing_ok=True)
 
     def kept(self, tensor: Tensor) -> Tensor:
-        """Write a tensor and return it backed by the file's pages, which the system can drop from memory."""
+        """Write a tensor to the file, and return a tensor with the same values that is mapped from the file.
+
+        The operating system can drop mapped pages from memory.
+        """
         if not tensor.numel():
             return tensor
         flat = tensor.detach().to("cpu").contiguous()

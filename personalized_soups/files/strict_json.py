@@ -1,4 +1,4 @@
-"""JSON files, parsed strictly: UTF-8, no repeated keys, no NaN."""
+"""Parse JSON files strictly: they must be UTF-8, without repeated keys and without NaN."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from personalized_soups.files.regular import check_no_lfs_pointer
 
 
 def parse_json(data: bytes, path: Path, *, constants: bool = False) -> Any:
-    """Return the value of a JSON file.
+    """Parse the bytes of a JSON file and return the value.
 
     Args:
         data: the file's bytes.
-        path: the file, for errors.
-        constants: accept NaN and Infinity. They are not JSON, but transformers writes them into config.json.
+        path: the file, which error messages name.
+        constants: whether to accept NaN and Infinity. They are not JSON, but transformers writes them to config.json.
 
     Raises:
         FileFormatError: if the file is not UTF-8 or not JSON, repeats a key, or is a Git LFS pointer.
@@ -28,7 +28,7 @@ def parse_json(data: bytes, path: Path, *, constants: bool = False) -> Any:
             object_pairs_hook=_no_repeats,
             parse_constant=float if constants else _refuse_constant,
         )
-        if b"\\u" in data:  # an escape may be half a surrogate pair, which cannot be encoded and so not written
+        if b"\\u" in data:  # an escape may be half a surrogate pair, which is not valid Unicode
             json.dumps(parsed, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise damaged(
@@ -42,12 +42,12 @@ def parse_json(data: bytes, path: Path, *, constants: bool = False) -> Any:
 
 
 def shown(name: str) -> str:
-    """Return a name from a file in a form that is safe in a message: control characters escaped, long names cut."""
+    """Return a name from a file with control characters escaped and long names cut, so that a message can show it."""
     return name if name.isprintable() and len(name) <= 300 else ascii(name[:300])
 
 
 def damaged(path: Path, what: str) -> FileFormatError:
-    """Return the error for a damaged file."""
+    """Return an error which says that a file is damaged. `what` describes the damage."""
     return FileFormatError(what, where=str(path), mend="download or write the file again: it is damaged or incomplete")
 
 

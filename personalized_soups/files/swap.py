@@ -1,7 +1,8 @@
-"""Moving a finished folder to its place, by a rename or by an atomic exchange with the old folder.
+"""Move a finished output folder to its target path. An old folder at that path is exchanged for the new folder.
 
-At every moment the old or the new folder is in place. On systems that cannot exchange folders there is a gap of two
-renames; if the process is killed there, the next run moves the old folder back.
+On Linux the exchange is atomic, so the old or the new folder is at the path at every moment. Systems that cannot
+exchange folders atomically rename the old folder first and then the new one. If the process is killed between the two
+renames, the next run moves the old folder back.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ _log = logging.getLogger(__name__)
 
 
 def check_replaceable(target: Path, *, overwrite: bool) -> None:
-    """Raise unless `target` does not exist or, with `overwrite`, is an empty folder or one that this package wrote.
+    """Check that an output folder may be written to `target`.
+
+    This is so if `target` does not exist. With `overwrite`, `target` may also be an empty folder or a folder that this
+    package wrote.
 
     Raises:
-        OutputExistsError: if `target` may not be replaced.
+        OutputExistsError: if `target` exists and may not be replaced.
         UsageError: if `target` is the root of a file system.
     """
     if not target.name:
@@ -60,7 +64,7 @@ def check_replaceable(target: Path, *, overwrite: bool) -> None:
 
 
 def files_below(folder: Path) -> set[str]:
-    """Return the paths of all files and links below `folder`, relative to it, with forward slashes."""
+    """Return the paths of all files and links below `folder`, relative to `folder` and with forward slashes."""
     paths: set[str] = set()
     for root, folders, names in os.walk(folder):
         links = [name for name in folders if (Path(root) / name).is_symlink()]
@@ -69,11 +73,17 @@ def files_below(folder: Path) -> set[str]:
 
 
 def publish(place: Workplace, target: Path, *, overwrite: bool, durable: bool) -> None:
-    """Move `place.new` to `target`. With `durable`, sync the contents before the move and the name after it.
+    """Move the finished folder `place.new` to `target`.
+
+    Args:
+        place: the workplace that contains the finished folder.
+        target: the output folder.
+        overwrite: replace an existing folder that this package wrote.
+        durable: sync the files to the disk before the move, and the name of the folder after the move.
 
     Raises:
-        OutputExistsError: if `target` was made in the meantime, or has files that this package did not write.
-        OSError: if it cannot be moved.
+        OutputExistsError: if `target` was created in the meantime, or if this package did not write it.
+        OSError: if the folder cannot be moved.
     """
     if durable:
         sync(place.new)
@@ -88,9 +98,13 @@ def publish(place: Workplace, target: Path, *, overwrite: bool, durable: bool) -
 
 
 def settle(place: Workplace, target: Path) -> None:
-    """Finish a swap of this run, or of a run that was killed during a swap: move the old folder back, or remove it."""
+    """Finish an exchange of folders, which this run made or during which an earlier run was killed.
+
+    If no folder is at `target`, the old folder is moved back to it. Otherwise the old folder is removed, or renamed if
+    it has files that this package did not write.
+    """
     if not os.path.lexists(place.new):
-        place.journal.unlink(missing_ok=True)  # the folder that it describes is in place
+        place.journal.unlink(missing_ok=True)  # the folder that the journal describes was moved to the target
     if not os.path.lexists(place.old):
         return
     if not os.path.lexists(target):
@@ -110,7 +124,7 @@ def settle(place: Workplace, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or a folder with everything below it, is on the disk.
+    """Wait until a file, or a folder with all files below it, is written to the disk.
 
     Raises:
         OSError: if writing to the disk fails.
@@ -125,7 +139,7 @@ def sync(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk.
+    """Wait until the file names of a folder are written to the disk.
 
     Raises:
         OSError: if writing to the disk fails.
@@ -167,7 +181,7 @@ def _rename_new(new: Path, target: Path) -> None:
 
 
 def _written_by_us(folder: Path) -> set[str]:
-    """Return the markers, and the files that the markers in `folder` list under the key `files`."""
+    """Return the names in `MARKERS`, and the files that those markers in `folder` list under the key `files`."""
     written = set(MARKERS)
     for marker in MARKERS:
         path = folder / marker
@@ -176,7 +190,7 @@ def _written_by_us(folder: Path) -> set[str]:
                 listed = json.loads(path.read_bytes()).get("files", [])
                 written.update(name for name in listed if isinstance(name, str))
         except (OSError, ValueError, AttributeError, TypeError, RecursionError):
-            continue  # an unreadable marker lists no files, and files that no marker lists are kept
+            continue  # treated like a marker that lists no files; files that no marker lists are kept
     return written
 
 

@@ -1,4 +1,7 @@
-"""Linux system calls that Python lacks. Each returns whether it is supported, so that the caller can fall back."""
+"""Linux system calls that Python does not offer.
+
+Each function returns whether the call is supported. If it is not, the caller uses another way.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Errors of kernels and file systems that do not support a call, or not for these two files.
+# Errors which mean that the kernel or the file system does not support a call, or not for the given files.
 UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EPERM})
 
 _AT_FDCWD = -100
@@ -19,9 +22,9 @@ _FICLONE = 0x40049409
 
 
 def allocate(descriptor: int, num_bytes: int) -> bool:
-    """Set a file's size and reserve its space on the disk; return False if unsupported.
+    """Set the size of a file and reserve its space on the disk. Return False if the system does not support this.
 
-    Not os.posix_fallocate: if the file system does not support it, glibc writes into every block instead.
+    os.posix_fallocate is not used, because glibc writes to every block if the file system does not support the call.
 
     Raises:
         OSError: if the disk has no room.
@@ -39,10 +42,10 @@ def allocate(descriptor: int, num_bytes: int) -> bool:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Exchange the files or folders at two paths atomically; return False if unsupported.
+    """Exchange the files or folders at two paths atomically. Return False if the system does not support this.
 
     Raises:
-        OSError: if a path does not exist or may not be moved.
+        OSError: if a path does not exist or cannot be moved.
     """
     libc = _libc()
     if libc is None or not hasattr(libc, "renameat2"):
@@ -54,7 +57,13 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def reflink(source: int, target: int) -> bool:
-    """Let an empty file share the blocks of another until one of them changes; return False if unsupported."""
+    """Let the empty file `target` share the disk blocks of `source` until one of the two files changes.
+
+    Return False if the system does not support this.
+
+    Raises:
+        OSError: if the call fails for another reason.
+    """
     if sys.platform != "linux":
         return False
     import fcntl

@@ -1,8 +1,8 @@
 """The workplace of an output: the folder `.NAME.partial` next to it, in which one run at a time makes the output.
 
-The run holds a lock on it, which ends with the process. A scratch folder or file that nobody has locked is therefore
-left from a killed run, regardless of its age. Network file systems (NFS) cannot lock folders. There every run makes a
-folder of its own, `.NAME.XXXXXXXX.partial`, and locks the file `lock` in it.
+The run holds a lock on the workplace. The lock ends with the process, so an unlocked scratch folder or file was left by
+a killed run, regardless of its age. Network file systems (NFS) cannot lock folders. On them, every run creates its own
+folder `.NAME.XXXXXXXX.partial` and locks the file `lock` in that folder.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Workplace:
     """The folder in which one run makes its output.
 
     Attributes:
-        folder: the folder.
-        is_locked: whether this run has locked the folder. If the file system cannot lock folders, the folder has a
-            random name instead, which no other run uses.
+        folder: the path of the folder.
+        is_locked: whether this run has locked the folder. If false, the file system cannot lock folders. The folder
+            then has a random name, which no other run uses.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class Workplace:
         return self.folder / "journal"
 
     def clear(self) -> None:
-        """Remove all contents and make an empty `new`.
+        """Remove all contents of the workplace and create the empty folder `new`.
 
         Raises:
             UsageError: if something cannot be removed.
@@ -60,7 +60,7 @@ class Workplace:
         self.new.mkdir()
 
     def clear_dead(self) -> None:
-        """Remove what a killed run left, except the lock file that this run holds.
+        """Remove all files that a killed run left in the workplace. The lock file of this run is kept.
 
         Raises:
             UsageError: if something cannot be removed.
@@ -71,25 +71,26 @@ class Workplace:
 
 
 def workplace_of(target: Path) -> Path:
-    """Return the path of a target's workplace, which need not exist."""
+    """Return the path of the workplace of `target`. The workplace need not exist."""
     return target.parent / f".{target.name}.partial"
 
 
 @contextmanager
 def claimed(target: Path) -> Iterator[Workplace]:
-    """Yield the workplace of `target`, locked against other runs; it may contain what a killed run left.
+    """Yield the workplace of `target`, locked against other runs. It may contain files that a killed run left.
 
-    Missing parent folders are made. Afterwards they and the workplace are removed if they are empty.
+    Missing parent folders are created. After the block, the workplace and the created parent folders are removed if
+    they are empty.
 
     Raises:
-        OutputExistsError: if another run has locked it.
-        UsageError: if the folder cannot be made.
+        OutputExistsError: if another run has locked the workplace.
+        UsageError: if a folder cannot be created.
     """
     with _parents(target.parent):
         folder = workplace_of(target)
         descriptor = lock_folder(folder, target)
         if descriptor is None:
-            # Wait for the lock: another run may take it briefly, to check whether the folder is left from a killed run.
+            # Wait for the lock: another run may hold it briefly while it checks whether a killed run left the folder.
             with folder_with_lock_file(lambda: _own_name(target), target, waits=True) as folder:
                 yield Workplace(folder, is_locked=False)
             return
@@ -102,18 +103,18 @@ def claimed(target: Path) -> Iterator[Workplace]:
 
 @contextmanager
 def held(folder: Path, target: Path) -> Iterator[None]:
-    """Lock `folder` against other runs during the block; it may contain what a killed run left.
+    """Lock `folder` against other runs during the block. The folder may contain files that a killed run left.
 
-    The folder and missing parent folders are made. Afterwards they are removed if they are empty. If the file system
-    can lock neither folders nor files, nothing is locked.
+    The folder and its missing parent folders are created. After the block, they are removed if they are empty. If the
+    file system can lock neither folders nor files, there is no lock.
 
     Args:
         folder: the folder.
-        target: the output that is made from it, for errors.
+        target: the output that is made from `folder`. Error messages name it.
 
     Raises:
-        OutputExistsError: if another run has locked it.
-        UsageError: if the folder cannot be made.
+        OutputExistsError: if another run has locked the folder.
+        UsageError: if the folder cannot be created.
     """
     with _parents(folder.parent):
         descriptor = lock_folder(folder, target)
@@ -129,7 +130,7 @@ def held(folder: Path, target: Path) -> Iterator[None]:
 
 
 def scratches_of(target: Path) -> list[Path]:
-    """Return the scratch folders and files of a target that have random names, of running and of killed runs."""
+    """Return the scratch folders and files of `target` that have random names. Running or killed runs made them."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{{2 * _NUM_RANDOM_BYTES}}}\.partial")
     try:
         names = os.listdir(target.parent)  # noqa: PTH208 # the names alone
@@ -140,9 +141,10 @@ def scratches_of(target: Path) -> list[Path]:
 
 @contextmanager
 def abandoned(scratch: Path) -> Iterator[bool]:
-    """Yield whether `scratch` is left from a killed run; if so, it is locked during the block.
+    """Yield whether a killed run left the scratch folder or file `scratch`.
 
-    It is left from a killed run if it can be locked, because that run's lock ended with its process.
+    This is so if `scratch` can be locked, because the lock of a killed run ended with its process. In that case
+    `scratch` stays locked during the block.
     """
     is_folder = scratch.is_dir() and not scratch.is_symlink()
     try:
@@ -158,10 +160,10 @@ def abandoned(scratch: Path) -> Iterator[bool]:
 
 @contextmanager
 def scratch_file(target: Path) -> Iterator[Path]:
-    """Yield an empty file with a random name next to `target`, locked during the block. The file is not removed.
+    """Yield an empty file with a random name next to `target`. The file is locked during the block and not removed.
 
     Raises:
-        OSError: if it cannot be made.
+        OSError: if the file cannot be created.
     """
     scratch = _own_name(target)
     descriptor = lock_file(scratch, waits=True)
@@ -173,10 +175,10 @@ def scratch_file(target: Path) -> Iterator[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder.
+    """Remove a file, a link or a folder with its contents.
 
     Raises:
-        UsageError: if it cannot be removed.
+        UsageError: if `path` cannot be removed.
     """
     try:
         if path.is_dir() and not path.is_symlink():
@@ -197,7 +199,7 @@ def _own_name(target: Path) -> Path:
 
 @contextmanager
 def _parents(folder: Path) -> Iterator[None]:
-    """Make `folder` and its missing parents; when the block ends, remove those that are empty."""
+    """Create `folder` and its missing parents. After the block, remove the created folders that are empty."""
     missing = [step for step in (folder, *folder.parents) if not os.path.lexists(step)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
