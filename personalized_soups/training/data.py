@@ -183,7 +183,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> Pair:
             raise InputError(
                 f"`{field}` is {_kind(row[field])}, but `prompt` is a list of messages",
                 where=where,
-                mend="write all three as strings, or all three as lists of messages",
+                mend="write `prompt`, `chosen` and `rejected` as strings, or write all three as lists of messages",
             )
     given = read_messages(row["prompt"], "prompt", where) if isinstance(row.get("prompt"), list) else None
     chosen = read_messages(row["chosen"], "chosen", where)
@@ -216,7 +216,7 @@ def _shared_messages(
         raise InputError(
             "`chosen` is a list of messages, but `prompt` is text and differs from the last message before the answers",
             where=where,
-            mend="write all three as strings, or all three as lists of messages",
+            mend="write `prompt`, `chosen` and `rejected` as strings, or write all three as lists of messages",
         )
     return prompt
 
@@ -236,7 +236,7 @@ def _texts(row: dict[str, Any], where: str) -> Pair:
         raise InputError(
             "the field 'tools' is not supported with plain text, because only a chat template can render tools",
             where=where,
-            mend="write all three as lists of messages, or remove 'tools'",
+            mend="write `prompt`, `chosen` and `rejected` as lists of messages, or remove 'tools'",
         )
     if "prompt" not in row:
         row = {**row, **_implicit_texts(row, where)}
@@ -294,7 +294,7 @@ def _check_text(value: object, field: str, where: str) -> None:
             f"`{field}` is {_kind(value)}, "
             + ("but must be text or a list of messages" if field == "prompt" else "but `prompt` is text"),
             where=where,
-            mend="write all three as strings, or all three as lists of messages",
+            mend="write `prompt`, `chosen` and `rejected` as strings, or write all three as lists of messages",
         )
     if not value.strip():
         raise InputError(f"`{field}` is empty", where=where, mend=f"write the text of `{field}`, or remove the line")

@@ -106,14 +106,14 @@ class EncodedPairs:
             raise InputError(
                 f"every prompt alone fills {limit}, which leaves no room for an answer",
                 where=path,
-                mend="raise dpo.max_length in the recipe, e.g. to 1024",
+                mend=f"raise dpo.max_length in the recipe, e.g. to {2 * self.max_length}",
             )
         raise InputError(
-            f"no pair is left to train on: {len(self.equal_once_cut)} have equal answers once cut to {limit}, "
+            f"no pair is left to train on: {len(self.equal_once_cut)} pairs have equal answers once cut to {limit}, "
             f"{len(self.equal)} have equal answers before the cut, and {len(self.filled)} have a prompt that alone "
             "fills dpo.max_length",
             where=path,
-            mend="raise dpo.max_length in the recipe, e.g. to 1024"
+            mend=f"raise dpo.max_length in the recipe, e.g. to {2 * self.max_length}"
             if self.equal_once_cut or self.filled
             else "give answers that the base's chat template renders differently",
         )

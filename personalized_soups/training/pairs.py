@@ -132,7 +132,7 @@ def read_pool(path: Path) -> list[Sampled]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"the file of sampled answers can't be read: {error}", where=str(path), mend="sample the answers again"
+            f"the sampled answers can't be read: {error}", where=str(path), mend="sample the answers again"
         ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -170,7 +170,7 @@ def _paired(prompt: str, valid: list[tuple[float, str]], invalid: list[str], min
 
 
 def _no_pairs(side: str, pool: Sequence[Sampled], spans: Sequence[tuple[float, float]], min_gap: float) -> InputError:
-    """Return the error for a side without pairs. The reason is no valid answer, equal scores or small gaps."""
+    """Return the error for a side without pairs. It says why no two answers differ enough."""
     low, high = min((low for low, _ in spans), default=0.0), max((high for _, high in spans), default=0.0)
     widest = max((best - worst for worst, best in spans), default=0.0)
     what = f"no two answers differ by {min_gap:g} for the side {side!r} ({len(pool)} prompts)"

@@ -100,7 +100,7 @@ def _read(kept: Path, sampling: dict[str, Any]) -> list[Sampled]:
     if not pool or len(pool) == begun.get("num_prompts"):
         return []  # The file holds no answers, or those of a finished run: with other settings, sample new answers.
     raise UsageError(
-        f"the file holds the answers of an interrupted run with other settings: {', '.join(differing)}",
+        f"the file holds the answers of an interrupted run whose settings differ in {', '.join(differing)}",
         where=str(kept),
         mend="give the options of the interrupted run to resume it, or delete the file to start again",
     )

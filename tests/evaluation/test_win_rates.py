@@ -35,5 +35,5 @@ def test_the_interval_is_drawn_from_a_seed() -> None:
 
 @pytest.mark.parametrize(("ours", "theirs"), [([], []), ([1.0], [1.0, 2.0]), ([math.nan], [0.0])])
 def test_what_cannot_be_compared_is_refused(ours: list[float], theirs: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"per prompt|finite"):
+    with pytest.raises(ValueError, match=r"for each prompt|finite"):
         win_rate(ours, theirs)

@@ -67,7 +67,7 @@ def test_without_resume_checkpoints_are_not_overwritten(tmp_path: Path) -> None:
 def test_another_training_is_not_gone_on_with(tmp_path: Path) -> None:
     checkpoints.prepare(tmp_path, RUN, resume=False)
     _checkpoint(tmp_path, 10, complete=True)
-    with pytest.raises(UsageError, match="seed was 0, is now 1"):
+    with pytest.raises(UsageError, match="seed was 0 and is now 1"):
         checkpoints.prepare(tmp_path, {**RUN, "seed": 1}, resume=True)
     (tmp_path / "run.json").unlink()
     with pytest.raises(UsageError, match="side was null"):
