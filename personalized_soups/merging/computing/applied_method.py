@@ -1,6 +1,6 @@
-"""Apply the plan's merge method to the factors of one module, for one or many users.
+"""Apply the merge method of the plans to one module of the experts, for one or many users.
 
-R rank, I in features, O out features, E experts, U users.
+Shapes: R = rank, I = in_features, O = out_features, E = number of experts, U = number of users.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from personalized_soups.methods.streams import Stream
 
 @dataclass(frozen=True, eq=False)
 class AppliedMethod:
-    """The merge method of plans over the same experts.
+    """The merge method of the users' plans, with the experts that the method merges.
 
     Attributes:
-        plans: the users' plans; they differ only in their profiles and weights.
+        plans: the plan of each user. The plans differ only in their profiles and weights.
         bank: the experts.
     """
 
@@ -40,19 +40,19 @@ class AppliedMethod:
 
     @property
     def plan(self) -> MergePlan:
-        """The choices that all plans share."""
+        """The first plan, for the choices that all plans share."""
         return self.plans[0]
 
     def prepare(self) -> None:
-        """Compute what all modules need, so that threads do not compute it twice."""
+        """Compute the thresholds if the method needs them. Otherwise several threads might compute them at once."""
         if self.plan.method.trims_globally:
-            # TF32 products on a GPU would move entries across the threshold
+            # TF32 products on a GPU have 10 bits, so entries would change sides of the threshold
             with full_precision():
                 _ = self.thresholds
 
     @cached_property
     def thresholds(self) -> tuple[float, ...]:
-        """For each expert, the magnitude below which a method that trims over the whole model drops entries."""
+        """The threshold of each expert. A method that trims over the whole model drops entries of smaller magnitude."""
         # the authors of TIES trim over the whole model, not tensor by tensor (arXiv 2306.01708)
         density = self.plan.options["density"]
         return tuple(
@@ -61,15 +61,18 @@ class AppliedMethod:
         )
 
     def factors(self, module: PlannedModule, stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
-        """Return every user's factors of one module, by a method that merges factors; scaling 1.
+        """Return the factors of one module's soup for each user. Only for methods that merge factors.
 
         Args:
             module: the planned module.
-            stack: the experts' factors.
+            stack: the factors of the experts that adapt the module.
             weights: for each plan, the weights of the stack's experts.
+
+        Returns:
+            The factors in the order of the plans. Their scaling is 1.
         """
         method = self.plan.method
-        # for one user, or one expert, scaling the factors is faster than a product
+        # for one user or for one expert, scaled copies of the factors are faster than a matrix product
         if len(self.plans) > 1 and len(stack.experts) > 1:
             if method.family == "linear" and not any(stack.basis):
                 return _on_one_basis(stack, weights)
@@ -77,14 +80,14 @@ class AppliedMethod:
                 return self._in_products(stack, weights)
         keywords = self._keywords(stack)
         if method.family == "linear":
-            # experts with one A are summed at their own rank, not stacked
+            # experts that share an A are summed, so the soup's rank does not grow with their number
             keywords["basis"] = stack.basis
         function = method.load()
         if self.plan.method_source is not None:
             function = partial(merged_factors, method, stack.name, rank=module.full_rank)
         if not method.divides_by_sum:
             return [function(stack.factors, user_weights, **keywords) for user_weights in weights]
-        # an expert that lacks this module contributes zero to it, but its weight stays in the divisor
+        # an expert that does not adapt this module contributes zero, but the expert's weight stays in the divisor
         totals = [math.fsum(plan.weights) for plan in self.plans]
         return [
             function(stack.factors, user_weights, total=total, **keywords)
@@ -92,12 +95,12 @@ class AppliedMethod:
         ]
 
     def delta(self, module: PlannedModule, stack: StackedModule, weights: Sequence[float]) -> Tensor:
-        """Return one user's delta_OI of one module, by a method that merges dense deltas."""
+        """Return the dense delta_OI of one module's soup for one user. Only for methods that merge dense deltas."""
         keywords = self._keywords(stack)
-        # the stack may lack experts, so thresholds are picked by position in the bank
+        # the stack has only the experts that adapt this module, but the thresholds are those of the whole bank
         if self.plan.method.trims_globally:
             keywords["thresholds"] = [self.thresholds[index] for index in stack.experts]
-        # O x I values for each expert: dense methods need the most memory
+        # memory: O x I values for each expert, much more than the factors
         deltas = [each.delta() for each in stack.factors]
         if self.plan.method_source is not None:
             return merged_delta(self.plan.method, stack.name, deltas, weights, **keywords)
@@ -105,7 +108,7 @@ class AppliedMethod:
         return delta_OI
 
     def _in_products(self, stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
-        """Return every user's A and B from two products: one for all A's, one for all B's."""
+        """Return the factors of each user. One matrix product computes the A's of all users, another all B's."""
         method = self.plan.method
         totals = [{"total": math.fsum(plan.weights)} if method.divides_by_sum else {} for plan in self.plans]
         coefficients = method.load_coefficients()
@@ -121,21 +124,24 @@ class AppliedMethod:
         keywords: dict[str, Any] = {OPTIONS[name].keyword: value for name, value in options.items() if name != "seed"}
         if "seed" in options:
             names = [self.bank.experts[index].name for index in stack.experts]
-            # a stream for each module and expert, so that the result does not depend on the order of computation
+            # one random stream for each module and expert, so the result does not depend on the order of computation
             keywords["streams"] = [Stream.of(int(options["seed"]), stack.name, name) for name in names]
         return keywords
 
     def _deltas_of(self, expert: int) -> Iterator[Tensor]:
+        """Yield the dense deltas of all modules of one expert."""
+        # a generator, so that only one dense delta is in memory at once
         for name in self.bank.modules:
             if expert in self.bank.members(name):
-                # interleaved factors of a mixture are no single product
+                # the factors of a mixture's blocks are interleaved, so one product over all blocks is not the delta
                 blocks = self.bank.experts[expert].adapter.modules[name].blocks
                 for block in blocks_of(self.bank.factors(expert, name), blocks):
                     yield block.delta()
 
 
 def _on_one_basis(stack: StackedModule, weights: Sequence[Sequence[float]]) -> list[Factors]:
-    """Return every user's sum of experts that share their A: A unchanged, and all B's from one product."""
+    """Return the factors of each user if all experts share their A. One product computes the B's of all users."""
+    # with s_e w_e as the coefficients of the B's, the scaling of the result is 1 and A needs no change
     scalings_E = torch.tensor(stack.scalings, dtype=torch.float64)
     weights_UE = torch.tensor(weights, dtype=torch.float64) * scalings_E
     b_UOR = _summed(weights_UE, [each.b_OR for each in stack.factors])

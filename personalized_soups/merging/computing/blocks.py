@@ -1,9 +1,9 @@
-"""Fold terms into one tensor of the base, in blocks of rows that fit into the cache.
+"""Add terms to one tensor of the base, in blocks of rows that fit into the cache.
 
-The tensor is treated as a matrix `[M, N]`. Each block of rows is converted to the dtype of the arithmetic, all terms
-are added, and the sum is rounded once to the base's dtype.
+The tensor is viewed as a matrix. Each block of rows is converted to the dtype of the arithmetic, all terms are added,
+and the sum is rounded once.
 
-B rows of a block, R rank.
+Shapes: M and N = rows and columns of the base's matrix, B = number of rows of a block.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from torch import Tensor
 from personalized_soups.merging.computing.terms import Term
 from personalized_soups.methods.finite import all_finite
 
-# Elements of a block. CPU: 2 MiB in float32, which fits into a core's cache together with the rounded copy. GPU: 4 MiB
-# in 16 bits, which take about 80 microseconds over PCIe, several times as long as the launches for a block.
+# The number of elements of a block. On a CPU a block takes 2 MiB in float32, which fits into a core's cache together
+# with the rounded copy. On a GPU a block takes 4 MiB in a 16-bit dtype. Its transfer over PCIe takes about 80
+# microseconds, several times as long as the kernel launches for a block.
 _BLOCK = {"cpu": 1 << 19, "cuda": 1 << 21}
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class FoldedBlock:
-    """Some rows of one soup's tensor, rounded.
+    """A block of rows of one soup's tensor, rounded to the dtype of the result.
 
     Attributes:
-        soup: the number of the soup.
-        start: the number of the block's first row.
+        soup: the index of the soup.
+        start: the index of the block's first row in the matrix.
         rows_BN: the rows, on the CPU. The next block overwrites them.
-        total: the sum of the rows' elements, if the device computed it; else None.
+        total: the sum of all elements of the block if a GPU computed it, else None.
     """
 
     soup: int
@@ -44,36 +45,39 @@ class FoldedBlock:
     total: Tensor | None = None
 
     def is_finite(self) -> bool:
-        """Return whether no element is NaN or infinite."""
-        # a finite sum has only finite summands; a sum that overflows proves nothing, so the elements are checked
+        """Return whether all elements are finite."""
+        # a finite sum has only finite summands, but finite summands can overflow, so then each element is checked
         return (self.total is not None and math.isfinite(self.total)) or all_finite(self.rows_BN)
 
 
 class Queue(Protocol):
-    """Runs work in order, while the thread that submits it continues: one stream of a GPU."""
+    """Runs functions on a device in the order in which they are submitted, such as a stream of a GPU.
+
+    The thread that submits a function does not wait for it.
+    """
 
     def begin(self) -> None:
-        """Make all later work wait for the work that this thread has started on the device so far."""
+        """Make all functions that are submitted later wait for the work that this thread has started on the device."""
         ...
 
     def submit(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Start work after all work submitted before, and return a function that waits until it is done."""
+        """Submit `work`, which starts when all work before it is done. Return a function that waits for `work`."""
         ...
 
 
 def folded_blocks(
     base_MN: Tensor, soups: Sequence[Sequence[Term]], device: torch.device, dtype: torch.dtype | None = None
 ) -> Iterator[FoldedBlock]:
-    """Yield every block of every soup: the base plus the soup's terms, rounded once.
+    """Yield the blocks of every soup. A block is the base's rows plus the soup's terms, rounded once.
 
-    The base is read once and transferred to a GPU once, regardless of the number of soups. Sums are accumulated in
+    The base is read once, and copied to a GPU once, regardless of the number of soups. The sums are computed in
     float32, or in float64 if the base is float64. The bytes of a block do not depend on the number of soups or threads.
 
     Args:
-        base_MN: the base's tensor as a matrix, on the CPU, in its own dtype.
-        soups: the terms of each soup; their tensors are on `device`, in the dtype of the arithmetic.
-        device: where the arithmetic runs.
-        dtype: the dtype of the results; the base's if left out.
+        base_MN: the base's tensor as a matrix, on the CPU in its own dtype.
+        soups: the terms of each soup.
+        device: the device that computes the blocks.
+        dtype: the dtype of the blocks. The default is the base's dtype.
     """
     if device.type == "cpu":
         yield from _direct_blocks(base_MN, soups, dtype or base_MN.dtype)
@@ -85,18 +89,19 @@ def folded_blocks(
 def queued_blocks(
     base_MN: Tensor, soups: Sequence[Sequence[Term]], device: torch.device, dtype: torch.dtype, queue: Queue
 ) -> Iterator[FoldedBlock]:
-    """Yield the blocks of folded_blocks, computed on `device` by work that is submitted to `queue`.
+    """Yield the same blocks as `folded_blocks`. They are computed on `device` by work that is submitted to `queue`.
 
-    Two blocks are in the queue: while the caller writes one to a file, the next is transferred and computed. The device
-    uses its buffers in the queue's order, so it needs one of each; the host needs two of each, used alternately.
+    Two blocks are in the queue at once: while the caller writes the first to a file, the second is copied and computed.
+    The device needs one buffer of each kind, because the work runs in order. The host needs two of each kind and uses
+    them in turn.
     """
     shape = num_rows, _ = _block_shape(base_MN, device)
     kind = arithmetic_dtype(base_MN.dtype)
     inward = [_pinned(shape, base_MN.dtype, device) for _ in range(2)]
     outward = [_pinned(shape, dtype, device) for _ in range(2)]
     totals = [_pinned((1, 1), arithmetic_dtype(dtype), device) for _ in range(2)]
-    # a copy between host and device that changes the dtype is converted by torch on the CPU, so the transfer keeps the
-    # dtype and the device converts
+    # if a copy between host and device changes the dtype, torch converts on the CPU; so the transfers keep the dtype,
+    # and the device converts
     kinds = (base_MN.dtype, kind, kind, dtype)
     arrived, sums, own, leaving = (torch.empty(shape, dtype=each, device=device) for each in kinds)
 
@@ -117,7 +122,7 @@ def queued_blocks(
             for number, terms in enumerate(soups):
                 if len(under_way) == 2:
                     yield _done(*under_way.popleft())
-                # the first soup's work transfers the base's block, and the other soups reuse it on the device
+                # only the first soup's work copies the base's block to the device, and the other soups reuse the copy
                 block = inward[place % 2][: base.shape[0]].copy_(base) if number == 0 else None
                 out, total = outward[turn % 2][: base.shape[0]], totals[turn % 2]
                 wait = queue.submit(partial(compute, block, terms, start, out, total))
@@ -126,18 +131,18 @@ def queued_blocks(
         while under_way:
             yield _done(*under_way.popleft())
     finally:
-        # after an error as well: the device may still use the buffers, so they must not be freed yet
+        # also after an error: the device may still use the buffers, so they must not be freed before the work is done
         for wait, _ in under_way:
             wait()
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """Return a tensor of the base as a matrix `[M, N]`: M is its first axis. A vector is one row."""
+    """Return a view of a tensor as a matrix `[M, N]`, in which M is the first axis. A vector becomes one row."""
     return tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which a tensor of the base is accumulated."""
+    """Return the dtype of the sums for a tensor of the base with the dtype `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -151,7 +156,7 @@ class _Stream:
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
 
     def submit(self, work: Callable[[], None]) -> Callable[[], None]:
-        # a blocking event lets the thread sleep; other events keep a core busy while they wait
+        # while a thread waits for a blocking event, it sleeps; with other events it would keep a core busy
         done = torch.cuda.Event(blocking=True)
         with torch.cuda.stream(self._stream):
             work()
@@ -159,23 +164,25 @@ class _Stream:
         return done.synchronize
 
 
-# Streams that no thread uses. They are reused, since cuBLAS keeps a workspace (32 MiB on Hopper) for every stream.
+# The streams that no thread uses at the moment. They are reused, because cuBLAS keeps a workspace for every stream (32
+# MiB on Hopper).
 _idle: defaultdict[torch.device, deque[_Stream]] = defaultdict(deque)
 
 
 @contextmanager
 def _stream(device: torch.device) -> Iterator[_Stream]:
-    """Yield a stream that no other thread uses."""
+    """A context manager for a stream that no other thread uses in the meantime."""
     try:
         stream = _idle[device].pop()
     except IndexError:
         stream = _Stream(device)
     yield stream
+    # not in a finally: after an error the stream is not reused
     _idle[device].append(stream)
 
 
 def _direct_blocks(base_MN: Tensor, soups: Sequence[Sequence[Term]], dtype: torch.dtype) -> Iterator[FoldedBlock]:
-    """Yield the blocks of folded_blocks, computed by this thread on the CPU."""
+    """Yield the same blocks as `folded_blocks`. This thread computes them on the CPU."""
     shape = _block_shape(base_MN, base_MN.device)
     sums, own = (torch.empty(shape, dtype=arithmetic_dtype(base_MN.dtype)) for _ in range(2))
     rounded = torch.empty(shape, dtype=dtype)
@@ -188,7 +195,7 @@ def _direct_blocks(base_MN: Tensor, soups: Sequence[Sequence[Term]], dtype: torc
 
 
 def _add_up(sum_BN: Tensor, own_BN: Tensor, block_BN: Tensor, terms: Sequence[Term], start: int) -> None:
-    """Write the base's block plus all terms to `sum_BN`; `own_BN` keeps the base's block if a term reads it."""
+    """Write the base's block plus all terms to `sum_BN`. If a term reads the base, copy the block to `own_BN`."""
     sum_BN.copy_(block_BN)
     if any(term.reads_base for term in terms):
         own_BN.copy_(sum_BN)
@@ -197,20 +204,22 @@ def _add_up(sum_BN: Tensor, own_BN: Tensor, block_BN: Tensor, terms: Sequence[Te
 
 
 def _done(wait: Callable[[], None], block: FoldedBlock) -> FoldedBlock:
+    # the host's buffers hold the block only after the wait
     wait()
     return block
 
 
 def _block_shape(base_MN: Tensor, device: torch.device) -> tuple[int, int]:
-    # at least one row, even if it exceeds a block; an empty tensor has no columns to divide by
+    # at least one row, even if a row is larger than a block; max() avoids a division by 0 for an empty tensor
     num_rows, num_columns = base_MN.shape
     return max(1, min(num_rows, _BLOCK[device.type] // max(num_columns, 1))), num_columns
 
 
 def _pinned(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory of the host that `device` can read and write without the CPU.
+    """Return an uninitialized tensor on the host. For a GPU its memory is pinned, so the GPU can copy without the CPU.
 
-    Pinning takes milliseconds, and torch reuses pinned memory of the same size: so most buffers have one size.
+    Pinning memory takes milliseconds, and torch reuses freed pinned memory of the same size. So most of the allocations
+    have the same size.
     """
     size = math.prod(shape)
     pinned = torch.empty(max(size, _BLOCK["cuda"]) if size > 1 else 1, dtype=dtype, pin_memory=device.type == "cuda")

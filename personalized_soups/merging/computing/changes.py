@@ -1,6 +1,8 @@
-"""The changes that soups make to a base: planned from headers, then computed tensor by tensor as terms.
+"""The changes that soups make to a base model.
 
-E experts, O out features, M rows and N columns of a base's matrix.
+The files' headers show which tensors change. The change of each tensor is then computed as a list of terms.
+
+Shapes: O = out_features, M and N = rows and columns of the base's matrix.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ from personalized_soups.merging.planning.plan import PlannedModule
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Change:
-    """The change of one tensor of the base.
+    """The modules and tensors of the experts that change one tensor of the base.
 
     Attributes:
-        modules: the low-rank modules that adapt the tensor, with their placements in it.
-        trained: tensors that experts trained whole, each with the expert's position in the bank. Magnitudes (DoRA) are
-            left out, since they belong to their modules.
+        modules: the modules that adapt the tensor, each with its placement in the tensor.
+        trained: the tensors that experts trained whole, each with the expert's position in the bank. DoRA magnitudes
+            are not in this list, because they belong to their modules.
     """
 
     modules: list[tuple[PlannedModule, Placement]] = field(default_factory=list)
@@ -48,9 +50,9 @@ class Changes:
     Attributes:
         soups: the soups.
         model: the base.
-        changes: the change of each tensor, by the tensor's name in the written model.
-        unties: the name of the output embedding, if the base has one tensor for both embeddings and the soups need two;
-            else None.
+        changes: the change of each changed tensor, by the tensor's name in the written model.
+        unties: the name of the output embedding if the base has one tensor for both embeddings, but the soups change
+            the two embeddings differently; else None.
     """
 
     soups: Soups
@@ -60,10 +62,12 @@ class Changes:
 
     @classmethod
     def of(cls, soups: Soups, model: BaseModel) -> Self:
-        """Find the experts' modules and trained tensors in the base.
+        """Find the tensors of the base that the experts change.
 
         Raises:
-            IncompatibleExpertsError: with every tensor that the base lacks or has in another shape.
+            IncompatibleExpertsError: if the base lacks such a tensor or has it in another shape or dtype. The message
+                names all of these tensors.
+            UnsupportedAdapterError: if an expert changes an embedding in a way that this version cannot fold.
         """
         search = _Search(soups, model)
         search.run()
@@ -71,7 +75,7 @@ class Changes:
         return cls(with_dora, model, search.changes, search.unties)
 
     def written_as(self, tensor: str) -> tuple[str, ...]:
-        """Return the names under which a tensor of the base is written: two for an embedding that is untied."""
+        """Return the names under which a tensor of the base is written. An embedding that is untied has two names."""
         tied = self.model.tied
         # a base may store both tied names; then the output embedding is written in its own place
         if self.unties is None or tied is None or tensor != tied[0] or self.unties in self.model.checkpoint:
@@ -79,23 +83,23 @@ class Changes:
         return (tensor, self.unties)
 
     def touches(self, tensor: str) -> bool:
-        """Return whether a tensor of the base changes, or is written under a second name."""
+        """Return whether a tensor of the base changes or is written under two names."""
         return tensor in self.changes or len(self.written_as(tensor)) > 1
 
     def as_matrix(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a view of a tensor that is written as `name`: the matrix to which its terms are added."""
+        """Return the matrix to which the terms of the written tensor `name` are added, as a view of `tensor`."""
         change = self.changes.get(name)
         if change is not None and change.modules:
-            # all modules of one tensor have one matrix: a convolution and a mixture have axes that are not the first
+            # the placement knows the matrix of tensors with more than two axes; all modules of a tensor agree on it
             return tensor.reshape(change.modules[0][1].matrix_shape)
         return as_matrix(tensor)
 
     def terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
-        """Return each soup's terms for one tensor, on the bank's device.
+        """Return the terms of each soup for one tensor.
 
         Args:
             name: the name of the written tensor.
-            base_MN: the base's tensor, as `as_matrix` returns it.
+            base_MN: the base's tensor as a matrix, from `as_matrix`.
         """
         kind = arithmetic_dtype(base_MN.dtype)
         terms: list[list[Term]] = [[] for _ in self.soups.plans]
@@ -107,13 +111,13 @@ class Changes:
         return terms
 
     def trained_terms(self, name: str, base_MN: Tensor) -> list[list[Term]]:
-        """Return each soup's terms from the tensors that experts trained whole. Arguments: as `terms`."""
+        """Return the terms of each soup that come from tensors that experts trained whole. Arguments as in `terms`."""
         device = self.soups.bank.device
         terms: list[list[Term]] = [[] for _ in self.soups.plans]
         trained = self.changes.get(name, Change()).trained
         for expert, tensor in trained:
             value = self.soups.bank.experts[expert].adapter.trained_tensor(tensor.name, None)
-            # PEFT applies trained tokens after saved embeddings, whichever comes first in the file
+            # PEFT applies trained tokens after saved embeddings, regardless of their order in the file
             rows = [row for owner, part in trained if owner == expert and part.kind == "rows" for row in part.rows]
             if tensor.kind == "replaced" and rows:
                 value = _without_rows(value, rows, base_MN)
@@ -123,7 +127,7 @@ class Changes:
 
 
 class _Search:
-    """Finds the written tensors that the experts' modules and trained tensors change."""
+    """Finds the tensors of the written model that the experts change, and checks that the experts fit the base."""
 
     def __init__(self, soups: Soups, model: BaseModel) -> None:
         self.soups = soups
@@ -134,14 +138,14 @@ class _Search:
         self._fitting = Fitting(soups.bank, model)
         self._copies = [tied_copies(expert.adapter) if model.tied else {} for expert in self._experts]
         self._rows = [self._rows_of(expert) for expert in self._experts]
-        # of two tied embeddings that part, the output embedding gets the new tensor
+        # if tied embeddings are untied, the output embedding becomes the new tensor
         self.unties = model.tied[1] if model.tied is not None and self._needs_two() else None
 
     def run(self) -> None:
         self._check_output_for_both()
         placements = self._fitting.placements()
         dora = self._fitting.dora(placements)
-        # without magnitudes the base is not read
+        # if no expert has magnitudes, the base's tensors need not be read for their norms
         self.dora = dora if dora.magnitudes else None
         for module in self.soups.plan.modules:
             if (placement := placements.get(module.name)) is not None:
@@ -149,14 +153,14 @@ class _Search:
                     self._change(name).modules.append((module, placement))
         for index, expert in enumerate(self._experts):
             for each in expert.adapter.trained.values():
-                # a copy under the second tied name would add the same change twice
+                # a copy under the second name of tied embeddings would add the same change twice
                 if each.kind != "magnitude" and (each.name not in self._copies[index] or self.unties is not None):
                     self._add_trained(index, expert, each)
         self._fitting.check(self.soups.plan.base.name)
 
     def _needs_two(self) -> bool:
-        """Return whether the soups change one of two tied embeddings differently from the other."""
-        # tokens that change one embedding of two
+        """Return whether the base's embeddings are tied, but the soups change one differently from the other."""
+        # an expert's trained tokens change only one of the two embeddings
         if any(len(names) == 1 for targets in self._rows for names in targets.values()):
             return True
         for expert, copies in zip(self._experts, self._copies, strict=True):
@@ -165,14 +169,14 @@ class _Search:
             changed = [(module.name, module.base_name) for module in modules]
             changed += [(tensor.name, tensor.target) for tensor in whole]
             of_tied = {name for name, target in changed if self._is_tied(target)}
-            # PEFT saves a change of both embeddings twice, under both names: such pairs keep them tied
+            # PEFT saves a change of both embeddings twice, under both names; such pairs keep the embeddings tied
             repeated = {name for copy, original in copies.items() for name in (copy, original)}
             if of_tied - repeated:
                 return True
         return False
 
     def _rows_of(self, expert: Expert) -> dict[str, tuple[str, ...]]:
-        """Return the tied embeddings that an expert's trained tokens change, by the name of the tokens' rows.
+        """Return the names of the tied embeddings that each tensor of trained tokens changes, by the tensor's name.
 
         The result is empty if the base's embeddings are not tied.
         """
@@ -181,14 +185,14 @@ class _Search:
         if tied is None or not rows:
             return {}
         tokens = {is_input_embedding(each.target): each.rows for each in rows}
-        # PEFT trains one set of tokens for both embeddings if the token numbers agree
+        # PEFT trains one set of rows for both embeddings if the token numbers agree
         names = (tied, ()) if are_tied_tokens(tokens.get(True), tokens.get(False)) else (tied[:1], tied[1:])
         return {each.name: names[0] if is_input_embedding(each.target) else names[1] for each in rows}
 
     def _check_output_for_both(self) -> None:
-        """Raise if the soups change an output embedding from which transformers makes the input embedding, too.
+        """Raise an error if an expert changes an output embedding that transformers also loads as the input embedding.
 
-        A change that is folded into the output embedding would change both.
+        A change that is folded into this output embedding would change both embeddings.
         """
         head = self.model.output_for_both
         for expert in self._experts if head is not None else ():
@@ -206,9 +210,12 @@ class _Search:
         return self.model.tied is not None and self.model.written_name(target) in self.model.tied
 
     def _written(self, target: str) -> tuple[str, ...]:
-        """Return the written tensors that a change of `target` changes: both embeddings if they stay tied."""
+        """Return the names of the written tensors that a change of `target` changes.
+
+        If `target` is an embedding that stays tied, these are the names of both embeddings that the files contain.
+        """
         if self._is_tied(target) and self.unties is None and self.model.tied is not None:
-            # a change under the first name covers both; under the second name it would be added again
+            # the change under the first name covers both names, and under the second name it would be added again
             is_copy = self.model.written_name(target) == self.model.tied[1]
             return () if is_copy else tuple(name for name in self.model.tied if name in self.model.checkpoint)
         return (self.model.written_name(target),)
@@ -222,12 +229,14 @@ class _Search:
         if names is None:
             names = self._written(each.target)
         elif self.unties is None:
+            # a base with tied embeddings may store only one of the two names
             names = tuple(name for name in names if name in self.model.checkpoint)
         for name in names:
             self._change(name).trained.append((index, each))
 
 
 def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[Term]:
+    """Return the terms of one module's soup for the base's tensor, in the dtype `kind`."""
     if soup.delta_OI is not None:
         # a Conv1D stores its weight as [I, O] (transformers/pytorch_utils.py)
         delta = soup.delta_OI.mT if placement.is_transposed else soup.delta_OI
@@ -237,25 +246,24 @@ def _placed(soup: ModuleSoup, placement: Placement, kind: torch.dtype) -> list[T
         Product(part.left_MR.to(kind), part.right_RN.to(kind), part.start) for part in placement.parts(soup.factors)
     ]
     if soup.scale_O is not None:
-        # float64 until Rescale has formed the difference to 1
+        # the scale stays in float64 until Rescale has subtracted 1
         terms.append(Rescale(soup.scale_O.to(soup.factors.a_RI.device), placement.output_axis))
     return terms
 
 
 def _without_rows(value: Tensor, rows: list[int], base_MN: Tensor) -> Tensor:
-    """Return an expert's saved embedding, with the base's values in the rows whose tokens the expert also trained.
+    """Return a copy of an expert's saved embedding with the base's values in `rows`, the rows of trained tokens.
 
-    PEFT writes trained tokens over the embedding, so the saved embedding must add nothing to their rows. The result is
-    a new tensor.
+    PEFT overwrites these rows of the embedding with the trained tokens, so the saved embedding must not change them.
     """
-    # the wider dtype: rounding the base would turn its rows into a change
+    # in a narrower dtype the base's rows would be rounded, and the rounding would count as a change
     kept = value.to(torch.promote_types(value.dtype, base_MN.dtype), copy=True)
     kept[rows] = base_MN[rows].to(kept.dtype)
     return kept
 
 
 def _whole(tensor: TrainedTensor, value: Tensor, base_MN: Tensor, weight: float, device: torch.device) -> Term:
-    """Return the term of a tensor that an expert trained whole; `value` is the tensor in the expert's file."""
+    """Return the term of a tensor that an expert trained whole, given the tensor's value in the expert's file."""
     if tensor.kind == "rows":
         return TowardRows(torch.tensor(tensor.rows), value, weight)
     value_MN = value.reshape(base_MN.shape)

@@ -1,6 +1,6 @@
-"""Call a merge method from outside this package, and check its result.
+"""Call a merge method that is defined outside this package, and check the method's result.
 
-O out features, I in features, R rank.
+Shapes: R = rank, I = in_features, O = out_features.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from personalized_soups.methods.method import Method
 def merged_delta(
     method: Method, name: str, deltas: Sequence[Tensor], weights: Sequence[float], **keywords: Any
 ) -> Tensor:
-    """Return the delta_OI that a dense method merges for the weight tensor `name`.
+    """Call a method of the family `dense` for the module `name`, and return the delta_OI of the soup.
 
     Raises:
-        UsageError: if the result is not a finite tensor of the deltas' shape, dtype and device.
+        UsageError: if the method does not return a finite tensor with the shape, dtype and device of the deltas.
     """
     like_OI = deltas[0]
     shape, dtype, device = like_OI.shape, like_OI.dtype, like_OI.device
@@ -37,11 +37,11 @@ def merged_delta(
 def merged_factors(
     method: Method, name: str, factors: Sequence[Factors], weights: Sequence[float], rank: int, **keywords: Any
 ) -> Factors:
-    """Return the factors that a method of the family `factor` merges for the module `name`.
+    """Call a method of the family `factor` for the module `name`, and return the factors of the soup.
 
     Raises:
-        UsageError: if the result is not finite `Factors` of the module's shape, the experts' dtype and device, the
-            scaling 1 and at most the rank `rank`.
+        UsageError: if the method does not return finite `Factors` with the module's shape, the dtype and device of the
+            experts' factors, the scaling 1, and a rank of at most `rank`.
     """
     a_RI, b_OR = factors[0].a_RI, factors[0].b_OR
     expected = (b_OR.shape[0], a_RI.shape[1], a_RI.dtype, a_RI.device)
@@ -71,7 +71,7 @@ def _call(method: Method, name: str, parts: Sequence[Any], weights: Sequence[flo
     try:
         return method.load()(parts, weights, **keywords)
     except Exception as error:
-        # the author needs the traceback, so the exception stays what it is
+        # the method's author needs the traceback, so the exception is raised again with a note
         error.add_note(f"the merge method {method.name!r} raised this error for {name}")
         raise
 

@@ -1,4 +1,4 @@
-"""Find the tensors of a base that experts adapt and train, from headers, and collect everything that does not fit."""
+"""Check from the files' headers whether the experts fit a base model, and collect all tensors that do not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ _MAX_SHOWN = 5
 
 
 class Fitting:
-    """Places the experts of a bank in a base model. Collects mismatches, and `check` raises one error for all."""
+    """Finds the tensors of a base model that the experts of a bank change.
+
+    Mismatches are collected, and `check` raises one error for all of them.
+
+    Args:
+        bank: the experts.
+        model: the base model.
+    """
 
     def __init__(self, bank: ExpertBank, model: BaseModel) -> None:
         self._bank = bank
@@ -25,7 +32,10 @@ class Fitting:
         self._lacks_names = False
 
     def placements(self) -> dict[str, Placement]:
-        """Return each module's placement in its tensor of the base. Modules without a unique placement are left out."""
+        """Return the placement of each module in a tensor of the base, by the module's name.
+
+        A module that the base lacks, or whose placement is not unique, is left out and collected as a mismatch.
+        """
         experts = self._bank.experts
         every = {name: module for expert in experts for name, module in expert.adapter.modules.items()}
         shapes = {}
@@ -35,7 +45,7 @@ class Fitting:
         placements: dict[str, Placement] = {}
         for expert in experts:
             own = expert.adapter.modules
-            # all experts have one base, so one expert's layers can decide a placement that another's leave open
+            # all experts have the same base, so one expert's modules can decide placements that another's leave open
             known = [module for module in {**every, **own}.values() if module.base_name in shapes]
             placed, faults = place(known, shapes)
             self._faults.extend(faults)
@@ -45,17 +55,17 @@ class Fitting:
         return placements
 
     def dora(self, placements: dict[str, Placement]) -> Dora:
-        """Return the experts' magnitudes, with the tensors of the base that they are relative to."""
+        """Return the experts' magnitudes with the tensors of the base to which they belong."""
         sources = ((name, self._model.source(each.base_name), each) for name, each in placements.items())
         places = {name: (source, placement) for name, source, placement in sources if source is not None}
         return Dora(self._bank, self._model.checkpoint, places)
 
     def check_trained(self, expert: Expert, tensor: TrainedTensor) -> None:
-        """Collect the mismatch of a tensor that an expert trained whole, if there is one."""
+        """Collect a mismatch if a tensor that an expert trained whole does not fit the base."""
         target, shape = tensor.target, self._shape(tensor.target)
         if shape is None:
             return
-        # trained rows are a selection, so only the width must match
+        # trained rows are only some rows of an embedding, so only the width must match
         fits = shape[1:] == tensor.shape[1:] if tensor.kind == "rows" else shape == tensor.shape
         if not fits:
             self._faults.append(
@@ -66,12 +76,16 @@ class Fitting:
             self._faults.append(f"{target} has {shape[0]} rows in the base, but {expert.name} trained row {last}")
 
     def check(self, base_name: str | None) -> None:
-        """Raise if there are mismatches; `base_name` is the experts' name for their base.
+        """Raise one error for all collected mismatches.
+
+        Args:
+            base_name: the base's name in the experts' files; None if the files do not name the base.
 
         Raises:
-            IncompatibleExpertsError: with every tensor that the base lacks, or has in another shape or dtype.
+            IncompatibleExpertsError: if the base lacks a tensor that the experts change, or has it in another shape or
+                dtype. The message names the first of these tensors.
         """
-        # several experts cause the same mismatch; it is reported once
+        # several experts can cause the same mismatch, which is reported once
         faults = list(dict.fromkeys(self._faults))
         if faults:
             more = f" (and {len(faults) - _MAX_SHOWN} more)" if len(faults) > _MAX_SHOWN else ""
@@ -83,13 +97,18 @@ class Fitting:
             )
 
     def _check_alone(self, target: str) -> None:
-        """Collect a mismatch if two of the experts' names lead to one tensor: the experts had another base."""
+        """Collect a mismatch if two names in the experts lead to the same tensor of the base.
+
+        The experts were then trained on another base.
+        """
         stored = self._model.find(target)
+        # a stored name may lack a prefix of the model class, so several names can be found under one
         first = target if stored is None else self._targets.setdefault(stored, target)
         if first != target:
             self._faults.append(f"{first} and {target} are two tensors in the experts, but one in the base: {stored}")
 
     def _shape(self, target: str) -> tuple[int, ...] | None:
+        """Return the shape of the base's tensor `target`. If the base lacks it, collect a mismatch and return None."""
         source = self._model.source(target)
         if source is None:
             self._faults.append(f"{target} is not in the base ({self._model.names.why_not(target)})")

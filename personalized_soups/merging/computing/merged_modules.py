@@ -1,6 +1,6 @@
-"""One module of a merged adapter: its tensors rounded to the adapter's dtype, with their names and shapes in the file.
+"""One module of a merged adapter. Its tensors are rounded to the adapter's dtype and have the file's names and shapes.
 
-R rank, I in features, O out features.
+Shapes: R = rank, I = in_features, O = out_features.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Loss:
     """The error of a truncation.
 
     Attributes:
-        energy: the squared Frobenius norm of the delta; 0 if nothing is truncated.
-        lost: the squared Frobenius norm of the difference to the truncated delta.
+        energy: the squared Frobenius norm of the soup's delta; 0 if nothing is truncated.
+        lost: the squared Frobenius norm of the difference between the delta and the truncated delta.
     """
 
     energy: float
@@ -40,7 +40,7 @@ class Loss:
 
     @property
     def relative_error(self) -> float:
-        """The relative error `|dW - dW_R| / |dW|` in the Frobenius norm; 0 if dW is 0."""
+        """The error relative to the delta, in the Frobenius norm: `sqrt(lost / energy)`. It is 0 if the delta is 0."""
         return (self.lost / self.energy) ** 0.5 if self.energy > 0 else 0.0
 
 
@@ -49,10 +49,10 @@ class MergedModule:
     """One module of a merged adapter, on the CPU in the adapter's dtype.
 
     Attributes:
-        like: the module, with the names of its factors in the file.
-        factors: A and B; the scaling is 1.
+        like: the planned module, with the names that the factors have in the file.
+        factors: the factors A and B. Their scaling is 1.
         loss: the error of the truncation.
-        extras: the module's other tensors, by their names in the file: DoRA's magnitude and the bias of B (lora_bias).
+        extras: the other tensors of the module (DoRA's magnitude and the bias of B), by their names in the file.
     """
 
     like: LoraModule
@@ -62,19 +62,21 @@ class MergedModule:
 
     @classmethod
     def of(cls, soup: ModuleSoup, plan: MergePlan) -> Self:
-        """Round a module's soup once to the plan's dtype, and pad it to the plan's rank unless an energy share decides.
+        """Return the module of the merged adapter for one module's soup, rounded once to the plan's dtype.
 
-        A DoRA adapter computes `W' = m / |W + B A| (W + B A)`, with the norm of each output's row (arXiv 2402.09353).
-        For the soup `d W + G` that gives `B A = d^-1 G` and `m = d |W + B A|`. G is truncated before the division,
-        and m is computed from the factors as they are written, so that their rounding does not change W'.
+        The factors are padded to the plan's rank, unless the plan has an energy share.
+
+        A DoRA adapter computes `W' = m / |W + B A| (W + B A)`, with one norm for each row (arXiv 2402.09353). So that
+        W' is the soup `d W + G`, the adapter needs `B A = G / d` and `m = d |W + B A|`. G is truncated before the
+        division. m is computed from the rounded factors, so that their rounding does not change the norm of W'.
 
         Raises:
-            UsageError: if a value does not fit into the dtype, or d is about 0.
+            UsageError: if a value does not fit into the dtype, or an element of d is close to 0.
         """
         assert soup.factors is not None, "a dense soup must be truncated before it becomes an adapter"
         like, factors = soup.module.like, soup.factors
         scale_O = torch.ones(like.out_features, dtype=torch.float64) if soup.scale_O is None else soup.scale_O
-        # truncated first: the error that soup.json records is that of G, not of d^-1 G
+        # G is already truncated, so the error in soup.json is that of G and not that of G / d
         if soup.scale_O is not None:
             factors = unscaled(like.name, factors, scale_O)
         written = Factors(rounded(like.a_name, factors.a_RI, plan), rounded(like.b_name, factors.b_OR, plan))
@@ -96,38 +98,43 @@ class MergedModule:
 
     @property
     def rank(self) -> int:
-        """The rank; if the module has several blocks, the rank of each block."""
+        """The rank of the module, or of each block if the module has several blocks."""
         return self.factors.rank // self.like.blocks
 
     def padded(self, rank: int) -> Self:
-        """Return the module at a higher rank, with rows and columns of zeros; the delta stays the same."""
+        """Return the module with the factors padded with zeros to a higher rank. The delta does not change.
+
+        If `rank` is not higher than the module's rank, the module itself is returned.
+        """
         if rank <= self.rank:
             return self
-        # zeros go into each block, since the blocks' columns of B are interleaved
+        # each block is padded on its own, because the columns of the blocks' B's are interleaved
         blocks = blocks_of(self.factors, self.like.blocks)
         return replace(self, factors=of_blocks([block.padded(rank) for block in blocks]))
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the factors and the extras, with their names and shapes in the file."""
+        """Yield the name of each tensor in the file, and the tensor in the shape that the file needs."""
         yield self.like.a_name, self.factors.a_RI.reshape(a_shape(self.like, self.rank))
         yield self.like.b_name, self.factors.b_OR.reshape(b_shape(self.like, self.rank))
         yield from self.extras.items()
 
 
 def common_ranks(plan: MergePlan, own: Mapping[str, int]) -> dict[str, int]:
-    """Return the rank at which each module is written.
+    """Return the rank with which each module is written, by the module's name.
+
+    Each module keeps its own rank if the plan has an energy share and the target is `peft`. Otherwise all modules get
+    the highest rank.
 
     Args:
         plan: the plan of the merge.
-        own: each module's own rank. It is kept if an energy share decides the ranks and PEFT loads the adapter.
+        own: the rank of each module before padding, by the module's name.
 
     Raises:
-        UsageError: if the adapter is for vLLM, and vLLM cannot load the highest rank.
+        UsageError: if the target is `vllm`, and vLLM cannot load the highest rank.
     """
     if plan.energy is not None and plan.target == "peft":
         return dict(own)
-    # one rank for all modules, so that an adapter for vLLM needs no rank_pattern
-    # padding with zeros costs bytes but no error
+    # one rank for all modules, so that vLLM needs no rank_pattern; padding with zeros adds bytes, but no error
     rank = max(own.values())
     if plan.target == "vllm":
         check_vllm_rank(rank)
@@ -136,7 +143,7 @@ def common_ranks(plan: MergePlan, own: Mapping[str, int]) -> dict[str, int]:
 
 def a_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
     """Return the shape of a module's A in the file."""
-    # a convolution's A covers the whole kernel, its B is 1x1 (peft/tuners/lora/layer.py)
+    # in a convolution A covers the whole kernel, and B is a 1x1 convolution (peft/tuners/lora/layer.py)
     return (rank * like.blocks, like.in_features // math.prod(like.kernel), *like.kernel)
 
 
@@ -146,10 +153,10 @@ def b_shape(like: LoraModule, rank: int) -> tuple[int, ...]:
 
 
 def extra_shapes(like: LoraModule, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of a module's tensors in addition to its factors."""
+    """Return the shapes of the tensors that a module has besides its factors, by the tensors' names."""
     shapes: dict[str, tuple[int, ...]] = {}
     if layout.use_dora:
-        # PEFT keeps a convolution's magnitude as [1, O, 1, ...], to multiply outputs by broadcasting
+        # PEFT stores a convolution's magnitude as [1, O, 1, ...], so that it multiplies the outputs by broadcasting
         ones = (1,) * len(like.kernel)
         shapes[layout.magnitude_name(like.name)] = (*ones[:1], like.out_features, *ones)
     if layout.lora_bias:
@@ -158,12 +165,17 @@ def extra_shapes(like: LoraModule, layout: Layout) -> dict[str, tuple[int, ...]]
 
 
 def rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
-    """Return a tensor of a merged adapter in the plan's dtype, on the CPU and contiguous.
+    """Return a tensor of a merged adapter in the plan's dtype, as a contiguous tensor on the CPU.
+
+    Args:
+        name: the tensor's name, which the error shows.
+        tensor: the tensor, on any device.
+        plan: the plan of the merge.
 
     Raises:
         UsageError: if a value does not fit into the dtype.
     """
-    # Rounded before the transfer: truncated factors are float64, four times the bytes of a 16-bit dtype.
+    # rounded before the copy from a GPU: truncated factors are float64, with four times the bytes of a 16-bit dtype
     on_cpu = tensor.to(torch_dtype(plan.dtype)).to("cpu").contiguous()
     # float16 ends at 65504, and torch turns larger values into infinity without an error
     if not all_finite(on_cpu):
@@ -172,7 +184,7 @@ def rounded(name: str, tensor: Tensor, plan: MergePlan) -> Tensor:
 
 
 def too_large(what: str, plan: MergePlan) -> UsageError:
-    """Return the error for values that the plan's dtype cannot represent."""
+    """Return the error for values that the plan's dtype cannot represent. `what` begins the error's message."""
     return UsageError(
         f"{what}, beyond the range of {plan.dtype}",
         where="dtype",

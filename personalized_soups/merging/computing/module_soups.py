@@ -1,6 +1,6 @@
-"""Compute soups module by module. Memory: the modules in use.
+"""Compute the soups of one or many users, module by module. Only a few modules are in memory at once.
 
-R rank, I in features, O out features, E experts, U users.
+Shapes: R = rank, I = in_features, O = out_features.
 """
 
 from __future__ import annotations
@@ -32,18 +32,19 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class ModuleSoup:
-    """One module's soup, as factors or as a dense delta.
+    """The soup of one module. It has either factors or a dense delta.
 
     Attributes:
         module: the planned module.
-        factors: the soup's factors, with scaling 1; None if the method returns a dense delta. The blocks of a
-            mixture-of-experts parameter are interleaved, as PEFT stores them.
-        delta_OI: the dense delta, or None. The blocks of a mixture-of-experts parameter are its first axis.
+        factors: the factors, with scaling 1, or None. The blocks of a mixture-of-experts parameter are interleaved, as
+            PEFT stores them.
+        delta_OI: the dense delta, or None. For a mixture-of-experts parameter, the blocks are an additional first axis.
         energy: the squared Frobenius norm of the delta; 0 if nothing is truncated.
         lost: the squared Frobenius norm of the truncated part; 0 if nothing is truncated.
-        scale_O: the factor of the base's outputs if experts have magnitudes (DoRA), in float64 on the CPU; else None.
-        bias_O: the merged adapter's lora_bias, `sum w_e s_e b_e` in float64; None if no expert has one.
-        dora: computes the magnitude of a merged adapter; None if the module needs none.
+        scale_O: the factor by which the soup multiplies the base's outputs, in float64 on the CPU; None if no expert
+            has DoRA magnitudes for the module.
+        bias_O: the bias of the merged B (lora_bias), `sum w_e s_e b_e` in float64; None if no expert has such a bias.
+        dora: computes the norms for the magnitude of a merged adapter; None if no expert has DoRA magnitudes.
     """
 
     module: PlannedModule
@@ -58,12 +59,13 @@ class ModuleSoup:
 
 @dataclass(frozen=True, eq=False)
 class Soups:
-    """The soups of one or many users over the same experts, on the bank's device. Modules are computed one by one.
+    """The soups of one or many users with the same experts. The bank's device computes them.
 
     Attributes:
-        plans: the users' plans. They differ only in their profiles and weights, so each module is read once for all.
+        plans: the plan of each user. The plans differ only in their profiles and weights, so each module of the experts
+            is read once for all users.
         bank: the experts.
-        dora: the experts' magnitudes and the base; None if no expert has a magnitude.
+        dora: the experts' DoRA magnitudes and the base; None if no expert has magnitudes.
     """
 
     plans: Sequence[MergePlan]
@@ -77,40 +79,47 @@ class Soups:
         return self.plans[0]
 
     def each(self, finish: Callable[[list[ModuleSoup]], Result]) -> Iterator[Result]:
-        """Yield `finish(soups)` for every module, in the plan's order. On a CPU, several threads compute."""
+        """Compute each module's soups, and yield `finish(soups)` in the plan's order of modules.
+
+        On a CPU, several threads compute modules at once, and `finish` runs on the thread that computed the module.
+        """
         self.prepare()
         return in_order(lambda module: finish(self.of(module)), self.plan.modules, num_workers(self.bank.device))
 
     def prepare(self) -> None:
-        """Compute the values that all modules need, so that threads do not compute them twice."""
+        """Compute the values that all modules need. Otherwise several threads might compute them at once."""
         self.method.prepare()
 
     @cached_property
     def method(self) -> AppliedMethod:
-        """The merge method, applied to the experts of the bank."""
+        """The merge method of the plans, with the experts of the bank."""
         return AppliedMethod(self.plans, self.bank)
 
     def of(self, module: PlannedModule) -> list[ModuleSoup]:
-        """Return one module's soup for each plan, in float32; truncated factors are float64.
+        """Return the soup of one module for each plan. The tensors are float32, but truncated factors are float64.
 
         Raises:
-            InputError: if an expert holds NaN or infinity; it names the file and the tensor. Also as Dora.gains.
-            UnsupportedAdapterError: as Dora.gains.
+            InputError: if an expert holds NaN or infinity. The message names the file and the tensor.
+            InputError, UnsupportedAdapterError: as in `Dora.gains`.
         """
         stack = self.bank.read(module.name)
         with self._one_at_a_time():
             return self._of_read(module, stack)
 
     def _one_at_a_time(self) -> AbstractContextManager[object]:
-        """Return the lock for a GPU, where several modules at once would need more memory and save no time."""
+        """Return a lock if the device is a GPU, else a context manager that does nothing.
+
+        On a GPU, computing several modules at once would need more memory and save no time.
+        """
         return nullcontext() if self.bank.device.type == "cpu" else self._turn
 
     def _of_read(self, module: PlannedModule, stack: StackedModule) -> list[ModuleSoup]:
+        """Return the soup of one module for each plan, given the experts' factors."""
         if module.like.blocks > 1:
-            # each block of a mixture-of-experts parameter is a matrix with a low-rank change of its own
+            # each block of a mixture-of-experts parameter is a separate matrix with its own delta
             blocks = [self._of_stack(module, each) for each in _blocks(stack, module.like.blocks)]
             return [_joined(module, soups) for soups in zip(*blocks, strict=True)]
-        # gains need the expert's own stack, before any B is scaled
+        # the gains are computed from the experts' own factors, so before any B is scaled
         gains = {} if self.dora is None else self.dora.gains(stack)
         soups = self._of_stack(module, turned(stack, gains) if gains else stack)
         if self.plan.layout.is_plain:
@@ -118,22 +127,22 @@ class Soups:
         return [self._completed(soup, plan, gains) for soup, plan in zip(soups, self.plans, strict=True)]
 
     def _completed(self, soup: ModuleSoup, plan: MergePlan, gains: Mapping[int, Tensor]) -> ModuleSoup:
-        """Return a module's soup with the values in addition to its factors: DoRA's scale and the lora_bias."""
+        """Return the module's soup with DoRA's scale and the bias of B (lora_bias) filled in."""
         weights = dict(enumerate(plan.weights))
         scale_O = base_scale(gains, weights) if gains else None
         bias_O = None
         if plan.layout.lora_bias:
-            # an expert without a bias contributes zero, so every module gets one
+            # lora_bias applies to all modules of an adapter, so every module gets a bias, which may be zero
             bias_O = torch.zeros(soup.module.out_features, dtype=torch.float64)
             for expert, bias in self._biases.get(soup.module.name, ()):
                 value_O = self.bank.experts[expert].adapter.trained_tensor(bias.name, torch.float64)
-                # PEFT adds the bias to B's output, so the scaling applies to it as well
+                # PEFT adds the bias to the output of B, so the scaling multiplies the bias as well
                 bias_O.add_(value_O, alpha=weights[expert] * bias.scaling)
         return replace(soup, scale_O=scale_O, bias_O=bias_O, dora=self.dora)
 
     @cached_property
     def _biases(self) -> Mapping[str, list[tuple[int, TrainedTensor]]]:
-        """Every lora_bias with its expert's position in the bank, by the module's name."""
+        """The biases of the experts' B's (lora_bias), each with the expert's position in the bank, by module name."""
         biases: dict[str, list[tuple[int, TrainedTensor]]] = {}
         for index, expert in enumerate(self.bank.experts):
             for tensor in expert.adapter.trained.values():
@@ -142,14 +151,15 @@ class Soups:
         return biases
 
     def _of_stack(self, module: PlannedModule, stack: StackedModule) -> list[ModuleSoup]:
-        # an expert that does not adapt this module has no factors in the stack
+        """Return the soup of one module, or of one block of a module, for each plan."""
+        # the stack has only the experts that adapt this module, so their weights are selected
         weights = [[plan.weights[index] for index in stack.experts] for plan in self.plans]
         if self.plan.method.family == "dense":
             return [self._of_dense(module, self.method.delta(module, stack, each)) for each in weights]
         if self.plan.encoding != "truncated":
             return [ModuleSoup(module, factors) for factors in self.method.factors(module, stack, weights)]
         if self.plan.method.family == "linear":
-            # the decomposition does not depend on the weights, so all users share it
+            # the decomposition does not depend on the weights, so it is computed once for all users
             decomposition = decompose(stack.factors, basis=stack.basis)
             return [_truncated(module, decomposition.truncate(each, **self._cut(module))) for each in weights]
         every = self.method.factors(module, stack, weights)
@@ -158,7 +168,7 @@ class Soups:
     def _of_dense(self, module: PlannedModule, delta_OI: Tensor) -> ModuleSoup:
         if self.plan.encoding == "folded":
             return ModuleSoup(module, None, delta_OI)
-        # the range finder is random; a fixed seed makes the bytes reproducible
+        # the range finder is random, and the fixed seed 0 makes its result reproducible
         stream = Stream.of(0, module.name, "range finder")
         return _truncated(module, approximate(delta_OI, **self._cut(module), stream=stream))
 
@@ -167,20 +177,21 @@ class Soups:
 
 
 def _blocks(stack: StackedModule, count: int) -> list[StackedModule]:
-    """Return one stack for each block. Experts that share A share it in every block, so `basis` stays the same."""
+    """Return one stack for each block of a module."""
+    # experts with equal A's have equal A's in every block, so `basis` does not change
     parts = zip(*(blocks_of(factors, count) for factors in stack.factors), strict=True)
-    # the block's number is part of the name, so that random methods drop other entries in each block
+    # the name selects the random numbers, so with the block's number a method drops other entries in each block
     return [replace(stack, name=f"{stack.name}[{number}]", factors=factors) for number, factors in enumerate(parts)]
 
 
 def _joined(module: PlannedModule, blocks: Sequence[ModuleSoup]) -> ModuleSoup:
-    """Return a module's soup from its blocks' soups."""
-    # squared norms of disjoint blocks add up
+    """Return the soup of a module, given the soups of the module's blocks."""
+    # the blocks are separate matrices, so the squared Frobenius norm of the module is the sum of theirs
     energy, lost = sum(block.energy for block in blocks), sum(block.lost for block in blocks)
     deltas = [block.delta_OI for block in blocks if block.delta_OI is not None]
     if deltas:
         return ModuleSoup(module, None, torch.stack(deltas), energy, lost)
-    # an energy share may give the blocks different ranks, but PEFT stores one rank for all
+    # with an energy share the blocks can have different ranks, but PEFT stores one rank for all blocks
     factors = [block.factors for block in blocks if block.factors is not None]
     rank = max(each.rank for each in factors)
     return ModuleSoup(module, of_blocks([each.padded(rank) for each in factors]), None, energy, lost)

@@ -1,6 +1,8 @@
-"""Many users' soups of experts that share one basis: A is copied, and one product gives the B's of all users.
+"""Compute the soups of many users if all experts share their A's.
 
-U users, E experts, C values of B.
+Each A is copied, and one matrix product computes the B's of all users.
+
+Shapes: U = number of users, E = number of experts, C = number of values of B in a block.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ from personalized_soups.methods.product import BlockSums
 
 
 def is_plain_product(soups: Soups) -> bool:
-    """Return whether every module of every soup is A and one product of the B's, and nothing else."""
+    """Return whether each module of all soups consists only of the shared A and a weighted sum of the experts' B's."""
     plan = soups.plan
+    # one user or one expert needs no product; blocks of mixtures are interleaved, and other ranks need padding
     return (
         len(soups.plans) > 1
         and len(plan.experts) > 1
@@ -29,23 +32,25 @@ def is_plain_product(soups: Soups) -> bool:
 
 
 class OneBasisSums:
-    """The soups of all users for which is_plain_product holds; several threads may call it, each on its own buffers."""
+    """Computes soups for which `is_plain_product` returns True. Several threads may call `of` at once."""
 
     def __init__(self, soups: Soups) -> None:
         self._soups = soups
+        # thread-local: each thread has its own buffers
         self._sums = BlockSums()
 
     def of(self, module: PlannedModule) -> tuple[ModuleSoup, Iterator[tuple[int, Tensor]]]:
-        """Return a module's soup whose A all users have, and an iterator over all users' B's, block by block.
+        """Return a soup of the module with the A of all users, and an iterator over blocks of the users' B's.
 
-        The iterator yields the number of the first value of B in the block, and the values of all users, `[U, C]`. The
-        next block overwrites them.
+        The B of the returned soup is that of an expert and is not used. For each block, the iterator yields the index
+        of the block's first value in the flattened B, and the values of all users as a tensor `[U, C]`. The next block
+        overwrites this tensor.
 
         Raises:
-            InputError: if an expert holds NaN or infinity; it names the file and the tensor.
+            InputError: if an expert holds NaN or infinity. The message names the file and the tensor.
         """
         stack = self._soups.bank.read(module.name)
-        # s_e w_e in float64: each coefficient is exact to 2^-53 before the float32 products
+        # the coefficients s_e w_e are computed in float64, so each is rounded only once to float32
         scalings_E = torch.tensor(stack.scalings, dtype=torch.float64)
         weights_UE = torch.tensor([plan.weights for plan in self._soups.plans], dtype=torch.float64) * scalings_E
         blocks = self._sums.blocks(weights_UE, [each.b_OR for each in stack.factors])

@@ -1,7 +1,9 @@
-"""Whole tensors of a merged adapter: saved modules, biases and rows of embeddings that experts trained.
+"""The tensors of a merged adapter that experts trained whole: saved modules, biases and rows of embeddings.
 
-With an expert's weight w, its value v and the base's t, a tensor is `t + sum w (v - t)` over the experts that trained
-it; likewise each row. M rows and N columns of the base's matrix, R number of rows.
+Let t be a tensor of the base, and v the value of an expert with the weight w. The soup's tensor is `t + sum w (v - t)`,
+summed over the experts that trained the tensor. The same holds for each row of an embedding.
+
+Shapes: M and N = rows and columns of the base's matrix, R = number of trained rows.
 """
 
 from __future__ import annotations
@@ -27,20 +29,20 @@ from personalized_soups.merging.computing.module_soups import Soups
 from personalized_soups.merging.computing.terms import Toward
 from personalized_soups.merging.planning.plan import MergePlan
 
-# Trained tensors, each with its expert's position in the bank, by the name of the base's tensor that they change.
+# By the name of a tensor of the base: the experts' tensors that change it, each with the expert's position in the bank.
 _ByTarget = Mapping[str, list[tuple[int, TrainedTensor]]]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class WholeTensors:
-    """The whole tensors of one soup. Nothing is computed before they are read.
+    """The tensors of one soup that experts trained whole. The tensors are computed only when they are read.
 
     Attributes:
         plan: the plan of the merge.
         bank: the experts.
         model: the base.
-        replaced: tensors that replace a tensor of the base, by its name.
-        rows: trained rows of embeddings, by the name of the base's embedding.
+        replaced: the experts' tensors that replace a tensor of the base, by the name of the base's tensor.
+        rows: the experts' trained rows of embeddings, by the name of the base's embedding.
     """
 
     plan: MergePlan
@@ -50,8 +52,8 @@ class WholeTensors:
     rows: _ByTarget
 
     def specs(self) -> list[TensorSpec]:
-        """Return the name, dtype and shape of each tensor, in the file's order."""
-        # the file begins with all shapes, so they are needed before any tensor is computed
+        """Return the name, dtype and shape of each tensor, in the order of the file."""
+        # a safetensors file begins with all shapes, so they are needed before any tensor is computed
         dtype, layout = NAMES_OF_DTYPES[torch_dtype(self.plan.dtype)], self.plan.layout
         shapes = {layout.whole_name(target): self._base(target).shape for target in self.replaced}
         for module, rows in layout.tokens.items():
@@ -59,10 +61,10 @@ class WholeTensors:
         return [TensorSpec(name, dtype, tuple(shape)) for name, shape in shapes.items()]
 
     def parts(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Yield parts of the tensors, in order: the tensor's name, the part's first byte in it, and its elements.
+        """Compute the tensors part by part, in the order of the file. Only one block of rows is in memory at once.
 
-        The elements are a vector on the CPU, rounded once to the adapter's dtype. The next part overwrites them.
-        Memory: a block of rows.
+        For each part, the tensor's name, the part's first byte in the tensor, and the part's elements are yielded. The
+        elements are a vector on the CPU, rounded once to the adapter's dtype. The next part overwrites the vector.
         """
         dtype, layout = torch_dtype(self.plan.dtype), self.plan.layout
         for target, members in self.replaced.items():
@@ -71,7 +73,7 @@ class WholeTensors:
                 Toward(self._value(index, tensor).reshape(base_MN.shape), self.plan.weights[index])
                 for index, tensor in members
             ]
-            # bytes of a row in the written dtype, which may differ from the base's
+            # the size of a row in bytes in the adapter's dtype, which may differ from the base's dtype
             row_bytes = base_MN.shape[1] * dtype.itemsize
             for block in folded_blocks(base_MN, [terms], self.bank.device, dtype):
                 yield layout.whole_name(target), block.start * row_bytes, block.rows_BN.reshape(-1)
@@ -79,7 +81,7 @@ class WholeTensors:
             yield layout.rows_name(module), 0, self._rows(f"{module}.weight", rows).to(dtype).reshape(-1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors by name, in memory at once."""
+        """Return all tensors by name. All are in memory at once."""
         parts: dict[str, list[Tensor]] = {}
         for name, _, part in self.parts():
             # cloned, since the next part overwrites it
@@ -87,11 +89,11 @@ class WholeTensors:
         return {spec.name: torch.cat(parts[spec.name]).reshape(spec.shape) for spec in self.specs()}
 
     def _rows(self, target: str, rows: Sequence[int]) -> Tensor:
-        """Return the rows that any expert trained, in float64; they are few."""
+        """Return the soup's values in float64 of `rows`, the rows of the embedding `target` that any expert trained."""
         base_RN = self._base(target)[list(rows)].double()
-        # the steps are relative to the base, so the base must survive the sum
+        # the differences are relative to the base, so the sum must not overwrite the base's rows
         total_RN = base_RN.clone()
-        # experts may have trained different tokens: their union is written
+        # experts may have trained different tokens, so each expert's rows are found in the union of all rows
         places = {row: place for place, row in enumerate(rows)}
         for index, tensor in self.rows[target]:
             own = torch.tensor([places[row] for row in tensor.rows])
@@ -107,18 +109,22 @@ class WholeTensors:
 
 
 def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[WholeTensors]]:
-    """Return the soups of plans over the same experts, and the whole tensors of each soup; no tensors without a base.
+    """Return the soups of plans with the same experts, and for each soup the tensors that experts trained whole.
+
+    If the plans have no base, the second list is empty.
 
     Raises:
-        IncompatibleExpertsError: with every tensor that the base lacks, or has in another shape or dtype.
-        UnsupportedAdapterError: if an expert saved another embedding than the base's and trained DoRA on it; if no PEFT
-            adapter can hold the experts' trained tokens together with their other tensors.
+        IncompatibleExpertsError: if the base lacks a tensor that the experts change, or has it in another shape or
+            dtype. The message names these tensors.
+        UnsupportedAdapterError: if an expert saved a changed tensor and also has DoRA magnitudes for it. Also if PEFT
+            could not load the experts' trained tokens together with their other tensors as one adapter.
     """
     plan = plans[0]
     if plan.base_folder is None:
         return Soups(plans, bank), []
     model = BaseModel.open(plan.base_folder)
     fitting = Fitting(bank, model)
+    # only DoRA needs the modules' places in the base: an adapter's factors do not depend on the base
     dora = fitting.dora(fitting.placements()) if plan.layout.use_dora else None
     trained: dict[str, dict[str, list[tuple[int, TrainedTensor]]]] = {"replaced": {}, "rows": {}}
     for index, expert in enumerate(bank.experts):
@@ -127,7 +133,7 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
                 fitting.check_trained(expert, tensor)
                 trained[tensor.kind].setdefault(tensor.target, []).append((index, tensor))
     fitting.check(plan.base.name)
-    # a saved copy of the base's tensor changes nothing, and would only enlarge the adapter
+    # a saved tensor that equals the base's tensor changes nothing and would only enlarge the adapter
     replaced = {name: members for name, members in trained["replaced"].items() if not _is_bases(bank, model, members)}
     _check_under_dora(plan, bank, replaced)
     _check_rows(plan, bank, model, replaced)
@@ -138,13 +144,14 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
 
 
 def _check_rows(plan: MergePlan, bank: ExpertBank, model: BaseModel, replaced: _ByTarget) -> None:
-    """Raise if PEFT would apply the merged adapter's trained tokens to other embeddings than the experts'."""
+    """Raise an error if PEFT would not apply the trained tokens of the merged adapter as it applies the experts'."""
     tokens = plan.layout.tokens
     what = None
+    # the soup sums both changes, but PEFT would overwrite the embedding's rows with the trained tokens
     if any(f"{module}.weight" in replaced for module in tokens):
         what = "one expert saves a changed embedding whole, but rows of the same embedding are also trained as tokens"
     elif model.tied is not None:
-        # PEFT decides from the token numbers of both embeddings whether it ties them
+        # PEFT compares the token numbers of both embeddings to decide whether their trained rows are tied
         tied = {module: rows for module, rows in tokens.items() if model.source(f"{module}.weight") in model.tied}
         if tied and any(model.source(target) in model.tied for target in replaced):
             what = (
@@ -165,7 +172,7 @@ def _check_rows(plan: MergePlan, bank: ExpertBank, model: BaseModel, replaced: _
 
 
 def _keep_their_tokens(bank: ExpertBank, tokens: Mapping[str, tuple[int, ...]]) -> bool:
-    """Return whether PEFT ties the merged adapter's `tokens` in the way in which it ties each expert's tokens."""
+    """Return whether PEFT ties the trained rows of the merged adapter if and only if it ties those of each expert."""
     merged = _are_tied(tokens)
     for expert in bank.experts:
         trained = [tensor for tensor in expert.adapter.trained.values() if tensor.kind == "rows"]
@@ -181,8 +188,11 @@ def _are_tied(tokens: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _is_bases(bank: ExpertBank, model: BaseModel, members: Sequence[tuple[int, TrainedTensor]]) -> bool:
-    """Return whether the experts saved the base's own tensor: PEFT saves embeddings together with their factors."""
-    # only embeddings are saved without being trained; modules_to_save were trained
+    """Return whether all saved tensors in `members` are embeddings that equal the base's embedding.
+
+    PEFT saves an embedding together with the factors that adapt it, even if the embedding did not change.
+    """
+    # modules_to_save are trained, so only saved embeddings are compared
     if any(tensor.origin != "saved embedding" for _, tensor in members):
         return False
     base = model.checkpoint.tensor(str(model.source(members[0][1].target)))
@@ -192,8 +202,9 @@ def _is_bases(bank: ExpertBank, model: BaseModel, members: Sequence[tuple[int, T
 
 
 def _check_under_dora(plan: MergePlan, bank: ExpertBank, replaced: _ByTarget) -> None:
+    """Raise an error if the merged adapter would have DoRA magnitudes for a tensor that an expert saved whole."""
     adapted = {module.like.base_name for module in plan.modules}
-    # m / |W + B A| would be computed with the base's W, but PEFT computes it with the saved one
+    # the merge computes the norms of W + B A with the base's W, but PEFT would compute them with the saved tensor
     for target in replaced.keys() & adapted if plan.layout.use_dora else ():
         index, tensor = replaced[target][0]
         raise UnsupportedAdapterError(
