@@ -1,4 +1,7 @@
-"""Checks that experts fit together: one base model, and one kind and shape per module. Reports all differences."""
+"""Checks that experts can be merged: they have one base model, and each module has one kind and shape.
+
+Each check reports all differences at once.
+"""
 
 from __future__ import annotations
 
@@ -14,20 +17,32 @@ from personalized_soups.adapters.provenance import BaseRecord
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.errors import IncompatibleExpertsError
 
-# The most differences that one message lists.
+# The maximum number of differences that one message lists.
 _MAX_SHOWN = 8
 
 
 def disagreements(experts: Sequence[Expert], *, same_base: bool = False) -> list[IncompatibleExpertsError]:
-    """Return an error for each kind of difference between experts, from headers and records; none if they fit."""
+    """Return one error for each kind of difference between experts, or [] if the experts fit together.
+
+    The kinds are different bases, different names and different shapes. Only headers and records are read.
+
+    Args:
+        experts: the experts.
+        same_base: do not compare the bases.
+    """
     bases = [] if same_base else _of_bases(experts)
     return bases + other_names(experts) + _of_shapes(experts)
 
 
 def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[IncompatibleExpertsError]:
-    """Return one error that names all experts trained on another base than this, by fingerprint; empty if none were.
+    """Return one error with the names of all experts that were trained on another base, or [] if there are none.
 
-    Experts without a fingerprint are skipped: the path or id of their base may differ from this one's.
+    Experts whose records have no fingerprint are skipped, because equal bases may have different paths or ids.
+
+    Args:
+        experts: the experts.
+        fingerprint: the fingerprint of the given base.
+        where: the name of the given base, for the error.
     """
     known = BaseRecord(fingerprint=fingerprint)
     names = [
@@ -49,7 +64,10 @@ def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[I
 def is_same_base(
     first: BaseRecord, second: BaseRecord, *, revisions: tuple[str | None, str | None] = (None, None)
 ) -> bool:
-    """Return whether two records are of the same base model: by fingerprint if both have one, otherwise by name."""
+    """Return whether two records describe the same base model.
+
+    If both records have a fingerprint, the fingerprints are compared. Otherwise, the names and revisions are compared.
+    """
     if first.fingerprint is not None and second.fingerprint is not None:
         return first.fingerprint == second.fingerprint
     if first.name is None or second.name is None:
@@ -80,11 +98,12 @@ def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
 
 
 def other_names(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
-    """Return an error if experts have different names for the same modules; empty if they do not.
+    """Return one error if experts have different names for the same modules, else [].
 
-    Their soup would have both names, and a model that loads it would ignore those that it does not know. Such names
-    differ only in wrappers and in the attributes under which a class of transformers keeps the language model
-    (`model.layers`, `model.language_model.layers`). If one expert has both names, the base has both modules.
+    The soup of such experts (their weighted sum) would have both names, and a model that loads the soup would ignore
+    the name that it does not know. Two names of one module differ only in wrappers or in the attributes under which a
+    class of transformers keeps the language model (`model.layers`, `model.language_model.layers`). If one expert has
+    both names, the base has two such modules, which is not an error.
     """
     targets = [_targets_by_core(expert) for expert in experts]
     has_both = {core for own in targets for core, names in own.items() if len(names) > 1}
@@ -140,7 +159,7 @@ def _of_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
 def _error_of(
     differences: Sequence[str], experts: Sequence[Expert], what: str, *, mend: str
 ) -> list[IncompatibleExpertsError]:
-    """Return one error that lists the first differences; none if there are no differences."""
+    """Return one error that lists the first differences, or [] if there are no differences."""
     if not differences:
         return []
     more = f" (and {len(differences) - _MAX_SHOWN} more)" if len(differences) > _MAX_SHOWN else ""
@@ -149,8 +168,8 @@ def _error_of(
 
 
 def _change(module: LoraModule) -> str:
-    """Return the kind and shape of the layer of a low-rank change."""
-    # a Conv1D looks like a linear layer here: only the base's shape distinguishes them (placement.place)
+    """Return the kind and shape of the layer that a module adapts, as text for comparisons and messages."""
+    # Conv1D and linear layers are not distinguished: only the shape of the base's tensor does that (placement.place)
     shape = [module.out_features, module.in_features]
     if module.kind in {"linear", "transposed"}:
         return f"{shape}"
@@ -172,6 +191,9 @@ def _described(expert: Expert) -> str:
 
 
 def _place(name: str) -> str:
-    """Return a base's name, resolved if it is a local folder, so that two spellings of its path are equal."""
+    """Return the absolute path of a base if its name is a local folder, else the name.
+
+    Two spellings of one path are then equal.
+    """
     # os.path.isdir returns False where Path.is_dir() raises: the name may be anything, even too long for a path
     return str(Path(name).resolve()) if os.path.isdir(name) else name.rstrip("/")  # noqa: PTH112

@@ -1,4 +1,4 @@
-"""Descriptions of folders for people and programs: an expert, a soup, a base model, or a library."""
+"""Descriptions of a folder with an expert, a soup, a base model or a library, for people and programs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Description:
     Attributes:
         kind: expert, merged adapter, merged model, model or library.
         facts: the properties of the folder, by name.
-        members: the facts of a library's experts.
+        members: for a library, the properties of each expert, by name.
     """
 
     kind: str
@@ -34,16 +34,16 @@ class Description:
     members: Sequence[Facts] = field(default=())
 
     def as_json(self) -> dict[str, Any]:
-        """Return everything as one JSON object."""
+        """Return the kind, the facts and, for a library, the members as one JSON object."""
         described = {"kind": self.kind, **self.facts}
         return {**described, "experts": list(self.members)} if self.kind == "library" else described
 
 
 def describe(folder: Path | str) -> Description:
-    """Return the description of a folder. Headers and records are read, tensors are not.
+    """Return the description of a folder. Only headers, configurations and records are read, not tensors.
 
     Raises:
-        InputError: if the folder does not exist, or is not of a known kind.
+        InputError: if the folder does not exist, or has none of the kinds that `Description` lists.
     """
     folder = Path(folder)
     if not os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir() raises if the name is too long

@@ -1,4 +1,4 @@
-"""A library of experts: a folder of LoRA adapter folders. An expert's name is that of its folder."""
+"""A library of experts: a folder that contains LoRA adapter folders. An expert has the name of its folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 
 @dataclass(frozen=True, eq=False)
 class Expert:
-    """One expert: an adapter folder, with or without expert.json. Files are read on first use.
+    """One expert: a LoRA adapter folder, with or without expert.json. Each file is read when it is first used.
 
     Attributes:
         name: the expert's name.
@@ -35,33 +35,37 @@ class Expert:
 
     @cached_property
     def adapter(self) -> LoraAdapter:
-        """The adapter, with checked header and configuration; raises the errors of `LoraAdapter.open`."""
+        """The adapter. The first access opens and checks it, and may raise the errors of `LoraAdapter.open`."""
         return LoraAdapter.open(self.folder)
 
     @cached_property
     def record(self) -> ExpertRecord | None:
-        """The contents of expert.json, or None if there is none."""
+        """The contents of expert.json, or None if the folder has no expert.json."""
         return read_expert_record(self.folder)
 
     @property
     def side(self) -> str | None:
-        """The side that the expert was trained for, from expert.json, or None."""
+        """The side that the expert was trained for, or None if expert.json is missing."""
         return None if self.record is None else self.record.side
 
     @property
     def dimension(self) -> str | None:
-        """The dimension of that side, from expert.json, or None."""
+        """The dimension of that side, or None if expert.json is missing or does not say."""
         return None if self.record is None else self.record.dimension
 
     @property
     def base(self) -> BaseRecord:
-        """The base model: its name from the adapter's configuration, and its fingerprint from expert.json."""
+        """The base model.
+
+        The name comes from the adapter's configuration or, if it is missing there, from expert.json. The fingerprint
+        comes from expert.json.
+        """
         recorded = BaseRecord() if self.record is None else self.record.base
         return BaseRecord(name=self.adapter.config.base_model or recorded.name, fingerprint=recorded.fingerprint)
 
 
 class ExpertLibrary(Mapping[str, Expert]):
-    """Experts by name. Only headers are read, and only those of the experts in use.
+    """A mapping from names to experts. An expert's files are read only when the expert is used.
 
     Example:
         >>> library = ExpertLibrary.open("experts")
@@ -75,10 +79,13 @@ class ExpertLibrary(Mapping[str, Expert]):
 
     @classmethod
     def open(cls, *folders: Path | str) -> Self:
-        """List the experts in one or more folders. Each is a folder of experts or an expert itself.
+        """Open a library with the experts in one or more folders.
+
+        Args:
+            folders: folders that contain experts, or the folders of single experts.
 
         Raises:
-            InputError: if a folder does not exist or has no expert.
+            InputError: if a folder does not exist or contains no expert.
             UsageError: if two experts have the same name.
         """
         experts: dict[str, Path] = {}
@@ -106,14 +113,15 @@ class ExpertLibrary(Mapping[str, Expert]):
         """Raise if the profile names an unknown expert.
 
         Raises:
-            DeclarationError: with all unknown experts, the place of the first, and the most similar known name.
+            DeclarationError: if there are unknown experts. The error names all of them. It gives the place of the first
+                one in the profile, and the most similar known name.
         """
         unknown = [name for name in profile.weights if name not in self._experts]
         if not unknown:
             return
         first = unknown[0]
         names = ", ".join(map(repr, unknown))
-        # people often give the side that an expert was trained for, instead of its folder's name
+        # users often give the side that an expert was trained for instead of the name of the expert's folder
         folders = [name for name in self if self._side_or_none(name) == first]
         mend = f"use {folders[0]!r}, the expert for that side" if folders else choose_from(first, self)
         raise DeclarationError(
@@ -128,7 +136,7 @@ class ExpertLibrary(Mapping[str, Expert]):
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder has files of a LoRA adapter, which may be damaged."""
+    """Return whether a folder contains a file of a LoRA adapter. The file may be damaged."""
     # os.path.isfile returns False where Path.is_file() raises: for folders without permission, such as lost+found
     return any(os.path.isfile(folder / name) for name in (CONFIG_FILE, WEIGHTS_FILE))  # noqa: PTH113
 
@@ -138,7 +146,7 @@ def _experts_in(root: Path) -> list[Path]:
         raise InputError("the folder does not exist", where=str(root), mend="give an existing folder of experts")
     if is_adapter(root):
         return [root.resolve()]
-    # names that start with a dot are scratch folders of running trainings
+    # folders whose names start with a dot are scratch folders of running trainings
     children = [child for child in _children(root) if not child.name.startswith(".") and child.is_dir()]
     experts = [child for child in children if is_adapter(child)]
     if not experts:

@@ -1,6 +1,6 @@
-"""One LoRA adapter folder: its configuration, and its tensors in safetensors files.
+"""A LoRA adapter folder: its configuration, and its tensors in safetensors files.
 
-R rank, I in features, O out features.
+Shapes: R = rank, I = in_features, O = out_features.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ from personalized_soups.methods.finite import all_finite
 
 @dataclass(frozen=True, eq=False, slots=True)
 class LoraAdapter:
-    """A folder with `adapter_config.json` and `adapter_model.safetensors` (or shards and an index); opened, not read.
+    """A folder with `adapter_config.json` and `adapter_model.safetensors`, or shards with an index.
+
+    A tensor is read only when a method returns it.
 
     Attributes:
         folder: the folder.
         config: the configuration.
-        modules: the low-rank changes, by module name.
-        trained: the tensors that were trained whole, by their names in the file.
+        modules: the modules and parameters that have LoRA factors, by name.
+        trained: the tensors that were trained as a whole, by their names in the file.
     """
 
     folder: Path
@@ -46,11 +48,15 @@ class LoraAdapter:
 
     @classmethod
     def open(cls, folder: Path | str) -> Self:
-        """Read the configuration and the headers, and check that they fit and that all tensors are known.
+        """Open an adapter folder.
+
+        Only the configuration and the headers of the weight files are read. All tensors must have known names, and
+        shapes that fit the configuration.
 
         Raises:
             FileFormatError: if a file is damaged, or if factors are missing or have other shapes than configured.
-            UnsupportedAdapterError: with the variant of LoRA, or the tensor, that this version does not merge.
+            UnsupportedAdapterError: if this version cannot merge the adapter. The error names the variant of LoRA or
+                the tensor.
             InputError: if the folder or a file is missing.
         """
         folder = Path(folder)
@@ -65,13 +71,15 @@ class LoraAdapter:
         return cls(folder, config, MappingProxyType(modules), MappingProxyType(trained), weights)
 
     def factors(self, module: str, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return a module's factors on the CPU, converted to `dtype`; they may share the file's pages.
+        """Return a module's factors A [R, I] and B [O, R] on the CPU, converted to `dtype`.
 
-        A convolution's kernel is flattened into A's columns. The factors of a module with blocks are interleaved, as
-        PEFT saves them; `placement.blocks_of` separates them.
+        The factors may share memory with the mapped file. The kernel of a convolution is flattened into A's columns. If
+        a module has several blocks, their factors are interleaved, as PEFT saves them; `placement.blocks_of` separates
+        them.
 
         Raises:
-            InputError: if a value is NaN or infinite in `dtype` (with file and tensor), or if the module is unknown.
+            InputError: if the adapter has no such module, or if a value is NaN or infinite in `dtype`. The error names
+                the file and the tensor.
         """
         description = self._module(module)
         a_RI = self._finite(description.a_name, dtype).flatten(1)
@@ -79,13 +87,17 @@ class LoraAdapter:
         return Factors(a_RI, b_OR, description.scaling)
 
     def trained_tensor(self, name: str, dtype: torch.dtype | None = torch.float32) -> Tensor:
-        """Return a tensor that was trained whole, by its name in the file, on the CPU.
+        """Return a tensor that was trained as a whole, on the CPU, with the shape that `trained[name]` gives.
 
-        It has the shape of `trained[name]` and may share the file's pages. It is converted to `dtype` unless that is
-        None.
+        The tensor may share memory with the mapped file.
+
+        Args:
+            name: the tensor's name in the file.
+            dtype: the dtype to convert the tensor to; None keeps the dtype of the file.
 
         Raises:
-            InputError: if a value is NaN or infinite in `dtype` (with file and tensor), or if the name is unknown.
+            InputError: if the adapter has no such tensor, or if a value is NaN or infinite in `dtype`. The error names
+                the file and the tensor.
         """
         if name not in self.trained:
             raise InputError(
@@ -96,24 +108,24 @@ class LoraAdapter:
         return self._finite(name, dtype).reshape(self.trained[name].shape)
 
     def a_bytes(self, module: str) -> tuple[TensorEntry, memoryview]:
-        """Return the entry and the stored bytes of a module's A, without a copy."""
+        """Return the header's entry of a module's A, and its bytes in the file. The bytes are not copied."""
         name = self._module(module).a_name
         return self._weights.entry(name), self._weights.raw(name)
 
     @property
     def dtypes(self) -> frozenset[str]:
-        """The dtypes of the tensors, by their names in the safetensors format."""
+        """The dtypes of the tensors, as the safetensors format names them (`BF16`)."""
         names = [name for module in self.modules.values() for name in (module.a_name, module.b_name)]
         return frozenset(self._weights.entry(name).dtype for name in [*names, *self.trained])
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that a merge reads."""
+        """The configuration and the weight files, which a merge reads."""
         return (self.config.path, *(shard.path for shard in self._weights.shards.values()))
 
     @property
     def num_bytes(self) -> int:
-        """The size of the weight files."""
+        """The total size of the weight files in bytes."""
         return self._weights.num_bytes
 
     def _module(self, name: str) -> LoraModule:
@@ -138,7 +150,7 @@ class LoraAdapter:
 
 
 def _weights_of(folder: Path) -> tuple[Checkpoint, str]:
-    """Return an adapter's weight files, and the path for errors."""
+    """Return the weight files of an adapter, and the path that errors name."""
     index = folder / f"{WEIGHTS_FILE}{INDEX_SUFFIX}"
     for path in (index, folder / WEIGHTS_FILE):
         if path.is_file():

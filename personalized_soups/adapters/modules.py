@@ -1,6 +1,6 @@
-"""The low-rank changes of an adapter, from its tensors' headers and its configuration, without reading tensors.
+"""The modules of an adapter that have LoRA factors, from the tensors' headers and the configuration.
 
-R rank, I in features, O out features.
+No tensor is read. Shapes: R = rank, I = in_features, O = out_features.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _PAIRS = (("A", "B"), ("embedding A", "embedding B"))
 
 @dataclass(frozen=True, slots=True)
 class LoraModule:
-    """One low-rank change.
+    """A module or parameter with one pair of LoRA factors A [R, I] and B [O, R]. Its delta is `scaling * B @ A`.
 
     Attributes:
-        name: the module's name, or the parameter's.
-        rank: the configured rank, of each block.
-        in_features: I; for a convolution including its kernel.
+        name: the name of the module or parameter.
+        rank: the configured rank R. If there are several blocks, each block has this rank.
+        in_features: I. For a convolution, the size of the kernel times the number of input channels.
         out_features: O.
         scaling: `alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA.
-        base_name: the changed tensor of the base; placement.py computes where in it.
+        base_name: the tensor of the base to which the delta is added. placement.py computes the rows.
         a_name: A's name in the file.
         b_name: B's name in the file.
         kind: the kind of the layer.
-        blocks: for a 3-D parameter of a mixture of experts, the number of its matrices. Each has a change of its own,
-            and A has `rank * blocks` rows.
+        blocks: the number of matrices in a 3-D parameter of a mixture of experts, else 1. Each matrix has its own
+            delta, so A has `rank * blocks` rows.
         kernel: a convolution's kernel size.
     """
 
@@ -62,26 +62,26 @@ class LoraModule:
 
     @property
     def base_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The possible shapes of the base tensor: that of the delta and, for some kinds, the transposed one."""
+        """The shapes that the base's tensor may have. For some kinds, the base may store the tensor transposed."""
         shape = (self.out_features, self.in_features)
         if self.kind == "embedding":
             return (shape[::-1],)
         if self.kind == "conv":
             return ((self.out_features, self.in_features // math.prod(self.kernel), *self.kernel),)
         if self.kind == "parameter":
-            # PEFT transposes only 3-D parameters with more than one matrix
+            # PEFT transposes a parameter only if it is 3-D and has more than one matrix
             return ((self.blocks, *shape), (self.blocks, *shape[::-1])) if self.blocks > 1 else (shape, (1, *shape))
         return (shape, shape[::-1])
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """The headers and the configuration of an adapter.
+    """The headers of an adapter's weight files, and its configuration.
 
     Attributes:
-        where: the weight file, for errors.
-        entries: the tensors' entries, by name.
-        names: the tensors' parsed names, by name.
+        where: the path of the weight file, for errors.
+        entries: the header's entry of each tensor, by the tensor's name in the file.
+        names: the parsed name of each tensor, by the tensor's name in the file.
         config: the configuration.
     """
 
@@ -91,10 +91,10 @@ class Header:
     config: AdapterConfig
 
     def entry(self, name: str) -> TensorEntry:
-        """Return a tensor's entry.
+        """Return the header's entry of a tensor.
 
         Raises:
-            UnsupportedAdapterError: if its numbers are not floating-point numbers.
+            UnsupportedAdapterError: if the tensor's dtype is not a supported floating-point dtype.
         """
         entry = self.entries[name]
         if entry.dtype not in _FLOATS:
@@ -106,20 +106,20 @@ class Header:
         return entry
 
     def fault(self, what: str) -> FileFormatError:
-        """Return the error for a file that does not fit its configuration."""
+        """Return the error for a weight file that does not fit the configuration."""
         return FileFormatError(what, where=self.where, mend="save the adapter again with PEFT's save_pretrained")
 
     def refused(self, what: str, mend: str) -> UnsupportedAdapterError:
-        """Return the error for an adapter that this version does not support."""
+        """Return the error for an adapter that this version cannot merge."""
         return UnsupportedAdapterError(f"{what}, so this version cannot merge the adapter", where=self.where, mend=mend)
 
 
 def modules_of(header: Header) -> dict[str, LoraModule]:
-    """Return the low-rank changes by name, sorted.
+    """Return the modules and parameters that have LoRA factors, by name, sorted.
 
     Raises:
         FileFormatError: if factors are missing or have other shapes than configured, or if a tensor occurs twice.
-        UnsupportedAdapterError: if this version does not support a change.
+        UnsupportedAdapterError: if this version cannot merge one of the modules.
     """
     _check_distinct(header)
     groups: dict[TensorName, dict[str, str]] = {}
@@ -166,7 +166,7 @@ def _module(header: Header, place: TensorName, pair: Mapping[str, str], num_pair
 
 
 def _check_distinct(header: Header) -> None:
-    """Raise if two tensors of the file are the same: `model._orig_mod.x` and `model.x`."""
+    """Raise if two names in the file stand for the same tensor, such as `model._orig_mod.x` and `model.x`."""
     first: dict[TensorName, str] = {}
     for name, parts in header.names.items():
         if (other := first.setdefault(parts, name)) != name:
@@ -178,7 +178,8 @@ def _check_distinct(header: Header) -> None:
 def _rank_and_scaling(header: Header, name: str, a_name: str) -> tuple[int, float]:
     """Return the configured rank and scaling of a module.
 
-    PEFT applies rank_pattern and alpha_pattern to the names during training, which may or may not have had wrappers.
+    PEFT matches rank_pattern and alpha_pattern with the names during training. The file does not say whether these
+    names had wrappers, so this function compares both forms.
     """
     config = header.config
     found = config.rank_of(name), config.scaling_of(name)
@@ -196,7 +197,7 @@ def _rank_and_scaling(header: Header, name: str, a_name: str) -> tuple[int, floa
 
 
 def _parameter(header: Header, place: TensorName, num_pairs: int) -> str | None:
-    """Return which of a module's parameters one of its pairs of factors is for, or None: for the module itself."""
+    """Return the parameter that a pair of factors adapts, or None if the pair adapts the module itself."""
     parameters = parameters_of(place.path, header.config.target_parameters)
     if not parameters:
         return None
@@ -219,7 +220,7 @@ def _roles(header: Header, name: str, pair: Mapping[str, str]) -> tuple[str, str
 
 
 def _check_factors(header: Header, name: str, a: TensorEntry, b: TensorEntry, rank: int) -> None:
-    """Raise if A and B are not [rank, I, kernel...] and [O, rank, 1...]."""
+    """Raise unless A has shape [rank, I, kernel...] and B has shape [O, rank, 1...]."""
     if len(a.shape) < 2 or len(a.shape) != len(b.shape) or any(size != 1 for size in b.shape[2:]):
         raise header.fault(f"{name}: B of shape {list(b.shape)} and A of shape {list(a.shape)} cannot be multiplied")
     if math.prod(a.shape) == 0 or math.prod(b.shape) == 0:

@@ -1,12 +1,17 @@
 """Conversion between the names of an adapter's tensors and those of the base model's modules and tensors.
 
-PEFT names a tensor by its path in the wrapped model, in which a wrapped module is called `base_layer`:
-`mlp.experts.base_layer.lora_A` is the A of the inner of two wrappers of `mlp.experts` (target_parameters), and
-`mha.base_layer.out_proj.lora_A` is the A of `mha.out_proj` inside the wrapped `mha`.
+PEFT names a tensor by its path in the wrapped model. A wrapper keeps the wrapped module as `base_layer`, so names can
+contain this step:
 
-Training tools also wrap modules and leave the wrapper's attribute in the names: `_orig_mod` of torch.compile in
-`model._orig_mod.layers.0`. These steps are removed anywhere in a name. Two of them, `module` and `_module`, can also be
-ordinary names. They are kept until a comparison with a base model or other experts decides.
+- `mlp.experts.base_layer.lora_A` is the A of the inner one of two wrappers of `mlp.experts` (target_parameters);
+- `mha.base_layer.out_proj.lora_A` is the A of `mha.out_proj`, and `mha` is wrapped as well.
+
+Training tools also wrap modules and leave the wrapper's attribute in the names. An example is `_orig_mod` of
+torch.compile in `model._orig_mod.layers.0`. This module removes such steps anywhere in a name. Two of them, `module`
+and `_module`, can also be ordinary names. They are kept until a comparison with a base model or other experts decides.
+
+The steps of a name are its parts between dots. The core of a name is the name without the first steps that differ
+between the classes of transformers; see `core_name`.
 """
 
 from __future__ import annotations
@@ -20,11 +25,11 @@ from personalized_soups.errors import UnsupportedAdapterError
 
 PREFIX = "base_model.model."
 
-# The attributes in which training tools keep the wrapped module. No model has a module of such a name.
+# The attributes in which training tools keep the wrapped module. No model has a module with one of these names.
 WRAPPERS = frozenset({
     "_orig_mod",  # torch.compile: torch._dynamo.eval_frame.OptimizedModule
     "_fsdp_wrapped_module",  # FSDP of torch, fairscale and torch_xla
-    "_fpw_module",  # the same, of fairscale and of torch before 1.13
+    "_fpw_module",  # FSDP of fairscale and of torch before 1.13
     "_checkpoint_wrapped_module",  # torch.distributed.algorithms._checkpoint (activation checkpointing, offloading)
     "_forward_module",  # Lightning Fabric
     "_orig_module",  # torch.distributed._composable.replicate, torch_xla's FSDPv2
@@ -34,14 +39,13 @@ WRAPPERS = frozenset({
 # torch's AveragedModel (`module`), Opacus (`_module`).
 MAYBE_WRAPPERS = frozenset({"module", "_module"})
 
-# The attributes in which the classes of transformers keep the inner model (base_model_prefix, and the language model of
-# a multimodal model). A class for another task, or the inner model alone, names the same tensors without these
-# attributes or with others. The names of parts of which a model may have several (vision_model, encoder, talker) are
-# not included.
+# The attributes in which the classes of transformers keep the inner model (base_model_prefix, or the language model of
+# a multimodal model). Names of the same tensor differ in these steps if one model is of another class or is the inner
+# model alone. Parts of which a model may have several (vision_model, encoder, talker) are not included.
 _MODEL_STEPS = frozenset({"model", "transformer", "language_model", "base_model", "gpt_neox", "backbone"})
 
-# Two experts' names that differ only in these steps are taken as names of the same module, and the experts are
-# rejected. The larger set is only used for that comparison, never to find a tensor in a base.
+# If the names of two experts differ only in these steps, they are taken as names of the same module, and the experts
+# are rejected. This larger set is used only for this comparison, never to find a tensor in a base.
 _COMPOSITE_STEPS = _MODEL_STEPS | {"text_model", "thinker", "vlm", "bert", "roberta", "bloom", "rwkv"}
 
 Kind = Literal["linear", "transposed", "embedding", "conv", "parameter"]
@@ -69,8 +73,9 @@ _ENDINGS: Mapping[str, Role] = MappingProxyType({
     _TOKENS: "tokens",
 })  # fmt: skip
 
-# PEFT wraps several parameters of one module in the order of their definition, the last one outermost, and the file
-# does not have their names. These are the orders of the models in transformers 5.23 and of DBRX.
+# If several parameters of one module are adapted, PEFT wraps the module once for each, in the order in which the module
+# defines the parameters. The last parameter has the outermost wrapper. The file does not contain the parameters' names,
+# so these are the orders of the models in transformers 5.23 and of DBRX.
 _ORDERS = (
     (
         "gate_up_proj", "gate_up_proj_bias", "gate_proj", "gate_proj_bias", "up_proj", "up_proj_bias",
@@ -83,12 +88,12 @@ _ORDERS = (
 
 @dataclass(frozen=True, slots=True)
 class TensorName:
-    """A parsed name.
+    """The parsed name of a tensor in an adapter file.
 
     Attributes:
-        path: a module of the base model; for the role `whole`, a tensor of it.
+        path: the module of the base model to which the tensor belongs. For the role `whole`, the base model's tensor.
         role: the tensor's role.
-        depth: the number of wrappers of that module around this tensor's wrapper.
+        depth: the number of other wrappers of the module around the tensor's own wrapper.
         around: the innermost enclosing module that is wrapped as well, or None.
     """
 
@@ -99,14 +104,18 @@ class TensorName:
 
 
 def parse_name(tensor: str, *, where: str) -> TensorName:
-    """Return the parts of a tensor's name in an adapter file.
+    """Parse the name of a tensor in an adapter file.
+
+    Args:
+        tensor: the name.
+        where: the file, for the error.
 
     Raises:
-        UnsupportedAdapterError: if it is not a name that PEFT gives.
+        UnsupportedAdapterError: if PEFT does not use such a name.
     """
     if len(tensor) > _MAX_NAME:
         raise unknown_name(f"{tensor[:80]}...", where=where)
-    # an embedding with trained tokens is wrapped as well, by another name
+    # an embedding with trained tokens has a wrapper with another name
     whole = _from_prefix(without_wrappers(tensor)).replace(_TOKENS_BASE, f".{_WRAPPED}.")
     path = whole.removeprefix(PREFIX)
     ending = next((ending for ending in _ENDINGS if path.endswith(ending)), "")
@@ -141,18 +150,18 @@ def without_wrappers(name: str, *, maybe: bool = False) -> str:
 
 
 def is_wrapped(name: str) -> bool:
-    """Return whether a name, or a regular expression for names, has a wrapper of a training tool."""
+    """Return whether a name, or a regular expression for names, contains a wrapper of a training tool."""
     return any(wrapper in name for wrapper in WRAPPERS)
 
 
 def name_in_training(tensor: str) -> str:
-    """Return the module name of a LoRA factor with all wrappers, as PEFT saw it if they existed before PEFT's own."""
+    """Return the name of a LoRA factor's module with the wrappers of training tools, as it was when PEFT wrapped it."""
     ending = next((ending for ending in _ENDINGS if tensor.endswith(ending)), "")
     return ".".join(_unwrapped(tensor.removesuffix(ending).partition(PREFIX)[2].split(".")))
 
 
 def core_name(name: str, steps: frozenset[str] = _MODEL_STEPS) -> str:
-    """Return the part of a name that is the same in all classes of a model, without wrappers.
+    """Return the core of a name, which is the same in all classes of a model. It contains no wrappers.
 
     `model.language_model.layers.0.mlp.up_proj`, `model.layers.0.mlp.up_proj` and `layers.0.mlp.up_proj` have the same
     core.
@@ -164,7 +173,7 @@ def core_name(name: str, steps: frozenset[str] = _MODEL_STEPS) -> str:
 
 
 def composite_core(name: str) -> str:
-    """Return the core of a name for comparisons between experts; see _COMPOSITE_STEPS."""
+    """Return the core of a name for comparisons between experts, with `_COMPOSITE_STEPS` removed from its start."""
     return core_name(name, _COMPOSITE_STEPS)
 
 
@@ -174,7 +183,7 @@ def are_model_steps(path: str) -> bool:
 
 
 def unknown_name(tensor: str, *, where: str) -> UnsupportedAdapterError:
-    """Return the error for a tensor whose meaning is unknown."""
+    """Return the error for a tensor that has an unknown name."""
     return UnsupportedAdapterError(
         f"the tensor {tensor} is neither a LoRA factor (such as {PREFIX}MODULE{_A}) nor a tensor that the "
         "configuration trains, so this version cannot merge the adapter",
@@ -185,7 +194,7 @@ def unknown_name(tensor: str, *, where: str) -> UnsupportedAdapterError:
 
 
 def factor_names(module: str, kind: Kind = "linear", depth: int = 0) -> tuple[str, str]:
-    """Return the names of A and B in an adapter file. For the kind `parameter`, give the module that owns it."""
+    """Return the names of A and B in an adapter file. For the kind `parameter`, `module` is the parameter's module."""
     a, b = (_EMBEDDING_A, _EMBEDDING_B) if kind == "embedding" else (_A, _B)
     path = f"{PREFIX}{module}{f'.{_WRAPPED}' * depth}"
     return f"{path}{a}", f"{path}{b}"
@@ -217,14 +226,18 @@ def b_name(module: str) -> str:
 
 
 def base_weight_name(module: str) -> str:
-    """Return the name of the base weight that a module's delta is added to."""
+    """Return the name of the base's weight to which a module's delta is added."""
     return f"{module}.weight"
 
 
 def parameters_of(module: str, targets: Sequence[str]) -> list[str]:
-    """Return the parameters of a module that `target_parameters` names, sorted.
+    """Return the sorted names of a module's parameters that are adapted.
 
-    As in PEFT, a target matches a parameter whose full name is the target or ends in `.TARGET`.
+    As in PEFT, a target matches a parameter if the parameter's full name is the target or ends in `.TARGET`.
+
+    Args:
+        module: the module's name.
+        targets: the `target_parameters` of the configuration.
     """
     matches = []
     for target in targets:
@@ -235,7 +248,7 @@ def parameters_of(module: str, targets: Sequence[str]) -> list[str]:
 
 
 def wrapping_order(parameters: Sequence[str]) -> list[str]:
-    """Return the parameters of one module from the outermost wrapper inwards; empty if the order is unknown."""
+    """Return the parameters of one module, the one with the outermost wrapper first, or [] if the order is unknown."""
     for order in _ORDERS:
         if set(parameters) <= set(order):
             return sorted(parameters, key=order.index, reverse=True)
@@ -243,9 +256,9 @@ def wrapping_order(parameters: Sequence[str]) -> list[str]:
 
 
 def _from_prefix(tensor: str) -> str:
-    """Return a tensor's name without wrappers before and within PEFT's prefix.
+    """Return a tensor's name without wrappers before and within PEFT's prefix `base_model.model.`.
 
-    The prefix is PEFT's model and its tuner, so a `module` before or between these two can only be a wrapper.
+    The prefix stands for PEFT's model and its tuner. A step `module` before or between these two can only be a wrapper.
     """
     steps = tensor.split(".")
     outer, inner = PREFIX.removesuffix(".").split(".")
@@ -262,5 +275,5 @@ def _unwrapped(steps: Sequence[str]) -> list[str]:
 
 
 def _is_own(step: str) -> bool:
-    """Return whether a step of a name is PEFT's own, so that the tensor is not one of the base."""
+    """Return whether only PEFT uses a step of a name, so that the tensor is not a tensor of the base."""
     return step.startswith("lora_") or step == "token_adapter"

@@ -1,6 +1,7 @@
-"""The place of low-rank changes `scaling * B @ A` in the base's tensors: split and transposed as in PEFT's merge.
+"""Where a module's delta `scaling * B @ A` is added in the base: which tensor, which rows, and whether transposed.
 
-Every base tensor is viewed as a matrix in which each part of a change is a range of whole rows:
+Every tensor of the base is viewed as a matrix. A delta consists of parts, and each part is added to a range of whole
+rows of this matrix, as in PEFT's merge:
 
 | kind | base tensor | as a matrix | parts |
 |---|---|---|---|
@@ -10,8 +11,10 @@ Every base tensor is viewed as a matrix in which each part of a change is a rang
 | conv | [O, I, k, ...] | [O, I k ...] | B A |
 | parameter (of E experts) | [E, O, I] or [E, I, O] | [E O, I] or [E I, O] | for each e: B_e A_e, or its transpose |
 
-Source: get_delta_weight of the classes in peft.tuners.lora.layer (0.21.2). R rank, I in features, O out features,
-M rows and N columns of the base's matrix.
+Source: get_delta_weight of the classes in peft.tuners.lora.layer (0.21.2).
+
+Shapes: R = rank, I = in_features, O = out_features, k = kernel size, V = vocabulary size, D = size of an embedding,
+E = number of experts of a mixture, M = rows and N = columns of a part of the base's matrix.
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ _CONV1D_NAMES = frozenset({"c_attn", "c_proj", "c_fc", "q_attn"})
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A change of M rows of a base's matrix by `scaling * left_MR @ right_RN`.
+    """One part of a delta: `scaling * left_MR @ right_RN` is added to M rows of the base's matrix.
 
     Attributes:
-        start: the first row.
+        start: the index of the first of these rows.
         left_MR: a view of one factor.
         right_RN: a view of the other factor.
     """
@@ -47,13 +50,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The place of a module's change in a base tensor, viewed as a matrix without a copy.
+    """The tensor of the base to which a module's delta is added, and how that tensor is viewed as a matrix.
 
     Attributes:
         base_name: the tensor's name.
-        matrix_shape: the shape of the matrix.
-        is_transposed: whether the tensor is stored as [in, out].
-        blocks: the number of matrices of a mixture's parameter.
+        matrix_shape: the shape of the matrix. The matrix is a view of the tensor, not a copy.
+        is_transposed: whether the tensor is stored as [in, out] instead of [out, in].
+        blocks: the number of matrices in a parameter of a mixture of experts, else 1.
     """
 
     base_name: str
@@ -63,14 +66,16 @@ class Placement:
 
     @property
     def output_axis(self) -> int:
-        """The axis of the matrix for the module's outputs. Not defined for the kind `parameter`."""
+        """The axis of the matrix that corresponds to the module's outputs. Not defined for the kind `parameter`."""
         return 1 if self.is_transposed else 0
 
     def parts(self, factors: Factors) -> tuple[Part, ...]:
-        """Return the change as ranges of rows of the matrix, in ascending order; views of the factors, no copies.
+        """Return the parts of a delta, sorted by their first row.
+
+        The tensors of the parts are views of the factors, not copies.
 
         Raises:
-            ValueError: if the factors' shapes do not fit this tensor.
+            ValueError: if the shapes of the factors do not fit the shape of the matrix.
         """
         height = self.matrix_shape[0] // self.blocks
         parts = []
@@ -86,15 +91,18 @@ class Placement:
 
 
 def place(modules: Iterable[LoraModule], shapes: Mapping[str, Sequence[int]]) -> tuple[dict[str, Placement], list[str]]:
-    """Return the placements of an adapter's modules in a base, by module, and a message for each other module.
+    """Return the placement of each module in a base, by the module's name, and a list of messages.
 
-    An adapter does not say reliably which layers are Conv1D ([I, O] instead of [O, I]): PEFT saves a single
-    fan_in_fan_out, that of the layer it wrapped last. Nor does it say how a mixture's parameter is stored. The base's
-    shapes decide, except for square tensors. These follow the known layers of the same name, then the other known
-    layers, then fan_in_fan_out. If these contradict each other, the module has no placement.
+    Each message says why one module has no placement.
+
+    An adapter does not say reliably which layers are Conv1D (stored as [I, O] instead of [O, I]): PEFT saves a single
+    fan_in_fan_out, which is that of the layer that it wrapped last. An adapter also does not say how a mixture's
+    parameter is stored. So the shapes of the base's tensors decide. A square tensor is stored like the other layers of
+    the same name or, if there are none, like all other layers, or as fan_in_fan_out says. If these contradict each
+    other, the module has no placement.
 
     Args:
-        modules: all modules of one adapter, because known ones decide for square ones.
+        modules: all modules of one adapter, because other modules decide how square tensors are stored.
         shapes: the shapes of the base's tensors, by name.
     """
     faults: list[str] = []
@@ -126,7 +134,9 @@ def place(modules: Iterable[LoraModule], shapes: Mapping[str, Sequence[int]]) ->
 
 
 def blocks_of(factors: Factors, blocks: int) -> tuple[Factors, ...]:
-    """Return the factors of each block, views of PEFT's layout: A's rows are grouped by block, B's columns interleaved.
+    """Return the factors of each block of a module, as views of the module's factors.
+
+    In PEFT's layout, the rows of A are grouped by block, and the columns of B are interleaved.
 
     Raises:
         ValueError: if the rank is not a multiple of `blocks`.
@@ -141,11 +151,12 @@ def blocks_of(factors: Factors, blocks: int) -> tuple[Factors, ...]:
 
 
 def of_blocks(blocks: Sequence[Factors]) -> Factors:
-    """Return the factors of a module from those of its blocks, in PEFT's layout: new tensors, unless there is one
-    block.
+    """Join the factors of a module's blocks in PEFT's layout; see `blocks_of`.
+
+    The factors are new tensors. If there is only one block, its own factors are returned.
 
     Raises:
-        ValueError: if the blocks have different ranks or scalings.
+        ValueError: if not all blocks have the same rank and scaling.
     """
     if len(blocks) == 1:
         return blocks[0]
@@ -157,13 +168,14 @@ def of_blocks(blocks: Sequence[Factors]) -> Factors:
 
 
 def add_parts(rows_MN: Tensor, parts: Iterable[Part], scaling: float = 1.0, start: int = 0) -> None:
-    """Add `scaling * left @ right` of every part to a range of rows of a base's matrix, in place.
+    """Add `scaling * left_MR @ right_RN` of every part to a range of rows of a base's matrix, in place.
 
     Args:
-        rows_MN: the rows from `start` on; changed in place. The sum is computed in its dtype.
-        parts: the parts of one module, in `rows_MN`'s dtype and on its device. Parts outside the range are skipped.
+        rows_MN: the range of rows, which is changed in place. The sum is computed in its dtype.
+        parts: the parts of one module's delta, with the dtype and device of `rows_MN`. Rows of parts outside the range
+            are skipped.
         scaling: the factor of the products.
-        start: the index of the first row in the whole matrix.
+        start: the index in the whole matrix of the first row of `rows_MN`.
     """
     stop = start + rows_MN.shape[0]
     for part in parts:
@@ -176,16 +188,17 @@ def add_parts(rows_MN: Tensor, parts: Iterable[Part], scaling: float = 1.0, star
 def squared_norms(rows_MN: Tensor, output_axis: int) -> Tensor:
     """Return the squared L2 norm of each output in a range of rows of a base's matrix, in float64.
 
-    With output_axis 0 each row is an output. With output_axis 1 the result is these rows' share of the norms of all
-    outputs.
+    If `output_axis` is 0, each row is one output. If it is 1, each column is one output, and the result covers only the
+    given rows: add the results of all ranges of rows to get the squared norms of the outputs.
     """
     norms: Tensor = torch.linalg.vector_norm(rows_MN, dim=1 - output_axis, dtype=torch.float64)
     return norms.square_()
 
 
 def scale_outputs(rows_MN: Tensor, scale_O: Tensor, output_axis: int) -> None:
-    """Multiply each output in a range of rows of a base's matrix by its scale, in place: DoRA's magnitude over the
-    norm.
+    """Multiply each output in a range of rows of a base's matrix by its scale, in place.
+
+    For DoRA, the scale of an output is its magnitude divided by its norm.
 
     Source: arXiv 2402.09353. In peft.tuners.lora.variants, DoraLinearVariant, DoraEmbeddingVariant and
     _DoraConvNdVariant have the same formula, with the norm over all inputs (and the kernel) of an output.
@@ -194,7 +207,7 @@ def scale_outputs(rows_MN: Tensor, scale_O: Tensor, output_axis: int) -> None:
 
 
 def _kept_apart(module: LoraModule, shapes: Mapping[str, Sequence[int]]) -> str:
-    """Return the reason why a mixture's parameter is not in the base, if the base has one matrix per expert."""
+    """Return a note if the base has one tensor per expert of a mixture instead of one parameter, else an empty text."""
     first = f"{module.base_name.rpartition('.')[0]}.0."
     if module.blocks > 1 and any(name.startswith(first) for name in shapes):
         return f" (the base has one tensor per expert of the mixture, {first}*, which this version does not support)"
@@ -202,10 +215,10 @@ def _kept_apart(module: LoraModule, shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def _orientation(module: LoraModule, shape: tuple[int, ...]) -> bool | None:
-    """Return whether a tensor of this shape stores a module transposed, or None if both are possible.
+    """Return whether a tensor of this shape stores the module's weight transposed, or None if both are possible.
 
     Raises:
-        ValueError: if neither is possible.
+        ValueError: if the shape fits the module in neither way.
     """
     fitting = [index for index, each in enumerate(module.base_shapes) if each == shape]
     if not fitting:
@@ -217,7 +230,7 @@ def _orientation(module: LoraModule, shape: tuple[int, ...]) -> bool | None:
 
 
 def _settled(module: LoraModule, certain: Mapping[tuple[str, str], set[bool]]) -> bool | None:
-    """Return whether the base stores a square module transposed, or None if that is unknown."""
+    """Return whether the base stores the weight of a square module transposed, or None if that is unknown."""
     family, leaf = _family(module), _leaf(module)
     own = certain.get((family, leaf), set())
     all_seen = set().union(*(seen for (kin, _), seen in certain.items() if kin == family))

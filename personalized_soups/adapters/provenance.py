@@ -1,4 +1,7 @@
-"""The origin of an expert or a soup: the records `expert.json` and `soup.json` next to the tensors."""
+"""The records `expert.json` and `soup.json`, which say how an expert was trained and how a soup was merged.
+
+A record is in the folder of the tensors. A soup is the weighted sum of experts.
+"""
 
 from __future__ import annotations
 
@@ -15,21 +18,21 @@ from personalized_soups.errors import FileFormatError, InputError
 from personalized_soups.files.file_names import EXPERT_FILE, SOUP_FILE
 from personalized_soups.files.strict_json import parse_json
 
-# soup.json has one line per module: enough for a million modules.
+# soup.json has one line per module, so this size is enough for a million modules.
 _MAX_RECORD_BYTES = 256 << 20
 
 
 class BaseRecord(Declared):
     """A base model: its name and its fingerprint."""
 
-    name: str | None = Field(default=None, description="Path or hub id, as given.")
-    fingerprint: str | None = Field(default=None, description="Its base_fingerprint().")
+    name: str | None = Field(default=None, description="Path or hub id of the base model, as the user gave it.")
+    fingerprint: str | None = Field(default=None, description="Fingerprint of the base model, from base_fingerprint().")
 
 
 class DataRecord(Declared):
     """The preference pairs that an expert was trained on."""
 
-    name: str = Field(description="File name.")
+    name: str = Field(description="Name of the file with the pairs.")
     blake3: str = Field(description="BLAKE3 digest of the file, in hex.")
     num_pairs: int = Field(ge=0)
 
@@ -41,7 +44,7 @@ class ExpertRecord(Declared):
     side: str = Field(min_length=1, description="The side that the expert was trained for.")
     dimension: str | None = Field(default=None, description="The dimension of that side.")
     base: BaseRecord = Field(default_factory=BaseRecord)
-    recipe: dict[str, Any] = Field(default_factory=dict, description="All hyper-parameters of the training.")
+    recipe: dict[str, Any] = Field(default_factory=dict, description="All hyperparameters of the training.")
     basis: Literal["free", "shared"] = "free"
     data: DataRecord | None = None
     seed: int | None = None
@@ -60,9 +63,9 @@ class InputRecord(Declared):
 
 
 class MethodRecord(Declared):
-    """A merge method from outside this package: the function, and the digest of its source.
+    """A merge method that is not part of this package: its function, and the digest of its source file.
 
-    Nothing imports the module because a record names it: the record may be anybody's.
+    The package never imports a module only because a record names it: records may come from untrusted sources.
     """
 
     module: str = Field(description="The module that defines the function.")
@@ -71,13 +74,15 @@ class MethodRecord(Declared):
 
 
 class TruncationRecord(Declared):
-    """The errors of a truncation: relative Frobenius errors of the delta."""
+    """The result of a truncation to a lower rank. Errors are relative Frobenius errors of the delta."""
 
-    rank: int = Field(description="The highest rank of a module.")
+    rank: int = Field(description="The highest rank among the modules.")
     energy: float | None = Field(default=None, description="The requested share of the energy, if any.")
     total: float = Field(ge=0)
     modules: dict[str, float] = Field(default_factory=dict)
-    ranks: dict[str, int] = Field(default_factory=dict, description="Rank of each module with a lower rank.")
+    ranks: dict[str, int] = Field(
+        default_factory=dict, description="Rank of each module whose rank is lower than the highest."
+    )
 
 
 class SoupRecord(Declared):
@@ -85,10 +90,11 @@ class SoupRecord(Declared):
 
     format_version: Literal[1] = 1
     kind: Literal["adapter", "model"]
-    profile: dict[str, Any] = Field(description="The profile, as declared.")
+    profile: dict[str, Any] = Field(description="The profile, as the user declared it.")
     method: str
     method_source: MethodRecord | None = Field(
-        default=None, description="The function of a method from outside this package; left out for a built-in method."
+        default=None,
+        description="The function of a method that is not part of this package. Left out for a built-in method.",
     )
     options: dict[str, float] = Field(default_factory=dict, description="All options of the method.")
     encoding: Literal["stacked", "truncated", "folded"]
@@ -96,13 +102,14 @@ class SoupRecord(Declared):
     experts: tuple[InputRecord, ...]
     base: BaseRecord
     base_folder: str | None = Field(
-        default=None, description="For a merged adapter: the folder of the base, if the merge read it."
+        default=None, description="For a merged adapter: the folder of the base, if the merge read the base."
     )
     base_blake3: dict[str, str] = Field(
-        default_factory=dict, description="BLAKE3 digest of each weight file of the base, if the merge read it."
+        default_factory=dict, description="BLAKE3 digest of each weight file of the base, if the merge read the base."
     )
     untied: str | None = Field(
-        default=None, description="The output embedding's tensor, if the base's tied embeddings were separated."
+        default=None,
+        description="Name of the output embedding's tensor, if the merge separated the base's tied embeddings.",
     )
     rank: int | None = Field(default=None, description="The merged adapter's rank; null for a folded model.")
     dtype: str
@@ -116,7 +123,7 @@ class SoupRecord(Declared):
 
     @model_serializer(mode="wrap")
     def _without_empty_source(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `method_source` out of the records of built-in methods: they were written before it existed."""
+        """Leave `method_source` out for built-in methods, as older versions of the package did."""
         table: dict[str, Any] = serialize(self)
         if table.get("method_source", self) is None:
             del table["method_source"]
@@ -127,27 +134,29 @@ Record = TypeVar("Record", bound=Declared)
 
 
 def read_expert_record(folder: Path) -> ExpertRecord | None:
-    """Return the contents of `expert.json` in `folder`, or None if there is none.
+    """Return the contents of `expert.json` in `folder`, or None if the file does not exist.
 
     Raises:
-        FileFormatError: if the file is not JSON or not an expert record.
+        FileFormatError: if the file is not JSON or is not a valid expert record.
+        InputError: if the file cannot be read.
     """
     return _read(folder / EXPERT_FILE, ExpertRecord)
 
 
 def read_soup_record(folder: Path) -> SoupRecord | None:
-    """Return the contents of `soup.json` in `folder`, or None if there is none.
+    """Return the contents of `soup.json` in `folder`, or None if the file does not exist.
 
     Raises:
-        FileFormatError: if the file is not JSON or not a soup record.
+        FileFormatError: if the file is not JSON or is not a valid soup record.
+        InputError: if the file cannot be read.
     """
     return _read(folder / SOUP_FILE, SoupRecord)
 
 
 def write_record(folder: Path, record: ExpertRecord | SoupRecord) -> Path:
-    """Write `expert.json` or `soup.json` into `folder`, and return its path.
+    """Write an expert record to `expert.json` or a soup record to `soup.json` in `folder`, and return the path.
 
-    The keys are in the order of the model's fields, so equal records have equal bytes.
+    The keys are in the order of the record's fields, so equal records have equal bytes.
     """
     path = folder / (EXPERT_FILE if isinstance(record, ExpertRecord) else SOUP_FILE)
     text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
@@ -156,7 +165,7 @@ def write_record(folder: Path, record: ExpertRecord | SoupRecord) -> Path:
 
 
 def library_versions(*packages: str) -> dict[str, str]:
-    """Return the versions of Python, of this package and of `packages`, read from their metadata without an import."""
+    """Return the versions of Python, this package and the installed ones of `packages`. No package is imported."""
     from personalized_soups import __version__
 
     versions = {"python": platform.python_version(), "personalized_soups": __version__}

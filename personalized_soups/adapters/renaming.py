@@ -1,8 +1,9 @@
-"""The renaming of tensors when transformers loads a base's files, by transformers' own tables, without reading tensors.
+"""The names that a base's tensors get when transformers loads the files. No tensor is read.
 
-The names depend on the class that loads the files: AutoModelForCausalLM extracts the language model of a multimodal
-checkpoint. The tables are attached to models, so a model of each class is built without memory (torch's device `meta`).
-Only this module of merging imports transformers, and it is used only if the names alone do not decide.
+The names come from transformers' own tables. They depend on the class that loads the files: AutoModelForCausalLM
+extracts the language model of a multimodal checkpoint. A table belongs to a model, so this module builds a model of
+each class on torch's device `meta`, which takes no memory. Importing transformers is slow, so this module is used only
+if the names alone do not decide.
 
 Source: transformers.core_model_loading.convert_and_load_state_dict_in_model (5.23), transformers.conversion_mapping.
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# An adapter's configuration does not name the class that it was trained with. These load nearly all bases of adapters.
+# An adapter's configuration does not name the class of its base. These classes load nearly all bases of adapters.
 _AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
@@ -27,12 +28,12 @@ _AUTO_CLASSES = (
 
 @dataclass(frozen=True, eq=False)
 class Renaming:
-    """The names of one class.
+    """The names of the tensors in memory and in the files, for one class that loads the files.
 
     Attributes:
         stored_by_name: for each tensor in memory that is an unchanged tensor of the files, its name in the files.
-        made_of: for each other tensor in memory, the names in the files from which it is computed.
-        tables: transformers' tables, for names from files of other versions.
+        made_of: for each tensor in memory that is computed from tensors of the files, their names in the files.
+        tables: transformers' tables, for names in files that other versions of transformers wrote.
     """
 
     stored_by_name: Mapping[str, str]
@@ -40,7 +41,11 @@ class Renaming:
     tables: _Tables
 
     def stored(self, tensor: str) -> str | None:
-        """Return the name in the files of a tensor, given its name in memory or in files of other versions."""
+        """Return the name of a tensor in the files, or None if it is not an unchanged tensor of the files.
+
+        Args:
+            tensor: its name in memory, or in files that other versions of transformers wrote.
+        """
         if tensor in self.stored_by_name:
             return self.stored_by_name[tensor]
         if tensor in self.made_of:
@@ -50,7 +55,7 @@ class Renaming:
 
 
 def renamings(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> tuple[Renaming, ...]:
-    """Return the renaming of each class of transformers that loads a base; empty if there is none.
+    """Return one renaming for each class of transformers that can load a base.
 
     Args:
         folder: the base's folder, with config.json.
@@ -66,7 +71,7 @@ def renamings(folder: Path, config: Mapping[str, Any], names: Iterable[str]) -> 
 
 
 class _Tables:
-    """The transforms that transformers applies to the names in files, for one model."""
+    """The rules by which transformers renames and converts the tensors of the files of one model."""
 
     def __init__(self, model: Any) -> None:
         from transformers import conversion_mapping, core_model_loading
@@ -79,12 +84,12 @@ class _Tables:
         self._tensors = model.state_dict()
 
     def __call__(self, name: str) -> tuple[str, bool]:
-        """Return the renamed name, and whether the tensor is computed instead of copied."""
+        """Return the new name of a tensor, and whether transformers computes the tensor instead of copying it."""
         renamed, pattern = self._rename(name, self._renamings, self._converters)
         return renamed, pattern is not None
 
     def loaded_as(self, name: str) -> tuple[list[str], bool]:
-        """Return the tensors in memory that use a tensor of the files, and whether they are computed from it."""
+        """Return the tensors in memory that come from a tensor of the files, and whether they are computed from it."""
         tensors = self._tensors
         renamed, pattern = self._rename(name, self._renamings, self._converters, self._prefix, tensors)
         if renamed not in tensors and name in tensors:
@@ -103,7 +108,7 @@ def _renaming(model: Any, names: Sequence[str]) -> Renaming:
     tables = _Tables(model)
     stored: dict[str, str] = {}
     made_of: dict[str, list[str]] = {}
-    # in the order of loading, because some tables depend on the names before
+    # in the order in which transformers loads them, because some tables depend on the names before
     for name in sorted(names, key=dot_natural_key):
         targets, is_computed = tables.loaded_as(name)
         for target in targets:
@@ -111,20 +116,20 @@ def _renaming(model: Any, names: Sequence[str]) -> Renaming:
                 made_of.setdefault(target, []).append(name)
             else:
                 stored[target] = name
-    # a tensor with two sources is not a copy of either
+    # a tensor that comes from two tensors of the files is not a copy of either
     for target in made_of.keys() & stored.keys():
         made_of[target].append(stored.pop(target))
     return Renaming(stored, {target: tuple(sorted(own)) for target, own in made_of.items()}, tables)
 
 
 def _models(folder: Path, config: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield a model of each class, without memory. Classes that cannot build the model could not load it either."""
+    """Yield a model of each class on the device `meta`. Classes that cannot build the model are skipped."""
     import torch
     import transformers
 
     try:
         loaded = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception:  # a model with its own code, or for a newer version of transformers
+    except Exception:  # the model has its own code or needs a newer version of transformers
         return
     seen: set[type] = set()
     for name in (*map(str, config.get("architectures") or ()), *_AUTO_CLASSES):

@@ -1,16 +1,17 @@
-"""The search for a tensor in a base's files, by its name in the model in memory, which adapters use.
+"""The search for a tensor in a base's files, given its name in the model in memory.
 
-The names differ if a class of transformers keeps the inner model in another attribute than the files do, if a training
-tool left its wrapper in the names, or if transformers renames tensors when loading. The steps of the search are:
+Adapters use the names in memory. The files have other names if a class of transformers keeps the inner model in another
+attribute, if a training tool left its wrapper in the names, or if transformers renames tensors when it loads them. The
+search tries these steps in order:
 
-1. the name itself;
-2. the name without wrappers (`_orig_mod`, `module`), compared with the files' names without wrappers;
-3. the only name in the files that ends in the core of the name. The core has no wrappers and does not start with the
-   attributes `model`, `transformer`, `language_model`, ...;
-4. transformers' renaming of the files' names (renaming.py), which imports transformers.
+1. Look for the name itself.
+2. Remove the wrappers (`_orig_mod`, `module`) from the name and from the files' names, and look for the name again.
+3. Look for names in the files that end in the core of the name. The core has no wrappers and does not start with the
+   attributes `model`, `transformer`, `language_model`, ... (names.py).
+4. Rename the files' names with transformers' own tables (renaming.py). This step imports transformers.
 
-A step decides if exactly one tensor matches. Other parts of a name are never dropped: `lm_q.layers.0` is not
-`layers.0`.
+The first step with exactly one matching tensor decides. Other parts of a name are never dropped: `lm_q.layers.0` does
+not match `layers.0`.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ from personalized_soups.adapters.names import are_model_steps, core_name, withou
 from personalized_soups.adapters.renaming import Renaming
 from personalized_soups.errors import choose_from
 
-# Models whose files use a name for another tensor than the model in memory does, so that an equal name proves nothing.
-# A test compares this list with transformers' tables.
+# Model types in which a name stands for one tensor in the files and for another one in memory. For these model types,
+# only step 4 is used. A test compares this list with transformers' tables.
 SHIFTED_NAMES = frozenset({"kimi_k25"})
 
 _MAX_SHOWN = 3
 
 
 class StoredNames:
-    """The names of a base's tensors.
+    """The names of the tensors in a base's files, with a search.
 
     Args:
         names: the names in the files.
         model_type: the `model_type` of the base's configuration.
-        renamings: returns the renamings of transformers' classes; called only if no other step decides.
+        renamings: a function that returns the renamings of transformers' classes. It is called only for step 4.
     """
 
     def __init__(
@@ -48,13 +49,13 @@ class StoredNames:
         self._by_end: dict[int, Mapping[str, list[str]]] = {}
 
     def find(self, tensor: str) -> str | None:
-        """Return the name in the files of a tensor of the model in memory; None if no name or several match."""
+        """Return the files' name for a tensor of the model in memory, or None unless exactly one name matches."""
         if tensor not in self._found:
             self._found[tensor] = self._search(tensor)
         return self._found[tensor]
 
     def why_not(self, tensor: str) -> str:
-        """Return why `find` returns None for a tensor, with the most similar names in the files."""
+        """Return why `find` returns None for a tensor, as a message with the most similar names in the files."""
         made_of = sorted({name for each in self._renamings for name in each.made_of.get(without_wrappers(tensor), ())})
         if made_of:
             return f"transformers computes it from {_few(made_of)}, which this version does not support"
@@ -78,7 +79,7 @@ class StoredNames:
         return self._renamed(tensor)
 
     def _renamed(self, tensor: str) -> str | None:
-        """Return the name in the files by transformers' renamings, if all classes that have the tensor agree."""
+        """Return the files' name by transformers' renamings, or None unless all classes that have the tensor agree."""
         names = {name for each in self._renamings if (name := each.stored(without_wrappers(tensor))) is not None}
         if not names:
             plain = _plain(tensor)
@@ -97,7 +98,7 @@ class StoredNames:
         return by_plain
 
     def _ending_in(self, core: str) -> list[str]:
-        """Return the names in the files that, without wrappers, end in the steps of a core."""
+        """Return the names in the files that end in the steps of a core once their wrappers are removed."""
         length = core.count(".") + 1
         if length not in self._by_end:
             by_end: dict[str, list[str]] = {}
@@ -108,10 +109,10 @@ class StoredNames:
 
 
 def _may_be(core: str, stored: str) -> bool:
-    """Return whether the only name that ends in a core certainly is that tensor.
+    """Return whether the only name in the files that ends in a core certainly is the name of that tensor.
 
-    A core with a layer's number is distinctive. Another module of the model may have a name that ends in a core without
-    one (`score.weight`), so the rest of the name may only be attributes of the inner model.
+    A core that contains the number of a layer is distinctive. Without a number (`score.weight`), other modules may have
+    names that end in the core, so the steps of `stored` before the core must be attributes of the inner model.
     """
     if any(step.isdigit() for step in core.split(".")):
         return True

@@ -1,4 +1,4 @@
-"""The tensors that an adapter trains whole, from headers and configuration, without reading tensors."""
+"""The tensors of an adapter that are trained as a whole, not as LoRA factors. Only headers are read, not tensors."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from typing import Literal
 from personalized_soups.adapters.modules import Header, LoraModule
 from personalized_soups.adapters.names import PREFIX, TensorName, unknown_name
 
-# PEFT also saves the whole input and output embeddings if one of them is adapted or was resized for new tokens.
+# PEFT also saves the complete input and output embeddings if one of them is adapted or was resized for new tokens.
 _EMBEDDINGS = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out"})
 
-# A module of modules_to_save has the base's module and the trained one under these names. PEFT saves the trained one
-# without such a step. In some cases it saves all three: all names that end in `.bias` (bias="all"), and all tensors of
-# an embedding that was resized or saved by save_embedding_layers=True. It loads only the one without the step.
+# PEFT wraps each module of modules_to_save. The wrapper keeps the base's module and the trained module under these two
+# names. PEFT saves the trained tensors under a third name, without such a step. In some cases it saves all three: all
+# names that end in `.bias` (bias="all"), and all tensors of an embedding that was resized or that
+# save_embedding_layers=True saved. PEFT loads only the tensor whose name has no such step.
 _WRAPPERS = ("original_module", "modules_to_save")
 
 Origin = Literal["bias", "lora_bias", "modules_to_save", "trainable_token_indices", "use_dora", "saved embedding"]
@@ -23,23 +24,27 @@ Origin = Literal["bias", "lora_bias", "modules_to_save", "trainable_token_indice
 
 @dataclass(frozen=True, slots=True)
 class TrainedTensor:
-    """One tensor that is trained whole.
+    """One tensor that is trained as a whole.
 
-    With an expert's weight w, the saved value v and the base's value t, the kinds add to the target
+    Let w be the weight of an expert in a soup, v the saved tensor, and t the target, which is the base's tensor. The
+    kind says what the soup adds to t:
+
     - added (lora_bias): `w * scaling * v`;
     - replaced (bias, modules_to_save, a saved embedding): `w * (v - t)`;
-    - rows (trainable_token_indices): `w * (v - t[rows])`, to those rows.
-    A magnitude (DoRA) is the norm to which each output's row is scaled after the change by `module`.
+    - rows (trainable_token_indices): `w * (v - t[rows])`, added to these rows of t.
+
+    The kind magnitude (DoRA) is different: the delta of `module` is added first, and then each output's row is scaled
+    to the norm v.
 
     Attributes:
         kind: how the tensor changes its target.
-        name: the name in the adapter's file.
-        target: the name of the tensor in the base.
+        name: the tensor's name in the adapter's file.
+        target: the name of the target in the base.
         shape: the tensor's shape.
-        origin: the setting of PEFT by which it is trained.
-        rows: the trained tokens.
-        scaling: the scaling of a bias of B.
-        module: the low-rank change to which a bias of B or a magnitude belongs.
+        origin: the setting of PEFT for which the tensor was saved.
+        rows: the token ids of the trained rows, for the kind `rows`.
+        scaling: the scaling of B, for the kind `added`.
+        module: the module to which a bias of B or a magnitude belongs.
     """
 
     kind: Literal["added", "replaced", "rows", "magnitude"]
@@ -53,11 +58,15 @@ class TrainedTensor:
 
 
 def trained_of(header: Header, modules: Mapping[str, LoraModule]) -> dict[str, TrainedTensor]:
-    """Return the tensors that are trained whole, sorted by their names in the file.
+    """Return the tensors that are trained as a whole, sorted by their names in the file.
+
+    Args:
+        header: the headers and the configuration of the adapter.
+        modules: the modules that have LoRA factors, from `modules_of`.
 
     Raises:
         FileFormatError: if a tensor is missing or has another shape than configured.
-        UnsupportedAdapterError: if a tensor's meaning is unknown.
+        UnsupportedAdapterError: if a tensor has an unknown name.
     """
     factors = {name for module in modules.values() for name in (module.a_name, module.b_name)}
     trained = {}
@@ -88,18 +97,18 @@ def _trained(header: Header, name: str, parts: TensorName, modules: Mapping[str,
 
 
 def _of_module(header: Header, name: str, parts: TensorName, modules: Mapping[str, LoraModule]) -> TrainedTensor:
-    """Return a bias of B or a magnitude, which belongs to a low-rank change."""
+    """Return a bias of B or a magnitude. Both belong to a module with LoRA factors."""
     config = header.config
     module = modules.get(parts.path)
     is_bias = parts.role == "bias of B"
     key: Origin = "lora_bias" if is_bias else "use_dora"
     if not (config.lora_bias if is_bias else config.use_dora):
         raise header.fault(f"the file has the tensor {name}, but {key} is false in the configuration")
-    # parameters and torch's attention have neither a magnitude nor a bias of B, and embeddings have no bias
+    # parameters and torch's MultiheadAttention have neither magnitudes nor biases of B; embeddings have no biases of B
     if module is None or module.base_name != f"{module.name}.weight" or (is_bias and module.kind == "embedding"):
         raise unknown_name(name, where=header.where)
     shape = header.entry(name).shape
-    if math.prod(shape) != module.out_features:  # [O]; of a convolution [1, O, 1, 1]
+    if math.prod(shape) != module.out_features:  # the shape is [O], or [1, O, 1, 1] for a convolution
         raise header.fault(
             f"the tensor {name} has shape {list(shape)}, but the module has {module.out_features} outputs"
         )
@@ -111,7 +120,7 @@ def _of_module(header: Header, name: str, parts: TensorName, modules: Mapping[st
 
 
 def _rows(header: Header, name: str, module: str) -> tuple[int, ...]:
-    """Return the tokens whose rows are trained. As in PEFT, a key matches the modules whose names end in it."""
+    """Return the tokens whose rows are trained. As in PEFT, a key matches all modules whose names end in the key."""
     tokens = header.config.trainable_tokens
     if not isinstance(tokens, Mapping):
         return tokens
@@ -124,7 +133,7 @@ def _rows(header: Header, name: str, module: str) -> tuple[int, ...]:
 
 
 def _origin(header: Header, parts: TensorName, modules: Mapping[str, LoraModule]) -> Origin | None:
-    """Return the setting by which PEFT saved a tensor of the base model, or None if no setting does."""
+    """Return the setting for which PEFT saved a tensor of the base model, or None if there is no such setting."""
     config = header.config
     module, _, attribute = parts.path.rpartition(".")
     steps = module.split(".")
@@ -142,7 +151,7 @@ def _origin(header: Header, parts: TensorName, modules: Mapping[str, LoraModule]
 
 
 def _is_copy(header: Header, name: str) -> bool:
-    """Return whether a tensor is a second copy of a module of modules_to_save, whose trained tensor is in the file."""
+    """Return whether `name` is a copy in a wrapper of modules_to_save. The file has the trained tensor as well."""
     steps = name.split(".")
     return any(
         step in _WRAPPERS and ".".join([*steps[:place], *steps[place + 1 :]]) in header.names

@@ -1,7 +1,8 @@
-"""Adapters for a base whose input and output embeddings are one tensor (ensure_weight_tying).
+"""Adapters that PEFT trained with ensure_weight_tying, for a base whose input and output embeddings are one tensor.
 
-PEFT then saves the same change twice: for the embedding, and for the output layer with A and B exchanged, since
-`(B A)^T = A^T B^T`. PEFT's merge adds both to the tied tensor, but in training each of the two layers had one.
+PEFT saves such a delta twice: once for the embedding, and once for the output layer with A and B exchanged, because
+`(B A)^T = A^T B^T`. PEFT's merge adds both copies to the tied tensor, but each of the two layers had only one delta
+during training.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from personalized_soups.adapters.lora import LoraAdapter
 
 
 def tied_copies(adapter: LoraAdapter) -> dict[str, str]:
-    """Return the changes that repeat another change on a tied base, each with the repeated one.
+    """Return a mapping from each copy to its original; empty if ensure_weight_tying is off.
 
-    Low-rank changes are given by module name, tensors that are trained whole by their names in the file. If the base's
-    embeddings are one tensor, skip the copies; otherwise both changes count. Empty without ensure_weight_tying.
+    A LoRA module is given by its name. A tensor that is trained as a whole is given by its name in the file. If the
+    base's embeddings are one tensor, the caller must skip the copies. Otherwise, both copy and original count.
 
     Raises:
         InputError: if a value is NaN or infinite.
@@ -44,11 +45,11 @@ def tied_copies(adapter: LoraAdapter) -> dict[str, str]:
 def are_tied_tokens(of_input: tuple[int, ...] | None, of_output: tuple[int, ...] | None) -> bool:
     """Return whether the trained tokens of the input embedding also count for the tied output embedding.
 
-    They do unless the output embedding has trained tokens of its own that differ; the embeddings are then no longer
-    equal. Source: peft.utils.other.set_additional_trainable_modules.
+    They do unless the output embedding has other trained tokens. In that case, the embeddings are no longer equal.
+    Source: peft.utils.other.set_additional_trainable_modules.
 
     Args:
-        of_input: the tokens that an adapter trained in the input embedding, in its order, or None.
-        of_output: the tokens that it trained in the output embedding, or None.
+        of_input: the tokens that the adapter trained in the input embedding, in the order of the file, or None.
+        of_output: the tokens that the adapter trained in the output embedding, in the order of the file, or None.
     """
     return of_input is not None and of_output in (None, of_input)

@@ -1,4 +1,4 @@
-"""All keys of PEFT's LoraConfig: those that are read, those that do not affect saved tensors, and those rejected.
+"""All keys of PEFT's LoraConfig: keys that are read, keys that do not matter, and keys that are rejected.
 
 Tests compare these tables with docs/reference/adapters.md, and with the LoraConfig of the installed PEFT.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-# Keys that decide what the tensors mean. AdapterConfig reads them.
+# Keys that decide what the saved tensors mean. AdapterConfig reads these keys.
 READ = frozenset({
     "alpha_pattern", "base_model_name_or_path", "bias", "ensure_weight_tying", "exclude_modules", "fan_in_fan_out",
     "init_lora_weights", "layers_to_transform", "lora_alpha", "lora_bias", "modules_to_save", "peft_type",
@@ -18,8 +18,8 @@ READ = frozenset({
     "trainable_token_indices", "use_dora", "use_rslora",
 })  # fmt: skip
 
-# Keys that do not affect what the saved tensors mean: settings of the training, and of variants that are off. The
-# settings of an initialisation matter only if init_lora_weights names it; conversions leave them in the file.
+# Keys that do not affect what the saved tensors mean: settings of the training, and settings of an initialisation. The
+# latter matter only if init_lora_weights names that initialisation. A conversion to plain LoRA leaves them in the file.
 HARMLESS = frozenset({
     "auto_mapping", "corda_config", "eva_config", "inference_mode", "layers_pattern", "lora_dropout", "lora_ga_config",
     "megatron_core", "qalora_group_size", "runtime_config",
@@ -34,8 +34,8 @@ class Refusal:
         name: the variant's name.
         why: why its adapters cannot be merged.
         mend: the fix.
-        off: the values of the key with which the variant is off. For most keys an empty object is not among them: it
-            turns the variant on with its defaults (peft.tuners.lora.config._get_lora_subconfig).
+        off: the values of the key that switch the variant off. For most keys, an empty object switches the variant on
+            with its defaults (peft.tuners.lora.config._get_lora_subconfig).
     """
 
     name: str
@@ -51,11 +51,11 @@ _RETRAIN = "train the expert without {}"
 
 REFUSED: Mapping[str, Refusal] = MappingProxyType({
     "layer_replication": Refusal(
-        "layer replication", "its base has more layers than the checkpoint",
-        "write the base with its layers repeated, and train on that", (None, []),
+        "layer replication", "the model has more layers than the base's checkpoint",
+        "save the base with its layers repeated, and train the expert on that copy", (None, []),
     ),
     "alora_invocation_tokens": Refusal(
-        "aLoRA", "it is active only after certain tokens, so no merged weights are equal to it",
+        "aLoRA", "it is active only after certain tokens, so no merged weights have the same effect",
         _RETRAIN.format("alora_invocation_tokens"), (None, []),
     ),
     "megatron_config": Refusal(
@@ -67,7 +67,7 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType({
         _RETRAIN.format("use_qalora"), (None, False),
     ),
     "loftq_config": Refusal(
-        "LoftQ", "its factors correct errors of its quantised base, so they fit only that base",
+        "LoftQ", "its factors correct errors of a quantised base, so they fit only that base",
         "train the expert with init_lora_weights=True (QLoRA) on the base itself", (None, {}),
     ),
     "kasa_config": Refusal(
@@ -75,7 +75,7 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType({
         _RETRAIN.format("kasa_config"),
     ),
     "arrow_config": Refusal(
-        "Arrow", "it chooses an adapter for each token", "give the adapters that it chooses from instead",
+        "Arrow", "it chooses an adapter for each token", "merge the adapters that Arrow chooses from",
     ),
     "monteclora_config": Refusal(
         "MonteCLoRA", "it draws its factors at random around the saved ones", _RETRAIN.format("monteclora_config"),
@@ -89,11 +89,12 @@ REFUSED: Mapping[str, Refusal] = MappingProxyType({
     ),
 })  # fmt: skip
 
-# Initialisations that do not change the base, so that an expert's delta is s B A. MiCA initialises B from the base, but
-# A with zeros (peft.tuners.lora.layer.LoraLayer.mica_init).
+# Initialisations that do not change the base, so that an expert's delta is scaling * B @ A. MiCA initialises B from the
+# base, but A with zeros (peft.tuners.lora.layer.LoraLayer.mica_init).
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "mica")
 
-# Initialisations that change the base to W - s B0 A0, by the start of their names, with the fix.
+# Initialisations that change the base's weight to W - scaling * B0 @ A0, where B0 and A0 are the initial factors. The
+# keys are the starts of their names, and the values say what the user can do.
 MOVING_INITS: Mapping[str, str] = MappingProxyType({
     "pissa": _CONVERT,
     "olora": _CONVERT,

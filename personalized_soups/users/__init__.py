@@ -1,1 +1,1 @@
-"""What the system knows about each user: stored profiles."""
+"""The data that the package stores for each user: versions of the user's profile."""

@@ -1,4 +1,4 @@
-"""Where a store is: the path of a SQLite file, or the URL of a database."""
+"""Addresses of profile stores. An address is the path of a SQLite file or the URL of a database."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def open_database(where: str | Path, *, create: bool, patience: float) -> Databa
     """Open the database at a path or a URL.
 
     Args:
-        where: a file (SQLite), or a URL: sqlite:///profiles.db, postgresql://user@host/database.
+        where: the path of a SQLite file, or a URL: sqlite:///profiles.db, postgresql://user@host/database.
         create: whether to create the store if it does not exist.
-        patience: seconds that a writer waits for other writers.
+        patience: the number of seconds that a writer waits for other writers.
 
     Raises:
-        UsageError: if the URL is invalid or names another kind of database.
+        UsageError: if the URL is not valid, or if its database is neither SQLite nor PostgreSQL.
     """
     if not isinstance(where, str) or not _URL.match(where):
         return SqliteDatabase(Path(where), create=create, patience=patience)
@@ -43,7 +43,7 @@ def open_database(where: str | Path, *, create: bool, patience: float) -> Databa
     return SqliteDatabase(Path(str(url.database)), create=create, patience=patience)
 
 
-def _bad_url(what: str) -> UsageError:  # without the URL, which may contain a password
+def _bad_url(what: str) -> UsageError:  # does not show the URL, because it may contain a password
     return UsageError(
         what, where="the store's URL", mend="give a path, sqlite:///profiles.db or postgresql://user@host/database"
     )

@@ -1,4 +1,4 @@
-"""The check of a profile before it is stored: its experts exist, and no two of them are opposed."""
+"""The check of a profile before it is stored: its experts must exist and must not be for opposed sides."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from personalized_soups.declare.side_rule import SideRule
 
 
 def library_check(library: ExpertLibrary) -> Callable[[Profile], None]:
-    """Return a function that checks a profile against a library. The experts' records are read once, here.
+    """Return a function that checks whether a profile fits a library of experts.
 
-    The returned function raises DeclarationError for an unknown expert, and for weights on two sides of one dimension
-    in a profile without `allow_opposed: true`.
+    The returned function raises DeclarationError in two cases: if the profile names an unknown expert, or if it gives
+    weights to two sides of one dimension without `allow_opposed: true`. The experts' records are read only once, when
+    `library_check` is called.
 
     Raises:
-        InputError: if an expert cannot be read.
+        InputError: if the record of an expert cannot be read.
     """
     sides = SideRule.of(library.values())
 

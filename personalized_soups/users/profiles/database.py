@@ -1,4 +1,4 @@
-"""`Database`: the operations that a store needs of SQLite or PostgreSQL."""
+"""`Database`: the interface of a profile store to SQLite or PostgreSQL."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from personalized_soups.users.profiles.schema import check_schema, store
 
 T = TypeVar("T")
 
-# User and document of each profile in one batch of an import.
+# One batch of an import: the user and the document of each profile.
 Batch = Sequence[tuple[str, str]]
 
 
 class Database(ABC):
-    """A SQLAlchemy engine with its connections. Threads may share a database.
+    """A database with the tables of a profile store. Several threads may use a `Database` at once.
 
     Args:
-        engine: SQLAlchemy's engine.
-        where: the database's name in errors, without its password.
+        engine: the SQLAlchemy engine, which opens the connections.
+        where: the database's name in errors, without a password.
     """
 
     def __init__(self, engine: Engine, where: str) -> None:
@@ -32,16 +32,16 @@ class Database(ABC):
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        """Yield a connection for single statements. Each statement sees what is committed when it starts.
+        """Yield a connection for single statements. Each statement sees what was committed before its start.
 
         Raises:
-            StoreUnavailable, StoreFull, FileFormatError: as `translated_errors`.
+            StoreUnavailable, StoreFull, FileFormatError: see `translated_errors`.
         """
         with translated_errors(self.where), self.engine.connect() as connection:
             yield connection
 
     def check_schema(self, connection: Connection) -> None:
-        """Raise FileFormatError if this version of the package does not know the schema of the tables."""
+        """Raise FileFormatError if this version of the package does not support the schema of the tables."""
         check_schema(connection.execute(select(store.c.schema)).scalar_one(), self.where)
 
     def close(self) -> None:
@@ -50,11 +50,14 @@ class Database(ABC):
 
     @abstractmethod
     def write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in one transaction that excludes other writers, and return its result. `work` may run again."""
+        """Run `work` in one transaction that excludes other writers, and return the result of `work`.
+
+        After a conflict with another writer, `work` may run again.
+        """
 
     @abstractmethod
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Fill the temporary table without a lock, then run `work` as `write` does."""
+        """Insert the batches into the temporary table without a lock, then run `work` as `write` does."""
 
     @abstractmethod
     def erase(self, user: str) -> None:

@@ -1,4 +1,7 @@
-"""Profiles as the text that a store holds: JSON in ASCII, with everything of the profile but its user."""
+"""Conversion between profiles and the documents in a store.
+
+A document is a JSON object in ASCII with all fields of a profile except its user.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +16,12 @@ from personalized_soups.users.profiles.names import has_surrogates
 
 
 def document_of(profile: Profile) -> str:
-    """Return the fields of a profile that differ from their defaults, without the user.
+    """Return the document of a profile. It contains the fields that differ from their defaults, without the user.
 
     Raises:
         DeclarationError: if an expert's name contains lone surrogates.
     """
-    # ASCII, because PostgreSQL does not store NUL and an expert's name may contain it.
+    # JSON escapes the character NUL, which may occur in an expert's name and which PostgreSQL cannot store.
     document = json.dumps(profile.model_dump(exclude_defaults=True, exclude={"user"}), separators=(",", ":"))
     if has_surrogates("".join(profile.weights)):
         raise DeclarationError(
@@ -35,14 +38,14 @@ def profile_of(user: str, version: int, document: str, where: str) -> Profile:
     Args:
         user: the profile's user.
         version: the profile's version, for errors.
-        document: what `document_of` returned.
+        document: the document, as `document_of` returned it.
         where: the store's name, for errors.
 
     Raises:
         FileFormatError: if the document is not a valid profile.
     """
     try:
-        # A document is never the empty object, because weights have no default.
+        # A document always contains the weights, which have no default, so document[1:] is not just a brace.
         profile = Profile.model_validate_json(f'{{"user":{json.dumps(user)},{document[1:]}')
     except ValidationError as error:
         raise FileFormatError(

@@ -1,4 +1,4 @@
-"""The errors of a profile store, and the translation of database errors into them."""
+"""The errors of a profile store, and the conversion of database errors to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PRIMARY = 0xFF
 _FULL = frozenset({sqlite3.SQLITE_FULL})
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
-# The statement or its use is wrong: a bug of this package.
+# The statement or its use is wrong, which is a bug of this package.
 _OURS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CONSTRAINT, sqlite3.SQLITE_MISUSE, sqlite3.SQLITE_INTERNAL})
 # The shared-memory file could not grow, because the disk is full.
 _FULL_EXTENDED = frozenset({sqlite3.SQLITE_IOERR_SHMSIZE})
@@ -30,14 +30,14 @@ _DISK_FULL = "53100"
 
 
 class UnknownProfile(UsageError):  # noqa: N818 # the name states the condition
-    """The store has no profile of the user, or not the version of it."""
+    """The store has no profile of the user, or the user's profile does not have the given version."""
 
 
 class VersionConflict(RunError):  # noqa: N818
-    """A write expected another version than the current one, because another write came first.
+    """A write expected a version of the profile that is not the current one. Usually another write came first.
 
     Attributes:
-        current: the current version; None if the user has no profile.
+        current: the current version, or None if the user has no profile.
     """
 
     def __init__(self, what: str, *, where: str, mend: str, current: int | None = None) -> None:
@@ -50,24 +50,26 @@ class VersionConflict(RunError):  # noqa: N818
 
 
 class StoreUnavailable(RunError):  # noqa: N818
-    """The database cannot be reached or opened, or was locked for too long. A later call may succeed."""
+    """The database cannot be opened, does not answer, or was locked for too long. A later call may succeed."""
 
 
 class StoreFull(RunError):  # noqa: N818
-    """The database's disk is full; the write was undone."""
+    """The disk of the database is full. The write was undone."""
 
 
 @contextmanager
 def translated_errors(where: str) -> Iterator[None]:
-    """Translate errors of the database within the block. Errors that show a bug of this package are not translated.
+    """Convert errors of the database in the `with` block to errors of the store.
+
+    Errors that show a bug of this package are not converted.
 
     Args:
         where: the database's name in errors.
 
     Raises:
         StoreUnavailable: if the database cannot be reached, is locked, or is read-only.
-        StoreFull: if its disk is full.
-        FileFormatError: if it is damaged, or is not a profile store.
+        StoreFull: if the disk of the database is full.
+        FileFormatError: if the database is damaged, or is not a profile store.
     """
     try:
         yield
@@ -87,12 +89,12 @@ def translated_errors(where: str) -> Iterator[None]:
 
 
 def sqlstate(error: SQLAlchemyError) -> str | None:
-    """Return PostgreSQL's code of an error, None if it has none."""
+    """Return PostgreSQL's code for an error, or None if the error has no code."""
     return getattr(getattr(error, "orig", None), "sqlstate", None)
 
 
 def is_busy(error: DBAPIError) -> bool:
-    """Return whether SQLite failed because another connection holds the lock."""
+    """Return whether SQLite failed because another connection holds a lock."""
     return getattr(error.orig, "sqlite_errorcode", 0) & _PRIMARY in _BUSY
 
 

@@ -1,4 +1,4 @@
-"""Which user names a store accepts."""
+"""The rules for the names of users in a profile store."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ MAX_USER_BYTES = 256
 
 
 def check_user(user: str, where: str = "user") -> None:
-    """Raise if a store cannot hold a user's name.
+    """Raise if a profile store cannot store a user's name.
 
-    A name is any text: slashes, quotes, line breaks and control characters are allowed. It must not be empty, contain
-    NUL (PostgreSQL cannot store it) or lone surrogates, or take more than MAX_USER_BYTES in UTF-8.
+    A name may contain any characters, such as slashes, quotes, line breaks and control characters, except NUL and lone
+    surrogates. PostgreSQL cannot store NUL. A name must not be empty and must not take more than MAX_USER_BYTES bytes
+    in UTF-8.
 
     Args:
         user: the name.
-        where: where the name was given, for the error.
+        where: the place where the name was given, for the error.
 
     Raises:
-        DeclarationError: with the rule that the name breaks.
+        DeclarationError: if the name breaks a rule. The error names the rule.
     """
     if not user:
         raise DeclarationError("the user's name is empty", where=where, mend="give a name, such as u1042")
@@ -39,7 +40,7 @@ def check_unicode(user: str, where: str) -> None:
     """Raise if a user's name contains lone surrogates.
 
     Raises:
-        DeclarationError: with the name.
+        DeclarationError: if it does. The error contains the name.
     """
     if has_surrogates(user):
         raise DeclarationError(

@@ -1,4 +1,4 @@
-"""A profile store in PostgreSQL, through psycopg 3."""
+"""The database of a profile store on a PostgreSQL server. The driver is psycopg 3."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from personalized_soups.users.profiles.schema import create_tables, profiles, st
 
 T = TypeVar("T")
 
-# Limits for a server that stops answering, unless the URL sets others.
+# Timeouts for a server that stops answering. The URL may set other values.
 _CONNECT_SECONDS = 5
 _SILENT_MILLISECONDS = 10_000
 
-# An arbitrary number: all processes that create the tables take the same advisory lock.
+# The number of the advisory lock that a process takes to create the tables. The number is arbitrary.
 _CREATION_LOCK = 0x50534F5550
 
 _STAGE = f"INSERT INTO {staged.name} SELECT * FROM unnest(%(users)s::text[], %(documents)s::text[])"
@@ -33,12 +33,12 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 class PostgresDatabase(Database):
     """A database on a PostgreSQL server.
 
-    Writers run in SERIALIZABLE transactions. A write that conflicts with another runs again.
+    Writers run in SERIALIZABLE transactions. If a write conflicts with another one, it runs again.
 
     Args:
-        url: the database; its scheme is postgres, postgresql or postgresql+psycopg.
+        url: the database's URL, with the scheme postgres, postgresql or postgresql+psycopg.
         create: whether to create the tables if they do not exist.
-        patience: seconds that a writer waits for other writers.
+        patience: the number of seconds that a writer waits for other writers.
     """
 
     def __init__(self, url: URL, *, create: bool, patience: float) -> None:
@@ -62,9 +62,10 @@ class PostgresDatabase(Database):
             self._prepare(connection, create=create)
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in one SERIALIZABLE transaction, again if it conflicts with another, and return its result.
+        """Run `work` in one SERIALIZABLE transaction, and return the result of `work`.
 
-        If the connection is lost during the commit, the write may have happened or not: read the profile to find out.
+        If the transaction conflicts with another one, `work` runs again. If the connection is lost during the commit,
+        the server may or may not have committed the write: read the profile to find out.
         """
 
         def attempt() -> T:
@@ -74,10 +75,10 @@ class PostgresDatabase(Database):
         return self._retried(attempt)
 
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Fill the temporary table, then run `work` while other writers wait; readers do not wait."""
+        """Insert the batches into the temporary table, then run `work`. Only other writers wait for `work`."""
 
         def locked(connection: Connection) -> T:
-            # before the first read, so that the snapshot contains everything that other writers have committed
+            # lock before the first read, so that the transaction sees all that other writers have committed
             connection.exec_driver_sql(f"LOCK TABLE {profiles.name} IN EXCLUSIVE MODE")
             return work(connection)
 
@@ -91,7 +92,7 @@ class PostgresDatabase(Database):
                 connection.commit()
                 return self._retried(lambda: self._run(connection, locked))
             finally:
-                connection.invalidate()  # the temporary table ends with the connection
+                connection.invalidate()  # closing the connection drops the temporary table
 
     def erase(self, user: str) -> None:
         """Do nothing: the server's vacuum overwrites dead rows."""

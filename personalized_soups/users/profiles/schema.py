@@ -1,4 +1,4 @@
-"""The tables of a profile store, and every statement on them."""
+"""The tables of a profile store, and the SQL statements that use them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ SCHEMA = 1
 
 _metadata = MetaData()
 
-# Users are sorted by code points: SQLite's default, and the collation "C" of PostgreSQL.
+# Users are sorted by code points, which is SQLite's default and the collation "C" of PostgreSQL.
 _NAME = Text().with_variant(Text(collation="C"), "postgresql")
 
-# A write adds a row and never changes one. Two writers that saw the same version add the same key, so one fails.
+# A write adds a row and never changes a row. If two writers saw the same version, both add the same primary key, so one
+# of them fails.
 profiles = Table(
     "psoups_profiles",
     _metadata,
@@ -37,7 +38,8 @@ profiles = Table(
     sqlite_with_rowid=False,
 )
 
-# One row: the version of the schema, and the greatest version of any deleted profile (without its user's name).
+# This table has one row: the version of the schema, and the greatest version of all deleted profiles. The names of
+# deleted users are not kept.
 store = Table(
     "psoups_store",
     _metadata,
@@ -45,7 +47,7 @@ store = Table(
     Column("retired", BigInteger, nullable=False),
 )
 
-# The profiles that an import has read so far; visible to its connection only.
+# The profiles that an import has read so far. Only the connection of the import sees this table.
 staged = Table(
     "psoups_staged",
     MetaData(),
@@ -66,7 +68,7 @@ PAGE = (
     .order_by(profiles.c.user)
     .limit(bindparam("limit"))
 )
-# `pattern` is in lower case. lower() changes only ASCII letters: always in SQLite, and by collation "C" in PostgreSQL.
+# `pattern` is in lower case. lower() changes only ASCII letters, in PostgreSQL because of the collation "C".
 SEARCH = PAGE.where(func.lower(profiles.c.user).like(bindparam("pattern"), escape="\\"))
 RETIRED = select(store.c.retired)
 ADD = insert(profiles)
@@ -94,16 +96,20 @@ ADD_STAGED = (
 
 
 def create_tables(connection: Connection) -> None:
-    """Create the tables. The caller holds a lock and has checked that they do not exist."""
+    """Create the tables. The caller must hold a lock and must have checked that the tables do not exist."""
     _metadata.create_all(connection, checkfirst=False)
     connection.execute(insert(store).values(schema=SCHEMA, retired=0))
 
 
 def check_schema(version: int, where: str) -> None:
-    """Raise if this version of the package does not know the schema of the tables.
+    """Raise if this version of the package does not support the version of the tables' schema.
+
+    Args:
+        version: the version of the schema in the store.
+        where: the store's name, for the error.
 
     Raises:
-        FileFormatError: with both versions of the schema.
+        FileFormatError: if it does not. The error gives both versions of the schema.
     """
     if version != SCHEMA:
         raise FileFormatError(

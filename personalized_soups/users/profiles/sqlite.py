@@ -1,4 +1,4 @@
-"""A profile store in one SQLite file and its write-ahead log."""
+"""The database of a profile store in one SQLite file and its write-ahead log."""
 
 from __future__ import annotations
 
@@ -25,34 +25,34 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-# Each thread that uses the store at the same time has a connection; further threads wait for one.
+# The maximum number of connections. Each thread that uses the store has one connection; further threads wait.
 _CONNECTIONS = 16
 
-# The log of a large import is truncated to this size once its content is in the file.
+# After a large import, the write-ahead log is truncated to this size once its content is in the database file.
 _LOG_BYTES = 64 << 20
 
-# How often a connection is opened again because its file was replaced meanwhile.
+# How often to try to open a connection if the file is replaced while it is opened.
 _ATTEMPTS = 5
 
 _PAUSE_SECONDS = 0.01
 
 
 class _Connection(sqlite3.Connection):
-    """A connection that records the identity of its file."""
+    """A connection with the identity of its file."""
 
     file: Identity | None = None
 
 
 class SqliteDatabase(Database):
-    """A SQLite file. Readers never wait; writers wait for each other.
+    """A database in a SQLite file. Readers never wait. Writers wait for each other.
 
-    A committed transaction is on the disk. Deleted bytes are overwritten.
+    A transaction is on the disk when its commit returns. Deleted bytes are overwritten.
 
     Args:
-        path: the file. After it is opened it is never created again: if the file is moved away, calls raise
-            StoreUnavailable until it is back.
+        path: the path of the file. An open database never creates the file again: if the file is moved away, calls
+            raise StoreUnavailable until it is back.
         create: whether to create the file if it does not exist.
-        patience: seconds that a writer waits for other writers.
+        patience: the number of seconds that a writer waits for other writers.
     """
 
     def __init__(self, path: Path, *, create: bool, patience: float) -> None:
@@ -70,20 +70,20 @@ class SqliteDatabase(Database):
             raise
 
     def close(self) -> None:
-        """Close all connections. Closing the last one moves the log's content into the file."""
+        """Close all connections. When the last one closes, SQLite moves the content of the log into the file."""
         super().close()
         while self._held:
             release(self._held.pop())
 
     def write(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` in one transaction that takes the write lock at its start, and return its result."""
+        """Run `work` in one transaction that starts with the write lock, and return the result of `work`."""
         with self.reading() as connection:
             return _locked(connection, work)
 
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Fill the temporary table without a lock, then run `work` with the write lock."""
+        """Insert the batches into the temporary table without a lock, then run `work` with the write lock."""
         with self.reading() as connection:
-            connection.detach()  # the temporary table ends with the connection
+            connection.detach()  # closing a connection drops its temporary table, so the pool must not reuse it
             staged.create(connection, checkfirst=False)
             connection.exec_driver_sql("BEGIN")
             for batch in batches:
@@ -94,18 +94,19 @@ class SqliteDatabase(Database):
             return written
 
     def erase(self, user: str) -> None:
-        """Empty the log into the file, then make sure that unused space in the file does not contain the name.
+        """Remove what is left of a deleted user's name in the log and in unused space of the file.
 
-        SQLite overwrites deleted rows (secure_delete). In about one deletion in a hundred, though, a page that was
-        split keeps a copy of a row between its rows. This method counts the name in the file's bytes (0.1 s for a
-        million profiles) and in the remaining rows, and rewrites the file if the counts differ.
+        The log is emptied into the file. SQLite overwrites deleted rows (secure_delete), but in about one of a hundred
+        deletions, a page that was split keeps a copy of a row in unused space. So this method counts the name in the
+        bytes of the file (0.1 s for a million profiles) and in the remaining rows. If the bytes contain the name more
+        often than the rows, the file is rewritten.
         """
         with self.reading() as connection:
             if not _checkpointed(connection):
                 _log.warning("%s: a reader blocks the log, which still contains the deleted bytes", self.where)
                 return
             held = identity_of(self._path)
-            if held not in self._held:  # the file was moved away meanwhile
+            if held not in self._held:  # the file was moved away in the meantime
                 return
             count = count_bytes(held, user.encode())
             if count and count > connection.execute(_OCCURRENCES, {"name": user}).scalar_one():
@@ -128,10 +129,10 @@ class SqliteDatabase(Database):
                 "the file does not exist", where=self.where, mend="create the file with psoups profile set"
             )
         try:
-            # SQLite creates files with mode 0644 at most; its log gets the file's mode.
+            # SQLite would create the file with mode 0644 at most. Its log gets the same mode as the file.
             os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666))
         except FileExistsError:
-            pass  # another process created it meanwhile
+            pass  # another process created the file in the meantime
         except OSError as error:
             raise UsageError(
                 f"the file cannot be created: {error.strerror}",
@@ -153,13 +154,13 @@ class SqliteDatabase(Database):
         self.check_schema(connection)
 
     def _begin_log(self, connection: Connection) -> None:
-        """Switch the file to a write-ahead log, for all processes."""
+        """Switch the file to a write-ahead log. The setting is stored in the file and holds for all processes."""
         deadline = time.monotonic() + self._patience
         while True:
             try:
                 connection.exec_driver_sql("PRAGMA journal_mode = WAL")
             except OperationalError as error:
-                # SQLite itself does not wait here for other processes that create the same file.
+                # here, SQLite itself does not wait for other processes that create the same file
                 if not is_busy(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(_PAUSE_SECONDS)
@@ -171,7 +172,7 @@ class SqliteDatabase(Database):
             f"{self._path.as_uri()}?mode=rw",
             uri=True,
             timeout=self._patience,
-            isolation_level=None,  # this module starts transactions, with the lock that it needs
+            isolation_level=None,  # this module starts each transaction with the lock that it needs
             check_same_thread=False,
             factory=_Connection,
         )
@@ -184,7 +185,7 @@ class SqliteDatabase(Database):
         return connection
 
     def _opened(self) -> _Connection:
-        """Open the file and hold its descriptor. Open it again if the file was replaced meanwhile."""
+        """Open a connection and hold a descriptor of its file. Try again if the file was replaced in the meantime."""
         for _ in range(_ATTEMPTS):
             before = identity_of(self._path)
             connection = self._connect()
@@ -197,7 +198,7 @@ class SqliteDatabase(Database):
         )
 
     def _hold(self, identity: Identity) -> bool:
-        """Hold the file until `close`. Return whether the path still names this file."""
+        """Hold the file with this identity until `close`. Return whether the path still leads to this file."""
         with self._lock:
             if identity in self._held:
                 return identity_of(self._path) == identity
@@ -209,12 +210,12 @@ class SqliteDatabase(Database):
             return held == identity
 
     def _check_file(self, connection: _Connection, _: object, __: object) -> None:
-        """Discard connections whose file is no longer the file at the path."""
+        """Discard the connection if its file is no longer the file at the path."""
         if connection.file != identity_of(self._path):
             raise InvalidatePoolError
 
 
-# How often a name occurs in all rows, including within longer names and within names of experts.
+# The number of occurrences of a name in all rows, also as part of longer names and of experts' names.
 _OCCURRENCES = select(
     func.coalesce(
         func.sum(
@@ -228,7 +229,7 @@ _OCCURRENCES = select(
 
 
 def _locked(connection: Connection, work: Callable[[Connection], T]) -> T:
-    # IMMEDIATE takes the lock first. What a transaction reads before it has the lock may be outdated when it writes.
+    # IMMEDIATE takes the lock first. Otherwise, what `work` reads could be outdated when it writes.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
     try:
         result = work(connection)

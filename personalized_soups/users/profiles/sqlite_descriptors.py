@@ -1,7 +1,8 @@
-"""Descriptors for reading the bytes of SQLite files: one per file and process, open as long as SQLite's.
+"""File descriptors for reading the bytes of SQLite files. A process has one for each file while SQLite uses the file.
 
-A process that closes any descriptor of a file loses all its POSIX locks on that file, including SQLite's
-(https://www.sqlite.org/howtocorrupt.html, section 2.2). Code that reads the bytes of a database must read them here.
+If a process closes any descriptor of a file, it loses all its POSIX locks on that file, including those of SQLite
+(https://www.sqlite.org/howtocorrupt.html, section 2.2). So code must not open a database file itself to read its bytes;
+it must use this module.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import threading
 from pathlib import Path
 
-# Device and inode. The system does not reuse an inode while a descriptor of it is open.
+# The device and the inode of a file. The system does not reuse an inode while a descriptor of the file is open.
 Identity = tuple[int, int]
 
 _BLOCK = 4 << 20
@@ -22,7 +23,7 @@ _strays: list[int] = []
 
 
 def identity_of(path: Path) -> Identity | None:
-    """Return the identity of the file at a path, None if there is no file."""
+    """Return the identity of the file at a path, or None if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -31,7 +32,10 @@ def identity_of(path: Path) -> Identity | None:
 
 
 def hold(path: Path) -> Identity | None:
-    """Keep a descriptor of the file at a path until `release`. Return None if the file is missing or was replaced."""
+    """Keep a descriptor of the file at a path open until `release`, and return the identity of the file.
+
+    Return None if the file cannot be opened, or if another process replaced the file at the same time.
+    """
     with _lock:
         identity = identity_of(path)
         if identity is None:
@@ -51,7 +55,7 @@ def hold(path: Path) -> Identity | None:
 
 
 def release(identity: Identity) -> None:
-    """Release a file. The last holder closes its descriptor, after it has closed SQLite's connections."""
+    """Undo one call of `hold`. The last call closes the descriptor, so close SQLite's connections before."""
     with _lock:
         _holders[identity] -= 1
         if not _holders[identity]:
@@ -60,7 +64,7 @@ def release(identity: Identity) -> None:
 
 
 def count_bytes(identity: Identity, pattern: bytes) -> int:
-    """Return how often `pattern` occurs in a held file."""
+    """Return how often `pattern` occurs in a file that `hold` keeps open."""
     descriptor, place, count, kept = _descriptors[identity], 0, 0, b""
     while block := os.pread(descriptor, _BLOCK, place):
         place += len(block)

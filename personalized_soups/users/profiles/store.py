@@ -1,11 +1,11 @@
-"""`ProfileStore`: every version of each user's profile, read and written by several processes at once.
+"""`ProfileStore`: all versions of each user's profile. Several processes can use a store at once.
 
-A write never changes a row; it adds the user's next version. Two writers that saw the same version therefore cannot
-both write the next one: the second write fails, or runs again on top of the first.
+A write adds the user's next version as a new row and never changes a row. So if two writers saw the same version, only
+one of them can write the next version. The other write fails, or runs again after the first.
 
-A version is never used twice for one user, even if the user is deleted and added again, because caches identify a soup
-by user and version. The store remembers only the greatest version that was ever deleted, without the user's name; new
-users start above it.
+Caches identify a soup (the weighted sum of experts that a profile describes) by user and version. Therefore, a version
+is never used twice for one user, even if the user is deleted and added again. To ensure this, the store keeps the
+greatest version that was ever deleted, but not the user's name. The versions of new users start above this number.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# Values of `expected` besides a version: any version or none, and no profile at all.
+# Values of `expected` besides a version. ANY: do not check. ABSENT: the user must not have a profile.
 ANY: Final = None
 ABSENT: Final = 0
 
-# How long a writer waits for others; an import of a million profiles holds the lock for less.
+# The time that a writer waits for other writers. An import of a million profiles holds the lock for less time.
 PATIENCE_SECONDS = 30.0
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -59,8 +59,8 @@ class StoredProfile:
 
     Attributes:
         profile: the profile, with its user.
-        version: counted up with each write of the user's profile.
-        written_at: the time of the write, in UTC.
+        version: the number of this version. Each write of the user's profile gets the next number.
+        written_at: the time when the version was written, in UTC.
     """
 
     profile: Profile
@@ -69,10 +69,14 @@ class StoredProfile:
 
 
 class ProfileStore:
-    """Profiles by user, in a SQLite file or a PostgreSQL database. Threads and processes may share a store.
+    """The profiles of all users, in a SQLite file or a PostgreSQL database. Threads and processes may share a store.
 
-    Every method raises StoreUnavailable if the database cannot be reached (a later call may succeed), StoreFull if its
-    disk is full, FileFormatError if it is damaged, and DeclarationError if a user's name is invalid (`check_user`).
+    Every method can raise these errors:
+
+    - StoreUnavailable: the database cannot be reached. A later call may succeed.
+    - StoreFull: the disk of the database is full.
+    - FileFormatError: the database is damaged.
+    - DeclarationError: the name of a user is not valid (`check_user`).
 
     Example:
         >>> with ProfileStore.open("profiles.db") as store:
@@ -97,14 +101,17 @@ class ProfileStore:
         """Open a store, and create it if it does not exist.
 
         Args:
-            where: a file (SQLite), or a URL: sqlite:///profiles.db, postgresql://user@host/database.
-            check: called with every profile before it is written; raises to reject the profile (`library_check`).
+            where: the path of a SQLite file, or a URL: sqlite:///profiles.db, postgresql://user@host/database.
+            check: a function that is called with every profile before it is written. It raises an error to reject the
+                profile; see `library_check`.
             create: whether to create a store that does not exist.
-            patience: seconds that a writer waits for other writers.
+            patience: the number of seconds that a writer waits for other writers.
 
         Raises:
-            UsageError: if the URL is invalid, the file cannot be created, or it does not exist and `create` is False.
-            FileFormatError: if the file is not a store, or a newer version of this package wrote it.
+            UsageError: if the URL is not valid, if the file cannot be created, or if the store does not exist and
+                `create` is False.
+            FileFormatError: if the file is not a profile store, or if this version of the package does not support the
+                store's schema.
             StoreUnavailable: if the database cannot be reached.
         """
         return cls(open_database(where, create=create, patience=patience), check)
@@ -122,12 +129,16 @@ class ProfileStore:
         self.close()
 
     def check_reachable(self) -> None:
-        """Raise StoreUnavailable if the database cannot be reached; for the readiness probe of a server."""
+        """Raise StoreUnavailable if the database cannot be reached. A server's readiness probe calls this."""
         with self._database.reading() as connection:
             self._database.check_schema(connection)
 
     def get(self, user: str, version: int | None = None) -> StoredProfile:
-        """Return a user's current profile, or one version of it.
+        """Return one version of a user's profile.
+
+        Args:
+            user: the user's name.
+            version: the version; None for the current one.
 
         Raises:
             UnknownProfile: if the user or the version does not exist.
@@ -143,12 +154,14 @@ class ProfileStore:
         return self._stored(row)
 
     def put(self, profile: Profile, *, expected: int | None = ANY) -> StoredProfile:
-        """Write a profile as its user's next version and return that version. An equal profile is not written again.
+        """Write a profile as its user's next version, and return that version.
+
+        If the profile equals the user's current profile, nothing is written and the current version is returned.
 
         Args:
             profile: the profile, with its user.
-            expected: the user's current version; ABSENT (0) if the user must not have a profile; ANY (None) to write
-                in any case.
+            expected: the version that must be the user's current one. ABSENT (0) means that the user must not have a
+                profile. ANY (None) means that the current version is not checked.
 
         Raises:
             VersionConflict: if the user's current version is not the expected one.
@@ -171,10 +184,14 @@ class ProfileStore:
         return self._database.write(work)
 
     def delete(self, user: str, *, expected: int | None = ANY) -> None:
-        """Delete a user with all versions.
+        """Delete all versions of a user's profile.
 
-        In a SQLite file the deleted bytes are overwritten; PostgreSQL overwrites them at its next vacuum. Copies in the
-        file system, in backups or in an archive of the server's log are not touched.
+        In a SQLite file, the deleted bytes are overwritten at once. PostgreSQL overwrites them at its next vacuum.
+        Copies in snapshots of the file system, in backups or in an archive of the server's log remain.
+
+        Args:
+            user: the user's name.
+            expected: see `put`.
 
         Raises:
             UnknownProfile: if the user does not exist.
@@ -187,7 +204,7 @@ class ProfileStore:
             if row is None and expected is ANY:
                 raise self._unknown(user)
             self._check_version(user, None if row is None else row.version, expected)
-            if row is None:  # absent as expected
+            if row is None:  # ABSENT was expected, and the user has no profile
                 raise self._unknown(user)
             connection.execute(schema.RETIRE, {"last": row.version})
             connection.execute(schema.DELETE, {"name": user})
@@ -195,24 +212,25 @@ class ProfileStore:
         self._database.write(work)
         try:
             self._database.erase(user)
-        except (StoreUnavailable, StoreFull) as error:  # the rows are deleted nevertheless
+        except (StoreUnavailable, StoreFull) as error:  # the rows are already deleted
             _log.warning("%s: unused space may still contain the deleted bytes: %s", self._database.where, error.what)
 
     def page(self, *, after: str = "", limit: int = 100, search: str = "") -> list[StoredProfile]:
-        """Return the current profiles of the next users after a name, in the order of code points.
+        """Return one page of the current profiles, sorted by the users' names in the order of code points.
 
         Args:
-            after: the name; an empty name starts with the first user.
-            limit: the largest number of profiles to return.
-            search: return only users whose name contains this text. ASCII letters match in either case, others only in
-                the same case. A search reads the whole store.
+            after: the page starts with the first user after this name. If it is empty, the page starts with the first
+                user.
+            limit: the maximum number of profiles on the page.
+            search: return only users whose name contains this text. The case of ASCII letters is ignored; other letters
+                match only in the same case. A search reads the whole store.
 
         Raises:
             DeclarationError: if `after` is not Unicode text.
         """
         check_unicode(after, "after")
         if "\0" in search or has_surrogates(search):
-            return []  # no name contains either
+            return []  # no name contains NUL or lone surrogates
         # PostgreSQL rejects NUL. No name contains NUL, so the names after "a\0b" are the names after "a".
         given: dict[str, Any] = {"after": after.partition("\0")[0], "limit": limit}
         if search:
@@ -222,7 +240,7 @@ class ProfileStore:
         return [self._stored(row) for row in rows]
 
     def history(self, user: str) -> list[StoredProfile]:
-        """Return all versions of a user's profile, the oldest first.
+        """Return all versions of a user's profile, with the oldest version first.
 
         Raises:
             UnknownProfile: if the user does not exist.
@@ -235,9 +253,9 @@ class ProfileStore:
         return [self._stored(row) for row in rows]
 
     def all(self) -> Iterator[StoredProfile]:
-        """Yield the current profile of every user, in the order of names. Only one page is in memory at a time.
+        """Yield the current profile of every user, sorted by the users' names. Only one page is in memory at a time.
 
-        No lock and no connection is held between two pages, so writes during the iteration may or may not appear.
+        The store is not locked between two pages, so the result may or may not contain writes during the iteration.
         """
         after = ""
         while page := self.page(after=after, limit=_PAGE):
@@ -251,20 +269,21 @@ class ProfileStore:
         on_done: Callable[[int], None] | None = None,
         on_bad: OnBad | None = None,
     ) -> int:
-        """Write all profiles in one transaction and return the number of new versions.
+        """Write all profiles in one transaction, and return the number of new versions.
 
-        A profile that equals the user's current one is not written and not counted. Readers never wait; other writers
-        wait from the time when all profiles are read and checked.
+        A profile that equals the user's current profile is not written and not counted. First all profiles are read and
+        checked; other writers wait only after that. Readers never wait.
 
         Args:
-            profiles: at most one profile for each user; read once. Each takes sixteen bytes of memory.
-            on_done: called with the number of valid profiles so far.
-            on_bad: called with the error of each invalid profile, which is skipped. If None, the error is raised and
-                nothing is written.
+            profiles: at most one profile for each user. The iterable is read once. For each profile, sixteen bytes stay
+                in memory.
+            on_done: a function that is called with the number of valid profiles so far.
+            on_bad: a function that is called with the error of each invalid profile. Invalid profiles are skipped. If
+                None, the error is raised and nothing is written.
 
         Raises:
-            DeclarationError: if the store's check rejects a profile.
-            UsageError: if a user has two profiles.
+            DeclarationError: if the store's check rejects a profile and `on_bad` is None.
+            UsageError: if a user has two profiles and `on_bad` is None.
         """
         return self._database.write_staged(
             self._batches(self._documents(profiles, on_bad), on_done),
@@ -272,11 +291,11 @@ class ProfileStore:
         )
 
     def _documents(self, profiles: Iterable[Profile], on_bad: OnBad | None) -> Iterator[tuple[str, str]]:
-        """Yield user and document of every valid profile; a user's second profile is invalid."""
+        """Yield the user and the document of every valid profile. The second profile of a user is not valid."""
         seen = SeenUsers()
         for profile in profiles:
             try:
-                # checked before the user is added: an invalid profile must not block the user's valid one
+                # check before `seen.add`: an invalid profile must not block a later valid profile of the user
                 document = self._checked(profile)
                 seen.add(profile)
             except (DeclarationError, UsageError) as error:
@@ -295,7 +314,7 @@ class ProfileStore:
                 on_done(done)
 
     def _checked(self, profile: Profile) -> str:
-        """Return the document of a profile that the store accepts."""
+        """Check a profile, and return its document."""
         check_user(profile.user, profile.place("user"))
         if self._check is not None:
             self._check(profile)
