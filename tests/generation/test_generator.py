@@ -216,7 +216,7 @@ def test_an_adapter_of_another_base_is_refused(small_base: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("fault", "what"), [("truncated", "truncated"), ("incomplete", "lack 1 tensors"), ("tokenizer", "tokenizer")]
+    ("fault", "what"), [("truncated", "truncated"), ("incomplete", "lack 1 of its tensors"), ("tokenizer", "tokenizer")]
 )
 def test_a_damaged_base_is_refused(small_base: Path, tmp_path: Path, fault: str, what: str) -> None:
     """transformers fills missing tensors with random numbers."""

@@ -137,7 +137,7 @@ def test_a_finished_run_is_read_and_an_interrupted_one_goes_on(
 
 def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(OutputExistsError, match="no study"):
+    with pytest.raises(OutputExistsError, match="not a study's folder"):
         run_study(small_study(), tmp_path, stage=Stages(), overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
