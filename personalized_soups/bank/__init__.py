@@ -1,1 +1,1 @@
-"""The expert bank: the factors of all chosen experts, stacked once."""
+"""The expert bank, which stacks the LoRA factors of the chosen experts."""

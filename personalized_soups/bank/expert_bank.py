@@ -1,6 +1,8 @@
-"""The bank: the stacked factors of the chosen experts, module by module, from which every soup is made.
+"""The bank: for each module, the stacked LoRA factors of the chosen experts.
 
-E experts, R rank of one expert, K sum of ranks, I in features, O out features.
+Every soup (the weighted sum of the experts) is computed from the bank.
+
+Shapes: R = rank of one expert, K = sum of the experts' ranks, I = in_features, O = out_features.
 """
 
 from __future__ import annotations
@@ -18,19 +20,19 @@ from personalized_soups.files.header import TensorEntry
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.shared_a import SharedRows, group_numbers
 
-# Bytes to compare first: the A's of experts that do not share A differ within them.
+# The number of bytes that are compared first. If two experts do not share A, their A's differ in these bytes.
 _PROBE_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StackedModule:
-    """One module's factors of all experts that adapt it, without weights.
+    """The factors of all experts that adapt one module. Mixing weights are not included.
 
     Attributes:
-        name: the module's name.
-        experts: the experts' positions in the bank.
-        factors: the factors of each of these experts; they may share the files' pages.
-        basis: a number for each of these experts, the same for experts whose A's are equal byte for byte.
+        name: the name of the module.
+        experts: the positions in the bank of the experts that adapt the module.
+        factors: the factors of each expert in `experts`. They may share memory with the mapped adapter files.
+        basis: one number for each expert in `experts`. Experts with the same number have byte-identical A's.
     """
 
     name: str
@@ -40,30 +42,32 @@ class StackedModule:
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """Each expert's rank at this module."""
+        """The rank of each expert in this module."""
         return tuple(each.rank for each in self.factors)
 
     @property
     def scalings(self) -> tuple[float, ...]:
-        """Each expert's scaling at this module."""
+        """The scaling of each expert in this module."""
         return tuple(each.scaling for each in self.factors)
 
     @property
     def a_KI(self) -> Tensor:  # noqa: N802
-        """The experts' A's stacked by rows, a new tensor."""
+        """The A's of all experts, stacked by rows in a new tensor."""
         return torch.cat([each.a_RI for each in self.factors], dim=0)
 
     @property
     def b_OK(self) -> Tensor:  # noqa: N802
-        """The experts' B's stacked by columns, without their scalings, a new tensor."""
+        """The B's of all experts, stacked by columns in a new tensor. They are not multiplied by the scalings."""
         return torch.cat([each.b_OR for each in self.factors], dim=1)
 
 
 class ExpertBank:
-    """The chosen experts, read one module at a time. The experts must be compatible; this is not checked.
+    """Reads the factors of the chosen experts one module at a time.
+
+    The bank does not check that the experts are compatible.
 
     Args:
-        experts: the experts, in the order of the weights.
+        experts: the experts, in the order of the mixing weights.
         device: the device of the factors.
     """
 
@@ -73,36 +77,37 @@ class ExpertBank:
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
-        """The modules that at least one expert adapts, sorted."""
+        """The names of the modules that at least one expert adapts, sorted."""
         return tuple(sorted({name for expert in self.experts for name in expert.adapter.modules}))
 
     @cached_property
     def shares_basis(self) -> bool:
-        """Whether all experts adapt the same modules and have the same A in each, byte for byte."""
+        """Whether all experts adapt the same modules and have byte-identical A's in each module."""
         return all(len(self.members(name)) == len(self.experts) and not any(self.basis(name)) for name in self.modules)
 
     def members(self, module: str) -> tuple[int, ...]:
-        """Return the positions of the experts that adapt a module."""
+        """Return the positions in the bank of the experts that adapt a module."""
         return tuple(index for index, expert in enumerate(self.experts) if module in expert.adapter.modules)
 
     def basis(self, module: str) -> tuple[int, ...]:
-        """Return one number for each of `members(module)`, the same for experts whose A's are equal byte for byte.
+        """Return one number for each expert in `members(module)`. Equal numbers mean byte-identical A's.
 
-        The numbers are 0, 1, ... in order of first appearance. Of A's that differ, only the first bytes are read.
+        The numbers are 0, 1, ... in order of first appearance. If two A's differ in their first bytes, the rest of them
+        is not read.
         """
         stored = [self.experts[index].adapter.a_bytes(module) for index in self.members(module)]
         return group_numbers(stored, _are_equal)
 
     def stacked_rank(self, module: str) -> int:
-        """Return the rank of a module's stack: the sum of the members' ranks, an A that several share counted once."""
+        """Return the total rank of the distinct A's of a module. An A that several experts share is counted once."""
         ranks = [self.experts[index].adapter.modules[module].rank for index in self.members(module)]
         return sum(ranks[index] for index in SharedRows.of(self.basis(module), ranks).firsts)
 
     def read(self, module: str, dtype: torch.dtype = torch.float32) -> StackedModule:
-        """Return a module's stack in `dtype` on the bank's device.
+        """Read the factors of all experts that adapt a module, in `dtype` and on the device of the bank.
 
         Raises:
-            InputError: if a value is NaN or infinite, with file and tensor.
+            InputError: if a value is NaN or infinite. The message names the file and the tensor.
         """
         members = self.members(module)
         return StackedModule(
@@ -113,10 +118,17 @@ class ExpertBank:
         )
 
     def factors(self, expert: int, module: str, dtype: torch.dtype = torch.float32) -> Factors:
-        """Return one expert's factors of a module in `dtype` on the bank's device; they may share the file's pages.
+        """Return the factors of one expert in a module, in `dtype` and on the device of the bank.
+
+        The factors may share memory with the mapped adapter file.
+
+        Args:
+            expert: the position of the expert in the bank.
+            module: the name of the module.
+            dtype: the dtype of the factors.
 
         Raises:
-            InputError: if a value is NaN or infinite, with file and tensor.
+            InputError: if a value is NaN or infinite. The message names the file and the tensor.
         """
         read = self.experts[expert].adapter.factors(module, dtype)
         return Factors(read.a_RI.to(self.device), read.b_OR.to(self.device), read.scaling)

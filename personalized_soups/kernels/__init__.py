@@ -1,1 +1,1 @@
-"""Triton kernels for NVIDIA GPUs. Elsewhere, torch operations compute the same numbers."""
+"""Triton kernels for NVIDIA GPUs. On other devices, torch operations compute the same results."""

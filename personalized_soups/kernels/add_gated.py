@@ -1,10 +1,12 @@
-"""The gate and the second product of a batch's soups, added to the base's output in one launch.
+"""Add the soups of a batch (the weighted sums of the experts) to the base's output with one kernel launch.
 
-Layers whose outputs are columns of one tensor y share the launch. The first product, `A x` over all experts, is one
-call of cuBLAS. With separate torch operations the gated activations and the sum would be written to memory and read
-again.
+The delta of an expert is `scaling * B @ A`. The first product, `A x` of all experts, is one call of cuBLAS. The kernel
+multiplies `A x` by the gate, which holds the weights of the experts, multiplies the result by B, and adds the product
+to the base's output y. Separate torch operations would write the gated activations and the product to memory and read
+them again. Layers whose outputs are columns of the same tensor y share one launch.
 
-G gates, N rows of the input (a multiple of G), K ranks, C columns of the first product, O out features.
+Shapes: G = number of gates, N = rows of the input (a multiple of G), K = sum of the experts' ranks, C = columns of
+`A x`, O = out_features, T = number of tiles.
 """
 
 from __future__ import annotations
@@ -18,25 +20,25 @@ from torch import Tensor
 
 from personalized_soups.kernels import launching
 
-# tl.dot needs at least 16 rows. With more rows, they share one read of B.
+# A program computes 16 to 64 rows. tl.dot needs at least 16, and the rows of a program share one read of B.
 _LEAST_ROWS = 16
 _MOST_ROWS = 64
 _OUTPUTS = 64
 _RANKS = 32
-# Triton loads 16 bytes at once if it knows that offsets are multiples of 16 numbers, in any dtype.
+# Triton loads 16 bytes at once if it knows that the offsets are multiples of 16 elements. This holds for every dtype.
 _ALIGNMENT = 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BlockDiagonal:
-    """The second factors of one layer, or of several layers whose outputs are columns of one tensor.
+    """The B's of one layer, or of several layers whose outputs are columns of the same tensor y.
 
     Attributes:
-        blocks: each layer's B, `[K_l, O_l]` contiguous, concatenated in one buffer.
-        first_outputs: for each layer, the first column of y with its outputs.
-        columns_K: int64, the column of `A x` for each rank; None if rank k has column k.
-        tiles: int64 `[T, 6]`, the work of each program of the kernel (see kernels/source.py).
-        is_aligned: whether all offsets and numbers of outputs in `tiles` are multiples of 16.
+        blocks: the B's of each layer l as a contiguous `[K_l, O_l]` tensor. All blocks are parts of one buffer.
+        first_outputs: for each layer, the first column of y that contains its outputs.
+        columns_K: int64, the column of `A x` that belongs to each rank. If None, rank k belongs to column k.
+        tiles: int64 `[T, 6]`, the part of the work of each program of the kernel. kernels/source.py lists the columns.
+        is_aligned: whether all offsets and all numbers of outputs in `tiles` are multiples of 16.
     """
 
     blocks: tuple[Tensor, ...]
@@ -47,7 +49,7 @@ class BlockDiagonal:
 
     @classmethod
     def of(cls, blocks: Sequence[Tensor], first_outputs: Sequence[int], columns_K: Tensor | None = None) -> Self:
-        """Return the layers' factors with their tiles; the blocks are referenced, not copied."""
+        """Compute the tiles of the layers, and return them with the blocks. The blocks are not copied."""
         rows: list[tuple[int, ...]] = []
         first_rank = 0
         for block, first_output in zip(blocks, first_outputs, strict=True):
@@ -65,21 +67,23 @@ class BlockDiagonal:
 
 
 def add_gated(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiagonal) -> None:
-    """Add `(low[:, columns] * gate) B` to y in place, for every layer of `factors`.
+    """Add `(low[:, columns] * gate) @ B` to y in place, for every layer of `factors`.
 
-    On a GPU one kernel computes it, with sums in float32 that are rounded once. On other devices, or if the kernel
-    fails, torch operations do. In both cases the gated activations are rounded to y's dtype.
+    On a GPU one kernel computes the result. It sums in float32 and rounds the sums once. On other devices, or if the
+    kernel fails, torch operations compute the result. In both cases the gated activations are rounded to the dtype of
+    y.
 
     Args:
-        y_NO: changed in place. Its rows may be strided (a view of a wider tensor), its columns must be contiguous.
-        low_NC: `A x` in y's dtype. Its rows may be strided, and may be part of the same tensor as y.
-        gate_GK: G gates, each for N / G consecutive rows. Its rows may be strided, its columns must be contiguous.
-        factors: the factors, in y's dtype and on its device.
+        y_NO: the output of the base, which is changed in place. It may be a view of a wider tensor, so its rows may
+            have a stride. Its columns must be contiguous.
+        low_NC: `A x` in the dtype of y. Its rows may have a stride. It may be a part of the same tensor as y.
+        gate_GK: G gates, each for N / G consecutive rows. The rows may have a stride. The columns must be contiguous.
+        factors: the B's, in the dtype of y and on its device.
 
-    Source: Punica's BGMV (arXiv 2310.18547), with a gate instead of an adapter's index.
+    Source: the kernel BGMV of Punica (arXiv 2310.18547). A gate replaces the index of the adapter.
     """
     if _is_traced_on_gpu(y_NO):
-        # as a custom operator: torch.compile then does not trace the launch or generate the kernel's source again
+        # torch.compile does not trace into a custom operator, so it does not generate the source of the kernel again
         blocks, first_outputs = list(factors.blocks), list(factors.first_outputs)
         add_gated_operator(
             y_NO, low_NC, gate_GK, blocks, first_outputs, factors.columns_K, factors.tiles, factors.is_aligned
@@ -106,7 +110,7 @@ def launch(y_NO: Tensor, low_NC: Tensor, gate_GK: Tensor, factors: BlockDiagonal
 
 
 def gated(low_NC: Tensor, gate_GK: Tensor, columns_K: Tensor | None) -> Tensor:
-    """Return `low[:, columns] * gate`, `[N, K]`, a new tensor in low's dtype."""
+    """Return `low[:, columns] * gate` as a new `[N, K]` tensor in the dtype of `low`."""
     low_NK = low_NC if columns_K is None else low_NC.index_select(1, columns_K)
     if low_NK.shape[0] == gate_GK.shape[0]:
         return low_NK * gate_GK
@@ -141,10 +145,13 @@ def add_gated_operator(  # noqa: PLR0917 - an operator's arguments have places
     tiles: Tensor,
     is_aligned: bool,
 ) -> None:
-    """Compute `add_gated` as a custom operator, which is one node for torch.compile. It takes the factors' fields."""
+    """Compute `add_gated` as a custom operator, which is one node for torch.compile.
+
+    The fields of `BlockDiagonal` are separate arguments, because an operator cannot take a dataclass.
+    """
     _add_gated(y_NO, low_NC, gate_GK, BlockDiagonal(tuple(blocks), tuple(first_outputs), columns_K, tiles, is_aligned))
 
 
 @add_gated_operator.register_fake
 def _(*_arguments: object) -> None:
-    """Return nothing: the operator changes y in place and keeps its shape."""
+    """Do nothing, because the operator has no result and changes y in place."""

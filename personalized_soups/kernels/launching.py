@@ -1,4 +1,4 @@
-"""Launching Triton kernels, with a fallback if a kernel cannot be compiled or launched."""
+"""Launch Triton kernels. If a kernel cannot be compiled or launched, the caller uses torch operations instead."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Options of every launch. Multiplication and addition are fused, which saves a rounding. Triton changes its default in
-# 3.10, and 3.9 warns unless the option is given.
+# The options of every launch. A fused multiplication and addition rounds once instead of twice. Triton 3.10 changes the
+# default of this option, and Triton 3.9 warns if the option is not given.
 OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -24,28 +24,29 @@ class _State:
 
 
 def is_usable(tensor: Tensor) -> bool:
-    """Return whether kernels can be launched on a tensor: on a GPU, with Triton, and if no kernel has failed before.
+    """Return whether kernels can be launched on `tensor`.
 
-    The environment variable PSOUPS_FUSED=0 turns all kernels off.
+    The tensor must be on a GPU, Triton must be installed, and no kernel may have failed in this process. If the
+    environment variable PSOUPS_FUSED is 0, all kernels are turned off.
     """
     return tensor.is_cuda and not _State.has_failed and _has_triton()
 
 
 def launched(launch: Callable[[], None], tensor: Tensor) -> bool:
-    """Launch a kernel on a tensor's device, and return whether it was launched.
+    """Call `launch`, which launches a kernel, on the device of `tensor`. Return whether the kernel was launched.
 
-    If it could not be compiled or launched, no tensor has changed, and the caller uses torch operations instead. The
-    first failure gives a warning and turns all kernels off in this process.
+    If the kernel could not be compiled or launched, no tensor was changed, and the caller must use torch operations
+    instead. The first failure issues a warning and turns off all kernels in this process.
 
     Raises:
-        torch.OutOfMemoryError: as torch operations would.
+        torch.OutOfMemoryError: if the GPU has not enough free memory.
     """
     try:
         with _device_of(tensor):
             launch()
     except torch.OutOfMemoryError:
         raise
-    # any error: Triton's compiler, LLVM, ptxas, the C compiler of the launcher and the driver raise their own
+    # Catch any error: Triton, LLVM, ptxas, the C compiler and the driver raise errors of different types.
     except Exception as error:
         _State.has_failed = True
         reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -60,7 +61,7 @@ def launched(launch: Callable[[], None], tensor: Tensor) -> bool:
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Make a tensor's device the current one: Triton launches kernels on the current device."""
+    """Make the device of `tensor` the current device, because Triton launches kernels on the current device."""
     if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
         return nullcontext()
     context: AbstractContextManager[Any] = torch.cuda.device(tensor.device)

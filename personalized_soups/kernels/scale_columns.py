@@ -1,6 +1,6 @@
-"""Scaling of a matrix's columns on a GPU, in one pass over memory.
+"""Scale the columns of a matrix on a GPU. The matrix is read and written once.
 
-O rows, K columns.
+Shapes: O = out_features (rows), K = sum of the experts' ranks (columns).
 """
 
 from __future__ import annotations
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from personalized_soups.kernels import launching
 
-# Numbers per tile of a program: 32 for each of its 128 threads.
+# The number of matrix elements that one program computes: 32 for each of its 128 threads.
 _TILE = 4096
 _MOST_COLUMNS = 512
 
 
 def scale_columns(pristine_OK: Tensor, scales_K: Tensor, out_OK: Tensor) -> bool:
-    """Write `out[o, k] = pristine[o, k] scales[k]` with a kernel, and return whether it ran.
+    """Write `out[o, k] = pristine[o, k] * scales[k]` with a kernel, and return whether the kernel was launched.
 
-    Computed in float32 and rounded once to `out`'s dtype. If it returns False, `out` is unchanged.
+    The products are computed in float32 and rounded once to the dtype of `out`. If the result is False, `out` is
+    unchanged.
 
     Args:
-        pristine_OK: float32, contiguous.
-        scales_K: float32, contiguous, on the same device.
-        out_OK: float32, float16 or bfloat16 on the same device, contiguous.
+        pristine_OK: the unscaled matrix, contiguous and in float32.
+        scales_K: the scale of each column, contiguous, in float32 and on the same device.
+        out_OK: the output, contiguous, in float32, float16 or bfloat16 and on the same device.
     """
     return launching.is_usable(pristine_OK) and launching.launched(
         lambda: launch(pristine_OK, scales_K, out_OK), pristine_OK

@@ -1,10 +1,10 @@
-"""The source of all Triton kernels. Only this file imports Triton, and only a launch imports this file.
+"""The source code of all Triton kernels. This file is imported when a kernel is launched. Only it uses Triton.
 
-Triton's compiler accepts no annotation of a kernel's parameters except `tl.constexpr`, so the others have none.
-Triton's interpreter (TRITON_INTERPRET=1) does not check that, so `tests/kernels` runs every kernel in the interpreter
-and also compiles it for real GPUs.
+The only annotation of a parameter that Triton's compiler accepts is `tl.constexpr`, so other parameters have no
+annotation. Triton's interpreter (TRITON_INTERPRET=1) does not enforce this rule. So `tests/kernels` runs every kernel
+in the interpreter and also compiles it for real GPUs.
 
-N rows of the input, K ranks, O out features, E experts, U users, P numbers of one expert.
+Indices: n = row of the input, k = rank or column, o = out_feature, e = expert, u = user, p = value of one expert.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def add_gated_kernel(
     HAS_COLUMNS: tl.constexpr, IS_ALIGNED: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
-    """y[n, o] += sum_k low[n, columns[k]] gate[n // rows_each, k] b[k, o]; one program for ROWS rows of one tile.
+    """Compute `y[n, o] += sum_k low[n, columns[k]] * gate[n // rows_each, k] * b[k, o]`.
 
-    A row of `tiles` has the program's outputs, and their ranks and part of `b`: the first column of y, the number of
-    outputs, the first rank, the end of the ranks, the offset in b, and the stride of b from one rank to the next.
+    One program computes ROWS rows of one tile. A row of `tiles` has six numbers: the first column of y, the number of
+    outputs, the first rank, the rank after the last, the offset in b, and the stride of b from one rank to the next.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     # int64: offsets may exceed 2^31
@@ -35,8 +35,8 @@ def add_gated_kernel(
     first_b = tl.load(tile + 4)
     b_stride = tl.load(tile + 5)
     if IS_ALIGNED:
-        # the compiler cannot know the alignment of offsets that are loaded from memory; this lets it load 16 bytes at
-        # once
+        # The compiler does not know the alignment of offsets that are loaded from memory. If it knows the alignment, it
+        # loads 16 bytes at once.
         first_output = tl.multiple_of(first_output, 16)
         num_outputs = tl.multiple_of(num_outputs, 16)
         first_b = tl.multiple_of(first_b, 16)
@@ -75,13 +75,13 @@ def weighted_sums_kernel(
     num_values, num_users, num_experts, out_stride, experts_stride, weights_stride,
     USERS: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """out[u, p] = sum_e weights[u, e] experts[e, p]; one program for USERS users and VALUES numbers.
+    """Compute `out[u, p] = sum_e weights[u, e] * experts[e, p]`. One program computes VALUES values for USERS users.
 
-    Programs for the same numbers and different users are consecutive: the first one reads the experts from memory, the
-    others from the cache, which also has the weights.
+    Programs for the same values and different users are consecutive. The first of them reads the experts from memory.
+    The others read the experts from the cache, which also contains the weights.
     """
     num_tiles = (num_users + USERS - 1) // USERS
-    # two-dimensional from the start: converting from one dimension would use shared memory for every expert
+    # These indices are two-dimensional, because converting one-dimensional ones uses shared memory for every expert.
     value = (tl.program_id(0) // num_tiles).to(tl.int64) * VALUES + tl.arange(0, VALUES)[None, :]
     user = (tl.program_id(0) % num_tiles) * USERS + tl.arange(0, USERS)[:, None]
     is_value = value < num_values
@@ -103,9 +103,10 @@ def scale_columns_kernel(
     num_rows, num_columns,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):  # fmt: skip
-    """out[o, k] = pristine[o, k] scales[k]; one program for a tile of ROWS x COLUMNS.
+    """Compute `out[o, k] = pristine[o, k] * scales[k]`. One program computes a tile of ROWS x COLUMNS elements.
 
-    The number of columns is a multiple of ALIGNMENT. Triton only detects multiples of 16, but 16 bytes are 4 numbers.
+    ALIGNMENT divides the number of columns. Triton detects only multiples of 16, but multiples of 4 are enough to load
+    16 bytes of float32 at once.
     """
     num_columns = num_columns // ALIGNMENT * ALIGNMENT
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -1,6 +1,6 @@
-"""Weighted sums of the experts' numbers on a GPU, for one user or many, in one pass over memory.
+"""Compute the weighted sums of the experts' parameters on a GPU, for one or many users. The experts are read once.
 
-E experts, U users, P numbers of one expert.
+Shapes: E = number of experts, U = number of users, P = number of values of one expert.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from personalized_soups.kernels import launching
 
-# A thread keeps its sums in registers. Few registers per thread allow many threads, which hide the latency of memory.
-# Each of 128 threads reads 4 or 8 numbers at once and uses them for up to 8 users.
+# A thread keeps its sums in registers. If each thread needs few registers, many threads can run at once, which hides
+# the latency of memory. Each of 128 threads reads 4 or 8 values at once and uses them for up to 8 users.
 _TILE = 4096
 _LEAST_VALUES = 512
 _MOST_VALUES = 1024
@@ -18,15 +18,15 @@ _MOST_USERS = 8
 
 
 def weighted_sums(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> bool:
-    """Write `out[u] = sum_e weights[u, e] experts[e]` with a kernel, and return whether it ran.
+    """Write `out[u] = sum_e weights[u, e] * experts[e]` with a kernel, and return whether the kernel was launched.
 
-    Summed in float32 in the order of the experts, and rounded once to `out`'s dtype. If it returns False, `out` is
-    unchanged.
+    The sums are computed in float32 in the order of the experts and rounded once to the dtype of `out`. If the result
+    is False, `out` is unchanged.
 
     Args:
-        weights_UE: float32, contiguous, on the experts' device.
-        experts_EP: float32, float16 or bfloat16; each row contiguous.
-        out_UP: float32, float16 or bfloat16 on the same device; each row contiguous.
+        weights_UE: the weights of each user, contiguous, in float32 and on the device of the experts.
+        experts_EP: the values of each expert in float32, float16 or bfloat16. Each row must be contiguous.
+        out_UP: the output in float32, float16 or bfloat16, on the same device. Each row must be contiguous.
     """
     return launching.is_usable(experts_EP) and launching.launched(
         lambda: launch(weights_UE, experts_EP, out_UP), experts_EP
@@ -34,7 +34,10 @@ def weighted_sums(weights_UE: Tensor, experts_EP: Tensor, out_UP: Tensor) -> boo
 
 
 def weighted_sum(weights_E: Tensor, experts_EP: Tensor, out_P: Tensor) -> bool:
-    """Write the sums for one user, as `weighted_sums` does."""
+    """Write the weighted sum for one user with a kernel, and return whether the kernel was launched.
+
+    See `weighted_sums`.
+    """
     return launching.is_usable(experts_EP) and weighted_sums(weights_E[None], experts_EP, out_P[None])
 
 

@@ -1,1 +1,1 @@
-"""Run tasks on this machine: threads and processes."""
+"""Run tasks in threads and processes on one machine."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and worker processes: the main process handles Ctrl-C and stops the workers."""
+"""Handle Ctrl-C only in the main process, which then stops the worker processes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from multiprocessing import resource_tracker
 
 @contextmanager
 def ctrl_c_deferred() -> Iterator[None]:
-    """Defer Ctrl-C in this thread to the end of the block; processes started in the block do not receive it.
+    """Defer Ctrl-C in this thread to the end of the block. Processes started in the block do not receive Ctrl-C.
 
-    A terminal sends Ctrl-C to all processes. A new process inherits the blocked signal, and so does not raise
-    KeyboardInterrupt while it still imports torch.
+    A terminal sends Ctrl-C to all processes. A new process inherits the blocked signal. So it does not raise
+    KeyboardInterrupt while it is importing torch.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    resource_tracker.ensure_running()  # its start, with the first process, would unblock the signal
+    resource_tracker.ensure_running()  # if the tracker started in the block, its start would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

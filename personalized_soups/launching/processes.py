@@ -1,7 +1,7 @@
 """Run a list of tasks in worker processes on this machine.
 
-A task list is a function and the tasks to call it with: values that can be pickled, so the same list could run
-elsewhere. Processes are spawned, not forked: torch's threads do not survive a fork.
+A worker process calls one function for each task. The function, the tasks and the results must be picklable. Processes
+are spawned, not forked, because torch's threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from personalized_soups.launching.interrupts import ctrl_c_deferred
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 Report = Callable[[Any], None]
-"""Sends a progress report, any value that can be pickled, from a task to the process that started it."""
+"""A function with which a task sends a progress report, any picklable value, to the main process."""
 
 _THREADS = "OMP_NUM_THREADS"
 _SECONDS_TO_STOP = 10.0
@@ -36,7 +36,7 @@ class _Worker:
 
 
 class ProcessPool(Generic[Task, Result]):
-    """Worker processes that call one function; `start_processes` makes a pool and stops its processes."""
+    """Worker processes that call one function for each task. Use `start_processes` to create a pool."""
 
     def __init__(self, function: Callable[[Task, Report], Result], count: int, *, num_threads: int) -> None:
         self._function = function
@@ -47,15 +47,16 @@ class ProcessPool(Generic[Task, Result]):
     def run(self, tasks: Sequence[Task], on_report: Report = lambda _: None) -> Iterator[tuple[Task, Result]]:
         """Yield each task with its result, in the order of completion.
 
-        Processes start with the first tasks and stay for the next call. Read the iterator to its end before that call.
+        The first call starts the processes, and later calls use them again. Read the iterator to its end before the
+        next call.
 
         Args:
-            tasks: the arguments of the pool's function.
-            on_report: receives the reports of all tasks, in this process.
+            tasks: the tasks. The pool's function is called once with each task.
+            on_report: called in this process with each progress report of a task.
 
         Raises:
-            SoupError, OSError: the first such error of any task.
-            RunError: if a worker process ended, by another exception or a signal.
+            SoupError, OSError: if a task raised such an error. Only the first one is raised.
+            RunError: if a worker process ended because of another exception or a signal.
         """
         self._start(min(self._count, len(tasks)))
         waiting = deque(tasks)
@@ -79,9 +80,9 @@ class ProcessPool(Generic[Task, Result]):
                 yield task, content
 
     def stop(self) -> None:
-        """End all processes; kill those that still run after ten seconds."""
+        """Stop all processes. Kill a process that is still running after ten seconds."""
         for worker in self._workers:
-            worker.connection.close()  # an idle worker returns
+            worker.connection.close()  # an idle worker process then ends
         for worker in self._workers:
             worker.process.join(timeout=0.2)
             worker.process.terminate()
@@ -93,7 +94,7 @@ class ProcessPool(Generic[Task, Result]):
 
     def _start(self, count: int) -> None:
         before = os.environ.get(_THREADS)
-        os.environ[_THREADS] = str(self._num_threads)  # a worker's OpenMP reads it when the worker imports torch
+        os.environ[_THREADS] = str(self._num_threads)  # OpenMP reads the variable when a worker imports torch
         try:
             with ctrl_c_deferred():
                 while len(self._workers) < count:
@@ -107,7 +108,7 @@ class ProcessPool(Generic[Task, Result]):
         arguments = (other_end, self._function, self._num_threads)
         process = context.Process(target=_work, args=arguments, daemon=True)
         process.start()
-        other_end.close()  # the worker then holds the only copy, so that its end is seen here as an end of file
+        other_end.close()  # only the worker then holds this end, so its exit is seen here as an end of file
         return _Worker(process, connection)
 
 
@@ -115,12 +116,13 @@ class ProcessPool(Generic[Task, Result]):
 def start_processes(
     function: Callable[[Task, Report], Result], count: int, *, num_threads: int
 ) -> Iterator[ProcessPool[Task, Result]]:
-    """Yield a pool of at most `count` processes; the end of the block, an error or Ctrl-C stops them.
+    """Yield a pool of at most `count` processes. The end of the block stops them, also after an error or Ctrl-C.
 
     Args:
-        function: takes a task and a function to send progress reports with. Defined at the top of a module.
-        count: most processes to start.
-        num_threads: threads of each process.
+        function: called with a task and with a function that sends progress reports. `function` must be defined at the
+            top level of a module.
+        count: the maximum number of processes.
+        num_threads: the number of torch threads in each process.
     """
     pool = ProcessPool(function, count, num_threads=num_threads)
     try:
@@ -135,7 +137,7 @@ def _work(connection: Any, function: Callable[[Any, Report], Any], num_threads: 
     signal.signal(signal.SIGTERM, _leave)
     import torch
 
-    torch.set_num_threads(num_threads)  # on hyperthreads, MKL would use fewer than the environment variable says
+    torch.set_num_threads(num_threads)  # without this call, MKL uses fewer threads on hyperthreads
 
     def report(content: Any) -> None:
         connection.send(("report", content))
