@@ -110,7 +110,7 @@ def _unreachable(base: str, url: str, reason: str) -> InputError:
         f"there is no such folder, the local cache has no such model, and {reason}",
         where=base,
         mend="give a model folder (config.json, safetensors, tokenizer); or run on a machine that can reach "
-        f"{_page(base, url)}; or download the model on such a machine with: hf download {base}, and copy the folder",
+        f"{_page(base, url)}; or download the model on such a machine and copy the folder: hf download {base}",
     )
 
 
