@@ -1,1 +1,1 @@
-"""The command line: parse, call, print. One folder per group of commands; only render.py prints."""
+"""The command-line interface. Each folder holds one group of commands, and only render.py prints."""

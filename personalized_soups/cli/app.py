@@ -1,6 +1,6 @@
-"""The command `psoups`: its groups of commands, and the messages and exit codes of errors.
+"""The command `psoups`: register the groups of commands, and turn errors into messages and exit codes.
 
-Every command module has a function `register(app)` and imports heavy libraries (torch, transformers, peft, numpy,
+Every command module has a function `register(app)`. It imports heavy libraries (torch, transformers, peft, numpy,
 pydantic) only inside its functions, so that `psoups --help` prints quickly.
 """
 
@@ -42,10 +42,13 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 class SoupGroup(TyperGroup):
-    """The group of all commands. Turns errors into messages and exit codes; other exceptions keep their traceback."""
+    """The group of all commands.
+
+    A `SoupError`, Ctrl-C or a full disk ends in a message and an exit code. Other exceptions keep their traceback.
+    """
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write the commands under the titles of their groups, without commands that have no group."""
+        """Write the list of commands, under the titles of their groups. Commands without a group are left out."""
         for group, names in COMMAND_GROUPS.items():
             commands = {name: self.commands[name] for name in (module.replace("_", "-") for module in names)}
             limit = formatter.width - 6 - max(map(len, commands))
@@ -54,7 +57,7 @@ class SoupGroup(TyperGroup):
                 formatter.write_dl(rows)
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the chosen command. Exit with 2 for wrong usage or input, 1 for a failed run, 130 for Ctrl-C."""
+        """Run the chosen command. Exit with 2 for wrong usage or input, 1 for a failed run, 130 after Ctrl-C."""
         try:
             return super().invoke(ctx)
         except SoupError as error:
@@ -72,7 +75,7 @@ class SoupGroup(TyperGroup):
 
 
 def disk_full(error: OSError) -> RunError:
-    """Return the error for a full disk or an exceeded quota."""
+    """Return the error that reports a full disk or an exceeded quota."""
     return RunError(
         f"the disk is full: {error.strerror}",
         where=str(error.filename or "the output folder's file system"),
@@ -88,7 +91,7 @@ def build_app() -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
-        # plain help prints quickly, does not depend on the version of rich, and goes into docs/reference/cli.md
+        # Plain help prints quickly and is the same with every version of rich. docs/reference/cli.md contains it.
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     )
@@ -102,7 +105,7 @@ def build_app() -> typer.Typer:
 
 
 def _name_options(app: typer.Typer) -> None:
-    """Let the errors of every command, at any depth, name its options."""
+    """Make the errors of every command, including nested commands, name the options of the command."""
     for command in app.registered_commands:
         command.cls = SoupCommand
     for group in app.registered_groups:

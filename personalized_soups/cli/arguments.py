@@ -1,7 +1,7 @@
-"""Replace the Python arguments that an error names by the options of the running command.
+"""Replace the names of Python arguments in errors with the options of the running command.
 
-The library does not know its caller, so its errors name arguments: `where="rank"`, and `give rank=16` in texts. A user
-of the command line knows options: `--rank`, and `give --rank 16`.
+The library does not know its caller, so its errors name Python arguments, e.g. `where="rank"` and `give rank=16`. A
+user of the command line needs the options instead: `--rank` and `give --rank 16`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from personalized_soups.errors import SoupError
 
-# A quoted text may be a name that a user chose, so it is copied. An apostrophe within a word opens no quotation.
+# Quoted text may be a name that a user chose, so it is not changed. An apostrophe in a word does not start a quotation.
 _QUOTED = r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|`[^`]*`|“[^”]*”)(?!\w)"""
 # A value ends before the punctuation of its sentence. `...` is a placeholder for any value.
 _VALUE = r"""\.\.\.|"[^"]*"|'[^']*'|[^\s"'`;)]*[^\s"'`;:,.)]"""
@@ -24,13 +24,13 @@ _ARGUMENT = re.compile(rf"(?P<name>[a-z][a-z_]*)=(?P<value>{_VALUE})")
 
 
 class SoupCommand(TyperCommand):
-    """A command whose errors name its options."""
+    """A command that replaces the names of Python arguments in its errors with its options."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command.
 
         Raises:
-            SoupError: as the command's function, with options in place of arguments.
+            SoupError: the error that the command's function raises, with options in place of argument names.
         """
         try:
             return super().invoke(ctx)
@@ -44,7 +44,7 @@ class Option:
     """An option of a command.
 
     Attributes:
-        flag: the option as a user writes it, such as `--same-base`.
+        flag: the option as a user types it, e.g. `--same-base`.
         takes_value: whether a value follows the option.
     """
 
@@ -53,7 +53,7 @@ class Option:
 
 
 def options_of(command: Any) -> dict[str, Option]:
-    """Return the options of a click command by the name of their argument (`lambda_` is `lambda`)."""
+    """Return the options of a click command, by argument name without a final `_` (`lambda_` becomes `lambda`)."""
     return {
         param.name.rstrip("_"): Option(param.opts[0], takes_value=not param.is_flag)
         for param in command.params
@@ -62,12 +62,13 @@ def options_of(command: Any) -> dict[str, Option]:
 
 
 def name_options(error: SoupError, options: Mapping[str, Option], *, given: Collection[str] = ()) -> None:
-    """Replace the arguments in all three parts of an error by options.
+    """Replace the argument names in all three parts of an error with options.
 
     Args:
-        error: the error, which is changed.
+        error: the error, which is changed in place.
         options: the command's options by argument name.
-        given: texts from the command line. A place that equals one of them is a user's file, not an argument.
+        given: values from the command line. A place in `error.where` that equals one of these values is a user's file,
+            not an argument.
     """
     error.what = with_options(error.what, options)
     error.where = ", ".join(_place(place, options, given) for place in error.where.split(", "))
@@ -75,15 +76,18 @@ def name_options(error: SoupError, options: Mapping[str, Option], *, given: Coll
 
 
 def with_options(text: str, options: Mapping[str, Option]) -> str:
-    """Return the text with `--its-option value` in place of each `name=value` that names an option.
+    """Return the text with each `name=value` replaced by the option, e.g. `rank=16` by `--rank 16`.
 
-    `name=True` becomes the option alone. Quoted text and names without an option are copied.
+    For a flag, `name=True` becomes the flag alone. Quoted text and names without an option are not changed.
     """
     return _TEXT.sub(lambda match: match[0] if match["quoted"] else _written(match, options), text)
 
 
 def _place(place: str, options: Mapping[str, Option], given: Collection[str]) -> str:
-    """Return the option in place of `name`, `name=value` or `name: key`."""
+    """Return `place` with its argument name replaced by the option. Values from the command line are not changed.
+
+    A place has the form `name`, `name=value` or `name: key`.
+    """
     name, colon, key = place.partition(": ")
     if name in given:
         return place
@@ -104,7 +108,7 @@ def _written(match: re.Match[str], options: Mapping[str, Option]) -> str:
 
 
 def _texts(values: Any) -> Iterator[str]:
-    """Yield the values of parameters as texts, those of repeated options separately."""
+    """Yield all values of the parameters as text, except None and booleans. Repeated options have several values."""
     for value in values:
         if isinstance(value, list | tuple):
             yield from _texts(value)

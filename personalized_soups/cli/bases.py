@@ -1,4 +1,4 @@
-"""The values of `--base` and `--dtype`, and the shipped files that match a base."""
+"""Resolve the values of `--base` and `--dtype`, and choose the shipped catalogue and recipe for a base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "tiny"
 
-# If no recipe is given, a base of fewer bytes is trained by the recipe of the tiny base.
+# If no recipe is given, a base with fewer bytes of weights is trained with the recipe of the tiny base.
 _TINY_BYTES = 64 << 20
 
 
@@ -22,10 +22,10 @@ class LoadOptions:
     """How a base model is loaded.
 
     Attributes:
-        base: the base as the user names it: a folder, a model id, or `tiny`.
-        device: auto, cpu or cuda.
+        base: the value of --base: a folder, a model id, or `tiny`.
+        device: `auto`, `cpu` or `cuda`.
         dtype: the dtype of the loaded model.
-        same_base: accept bases with different names or fingerprints as one base.
+        same_base: treat base models with different names or fingerprints as the same base.
     """
 
     base: str
@@ -40,7 +40,10 @@ class LoadOptions:
 
 
 def resolve_base(base: str) -> str:
-    """Return the folder or model id of a base. `tiny` is the embedded base; a folder of that name is `./tiny`."""
+    """Return the folder of the embedded base if `base` is `tiny`, else return `base` unchanged.
+
+    A user who has a folder called tiny writes `./tiny`.
+    """
     if base != EMBEDDED:
         return base
     from personalized_soups.tiny import BASE_FOLDER
@@ -49,16 +52,19 @@ def resolve_base(base: str) -> str:
 
 
 def catalogue_of(base: str, dimensions: Path | None) -> Path:
-    """Return the given catalogue's file, or the shipped catalogue. The embedded base has its own, with its scorers."""
+    """Return `dimensions` if it is given, else the path of the shipped catalogue for the base.
+
+    The embedded base has its own shipped catalogue, with its own scorers.
+    """
     from personalized_soups.declare.shipped import shipped_recipe
 
     return dimensions or shipped_recipe(f"dimensions/{'tiny' if base == EMBEDDED else 'psoups'}.yaml")
 
 
 def recipe_of(base: str, recipe: Path | None) -> Path:
-    """Return the given training recipe's file, or the shipped recipe for the base's size.
+    """Return `recipe` if it is given, else the path of the shipped training recipe for the size of the base.
 
-    A model id counts as a large base.
+    A model id counts as a large base, because its size is not known.
     """
     from personalized_soups.declare.shipped import shipped_recipe
 
@@ -68,7 +74,7 @@ def recipe_of(base: str, recipe: Path | None) -> Path:
 
 
 def checked_dtype(name: str) -> Dtype:
-    """Return the dtype that `--dtype` names.
+    """Check the value of `--dtype` and return it.
 
     Raises:
         UsageError: if the dtype is unknown.

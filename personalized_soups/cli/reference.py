@@ -1,6 +1,6 @@
-"""The hidden command that writes the generated pages: docs/reference/cli.md and docs/schemas/.
+"""The hidden command `psoups reference`, which writes docs/reference/cli.md and docs/schemas/.
 
-The suite compares both with the code.
+Tests compare these files with the code.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def reference(
 
 
 def cli_page() -> str:
-    """Return docs/reference/cli.md: the help of every command that is not hidden."""
+    """Return the text of docs/reference/cli.md: the help of every command that is not hidden."""
     from personalized_soups.cli.app import build_app
 
     command = typer.main.get_command(build_app())
@@ -51,7 +51,7 @@ def cli_page() -> str:
 
 
 def schema_pages() -> dict[str, str]:
-    """Return the JSON schema of each kind of file that people write, by file name."""
+    """Return the JSON schemas of profiles, catalogues and recipes, by file name."""
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.evaluation import StudyRecipe
     from personalized_soups.declare.profile import Profile
@@ -67,7 +67,7 @@ def schema_pages() -> dict[str, str]:
 
 
 def _schema(model: type[Declared]) -> dict[str, Any]:
-    """Return a model's JSON schema; the docstrings' Python examples are left out of the descriptions."""
+    """Return the JSON schema of a model. Its descriptions leave out the Python examples of the docstrings."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **model.model_json_schema()}
     for definition in (schema, *schema.get("$defs", {}).values()):
         if "description" in definition:

@@ -1,4 +1,4 @@
-"""The only file that prints. Data goes to stdout; errors, messages and progress bars go to stderr."""
+"""The only module that prints. Data goes to stdout. Errors, messages and progress bars go to stderr."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 Cell = str | int | float | bool | None
 
-# The narrowest column of text. A table that needs narrower columns is printed row by row.
+# The minimum width of a text column. A table that needs narrower columns is printed row by row.
 _LEAST_TEXT = 20
-# Blanks around the two columns of a record: one at each end, three between them.
+# Number of blanks in a line of a record: one at each end, and three between the two columns.
 _FRAME = 5
-# Time between two lines of progress if stderr is no terminal (a log file, CI).
+# Seconds between two lines of progress if stderr is not a terminal (a log file, CI).
 _LOG_SECONDS = 10.0
 
 
 class Bar(Protocol):
-    """Shows the progress of a task."""
+    """A display of the progress of one task."""
 
     def update(self, done: int, *, total: int | None = None, **figures: float | str) -> None:
-        """Show that `done` units of work are done, with figures such as loss=0.31 after the bar."""
+        """Show `done` as the number of finished units of work, and figures such as loss=0.31 after the bar."""
 
 
 def show_error(error: SoupError) -> None:
@@ -43,12 +43,12 @@ def say(text: str) -> None:
 
 
 def show_text(text: str, *, end: str = "\n") -> None:
-    """Print a text on stdout at once. Pieces of a streamed answer have `end=""`."""
+    """Print text on stdout and flush. For the pieces of a streamed answer, pass `end=""`."""
     print(text, end=end, flush=True)
 
 
 def show_json(value: object) -> None:
-    """Print one JSON object on stdout.
+    """Print a value as indented JSON on stdout.
 
     Raises:
         ValueError: if a number is NaN or infinite, which JSON cannot express.
@@ -57,14 +57,14 @@ def show_json(value: object) -> None:
 
 
 def show_line(value: object) -> None:
-    """Print one JSON object on one line of stdout."""
+    """Print a value as one line of JSON on stdout."""
     print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def show_table(
     columns: Sequence[str], rows: Sequence[Sequence[Cell]], *, title: str | None = None, as_json: bool = False
 ) -> None:
-    """Print rows as a table, or as a JSON list of objects with the columns as keys."""
+    """Print rows as a table. If `as_json` is true, print a JSON list of objects, whose keys are the columns."""
     if as_json:
         show_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
@@ -86,7 +86,7 @@ def show_table(
 
 
 def show_record(record: Mapping[str, Any], *, title: str | None = None, as_json: bool = False) -> None:
-    """Print a mapping as a table of two columns, or as one JSON object."""
+    """Print a mapping as a table of two columns. If `as_json` is true, print one JSON object."""
     if as_json:
         show_json(record)
         return
@@ -94,9 +94,10 @@ def show_record(record: Mapping[str, Any], *, title: str | None = None, as_json:
 
 
 def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: int) -> list[int] | None:
-    """Return widths of columns that fit into the terminal and break no word, or None if there are none.
+    """Return column widths that fit into `available` cells without breaking a word, or None if that is impossible.
 
-    Headings are broken into lines first, then the columns with the longest texts.
+    If the table is too wide, its headings are broken into lines. If that is not enough, its widest columns are
+    narrowed.
     """
     cells = [[row[index] for row in rows] for index in range(len(columns))]
     room = available - 2 - 2 * (len(columns) - 1)  # a blank at each end, two between columns
@@ -119,7 +120,7 @@ def _widths(columns: Sequence[str], rows: Sequence[Sequence[str]], available: in
 
 
 def _show_stacked(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None) -> None:
-    """Print each row of a table as a record, since the table is too wide for the terminal."""
+    """Print each row of a table as a separate record. Used if the table is too wide for the terminal."""
     names = [" ".join(column.split()) for column in columns]
     _show_pairs([list(zip(names, row, strict=True)) for row in rows], title=title)
 
@@ -144,9 +145,9 @@ def _show_pairs(records: Sequence[Sequence[tuple[str, str]]], *, title: str | No
 
 
 def _wrapped(text: str, width: int) -> str:
-    """Break a text between words into lines of `width` cells.
+    """Break text between words into lines of at most `width` cells.
 
-    A longer word, such as a path, is not broken: the terminal wraps it, and it can be copied in one piece.
+    A word longer than `width`, such as a path, is not broken, so that a user can copy it in one piece.
     """
     lines: list[str] = []
     for line in text.split("\n"):
@@ -178,13 +179,13 @@ def _longest_word(text: str) -> int:
 
 @contextmanager
 def progress(title: str, total: int | None = None, *, done: int = 0, quiet: bool = False) -> Iterator[Bar]:
-    """Show a progress bar with the time left on stderr, or a line from time to time if stderr is no terminal.
+    """Show a progress bar on stderr, or print a line every ten seconds if stderr is not a terminal.
 
     Args:
         title: the name of the task.
         total: the number of units of work, if known.
-        done: units that an earlier run has done. They do not count for the estimate of the time left.
-        quiet: show nothing, for JSON output and for all but the first process of a distributed run.
+        done: the number of units that an earlier run finished. The estimate of the time left ignores these units.
+        quiet: show nothing. Used for JSON output, and in every process of a distributed run except the first.
     """
     if quiet:
         yield _NoBar()
@@ -203,7 +204,7 @@ def progress(title: str, total: int | None = None, *, done: int = 0, quiet: bool
         BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        # only this column may be broken into lines, so that the others fit a narrow terminal
+        # Only this column may be broken into lines, so that the other columns fit into a narrow terminal.
         TextColumn("{task.fields[figures]}", markup=False, table_column=Column(no_wrap=False)),
         console=Console(stderr=True),
     )
@@ -268,9 +269,9 @@ def _cell(value: object) -> str:
 
 
 def _print_rich(renderable: object, *, least: int = 0) -> None:
-    """Print a table of rich at the terminal's width, but at least `least` cells wide."""
+    """Print a rich table with the width of the terminal, but with at least `least` cells."""
     from rich.console import Console
 
     width = max(shutil.get_terminal_size().columns, least)
-    # without markup: a user's name such as `[a]` is not a style
+    # Markup is off, because a user's name such as `[a]` is not a style.
     Console(markup=False, highlight=False, width=width).print(renderable, crop=False)

@@ -1,4 +1,4 @@
-"""How the commands sample answers."""
+"""The sampling options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from personalized_soups.errors import UsageError
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
-    """How answers are sampled.
+    """Options for sampling answers.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens.
-        temperature: sampling temperature; 0 always takes the likeliest token.
+        max_new_tokens: maximum length of an answer, in tokens.
+        temperature: sampling temperature. With 0, the likeliest token is always chosen.
         seed: random seed.
-        batch_size: answers generated at once.
+        batch_size: number of answers generated at once.
     """
 
     max_new_tokens: int
@@ -26,14 +26,14 @@ class SamplingOptions:
 
 
 def check_temperature(temperature: float, *, usual: float = 0.7) -> None:
-    """Raise if a temperature is infinite; typer rejects NaN and negative numbers.
+    """Raise UsageError if the temperature is infinite. typer already rejects NaN and negative numbers.
 
     Args:
         temperature: the value of --temperature.
         usual: the temperature that the error suggests.
 
     Raises:
-        UsageError: naming the option.
+        UsageError: if the temperature is infinite.
     """
     if math.isinf(temperature):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""`psoups generate`: answer prompts with a base, an adapter, a soup, or a soup for each of many users."""
+"""`psoups generate`: answer prompts with a base, an adapter or a soup, for one user or for many users."""
 
 from __future__ import annotations
 
@@ -32,46 +32,50 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help='The prompt. "-" or no prompt reads standard input.')] = None,
+    prompt: Annotated[
+        str | None, typer.Argument(help='The prompt. If it is "-" or missing, standard input is read.')
+    ] = None,
     *,
     base: BaseOption,
-    adapter: Annotated[Path | None, typer.Option(help="Adapter folder: an expert or a merged adapter.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter: an expert or a merged adapter.")] = None,
     experts: Annotated[
         list[Path] | None, typer.Option(help="Folder of experts to merge for this answer. May be repeated.")
     ] = None,
-    profile: Annotated[Path | None, typer.Option(help="Profile file that weighs the experts.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Profile file with the weights of the experts.")] = None,
     weights: Annotated[str | None, typer.Option(help="Mixing weights instead of a profile, e.g. a=0.6,b=0.6.")] = None,
     profiles: Annotated[
         Path | None,
-        typer.Option(help="JSON Lines file of profiles. Answer --prompts for every user, with --experts."),
+        typer.Option(help="JSON Lines file of the profiles of many users. Requires --prompts and --experts."),
     ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='File of prompts for --profiles: one per line, or JSON Lines with a "prompt" and perhaps a "user".'
+            help='File of prompts for --profiles: one per line, or JSON Lines with "prompt" and, optionally, "user".'
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="JSON Lines file for the answers to --prompts. Without it, they are printed."),
+        typer.Option(help="JSON Lines file for the answers to --prompts. Without --out, the answers are printed."),
     ] = None,
     batch_size: BatchSizeOption = 64,
     allow_opposed: AllowOpposedOption = False,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.7,
-    greedy: Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")] = False,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Always choose the likeliest token.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     same_base: SameBaseOption = False,
     overwrite: RestartOption = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a stream.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of streaming the answer.")
+    ] = False,
 ) -> None:
-    """Answer a prompt with a base, an adapter, or a soup merged for this answer.
+    """Answer a prompt with a base model, an adapter, or a soup (the weighted sum of experts).
 
-    With --profiles and --prompts, answer every prompt for every user, or for the user that the prompt's line names.
-    Answers are generated in mixed batches with each user's own soup, and nothing is merged. Run the command again to
-    resume an interrupted --out.
+    With --profiles and --prompts, answer every prompt for every user. If the line of a prompt names a user, answer the
+    prompt for this user only. One batch contains answers for several users, each with the user's own soup, and no
+    merged model is written. Run the same command again to resume an interrupted --out.
     """
     check_temperature(temperature)
     loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
@@ -86,7 +90,7 @@ def generate(
         sampling = SamplingOptions(max_new_tokens, temperature, seed, batch_size=1)
         answer_one_user(one_user, loading, sampling, greedy=greedy, as_json=as_json)
         return
-    # answers to many users are JSON Lines anyway
+    # Answers to many users are always JSON Lines, so --json is rejected.
     if misplaced := [*one_user.given, *(["--json"] if as_json else [])]:
         raise UsageError(
             "options for one user and for many users are both given",

@@ -21,14 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ManyUsersRequest:
-    """The prompts of many users, each answered with the user's own soup.
+    """A request to answer prompts for many users, each with the user's own soup (the weighted sum of experts).
 
     Attributes:
         experts: folders of the experts.
         profiles: JSON Lines file of profiles.
-        prompts: file of prompts. A line may name the user who asks; every user asks the others.
-        out: JSON Lines file for the answers; None prints them.
-        overwrite: start `out` again if it exists.
+        prompts: file of prompts. A prompt is answered for the user that its line names. If the line names no user, the
+            prompt is answered for every user.
+        out: JSON Lines file for the answers. If None, the answers are printed.
+        overwrite: discard an existing `out` and start again.
     """
 
     experts: Sequence[Path]
@@ -41,10 +42,10 @@ class ManyUsersRequest:
 def checked_many_users(
     experts: Sequence[Path] | None, profiles: Path | None, prompts: Path | None, out: Path | None, *, overwrite: bool
 ) -> ManyUsersRequest:
-    """Return the request of these options.
+    """Check the options for many users and return them as a request.
 
     Raises:
-        UsageError: naming the options that are missing.
+        UsageError: if the profiles, the prompts or the experts are missing.
     """
     if profiles is None or prompts is None or not experts:
         values = {"--profiles FILE": profiles, "--prompts FILE": prompts, "--experts FOLDER": experts}
@@ -58,10 +59,13 @@ def checked_many_users(
 
 
 def answer_many_users(request: ManyUsersRequest, loading: LoadOptions, sampling: SamplingOptions) -> None:
-    """Write each answer as a JSON line to the file or to standard output. Answers already in the file are skipped.
+    """Write the answers as JSON Lines to `request.out`, or print them if it is None.
+
+    Answers that the file already contains are not generated again.
 
     Raises:
-        SoupError: if a file cannot be read, a profile does not fit the experts, or the output holds another run.
+        SoupError: if a file cannot be read, a profile does not fit the experts, or the output holds a run with
+            different inputs.
     """
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.files.lines import growing_lines
@@ -127,7 +131,7 @@ def _profiles(path: Path, library: ExpertLibrary) -> list[Profile]:
 def _settings(
     request: ManyUsersRequest, library: ExpertLibrary, loading: LoadOptions, sampling: SamplingOptions
 ) -> Mapping[str, Any]:
-    """Return all inputs that change the answers. A run resumes only with the same inputs."""
+    """Return all inputs that affect the answers. A run can be resumed only with the same inputs."""
     from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.files.digest import digest_file
 

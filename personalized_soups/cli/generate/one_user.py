@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class OneUserRequest:
-    """One prompt, and what answers it.
+    """A request to answer one prompt with a base, an adapter or a soup (the weighted sum of experts).
 
     Attributes:
-        prompt: the prompt; None or `-` reads standard input.
-        adapter: folder of the adapter that answers.
-        experts: folders of the experts that are merged for this answer, in place of an adapter.
-        profile: profile file that weighs the experts.
-        weights: weights of the experts as text, in place of a profile.
+        prompt: the prompt. If it is None or `-`, standard input is read.
+        adapter: folder of the adapter to load; None loads no adapter.
+        experts: folders of the experts to merge for this answer, instead of an adapter.
+        profile: profile file with the weights of the experts.
+        weights: weights of the experts as text (`a=0.6,b=0.6`), instead of a profile.
         allow_opposed: allow `weights` on two sides of one dimension.
     """
 
@@ -42,7 +42,7 @@ class OneUserRequest:
 
     @property
     def given(self) -> list[str]:
-        """The options and arguments given for one user only."""
+        """The names of the given options and arguments that apply to one user only."""
         values = {
             "PROMPT": self.prompt,
             "--adapter": self.adapter,
@@ -55,7 +55,7 @@ class OneUserRequest:
 def answer_one_user(
     request: OneUserRequest, loading: LoadOptions, sampling: SamplingOptions, *, greedy: bool, as_json: bool
 ) -> None:
-    """Print the answer, piece by piece or as one JSON object.
+    """Print the answer while it is generated. If `as_json` is true, print one JSON object at the end.
 
     Raises:
         SoupError: if options contradict each other, or the prompt, the base or the experts cannot be read.
@@ -132,7 +132,10 @@ def _prompt(prompt: str | None) -> str:
 
 @contextmanager
 def _adapter_of(request: OneUserRequest, *, same_base: bool) -> Iterator[Path | None]:
-    """Yield the adapter's folder: the given adapter, a soup in a temporary folder, or None for the base alone."""
+    """Yield the folder of the adapter to load, or None if the base answers without an adapter.
+
+    If experts are given, they are merged into an adapter in a temporary folder.
+    """
     if not request.experts:
         yield request.adapter
         return

@@ -1,4 +1,4 @@
-"""Files of answers that grow while a command runs."""
+"""Checks and messages for files of answers that grow while a command runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from personalized_soups.errors import UsageError
 
 
 def check_no_input(out: Path | None, inputs: Sequence[Path]) -> None:
-    """Raise if the output is one of the input files.
+    """Raise UsageError if the output file is also an input file.
 
     Raises:
-        UsageError: naming the output.
+        UsageError: if `out` is one of `inputs`.
     """
     for path in inputs:
         if out is not None and out.exists() and path.exists() and out.samefile(path):
@@ -25,7 +25,7 @@ def check_no_input(out: Path | None, inputs: Sequence[Path]) -> None:
 
 @contextmanager
 def reporting_kept_answers(out: Path | None) -> Iterator[None]:
-    """On Ctrl-C, report that the answers so far are kept."""
+    """On Ctrl-C, print that the answers written so far are kept in `out`."""
     try:
         yield
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`psoups sweep`: dose and response between two experts."""
+"""`psoups sweep`: score answers while the weight moves from one expert to another."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ def sweep(
 ) -> None:
     """Answer prompts while the weight moves from one expert to another, score the answers, and draw the curve.
 
-    The catalogue's scorer of the second side scores the answers. If the shipped catalogue does not know this side, the
-    score is the number of words. Run the command again to resume an interrupted run.
+    The catalogue's scorer for the side of the second expert scores the answers. If the shipped catalogue has no scorer
+    for this side, the score of an answer is its number of words. Run the same command again to resume an interrupted
+    run.
     """
     check_temperature(temperature)
     check_extra("plot", "matplotlib")

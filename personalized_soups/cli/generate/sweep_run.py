@@ -1,4 +1,4 @@
-"""The work of `psoups sweep`: answers, scores and a picture in one folder."""
+"""Run a sweep: write the answers, their scores and a picture to one folder."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class SweepRun:
     Attributes:
         sweep: the two experts, the steps and the scale.
         experts: the two experts.
-        side: the side that the second expert was trained for; answers are scored for it.
-        catalogue: the catalogue with the side's scorer; None counts words.
+        side: the side that the second expert was trained for. The answers are scored for this side.
+        catalogue: the catalogue with the scorer of `side`. If None, the score of an answer is its number of words.
         prompts: file of prompts.
         folder: the output folder.
         loading: how the base is loaded.
@@ -47,12 +47,13 @@ class SweepRun:
     sampling: SamplingOptions
 
     def results(self, *, overwrite: bool, quiet: bool) -> dict[str, Any]:
-        """Answer the prompts unless the folder holds all answers, then score them, draw them and return the results.
+        """Answer the prompts, score the answers, draw the curve and return the results.
 
-        Complete answers are scored and drawn again, since the catalogue may have changed.
+        If the folder already holds all answers and `overwrite` is false, no answer is generated. The answers are still
+        scored and drawn again, because the catalogue may have changed.
 
         Raises:
-            SoupError: if a prompt or the base cannot be read, or the folder holds another run.
+            SoupError: if a prompt or the base cannot be read, or the folder holds a run with different inputs.
         """
         from personalized_soups.files.lines import growing_lines, is_whole
         from personalized_soups.generation.prompts import read_asked_prompts
@@ -63,13 +64,13 @@ class SweepRun:
         has_all = _has_settings(self.folder / RESULTS, settings) and is_whole(self.folder / ANSWERS, len(prompts))
         if has_all and not overwrite:
             return self._score(settings)
-        # scoring is part of the block, so that a run that is killed while it scores is resumed there
+        # Scoring is inside the block, so that a run that is killed during scoring can be resumed.
         with growing_lines(self.folder / ANSWERS, settings, overwrite=overwrite) as lines:
             self._answer(prompts, lines, quiet=quiet)
             return self._score(settings)
 
     def _settings(self) -> dict[str, Any]:
-        """Return all inputs that change the answers. A run resumes only with the same inputs."""
+        """Return all inputs that affect the answers. A run can be resumed only with the same inputs."""
         from personalized_soups.adapters.fingerprint import base_fingerprint
         from personalized_soups.files.digest import digest_file
 
@@ -99,7 +100,7 @@ class SweepRun:
             same_base=self.loading.same_base,
         )
         model.generator.check(prompts)
-        for name in (RESULTS, PICTURE):  # of earlier answers
+        for name in (RESULTS, PICTURE):  # they belong to earlier answers
             (self.folder / name).unlink(missing_ok=True)
         if lines.num_done:
             render.say(f"resuming: the answers to {lines.num_done} of {len(prompts)} prompts are written already")
@@ -130,10 +131,10 @@ class SweepRun:
 
 
 def two_experts(library: ExpertLibrary, names: tuple[str, str]) -> ExpertLibrary:
-    """Return the library of two experts of another.
+    """Return a library that contains only the two named experts of `library`.
 
     Raises:
-        UsageError: if a name is unknown.
+        UsageError: if `library` has no expert of that name.
     """
     from personalized_soups.adapters.library import ExpertLibrary
 
@@ -144,7 +145,7 @@ def two_experts(library: ExpertLibrary, names: tuple[str, str]) -> ExpertLibrary
 
 
 def scoring_catalogue(side: str, base: str, dimensions: Path | None) -> Catalogue | None:
-    """Return the catalogue to score answers with, or None if the shipped catalogue does not know the side.
+    """Return the catalogue with the scorer of `side`, or None if the shipped catalogue has no such scorer.
 
     Raises:
         DeclarationError: if the given catalogue cannot be read, or has no scorer for the side.
@@ -163,7 +164,7 @@ def scoring_catalogue(side: str, base: str, dimensions: Path | None) -> Catalogu
 
 
 def _has_settings(results: Path, settings: Mapping[str, Any]) -> bool:
-    """Return whether the file holds the results of these settings."""
+    """Return whether the file holds the results of a run with these settings."""
     try:
         return bool(json.loads(results.read_text(encoding="utf-8"))["settings"] == settings)
     except (FileNotFoundError, ValueError, KeyError, TypeError):

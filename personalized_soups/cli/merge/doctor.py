@@ -32,7 +32,9 @@ def doctor(
         Path | None, typer.Option(help="Profile file with weights to check as well.", show_default=False)
     ] = None,
     weights: WeightsOption = None,
-    rows: Annotated[int, typer.Option(help="Rows of each module to count opposite signs in.", min=1)] = 64,
+    rows: Annotated[
+        int, typer.Option(help="Number of rows of each module in which opposite signs are counted.", min=1)
+    ] = 64,
     same_base: SameBaseOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -91,7 +93,7 @@ def _show(diagnosis: Diagnosis) -> None:
 
 
 def _show_experts(diagnosis: Diagnosis) -> None:
-    """Print a row for each expert. The title holds the values that all experts share."""
+    """Print a table with one row per expert. The title shows the values that all experts share."""
     rows: list[dict[str, render.Cell]] = [
         {
             "expert": expert.name,

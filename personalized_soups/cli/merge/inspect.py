@@ -1,4 +1,4 @@
-"""`psoups inspect`: describe a folder."""
+"""`psoups inspect`: describe a folder of a model or of experts, or list the merge methods."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def inspect(
     folder: Annotated[
         Path | None, typer.Argument(help="An expert, a soup, a base model, or a folder of experts.")
     ] = None,
-    methods: Annotated[bool, typer.Option("--methods", help="Print the table of merge methods.")] = False,
+    methods: Annotated[
+        bool, typer.Option("--methods", help="List the merge methods instead of describing a folder.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Describe a folder: its kind, base, rank, modules, size, weights and provenance."""
@@ -56,7 +58,7 @@ def _show_methods(*, as_json: bool) -> None:
         [row.name, row.formula, ", ".join(row.options), ", ".join(row.encodings), row.source, row.about]
         for row in METHODS.values()
     ]
-    # a package's formula and options are in its code, which is imported only to merge
+    # The formula and options of a package's method are in its code, which is imported only to merge.
     rows += [
         [name, None, None, None, f"{package_of(entry_point)}, {entry_point.value}", "A method of an installed package."]
         for name, entry_point in installed_methods().items()

@@ -68,21 +68,25 @@ def merge(
     dtype: MergeDtypeOption = None,
     base: MergeBaseOption = None,
     into_base: Annotated[
-        str | None, typer.Option(help="Fold the soup into this base model and write a full model.")
+        str | None, typer.Option(help="Add the soup to the weights of this base model, and write a full model.")
     ] = None,
     untouched: Annotated[
-        str, typer.Option(help="How to copy weight files that the soup does not change: copy, reflink or (hard) link.")
+        str,
+        typer.Option(help="How to copy weight files that the soup does not change: copy, reflink or link (hard link)."),
     ] = "copy",
     overwrite: OverwriteOption = False,
     durable: Annotated[
-        bool, typer.Option("--durable", help="Write all bytes to the disk before the output appears.")
+        bool, typer.Option("--durable", help="Wait until all bytes are on the disk before the output appears.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     same_base: SameBaseOption = False,
     allow_opposed: AllowOpposedOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Merge experts for one user into a LoRA adapter, or into a full model with --into-base."""
+    """Merge experts for one user into a LoRA adapter, or with --into-base into a full model.
+
+    The merged adapter or model is called a soup: the weighted sum of the experts.
+    """
     folders = checked_experts(experts)
     if out is None and not dry_run:
         raise UsageError("no output folder is given", where="--out", mend="give --out my-soup, or give --dry-run")

@@ -44,7 +44,8 @@ def merge_many(
     *,
     experts: MergeExpertsOption = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the users' folders: OUT/USER.", show_default=False)
+        Path | None,
+        typer.Option(help="Output folder. The soup of each user is written to OUT/USER.", show_default=False),
     ] = None,
     method: MethodOption = None,
     density: DensityOption = None,
@@ -58,7 +59,7 @@ def merge_many(
     dtype: MergeDtypeOption = None,
     base: MergeBaseOption = None,
     into_base: Annotated[
-        str | None, typer.Option(help="Fold each soup into this base model and write full models.")
+        str | None, typer.Option(help="Add each soup to the weights of this base model, and write full models.")
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace users' folders that hold a different soup.")
@@ -68,7 +69,7 @@ def merge_many(
 ) -> None:
     """Merge experts for every user of a file, in one pass over the experts.
 
-    Run the command again to resume an interrupted run.
+    Run the same command again to resume an interrupted run.
     """
     folders = checked_experts(experts)
     check_one_base(base, into_base)
@@ -106,7 +107,7 @@ def _check_readable_twice(profiles: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Users:
-    """All users of a file, and how their soups are merged."""
+    """A file of profiles, with the experts and options to merge them with."""
 
     library: ExpertLibrary
     profiles: Path
@@ -117,7 +118,7 @@ class _Users:
         """Check every profile, then merge and write all soups.
 
         Raises:
-            SoupError: if a profile cannot be merged, or a user's folder holds another soup.
+            SoupError: if a profile cannot be merged, or a user's folder holds a different soup.
         """
         from personalized_soups.declare.profiles import read_profiles
         from personalized_soups.merging.writing.many import merge_many as merge_all
@@ -135,10 +136,10 @@ class _Users:
             )
 
     def _check(self) -> int:
-        """Plan the merge of every profile and return their number.
+        """Plan the merge of every profile and return the number of profiles.
 
-        Every line is checked before the first user is merged: otherwise a mistake in the last line would stop a run
-        of hours at its end.
+        Every line is checked before the first user is merged. Otherwise, a mistake in the last line would stop a run of
+        several hours at its end.
         """
         from personalized_soups.declare.profiles import each_once, read_profiles
         from personalized_soups.merging.planning.many_plans import ManyPlans

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def checked_experts(experts: list[Path] | None) -> list[Path]:
-    """Return the folders of experts.
+    """Check that at least one folder of experts is given, and return the folders.
 
     Raises:
         UsageError: if no folder is given.
@@ -28,10 +28,10 @@ def checked_experts(experts: list[Path] | None) -> list[Path]:
 
 
 def check_one_base(base: str | None, into_base: str | None) -> None:
-    """Raise if the options ask for an adapter and for a full model.
+    """Raise UsageError if --base and --into-base are both given.
 
     Raises:
-        UsageError: naming both options.
+        UsageError: if both options are given.
     """
     if base is not None and into_base is not None:
         raise UsageError(
@@ -42,20 +42,20 @@ def check_one_base(base: str | None, into_base: str | None) -> None:
 
 
 def given_options(**values: float | None) -> dict[str, float]:
-    """Return the method options that are given, by name (`lambda_` is `lambda`)."""
+    """Return the values that are not None, by name without a final `_` (`lambda_` becomes `lambda`)."""
     return {name.rstrip("_"): value for name, value in values.items() if value is not None}
 
 
 def resolved(base: str | None) -> str | None:
-    """Return the folder or model id of a base, or None where no base is given."""
+    """Return the folder or model id of the base, or None if `base` is None."""
     return None if base is None else resolve_base(base)
 
 
 def checked_copy_mode(name: str) -> CopyMode:
-    """Return the copy mode of that name.
+    """Check the value of `--untouched` and return it.
 
     Raises:
-        UsageError: if no copy mode has the name.
+        UsageError: if the copy mode is unknown.
     """
     modes: Mapping[str, CopyMode] = {"copy": "copy", "reflink": "reflink", "link": "link"}
     if name not in modes:

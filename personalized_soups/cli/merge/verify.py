@@ -1,4 +1,4 @@
-"""`psoups verify`: check that a merged folder is what its soup.json says."""
+"""`psoups verify`: check that a merged folder contains the soup that its soup.json describes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def verify(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Merge method that an installed package provides. Required if the soup was merged by such a method.",
+            help="Name of the merge method. Required if an installed package provides the method.",
             show_default=False,
         ),
     ] = None,
     device: MergeDeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Merge again from soup.json and compare. Exit with 0 if the folder holds the same tensors, with 1 if not."""
+    """Repeat the merge that soup.json describes, and compare. Exit with 0 if all tensors are the same, else with 1."""
     from personalized_soups.merging.verify.folder import verify as verified
 
     with render.progress("verifying KiB", quiet=as_json) as bar:

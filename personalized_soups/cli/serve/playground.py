@@ -32,7 +32,8 @@ def playground(
     experts: ExpertsOption,
     profiles: ServedStoreOption = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Port to listen on instead of 8000, or of a free port.")
+        int | None,
+        typer.Option(min=0, max=65535, help="Port to listen on. By default 8000, or a free port if 8000 is in use."),
     ] = None,
     dimensions: DimensionsOption = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in your browser.")] = False,
@@ -42,7 +43,8 @@ def playground(
 ) -> None:
     """Serve a page with a slider for each dimension, on this machine only.
 
-    The base and the mixture answer side by side. With --profiles, the page saves mixtures and compares them.
+    The page shows the answers of the base and of the mixture side by side. With --profiles, it also saves and compares
+    mixtures.
     """
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
     loading = LoadOptions(base, device, checked_dtype(dtype), same_base)

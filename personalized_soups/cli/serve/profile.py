@@ -30,7 +30,9 @@ UserArgument = Annotated[str, typer.Argument(help="The user's name in the store.
 ExpectOption = Annotated[
     int | None,
     typer.Option(
-        min=0, help="Write only if the user's current version is this; 0: only if there is none.", show_default=False
+        min=0,
+        help="Change the profile only if its current version is this. With 0, only if the user has none.",
+        show_default=False,
     ),
 ]
 
@@ -51,12 +53,16 @@ def register(app: typer.Typer) -> None:
 def set_profile(
     user: UserArgument,
     *,
-    weights: Annotated[str | None, typer.Option(help="Weights as name=number,name=number.", show_default=False)] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Weights of the experts, e.g. elementary=0.6,concise=0.6.", show_default=False)
+    ] = None,
     file: Annotated[
         Path | None, typer.Option(help="Profile file (YAML or JSON) instead of --weights.", show_default=False)
     ] = None,
-    normalize: Annotated[str | None, typer.Option(help="none or sum; with --weights.", show_default=False)] = None,
-    method: Annotated[str | None, typer.Option(help="Merge method; with --weights.", show_default=False)] = None,
+    normalize: Annotated[
+        str | None, typer.Option(help="How to normalize --weights: none or sum.", show_default=False)
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Merge method to use with --weights.", show_default=False)] = None,
     allow_opposed: AllowOpposedOption = False,
     expect: ExpectOption = None,
     profiles: StoreOption = DEFAULT_STORE,
@@ -91,7 +97,9 @@ def get_profile(
         int | None, typer.Option(min=1, help="An earlier version instead of the current one.", show_default=False)
     ] = None,
     profiles: StoreOption = DEFAULT_STORE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the version and its time.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, with the version and the time it was written.")
+    ] = False,
 ) -> None:
     """Print a user's profile as YAML, in the format of profile files."""
     with opened_store(profiles) as store:
@@ -107,7 +115,7 @@ def get_profile(
 
 def list_profiles(
     *,
-    after: Annotated[str, typer.Option(help="Start after this user.", show_default=False)] = "",
+    after: Annotated[str, typer.Option(help="Start the list after this user.", show_default=False)] = "",
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="Largest number of profiles to print.")] = 100,
     profiles: StoreOption = DEFAULT_STORE,
     as_json: JsonOption = False,
@@ -135,7 +143,7 @@ def delete_profile(
     expect: ExpectOption = None,
     profiles: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Delete a user with all versions. This cannot be undone."""
+    """Delete all versions of a user's profile. This cannot be undone."""
     if not yes and not sys.stdin.isatty():
         raise UsageError(
             "the deletion must be confirmed, but standard input is not a terminal",

@@ -1,4 +1,4 @@
-"""`psoups profile import` and `export`: JSON Lines files of profiles, into and out of a store."""
+"""`psoups profile import` and `psoups profile export`: read and write JSON Lines files of profiles."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def import_profiles(
     file: Annotated[Path, typer.Argument(help="JSON Lines file of profiles. Each line names its user.")],
     *,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Skip and report invalid lines, and write the others.")
+        bool, typer.Option("--skip-bad", help="Skip invalid lines and print their errors, but write the valid lines.")
     ] = False,
     profiles: StoreOption = DEFAULT_STORE,
     experts: CheckedExpertsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write all profiles of a file.
+    """Write all profiles of a file to the store.
 
     If a line is invalid, nothing is written unless you give --skip-bad. Profiles that are already in the store are not
     written again.
@@ -45,11 +45,13 @@ def import_profiles(
 
 def export_profiles(
     *,
-    out: Annotated[Path | None, typer.Option(help="New file instead of standard output.", show_default=False)] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="New file to write instead of standard output.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
     profiles: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Print the current profiles as JSON Lines, sorted by user. psoups profile import reads them."""
+    """Print the current profiles as JSON Lines, sorted by user. psoups profile import reads this format."""
     with opened_store(profiles) as store:
         if out is None:
             for stored in store.all():
@@ -73,20 +75,20 @@ class _ImportReport:
     skipped: list[SoupError] = field(default_factory=list)
 
     def advance(self, num_valid: int) -> None:
-        """Set the number of valid profiles."""
+        """Set the number of valid profiles and advance the progress bar."""
         self.num_valid = num_valid
         self.bar.update(num_valid)
 
     def skip(self, error: SoupError) -> None:
-        """Print a skipped line's error."""
+        """Record and print the error of a skipped line."""
         self.skipped.append(error)
         render.say(" ".join(f"skipped {error.where}: {error.what}; {error.mend}".split()))
 
     def check(self, file: Path) -> None:
-        """Raise if every line was skipped.
+        """Raise InputError if lines were skipped and no line is valid.
 
         Raises:
-            InputError: naming the file.
+            InputError: if `file` has invalid lines and no valid line.
         """
         if self.skipped and not self.num_valid:
             raise InputError(
@@ -96,7 +98,7 @@ class _ImportReport:
             )
 
     def show(self, *, with_skipped: bool, as_json: bool) -> None:
-        """Print the counts; in JSON with the errors of skipped lines."""
+        """Print the counts. With both flags, the JSON also contains the errors of the skipped lines."""
         there = "there_already" if as_json else "there already"
         record: dict[str, object] = {
             "profiles": self.num_valid,
@@ -111,7 +113,7 @@ class _ImportReport:
 
 @contextmanager
 def _new_file(path: Path, *, overwrite: bool) -> Iterator[TextIO]:
-    """Yield a file that appears complete when the block ends, and not at all after an error."""
+    """Yield a temporary file that becomes `path` when the block ends. After an error, `path` is not written."""
     if os.path.lexists(path) and (path.is_dir() or not overwrite):
         raise OutputExistsError(
             "the output path already exists",

@@ -38,63 +38,72 @@ def serve(
     experts: ExpertsOption,
     profiles: ServedStoreOption = None,
     host: Annotated[
-        str, typer.Option(help="Address to listen on. Addresses other than loopback addresses need API keys.")
+        str, typer.Option(help="Address to listen on. An address that is not a loopback address requires API keys.")
     ] = HOST,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free port.")] = PORT,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on. With 0, a free port is chosen.")
+    ] = PORT,
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of API keys, one per line, that only you can read (chmod 600).")
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Model name of the base instead of its folder's name.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name of the base, instead of the name of its folder.")] = None,
     dimensions: DimensionsOption = None,
     max_rows: Annotated[
-        int, typer.Option(min=1, help="Answers generated at once, in one batch.")
+        int, typer.Option(min=1, help="Maximum number of answers in a batch.")
     ] = _DEFAULTS.limits.max_rows,
     max_waiting: Annotated[
-        int, typer.Option(min=0, help="Answers that may wait; more are rejected (429).")
+        int,
+        typer.Option(min=0, help="Maximum number of waiting answers. Further answers are rejected with status 429."),
     ] = _DEFAULTS.limits.max_waiting,
     max_requests: Annotated[
-        int, typer.Option(min=1, help="Requests served at once; more are rejected (429).")
+        int,
+        typer.Option(
+            min=1, help="Maximum number of requests served at once. Further requests are rejected with status 429."
+        ),
     ] = _DEFAULTS.rules.max_requests,
     max_context: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of a prompt and its answer instead of the base's limit.")
+        int | None,
+        typer.Option(min=2, help="Maximum tokens of a prompt and its answer together, instead of the base's limit."),
     ] = None,
     default_max_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest answer, in tokens, to a chat that sets no limit.")
+        int, typer.Option(min=1, help="Maximum length of an answer, in tokens, if a chat sets no limit.")
     ] = _DEFAULTS.default_max_tokens,
     read_tokens: Annotated[
-        int, typer.Option(min=16, help="Prompt tokens read between two steps of the running answers.")
+        int, typer.Option(min=16, help="Prompt tokens processed between two steps of the running answers.")
     ] = _DEFAULTS.limits.read_tokens,
     cache_memory: Annotated[
-        float | None, typer.Option(min=0.001, help="GiB for keys and values instead of half of the free memory.")
+        float | None,
+        typer.Option(min=0.001, help="GiB of memory for cached keys and values, instead of half of the free memory."),
     ] = None,
-    max_body: Annotated[float, typer.Option(min=0.001, help="Largest request body, in MiB.")] = _DEFAULTS.rules.max_body
-    / 2**20,
+    max_body: Annotated[
+        float, typer.Option(min=0.001, help="Maximum size of a request body, in MiB.")
+    ] = _DEFAULTS.rules.max_body / 2**20,
     request_timeout: Annotated[
-        float, typer.Option(min=1.0, help="Longest time of a request, in seconds.")
+        float, typer.Option(min=1.0, help="Maximum time of a request, in seconds.")
     ] = _DEFAULTS.request_seconds,
     grace: Annotated[
-        float, typer.Option(min=1.0, help="Seconds for running answers after the server is asked to stop.")
+        float, typer.Option(min=1.0, help="Seconds that running answers may take after the server is asked to stop.")
     ] = _DEFAULTS.grace_seconds,
     allow_host: Annotated[
         list[str] | None,
-        typer.Option(help="Host name under which clients may reach the server. May be repeated; * allows any name."),
+        typer.Option(help="Host name that clients may use for the server. May be repeated. * allows any name."),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        typer.Option(help="Origin of other sites whose pages may send requests. May be repeated."),
+        typer.Option(help="Origin of another site whose pages may send requests. May be repeated."),
     ] = None,
     users_in_metrics: Annotated[
-        bool, typer.Option("--users-in-metrics", help="Count by user name in /metrics, which shows the names.")
+        bool, typer.Option("--users-in-metrics", help="Count per user in /metrics. This makes the user names visible.")
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
     same_base: SameBaseOption = False,
 ) -> None:
-    """Serve one base to many users through OpenAI's API. Each answer in a batch has its own soup.
+    """Serve one base to many users through OpenAI's API. Each answer has its own soup (weighted sum of experts).
 
     The model name is soup:USER for a stored profile, soup:USER@7 for its version 7, and the base's own name for the
-    base. A request can also bring a profile: {"model": BASE, "profile": {"weights": {"friendly": 0.6}}, ...}. The page
-    with sliders is at /playground. Ctrl-C stops the server after the running answers.
+    base. A request can also contain a profile: {"model": BASE, "profile": {"weights": {"friendly": 0.6}}, ...}. The
+    page with sliders is at /playground. Ctrl-C stops the server after the running answers are finished.
     """
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
     loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
@@ -125,10 +134,10 @@ def serve(
 def _rules(
     host: str, allow_host: list[str] | None, cors_origin: list[str] | None, *, max_body: float, max_requests: int
 ) -> Rules:
-    """Return who may send requests, without the API keys. `max_body` is in MiB.
+    """Return the rules for accepting requests, without the API keys. `max_body` is in MiB.
 
     Raises:
-        UsageError: naming a text that is neither `*` nor an origin.
+        UsageError: if an entry of `cors_origin` is neither `*` nor a valid origin.
     """
     origins = cors_origin or ()
     for origin in origins:

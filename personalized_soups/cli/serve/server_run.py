@@ -1,4 +1,4 @@
-"""A server's run, from loading to its end, for `psoups serve` and `psoups playground`."""
+"""Load a model and run the server, for `psoups serve` and `psoups playground`."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
 
 HOST, PORT = "127.0.0.1", 8000
 
-# How long a client's write waits for other writers, such as an import.
+# How long a write to the profile store waits for other writers, such as an import.
 _PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerRun:
-    """A server with all that it loads.
+    """The options of a server, and the run of the server.
 
     Attributes:
         loading: how the base is loaded.
         experts: folders of experts.
         settings: the server's settings, without the API keys and the limits that depend on the loaded base.
-        profiles: the profile store; None stores no profiles.
-        dimensions: the catalogue's file; None takes the shipped catalogue.
+        profiles: the file or address of the profile store. If None, no profiles are stored.
+        dimensions: path of the catalogue. If None, the shipped catalogue is used.
         host: the address to listen on.
-        port: the port to listen on; 0 takes a free port.
-        api_key_file: file of API keys; None serves every client.
-        max_context: tokens of a prompt and its answer; None takes the base's limit.
-        cache_memory: GiB for keys and values; None takes half of the free memory.
-        takes_any_port: take a free port if `port` is in use.
+        port: the port to listen on. With 0, a free port is chosen.
+        api_key_file: file of API keys. If None, every client is served.
+        max_context: maximum tokens of a prompt and its answer together. If None, the base's limit is used.
+        cache_memory: GiB of memory for cached keys and values. If None, half of the free memory is used.
+        takes_any_port: listen on a free port if `port` is in use.
         opens_browser: open the playground in the browser.
     """
 
@@ -96,7 +96,7 @@ class ServerRun:
         render.say("stopped")
 
     def completed_settings(self, keys: Sequence[str], model: SoupModel) -> Settings:
-        """Return the settings with the API keys and the limits that depend on the loaded base.
+        """Return the settings, completed with the API keys and with the limits that depend on the loaded base.
 
         Raises:
             UsageError: if the base has fewer positions than `max_context`.
@@ -112,7 +112,7 @@ class ServerRun:
         )
 
     def report_start(self, model: SoupModel, port: int) -> None:
-        """Print the server's addresses, and open the browser if asked to."""
+        """Print the addresses of the server, and open the browser if `opens_browser` is true."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{port}"
         render.say(f"serving {self.settings.base} with {len(model.experts)} experts: {', '.join(model.experts)}")
@@ -139,12 +139,12 @@ class ServerRun:
 
 
 def served_name(base: str) -> str:
-    """Return the name under which a base is served: its folder's name, or its model id."""
+    """Return the name of the folder if `base` is a folder, else return the model id `base`."""
     return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def started_with(base: str, experts: Sequence[Path]) -> list[str]:
-    """Return the options that say what is served. The playground offers them for copying."""
+    """Return the --base and --experts options of the server. The playground shows them so that users can copy them."""
     return ["--base", base, *(word for folder in experts for word in ("--experts", str(folder)))]
 
 

@@ -26,12 +26,12 @@ DEFAULT_STORE = "profiles.db"
 
 @contextmanager
 def opened_store(where: str, experts: list[Path] | None = None, *, create: bool = False) -> Iterator[ProfileStore]:
-    """Yield the open store.
+    """Open the profile store, yield it and close it.
 
     Args:
-        where: the store's file or address.
+        where: the file or address of the store.
         experts: folders of experts; the store rejects profiles that do not fit them.
-        create: create a missing store.
+        create: create the store if it does not exist.
 
     Raises:
         SoupError: if the store cannot be opened, or a package is missing.
@@ -50,12 +50,12 @@ def opened_store(where: str, experts: list[Path] | None = None, *, create: bool 
 
 
 def fields_of(profile: Profile) -> dict[str, Any]:
-    """Return the profile's fields that differ from their defaults, the user first."""
+    """Return the user and the profile's other fields that differ from their defaults. The user is the first key."""
     return {"user": profile.user, **profile.model_dump(mode="json", exclude_defaults=True)}
 
 
 def json_of(stored: StoredProfile) -> dict[str, Any]:
-    """Return a version of a profile as a JSON object."""
+    """Return a stored version of a profile as a JSON object."""
     return {
         "user": stored.profile.user,
         "version": stored.version,
@@ -65,7 +65,7 @@ def json_of(stored: StoredProfile) -> dict[str, Any]:
 
 
 def cells_of(stored: StoredProfile) -> list[render.Cell]:
-    """Return the cells of a version of a profile in a table: version, time, and weights with further fields."""
+    """Return three table cells of a stored profile: its version, its time, and its weights with other fields."""
     weights = ", ".join(f"{printable(name)}={weight:g}" for name, weight in stored.profile.weights.items())
     fields: Mapping[str, object] = stored.profile.model_dump(
         exclude_defaults=True, exclude={"user", "weights", "options"}
@@ -75,10 +75,10 @@ def cells_of(stored: StoredProfile) -> list[render.Cell]:
 
 
 def time_of(stored: StoredProfile) -> str:
-    """Return when a version was written, to the second."""
+    """Return the time at which a version was written, to the second."""
     return stored.written_at.isoformat(sep=" ", timespec="seconds")
 
 
 def printable(name: str) -> str:
-    """Return a name that is safe to print: a terminal obeys control characters, so they are escaped."""
+    """Return `name` if it is safe to print, else its `repr`, because a terminal would execute control characters."""
     return name if name.isprintable() and name.strip() == name else repr(name)

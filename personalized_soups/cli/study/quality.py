@@ -20,7 +20,7 @@ def register(app: typer.Typer) -> None:
 
 def quality(
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the runs. Interrupted runs in it are resumed.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the runs. Interrupted runs in this folder are resumed.")] = Path(
         "quality"
     ),
     page: Annotated[Path, typer.Option(help="Markdown page to write.")] = Path("quality/quality.md"),

@@ -16,7 +16,7 @@ from personalized_soups.errors import UsageError, check_extra
 if TYPE_CHECKING:
     from personalized_soups.evaluation.results import Examples, Results
 
-# The study's stages add some thousands to the seed, and NumPy's seeds have 32 bits.
+# The stages of the study derive larger seeds from this seed, and NumPy accepts seeds of 32 bits.
 _MAX_SEED = 4_000_000
 
 
@@ -27,11 +27,13 @@ def register(app: typer.Typer) -> None:
 
 def quickstart(
     *,
-    out: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run in it is resumed.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run in this folder is resumed.")] = Path(
         "quickstart"
     ),
     seed: Annotated[int, typer.Option(help="Random seed for prompts, answers and training.", min=0, max=_MAX_SEED)] = 0,
-    basis: Annotated[str, typer.Option(help="free: ordinary LoRA; shared: one frozen A for all experts.")] = "free",
+    basis: Annotated[
+        str, typer.Option(help="free (ordinary LoRA), or shared (all experts share one frozen matrix A).")
+    ] = "free",
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
     overwrite: RestartOption = False,

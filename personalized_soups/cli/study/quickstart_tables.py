@@ -1,4 +1,4 @@
-"""What `psoups quickstart` prints: tables of its results, and the next steps."""
+"""The tables of results and the next steps that `psoups quickstart` prints."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _bar(bar: object) -> str:
 
 
 def next_steps(root: Path, results: Results) -> str:
-    """Return the text on where the files are and which commands to try."""
+    """Return a text that lists the files of the run and the commands to try next."""
     seconds = results["seconds"]
     spent = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     example = root / "merged" / results["best_method"] / "elementary+concise+friendly"
@@ -84,7 +84,7 @@ next steps{_activation()}
 
 
 def _activation() -> str:
-    """Return the command that puts `psoups` on the shell's PATH, or nothing if it is there."""
+    """Return a line with the command that puts `psoups` on the PATH, or an empty text if `psoups` is on the PATH."""
     import shutil
     import sys
 

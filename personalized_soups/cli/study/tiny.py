@@ -26,20 +26,20 @@ def _tiny() -> None:
 def build(
     out: Annotated[Path, typer.Option(help="New folder to write.")] = Path("tiny-base"),
     steps: Annotated[
-        int | None, typer.Option(help="Number of training steps instead of the shipped base's.", min=1)
+        int | None, typer.Option(help="Number of training steps, instead of the number for the shipped base.", min=1)
     ] = None,
     seed: Annotated[int, typer.Option(help="Random seed for the corpus and the initial weights.", min=0)] = 0,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the corpus, train the tokenizer and the base model on it, and score the model (20 minutes on one core)."""
+    """Generate the corpus, train the tokenizer and the base model on it, and score the model (20 minutes on a core)."""
     from dataclasses import replace
 
     from personalized_soups.files.atomic import check_replaceable
     from personalized_soups.tiny.build import build as build_base
     from personalized_soups.tiny.pretraining import BaseRecipe
 
-    check_replaceable(out.absolute(), overwrite=overwrite)  # an error after the training would waste it
+    check_replaceable(out.absolute(), overwrite=overwrite)  # after the training, an error would waste it
     recipe = replace(BaseRecipe(), seed=seed)
     recipe = recipe if steps is None else replace(recipe, steps=steps)
     with render.progress("training the base", recipe.steps, quiet=as_json) as bar:

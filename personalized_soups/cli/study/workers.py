@@ -9,5 +9,5 @@ _MOST_WORKERS = 6
 
 
 def num_workers(workers: int) -> int:
-    """Return the number of worker processes that `--workers` asks for; 0 is one per core, up to 6."""
+    """Return `workers` if it is positive. If it is 0, return the number of available cores, but at most 6."""
     return workers or min(_MOST_WORKERS, len(os.sched_getaffinity(0)))

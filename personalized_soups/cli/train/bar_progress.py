@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 class BarProgress:
-    """Shows the training of one expert as a progress bar.
+    """Show the training of one expert as a progress bar.
 
     Args:
-        quiet: show no bar; notes are printed anyway.
+        quiet: show no bar. Notes are still printed.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -24,7 +24,7 @@ class BarProgress:
         self._bar: render.Bar | None = None
 
     def begin(self, side: str, *, step: int, num_steps: int) -> None:
-        """Show the bar."""
+        """Show the bar. The training starts after `step` of `num_steps` steps."""
         bar = render.progress(f"training {side}", num_steps, done=step, quiet=self._quiet)
         self._bar = self._stack.enter_context(bar)
 
@@ -42,6 +42,6 @@ class BarProgress:
         self.close()
 
     def close(self) -> None:
-        """Close the bar, also after an error."""
+        """Close the bar. This is also called after an error."""
         self._stack.close()
         self._bar = None

@@ -1,4 +1,4 @@
-"""`psoups pairs`: sample a base's answers and label them for one side."""
+"""`psoups pairs`: sample answers from a base, and pair better and worse answers for one side."""
 
 from __future__ import annotations
 
@@ -40,18 +40,22 @@ def pairs(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='File of prompts: one per line, or JSON Lines with a "prompt" in each line. Optional with a pool.'
+            help='File of prompts: one prompt per line, or JSON Lines with the key "prompt". Optional if --pool exists.'
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="JSON Lines file of pairs to write.")],
     dimensions: DimensionsOption = None,
     pool: Annotated[
         Path | None,
-        typer.Option(help="File of sampled answers, for pairs of every side. Read if it exists, written if not."),
+        typer.Option(
+            help="File of sampled answers, for pairs of every side. The file is read if it exists, else written."
+        ),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=2, help="Number of answers to each prompt.")] = 4,
-    min_gap: Annotated[float, typer.Option(help="Smallest difference between the scores of a pair, in (0, 1].")] = 0.3,
-    max_pairs: Annotated[int | None, typer.Option(min=1, help="Largest number of pairs to keep.")] = None,
+    min_gap: Annotated[
+        float, typer.Option(help="Minimum difference between the two scores of a pair, in (0, 1].")
+    ] = 0.3,
+    max_pairs: Annotated[int | None, typer.Option(min=1, help="Maximum number of pairs to keep.")] = None,
     temperature: TemperatureOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 256,
     batch_size: BatchSizeOption = 64,
@@ -61,9 +65,9 @@ def pairs(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Sample answers from a base and pair answers that differ for one side, as data for psoups train.
+    """Sample answers from a base model, and write pairs of a better and a worse answer for one side.
 
-    Answers are kept while they are sampled. Run the command again to resume an interrupted run.
+    psoups train reads the pairs. Sampled answers are kept, so run the same command again to resume an interrupted run.
     """
     check_temperature(temperature, usual=1.0)
     if not 0 < min_gap <= 1:
@@ -77,7 +81,7 @@ def pairs(
     loading = LoadOptions(base, device, checked_dtype(dtype))
     sampling = SamplingOptions(max_new_tokens, temperature, seed, batch_size)
     catalogue = load(catalogue_of(base, dimensions), Catalogue)
-    catalogue.scorer_of(side)  # before torch is imported
+    catalogue.scorer_of(side)  # raises an error before torch is imported
 
     from personalized_soups.training.data import write_pairs
     from personalized_soups.training.pairs import label_pool
@@ -126,7 +130,7 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
 
 
 def _journal_of(file: Path) -> Path:
-    """Return the hidden file next to `file` that keeps answers until `file` is written."""
+    """Return the path of the hidden file that stores sampled answers until `file` is written."""
     return file.with_name(f".{file.name}.sampling")
 
 

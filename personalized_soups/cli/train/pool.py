@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PoolRequest:
-    """Where sampled answers come from.
+    """A request for sampled answers, from an existing pool or from the base.
 
     Attributes:
-        prompts: file of prompts; None only if the pool exists.
-        pool: file of sampled answers, which is read if it exists and written if not; None writes no pool.
-        journal: file for answers while they are sampled, so that an interrupted sampling can be resumed.
+        prompts: file of prompts. It may be None only if the pool exists.
+        pool: file of sampled answers, which is read if it exists, else written. If None, no pool is written.
+        journal: file that stores answers during sampling, so that an interrupted sampling can be resumed.
         num_samples: number of answers to each prompt.
         loading: how the base is loaded.
         sampling: how answers are sampled.
@@ -37,10 +37,10 @@ class PoolRequest:
     sampling: SamplingOptions
 
     def answers(self, *, quiet: bool) -> list[Sampled]:
-        """Return the pool's answers, or sample answers and write the pool.
+        """Return the answers in the pool if it exists. Otherwise, sample answers and write them to the pool.
 
         Raises:
-            SoupError: if a file or the base cannot be read, or the pool holds answers to other prompts.
+            SoupError: if a file or the base cannot be read, or the prompts in the pool differ from `prompts`.
         """
         from personalized_soups.training.pairs import read_pool, write_pool
 

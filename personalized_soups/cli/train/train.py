@@ -34,7 +34,7 @@ def train(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Training recipe. Without it, train/tiny.yaml or train/llama-7b.yaml, depending on the base's size."
+            help="Training recipe. By default, train/tiny.yaml for a small base and train/llama-7b.yaml for others."
         ),
     ] = None,
     dimensions: DimensionsOption = None,
@@ -45,7 +45,7 @@ def train(
 ) -> None:
     """Train one expert: a LoRA adapter that moves a frozen base towards one side of a preference dimension.
 
-    Several processes can train together: torchrun --nproc_per_node 2 -m personalized_soups train ..., or accelerate.
+    To use several processes: torchrun --nproc_per_node 2 -m personalized_soups train ..., or use accelerate.
     """
     with _reported_by_the_first_process(out, quiet=as_json) as progress:
         catalogue, declared = _declarations(side, base, dimensions, recipe)
@@ -72,9 +72,9 @@ def train(
 
 @contextmanager
 def _reported_by_the_first_process(out: Path, *, quiet: bool) -> Iterator[BarProgress]:
-    """Yield the progress bar. Let only the first process report errors in the input, which every process meets.
+    """Yield the progress bar. Only the first process reports errors in the input, which occur in every process.
 
-    On Ctrl-C, print which checkpoint is kept.
+    On Ctrl-C, the first process prints the name of the checkpoint that is kept.
     """
     from personalized_soups.training.processes import is_first_process
 
@@ -98,7 +98,7 @@ def _reported_by_the_first_process(out: Path, *, quiet: bool) -> Iterator[BarPro
 def _declarations(
     side: str, base: str, dimensions: Path | None, recipe: Path | None
 ) -> tuple[Catalogue, TrainingRecipe]:
-    """Return the catalogue and the recipe. Errors in them are raised before torch is imported."""
+    """Load and check the catalogue and the recipe. Errors in these files are raised before torch is imported."""
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
     from personalized_soups.declare.training import TrainingRecipe
