@@ -1,1 +1,1 @@
-"""Merge methods: pure functions that merge the deltas of several experts into the delta of a soup, and their table."""
+"""Merge methods: pure functions that merge the deltas of several experts into one delta. `table` lists the methods."""

@@ -1,4 +1,4 @@
-"""Rules that fuse the experts' sparsified deltas into one delta: a weighted sum, or a sum over the elected sign.
+"""Rules that fuse the experts' sparsified deltas into one delta, with or without an election of signs.
 
 Each public function takes the experts' weights and returns a fusion. A fusion is a function that takes one block t per
 expert and returns a new block. All blocks have one shape and dtype. The fusion changes no argument.

@@ -184,7 +184,7 @@ def factor_ties(factors: Sequence[Factors], weights: Sequence[float], *, density
 def factor_dare_ties(
     factors: Sequence[Factors], weights: Sequence[float], *, density: float, streams: Sequence[Stream]
 ) -> Factors:
-    """Return PEFT's `dare_ties`: `factor_ties` that drops entries at random and rescales instead of trimming.
+    """Return PEFT's `dare_ties`: like `factor_ties`, but with random drops and rescaling instead of trimming.
 
     The streams are used as in `factor_dare_linear`. The dtype, the device and the errors are those of `factor_linear`.
     """

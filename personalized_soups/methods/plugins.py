@@ -67,10 +67,10 @@ class DenseMerge(Protocol):
 
 
 def find_method(method: str | Method | DenseMerge) -> Method:
-    """Return the `Method` with a given name or of a given function. Check and return a given `Method`.
+    """Return the `Method` that has the name `method`, or that calls the function `method`.
 
-    A name is looked up first in the table of built-in methods, and then in the metadata of the installed packages. If
-    an installed package provides the method, the package is imported.
+    A `Method` is checked and returned unchanged. A name is looked up first in the table of built-in methods, and then
+    in the metadata of the installed packages. If an installed package provides the method, the package is imported.
 
     Raises:
         UsageError: if no method has the name, if several packages provide it, if the package cannot be imported, or if

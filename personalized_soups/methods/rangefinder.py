@@ -33,7 +33,7 @@ CANCELLED = 1e-10
 
 
 def approximate(delta_OI: Tensor, *, rank: int | None = None, energy: float | None = None, stream: Stream) -> Truncated:
-    """Return an approximation of a dense delta with rank `rank`, or with a rank that keeps the share `energy`.
+    """Return a low-rank approximation of a dense delta, and its error.
 
     The sketch has P = R // 2 + 16 more columns than the rank R. In the mean over random streams, the squared error is
     at most 1 + R / (P - 1) < 3 times that of the best approximation (Eckart-Young; theorem 10.5). If the singular

@@ -1,4 +1,4 @@
-"""`diagnose` checks experts before a merge. It reports every error that prevents the merge, and likely surprises."""
+"""`diagnose` checks experts before a merge. It reports the errors that prevent the merge, and warnings."""
 
 from __future__ import annotations
 
