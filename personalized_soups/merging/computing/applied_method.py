@@ -120,6 +120,7 @@ class AppliedMethod:
         return [Factors(a_RI, b_OR) for a_RI, b_OR in zip(a_URI, b_UOR, strict=True)]
 
     def _keywords(self, stack: StackedModule) -> dict[str, Any]:
+        """Return the keyword arguments for the method's function that come from the method's options."""
         options = self.plan.options
         keywords: dict[str, Any] = {OPTIONS[name].keyword: value for name, value in options.items() if name != "seed"}
         if "seed" in options:

@@ -142,6 +142,7 @@ class _Search:
         self.unties = model.tied[1] if model.tied is not None and self._needs_two() else None
 
     def run(self) -> None:
+        """Fill `changes` and `dora`, and raise an error if the experts do not fit the base."""
         self._check_output_for_both()
         placements = self._fitting.placements()
         dora = self._fitting.dora(placements)
@@ -224,6 +225,7 @@ class _Search:
         return self.changes.setdefault(name, Change())
 
     def _add_trained(self, index: int, expert: Expert, each: TrainedTensor) -> None:
+        """Add a tensor that an expert trained whole to the changes of every written tensor that it changes."""
         self._fitting.check_trained(expert, each)
         names = self._rows[index].get(each.name) if each.kind == "rows" else None
         if names is None:

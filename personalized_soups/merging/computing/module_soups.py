@@ -166,6 +166,7 @@ class Soups:
         return [_truncated(module, truncate(factors, **self._cut(module))) for factors in every]
 
     def _of_dense(self, module: PlannedModule, delta_OI: Tensor) -> ModuleSoup:
+        """Return the soup with a dense delta. An adapter needs factors, so the delta is then truncated."""
         if self.plan.encoding == "folded":
             return ModuleSoup(module, None, delta_OI)
         # the range finder is random, and the fixed seed 0 makes its result reproducible

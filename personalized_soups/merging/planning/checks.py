@@ -141,6 +141,7 @@ def _no_rule(method: Method, expert: Expert) -> SoupError:
 
 
 def _unequal(method: Method, bank: ExpertBank, what: str, of: Callable[[Expert, str], float]) -> list[SoupError]:
+    """Return an error if the experts of a module have different values of `of(expert, module)`."""
     unequal = []
     for name in bank.modules:
         values = {bank.experts[index].name: of(bank.experts[index], name) for index in bank.members(name)}

@@ -53,7 +53,7 @@ class ManyPlans:
                 plan = plan_merge(self.library, profile, self._options, into_base=self._into_base)
                 self._known[key] = _Pattern.of(plan, self.library)
             return key, self._known[key].filled(self.library, profile, weights)
-        except UsageError as fault:  # the cause is an option of the caller or this profile, so both are named
+        except UsageError as fault:  # the cause can be an option of the caller or the profile, so both are named
             where = f"{fault.where} ({profile.place('user')})"
             raise UsageError(f"user {profile.user!r}: {fault.what}", where=where, mend=fault.mend) from None
 

@@ -25,7 +25,7 @@ def method_source(method: Method) -> MethodRecord | None:
     """
     if is_builtin(method):
         return None
-    # a decorator that uses functools.wraps has the module and name of the function in it
+    # functools.wraps gives a decorator the name of the function that it wraps, so that function is recorded
     function = inspect.unwrap(_loaded(method))
     path = _source_file(function)
     if path is None:
@@ -52,6 +52,6 @@ def _loaded(method: Method) -> Callable[..., Any]:
 def _source_file(function: Callable[..., Any]) -> Path | None:
     try:
         name = inspect.getsourcefile(function)
-    except TypeError:  # a compiled function: its module's file is the extension
+    except TypeError:  # for a compiled function, the file of the module is the extension
         name = getattr(sys.modules.get(function.__module__), "__file__", None)
     return Path(name) if name is not None and Path(name).is_file() else None

@@ -60,7 +60,7 @@ def plan_merge(
     # sorted by name, so that a soup's bytes do not depend on the order of the profile's weights
     chosen = [(library[name], weight) for name, weight in sorted(profile.resolved_weights().items()) if weight != 0]
     experts = [expert for expert, _ in chosen]
-    # experts are compared only if each of them is sound
+    # the experts are compared with each other only if the files of each expert can be read
     raise_all([fault for expert in experts for fault in faults_of(expert)])
     bank = ExpertBank(experts)
     SideRule.of(experts).check(profile)
@@ -152,6 +152,7 @@ def _method_options(method: Method, profile: Profile, given: Mapping[str, float]
 
 
 def _encoding(method: Method, modules: Sequence[PlannedModule], cut: Cut, *, into_base: bool) -> PlannedEncoding:
+    """Return the encoding of the soup, and check that the merge method supports this encoding."""
     if into_base:
         encoding: PlannedEncoding = "folded"
     elif cut.energy is not None or any(module.rank < module.full_rank for module in modules):
@@ -173,6 +174,7 @@ def _encoding(method: Method, modules: Sequence[PlannedModule], cut: Cut, *, int
 
 
 def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | None) -> PlannedModule:
+    """Return the plan of one module, with the soup's ranks before and after truncation to `rank`."""
     members = bank.members(like.name)
     described = [bank.experts[index].adapter.modules[like.name] for index in members]
     if method.family == "dense":
@@ -192,6 +194,7 @@ def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | Non
 
 
 def _resolved_dtype(dtype: str | None, experts: Sequence[Expert]) -> DtypeName:
+    """Return `dtype` if it is given. Otherwise return the experts' common dtype, or float32 if the dtypes differ."""
     if dtype is not None:
         return _CHOICES[dtype]
     own = {name for expert in experts for name in expert.adapter.dtypes}
@@ -223,4 +226,5 @@ def _read_base(base: Path | str | None, experts: Sequence[Expert], *, same_base:
 
 
 def _agreed(values: Sequence[str | None]) -> str | None:
+    """Return the common value, or None if the values differ."""
     return values[0] if len(set(values)) == 1 else None

@@ -131,6 +131,7 @@ class AdapterWriter:
         return record
 
     def _opened(self) -> SafetensorsWriter:
+        """Return a writer for the adapter's weights file, whose header needs the ranks of all modules."""
         dtype = NAMES_OF_DTYPES[torch_dtype(self.plan.dtype)]
         specs = []
         for module in self.plan.modules:

@@ -61,6 +61,7 @@ def is_finished(
 
 
 def _matches(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ...], base: str | None) -> bool:
+    """Return whether the record of a written soup agrees with the plan, the experts' files and the base."""
     planned = (
         base or plan.base.fingerprint,
         "model" if plan.encoding == "folded" else "adapter",

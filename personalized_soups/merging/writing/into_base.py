@@ -218,6 +218,7 @@ def fold_plans(
 def _write_shards(
     changes: Changes, folders: Sequence[Resumable], untouched: CopyMode, progress: Progress | None
 ) -> None:
+    """Write every shard to all folders that do not have the shard from an interrupted run."""
     model = changes.model
     total = sum(source.num_bytes - source.header_bytes for source in model.checkpoint.shards.values())
     before = 0
@@ -238,6 +239,7 @@ def _write_shards(
 def _write_shard(
     file: str, source: SafetensorsFile, changes: Changes, wanted: Mapping[int, Resumable], untouched: CopyMode
 ) -> Iterator[int]:
+    """Write one shard of every soup in `wanted`, and yield the numbers of bytes that are done."""
     if not any(changes.touches(name) for name in source.entries):
         for output in wanted.values():
             copy_file(source.path, output.folder / file, untouched)

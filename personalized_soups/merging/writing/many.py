@@ -95,7 +95,7 @@ def merge_many(
     plans = ManyPlans(library, options, into_base=into_base is not None)
     device = resolve_device(
         options.device, kinds=MERGE_DEVICES
-    )  # checked first: a wrong name must not stop a run after hours
+    )  # resolved first, so that a wrong device name does not stop the run after hours
     folder = Path(out)
     model = None if into_base is None else BaseModel.open(into_base).fingerprint
     kept = written = 0
@@ -146,6 +146,7 @@ def _batches(plans: ManyPlans, profiles: Iterable[Profile], *, into_base: bool) 
 
 
 def _most_users(plan: MergePlan, *, into_base: bool) -> int:
+    """Return the maximum number of users in a batch, so that the batch's soups of a module fit into `_BATCH_BYTES`."""
     numbers = max(
         module.rank * module.like.blocks * (module.in_features + module.out_features) for module in plan.modules
     )
@@ -161,6 +162,7 @@ def _write_adapters(
     *,
     overwrite: bool,
 ) -> None:
+    """Write the adapters of one batch of users. All plans have the same experts."""
     experts = [library[expert.name] for expert in plans[0].experts]
     soups, whole = on_base(plans, ExpertBank(experts, device=device))
     with ExitStack() as stack:

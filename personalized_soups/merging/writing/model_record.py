@@ -44,7 +44,7 @@ def untied_tables(changes: Changes) -> dict[str, object]:
     if changes.model.checkpoint.has_index and changes.unties not in changes.model.checkpoint:
         table = json.loads(index.read_bytes())
         source = changes.model.checkpoint.entry(changes.model.tied[0])
-        # the base's index may leave out the tied tensor, so the checkpoint is asked for its shard
+        # the base's index may lack the tied tensor, so the name of the shard comes from the checkpoint
         table["weight_map"][changes.unties] = changes.model.checkpoint.shard_of(changes.model.tied[0]).path.name
         if "total_size" in table.get("metadata", {}):
             table["metadata"]["total_size"] += source.end - source.start

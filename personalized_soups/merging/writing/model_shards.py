@@ -58,6 +58,7 @@ def fold_shard(source: SafetensorsFile, changes: Changes, sinks: Mapping[int, Si
 
 
 def _fold_tensor(source: SafetensorsFile, name: str, changes: Changes, sinks: Mapping[int, Sink]) -> None:
+    """Compute one tensor of the base for every soup, and write it under each of its names."""
     base = source.tensor(name)
     for written in changes.written_as(name):
         base_MN = changes.as_matrix(written, base)
@@ -94,6 +95,7 @@ def _pieces(source: SafetensorsFile, changes: Changes) -> Iterator[Sequence[str]
 
 
 def _raise_not_finite(name: str, before: Tensor) -> None:
+    """Raise the error for a block with NaN or infinity. The block `before` of the base shows where they come from."""
     damaged = not all_finite(before)
     raise InputError(
         f"{name}: the base holds NaN or infinity"
