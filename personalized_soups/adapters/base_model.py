@@ -63,7 +63,7 @@ class BaseModel:
             raise UnsupportedAdapterError(
                 f"the base is quantised ({kind}), but this version cannot merge into quantised tensors",
                 where=str(folder),
-                mend="give the base before quantisation, or merge plain LoRA experts without a base",
+                mend="give the unquantised base, or merge plain LoRA experts without a base",
             )
         # the absolute path, because records of the base must be valid in any working directory
         name = str(folder.resolve()) if Path(base) == folder else str(base)

@@ -56,7 +56,7 @@ def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[I
         IncompatibleExpertsError(
             f"experts were trained on another base than the given one ({fingerprint[:12]}): " + "; ".join(names),
             where=where,
-            mend="give the base of the experts, or pass same_base=True if the given base is the same model, converted",
+            mend="give the base of the experts, or pass same_base=True if the given base is a converted copy of it",
         )
     ]
 

@@ -161,7 +161,11 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # reading a pipe could wait forever
-            raise InputError(f"{path.name} is not a regular file", where=str(path), mend="save the adapter again")
+            raise InputError(
+                f"{path.name} is not a regular file",
+                where=str(path),
+                mend="save the adapter again with PEFT's save_pretrained",
+            )
         if status.st_size > _MAX_CONFIG_BYTES:
             raise FileFormatError(
                 f"the file is larger than the maximum of {_MAX_CONFIG_BYTES >> 20} MiB",

@@ -161,5 +161,5 @@ def _weights_of(folder: Path) -> tuple[Checkpoint, str]:
     raise InputError(
         f"the folder has {CONFIG_FILE} but no {WEIGHTS_FILE}",
         where=str(folder),
-        mend="save or download the adapter again: it is incomplete",
+        mend="save or download the adapter again, because it is incomplete",
     )

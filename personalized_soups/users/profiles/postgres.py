@@ -121,14 +121,14 @@ class PostgresDatabase(Database):
             raise UsageError(
                 f"the database has the encoding {encoding}, but UTF8 was expected",
                 where=self.where,
-                mend="create the database with: CREATE DATABASE psoups ENCODING 'UTF8' TEMPLATE template0",
+                mend="create the database with UTF8: CREATE DATABASE psoups ENCODING 'UTF8' TEMPLATE template0",
             )
         if not inspect(connection).has_table(profiles.name):
             if not create:
                 raise UsageError(
                     "the database contains no profile store",
                     where=self.where,
-                    mend="create the store with psoups profile set",
+                    mend="create the store: psoups profile set u1 --weights friendly=0.6",
                 )
             self._create()
         self.check_schema(connection)

@@ -126,7 +126,9 @@ class SqliteDatabase(Database):
     def _make(self, *, create: bool) -> None:
         if not create:
             raise UsageError(
-                "the file does not exist", where=self.where, mend="create the file with psoups profile set"
+                "the file does not exist",
+                where=self.where,
+                mend="create the file: psoups profile set u1 --weights friendly=0.6",
             )
         try:
             # SQLite would create the file with mode 0644 at most. Its log gets the same mode as the file.

@@ -341,12 +341,12 @@ class ProfileStore:
             return UnknownProfile(
                 f"no profile of {user!r} is stored",
                 where=self._database.where,
-                mend="list the users with psoups profile list",
+                mend="list the users: psoups profile list",
             )
         return UnknownProfile(
             f"the profile of {user!r} has no version {version}",
             where=self._database.where,
-            mend=f"list the versions with psoups profile history {user!r}",
+            mend=f"list the versions: psoups profile history {user!r}",
         )
 
 
