@@ -146,7 +146,7 @@ class Guard:
             return
         raise ApiError(
             403,
-            f"pages of {origin!r} must not use this server; start the server with --cors-origin to allow them",
+            f"pages from {origin!r} are not allowed to use this server; start it with --cors-origin to allow them",
             code="foreign_origin",
         )
 

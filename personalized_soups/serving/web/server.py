@@ -173,7 +173,7 @@ def read_keys(path: Path) -> list[str]:
     mend = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
     if not keys:
         raise InputError(
-            "the file contains no API key", where=str(path), mend=f"add a key to it; create one with {mend}"
+            "the file contains no API key", where=str(path), mend=f"add a key to the file, for example from {mend}"
         )
     if any(" " in key or "\t" in key for key in keys):
         raise InputError(

@@ -86,7 +86,7 @@ def router(
         if not scales.dimensions:
             raise ApiError(404, "the server's preference catalogue has no scorers", code="no_scorers")
         if sum(map(len, body.answers)) > _MAX_CHARACTERS:
-            raise ApiError(400, f"the answers together exceed {_MAX_CHARACTERS} characters", param="answers")
+            raise ApiError(400, f"the answers have more than {_MAX_CHARACTERS} characters in total", param="answers")
 
         def score() -> list[Any]:
             return [scales.scores(body.prompt, answer) for answer in body.answers]
