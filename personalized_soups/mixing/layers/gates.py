@@ -128,8 +128,8 @@ class Gates:
         # The numbers must be equal: with a multiple, rows would silently get the profiles of other rows.
         if x.shape[0] != num_gates * rows_each:
             raise UsageError(
-                f"the mixture is for {num_gates * rows_each} rows ({num_gates} profiles, rows_each={rows_each}), but the "
-                f"batch has {x.shape[0]} rows",
+                f"the mixture is for {num_gates * rows_each} rows ({num_gates} profiles, rows_each={rows_each}), but "
+                f"the batch has {x.shape[0]} rows",
                 where="profiles",
                 mend="give one profile for each prompt. With n beams, or n answers to each prompt, use "
                 "mixture(profiles, rows_each=n)",
