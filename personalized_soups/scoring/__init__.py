@@ -1,1 +1,1 @@
-"""Scorers: functions that decide how well an answer suits a side."""
+"""Scorers: functions that rate where an answer lies between the two ends of a dimension."""

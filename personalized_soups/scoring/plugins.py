@@ -1,11 +1,11 @@
-"""Scorers that installed packages provide, by name: entry points of the group `personalized_soups.scorers`.
+"""Load scorers that installed packages provide as entry points of the group `personalized_soups.scorers`.
 
 A package declares a scorer in its pyproject.toml; `docs/howto/add_a_scorer.md` shows a whole package:
 
     [project.entry-points."personalized_soups.scorers"]
     exclamations = "loudness:exclamations"
 
-Names come from the packages' metadata. A package is imported only when a scorer of it is loaded.
+The names are read from the metadata of the packages. A package is imported only when one of its scorers is loaded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ GROUP = "personalized_soups.scorers"
 
 
 def load_plugin(name: str, *, where: str) -> Any:
-    """Import and return the function that an installed package provides under `name`.
+    """Import and return the scorer that an installed package provides under `name`.
 
     Args:
-        name: the entry point's name.
-        where: the line of the catalogue that names it, for errors.
+        name: the name of the entry point.
+        where: the place in the catalogue that names the scorer, for error messages.
 
     Raises:
-        DeclarationError: if no package or more than one provides the name, or its function cannot be imported.
+        DeclarationError: if no package provides the name, if several packages do, or if the scorer cannot be imported.
     """
     installed = entry_points(group=GROUP)
     matches = [entry_point for entry_point in installed if entry_point.name == name]

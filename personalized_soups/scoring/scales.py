@@ -1,4 +1,4 @@
-"""Where an answer lies between the two ends of each dimension, by the dimension's scorer."""
+"""Score an answer in every dimension that has a scorer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from personalized_soups.scoring.scorers import Scorer, scorer_of
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """The scale of one dimension.
+    """The scale of one dimension, from 0 at the low end to 1 at the high end.
 
     Attributes:
         dimension: the dimension's name.
-        low: the side at the low end, where the scorer returns 0.
-        high: the side at the high end, where the scorer returns 1.
-        scorer: scores an answer.
+        low: the name of the low end: its side, or `not SIDE` if only the high end has a side.
+        high: the name of the high end: its side, or `not SIDE` if only the low end has a side.
+        scorer: the function that scores an answer.
     """
 
     dimension: str
@@ -32,8 +32,8 @@ class Scales:
     """The scales of all dimensions that have a scorer.
 
     Args:
-        catalogue: declares the dimensions; None has no scales.
-        scorers: functions by the name of a dimension or side, as for `scorer_of`.
+        catalogue: the catalogue that declares the dimensions. If None, there are no scales.
+        scorers: functions that replace scorers of the catalogue, by the name of a dimension or side. See `scorer_of`.
 
     Raises:
         DeclarationError: if a scorer's function cannot be imported.
@@ -53,10 +53,12 @@ class Scales:
         return frozenset(scale.dimension for scale in self._scales)
 
     def scores(self, prompt: str, answer: str) -> list[dict[str, Any]]:
-        """Return an answer's score in each dimension: 0 at the low end, 1 at the high end.
+        """Return one dict per dimension, with its two ends and the score of the answer.
+
+        The score is 0 at the low end and 1 at the high end.
 
         Raises:
-            DeclarationError: if a scorer returns no score.
+            DeclarationError: if a scorer returns anything other than a Scored with a value in [0, 1].
         """
         scores: list[dict[str, Any]] = []
         for scale in self._scales:

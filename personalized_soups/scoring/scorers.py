@@ -1,8 +1,8 @@
-"""Scorers: how far an answer lies towards the high end of a dimension, in [0, 1], and whether it is valid.
+"""Scorers, which rate where an answer lies between the two ends of a dimension, and whether the answer is valid.
 
-A scorer is any function `(prompt, answer) -> Scored`. The built-in scorers need no model: they count markers, words or
-syllables. A catalogue names other scorers as `package.module:function`, or by the name that an installed package gives
-them; Python code passes functions by the name of a side or dimension.
+A scorer is any function `(prompt, answer) -> Scored`. The built-in scorers need no model: they count marker phrases,
+words or syllables. A catalogue can name other scorers as `package.module:function`, or by the name under which an
+installed package provides them. Python code can pass a function for the name of a side or dimension.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Scored:
 
     Args:
         value: 0 at the low end of the dimension, 1 at the high end.
-        valid: whether the text is a well-formed answer to its prompt; an invalid answer suits no side.
+        valid: whether the answer is well formed and answers its prompt. An invalid answer fits no side.
 
     Example:
         >>> Scored(value=0.25, valid=True).toward("low")
@@ -48,14 +48,14 @@ class Scored:
     valid: bool
 
     def toward(self, end: Literal["low", "high"]) -> float:
-        """Return how well the answer suits a side at `end`: in [0, 1], 0 for an invalid answer."""
+        """Return how well the answer fits the side at `end`, in [0, 1]. The result is 0 for an invalid answer."""
         if not self.valid:
             return 0.0
         return self.value if end == "high" else 1.0 - self.value
 
 
 class Scorer(Protocol):
-    """Scores one answer. Any function of this signature is a scorer.
+    """The type of a scorer: any function with this signature.
 
     Example:
         >>> def exclamations(prompt: str, answer: str) -> Scored:
@@ -66,20 +66,22 @@ class Scorer(Protocol):
     """
 
     def __call__(self, prompt: str, answer: str, /) -> Scored:
-        """Return the score of `answer` as a reply to `prompt`."""
+        """Return the score of `answer`, which is an answer to `prompt`."""
         ...
 
 
 def scorer_of(catalogue: Catalogue, side: str, *, scorers: Mapping[str, Scorer] | None = None) -> Scorer:
-    """Return the scorer of a side: the side's own, or its dimension's.
+    """Return the side's own scorer if it has one, else the scorer of its dimension.
 
     Args:
-        catalogue: declares the side and its scorer.
+        catalogue: the catalogue that declares the side and its scorer.
         side: the side's name.
-        scorers: functions by the name of a side or dimension; each replaces the catalogue's scorer of that name.
+        scorers: functions by the name of a side or dimension. A function replaces the scorer that the catalogue
+            declares for the name.
 
     Raises:
-        DeclarationError: if the side, a name in `scorers`, the scorer, or the scorer's function does not exist.
+        DeclarationError: if the side or a name in `scorers` is not in the catalogue, if the side has no scorer, or if
+            the scorer cannot be imported.
 
     Example:
         >>> catalogue = load(shipped_recipe("dimensions/psoups.yaml"), Catalogue)
@@ -129,7 +131,10 @@ def _place(catalogue: Catalogue, side: str, key: str) -> str:
 
 
 def markers_scorer(*, high: Sequence[str], low: Sequence[str]) -> Scorer:
-    """Return a scorer that counts words and phrases: high / (high + low), 0.5 where none occurs."""
+    """Return a scorer that counts marker phrases. The score is num_high / (num_high + num_low).
+
+    The score is 0.5 if the answer contains no marker phrase.
+    """
     # One pattern for both ends: "well done" may mark one end and "well" the other.
     marker = _any_of([*high, *low])
     highs = {_plain(phrase) for phrase in high}
@@ -142,7 +147,7 @@ def markers_scorer(*, high: Sequence[str], low: Sequence[str]) -> Scorer:
 
 
 def length_scorer(*, low: int, high: int) -> Scorer:
-    """Return a scorer that counts words: 0 at `low` words and below, 1 at `high` and above, linear between."""
+    """Return a scorer that counts words: 0 for at most `low` words, 1 for at least `high` words, linear in between."""
 
     def score(prompt: str, answer: str, /) -> Scored:
         return Scored(_between(len(_WORD.findall(answer)), low, high), valid=_has_words(answer))
@@ -151,7 +156,7 @@ def length_scorer(*, low: int, high: int) -> Scorer:
 
 
 def readability_scorer(*, low: float, high: float) -> Scorer:
-    """Return a scorer of the Flesch-Kincaid grade: 0 at grade `low` and below, 1 at `high` and above."""
+    """Return a scorer of the Flesch-Kincaid grade: 0 up to grade `low`, 1 from grade `high`, linear in between."""
 
     def score(prompt: str, answer: str, /) -> Scored:
         return Scored(_between(grade(answer), low, high), valid=_has_words(answer))
@@ -160,11 +165,11 @@ def readability_scorer(*, low: float, high: float) -> Scorer:
 
 
 def python_scorer(function: str, *, where: str = "scorer: function") -> Scorer:
-    """Import the function `package.module:name` and return it as a scorer that checks its results.
+    """Import the function `package.module:name` and return a scorer that also checks the function's results.
 
     Raises:
-        DeclarationError: if the module or the name does not exist. The scorer raises it if the function returns
-            anything but a Scored with a value in [0, 1].
+        DeclarationError: if the function cannot be imported. The returned scorer raises the same error if the function
+            returns anything other than a Scored with a value in [0, 1].
     """
     module_name, _, name = function.partition(":")
     try:
@@ -179,11 +184,12 @@ def python_scorer(function: str, *, where: str = "scorer: function") -> Scorer:
 
 
 def plugin_scorer(name: str, *, where: str = "scorer: name") -> Scorer:
-    """Import the scorer that an installed package provides under `name`, as `python_scorer` imports a function.
+    """Import the function that an installed package provides under `name`, and return a scorer that checks its results.
 
     Raises:
-        DeclarationError: if no package or more than one provides the name, or its function cannot be imported. The
-            scorer raises it if the function returns anything but a Scored with a value in [0, 1].
+        DeclarationError: if no package provides the name, if several packages do, or if the function cannot be
+            imported. The returned scorer raises the same error if the function returns anything other than a Scored
+            with a value in [0, 1].
     """
     return _checked(load_plugin(name, where=where), repr(name), where=where)
 
@@ -191,7 +197,7 @@ def plugin_scorer(name: str, *, where: str = "scorer: name") -> Scorer:
 def _checked(function: Callable[[str, str], object], name: str, *, where: str) -> Scorer:
     def score(prompt: str, answer: str, /) -> Scored:
         scored = function(prompt, answer)
-        # a stranger's function may return anything, regardless of its annotations
+        # The function is not part of this package, so it may return anything, regardless of its annotations.
         if not isinstance(scored, Scored) or not 0.0 <= scored.value <= 1.0:
             raise DeclarationError(
                 f"the scorer {name} returned {scored!r}, but it must return a Scored with a value in [0, 1]",
@@ -204,9 +210,9 @@ def _checked(function: Callable[[str, str], object], name: str, *, where: str) -
 
 
 def grade(text: str) -> float:
-    """Return the Flesch-Kincaid grade of `text`: .39 words per sentence + 11.8 syllables per word - 15.59.
+    """Return the Flesch-Kincaid grade: 0.39 * words per sentence + 11.8 * syllables per word - 15.59.
 
-    A syllable is a group of vowels; a silent final e does not count. A text without words has grade 0.
+    Each group of vowels counts as a syllable, except a silent final e. A text without words has grade 0.
     Source: Kincaid et al. 1975.
     """
     words = _WORD.findall(text.lower())
@@ -224,7 +230,7 @@ def _syllables(word: str) -> int:
 
 
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of the phrases, as whole words, in any case, the longest phrase first."""
+    """Return a case-insensitive pattern that matches any phrase as whole words. It tries the longest phrase first."""
     longest_first = sorted(phrases, key=len, reverse=True)
     # Lookarounds, not \b: a marker may begin or end with a sign, such as "wow!".
     alternatives = "|".join(r"\s+".join(re.escape(word) for word in phrase.split()) for phrase in longest_first)

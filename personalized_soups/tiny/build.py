@@ -1,4 +1,4 @@
-"""Build the tiny base: corpus, tokenizer, training, and a record of the result."""
+"""Build the tiny base: train its tokenizer and model on the corpus, and record the result."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def build(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Train the base, write its folder, all or nothing, and return the contents of `base.json`.
+    """Train the base, write its folder atomically, and return the contents of `base.json`.
 
     Args:
-        out: the folder to write: config.json, model.safetensors (float32), the tokenizer, base.json.
-        recipe: the settings; None takes those of the shipped base.
-        on_step: called after each step with its number and loss.
+        out: the folder to write. It contains config.json, model.safetensors (float32), the tokenizer and base.json.
+        recipe: the settings. If None, the settings of the shipped base are used.
+        on_step: called after each step with the step's number and loss.
         overwrite: replace `out` if this function wrote it.
 
     Raises:
-        OutputExistsError: if `out` exists.
+        OutputExistsError: if `out` exists and may not be replaced.
     """
     recipe = recipe or BaseRecipe()
     with new_folder(out, overwrite) as scratch:
@@ -69,7 +69,7 @@ def build(
 
 
 def corpus_digest(recipe: BaseRecipe) -> str:
-    """Return the SHA-256 of every document that the recipe trains on, in order."""
+    """Return the SHA-256 digest of all documents that the recipe trains on, in order."""
     digest = hashlib.sha256()
     for entry in documents(recipe.steps * recipe.batch_size, recipe.seed):
         digest.update(f"{entry.prompt}\n{entry.answer}\n".encode())
@@ -79,7 +79,7 @@ def corpus_digest(recipe: BaseRecipe) -> str:
 def score(generator: Generator, *, num_prompts: int = NUM_SCORED, seed: int = 0) -> dict[str, float]:
     """Return the base's share of valid answers, and the mean score of the valid answers in each dimension.
 
-    Answers are sampled at temperature 0.7 on validation topics, which no training and no evaluation uses.
+    Answers are sampled at temperature 0.7 on validation topics, which are used neither for training nor for evaluation.
     """
     questions = prompts("validation", num_prompts, seed)
     answers = [

@@ -1,8 +1,8 @@
 """A synthetic corpus of questions and answers that vary independently in three preference dimensions.
 
 The same seed gives the same bytes on every machine (Python's own random generator, no sets). A topic is an action on an
-object. The objects are split once into seen, validation and held-out objects, so that an evaluation never asks about
-an object that the training of the base or of an expert has shown.
+object. The objects are split into seen, validation and held-out objects, so that an evaluation never asks about an
+object that the base or an expert was trained on.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ DIMENSIONS: dict[str, tuple[str, str]] = {
     "informativeness": ("concise", "informative"),
     "style": ("unfriendly", "friendly"),
 }  # each dimension's low and high side
-MIXED_SHARE = 0.1
+MIXED_SHARE = 0.1  # share of mixed levels in each dimension
 # Sampling at a temperature below 1 favours the likelier wording, so equal shares would not give balanced answers. These
 # shares balance the base's answers at temperature 0.7 (measured on validation topics).
 HIGH_SHARE = {"expertise": 0.51, "informativeness": 0.41, "style": 0.47}
-INSTRUCTED_SHARE = 0.4
-OBEYED_SHARE = 0.9
+INSTRUCTED_SHARE = 0.4  # share of questions that state preferences
+OBEYED_SHARE = 0.9  # share of stated preferences that are not reversed
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,7 +45,7 @@ class Topic:
 
     @property
     def split(self) -> Split:
-        """The split of the topic's object, from a hash: 4 of 6 objects are seen, 1 validation, 1 held-out."""
+        """The split of the object, chosen by a hash: about 4 of 6 objects are seen, 1 validation and 1 held-out."""
         bucket = hashlib.sha256(self.object.encode()).digest()[0] % 6
         return "held-out" if bucket == 0 else "validation" if bucket == 1 else "seen"
 
@@ -56,8 +56,8 @@ class Document:
 
     prompt: str  # the question
     answer: str  # the answer
-    topic: Topic  # the topic of both
-    levels: dict[str, Level]  # dimension -> the level that the answer has
+    topic: Topic  # the topic of the question and the answer
+    levels: dict[str, Level]  # dimension -> level of the answer
 
 
 def topics(split: Split) -> list[Topic]:
@@ -76,7 +76,7 @@ def prompts(split: Split, count: int, seed: int) -> list[str]:
     """Return `count` questions without instructions, on distinct topics of `split`, balanced over actions.
 
     Raises:
-        ValueError: if the split has fewer topics.
+        ValueError: if the split has fewer than `count` topics.
     """
     rng = random.Random(f"prompts/{split}/{seed}")
     pool = topics(split)
@@ -91,7 +91,10 @@ def prompts(split: Split, count: int, seed: int) -> list[str]:
 
 
 def document(topic: Topic, rng: random.Random) -> Document:
-    """Return a question on `topic` and an answer with independently drawn levels; some questions state preferences."""
+    """Return a question on `topic` and an answer, whose levels are drawn independently.
+
+    Some questions also state preferences, which most answers follow.
+    """
     levels: dict[str, Level] = {name: _level(name, rng) for name in DIMENSIONS}
     prompt = question(topic, rng)
     if rng.random() < INSTRUCTED_SHARE:
@@ -114,7 +117,7 @@ def _level(dimension: str, rng: random.Random) -> Level:
 
 
 def _instructions(levels: dict[str, Level], rng: random.Random) -> list[str]:
-    """Return one to three stated preferences. The answer follows most of them."""
+    """Return one to three sentences that state preferences. Most of the preferences match `levels`."""
     names = rng.sample(list(DIMENSIONS), rng.choice((1, 1, 2, 3)))
     instructions = []
     for name in names:

@@ -1,15 +1,16 @@
-"""A small grammar of English: does a sentence parse?
+"""A small grammar of English, which decides whether a sentence parses.
 
-Every word has one or more parts of speech, and a table lists which part may follow which. A sentence parses if some
-choice of parts leads from its start to its end through allowed neighbours. The grammar accepts ordinary sentences about
-household things by any writer. It rejects non-words, shuffled words, and the broken sentences of an over-steered
+Every word has one or more parts of speech, and `FOLLOWERS` lists the parts that may follow each part. A clause is the
+text between two commas. A clause parses if a sequence of parts exists, one part for each word, in which every part may
+follow the part before it. A sentence parses if all its clauses parse. The grammar accepts ordinary sentences about
+household things by any writer. It rejects unknown words, shuffled words, and the broken sentences of an over-steered
 language model ("put the with a towel").
 
 Parts of speech:
 d determiner, n noun that may stand alone, k countable noun (it needs a determiner), j adjective, a adjective between a
 determiner and its noun, o adjective that says what a thing becomes ("rub it dry"), v verb (base form), z finite verb,
 p preposition, x particle, r adverb, c conjunction, w question word, s pronoun, g verb form in -ing or -ed,
-i interjection, t the "to" of an infinitive. `^` is the start and `$` the end of a sentence.
+i interjection, t the "to" of an infinitive. `^` is the start and `$` the end of a clause.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ WORDS: dict[str, str] = {
     "t": "to",
     "o": "clean cold cool dark dry flat hot open shut smooth still tight warm wet",
 }
-# Countable nouns in the singular, in addition to the objects: "put a bag", never "put bag".
+# Singular countable nouns, in addition to `language.NOUNS`. They need a determiner: "put a bag", not "put bag".
 _COUNTABLE = (
     "angle answer area assistant bag bow box boy brush bucket clamp cloth coat compartment corner crack degree "
     "edge end face film finger floor fool fracture girl head hole hygrometer idea idiot instrument kid label "
@@ -173,7 +174,10 @@ def sentences(text: str) -> list[str]:
 
 
 def parses(sentence: str) -> bool:
-    """Return whether one sentence is well formed: capital, closing mark, known words, allowed neighbours."""
+    """Return whether all clauses of a sentence parse. It must also begin with a capital or digit and end with a mark.
+
+    A sentence that repeats a word at once ("the the") does not parse.
+    """
     sentence = sentence.strip()
     if not re.fullmatch(r"[A-Z0-9][^.!?]*[.!?]", sentence) or re.search(r"[^A-Za-z0-9 ,.!?'-]|,\s*[.!?,]", sentence):
         return False

@@ -1,6 +1,6 @@
-"""The words of the tiny world: household how-to answers, with several wordings for each step.
+"""The vocabulary of the tiny corpus: household how-to answers, with several wordings for each step.
 
-Data only. An answer varies along three dimensions that are drawn independently:
+This module contains only data. An answer varies along three dimensions that are drawn independently:
 
 - expertise: every step and every reason has a plain and an expert wording;
 - informativeness: one or two bare steps, or four or five steps with their reasons;
@@ -26,12 +26,12 @@ NOUNS = (
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One step of an answer. Every wording in `plain` and `expert` means the same; a reason may follow it."""
+    """One step of an answer. All wordings of a step mean the same. A reason may follow the wording."""
 
     plain: tuple[str, str]  # plain wordings
     expert: tuple[str, str]  # expert wordings
-    plain_reason: str  # after "so that"
-    expert_reason: str  # after "in order to"
+    plain_reason: str  # the text after "so that"
+    expert_reason: str  # the text after "in order to"
 
 
 ACTIONS: dict[str, tuple[Step, ...]] = {
@@ -211,7 +211,7 @@ UNFRIENDLY_REMARKS = (
 )
 CONNECTIVES = ("First,", "Then", "Next,", "After that,", "Last,")
 
-# Wordings in which a question states a preference. The first of each side is the one in recipes/dimensions/tiny.yaml.
+# Sentences that state a preference for a side. recipes/dimensions/tiny.yaml uses the first sentence of each side.
 INSTRUCTIONS: dict[str, tuple[str, ...]] = {
     "elementary": ("Use simple words that a child knows.", "Explain it to a child.", "Keep the words easy."),
     "expert": ("Use the technical terms of an expert.", "Explain it to a scientist.", "Be technical."),

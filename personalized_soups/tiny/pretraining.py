@@ -2,6 +2,8 @@
 
 The matrices are trained by Muon and the other parameters by AdamW (the best of the recipes measured at this size), with
 cosine decay, in float32, in one process. Only the tokens of answers have a loss.
+
+Shapes: B = documents in a group, T = tokens of its longest document, V = vocabulary size.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class BaseRecipe:
 
 
 def build_tokenizer(recipe: BaseRecipe) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE tokenizer trained on the corpus, with a chat template, that pads on the left."""
+    """Train a byte-level BPE tokenizer on the corpus and return it. It has a chat template and pads on the left."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -103,17 +105,17 @@ def build_model(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> Llama
 
 
 def encode(entries: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -> list[tuple[list[int], int]]:
-    """Return each document's token ids and the length of its question, whose tokens have no loss."""
+    """Return the token ids of each document and the number of tokens of its question, which have no loss."""
     questions = tokenizer([f"{USER}{entry.prompt}{ASSISTANT}" for entry in entries])["input_ids"]
     answers = tokenizer([f"{entry.answer}{END}" for entry in entries])["input_ids"]
     return [(question + answer, len(question)) for question, answer in zip(questions, answers, strict=True)]
 
 
 def batches(recipe: BaseRecipe, tokenizer: PreTrainedTokenizerFast) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yield each step's documents as `num_groups` pairs of (ids_BT, labels_BT), int64 on the CPU.
+    """Yield the documents of each step as `num_groups` pairs (ids_BT, labels_BT), int64 on the CPU.
 
-    A group holds documents of similar length, to save padding. A step holds all lengths, so that no step pulls the
-    model towards short or long answers.
+    A group contains documents of similar length, which saves padding. A step contains documents of all lengths, so that
+    no step pulls the model towards short or long answers.
     """
     stream = documents(recipe.steps * recipe.batch_size, recipe.seed)
     width = math.ceil(recipe.batch_size / recipe.num_groups)
@@ -144,7 +146,8 @@ def train(
 ) -> list[float]:
     """Train `model` in place and return the loss of every step (nats per answer token).
 
-    `max_steps` stops early without changing the schedule, and so returns the first losses of a full run.
+    If `max_steps` is given, the training stops early but keeps the schedule of a full run. The losses then equal the
+    first losses of a full run.
     """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -179,7 +182,7 @@ def train(
 
 
 def _decay(step: int, recipe: BaseRecipe) -> float:
-    """Return the share of the peak learning rate: linear warm-up, then a cosine to 2%."""
+    """Return the learning rate as a share of its peak: a linear warm-up, then a cosine decay to 2%."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     progress = min(1.0, (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps))

@@ -1,12 +1,12 @@
-"""The tiny world's scorers: one rule per dimension, in [0, 1], gated on validity.
+"""The scorers of the tiny corpus: one scorer per dimension. Each scorer also checks whether the answer is valid.
 
-An answer is valid if every sentence parses (`grammar`), no sentence is repeated, and the answer is on the question's
-topic: it names the question's object and no other, and has a term of the question's action. The rules count distinct
-meaningful words, so that neither repetition nor padding raises a score:
+An answer is valid if every sentence parses (see `grammar`), no sentence is repeated, and the answer is on topic. An
+answer is on topic if it names the question's object, names no other object, and has an instruction (a sentence that is
+not small talk) with a term of the question's action. Repetition and padding do not raise a score:
 
-- expertise: the share of expert terms among all marked terms;
-- informativeness: the words of instructions (sentences that are not small talk), from `FEWEST` to `MOST`;
-- style: the share of friendly signals among all signals of tone; a negated signal does not count.
+- expertise is the share of expert terms among all distinct expert and plain terms;
+- informativeness is the number of words in instructions, scaled linearly from 0 at `FEWEST` words to 1 at `MOST` words;
+- style is the share of friendly signals among all distinct signals of tone. Negated signals do not count.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from personalized_soups.scoring.scorers import Scored
 from personalized_soups.tiny import language
 from personalized_soups.tiny.grammar import parses, sentences, words
 
-FEWEST, MOST = 15, 45  # words of instruction at which informativeness is 0, and at which it is 1
+FEWEST, MOST = 15, 45  # numbers of instruction words at which informativeness is 0 and 1
 
 FRIENDLY = (
     r"great question", r"happy", r"hooray", r"yay", r"lovely", r"dear", r"friends?", r"fun", r"glad(?:ly)?", r"enjoy",
@@ -37,7 +37,7 @@ UNFRIENDLY = (
 _FIRST_PERSON = frozenset({"i", "i'm"})
 _NEGATED = r"(?:\b(?:not|never|no|hardly|don't|isn't|can't|won't)\s+(?:\w+\s+){0,2})"
 
-# Terms of an action that other writers use, in addition to the words of its own steps.
+# Terms of each action that other writers use, in addition to the words of the action's steps in `language.ACTIONS`.
 ACTION_TERMS: dict[str, str] = {
     "clean": "clean cleaned cleaning wipe wash scrub rinse dust dirt soap brush rag sponge detergent grease stains "
     "surfactant contamination residue solvent dissolve",
@@ -57,7 +57,7 @@ _EXPERT_EXTRA = (
     "isopropanol mechanical minerals non-abrasive organic oxygen particles phase polymer procedure process "
     "reaction saturate silicone solvent substance substrate surfaces surfactant temperature thermal viscosity"
 )
-# Words without a register, which only one side's wordings happen to use.
+# Words that are neither plain nor expert, although only one of the two kinds of wordings uses them.
 _UNMARKED = (
     "12 180 24 a adjacent all an and any are at bad be by can day do does down end ends film for from get gets "
     "good has have if in into is it its let next no not of off on one or order out over paper parts sides so some "
@@ -66,20 +66,20 @@ _UNMARKED = (
 
 
 def expertise(prompt: str, answer: str) -> Scored:
-    """Score how technical the wording is: 0 all plain, 1 all expert, 0.5 without marked words."""
+    """Score how technical the wording is: 0 with only plain terms, 1 with only expert terms, 0.5 without either."""
     used = set(words(" ".join(_instructions(prompt, answer))))
     expert, plain = len(used & _expert_terms()), len(used & _plain_terms())
     return Scored(expert / (expert + plain) if expert + plain else 0.5, is_valid(prompt, answer))
 
 
 def informativeness(prompt: str, answer: str) -> Scored:
-    """Score how much instruction the answer gives: linear in the words of sentences that are not small talk."""
+    """Score how much the answer instructs: linear in the number of words of sentences that are not small talk."""
     count = sum(len(words(sentence)) for sentence in _instructions(prompt, answer))
     return Scored(min(1.0, max(0.0, (count - FEWEST) / (MOST - FEWEST))), is_valid(prompt, answer))
 
 
 def style(prompt: str, answer: str) -> Scored:
-    """Score how friendly the tone is: 0 all unfriendly, 1 all friendly, 0.5 without a signal of tone."""
+    """Score how friendly the tone is: 0 with only unfriendly signals, 1 with only friendly signals, 0.5 without any."""
     signals = _signals(answer)
     num_friendly = sum(1 for side, _ in signals if side == "friendly")
     return Scored(num_friendly / len(signals) if signals else 0.5, is_valid(prompt, answer))
@@ -91,13 +91,13 @@ def is_valid(prompt: str, answer: str) -> bool:
 
 
 def is_well_formed(answer: str) -> bool:
-    """Return whether every sentence parses and none is repeated."""
+    """Return whether every sentence parses and no sentence is repeated."""
     stripped = [sentence.strip() for sentence in sentences(answer)]
     return bool(stripped) and len(set(stripped)) == len(stripped) and all(map(parses, stripped))
 
 
 def is_on_topic(prompt: str, answer: str) -> bool:
-    """Return whether the answer names the prompt's object and no other, and an instruction has a term of its action."""
+    """Return whether the answer names only the prompt's object, and instructs with a term of the prompt's action."""
     topic = topic_of(prompt)
     if topic is None:
         return False
@@ -108,9 +108,9 @@ def is_on_topic(prompt: str, answer: str) -> bool:
 
 
 def _instructions(prompt: str, answer: str) -> list[str]:
-    """Return the sentences that instruct: those without a signal of tone, or with a term of the prompt's action.
+    """Return the sentences without a signal of tone, and the sentences with a term of the prompt's action.
 
-    A sentence in the first person that has a signal of tone ("I love your clean kettle!") is small talk.
+    A first-person sentence with a signal of tone ("I love your clean kettle!") is small talk and is left out.
     """
     topic = topic_of(prompt)
     terms = _action_terms(topic[0]) if topic else frozenset[str]()
@@ -122,7 +122,7 @@ def _instructions(prompt: str, answer: str) -> list[str]:
 
 
 def topic_of(prompt: str) -> tuple[str, str] | None:
-    """Return the action and the object ("old kettle") that a prompt asks about, or None if it lacks either."""
+    """Return the action and the object ("old kettle") that a prompt asks about, or None if one of them is missing."""
     objects = _objects(prompt)
     actions = [word for word in words(prompt) if word in language.ACTIONS]
     return (actions[0], objects[0]) if objects and actions else None
@@ -143,7 +143,7 @@ def _objects(text: str) -> list[str]:
 
 
 def _signals(text: str) -> set[tuple[str, str]]:
-    """Return the distinct signals of tone in a text, each with its side, without negated signals."""
+    """Return the distinct (side, signal) pairs of the signals of tone in a text. Negated signals are left out."""
     clauses = [" ".join(words(clause)) for clause in re.split(r"[,.!?]", text)]
     return {
         (side, match.group("signal"))
@@ -164,7 +164,7 @@ def _tone_patterns() -> tuple[tuple[str, re.Pattern[str]], ...]:
 
 @cache
 def _wordings() -> tuple[frozenset[str], frozenset[str]]:
-    """Return the words of all plain and of all expert wordings."""
+    """Return the words of all plain wordings and the words of all expert wordings."""
     plain, expert = set(), set()
     for step in (step for steps in language.ACTIONS.values() for step in steps):
         plain |= set(words(" ".join((*step.plain, step.plain_reason)).replace("{o}", "")))
@@ -186,7 +186,7 @@ def _expert_terms() -> frozenset[str]:
 
 @cache
 def _action_terms(action: str) -> frozenset[str]:
-    """Return the terms of an action: the listed terms, and words that only its own steps use."""
+    """Return the terms of an action: its terms in `ACTION_TERMS`, and the words that only its own steps use."""
     own = set(words(" ".join(_phrases(action))))
     others = set(words(" ".join(phrase for name in language.ACTIONS if name != action for phrase in _phrases(name))))
     return frozenset(set(ACTION_TERMS[action].split()) | (own - others - set(_UNMARKED.split())))
