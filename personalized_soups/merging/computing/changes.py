@@ -66,7 +66,7 @@ class Changes:
 
         Raises:
             IncompatibleExpertsError: if the base lacks such a tensor or has it in another shape or dtype. The message
-                names all of these tensors.
+                names the first of these tensors.
             UnsupportedAdapterError: if an expert changes an embedding in a way that this version cannot fold.
         """
         search = _Search(soups, model)
@@ -75,7 +75,7 @@ class Changes:
         return cls(with_dora, model, search.changes, search.unties)
 
     def written_as(self, tensor: str) -> tuple[str, ...]:
-        """Return the names under which a tensor of the base is written. An embedding that is untied has two names."""
+        """Return the names under which a tensor of the base is written. An embedding that is untied may have two."""
         tied = self.model.tied
         # a base may store both tied names; then the output embedding is written in its own place
         if self.unties is None or tied is None or tensor != tied[0] or self.unties in self.model.checkpoint:

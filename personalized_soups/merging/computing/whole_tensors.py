@@ -63,8 +63,9 @@ class WholeTensors:
     def parts(self) -> Iterator[tuple[str, int, Tensor]]:
         """Compute the tensors part by part, in the order of the file. Only one block of rows is in memory at once.
 
-        For each part, the tensor's name, the part's first byte in the tensor, and the part's elements are yielded. The
-        elements are a vector on the CPU, rounded once to the adapter's dtype. The next part overwrites the vector.
+        Yields:
+            For each part: the tensor's name, the index of the part's first byte in the tensor, and the part's elements.
+            The elements are a vector on the CPU, rounded once to the adapter's dtype. The next part overwrites them.
         """
         dtype, layout = torch_dtype(self.plan.dtype), self.plan.layout
         for target, members in self.replaced.items():
@@ -115,7 +116,7 @@ def on_base(plans: Sequence[MergePlan], bank: ExpertBank) -> tuple[Soups, list[W
 
     Raises:
         IncompatibleExpertsError: if the base lacks a tensor that the experts change, or has it in another shape or
-            dtype. The message names these tensors.
+            dtype. The message names the first of these tensors.
         UnsupportedAdapterError: if an expert saved a changed tensor and also has DoRA magnitudes for it. Also if PEFT
             could not load the experts' trained tokens together with their other tensors as one adapter.
     """
