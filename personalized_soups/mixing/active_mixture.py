@@ -172,8 +172,8 @@ class ActiveMixture:
             rows_each: as for `Mixture`.
 
         Raises:
-            DeclarationError: as `Mixture`.
-            UsageError: as `Mixture`, and if another asyncio task of this thread has set a mixture.
+            DeclarationError: in the same cases as `Mixture`.
+            UsageError: in the same cases as `Mixture`, and if another asyncio task of this thread has set a mixture.
         """
         with self.lock:
             self._check_task()
@@ -208,7 +208,7 @@ class ActiveMixture:
         """Raise the error that a mixture of these weights would raise. Nothing is set, and no lock is taken.
 
         Raises:
-            UsageError, DeclarationError: as `Mixture`.
+            UsageError, DeclarationError: in the same cases as `Mixture`.
         """
         plain = {expert: weight for expert, weight in weights.weights.items() if isinstance(weight, float)}
         # Most requests have plain numbers as weights, which can be checked without tables.
@@ -230,7 +230,7 @@ class ActiveMixture:
     def new_mixture(
         self, rows: Sequence[ExpertWeights], *, token_rows: Tensor | None = None, rows_each: int | None = None
     ) -> Mixture:
-        """Return a mixture of these rows, but do not set it. Raises as `Mixture`."""
+        """Return a mixture of these rows, but do not set it. Raises the errors of `Mixture`."""
         names = list(self._layers.by_name)
         return Mixture(rows, self._layers.gates, names, token_rows=token_rows, rows_each=rows_each)
 

@@ -96,13 +96,13 @@ class HeldExperts(Mapping[str, Expert]):
         After an error, the experts are the same as before.
 
         Raises:
-            SoupError: as `add` and `remove`.
+            SoupError: in the same cases as `add` and `remove`.
         """
         with self._active.lock:
             # The names are checked first, so that a wrong name changes nothing.
             for name in removed:
                 self._registry.check_expert(name)
-            # This thread holds the lock, so a mixture that is set is its own. It would wait for itself forever.
+            # This thread holds the lock, so a mixture that is set is its own, and waiting for its end would never end.
             if self._active.innermost is not None:
                 raise UsageError(
                     "experts cannot change while a mixture is set, but this thread has set a mixture",

@@ -26,9 +26,10 @@ class Request:
 
 
 class Requests:
-    """The requests for a list of prompts: a prompt that names its user is asked once, any other with every profile.
+    """The requests for a list of prompts, in the order of the prompts.
 
-    The requests are ordered by prompt, and each is made when it is asked for.
+    A prompt that names its user makes one request, with the profile of that user. Any other prompt makes one request
+    with each profile. Requests are created only when they are needed.
 
     Args:
         prompts: the prompts. A prompt may name its user.
@@ -96,7 +97,7 @@ def answer_many(
     batch). So an interrupted run that is resumed gives the same answers as an uninterrupted run.
 
     Raises:
-        SoupError: as `SoupModel.generate`.
+        SoupError: in the same cases as `SoupModel.generate`.
     """
     done = first
     for batch in requests.batches(batch_size, first):

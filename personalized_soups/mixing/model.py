@@ -249,8 +249,8 @@ class SoupModel:
             `input_ids`, the result of transformers' generate.
 
         Raises:
-            DeclarationError: as `mixture`.
-            UsageError: as `mixture`, and if the numbers of prompts and profiles differ.
+            DeclarationError: in the same cases as `mixture`.
+            UsageError: in the same cases as `mixture`, and if the numbers of prompts and profiles differ.
             RunError: if a batch does not fit on the GPU. The message gives the batch size that fits.
         """
         return self._generation.generate(
@@ -299,7 +299,7 @@ class SoupModel:
         This call does not wait for other threads' mixtures, so a server can resolve requests while a batch is running.
 
         Raises:
-            DeclarationError, UsageError: as `mixture` would for this profile.
+            DeclarationError, UsageError: in the same cases as `mixture` with this profile.
         """
         weights = self._registry.resolve(profile)
         self._active.check(self._registry.scaled(weights))

@@ -165,7 +165,7 @@ class PeftView(_RejectedCalls, PeftModel):
         """Add the LoRA adapter in the folder `model_id` as an expert. Further options of PEFT have no effect.
 
         Raises:
-            SoupError: as `SoupModel.experts.add`.
+            SoupError: in the same cases as `SoupModel.experts.add`.
         """
         self.soup.experts.add(model_id, adapter_name)
 

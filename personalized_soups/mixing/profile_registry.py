@@ -117,7 +117,7 @@ class ProfileRegistry:
         return weights.scaled(self._scales)
 
     def resolve_scaled(self, profile: ProfileLike) -> ExpertWeights:
-        """Return the checked weights of a profile, multiplied by the experts' scales. Raises as `resolve`."""
+        """Return the checked weights of a profile times the experts' scales. Raises the errors of `resolve`."""
         return self.scaled(self.resolve(profile))
 
     def set_scale(self, name: str, scale: float) -> None:

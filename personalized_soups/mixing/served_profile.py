@@ -44,8 +44,8 @@ class ServedProfile:
         After an error, the served profile is the same as before.
 
         Raises:
-            DeclarationError: as `SoupModel.mixture`.
-            UsageError: as `SoupModel.mixture`, and if a weight is a function of the token's number.
+            DeclarationError: in the same cases as `SoupModel.mixture`.
+            UsageError: in the same cases as `SoupModel.mixture`, and if a weight is a function of the token's number.
         """
         with self._active.lock:
             self._set(self._registry.resolve(profile))

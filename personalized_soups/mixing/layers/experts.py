@@ -185,7 +185,7 @@ def _unmixable(expert: Expert) -> list[SoupError]:
         for module in expert.adapter.modules.values()
         if module.kind not in {"linear", "transposed"} or module.base_name != f"{module.name}.weight"
     ]
-    # A layer behind a router of a mixture-of-experts model gets tokens without their rows.
+    # In a mixture-of-experts model, a layer behind a router gets tokens, but not the numbers of their rows.
     problems += [
         f"{module.name} gets only the tokens that a router sends to it"
         for module in expert.adapter.modules.values()

@@ -16,8 +16,8 @@ class ForwardWatch:
     """Counts the tokens of each batch, and detects that the model was moved or cast while weights are set.
 
     Attributes:
-        when_moved: the function that is called before a forward pass if weights are set, but the layers were moved or
-            cast since.
+        when_moved: the function that is called before a forward pass if weights are set, and the layers were moved or
+            cast after the weights were set.
 
     Args:
         model: a model of transformers.

@@ -119,8 +119,7 @@ class Gates:
             if have % num_gates == 0 and (have == want or torch.compiler.is_compiling()):
                 return
             raise UsageError(
-                f"{layer} gets {have} tokens without their rows, but the batch has {want} tokens and {num_gates} "
-                "profiles",
+                f"{layer} gets a flat list of {have} tokens, but the batch has {want} tokens for {num_gates} profiles",
                 where=layer,
                 mend="run one profile at a time: `with model.mixture(profile)`. A layer that gets only the tokens that "
                 "a router sends to it cannot be mixed",

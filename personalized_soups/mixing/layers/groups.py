@@ -70,7 +70,7 @@ class LayerGroup:
         )
 
     def has_these_bases(self) -> bool:
-        """Return whether the group's copy of the base weights, if it has one, is still what the base layers use."""
+        """Return whether the base layers still use the weights in the group's buffer. True if there is no buffer."""
         return True
 
     def is_current(self) -> bool:

@@ -28,8 +28,9 @@ class HeldProduct:
         self.num_left = len(parts)
 
     def take(self, group: object, x: Tensor, place: int) -> Tensor | None:
-        """Return a layer's part of the product. Return None if the part is taken, or the group or input is another one.
+        """Return a layer's part of the product. Each part can be taken once.
 
+        Return None if the part was taken before, or if the product was computed by another group or from another input.
         An input that was changed in place counts as another input. But torch does not record changes of tensors that
         were created in inference mode. So in inference mode, a model that changes its hidden states in place between
         two layers of a group would get the product of the old states.
@@ -41,7 +42,7 @@ class HeldProduct:
         """
         if self._group is not group or self._x is not x or self._version != _version(x):
             return None
-        # A part can be taken only once. In inference mode, a second call is the only sign that x has new values.
+        # In inference mode, a second call for the same part is the only sign that x has new values.
         part, self._parts[place] = self._parts[place], None
         if part is not None:
             self.num_left -= 1

@@ -75,7 +75,7 @@ class MixedLayers:
         again. After an error, the experts are the same as before.
 
         Raises:
-            SoupError: as check_experts and Members.of.
+            SoupError: in the same cases as check_experts and Members.of.
         """
         # An expert that is added again is read again, because its files may have changed.
         gone = {*removed, *(expert.name for expert in added)}
