@@ -149,7 +149,7 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
     if if_match.strip() != "*" and str(current) not in _versions(if_match):
         raise ApiError(
             412,
-            f"{user!r} is at version {current}, but If-Match names another version; read it again",
+            f"{user!r} is at version {current}, but If-Match names another version; get the profile again",
             param="If-Match",
             code="version_conflict",
             headers={"ETag": f'"{current}"'},
