@@ -282,7 +282,7 @@ def test_nothing_but_equal_pairs_is_refused(small_base: Path, tmp_path: Path) ->
     shared = _words("rub")
     with pytest.raises(InputError, match="no pair is left") as caught:
         _encoded(tmp_path, [_chat("a", shared + "so", shared + "dry")] * 2, tokenizer, max_length=24)
-    assert "2 have equal answers once cut to dpo.max_length (24 tokens)" in caught.value.what
+    assert "2 pairs have equal answers once cut to dpo.max_length (24 tokens)" in caught.value.what
     assert "max_length" in caught.value.mend
     trimming = "{% for message in messages %}<|{{ message.role }}|>{{ message.content | lower }}{% endfor %}"
     with pytest.raises(InputError, match="1 have equal answers before the cut") as caught:
