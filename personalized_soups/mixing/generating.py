@@ -126,7 +126,7 @@ class MixedGeneration:
         """Yield one answer piece by piece. Arguments and errors are those of `SoupModel.stream`."""
         if self._active.is_set_here and not isinstance(profile, AsSet):
             raise UsageError(
-                "a profile is given, but this thread has set a mixture: the stream would wait forever for it to end",
+                "a profile is given, but the stream would wait forever for the mixture that this thread has set",
                 where="profile",
                 mend="leave out the profile to stream with that mixture, or call stream after the `with` block",
             )
