@@ -343,7 +343,7 @@ def test_a_live_soup_rejects_methods_from_outside(library: ExpertLibrary, method
 @pytest.mark.usefixtures("site")
 def test_mixing_rejects_a_profile_with_a_method_from_outside(small_base: Path, library: ExpertLibrary) -> None:
     model = SoupModel.from_pretrained(small_base, library, same_base=True)
-    with pytest.raises(UsageError, match="clipped; a mixture is always linear"):
+    with pytest.raises(UsageError, match="'clipped', but a mixture is always linear"):
         model.served.set(Profile(weights={"one": 1.0}, method="clipped"))
 
 

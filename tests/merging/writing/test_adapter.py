@@ -257,7 +257,7 @@ def test_a_soup_beyond_the_dtype_is_refused(tmp_path: Path) -> None:
     library, _ = library_of(tmp_path / "experts", alpha=1e6)
     with pytest.raises(UsageError, match="beyond the range of float16") as caught:
         merge(library, profile_of(WEIGHTS), MergeOptions(dtype="float16")).write(tmp_path / "out")
-    assert "float32 or bfloat16" in caught.value.mend
+    assert "dtype=float32 or dtype=bfloat16" in caught.value.mend
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
