@@ -108,8 +108,10 @@ def parse_header(header: bytes, data_bytes: int, path: Path) -> tuple[dict[str, 
 def _entry(name: str, fields: Any, path: Path) -> TensorEntry:
     text = shown(name)
     if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        found = reprlib.repr(fields)
-        raise damaged(path, f"the entry of tensor {text} must have dtype, shape and data_offsets, but it is {found}")
+        raise damaged(
+            path,
+            f"the entry of tensor {text} must have dtype, shape and data_offsets, but it is {reprlib.repr(fields)}",
+        )
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BITS:
         raise damaged(path, f"tensor {text} has the unknown dtype {reprlib.repr(dtype)}")

@@ -149,8 +149,10 @@ def _indexed(index: Path) -> dict[str, str]:
         # A path with a folder could lead to any file on the disk.
         shard = file.removeprefix("./") if isinstance(file, str) else ""
         if not _is_plain(shard):
-            found = reprlib.repr(file)
-            raise _fault(index, f"the index places tensor {shown(name)} in {found}, which is not a plain file name")
+            raise _fault(
+                index,
+                f"the index places tensor {shown(name)} in {reprlib.repr(file)}, which is not a plain file name",
+            )
         check_no_pickle(index.with_name(shard))
         if not os.path.lexists(index.with_name(shard)):
             raise _fault(index, f"the shard {shown(shard)} is missing, but the index places tensor {shown(name)} in it")
