@@ -239,7 +239,7 @@ def test_tokens_are_laid_over_a_saved_embedding_that_is_not_the_bases(tmp_path: 
     library, profile = ExpertLibrary.open(expert), Profile(weights={"expert": 1.0})
     want, before = effects(loaded(base, expert)), effects(loaded(base))
     check(effects(loaded(merge_into_base(library, profile, base, tmp_path / "out"))), want, before)
-    with pytest.raises(UnsupportedAdapterError, match="and tokens of that embedding are trained"):
+    with pytest.raises(UnsupportedAdapterError, match="but rows of the same embedding are also trained"):
         merge(library, profile, MergeOptions(base=base)).write(tmp_path / "merged")
 
 
