@@ -230,7 +230,7 @@ def test_experts_with_different_names_for_one_base_are_an_error_or_a_warning(tmp
         assert not names
     else:
         message = only(diagnosis, "names", "error").what
-        assert f"one has {min(SHAPES)}.weight, two has {min(apart)}.weight (and 7 more)" in message
+        assert f"one has {min(SHAPES)}.weight, but two has {min(apart)}.weight (and 7 more modules)" in message
         assert diagnosis.rank is None
         with pytest.raises(IncompatibleExpertsError, match="different names for the same modules"):
             merge(ExpertLibrary.open(tmp_path), Profile(weights={"one": 1.0, "two": 1.0}))
