@@ -45,6 +45,8 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_MISSING] = frozenset() if config.getoption("--require-extras") else missing_packages()
+    if not config.pluginmanager.has_plugin("timeout"):
+        config.addinivalue_line("markers", "timeout(seconds): ends a test; does nothing without pytest-timeout")
     if find_spec("hypothesis") is not None:
         from hypothesis import HealthCheck, settings
 

@@ -134,7 +134,7 @@ class Guard:
             return
         raise ApiError(
             HTTPStatus.MISDIRECTED_REQUEST,
-            f"this server does not accept the host name {host!r}; start the server with --allow-host to accept it",
+            f"this server does not accept the host name {host!r}; it must be started with the names that it accepts",
             code="unknown_host",
         )
 
@@ -146,7 +146,7 @@ class Guard:
             return
         raise ApiError(
             403,
-            f"pages from {origin!r} are not allowed to use this server; start it with --cors-origin to allow them",
+            f"pages from {origin!r} are not allowed to use this server; it must be started with the origins that it allows",
             code="foreign_origin",
         )
 

@@ -130,7 +130,7 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
         raise UsageError(
             f"other machines can reach {host}, but the server would accept requests without a key",
             where="host",
-            mend="give a file of API keys (--api-key-file keys.txt), or listen on this machine only (--host 127.0.0.1)",
+            mend="give a file of API keys (api_key_file=keys.txt), or listen on this machine only (host=127.0.0.1)",
         )
     listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
@@ -144,7 +144,7 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
         raise UsageError(
             f"cannot listen on {host}:{port}: {error.strerror or error}",
             where="host, port",
-            mend="give another address or port; --port 0 takes a free port",
+            mend="give another address or port; port=0 takes a free port",
         ) from error
     return listening
 
@@ -225,7 +225,7 @@ def context_of(model: SoupModel, wanted: int | None) -> int:
         raise UsageError(
             f"a context of {wanted} tokens is larger than the base's limit of {most} tokens",
             where="max_context",
-            mend=f"give {most} or less, for example --max-context {most}",
+            mend=f"give {most} or less, for example max_context={most}",
         )
     return wanted or min(most, _USUAL_CONTEXT)
 

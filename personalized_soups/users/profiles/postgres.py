@@ -128,7 +128,7 @@ class PostgresDatabase(Database):
                 raise UsageError(
                     "the database contains no profile store",
                     where=self.where,
-                    mend="create the store: psoups profile set u1 --weights friendly=0.6",
+                    mend="create the store with `psoups profile set`",
                 )
             self._create()
         self.check_schema(connection)

@@ -128,7 +128,7 @@ class SqliteDatabase(Database):
             raise UsageError(
                 "the file does not exist",
                 where=self.where,
-                mend="create the file: psoups profile set u1 --weights friendly=0.6",
+                mend="create the file with `psoups profile set`",
             )
         try:
             # SQLite would create the file with mode 0644 at most. Its log gets the same mode as the file.

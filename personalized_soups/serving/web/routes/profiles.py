@@ -122,7 +122,7 @@ def no_store() -> APIRouter:
     @routes.api_route("/v1/profiles/{user:any}", methods=["GET", "PUT", "DELETE"], include_in_schema=False)
     def refuse() -> None:
         raise ApiError(
-            404, "this server was started without a profile store; start it with --profiles", code="no_store"
+            404, "this server was started without a profile store", code="no_store"
         )
 
     return routes
