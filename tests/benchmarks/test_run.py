@@ -170,6 +170,7 @@ def test_a_part_that_was_measured_in_part_leaves_the_page_alone(page: Path) -> N
     assert page.read_text(encoding="utf-8") == before
 
 
+@pytest.mark.slow
 def test_real_processes_give_sane_figures(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code = run.main(["--shape", "tiny", "--repeats", "1", "--only", "adapter-span", "--json"])
     output = capsys.readouterr().out

@@ -65,6 +65,7 @@ def test_a_model_in_the_cache_is_loaded_where_the_hub_does_not_answer(hub: Hub) 
         assert hub.asked_for_model == [f"HEAD /{MODEL}/resolve/main/config.json"] * 2  # for the tokenizer, the model
 
 
+@pytest.mark.slow
 def test_experts_that_record_a_base_are_held_against_the_hubs(hub: Hub, small_base: Path, tmp_path: Path) -> None:
     """A model of the hub has a fingerprint only after its download."""
     own, other = (write_expert(tmp_path / name / "warm", seed=1) for name in ("own", "other"))

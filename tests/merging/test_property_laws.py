@@ -39,6 +39,8 @@ from tests.merging.worlds import (
 )
 from tests.oracles import Matrix
 
+pytestmark = pytest.mark.slow
+
 U = 2.0**-24  # float32's half ulp, relative
 RANDOM = [name for name, row in METHODS.items() if row.is_random]
 FULL = max(min(shape) for shape in MODULES.values())

@@ -21,6 +21,8 @@ from personalized_soups.studies.study import Study
 from personalized_soups.tiny import corpus
 from personalized_soups.tiny.scorers import topic_of
 
+pytestmark = pytest.mark.slow
+
 SMALL = StudyRecipe(
     pairs=PairsRecipe(num_prompts=24, num_samples=3, min_gap=0.3, max_pairs=8),
     selection=SelectionRecipe(num_prompts=2, weights={"linear": (0.4, 0.6), "factor_average": (0.6,)}),
@@ -59,7 +61,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results, E
     return out, results, examples
 
 
-@pytest.mark.slow
 def test_the_results_have_every_figure(finished: tuple[Path, Results, Examples]) -> None:
     out, results, examples = finished
     assert json.loads((out / "results.json").read_text()) == results
@@ -79,7 +80,6 @@ def test_the_results_have_every_figure(finished: tuple[Path, Results, Examples])
     assert [each["name"] for each in examples["answers"]][:2] == ["base", "elementary + concise + friendly"]
 
 
-@pytest.mark.slow
 def test_experts_and_merges_are_real(finished: tuple[Path, Results, Examples]) -> None:
     out, results, _ = finished
     for side in ("elementary", "expert", "concise", "informative", "friendly", "unfriendly"):
@@ -94,7 +94,6 @@ def test_experts_and_merges_are_real(finished: tuple[Path, Results, Examples]) -
     assert {expert.weight for expert in soup.experts} == {chosen}
 
 
-@pytest.mark.slow
 def test_no_object_is_met_twice(finished: tuple[Path, Results, Examples]) -> None:
     """Training, choice of the scale, and scoring use three disjoint sets of objects."""
     out, _, examples = finished
@@ -111,7 +110,6 @@ def test_no_object_is_met_twice(finished: tuple[Path, Results, Examples]) -> Non
     assert objects_of(examples["prompt"]) in scored
 
 
-@pytest.mark.slow
 def test_a_finished_run_is_read_and_an_interrupted_one_goes_on(
     finished: tuple[Path, Results, Examples], tmp_path: Path
 ) -> None:

@@ -21,7 +21,7 @@ from personalized_soups.merging.writing.many import Merged, merge_many
 from tests import oracles
 from tests.experts import write_expert
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks")]
 
 ROOT = Path(__file__).parents[2]
 SHAPES = {

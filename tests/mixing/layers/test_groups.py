@@ -202,6 +202,7 @@ def test_a_state_that_is_loaded_goes_into_the_buffer(model: SoupModel) -> None:
     assert relative(logits(model), ungrouped(model)) < LOGITS
 
 
+@pytest.mark.slow
 def test_compiled_code_notices_a_weight_that_is_replaced(model: SoupModel) -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(model.model, backend="eager", fullgraph=True, dynamic=False)
@@ -603,6 +604,7 @@ def test_memory_that_runs_out_leaves_every_layer_right(
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Using `torch.compile.module.`:UserWarning")  # it runs a global hook once more
 @pytest.mark.parametrize("change", ["data", "assign", "hook", "global hook"])
 def test_compiled_code_with_a_served_profile_notices_changes_of_the_base(model: SoupModel, change: str) -> None:

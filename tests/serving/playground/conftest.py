@@ -35,7 +35,7 @@ class Playground:
 
     def watch(self, page: Page) -> None:
         """Note what a page asks for, and every error that it prints."""
-        page.set_default_timeout(5000)
+        page.set_default_timeout(120_000)  # ends a hang: a busy machine may be slow
         page.on("request", self._note)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on(

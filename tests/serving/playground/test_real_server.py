@@ -24,7 +24,7 @@ from tests.experts import write_expert
 from tests.serving.playground.conftest import Playground
 from tests.serving.servers import RunningServer, running
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 PROMPT = "How do I clean an old kettle?"
 SIDES = {"elementary": "expertise", "expert": "expertise", "concise": "informativeness",

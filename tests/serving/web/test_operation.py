@@ -123,6 +123,7 @@ def test_health_and_readiness(small_base: Path, expert_folders: Path) -> None:
         assert served.ask("POST", "/v1/experts/reload").status == 503
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_its_own_description_tried_against_it_brings_no_server_error(
     served: RunningServer, mode: GenerationMode
