@@ -32,13 +32,11 @@ class Mixture:
             set within it, and None if this mixture has ended.
 
     Args:
-        rows: the weights of each gate. A gate is for one row or several rows of the batch, for one token, or for all
-            rows.
+        rows: the weights of each gate. A gate is for one or several rows of the batch, for one token, or for all rows.
         gates: the gates of the model.
         layers: the names of the layers, in the order of their slots.
         token_rows: for packed sequences, an integer tensor `[B, T]`: the index in `rows` for each token.
-        rows_each: the number of rows of the batch that each entry of `rows` is for; None if the only entry is for all
-            rows.
+        rows_each: the number of rows of the batch for each entry of `rows`; None if the only entry is for all rows.
 
     Raises:
         UsageError: if `rows` is empty, `rows_each` is less than 1, an index in `token_rows` is out of range, or a

@@ -29,16 +29,8 @@ FIELDS = ("prompt", "chosen", "rejected")
 _UNSUPPORTED = ("images", "image", "chat_template_kwargs")
 # Field names that data sets use for a prompt. A pair with such a field is not implicit.
 _PROMPT_NAMES = (
-    "question",
-    "instruction",
-    "input",
-    "query",
-    "context",
-    "system",
-    "history",
-    "conversation",
-    "messages",
-)
+    "question", "instruction", "input", "query", "context", "system", "history", "conversation", "messages",
+)  # fmt: skip
 _MEND = 'write {"prompt": "...", "chosen": "...", "rejected": "..."} in every line'
 
 Pair: TypeAlias = dict[str, Any]

@@ -17,17 +17,14 @@ from transformers.cache_utils import CacheLayerMixin
 
 from personalized_soups.serving.engine.attention import check_attention, layer_kinds
 
-# Columns are allocated in multiples of _COLUMNS. Slots are allocated in powers of two up to _SLOTS, and in multiples of
-# _SLOTS beyond.
+# Columns are allocated in multiples of _COLUMNS; slots in powers of two up to _SLOTS, then in multiples of _SLOTS.
 _COLUMNS = 64
 _SLOTS = 16
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Placement:
-    """The slots and columns into which a forward pass writes keys and values.
-
-    Row n of the forward pass writes into slot `first + n`.
+    """Where a forward pass writes keys and values: row n writes into slot `first + n`.
 
     Attributes:
         first: the slot of the first row.

@@ -146,7 +146,7 @@ class Guard:
             return
         raise ApiError(
             403,
-            f"pages from {origin!r} are not allowed to use this server; it must be started with the origins that it allows",
+            f"pages from {origin!r} may not use this server; start the server with this CORS origin to allow them",
             code="foreign_origin",
         )
 
