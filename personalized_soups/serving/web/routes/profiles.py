@@ -121,9 +121,7 @@ def no_store() -> APIRouter:
     @routes.api_route("/v1/profiles", methods=["GET"], include_in_schema=False)
     @routes.api_route("/v1/profiles/{user:any}", methods=["GET", "PUT", "DELETE"], include_in_schema=False)
     def refuse() -> None:
-        raise ApiError(
-            404, "this server was started without a profile store", code="no_store"
-        )
+        raise ApiError(404, "this server was started without a profile store", code="no_store")
 
     return routes
 
