@@ -81,7 +81,7 @@ class EncodedPairs:
     unrendered: Counter[str] = field(default_factory=Counter)
 
     def add(self, pair: EncodedPair) -> None:
-        """Add a pair to `pairs`, or add its place to the list for the reason why the pair is left out."""
+        """Add a pair to `pairs`. A pair that must be left out is counted under its reason instead."""
         chosen, rejected = pair.cut(self.max_length)
         if len(pair.prompt_ids) >= self.max_length:
             self.filled.append(pair.place)

@@ -131,7 +131,7 @@ def _content(content: object, field: str, where: str) -> str | None:
 
 
 def _check_calls(calls: object, field: str, number: int, where: str) -> None:
-    """Raise InputError unless every call names a function, under `function` as in OpenAI's format or directly."""
+    """Raise InputError if a call has no name, neither in `function.name` (OpenAI's format) nor in `name`."""
     for call in calls if isinstance(calls, list) else [None]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not _is_text(function.get("name")):
