@@ -164,6 +164,7 @@ def _compiled_graphs(model: SoupModel, monkeypatch: pytest.MonkeyPatch) -> tuple
     return torch.compile(model.model, backend=backend, fullgraph=True, dynamic=False), graphs
 
 
+@pytest.mark.slow
 def test_torch_compile_keeps_one_graph_with_the_operator_in_it(
     tmp_path: Path, small_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,7 @@ from tests.kernels.interpreter import needs_triton, num_passed
 LAUNCHERS = [weighted_sums, scale_columns]
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_in_tritons_interpreter() -> None:
     assert num_passed("interpreted_sums.py") == 126

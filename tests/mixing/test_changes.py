@@ -121,6 +121,7 @@ def test_setting_weights_moves_no_buffer_and_copies_no_factor(model: SoupModel) 
         assert [(gates.of(layer.slot).data_ptr(), layer.stack.a_CI.data_ptr()) for layer in layers] == before
 
 
+@pytest.mark.slow
 def test_weights_are_data_to_a_compiled_model(model: SoupModel, folders: list[Path], small_base: Path) -> None:
     graphs = 0
 
@@ -153,6 +154,7 @@ def test_weights_are_data_to_a_compiled_model(model: SoupModel, folders: list[Pa
     assert relative(bare[0], true_logits(small_base, folders, None, ids[0])) < LOGITS
 
 
+@pytest.mark.slow
 def test_a_compiled_model_notices_added_experts(
     model: SoupModel, folders: list[Path], tmp_path: Path, small_base: Path
 ) -> None:

@@ -278,6 +278,7 @@ def test_a_kept_prefix_holds_no_more_than_it_counts(model: SoupModel) -> None:
     assert sum(storage.nbytes() for storage in held) == prefixes.num_bytes
 
 
+@pytest.mark.slow
 def test_an_opt_is_compiled(tmp_path: Path) -> None:
     from transformers import OPTConfig, OPTForCausalLM
 

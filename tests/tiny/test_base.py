@@ -65,6 +65,7 @@ def test_the_shipped_file_scores_what_the_record_says() -> None:
     assert all(0.4 <= found[name] <= 0.6 for name in ("expertise", "informativeness", "style"))
 
 
+@pytest.mark.slow
 def test_an_instruction_is_followed_somewhat() -> None:
     """Prompting is a fair baseline only for a base that was trained on preference instructions."""
     from personalized_soups.evaluation.scores import grade, mean_toward
@@ -80,6 +81,7 @@ def test_an_instruction_is_followed_somewhat() -> None:
         assert mean_toward(grade(asked, said, catalogue, [side]), side) > 0.6
 
 
+@pytest.mark.slow
 def test_the_command_builds_a_base_like_the_shipped_one(tmp_path: Path) -> None:
     short = BaseRecipe(steps=2, batch_size=6, tokenizer_documents=200, vocab_size=400)
     found = build(tmp_path / "base", short)

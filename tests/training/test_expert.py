@@ -138,6 +138,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert _bytes(tmp_path / "1")["adapter_model.safetensors"] != _bytes(expert)["adapter_model.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["free", "shared"])
 def test_an_interrupted_training_goes_on_to_the_same_bytes(
     small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path, basis: str

@@ -270,6 +270,7 @@ def test_hooks_on_the_bases_layers_are_called(
             handle.remove()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_calls_a_hook_that_comes_later(model: SoupModel) -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(model.model, backend="eager", dynamic=False)

@@ -182,6 +182,7 @@ def test_a_disk_that_is_really_full_loses_nothing(small_disk: Path) -> None:
         assert list(store.all()) == written
 
 
+@pytest.mark.slow
 def test_a_killed_import_leaves_what_was_there_or_all_of_it(where: str) -> None:
     count = 8000
     with ProfileStore.open(where) as store:
