@@ -35,7 +35,11 @@ class Playground:
 
     def watch(self, page: Page) -> None:
         """Note what a page asks for, and every error that it prints."""
-        page.set_default_timeout(120_000)  # ends a hang: a busy machine may be slow
+        from playwright.sync_api import expect
+
+        # these only end a hang: a busy machine may be slow
+        page.set_default_timeout(120_000)
+        expect.set_options(timeout=120_000)
         page.on("request", self._note)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on(

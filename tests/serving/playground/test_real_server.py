@@ -117,8 +117,10 @@ def test_saved_profiles_are_found_restored_and_deleted(playground: Playground, r
     name = "Zoë / 1"
     for weight in (0.25, 0.5):
         real.store.put(Profile(user=name, weights={"expert": weight}))
+    real.store.put(Profile(user="another", weights={"expert": 1.0}))  # so that the search changes the list
     playground.open()
     page = playground.page
+    expect(page.locator("#found > li")).to_have_count(2)
     page.fill("#find", "zo")
     expect(page.locator("#found > li")).to_have_count(1)
     page.locator("#found summary").click()
@@ -130,6 +132,7 @@ def test_saved_profiles_are_found_restored_and_deleted(playground: Playground, r
     expect(page.locator("#found > li")).to_have_count(0)
     with pytest.raises(UnknownProfile):
         real.store.get(name)
+    real.store.delete("another")
     assert playground.complaints == []
 
 
