@@ -1,1 +1,1 @@
-"""Merging: a profile and a library to a soup, planned first, then written as an adapter or folded into a base."""
+"""Merge the experts of a profile: plan the merge, compute the soup, and write it as an adapter or a model."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from torch import Tensor
 from personalized_soups import ExpertLibrary, LiveAdapter, Profile, SoupModel, merge, merge_into_base, merge_many
 from personalized_soups.adapters.describe import describe
 from personalized_soups.adapters.provenance import read_soup_record
-from personalized_soups.cli.app import build_app
 from personalized_soups.errors import UsageError
 from personalized_soups.merging.doctor.diagnose import diagnose
 from personalized_soups.merging.planning.options import MergeOptions
@@ -26,13 +25,12 @@ from personalized_soups.merging.verify.folder import verify
 from personalized_soups.methods.factors import Factors
 from personalized_soups.methods.method import Method
 from tests import oracles
+from tests.cli.conftest import Run
 from tests.experts import SHAPES, write_expert
 from tests.merging.verify.tampering import NAMES, PROFILE, WEIGHTS, check_sound, edit, faults_of
 from tests.merging.writing.test_into_base import write_base
 from tests.oracles import Matrix
 from tests.packages import install_package
-
-Psoups = Callable[..., tuple[int, str, str]]
 
 PACKAGE = """
 import pathlib
@@ -76,19 +74,6 @@ def oracle(folders: Sequence[Path], weights: Sequence[float], density: float = 0
 
 
 @pytest.fixture
-def psoups(capsys: pytest.CaptureFixture[str]) -> Psoups:
-    """Return a function that runs a command in this process and returns the exit code, stdout and stderr."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as caught:
-            build_app()([str(argument) for argument in arguments], prog_name="psoups")
-        printed = capsys.readouterr()
-        return int(caught.value.code or 0), printed.out, printed.err
-
-    return run
-
-
-@pytest.fixture
 def library(tmp_path: Path) -> ExpertLibrary:
     for index, (name, rank) in enumerate(zip(NAMES, (2, 4, 3), strict=True)):
         write_expert(tmp_path / "experts" / name, seed=index, rank=rank)
@@ -116,7 +101,11 @@ def check_adapter(folder: Path, want: Mapping[str, Matrix], rank: int) -> None:
     for module, delta in want.items():
         left, singular, right = np.linalg.svd(delta)
         best = (left[:, :rank] * singular[:rank]) @ right[:rank]
-        assert oracles.relative_error(got[module], best) < 1e-4, module
+        # float32 moves the delta by at most half an ulp of its norm, and the factors by as much again. A perturbation
+        # turns the leading subspace by its norm over the gap behind the last singular value that is kept (Wedin).
+        gap = singular[rank - 1] - (singular[rank] if rank < len(singular) else 0.0)
+        moved = 2 * 2.0**-24 * np.linalg.norm(delta) * (1 + 2 * singular[0] / gap)
+        assert np.linalg.norm(got[module] - best) <= moved, module
 
 
 def check_model(base: Path, folder: Path, want: Mapping[str, Matrix]) -> None:
@@ -182,7 +171,7 @@ def test_the_record_of_a_built_in_method_has_no_source(tmp_path: Path, library: 
 
 @pytest.mark.usefixtures("site")
 def test_a_profile_and_the_command_line_name_a_method_of_an_installed_package(
-    tmp_path: Path, folders: list[Path], psoups: Psoups
+    tmp_path: Path, folders: list[Path], psoups: Run
 ) -> None:
     base = write_base(tmp_path / "base")
     profile = tmp_path / "me.yaml"
@@ -227,7 +216,7 @@ def test_options_of_a_packages_method_are_checked_where_the_profile_has_them(lib
         assert caught.value.where == f"Profile options.{next(iter(options))}"
 
 
-def test_inspect_lists_the_methods_of_installed_packages(site: Path, psoups: Psoups) -> None:
+def test_inspect_lists_the_methods_of_installed_packages(site: Path, psoups: Run) -> None:
     rows = {row["method"]: row for row in json.loads(psoups("inspect", "--methods", "--json")[1])}
     assert rows["clipped"]["source"] == "clipping 1.0, clipping:clipped"
     assert "clipped_more" in psoups("inspect", "--methods")[1]
@@ -303,7 +292,7 @@ def test_a_method_is_given_for_a_soup_of_another_built_in_method(tmp_path: Path,
 
 
 def test_no_loader_imports_a_module_that_a_record_names(
-    tmp_path: Path, library: ExpertLibrary, monkeypatch: pytest.MonkeyPatch, psoups: Psoups
+    tmp_path: Path, library: ExpertLibrary, monkeypatch: pytest.MonkeyPatch, psoups: Run
 ) -> None:
     site = tmp_path / "site"
     entry_points = "[personalized_soups.methods]\ntempting = trap:clipped\n"
