@@ -92,7 +92,7 @@ clean:
 
 # .run holds what running needs and .dev adds what testing needs: the one is installed in a minute less.
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
-	$(call install,train$(comma)plot$(comma)serve)
+	$(call install,train$(comma)plot$(comma)serve$(comma)search)
 	touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
