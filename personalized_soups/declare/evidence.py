@@ -73,3 +73,26 @@ class Example(Declared):
 
     prompt: Text
     text: Text = Field(description="The text that the user wrote or accepted.")
+
+
+class AnsweredQuestion(Declared):
+    """A question with the user's answer. It is stored whole, so the weights can be estimated again with other experts.
+
+    Example:
+        >>> question = Question(id="q1", prompt="How do I clean a lamp?", a="Dust it.", b="Happy to help! Dust it.")
+        >>> AnsweredQuestion(question=question, answer=Answer(question="q1", choice="b")).answer.choice
+        'b'
+    """
+
+    question: Question
+    answer: Answer
+
+    @model_validator(mode="after")
+    def _check_same(self) -> AnsweredQuestion:
+        if self.question.id != self.answer.question:
+            raise refusal(
+                f"the answer is to the question {self.answer.question!r}, but the question is {self.question.id!r}",
+                mend="give each question its own answer",
+                key=("answer", "question"),
+            )
+        return self

@@ -171,8 +171,8 @@ def _log_likelihood(margins: Floats, labels: Floats, noise: float) -> Floats:
         result: Floats = -labels * np.logaddexp(0, -margins) - (1 - labels) * np.logaddexp(0, margins)
         return result
     p = noise + (1 - 2 * noise) * sigmoid(margins)
-    result = labels * np.log(p) + (1 - labels) * np.log1p(-p)
-    return result
+    noisy: Floats = labels * np.log(p) + (1 - labels) * np.log1p(-p)
+    return noisy
 
 
 def _derivatives(margins: Floats, labels: Floats, noise: float) -> tuple[Floats, Floats]:
