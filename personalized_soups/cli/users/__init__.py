@@ -1,0 +1,1 @@
+"""Commands that learn who users are."""
