@@ -9,6 +9,7 @@ Shapes: N = answers, D = base rewards, S = samples.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import erf, sqrt
 from statistics import NormalDist
 
 import numpy as np
@@ -63,7 +64,7 @@ class Estimate:
         mean, variance = self._margins(differences_ND)
         certain = variance <= 1e-300  # a difference of 0 in every reward
         ratio = np.abs(mean) / np.sqrt(np.where(certain, 1.0, variance))
-        return np.where(certain, 0.5, _normal_cdf(ratio))
+        return np.where(certain, 0.5, normal_cdf(ratio))
 
     def samples(self, count: int, rng: np.random.Generator) -> Floats:
         """Return [S, D]: weights that are drawn from the estimate."""
@@ -204,8 +205,9 @@ def _check(differences: Floats, labels: Floats, counts: Floats, noise: float) ->
         raise ValueError(f"noise is {noise}, but must be at least 0 and less than 0.5")
 
 
-def _normal_cdf(x: Floats) -> Floats:
-    # torch-free and scipy-free: the standard library's erf, value by value; N is a pool of some thousands at most
-    from math import erf
+def normal_cdf(x: Floats) -> Floats:
+    """Return the cumulative distribution function of the standard normal distribution at each of the values, float64.
 
-    return np.fromiter((0.5 * (1 + erf(value / np.sqrt(2))) for value in x), dtype=np.float64, count=len(x))
+    It uses the standard library's erf, because numpy has none. A pool has a few thousand questions at most.
+    """
+    return np.fromiter((0.5 * (1 + erf(value / sqrt(2))) for value in x), dtype=np.float64, count=len(x))
