@@ -68,7 +68,7 @@ class Estimate:
 
     def samples(self, count: int, rng: np.random.Generator) -> Floats:
         """Return [S, D]: weights that are drawn from the estimate."""
-        return rng.multivariate_normal(self.mean, self.covariance, size=count, method="cholesky")
+        return rng.multivariate_normal(self.mean, self.covariance, size=count, method="eigh")
 
     def _margins(self, differences_ND: npt.ArrayLike) -> tuple[Floats, Floats]:
         differences = np.asarray(differences_ND, dtype=np.float64)
@@ -114,35 +114,47 @@ def estimate_weights(
     labels = np.asarray(labels_N, dtype=np.float64)
     counts = np.ones(len(labels)) if counts_N is None else np.asarray(counts_N, dtype=np.float64)
     _check(differences, labels, counts, noise)
-    precision = np.linalg.inv(prior.covariance)
-    precision = (precision + precision.T) / 2
+    # With w = mean + L z and covariance = L L', the prior of z is N(0, 1), whatever the units of the rewards are.
+    root = np.linalg.cholesky(prior.covariance)
+    design = differences @ root
+    offsets = differences @ prior.mean
 
-    def objective(weights: Floats) -> float:
-        offset = weights - prior.mean
-        return float(counts @ _log_likelihood(differences @ weights, labels, noise) - offset @ precision @ offset / 2)
+    def objective(z: Floats) -> float:
+        return float(counts @ _log_likelihood(offsets + design @ z, labels, noise) - z @ z / 2)
 
-    weights = prior.mean.copy()
-    value = objective(weights)
+    z = np.zeros(num_rewards)
+    value = objective(z)
     for _ in range(_MAX_STEPS):
-        slope, information = _derivatives(differences @ weights, labels, noise)
-        gradient = differences.T @ (counts * slope) - precision @ (weights - prior.mean)
-        hessian = precision + (differences.T * (counts * information)) @ differences
-        step = np.linalg.solve(hessian, gradient)
+        slope, information = _derivatives(offsets + design @ z, labels, noise)
+        gradient = design.T @ (counts * slope) - z
+        step = _inverse_information(design, counts * information) @ gradient
         decrement = float(gradient @ step)
         if decrement <= 1e-18 * max(1.0, abs(value)):
             break
         for _ in range(_MAX_HALVINGS):
-            candidate = objective(weights + step)
+            candidate = objective(z + step)
             if candidate >= value + 1e-4 * float(gradient @ step):
                 break
             step = step / 2
         else:  # no step raises the objective, so the maximum is reached to rounding
             break
-        weights, value = weights + step, candidate
-    _, information = _derivatives(differences @ weights, labels, noise)
-    hessian = precision + (differences.T * (counts * information)) @ differences
-    covariance = np.linalg.inv(hessian)
-    return Estimate(weights, (covariance + covariance.T) / 2, int(np.count_nonzero(counts)))
+        z, value = z + step, candidate
+    _, information = _derivatives(offsets + design @ z, labels, noise)
+    covariance = root @ _inverse_information(design, counts * information) @ root.T
+    return Estimate(prior.mean + root @ z, (covariance + covariance.T) / 2, int(np.count_nonzero(counts)))
+
+
+def _inverse_information(design: Floats, information: Floats) -> Floats:
+    """Return `(1 + design' diag(information) design)^-1`, [D, D].
+
+    The singular values of `diag(sqrt(information)) design` give it to rounding, even if the answers fix some directions
+    a million times better than the prior does, and others not at all.
+    """
+    _, singular, rows = np.linalg.svd(np.sqrt(information)[:, None] * design, full_matrices=True)
+    variances = np.ones(rows.shape[0])
+    variances[: len(singular)] = 1 / (1 + singular**2)
+    inverse: Floats = (rows.T * variances) @ rows
+    return inverse
 
 
 def forgetting(num_answers: int, rate: float) -> Floats:
