@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from personalized_soups.mixing.diffusers_view import DiffusersView
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.mixing.peft_view import PeftView
+    from personalized_soups.mixing.personal_model import PersonalModel
     from personalized_soups.mixing.prefixes import PrefixCache
     from personalized_soups.scoring.scorers import Scored, Scorer, scorer_of
     from personalized_soups.tiny import BASE_FOLDER as TINY_BASE
@@ -54,6 +55,7 @@ __all__ = [
     "MergeOptions",
     "Method",
     "PeftView",
+    "PersonalModel",
     "PrefixCache",
     "Profile",
     "ProfileStore",
@@ -89,6 +91,7 @@ _HOME = {
     "MergeOptions": "personalized_soups.merging.planning.options",
     "Method": "personalized_soups.methods.method",
     "PeftView": "personalized_soups.mixing.peft_view",
+    "PersonalModel": "personalized_soups.mixing.personal_model",
     "PrefixCache": "personalized_soups.mixing.prefixes",
     "Profile": "personalized_soups.declare.profile",
     "ProfileStore": "personalized_soups.users.profiles.store",

@@ -25,6 +25,7 @@ from personalized_soups.generation.own_config import OwnGenerationConfig
 from personalized_soups.generation.prompts import Prompt, PromptRequest, check_tokens, encode_prompt, prompt_place
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import DrawnTokens, Sampling, pad_left, uniforms
+from personalized_soups.generation.soft_tokens import with_soft_tokens
 from personalized_soups.generation.special_tokens import num_embeddings, pad_id, stop_ids
 from personalized_soups.generation.streaming import TokenStream
 
@@ -38,10 +39,12 @@ class Within(NamedTuple):
     Attributes:
         processors: further logits processors.
         past: a cache of transformers with the keys and values of the prompts' beginnings. Generation extends it.
+        soft_tokens: for each row, the soft tokens [N, H] before its prompt, or None. Without any, it may be empty.
     """
 
     processors: Sequence[Any] = ()
     past: Any = None
+    soft_tokens: Sequence[Tensor | None] = ()
 
 
 # Makes the context that the generating thread enters around each batch. The argument is the prompt index of each row
@@ -224,6 +227,9 @@ class Generator:
         from transformers import GenerationConfig
 
         device = self.model.device
+        prompts, inputs = with_soft_tokens(
+            self.model, prompts, within.soft_tokens, bos_id=self.tokenizer.bos_token_id, filler=self.pad_id
+        )
         ids_BT, mask_BT = pad_left(prompts, self.pad_id, device)
         draws = np.stack([uniforms(seed, place, sampling.max_new_tokens) for place in places])
         drawn = DrawnTokens(
@@ -245,16 +251,18 @@ class Generator:
                 past_key_values=within.past,
                 streamer=stream,
                 stopping_criteria=[stream] if stream is not None else None,
+                **inputs,
             )
         new_BN: Tensor = out_BT[:, ids_BT.shape[1] :]
         return [list(map(int, row)) for row in new_BN.tolist()]
 
-    def encoded(self, prompt: Prompt, *, where: str | None = None) -> list[int]:
+    def encoded(self, prompt: Prompt, *, where: str | None = None, num_soft: int = 0) -> list[int]:
         """Return the token ids of a prompt. The answer begins after them.
 
         Args:
             prompt: a text or a chat.
             where: the prompt's place, for errors. By default, errors quote the prompt's first words.
+            num_soft: the number of soft tokens before the prompt, which take up positions of the model.
 
         Raises:
             InputError: if the chat template rejects the prompt; if the prompt has no tokens, leaves no position for an
@@ -266,9 +274,10 @@ class Generator:
             raise InputError("the prompt has no tokens", where=place, mend="write a prompt with text")
         check_tokens(tokens, self.tokenizer, self.num_embeddings, where=place)
         most = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(most, int) and len(tokens) >= most:
+        if isinstance(most, int) and len(tokens) + num_soft >= most:
+            soft = f" and {num_soft} soft tokens before them" if num_soft else ""
             raise InputError(
-                f"the prompt has {len(tokens)} tokens, but the model takes at most {most - 1}",
+                f"the prompt has {len(tokens)} tokens{soft}, but the model takes at most {most - 1}",
                 where=place,
                 mend="shorten the prompt, or use a base model with a longer context",
             )

@@ -35,6 +35,22 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else prompt[-1]["content"]
 
 
+def with_text_before(prompt: Prompt, text: str) -> Prompt:
+    """Return the prompt with a text before it and an empty line between them.
+
+    In a chat, the text is put before the first message of the role `user`, or before the first message if there is no
+    such message. An empty text changes nothing.
+    """
+    if not text:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{text}\n\n{prompt}"
+    messages = [dict(message) for message in prompt]
+    first = next((index for index, message in enumerate(messages) if message["role"] == "user"), 0)
+    messages[first]["content"] = f"{text}\n\n{messages[first]['content']}"
+    return messages
+
+
 @contextmanager
 def template_faults(where: str) -> Iterator[None]:
     """Raise InputError for any error that a chat template raises while the block runs."""

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from personalized_soups.declare.expert_weights import ExpertWeights, ProfileLike
 from personalized_soups.errors import UsageError
@@ -16,6 +17,7 @@ from personalized_soups.generation.generator import Generator, Within
 from personalized_soups.generation.prompts import Prompt
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.generation.sampling import pad_left
+from personalized_soups.generation.soft_tokens import checked_soft_tokens
 from personalized_soups.mixing.active_mixture import ActiveMixture, Mixture, NextStep
 from personalized_soups.mixing.batch_rows import AsSet, checked_prompts, profile_per_prompt, rows_per_prompt
 from personalized_soups.mixing.fitting import fitting_rows
@@ -66,6 +68,7 @@ class MixedGeneration:
         seed: int,
         batch_size: int,
         places: Sequence[int] | None,
+        soft_tokens: Sequence[Tensor | None] | None,
         options: Mapping[str, Any],
     ) -> Any:
         """Answer prompts or token ids. Arguments, result and errors are those of `SoupModel.generate`."""
@@ -87,6 +90,11 @@ class MixedGeneration:
         if places is not None and options:
             what = "places has no effect on transformers' generate, but options of transformers' generate are given"
             raise UsageError(what, where="places", mend=f"leave out places, or leave out {', '.join(options)}")
+        if soft_tokens is not None and options:
+            what = "soft_tokens cannot be combined with options of transformers' generate, but such options are given"
+            raise UsageError(
+                what, where="soft_tokens", mend=f"leave out soft_tokens, or leave out {', '.join(options)}"
+            )
         if "input_ids" in options or "inputs_embeds" in options:
             if prompts is not None:
                 raise UsageError(
@@ -111,6 +119,7 @@ class MixedGeneration:
             batch_size=batch_size,
             seed=seed,
             places=places,
+            soft_tokens=checked_soft_tokens(soft_tokens, len(checked), self._model),
         )
 
     def stream(
@@ -189,24 +198,33 @@ class MixedGeneration:
             return _generate_tokens(self._model, mixture, options)
 
     def _sample_answers(
-        self, prompts: Sequence[Prompt], profiles: Sequence[ProfileLike] | AsSet, **sampling: Any
+        self,
+        prompts: Sequence[Prompt],
+        profiles: Sequence[ProfileLike] | AsSet,
+        *,
+        soft_tokens: Sequence[Tensor | None],
+        **sampling: Any,
     ) -> list[str]:
         """Return one answer for each prompt. Its random numbers depend only on the seed and the prompt's place.
 
         `sampling` are further arguments of `Generator.answers`.
         """
         generator = self._generator()
+        num_soft = [0 if own is None else len(own) for own in soft_tokens]
+        for prompt, count in zip(prompts, num_soft, strict=True):
+            if count:
+                generator.encoded(prompt, num_soft=count)  # raises if soft tokens and prompt are too long together
 
         @contextmanager
         def around(indices: Sequence[int]) -> Iterator[Within]:
             def width() -> int:
-                longest = max(len(generator.encoded(prompts[index])) for index in indices)
+                longest = max(len(generator.encoded(prompts[index])) + num_soft[index] for index in indices)
                 return longest + int(sampling["max_new_tokens"])
 
             own = profiles if isinstance(profiles, AsSet) else [profiles[index] for index in indices]
             # `fitting_rows` is the outermost context, because it measures after the mixture has ended.
             with fitting_rows(generator.model, len(indices), width), self._mixture(own, 1) as mixture:
-                yield Within(_started(mixture))
+                yield Within(_started(mixture), soft_tokens=[soft_tokens[index] for index in indices])
 
         # With a mixture that is set already, the prompts must keep the order of its rows, so they are not sorted by
         # length.

@@ -224,6 +224,7 @@ class SoupModel:
         seed: int = 0,
         batch_size: int = 64,
         places: Sequence[int] | None = None,
+        soft_tokens: Sequence[Tensor | None] | None = None,
         **options: Any,
     ) -> Any:
         """Answer each prompt with its own profile, `batch_size` prompts at a time.
@@ -241,6 +242,8 @@ class SoupModel:
             batch_size: the number of prompts that are answered at once.
             places: the place of each prompt in a longer list of which `prompts` is a part. Prompts with equal places
                 get the same random numbers.
+            soft_tokens: for each prompt, its soft tokens, a tensor [N, H], or None. They take the place of embeddings
+                of tokens before the prompt. H is the width of the base's embeddings.
             options: arguments of transformers' generate: num_beams, do_sample, top_p, streamer, ... If there are any,
                 transformers' generate also samples the tokens.
 
@@ -261,6 +264,7 @@ class SoupModel:
             seed=seed,
             batch_size=batch_size,
             places=places,
+            soft_tokens=soft_tokens,
             options=options,
         )
 
