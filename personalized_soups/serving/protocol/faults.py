@@ -11,7 +11,14 @@ from starlette.responses import JSONResponse
 from personalized_soups.errors import FileFormatError, InputError, SoupError
 from personalized_soups.serving.engine.queue import ClosedError, QueueFullError
 from personalized_soups.serving.protocol.expert_files import ExpertsChangedError
-from personalized_soups.users.profiles.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
+from personalized_soups.users.profiles.failures import (
+    AnsweredOtherwise,
+    AnswersChanged,
+    StoreFull,
+    StoreUnavailable,
+    UnknownProfile,
+    VersionConflict,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -121,7 +128,9 @@ _KNOWN_ERRORS = (
         "the profile store cannot be used now; the server's log has the details",
         is_temporary=True,
     ),
-    _KnownError((StoreFull,), 507, "store_full", "the disk of the profile store is full; the profile was not written"),
+    _KnownError((StoreFull,), 507, "store_full", "the disk of the profile store is full; nothing was written"),
     _KnownError((VersionConflict,), 412, "version_conflict"),
+    _KnownError((AnswersChanged,), 409, "answers_changed"),
+    _KnownError((AnsweredOtherwise,), 409, "answered_otherwise"),
     _KnownError((UnknownProfile,), 404, "profile_not_found"),
 )

@@ -10,7 +10,7 @@ from typing import TypeVar
 from sqlalchemy import Connection, Engine, select
 
 from personalized_soups.users.profiles.failures import translated_errors
-from personalized_soups.users.profiles.schema import check_schema, store
+from personalized_soups.users.profiles.schema import SCHEMA, check_schema, store
 
 T = TypeVar("T")
 
@@ -29,6 +29,7 @@ class Database(ABC):
     def __init__(self, engine: Engine, where: str) -> None:
         self.engine = engine
         self.where = where
+        self._is_current = False
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
@@ -42,7 +43,19 @@ class Database(ABC):
 
     def check_schema(self, connection: Connection) -> None:
         """Raise FileFormatError if this version of the package does not support the schema of the tables."""
-        check_schema(connection.execute(select(store.c.schema)).scalar_one(), self.where)
+        version = connection.execute(select(store.c.schema)).scalar_one()
+        check_schema(version, self.where)
+        self._is_current = version == SCHEMA
+
+    def is_current(self, connection: Connection) -> bool:
+        """Return whether the store has the current schema. A store of schema 1 has no tables of answers and sessions.
+
+        Raises:
+            FileFormatError: if this version of the package does not support the schema.
+        """
+        if not self._is_current:  # another process may have upgraded the store in the meantime
+            self.check_schema(connection)
+        return self._is_current
 
     def close(self) -> None:
         """Close all connections."""
@@ -52,7 +65,7 @@ class Database(ABC):
     def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in one transaction that excludes other writers, and return the result of `work`.
 
-        After a conflict with another writer, `work` may run again.
+        After a conflict with another writer, `work` may run again. A store of schema 1 is upgraded before.
         """
 
     @abstractmethod
@@ -60,5 +73,5 @@ class Database(ABC):
         """Insert the batches into the temporary table without a lock, then run `work` as `write` does."""
 
     @abstractmethod
-    def erase(self, user: str) -> None:
-        """Overwrite the bytes of a deleted user's rows, as far as the database allows."""
+    def erase(self, *users: str) -> None:
+        """Overwrite the bytes of the users' deleted rows, as far as the database allows."""

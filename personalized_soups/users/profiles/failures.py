@@ -49,6 +49,26 @@ class VersionConflict(RunError):  # noqa: N818
         return (_conflict, (self.what, self.where, self.mend, self.current))
 
 
+class AnswersChanged(RunError):  # noqa: N818
+    """A write expected another number of the user's answers. Usually another session added an answer first.
+
+    Attributes:
+        current: the current number of the user's answers.
+    """
+
+    def __init__(self, what: str, *, where: str, mend: str, current: int) -> None:
+        super().__init__(what, where=where, mend=mend)
+        self.current = current
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Keep `current` when the error is pickled."""
+        return (_changed, (self.what, self.where, self.mend, self.current))
+
+
+class AnsweredOtherwise(RunError):  # noqa: N818
+    """Another answer of the user to the same question is stored."""
+
+
 class StoreUnavailable(RunError):  # noqa: N818
     """The database cannot be opened, does not answer, or was locked for too long. A later call may succeed."""
 
@@ -158,3 +178,7 @@ def _no_store(where: str) -> FileFormatError:
 
 def _conflict(what: str, where: str, mend: str, current: int | None) -> VersionConflict:
     return VersionConflict(what, where=where, mend=mend, current=current)
+
+
+def _changed(what: str, where: str, mend: str, current: int) -> AnswersChanged:
+    return AnswersChanged(what, where=where, mend=mend, current=current)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from personalized_soups.errors import UsageError, check_extra
 from personalized_soups.users.profiles.database import Batch, Database
 from personalized_soups.users.profiles.failures import CONFLICTS, sqlstate, translated_errors
-from personalized_soups.users.profiles.schema import create_tables, profiles, staged
+from personalized_soups.users.profiles.schema import answers, create_tables, profiles, staged, upgrade_tables
 
 T = TypeVar("T")
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 _CONNECT_SECONDS = 5
 _SILENT_MILLISECONDS = 10_000
 
-# The number of the advisory lock that a process takes to create the tables. The number is arbitrary.
+# The number of the advisory lock that a process takes to create or upgrade the tables. The number is arbitrary.
 _CREATION_LOCK = 0x50534F5550
 
 _STAGE = f"INSERT INTO {staged.name} SELECT * FROM unnest(%(users)s::text[], %(documents)s::text[])"
@@ -54,6 +54,7 @@ class PostgresDatabase(Database):
             connect_args={key: value for key, value in defaults.items() if key not in url.query},
             isolation_level="AUTOCOMMIT",  # a single statement needs no BEGIN
             pool_pre_ping=True,
+            hide_parameters=True,  # errors must not contain users' answers
         )
         super().__init__(engine, url.render_as_string(hide_password=True))
         self._patience = patience
@@ -68,6 +69,8 @@ class PostgresDatabase(Database):
         the server may or may not have committed the write: read the profile to find out.
         """
 
+        self._upgrade()
+
         def attempt() -> T:
             with self._serializable.connect() as connection:
                 return self._run(connection, work)
@@ -79,9 +82,10 @@ class PostgresDatabase(Database):
 
         def locked(connection: Connection) -> T:
             # lock before the first read, so that the transaction sees all that other writers have committed
-            connection.exec_driver_sql(f"LOCK TABLE {profiles.name} IN EXCLUSIVE MODE")
+            connection.exec_driver_sql(f"LOCK TABLE {profiles.name}, {answers.name} IN EXCLUSIVE MODE")
             return work(connection)
 
+        self._upgrade()
         with translated_errors(self.where), self._serializable.connect() as connection:
             try:
                 staged.create(connection, checkfirst=False)
@@ -94,7 +98,7 @@ class PostgresDatabase(Database):
             finally:
                 connection.invalidate()  # closing the connection drops the temporary table
 
-    def erase(self, user: str) -> None:
+    def erase(self, *users: str) -> None:
         """Do nothing: the server's vacuum overwrites dead rows."""
 
     def _run(self, connection: Connection, work: Callable[[Connection], T]) -> T:
@@ -134,13 +138,28 @@ class PostgresDatabase(Database):
         self.check_schema(connection)
 
     def _create(self) -> None:
+        with self._changing_tables() as connection:
+            if not inspect(connection).has_table(profiles.name):
+                create_tables(connection)
+
+    def _upgrade(self) -> None:
+        if self._is_current:
+            return
+        with self.reading() as connection:
+            if self.is_current(connection):
+                return
+        with translated_errors(self.where), self._changing_tables() as connection:
+            upgrade_tables(connection)
+
+    @contextmanager
+    def _changing_tables(self) -> Iterator[Connection]:
+        """Yield a connection in a transaction that excludes other processes which create or upgrade the tables."""
         with (
             self.engine.connect().execution_options(isolation_level="READ COMMITTED") as connection,
             connection.begin(),
         ):
             connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_CREATION_LOCK})")
-            if not inspect(connection).has_table(profiles.name):
-                create_tables(connection)
+            yield connection
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:

@@ -19,7 +19,8 @@ from sqlalchemy import (
 
 from personalized_soups.errors import FileFormatError
 
-SCHEMA = 1
+# A store of schema 1 has no tables of answers and sessions. The first write upgrades it.
+SCHEMA = 2
 
 _metadata = MetaData()
 
@@ -34,6 +35,28 @@ profiles = Table(
     Column("user", _NAME, primary_key=True),
     Column("version", BigInteger, primary_key=True, autoincrement=False),
     Column("document", Text, nullable=False),  # JSON in ASCII: the profile without its user
+    Column("written_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
+    sqlite_with_rowid=False,
+)
+
+# A user's answers to questions. Two answers to one question have the same primary key.
+answers = Table(
+    "psoups_answers",
+    _metadata,
+    Column("user", _NAME, primary_key=True),
+    Column("question", _NAME, primary_key=True),
+    Column("number", BigInteger, nullable=False),  # the order of a user's answers
+    Column("document", Text, nullable=False),  # JSON in ASCII: the question and its answer, without the time
+    Column("answered_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
+    sqlite_with_rowid=False,
+)
+
+# The state of a user's interrupted session of questions.
+sessions = Table(
+    "psoups_sessions",
+    _metadata,
+    Column("user", _NAME, primary_key=True),
+    Column("document", Text, nullable=False),  # JSON in ASCII
     Column("written_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
     sqlite_with_rowid=False,
 )
@@ -101,8 +124,15 @@ def create_tables(connection: Connection) -> None:
     connection.execute(insert(store).values(schema=SCHEMA, retired=0))
 
 
+def upgrade_tables(connection: Connection) -> None:
+    """Add the tables that a store of schema 1 lacks. The caller must hold the lock of `create_tables`."""
+    if connection.execute(select(store.c.schema)).scalar_one() == 1:
+        _metadata.create_all(connection, tables=[answers, sessions], checkfirst=False)
+        connection.execute(update(store).values(schema=SCHEMA))
+
+
 def check_schema(version: int, where: str) -> None:
-    """Raise if this version of the package does not support the version of the tables' schema.
+    """Raise if this version of the package does not support the version of the tables' schema. It supports 1 and 2.
 
     Args:
         version: the version of the schema in the store.
@@ -111,9 +141,10 @@ def check_schema(version: int, where: str) -> None:
     Raises:
         FileFormatError: if it does not. The error gives both versions of the schema.
     """
-    if version != SCHEMA:
+    if not 1 <= version <= SCHEMA:
         raise FileFormatError(
-            f"the profile store has schema {version}, but this version of personalized_soups supports schema {SCHEMA}",
+            f"the profile store has schema {version}, but this version of personalized_soups supports schemas 1 to "
+            f"{SCHEMA}",
             where=where,
             mend="install the version of personalized_soups that wrote the store, or a newer version",
         )

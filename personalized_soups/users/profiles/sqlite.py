@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import sqlite3
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterable
+from functools import reduce
 from pathlib import Path
 from typing import TypeVar
 
-from sqlalchemy import Connection, QueuePool, bindparam, create_engine, event, func, inspect, literal, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    QueuePool,
+    Text,
+    bindparam,
+    case,
+    create_engine,
+    event,
+    func,
+    inspect,
+    select,
+)
 from sqlalchemy.exc import InvalidatePoolError, OperationalError
 
 from personalized_soups.errors import FileFormatError, UsageError
 from personalized_soups.users.profiles.database import Batch, Database
 from personalized_soups.users.profiles.failures import StoreUnavailable, is_busy
-from personalized_soups.users.profiles.schema import create_tables, profiles, staged, store
+from personalized_soups.users.profiles.schema import (
+    answers,
+    create_tables,
+    profiles,
+    sessions,
+    staged,
+    store,
+    upgrade_tables,
+)
 from personalized_soups.users.profiles.sqlite_descriptors import Identity, count_bytes, hold, identity_of, release
 
 T = TypeVar("T")
@@ -35,6 +57,13 @@ _LOG_BYTES = 64 << 20
 _ATTEMPTS = 5
 
 _PAUSE_SECONDS = 0.01
+
+# If rows of more users than this are deleted at once, the file is rewritten without a search for the users' names.
+_SEARCHED_NAMES = 20
+
+# SQLite stores a row of up to 1002 bytes in one piece (https://www.sqlite.org/fileformat2.html, section 1.6, with pages
+# of 4096 bytes). The other columns of a row take less than 400 bytes. A longer document may be split between pages.
+_UNSPLIT_BYTES = 600
 
 
 class _Connection(sqlite3.Connection):
@@ -60,7 +89,13 @@ class SqliteDatabase(Database):
         self._patience = patience
         self._held: set[Identity] = set()
         self._lock = threading.Lock()
-        engine = create_engine("sqlite://", creator=self._opened, poolclass=QueuePool, pool_size=_CONNECTIONS)
+        engine = create_engine(
+            "sqlite://",
+            creator=self._opened,
+            poolclass=QueuePool,
+            pool_size=_CONNECTIONS,
+            hide_parameters=True,  # errors must not contain users' answers
+        )
         super().__init__(engine, str(path))
         event.listen(engine, "checkout", self._check_file)
         try:
@@ -78,11 +113,13 @@ class SqliteDatabase(Database):
     def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in one transaction that starts with the write lock, and return the result of `work`."""
         with self.reading() as connection:
+            self._upgrade(connection)
             return _locked(connection, work)
 
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
         """Insert the batches into the temporary table without a lock, then run `work` with the write lock."""
         with self.reading() as connection:
+            self._upgrade(connection)
             connection.detach()  # closing a connection drops its temporary table, so the pool must not reuse it
             staged.create(connection, checkfirst=False)
             connection.exec_driver_sql("BEGIN")
@@ -93,13 +130,15 @@ class SqliteDatabase(Database):
             connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
             return written
 
-    def erase(self, user: str) -> None:
-        """Remove what is left of a deleted user's name in the log and in unused space of the file.
+    def erase(self, *users: str) -> None:
+        """Remove what is left of the users' deleted rows in the log and in unused space of the file.
 
         The log is emptied into the file. SQLite overwrites deleted rows (secure_delete), but in about one of a hundred
-        deletions, a page that was split keeps a copy of a row in unused space. So this method counts the name in the
-        bytes of the file (0.1 s for a million profiles) and in the remaining rows. If the bytes contain the name more
-        often than the rows, the file is rewritten.
+        deletions, a page that was split keeps a copy of a row in unused space. Every row begins with the user's name.
+        So this method counts the name in the bytes of the file (0.1 s for a million profiles) and in the remaining
+        rows. If the bytes contain the name more often than the rows, the file is rewritten. Long documents count as if
+        they did not contain the name, because the name may be split between two pages there. So an occurrence in a long
+        document may cause a rewrite that is not needed, but no copy is overlooked.
         """
         with self.reading() as connection:
             if not _checkpointed(connection):
@@ -108,10 +147,13 @@ class SqliteDatabase(Database):
             held = identity_of(self._path)
             if held not in self._held:  # the file was moved away in the meantime
                 return
-            count = count_bytes(held, user.encode())
-            if count and count > connection.execute(_OCCURRENCES, {"name": user}).scalar_one():
+            if len(users) > _SEARCHED_NAMES or any(_has_copies(connection, held, user) for user in users):
                 connection.exec_driver_sql("VACUUM")
                 _checkpointed(connection)
+
+    def _upgrade(self, connection: Connection) -> None:
+        if not self.is_current(connection):
+            _locked(connection, upgrade_tables)
 
     def _begin(self, *, create: bool) -> None:
         if not os.path.lexists(self._path):
@@ -214,20 +256,36 @@ class SqliteDatabase(Database):
     def _check_file(self, connection: _Connection, _: object, __: object) -> None:
         """Discard the connection if its file is no longer the file at the path."""
         if connection.file != identity_of(self._path):
+            self._is_current = False
             raise InvalidatePoolError
 
 
-# The number of occurrences of a name in all rows, also as part of longer names and of experts' names.
+def _occurrences(column: ColumnElement[str]) -> ColumnElement[int]:
+    """Return how often the name occurs in all rows of a column, also as part of longer names and of other words."""
+    name = bindparam("name", type_=Text)
+    length: ColumnElement[int] = func.length(column)
+    count = (length - func.length(func.replace(column, name, ""))) / func.length(name)
+    return select(func.coalesce(func.sum(case((length > _UNSPLIT_BYTES, 0), else_=count)), 0)).scalar_subquery()
+
+
+# The number of occurrences of a name in all rows, without those in long documents.
 _OCCURRENCES = select(
-    func.coalesce(
-        func.sum(
-            (func.length(profiles.c.user) - func.length(func.replace(profiles.c.user, bindparam("name"), "")))
-            + (func.length(profiles.c.document) - func.length(func.replace(profiles.c.document, bindparam("name"), "")))
-        )
-        / func.length(bindparam("name")),
-        literal(0),
+    reduce(
+        operator.add,
+        (
+            _occurrences(column)
+            for table in (profiles, answers, sessions)
+            for column in table.c
+            if isinstance(column.type, Text)
+        ),
     )
 )
+
+
+def _has_copies(connection: Connection, file: Identity, user: str) -> bool:
+    """Return whether unused space of the file may contain a row of the user."""
+    count = count_bytes(file, user.encode())
+    return count > 0 and count > connection.execute(_OCCURRENCES, {"name": user}).scalar_one()
 
 
 def _locked(connection: Connection, work: Callable[[Connection], T]) -> T:

@@ -10,11 +10,10 @@ greatest version that was ever deleted, but not the user's name. The versions of
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
@@ -28,17 +27,26 @@ from personalized_soups.declare.profiles import OnBad, SeenUsers
 from personalized_soups.errors import DeclarationError, UsageError
 from personalized_soups.users.profiles import schema
 from personalized_soups.users.profiles.addresses import open_database
+from personalized_soups.users.profiles.answers import AnswerStore
 from personalized_soups.users.profiles.database import Batch, Database
 from personalized_soups.users.profiles.documents import document_of, profile_of
 from personalized_soups.users.profiles.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
 from personalized_soups.users.profiles.names import MAX_USER_BYTES, check_unicode, check_user, has_surrogates
+from personalized_soups.users.profiles.times import now, time_of
 
 __all__ = [
-    "ABSENT", "ANY", "MAX_USER_BYTES", "ProfileStore", "StoreFull", "StoreUnavailable", "StoredProfile",
-    "UnknownProfile", "VersionConflict", "check_user",
+    "ABSENT",
+    "ANY",
+    "MAX_USER_BYTES",
+    "Deletion",
+    "ProfileStore",
+    "StoreFull",
+    "StoreUnavailable",
+    "StoredProfile",
+    "UnknownProfile",
+    "VersionConflict",
+    "check_user",
 ]  # fmt: skip
-
-_log = logging.getLogger(__name__)
 
 # Values of `expected` besides a version. ANY: do not check. ABSENT: the user must not have a profile.
 ANY: Final = None
@@ -47,7 +55,6 @@ ABSENT: Final = 0
 # The time that a writer waits for other writers. An import of a million profiles holds the lock for less time.
 PATIENCE_SECONDS = 30.0
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _BATCH = 5000
 _PAGE = 1000
 _ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
@@ -68,8 +75,24 @@ class StoredProfile:
     written_at: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What the deletion of a user removed.
+
+    Attributes:
+        num_versions: the number of versions of the profile.
+        num_answers: the number of answers to questions.
+    """
+
+    num_versions: int
+    num_answers: int
+
+
 class ProfileStore:
     """The profiles of all users, in a SQLite file or a PostgreSQL database. Threads and processes may share a store.
+
+    Attributes:
+        answers: the users' answers to questions, from which weights are estimated.
 
     Every method can raise these errors:
 
@@ -86,6 +109,7 @@ class ProfileStore:
     """
 
     def __init__(self, database: Database, check: Callable[[Profile], None] | None = None) -> None:
+        self.answers = AnswerStore(database)
         self._database = database
         self._check = check
 
@@ -173,18 +197,20 @@ class ProfileStore:
             row = connection.execute(schema.CURRENT, {"user": profile.user}).one_or_none()
             self._check_version(profile.user, None if row is None else row.version, expected)
             if row is not None and row.document == document:
-                return StoredProfile(profile, row.version, _time(row.written_at))
+                return StoredProfile(profile, row.version, time_of(row.written_at))
             last = connection.execute(schema.RETIRED).scalar_one() if row is None else row.version
-            now = _now()
+            written_at = now()
             connection.execute(
-                schema.ADD, {"user": profile.user, "version": last + 1, "document": document, "written_at": now}
+                schema.ADD, {"user": profile.user, "version": last + 1, "document": document, "written_at": written_at}
             )
-            return StoredProfile(profile, last + 1, _time(now))
+            return StoredProfile(profile, last + 1, time_of(written_at))
 
         return self._database.write(work)
 
-    def delete(self, user: str, *, expected: int | None = ANY) -> None:
-        """Delete all versions of a user's profile.
+    def delete(self, user: str, *, expected: int | None = ANY) -> Deletion:
+        """Delete all versions of a user's profile, and the user's answers and session. Return what was deleted.
+
+        A user who has answers but no profile can be deleted, too.
 
         In a SQLite file, the deleted bytes are overwritten at once. PostgreSQL overwrites them at its next vacuum.
         Copies in snapshots of the file system, in backups or in an archive of the server's log remain.
@@ -194,26 +220,26 @@ class ProfileStore:
             expected: see `put`.
 
         Raises:
-            UnknownProfile: if the user does not exist.
+            UnknownProfile: if the store has neither a profile nor answers of the user.
             VersionConflict: if the user's current version is not the expected one.
         """
         check_user(user)
 
-        def work(connection: Connection) -> None:
+        def work(connection: Connection) -> Deletion:
             row = connection.execute(schema.CURRENT, {"user": user}).one_or_none()
-            if row is None and expected is ANY:
-                raise self._unknown(user)
             self._check_version(user, None if row is None else row.version, expected)
-            if row is None:  # ABSENT was expected, and the user has no profile
+            num_versions = 0
+            if row is not None:
+                connection.execute(schema.RETIRE, {"last": row.version})
+                num_versions = connection.execute(schema.DELETE, {"name": user}).rowcount
+            num_answers, has_session = self.answers.delete_rows(connection, user)
+            if not (num_versions or num_answers or has_session):
                 raise self._unknown(user)
-            connection.execute(schema.RETIRE, {"last": row.version})
-            connection.execute(schema.DELETE, {"name": user})
+            return Deletion(num_versions, num_answers)
 
-        self._database.write(work)
-        try:
-            self._database.erase(user)
-        except (StoreUnavailable, StoreFull) as error:  # the rows are already deleted
-            _log.warning("%s: unused space may still contain the deleted bytes: %s", self._database.where, error.what)
+        deletion = self._database.write(work)
+        self.answers.erase(user)
+        return deletion
 
     def page(self, *, after: str = "", limit: int = 100, search: str = "") -> list[StoredProfile]:
         """Return one page of the current profiles, sorted by the users' names in the order of code points.
@@ -287,7 +313,7 @@ class ProfileStore:
         """
         return self._database.write_staged(
             self._batches(self._documents(profiles, on_bad), on_done),
-            lambda connection: connection.execute(schema.ADD_STAGED, {"now": _now()}).rowcount,
+            lambda connection: connection.execute(schema.ADD_STAGED, {"now": now()}).rowcount,
         )
 
     def _documents(self, profiles: Iterable[Profile], on_bad: OnBad | None) -> Iterator[tuple[str, str]]:
@@ -322,7 +348,7 @@ class ProfileStore:
 
     def _stored(self, row: Row[Any]) -> StoredProfile:
         profile = profile_of(row.user, row.version, row.document, self._database.where)
-        return StoredProfile(profile, row.version, _time(row.written_at))
+        return StoredProfile(profile, row.version, time_of(row.written_at))
 
     def _check_version(self, user: str, current: int | None, expected: int | None) -> None:
         if expected is ANY or expected == (current or ABSENT):
@@ -348,11 +374,3 @@ class ProfileStore:
             where=self._database.where,
             mend=f"list the versions: psoups profile history {user!r}",
         )
-
-
-def _now() -> int:
-    return (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
-
-
-def _time(microseconds: int) -> datetime:
-    return _EPOCH + timedelta(microseconds=microseconds)

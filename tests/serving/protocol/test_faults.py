@@ -11,7 +11,14 @@ from personalized_soups.errors import FileFormatError, InputError, RunError, Sou
 from personalized_soups.serving.engine.queue import ClosedError, QueueFullError
 from personalized_soups.serving.protocol.expert_files import ExpertsChangedError
 from personalized_soups.serving.protocol.faults import ApiError, api_error
-from personalized_soups.users.profiles.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
+from personalized_soups.users.profiles.failures import (
+    AnsweredOtherwise,
+    AnswersChanged,
+    StoreFull,
+    StoreUnavailable,
+    UnknownProfile,
+    VersionConflict,
+)
 
 PLACE: dict[str, Any] = {"where": "/secret/place", "mend": "do that"}
 
@@ -26,6 +33,8 @@ PLACE: dict[str, Any] = {"where": "/secret/place", "mend": "do that"}
         (FileFormatError("odd", **PLACE), 503, "server_error", "store_unavailable"),
         (StoreFull("full", **PLACE), 507, "server_error", "store_full"),
         (VersionConflict("late", **PLACE), 412, "invalid_request_error", "version_conflict"),
+        (AnswersChanged("more", **PLACE, current=4), 409, "invalid_request_error", "answers_changed"),
+        (AnsweredOtherwise("other", **PLACE), 409, "invalid_request_error", "answered_otherwise"),
         (UnknownProfile("nobody", **PLACE), 404, "not_found_error", "profile_not_found"),
         (RunError("broke", **PLACE), 500, "server_error", "run_failed"),
         (ValueError("/secret/place"), 500, "server_error", "internal_error"),

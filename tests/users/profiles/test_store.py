@@ -263,11 +263,11 @@ def test_a_newer_schema_is_refused(where: str) -> None:
     from sqlalchemy import text
 
     with ProfileStore.open(where) as store, store._database.engine.connect() as connection:
-        connection.execute(text("UPDATE psoups_store SET schema = 2"))
+        connection.execute(text("UPDATE psoups_store SET schema = 3"))
         connection.commit()
-        with pytest.raises(FileFormatError, match="schema 2"):
+        with pytest.raises(FileFormatError, match="schema 3"):
             store.check_reachable()
-    with pytest.raises(FileFormatError, match=r"has schema 2, but this version .* supports schema 1"):
+    with pytest.raises(FileFormatError, match=r"has schema 3, but this version .* supports schemas 1 to 2"):
         ProfileStore.open(where)
 
 
