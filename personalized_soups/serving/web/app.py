@@ -28,6 +28,7 @@ from personalized_soups.serving.protocol.requests import ChatRequest, Completion
 from personalized_soups.serving.protocol.strict_json import validation_error
 from personalized_soups.serving.web.guard import Guard
 from personalized_soups.serving.web.routes import answering, experts, health, profiles
+from personalized_soups.serving.web.routes.user_paths import PROFILES, UserPaths, user_path, without_mark
 from personalized_soups.serving.web.settings import Settings
 from personalized_soups.users.profiles.store import ProfileStore
 
@@ -106,7 +107,9 @@ class Server:
         api.include_router(health.router(self.batcher, store, self.metrics))
         _add_playground(api)
         _add_faults(api)
-        self._guard = Guard(api, settings.rules, retry_after=self.batcher.retry_after, on_response=self._count_response)
+        self._guard = Guard(
+            UserPaths(api), settings.rules, retry_after=self.batcher.retry_after, on_response=self._count_response
+        )
         self.app: ASGIApp = self._guard
 
     def refuse_bodies(self) -> None:
@@ -130,9 +133,10 @@ def _route_of(scope: Scope) -> str:
     route = scope.get("route")
     if route is not None:
         return str(getattr(route, "path", "other"))
-    path = scope["path"]
-    if path.startswith("/v1/profiles/"):
-        return "/v1/profiles/{user:any}"
+    found = user_path(scope)
+    if found is not None:
+        return f"{PROFILES}{{user:any}}{found.resource}"
+    path: str = scope["path"]
     return path if path in _ROUTES else "other"
 
 
@@ -170,9 +174,10 @@ def _add_faults(api: FastAPI) -> None:
     @api.exception_handler(HTTPException)
     async def on_http(request: Request, fault: Exception) -> Response:
         assert isinstance(fault, HTTPException)
+        path = without_mark(request.url.path)
         messages: dict[int, str] = {
-            404: f"Unknown request URL: {request.method} {request.url.path}",
-            405: f"The method {request.method} is not allowed for {request.url.path}",
+            404: f"Unknown request URL: {request.method} {path}",
+            405: f"The method {request.method} is not allowed for {path}",
         }
         message = messages.get(fault.status_code, str(fault.detail))
         return ApiError(fault.status_code, message, code=None, headers=fault.headers).response()
