@@ -1,4 +1,4 @@
-"""The names of the files in the folders of adapters, base models, experts and soups (merged experts)."""
+"""The names of the files in the folders of adapters, base models, experts, soups and question pools."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ INDEX_SUFFIX = ".index.json"
 EXPERT_FILE = "expert.json"
 SOUP_FILE = "soup.json"
 TINY_BASE_FILE = "base.json"
+
+# the files of a question pool; the first is its record
+POOL_FILE = "pool.json"
+QUESTIONS_FILE = "questions.jsonl"
+FEATURES_FILE = "features.safetensors"
