@@ -27,7 +27,7 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "train": ("pairs", "train"),
         "merge": ("doctor", "merge", "merge_many", "verify", "inspect"),
         "generate": ("generate", "sweep"),
-        "users": (),
+        "users": ("questions", "tune"),
         "serve": ("serve", "playground", "profile"),
     }
 )
