@@ -42,6 +42,7 @@ class AnswerStore:
     no profile to have answers.
 
     Example:
+        >>> from personalized_soups import ProfileStore
         >>> from personalized_soups.declare.evidence import Answer, AnsweredQuestion, Question
         >>> question = Question(id="q1", prompt="How do I clean a lamp?", a="Dust it.", b="Happy to help! Dust it.")
         >>> answered = AnsweredQuestion(question=question, answer=Answer(question="q1", choice="b"))

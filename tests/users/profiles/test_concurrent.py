@@ -14,6 +14,7 @@ import pytest
 from sqlalchemy import text
 
 from personalized_soups.declare.profile import Profile
+from personalized_soups.users.profiles.answers import AnswersChanged
 from personalized_soups.users.profiles.store import (
     ABSENT,
     ProfileStore,
@@ -22,6 +23,7 @@ from personalized_soups.users.profiles.store import (
     UnknownProfile,
     VersionConflict,
 )
+from tests.users.profiles.evidence import answered
 from tests.users.profiles.writers import add_one, profile_of
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +84,54 @@ def test_processes_lose_no_update(where: str) -> None:
         together([start("increment", where, "u1", 25) for _ in range(4)])
         assert store.get("u1").profile.weights == {"friendly": 101.0}
         assert [each.version for each in store.history("u1")] == list(range(1, 102))
+
+
+def test_sessions_of_one_user_lose_no_answer(where: str) -> None:
+    with ProfileStore.open(where) as store:
+        together([start("answer", where, name, 12) for name in ("x", "y", "z")])
+        questions = [each.question.id for each in store.answers.of("u1")]
+        assert len(questions) == 36
+        for name in ("x", "y", "z"):  # the answers of each session are in the session's order
+            assert [each for each in questions if each.startswith(name)] == [f"{name}-{n}" for n in range(12)]
+
+
+def test_of_many_sessions_that_saw_the_same_answers_one_adds_its_own(store: ProfileStore) -> None:
+    store.answers.add("u1", answered("first"))
+
+    def add(number: int) -> int:
+        try:
+            return store.answers.add("u1", answered(f"q{number}"), expected=1)
+        except AnswersChanged as changed:
+            return -changed.current
+
+    added = at_once(8, add)
+    assert sorted(map(int, map(str, added))) == [-2] * 7 + [2]
+    assert [each.question.id for each in store.answers.of("u1")] == ["first", f"q{added.index(2)}"]
+
+
+def test_one_answer_that_many_send_at_once_is_stored_once(store: ProfileStore) -> None:
+    assert at_once(8, lambda _: store.answers.add("u1", answered("q1"), expected=0)) == [1] * 8
+    assert store.answers.count("u1") == 1
+
+
+def test_while_a_user_is_deleted_answers_are_added_before_or_after(store: ProfileStore) -> None:
+    """A deletion removes all answers that were added before it. What is there in the end was added after it."""
+
+    def work(number: int) -> int:
+        if number == 0:
+            return store.answers.delete("u1")
+        return sum(store.answers.add("u1", answered(f"q{number}-{turn}")) > 0 for turn in range(10))
+
+    deleted, *added = at_once(4, work)
+    assert added == [10, 10, 10]
+    assert store.answers.count("u1") == 30 - int(str(deleted))
+
+
+def test_processes_that_upgrade_one_store_lose_nothing(old_store: str) -> None:
+    together([start("answer", old_store, name, 3) for name in ("x", "y", "z", "v")])
+    with ProfileStore.open(old_store) as store:
+        assert store.answers.count("u1") == 12
+        assert store.get("ada").version == 8
 
 
 def test_processes_that_make_one_store_make_one(where: str) -> None:

@@ -6,6 +6,7 @@ import logging
 import random
 import sqlite3
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from sqlalchemy import event
 from personalized_soups.declare.profile import Profile
 from personalized_soups.users.profiles import sqlite_descriptors
 from personalized_soups.users.profiles.store import ProfileStore, StoreFull, UnknownProfile
+from tests.users.profiles.evidence import answered
 from tests.users.profiles.test_concurrent import start, together
 from tests.users.profiles.writers import profile_of
 
@@ -144,3 +146,79 @@ def test_a_deletion_stands_where_the_bytes_cannot_be_overwritten(
         assert "the disk is full" in caplog.text
         with pytest.raises(UnknownProfile):
             store.get("somebody")
+
+
+def write_answers(store: ProfileStore, dice: random.Random, names: list[str]) -> None:
+    """Write answers of all lengths in any order, so that pages are split and long documents take several pages."""
+    turns = [(name, number) for name in names for number in range(6)]
+    dice.shuffle(turns)
+    for name, number in turns:
+        length = dice.choice((3, 40, 300, 900, 6000))
+        marked = " ".join([f"secret of {name}"] * (length // 30 + 1))
+        given = answered(f"q{number}", answered_at=datetime(2024, 1 + number, 1, tzinfo=UTC))
+        store.answers.add(name, given.replaced(question=given.question.replaced(prompt=marked)))
+        store.answers.put_session(name, {"question": f"q{number}", "of": f"secret of {name}"})
+
+
+def test_nothing_of_a_deleted_users_answers_is_left_in_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "profiles.db"
+    dice = random.Random(2)
+    names = [f"user-{dice.getrandbits(64):016x}-x" for _ in range(120)]
+    with ProfileStore.open(path) as store:
+        write_answers(store, dice, names)
+        for name in names[:2]:  # the text of an answer, in the file or its log
+            assert f"secret of {name}".encode() in read_elsewhere(path)
+        for name in names[:60]:
+            assert store.delete(name).num_answers == 6
+            assert name.encode() not in read_elsewhere(path), name
+        assert set(store.answers.users()) == set(names[60:])
+        assert all(store.answers.count(name) == 6 for name in names[60:])
+
+
+def test_nothing_of_expired_answers_is_left_in_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "profiles.db"
+    dice = random.Random(3)
+    with ProfileStore.open(path) as store:
+        for user in ("ada", "bob", "eve"):
+            for number in range(12):
+                given = answered(f"q{number}", answered_at=datetime(2024, 1 + number, 1, tzinfo=UTC))
+                text = f"<{user} {number:02d}>" * dice.choice((1, 20, 500))
+                store.answers.add(user, given.replaced(question=given.question.replaced(prompt=text)))
+        assert store.answers.expire(datetime(2024, 7, 1, tzinfo=UTC)) == 18
+        left = read_elsewhere(path)
+        for user in ("ada", "bob", "eve"):
+            found = [number for number in range(12) if f"<{user} {number:02d}>".encode() in left]
+            assert found == list(range(6, 12))
+
+
+def test_a_copy_of_an_answer_in_an_unused_place_is_found_and_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "profiles.db"
+    with ProfileStore.open(path) as store:
+        # the name occurs in a long answer of somebody else, where it may be split between two pages
+        other = answered("q1")
+        store.answers.add("other", other.replaced(question=other.question.replaced(prompt="ask somebody " * 700)))
+        store.answers.add("somebody", answered("q1"))
+        with store._database.engine.connect() as connection:  # deleted as without secure_delete
+            connection.exec_driver_sql("PRAGMA secure_delete = OFF")
+            connection.exec_driver_sql("DELETE FROM psoups_answers WHERE user = 'somebody'")
+            connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+            connection.exec_driver_sql("PRAGMA secure_delete = ON")
+        assert b"somebodyq1" in read_elsewhere(path)  # the key of the row
+        store._database.erase("ada", "somebody")
+        assert b"somebodyq1" not in read_elsewhere(path)
+        assert list(store.answers.users()) == ["other"]
+
+
+def test_short_answers_of_others_do_not_have_the_file_written_anew(tmp_path: Path) -> None:
+    with ProfileStore.open(tmp_path / "profiles.db") as store:
+        for user in ("one", "q1", "bob"):
+            store.answers.add(user, answered("q1"))
+            store.answers.put_session(user, {"one": "q1 bob"})
+        asked: list[str] = []
+        event.listen(
+            store._database.engine, "before_cursor_execute", lambda _, __, statement, *___: asked.append(statement)
+        )
+        for user in ("one", "q1", "bob"):  # the first two are parts of the texts and of the question's name
+            assert store.answers.delete(user) == 1
+        assert asked
+        assert "VACUUM" not in asked

@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Iterator
 
 from personalized_soups.declare.profile import Profile
+from personalized_soups.users.profiles.answers import AnswersChanged
 from personalized_soups.users.profiles.store import ProfileStore, VersionConflict
+from tests.users.profiles.evidence import answered
 
 
 def profile_of(user: str, weight: float) -> Profile:
@@ -58,7 +60,30 @@ def bring_in(where: str, count: str) -> None:
     print("written", flush=True)
 
 
-PROGRAMS: dict[str, Callable[..., None]] = {"increment": increment, "make": make, "bring_in": bring_in}
+def answer(where: str, name: str, count: str) -> None:
+    """Answer so many questions of the user u1 in a session; print how often another session had added an answer."""
+    conflicts = 0
+    with ProfileStore.open(where) as store:
+        print("ready", flush=True)
+        sys.stdin.readline()
+        for number in range(int(count)):
+            question = answered(f"{name}-{number}")
+            while True:
+                try:
+                    store.answers.add("u1", question, expected=store.answers.count("u1"))
+                except AnswersChanged:
+                    conflicts += 1
+                else:
+                    break
+    print(conflicts, flush=True)
+
+
+PROGRAMS: dict[str, Callable[..., None]] = {
+    "increment": increment,
+    "make": make,
+    "bring_in": bring_in,
+    "answer": answer,
+}
 
 if __name__ == "__main__":
     PROGRAMS[sys.argv[1]](*sys.argv[2:])
