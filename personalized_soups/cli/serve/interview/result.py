@@ -1,0 +1,137 @@
+"""The result of an interview: what the answers show, the profile, and what would make it more certain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from personalized_soups.cli import render
+from personalized_soups.cli.serve.interview.screen import guess_text
+
+if TYPE_CHECKING:
+    from personalized_soups.declare.profile import Profile
+    from personalized_soups.users.answers.preferences import Preference
+    from personalized_soups.users.answers.win_rate import WinRate
+
+
+@dataclass(frozen=True, slots=True)
+class InterviewResult:
+    """What is known of a user after an interview.
+
+    Attributes:
+        user: the user's name.
+        preferences: the preference in each dimension.
+        summary: sentences that name the preferences.
+        notes: warnings about the answers.
+        num_asked: the number of questions asked, with the skipped ones.
+        num_answers: the number of answers, without the skipped questions.
+        agreement: the expected share of choices that the estimate predicts, or NaN if no question is left.
+        profile: the profile, or None if the answers show no preference.
+        version: the version of the profile in the store, or None if it was not stored.
+        win_rate: the predicted win rate of the profile's soup against the base, or None if it was left out.
+        num_prompts: the number of prompts of the win rate.
+    """
+
+    user: str
+    preferences: Sequence[Preference]
+    summary: str
+    notes: Sequence[str]
+    num_asked: int
+    num_answers: int
+    agreement: float
+    profile: Profile | None
+    version: int | None
+    win_rate: WinRate | None
+    num_prompts: int
+
+    @property
+    def still_open(self) -> list[str]:
+        """The dimensions in which no side is preferred yet."""
+        return [preference.dimension for preference in self.preferences if preference.certainty == "open"]
+
+
+def show_result(result: InterviewResult, *, use: Sequence[str], more: str | None) -> None:
+    """Print a result.
+
+    Args:
+        result: the result.
+        use: commands that use the profile.
+        more: the command that asks more questions, or None if there are no more.
+    """
+    answers = f"{result.num_answers} answer{'' if result.num_answers == 1 else 's'}"
+    skipped = result.num_asked - result.num_answers
+    render.show_table(
+        ["dimension", "you prefer", "to", "strength", f"{_level(result)} interval", "certainty"],
+        [
+            [
+                each.dimension,
+                each.preferred,
+                each.other,
+                f"{each.strength:.2f}",
+                f"{each.interval[0]:.2f} to {each.interval[1]:.2f}",
+                f"{each.certainty} ({each.probability:.0%})",
+            ]
+            for each in result.preferences
+        ],
+        title=f"{answers}{f', {skipped} skipped' if skipped else ''}",
+    )
+    render.show_text(result.summary)
+    for note in result.notes:
+        render.show_text(f"Note: {note}")
+    guess = guess_text(result.agreement)
+    if guess:
+        render.show_text(f"{guess}.")
+    if result.win_rate is not None:
+        rate = result.win_rate
+        render.show_text(
+            f"Predicted win rate of your soup against the base: {rate.mean:.0%} ({rate.low:.0%} to {rate.high:.0%}), "
+            f"on {result.num_prompts} prompts."
+        )
+    _show_next(result, use=use, more=more)
+
+
+def _show_next(result: InterviewResult, *, use: Sequence[str], more: str | None) -> None:
+    if result.profile is not None:
+        from personalized_soups.declare.loader import dump
+
+        render.show_text(f"\n{dump(result.profile)}", end="")
+        for command in use:
+            render.show_text(f"  {command}")
+    if more is not None:
+        still_open = ", ".join(result.still_open)
+        reason = f"still open: {still_open}. More" if still_open else "more"
+        render.show_text(f"\n{reason.capitalize()} questions make the estimate more certain:\n  {more}")
+
+
+def json_of_result(result: InterviewResult) -> dict[str, Any]:
+    """Return a result as a JSON object. A share that is not known is null."""
+    return {
+        "user": result.user,
+        "num_asked": result.num_asked,
+        "num_answers": result.num_answers,
+        "preferences": [
+            {
+                "dimension": each.dimension,
+                "preferred": each.preferred,
+                "other": each.other,
+                "strength": each.strength,
+                "interval": list(each.interval),
+                "level": each.level,
+                "probability": each.probability,
+                "certainty": each.certainty,
+            }
+            for each in result.preferences
+        ],
+        "summary": result.summary,
+        "notes": list(result.notes),
+        "agreement": None if math.isnan(result.agreement) else result.agreement,
+        "win_rate": None if result.win_rate is None else result.win_rate._asdict(),
+        "profile": None if result.profile is None else result.profile.model_dump(mode="json", exclude_defaults=True),
+        "version": result.version,
+    }
+
+
+def _level(result: InterviewResult) -> str:
+    return f"{result.preferences[0].level:.0%}" if result.preferences else "90%"
