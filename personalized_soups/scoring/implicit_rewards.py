@@ -193,7 +193,7 @@ class ImplicitRewards:
     def _max_rows(self, longest: int) -> int:
         """Return the maximum number of rows in a batch whose longest answer has `longest` tokens."""
         vocabulary = self._model.generator.num_embeddings or 1
-        row_bytes = (longest + 1) * vocabulary * self._model.dtype.itemsize
+        row_bytes = (longest + 1) * vocabulary * int(self._model.dtype.itemsize)
         return min(self._batch_size, max(1, _LOGITS_BYTES // row_bytes))
 
     def _encoded(self, item: TextItem) -> EncodedAnswer:

@@ -217,7 +217,7 @@ class QuestionPool:
             OutputExistsError: if the folder exists and may not be replaced.
             RunError: if the disk is full.
         """
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         record = self.record.replaced(files=(POOL_FILE, QUESTIONS_FILE, FEATURES_FILE))
         tensors = {
@@ -231,7 +231,8 @@ class QuestionPool:
             text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
             (scratch / POOL_FILE).write_text(text + "\n", encoding="utf-8")
             (scratch / QUESTIONS_FILE).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, scratch / FEATURES_FILE)
+            data = save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+            (scratch / FEATURES_FILE).write_bytes(data)  # `save_file` would ignore the umask
         return replace(self, record=record, folder=Path(folder))
 
     @cached_property

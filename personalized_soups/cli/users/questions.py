@@ -1,0 +1,177 @@
+"""`psoups questions`: prepare the questions that users answer, and look at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from personalized_soups.cli import render
+from personalized_soups.cli.bases import EMBEDDED, checked_dtype, resolve_base
+from personalized_soups.cli.options import (
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    ExpertsOption,
+    JsonOption,
+    MaxNewTokensOption,
+    OverwriteOption,
+    SameBaseOption,
+    SeedOption,
+    TemperatureOption,
+)
+from personalized_soups.cli.sampling import check_temperature
+from personalized_soups.errors import UsageError
+
+if TYPE_CHECKING:
+    from personalized_soups.users.answers.making import OnProgress
+    from personalized_soups.users.answers.pool import QuestionPool
+
+# Each prompt gives about two questions, so that answers to one prompt differ in several ways.
+_QUESTIONS_PER_PROMPT = 2
+
+PoolArgument = Annotated[Path, typer.Argument(help="Folder of questions, which psoups questions make wrote.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group of commands to the application."""
+    group = typer.Typer(no_args_is_help=True, help="Prepare the questions that tell what a user prefers.")
+    group.command("make")(make)
+    group.command("show")(show)
+    app.add_typer(group, name="questions")
+
+
+def make(
+    *,
+    experts: ExpertsOption,
+    base: BaseOption,
+    out: Annotated[Path, typer.Option(help="Folder of questions to write.")],
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='File of prompts: one prompt per line, or JSON Lines with the key "prompt". Optional for the embedded '
+            "base.",
+            show_default=False,
+        ),
+    ] = None,
+    num_questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 200,
+    num_samples: Annotated[int, typer.Option(min=2, help="Number of answers to sample for each prompt.")] = 6,
+    temperature: TemperatureOption = 1.0,
+    max_new_tokens: MaxNewTokensOption = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Number of rows that are computed at once.")] = 64,
+    seed: SeedOption = 0,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    same_base: SameBaseOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sample answers from soups of random profiles, and keep the pairs of answers that tell users apart.
+
+    A question has a prompt and two answers. psoups profile infer asks a user some of the questions.
+    """
+    check_temperature(temperature, usual=1.0)
+    if temperature == 0:
+        raise UsageError(
+            "the temperature is 0, but the answers to a prompt must differ",
+            where="--temperature",
+            mend="give --temperature 1",
+        )
+    from personalized_soups.files.atomic import check_target
+
+    chosen = checked_dtype(dtype)
+    check_target(out, overwrite=overwrite)
+    texts = _prompts(prompts, base, num_questions, seed)
+    from personalized_soups.mixing.model import SoupModel
+    from personalized_soups.users.answers.making import make_questions
+
+    path = resolve_base(base)
+    model = SoupModel.from_pretrained(path, experts, device=device, dtype=chosen, same_base=same_base)
+    with _progress(quiet=as_json) as on_progress:
+        pool = make_questions(
+            model,
+            texts,
+            num_questions=num_questions,
+            answers_per_prompt=num_samples,
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            base=path,
+            folders=experts,
+            options={"prompts": None if prompts is None else str(prompts)},
+            on_progress=on_progress,
+        ).write(out, overwrite=overwrite)
+    _report(pool, num_questions, as_json=as_json)
+
+
+def show(
+    folder: PoolArgument,
+    *,
+    limit: Annotated[int, typer.Option(min=1, help="Largest number of questions to print.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the first questions of a folder, with the difference of the two answers in each reward."""
+    from personalized_soups.users.answers.pool import QuestionPool
+
+    pool = QuestionPool.open(folder)
+    for question, difference in list(zip(pool.questions, pool.differences, strict=True))[:limit]:
+        values = {name: float(value) for name, value in zip(pool.names, difference, strict=True)}
+        shown = {**question.model_dump(mode="json"), "a minus b": values}
+        if as_json:
+            render.show_line(shown)
+        else:
+            render.show_record(shown)
+    render.say(f"{min(limit, len(pool))} of {len(pool)} questions; rewards of {', '.join(pool.names)}")
+
+
+def _prompts(file: Path | None, base: str, num_questions: int, seed: int) -> list[str]:
+    """Return the prompts of the file, or for the embedded base questions about its validation topics.
+
+    Experts are trained on other topics, and evaluations ask about held-out topics.
+    """
+    if file is not None:
+        from personalized_soups.generation.prompts import read_prompts
+
+        return read_prompts(file)
+    if base != EMBEDDED:
+        raise UsageError(
+            "no prompts are given", where="prompts", mend="give a file of prompts, e.g. --prompts questions.txt"
+        )
+    from personalized_soups.tiny.corpus import prompts, topics
+
+    count = -(-num_questions // _QUESTIONS_PER_PROMPT)
+    return prompts("validation", min(count, len(topics("validation"))), seed)
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[OnProgress]:
+    """Yield a function that shows a progress bar for each stage."""
+    with ExitStack() as stack:
+        bars: dict[str, render.Bar] = {}
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            if stage not in bars:
+                stack.close()  # ends the bar of the stage before
+                bars[stage] = stack.enter_context(render.progress(stage, total, quiet=quiet))
+            bars[stage].update(done)
+
+        yield on_progress
+
+
+def _report(pool: QuestionPool, wanted: int, *, as_json: bool) -> None:
+    record = {
+        "folder": str(pool.folder),
+        "questions": len(pool),
+        "prompts": len(set(pool.prompts)),
+        "rewards": list(pool.names),
+    }
+    render.show_record(record, as_json=as_json)
+    if len(pool) < wanted:
+        render.say(
+            f"the answers give only {len(pool)} different questions, not {wanted}: give more prompts or a larger "
+            "--num-samples"
+        )

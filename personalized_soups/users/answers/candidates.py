@@ -1,0 +1,99 @@
+"""Sample different answers to each prompt, from the base and from soups of random profiles, for a question pool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from personalized_soups.declare.side_rule import SideRule
+from personalized_soups.users.answers.preferences import experts_by_dimension
+
+if TYPE_CHECKING:
+    from personalized_soups.mixing.model import SoupModel
+    from personalized_soups.scoring.base_rewards import TextItem
+
+# The weight of an expert in a random profile, and how likely a dimension is to have one.
+_WEIGHTS = (0.3, 1.0)
+_SIDE_SHARE = 2 / 3
+
+
+def random_profiles(
+    experts: Sequence[str], rule: SideRule, count: int, rng: np.random.Generator
+) -> list[dict[str, float]]:
+    """Return random profiles, with at most one side of each dimension. Each profile has at least one expert.
+
+    Args:
+        experts: the names of the experts.
+        rule: knows the dimension of each expert. An expert without a dimension has one of its own.
+        count: the number of profiles.
+        rng: the generator of random numbers.
+    """
+    groups = [[experts[index] for index in members] for members in experts_by_dimension(experts, rule).values()]
+    profiles = []
+    for _ in range(count):
+        chosen = [group for group in groups if rng.random() < _SIDE_SHARE] or [groups[int(rng.integers(len(groups)))]]
+        profiles.append({group[int(rng.integers(len(group)))]: float(rng.uniform(*_WEIGHTS)) for group in chosen})
+    return profiles
+
+
+def sample_candidates(
+    model: SoupModel,
+    prompts: Sequence[str],
+    *,
+    answers_per_prompt: int,
+    temperature: float,
+    max_new_tokens: int,
+    batch_size: int,
+    seed: int,
+    on_done: Callable[[int], None] | None = None,
+) -> list[TextItem]:
+    """Return different answers to each prompt, in the order of the prompts.
+
+    The first answer to a prompt is from the base. The others are from soups of random profiles: rows of one batch have
+    different profiles, so the answers differ in every dimension. Answers that are empty, that are equal to an earlier
+    answer to the same prompt, or that reach `max_new_tokens` and so lack their end are left out.
+
+    Args:
+        model: the base with the experts.
+        prompts: different prompts.
+        answers_per_prompt: the number of answers to sample for each prompt.
+        temperature: greater than 0.
+        max_new_tokens: the maximum number of tokens of an answer.
+        batch_size: the number of answers that are sampled at once.
+        seed: the seed of the profiles and of the sampling.
+        on_done: called after each batch with the number of answers that are sampled.
+
+    Raises:
+        SoupError: if `SoupModel.generate` raises it.
+    """
+    from personalized_soups.scoring.base_rewards import TextItem
+    from personalized_soups.scoring.encoded_answers import encode_answer
+
+    rows = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
+    rng = np.random.default_rng([seed, 0])
+    drawn = random_profiles(list(model.experts), SideRule.of(model.experts.values()), len(rows), rng)
+    profiles = [None if row % answers_per_prompt == 0 else profile for row, profile in enumerate(drawn)]
+    # Prompts of similar length share a batch, so that a batch has little padding.
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    texts = [""] * len(rows)
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        answers = model.generate(
+            [rows[row] for row in batch],
+            [profiles[row] for row in batch],
+            temperature=temperature,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            seed=seed,
+            places=batch,
+        )
+        for row, answer in zip(batch, answers, strict=True):
+            texts[row] = answer
+        if on_done is not None:
+            on_done(start + len(batch))
+    tokenizer = model.generator.tokenizer
+    items = dict.fromkeys(TextItem(prompt, text) for prompt, text in zip(rows, texts, strict=True) if text)
+    # An answer that ended has its tokens and an end token, which `encode_answer` counts too.
+    return [item for item in items if encode_answer(tokenizer, *item).num_answer <= max_new_tokens]
