@@ -14,6 +14,7 @@ from personalized_soups.errors import SoupError
 if TYPE_CHECKING:
     from personalized_soups.adapters.library import Expert, ExpertLibrary
     from personalized_soups.declare.dimension import Catalogue
+    from personalized_soups.declare.evidence import Example
     from personalized_soups.declare.expert_weights import ExpertWeights
     from personalized_soups.declare.loader import load
     from personalized_soups.declare.profile import Profile, load_profile
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
     from personalized_soups.tiny import BASE_FOLDER as TINY_BASE
     from personalized_soups.training.expert import train_expert
     from personalized_soups.users.profiles.store import ProfileStore
+    from personalized_soups.users.tuning.likelihood import TextLikelihood
+    from personalized_soups.users.tuning.objective import Objective
+    from personalized_soups.users.tuning.scored_answers import ScoredAnswers, rating_of
+    from personalized_soups.users.tuning.tune import tune_weights
 
 __version__ = "0.1.0"
 
@@ -47,6 +52,7 @@ __all__ = [
     "Catalogue",
     "DenseMerge",
     "DiffusersView",
+    "Example",
     "Expert",
     "ExpertLibrary",
     "ExpertWeights",
@@ -54,16 +60,19 @@ __all__ = [
     "LiveAdapter",
     "MergeOptions",
     "Method",
+    "Objective",
     "PeftView",
     "PersonalModel",
     "PrefixCache",
     "Profile",
     "ProfileStore",
     "Scored",
+    "ScoredAnswers",
     "Scorer",
     "SideRule",
     "SoupError",
     "SoupModel",
+    "TextLikelihood",
     "TrainingRecipe",
     "__version__",
     "diagnose",
@@ -72,9 +81,11 @@ __all__ = [
     "merge",
     "merge_into_base",
     "merge_many",
+    "rating_of",
     "scorer_of",
     "shipped_recipe",
     "train_expert",
+    "tune_weights",
     "verify",
 ]
 
@@ -83,6 +94,7 @@ _HOME = {
     "Catalogue": "personalized_soups.declare.dimension",
     "DenseMerge": "personalized_soups.methods.plugins",
     "DiffusersView": "personalized_soups.mixing.diffusers_view",
+    "Example": "personalized_soups.declare.evidence",
     "Expert": "personalized_soups.adapters.library",
     "ExpertLibrary": "personalized_soups.adapters.library",
     "ExpertWeights": "personalized_soups.declare.expert_weights",
@@ -90,16 +102,19 @@ _HOME = {
     "LiveAdapter": "personalized_soups.merging.live.adapter",
     "MergeOptions": "personalized_soups.merging.planning.options",
     "Method": "personalized_soups.methods.method",
+    "Objective": "personalized_soups.users.tuning.objective",
     "PeftView": "personalized_soups.mixing.peft_view",
     "PersonalModel": "personalized_soups.mixing.personal_model",
     "PrefixCache": "personalized_soups.mixing.prefixes",
     "Profile": "personalized_soups.declare.profile",
     "ProfileStore": "personalized_soups.users.profiles.store",
     "Scored": "personalized_soups.scoring.scorers",
+    "ScoredAnswers": "personalized_soups.users.tuning.scored_answers",
     "Scorer": "personalized_soups.scoring.scorers",
     "SideRule": "personalized_soups.declare.side_rule",
     "SoupModel": "personalized_soups.mixing.model",
     "TINY_BASE": "personalized_soups.tiny:BASE_FOLDER",
+    "TextLikelihood": "personalized_soups.users.tuning.likelihood",
     "TrainingRecipe": "personalized_soups.declare.training",
     "diagnose": "personalized_soups.merging.doctor.diagnose",
     "load": "personalized_soups.declare.loader",
@@ -107,9 +122,11 @@ _HOME = {
     "merge": "personalized_soups.merging.writing.adapter",
     "merge_into_base": "personalized_soups.merging.writing.into_base",
     "merge_many": "personalized_soups.merging.writing.many",
+    "rating_of": "personalized_soups.users.tuning.scored_answers",
     "scorer_of": "personalized_soups.scoring.scorers",
     "shipped_recipe": "personalized_soups.declare.shipped",
     "train_expert": "personalized_soups.training.expert",
+    "tune_weights": "personalized_soups.users.tuning.tune",
     "verify": "personalized_soups.merging.verify.folder",
 }
 

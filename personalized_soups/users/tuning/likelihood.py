@@ -32,7 +32,7 @@ class TextLikelihood:
 
     Args:
         model: the base with the experts. It needs a tokenizer.
-        examples: the user's texts with their prompts.
+        examples: the user's texts with their prompts. Texts may also be given as token ids.
         batch_size: the maximum number of rows in a forward pass. Each candidate takes a row for each text. A batch that
             does not fit on the GPU is halved until it fits.
 
@@ -49,7 +49,7 @@ class TextLikelihood:
 
     name = "log-probability per token"
 
-    def __init__(self, model: SoupModel, examples: Sequence[Example], *, batch_size: int = 256) -> None:
+    def __init__(self, model: SoupModel, examples: Sequence[Example | EncodedAnswer], *, batch_size: int = 256) -> None:
         if not examples:
             raise UsageError("there are no examples", where="examples", mend="give at least one example")
         if batch_size < 1:
@@ -57,7 +57,9 @@ class TextLikelihood:
                 f"batch_size is {batch_size}, but must be at least 1", where="batch_size", mend="give batch_size=64"
             )
         self._model = model
-        self._texts = [_encoded(model, example) for example in examples]
+        self._texts = [
+            example if isinstance(example, EncodedAnswer) else _encoded(model, example) for example in examples
+        ]
         self._batch_size = batch_size
 
     @property

@@ -22,6 +22,17 @@ class Objective(Protocol):
     `TextLikelihood` and `ScoredAnswers` are objectives. A judge is another: it answers the prompts with the weights of
     each candidate, compares each answer with a fixed one, for example that of the base, and returns 1 for a better
     answer, 0.5 for a tie and 0 for a worse one.
+
+    Example:
+        >>> import numpy
+        >>> class FewExperts:
+        ...     name, num_items = "few experts", 1
+        ...
+        ...     def scores(self, candidates, items, *, draw):
+        ...         return numpy.array([[-len(each.weights)] * len(items) for each in candidates], dtype=numpy.float64)
+        >>> objective: Objective = FewExperts()
+        >>> objective.scores([ExpertWeights({"concise": 1.0}), ExpertWeights()], [0], draw=0).tolist()
+        [[-1.0], [0.0]]
     """
 
     @property
