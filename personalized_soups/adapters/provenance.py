@@ -41,7 +41,10 @@ class ExpertRecord(Declared):
     """expert.json: an expert's side and how it was trained."""
 
     format_version: Literal[1] = 1
-    side: str = Field(min_length=1, description="The side that the expert was trained for.")
+    side: str | None = Field(
+        min_length=1,
+        description="The side that the expert was trained for. null if all users' pairs trained it together.",
+    )
     dimension: str | None = Field(default=None, description="The dimension of that side.")
     base: BaseRecord = Field(default_factory=BaseRecord)
     recipe: dict[str, Any] = Field(default_factory=dict, description="All hyperparameters of the training.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,8 @@ from personalized_soups.declare.declared import Declared, refusal
 Positive = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
+
+UserModelKind: TypeAlias = Literal["individual", "cluster", "uninformative"]
 
 
 class LoraRecipe(Declared):
@@ -58,6 +60,24 @@ class OptimizerRecipe(Declared):
         return self
 
 
+class UsersRecipe(Declared):
+    """What is learned of each user in addition to the adapter: soft tokens before the prompt (P-RLHF)."""
+
+    model: UserModelKind = Field(
+        default="individual",
+        description="`individual`: own soft tokens for each user. `cluster`: a mixture of shared soft tokens for each "
+        "user. `uninformative`: the same soft tokens for all users.",
+    )
+    tokens: PositiveInt = Field(default=10, description="The number of soft tokens before the prompt.")
+    clusters: PositiveInt = Field(default=5, description="The number of shared sets of soft tokens, for `cluster`.")
+    alpha: float = Field(
+        default=0.5, ge=0, le=1, description="The weight of the user's own loss; the generic user's has 1 - alpha."
+    )
+    learning_rate_factor: Positive = Field(
+        default=10.0, description="The learning rate of the soft tokens, divided by that of the adapter."
+    )
+
+
 class SideOverrides(Declared):
     """Values that replace values of the recipe for one side. Values that are left out are not replaced."""
 
@@ -98,6 +118,9 @@ class TrainingRecipe(Declared):
         description="The dtype of the base model in memory. `auto` uses the dtype of its files.",
     )
     gradient_checkpointing: bool = False
+    users: UsersRecipe | None = Field(
+        default=None, description="What is learned of each user. `--method p-dpo` reads it; other methods ignore it."
+    )
     sides: dict[str, SideOverrides] = Field(
         default_factory=dict, description="Values that differ for one side, by the name of the side."
     )

@@ -24,6 +24,7 @@ from personalized_soups.errors import InputError
 from personalized_soups.files.atomic import new_file
 from personalized_soups.files.regular import check_no_lfs_pointer
 from personalized_soups.training.messages import Message, check_answer, read_messages, spoken
+from personalized_soups.training.user_fields import with_user
 
 FIELDS = ("prompt", "chosen", "rejected")
 _UNSUPPORTED = ("images", "image", "chat_template_kwargs")
@@ -43,7 +44,7 @@ class Preferences:
     Args:
         path: the file.
         blake3: the digest of the file's bytes, in hex.
-        pairs: `prompt`, `chosen`, `rejected` and, if present, `tools` of each pair, in the order of the file.
+        pairs: `prompt`, `chosen`, `rejected` and, if present, `tools` and `user` of each pair, in the file's order.
         conversational: whether the texts are lists of messages rather than plain text.
         lines: the line number of each pair.
     """
@@ -59,8 +60,10 @@ class Preferences:
         return f"{self.path}:{self.lines[index]}"
 
 
-def read_preferences(path: Path) -> Preferences:
+def read_preferences(path: Path, *, with_users: bool = False) -> Preferences:
     """Read a file of preference pairs. All pairs must be plain text, or all must be conversations.
+
+    With `with_users`, the fields `user` and `user_text` are read too (`training.user_fields`).
 
     Raises:
         InputError: if the file cannot be read, is empty, or is not UTF-8 or JSON; if a field is missing or has the
@@ -85,7 +88,7 @@ def read_preferences(path: Path) -> Preferences:
     formats: set[bool] = set()
     for number, line in _lines(content):
         where = f"{path}:{number}"
-        pair = _pair(line, where)
+        pair = _pair(line, where, with_users=with_users)
         formats.add(isinstance(pair["prompt"], list))
         if len(formats) > 1:
             raise InputError(
@@ -119,7 +122,7 @@ def _lines(content: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def _pair(line: bytes, where: str) -> Pair:
+def _pair(line: bytes, where: str, *, with_users: bool) -> Pair:
     row = _row(line, where)
     prompt = row.get("prompt", "")
     are_lists = isinstance(row["chosen"], list) and isinstance(row["rejected"], list)
@@ -129,6 +132,8 @@ def _pair(line: bytes, where: str) -> Pair:
     else:
         pair = _texts(row, where)
         is_equal = pair["chosen"] == pair["rejected"]
+    if with_users:
+        pair = with_user(pair, row, where)
     _check_encodable(pair, where)
     if is_equal:
         raise InputError(

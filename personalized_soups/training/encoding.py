@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,12 +36,14 @@ class EncodedPair:
         chosen_ids: the rest of the text with the chosen answer.
         rejected_ids: the rest of the text with the rejected answer.
         place: the file and line of the pair.
+        user: the id of the user who compared the answers, if the pair names one.
     """
 
     prompt_ids: array[int]
     chosen_ids: array[int]
     rejected_ids: array[int]
     place: str
+    user: str | None = None
 
     def cut(self, max_length: int) -> tuple[array[int], array[int]]:
         """Return the ids of the chosen and of the rejected text, cut to `max_length` tokens as in the trainer."""
@@ -178,9 +180,10 @@ def encode_pairs(preferences: Preferences, tokenizer: PreTrainedTokenizerBase, *
     for index in order:
         pair, place = preferences.pairs[index], preferences.place(index)
         if preferences.conversational:
-            encoded.add(_encode_chat(pair, tokenizer, place, encoded))
+            ids = _encode_chat(pair, tokenizer, place, encoded)
         else:
-            encoded.add(_encode_text(pair, tokenizer, place))
+            ids = _encode_text(pair, tokenizer, place)
+        encoded.add(replace(ids, user=pair.get("user")))
     encoded.check(str(preferences.path))
     return encoded
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 _CHECKPOINTS_KEPT = 2  # two, because a kill may leave the last checkpoint incomplete
 # The reference pass stores no activations, so that one of its batches can hold this many training batches.
-_REFERENCE_BATCHES = 4
+REFERENCE_BATCHES = 4
 
 
 class ExpertTrainer(DPOTrainer):
@@ -64,7 +64,7 @@ class ExpertTrainer(DPOTrainer):
             model,
             args=config,
             # The data set stays in memory, because a cache on disk could pass the data of one training to another.
-            train_dataset=datasets.Dataset.from_dict(pairs.columns()),
+            train_dataset=datasets.Dataset.from_dict(self.columns(pairs)),
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
@@ -72,6 +72,10 @@ class ExpertTrainer(DPOTrainer):
         self.add_callback(_Epochs(self))
         if recipe.basis == "shared":
             set_shared_basis(self.model, recipe.basis_seed)
+
+    def columns(self, pairs: EncodedPairs) -> dict[str, list[Any]]:
+        """Return the columns of the data set."""
+        return pairs.columns()
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which determines the order of the pairs."""
@@ -188,7 +192,7 @@ def trainer_config(
         max_length=recipe.dpo.max_length,
         disable_dropout=False,
         precompute_ref_log_probs=num_processes == 1 and epochs > 1,
-        precompute_ref_batch_size=_REFERENCE_BATCHES * optimizer.batch_size,
+        precompute_ref_batch_size=REFERENCE_BATCHES * optimizer.batch_size,
         learning_rate=optimizer.learning_rate,
         weight_decay=optimizer.weight_decay,
         lr_scheduler_type=_SCHEDULES[optimizer.schedule],
