@@ -102,3 +102,10 @@ ServedStoreOption = Annotated[
     str | None,
     typer.Option(envvar="PSOUPS_PROFILES", help=f"Profile store: {_STORE}. A missing SQLite file is created."),
 ]
+
+ServedQuestionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of questions from psoups questions make. Users answer them to get a profile. Requires --profiles."
+    ),
+]

@@ -23,6 +23,7 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.serving.web.app import Server
 from personalized_soups.serving.web.server import UvicornServer, listen, load_model
 from personalized_soups.serving.web.settings import Settings
+from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.profiles.store import ProfileStore
 
 
@@ -99,6 +100,7 @@ def running(
     *,
     profiles: str | Path | None = None,
     catalogue: Catalogue | None = None,
+    pool: QuestionPool | None = None,
     dtype: Any = "float32",
 ) -> Iterator[RunningServer]:
     """Serve until the block ends."""
@@ -116,7 +118,7 @@ def running(
     ended: list[uvicorn.Server] = []
 
     async def serve() -> None:
-        server = Server(model, settings, files=files, store=store, catalogue=catalogue)
+        server = Server(model, settings, files=files, store=store, catalogue=catalogue, pool=pool)
         made.append(server)
         ended.append(UvicornServer(server))
         started.set()

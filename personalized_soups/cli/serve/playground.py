@@ -14,6 +14,7 @@ from personalized_soups.cli.options import (
     DtypeOption,
     ExpertsOption,
     SameBaseOption,
+    ServedQuestionsOption,
     ServedStoreOption,
 )
 from personalized_soups.cli.serve.server_run import HOST, PORT, ServerRun, served_name, started_with
@@ -31,6 +32,7 @@ def playground(
     base: BaseOption = EMBEDDED,
     experts: ExpertsOption,
     profiles: ServedStoreOption = None,
+    questions: ServedQuestionsOption = None,
     port: Annotated[
         int | None,
         typer.Option(min=0, max=65535, help="Port to listen on. By default 8000, or a free port if 8000 is in use."),
@@ -44,7 +46,7 @@ def playground(
     """Serve a page with a slider for each dimension, on this machine only.
 
     The page shows the answers of the base and of the mixture side by side. With --profiles, it also saves and compares
-    mixtures.
+    mixtures. With --questions, it also asks you questions, and moves the sliders to what you prefer.
     """
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
     loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
@@ -54,6 +56,7 @@ def playground(
         experts,
         settings,
         profiles=profiles,
+        questions=questions,
         dimensions=dimensions,
         port=PORT if port is None else port,
         takes_any_port=port is None,

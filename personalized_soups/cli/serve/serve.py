@@ -16,6 +16,7 @@ from personalized_soups.cli.options import (
     DtypeOption,
     ExpertsOption,
     SameBaseOption,
+    ServedQuestionsOption,
     ServedStoreOption,
 )
 from personalized_soups.cli.serve.server_run import HOST, PORT, ServerRun, served_name, started_with
@@ -37,6 +38,21 @@ def serve(
     base: BaseOption,
     experts: ExpertsOption,
     profiles: ServedStoreOption = None,
+    questions: ServedQuestionsOption = None,
+    num_questions: Annotated[
+        int, typer.Option(min=1, help="Maximum number of questions that a user is asked.")
+    ] = _DEFAULTS.num_questions,
+    certainty: Annotated[
+        float | None,
+        typer.Option(
+            min=0.5,
+            max=1.0,
+            help="Stop asking when this share of a user's preferences is expected to be predicted correctly.",
+        ),
+    ] = None,
+    answers_per_minute: Annotated[
+        int, typer.Option(min=1, help="Maximum number of answers to questions that a user may send in a minute.")
+    ] = _DEFAULTS.answers_per_minute,
     host: Annotated[
         str, typer.Option(help="Address to listen on. An address that is not a loopback address requires API keys.")
     ] = HOST,
@@ -114,6 +130,9 @@ def serve(
         default_max_tokens=default_max_tokens,
         request_seconds=request_timeout,
         grace_seconds=grace,
+        num_questions=num_questions,
+        certainty=_checked_certainty(certainty),
+        answers_per_minute=answers_per_minute,
         users_in_metrics=users_in_metrics,
         started_with=started_with(base, experts),
     )
@@ -122,6 +141,7 @@ def serve(
         experts,
         settings,
         profiles=profiles,
+        questions=questions,
         dimensions=dimensions,
         host=host,
         port=port,
@@ -129,6 +149,21 @@ def serve(
         max_context=max_context,
         cache_memory=cache_memory,
     ).run()
+
+
+def _checked_certainty(certainty: float | None) -> float | None:
+    """Return `certainty`.
+
+    Raises:
+        UsageError: if it is 0.5, which is reached by guessing.
+    """
+    if certainty == 0.5:
+        raise UsageError(
+            "a certainty of 0.5 is reached without any question",
+            where="--certainty",
+            mend="give a number above 0.5 and at most 1, e.g. --certainty 0.9",
+        )
+    return certainty
 
 
 def _rules(

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import LoadOptions, catalogue_of
+from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.serving.web.settings import Settings
+    from personalized_soups.users.answers.pool import QuestionPool
     from personalized_soups.users.profiles.store import ProfileStore
 
 HOST, PORT = "127.0.0.1", 8000
@@ -32,6 +34,7 @@ class ServerRun:
         experts: folders of experts.
         settings: the server's settings, without the API keys and the limits that depend on the loaded base.
         profiles: the file or address of the profile store. If None, no profiles are stored.
+        questions: folder of a question pool. If None, users are asked no questions.
         dimensions: path of the catalogue. If None, the shipped catalogue is used.
         host: the address to listen on.
         port: the port to listen on. With 0, a free port is chosen.
@@ -47,6 +50,7 @@ class ServerRun:
     settings: Settings
     _: KW_ONLY
     profiles: str | None = None
+    questions: Path | None = None
     dimensions: Path | None = None
     host: str = HOST
     port: int = PORT
@@ -69,6 +73,7 @@ class ServerRun:
 
         keys = [] if self.api_key_file is None else read_keys(self.api_key_file)
         catalogue = load(catalogue_of(self.loading.base, self.dimensions), Catalogue)
+        pool = self._pool()
         with ExitStack() as stack:
             listening = stack.enter_context(
                 listen(self.host, self.port, has_key=bool(keys), or_any=self.takes_any_port)
@@ -90,7 +95,8 @@ class ServerRun:
                 files=files,
                 store=None if store is None else stack.enter_context(store),
                 catalogue=catalogue,
-                on_started=lambda: self.report_start(model, listening.getsockname()[1]),
+                pool=pool,
+                on_started=lambda: self.report_start(model, listening.getsockname()[1], pool),
                 on_ending=lambda number: _report_end(settings, number),
             )
         render.say("stopped")
@@ -111,7 +117,7 @@ class ServerRun:
             limits=replace(self.settings.limits, max_context=context, cache_bytes=memory),
         )
 
-    def report_start(self, model: SoupModel, port: int) -> None:
+    def report_start(self, model: SoupModel, port: int, pool: QuestionPool | None = None) -> None:
         """Print the addresses of the server, and open the browser if `opens_browser` is true."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         address = f"http://{host}:{port}"
@@ -121,11 +127,32 @@ class ServerRun:
         if self.profiles is None:
             unused = "; profiles.db exists but is not used" if Path("profiles.db").exists() else ""
             render.say(f"  profiles are not stored; --profiles profiles.db stores them{unused}")
+        if pool is not None:
+            render.say(f"  asks users up to {min(self.settings.num_questions, len(pool))} of {len(pool)} questions")
         render.say("Ctrl-C stops the server after the running answers")
         if self.opens_browser:
             import webbrowser
 
             webbrowser.open(f"{address}/playground/")
+
+    def _pool(self) -> QuestionPool | None:
+        """Read the question pool, before the model is loaded.
+
+        Raises:
+            UsageError: if there is no store to keep the answers.
+            SoupError: if the pool cannot be read.
+        """
+        from personalized_soups.users.answers.pool import QuestionPool
+
+        if self.questions is None:
+            return None
+        if self.profiles is None:
+            raise UsageError(
+                "the answers to questions are kept in a store, but no store is given",
+                where="--questions",
+                mend="give a store, too, e.g. --profiles profiles.db",
+            )
+        return QuestionPool.open(self.questions)
 
     def _store(self, model: SoupModel) -> ProfileStore | None:
         from personalized_soups.users.profiles.store import ProfileStore

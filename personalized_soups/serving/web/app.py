@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Scope
 
 from personalized_soups import __version__
 from personalized_soups.declare.dimension import Catalogue
-from personalized_soups.errors import SoupError
+from personalized_soups.errors import SoupError, UsageError
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.scoring.scales import Scales
 from personalized_soups.serving.engine.batcher import Batcher
@@ -26,10 +26,14 @@ from personalized_soups.serving.protocol.piece_queue import PieceDispatcher
 from personalized_soups.serving.protocol.profile_resolver import ProfileResolver
 from personalized_soups.serving.protocol.requests import ChatRequest, CompletionRequest
 from personalized_soups.serving.protocol.strict_json import validation_error
+from personalized_soups.serving.protocol.token_buckets import TokenBuckets
+from personalized_soups.serving.protocol.user_questions import UserQuestions
 from personalized_soups.serving.web.guard import Guard
-from personalized_soups.serving.web.routes import answering, experts, health, profiles
+from personalized_soups.serving.web.routes import answering, experts, health, profiles, questions
 from personalized_soups.serving.web.routes.user_paths import PROFILES, UserPaths, user_path, without_mark
 from personalized_soups.serving.web.settings import Settings
+from personalized_soups.users.answers.pool import QuestionPool
+from personalized_soups.users.answers.stopping import StoppingRule
 from personalized_soups.users.profiles.store import ProfileStore
 
 _ROUTES = frozenset({
@@ -51,12 +55,14 @@ class Server:
         files: detects changes of the experts' files.
         store: the profile store. Its `check` should reject profiles that the model cannot serve.
         catalogue: the dimensions with their names, sides and scorers.
+        pool: the questions that users are asked. They need a store.
 
     Attributes:
         app: the ASGI application.
 
     Raises:
-        SoupError: if the batcher cannot run the model, or a scorer in the catalogue cannot be found.
+        SoupError: if the batcher cannot run the model, a scorer in the catalogue cannot be found, or the questions
+            cannot be used.
     """
 
     def __init__(
@@ -67,10 +73,14 @@ class Server:
         files: ExpertFiles,
         store: ProfileStore | None = None,
         catalogue: Catalogue | None = None,
+        pool: QuestionPool | None = None,
     ) -> None:
         self.settings = settings
         self.metrics = Metrics(settings.limits.max_rows, by_user=settings.users_in_metrics)
         scales = Scales(catalogue)
+        asking = None if pool is None else _user_questions(pool, store, settings, catalogue)
+        if asking is not None:
+            asking.use_experts(model.experts)
         dispatcher = PieceDispatcher(asyncio.get_running_loop())
         self.batcher = Batcher(model, dispatcher.deliver, settings.limits, on_step=self.metrics.step)
         context = AnswerContext(
@@ -100,9 +110,14 @@ class Server:
                 catalogue=catalogue,
                 scales=scales,
                 has_store=store is not None,
+                questions=asking,
                 started_with=() if settings.rules.keys else settings.started_with,
             )
         )
+        if asking is None or store is None:
+            api.include_router(questions.no_questions())
+        else:
+            api.include_router(questions.router(asking, store, TokenBuckets(settings.answers_per_minute)))
         api.include_router(profiles.no_store() if store is None else profiles.router(store))
         api.include_router(health.router(self.batcher, store, self.metrics))
         _add_playground(api)
@@ -122,6 +137,19 @@ class Server:
 
     def _count_response(self, scope: Scope, status: int) -> None:
         self.metrics.responded(_route_of(scope), status)
+
+
+def _user_questions(
+    pool: QuestionPool, store: ProfileStore | None, settings: Settings, catalogue: Catalogue | None
+) -> UserQuestions:
+    if store is None:
+        raise UsageError(
+            "answers to questions need a profile store",
+            where="pool",
+            mend="give the store that keeps profiles and answers, for example profiles.db",
+        )
+    stopping = StoppingRule(max_questions=settings.num_questions, certainty=settings.certainty)
+    return UserQuestions(pool, store, stopping, catalogue)
 
 
 def _route_of(scope: Scope) -> str:

@@ -26,6 +26,7 @@ from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.web.app import Server
 from personalized_soups.serving.web.connections import PatientProtocol
 from personalized_soups.serving.web.settings import Settings
+from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.profiles.store import ProfileStore
 
 # Minimum number of characters of an API key. Shorter keys can be guessed.
@@ -250,6 +251,7 @@ def serve(
     files: ExpertFiles,
     store: ProfileStore | None = None,
     catalogue: Catalogue | None = None,
+    pool: QuestionPool | None = None,
     on_started: Callable[[], None] = _nothing,
     on_ending: Callable[[int], None] = _nothing,
 ) -> None:
@@ -258,14 +260,14 @@ def serve(
     A second signal ends the running requests at once.
 
     Args:
-        model, settings, files, store, catalogue: as for `app.Server`.
+        model, settings, files, store, catalogue, pool: as for `app.Server`.
         listening: the socket, from `listen`.
         on_started: called when the server accepts requests.
         on_ending: called with the number of unfinished answers when the server starts to shut down.
     """
 
     async def run() -> None:
-        server = Server(model, settings, files=files, store=store, catalogue=catalogue)
+        server = Server(model, settings, files=files, store=store, catalogue=catalogue, pool=pool)
         try:
             await UvicornServer(server, on_started=on_started, on_ending=on_ending).serve(sockets=[listening])
         finally:

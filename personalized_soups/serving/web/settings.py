@@ -43,6 +43,9 @@ class Settings:
         default_max_tokens: maximum number of tokens of a chat answer, if the request sets no maximum.
         request_seconds: time limit of a request, in seconds.
         grace_seconds: seconds that running answers may continue after the server was asked to stop.
+        num_questions: maximum number of questions that a user is asked.
+        certainty: stop asking when the expected agreement is at least this (see `StoppingRule`). None asks all of them.
+        answers_per_minute: maximum number of answers to questions that a user may send in a minute.
         users_in_metrics: whether /metrics counts the answers of each user by name.
         started_with: the command-line options that select what is served. The playground shows them for copying. A
             server with API keys does not publish them.
@@ -54,5 +57,8 @@ class Settings:
     default_max_tokens: int = 512
     request_seconds: float = 600.0
     grace_seconds: float = 30.0
+    num_questions: int = 10
+    certainty: float | None = None
+    answers_per_minute: int = 60
     users_in_metrics: bool = False
     started_with: Sequence[str] = ()

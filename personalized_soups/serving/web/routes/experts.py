@@ -24,6 +24,7 @@ from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
 from personalized_soups.serving.protocol.requests import RequestBody
 from personalized_soups.serving.protocol.strict_json import StrictRoute
+from personalized_soups.serving.protocol.user_questions import UserQuestions
 
 # The weight of each expert in the playground's presets. The quickstart uses the same weight.
 _PRESET_WEIGHT = 0.6
@@ -50,11 +51,12 @@ def router(
     catalogue: Catalogue | None,
     scales: Scales,
     has_store: bool,
+    questions: UserQuestions | None = None,
     started_with: Sequence[str],
 ) -> APIRouter:
     """Return the routes of this module."""
     routes = APIRouter(route_class=StrictRoute, tags=["soups"])
-    reloading = _Reloading(model, batcher, files)
+    reloading = _Reloading(model, batcher, files, questions)
     scoring = CapacityLimiter(1)  # scoring is pure Python and competes with the batcher's thread
 
     def listing() -> dict[str, Any]:
@@ -63,6 +65,7 @@ def router(
             "object": "list",
             "base": base,
             "has_store": has_store,
+            "has_questions": questions is not None,
             "started_with": list(started_with),
             "preset_weight": _PRESET_WEIGHT,
             "data": experts,
@@ -99,10 +102,11 @@ def router(
 class _Reloading:
     """Reloads the experts. All requests that arrive before a reload starts share this reload."""
 
-    def __init__(self, model: SoupModel, batcher: Batcher, files: ExpertFiles) -> None:
+    def __init__(self, model: SoupModel, batcher: Batcher, files: ExpertFiles, questions: UserQuestions | None) -> None:
         self._model = model
         self._batcher = batcher
         self._files = files
+        self._questions = questions
         self._pending: Future[None] | None = None
 
     async def done(self) -> None:
@@ -128,6 +132,8 @@ class _Reloading:
         library, stamps = self._files.look()
         self._model.experts.change(*self._files.difference(library, stamps))
         self._files.serve(stamps)
+        if self._questions is not None:
+            self._questions.use_experts(self._model.experts)
 
 
 def _expert(expert: Expert, files: ExpertFiles, catalogue: Catalogue | None) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def router(store: ProfileStore) -> APIRouter:
     ) -> JSONResponse:
         """List the users' current profiles, sorted by user name."""
         stored_profiles = store.page(after=after, limit=limit + 1, search=search)
-        data = [_content(stored) for stored in stored_profiles[:limit]]
+        data = [content_of(stored) for stored in stored_profiles[:limit]]
         return JSONResponse({"object": "list", "data": data, "has_more": len(stored_profiles) > limit})
 
     @routes.get("/v1/profiles/{user:any}")
@@ -75,13 +75,13 @@ def router(store: ProfileStore) -> APIRouter:
         if_none_match: IfNoneMatch = None,
     ) -> Response:
         """Return a user's current profile, the given `version` of it, or its `history`."""
-        _check(user)
+        check_name(user)
         if history:
-            return JSONResponse({"object": "list", "data": [_content(stored) for stored in store.history(user)]})
+            return JSONResponse({"object": "list", "data": [content_of(stored) for stored in store.history(user)]})
         stored = store.get(user, version)
         if if_none_match is not None and _is_known(if_none_match, stored.version):
-            return Response(status_code=304, headers=_etag(stored))
-        return JSONResponse(_content(stored), headers=_etag(stored))
+            return Response(status_code=304, headers=etag_of(stored))
+        return JSONResponse(content_of(stored), headers=etag_of(stored))
 
     @routes.put("/v1/profiles/{user:any}")
     async def put_profile(
@@ -91,15 +91,15 @@ def router(store: ProfileStore) -> APIRouter:
         return await to_thread.run_sync(partial(put, user, profile, if_match, if_none_match), limiter=writers)
 
     def put(user: str, profile: dict[str, Any], if_match: str | None, if_none_match: str | None) -> JSONResponse:
-        _check(user)
+        check_name(user)
         declared = _declared(user, profile)
-        condition = _expected(store, user, if_match, if_none_match)
-        is_new = _version_of(store, user) is None
+        condition = expected_version(store, user, if_match, if_none_match)
+        is_new = version_of(store, user) is None
         try:
             stored = store.put(declared, expected=condition)
         except SoupError as fault:
             raise api_error(fault, param="profile", status=422) from fault
-        return JSONResponse(_content(stored), status_code=201 if is_new else 200, headers=_etag(stored))
+        return JSONResponse(content_of(stored), status_code=201 if is_new else 200, headers=etag_of(stored))
 
     @routes.delete("/v1/profiles/{user:any}", status_code=204)
     async def delete_profile(user: str, if_match: IfMatch = None) -> Response:
@@ -108,8 +108,8 @@ def router(store: ProfileStore) -> APIRouter:
         return Response(status_code=204)
 
     def delete(user: str, if_match: str | None) -> None:
-        _check(user)
-        store.delete(user, expected=_expected(store, user, if_match, None))
+        check_name(user)
+        store.delete(user, expected=expected_version(store, user, if_match, None))
 
     return routes
 
@@ -126,7 +126,7 @@ def no_store() -> APIRouter:
     return routes
 
 
-def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_match: str | None) -> int | None:
+def expected_version(store: ProfileStore, user: str, if_match: str | None, if_none_match: str | None) -> int | None:
     """Return the version that a write expects according to its condition headers; None if it expects no version.
 
     Raises:
@@ -141,7 +141,7 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
         return ABSENT
     if if_match is None:
         return None
-    current = _version_of(store, user)
+    current = version_of(store, user)
     if current is None:
         raise ApiError(412, f"no profile of {user!r} is stored", param="If-Match", code="version_conflict")
     if if_match.strip() != "*" and str(current) not in _versions(if_match):
@@ -155,7 +155,7 @@ def _expected(store: ProfileStore, user: str, if_match: str | None, if_none_matc
     return current
 
 
-def _version_of(store: ProfileStore, user: str) -> int | None:
+def version_of(store: ProfileStore, user: str) -> int | None:
     """Return the version of a user's current profile, or None if the user has no profile."""
     try:
         return store.get(user).version
@@ -179,14 +179,20 @@ def _declared(user: str, profile: Mapping[str, Any]) -> Profile:
         raise api_error(fault, param="profile") from fault
 
 
-def _check(user: str) -> None:
+def check_name(user: str) -> None:
+    """Check a user's name.
+
+    Raises:
+        ApiError: 400 if it is not a valid name.
+    """
     try:
         check_user(user)
     except SoupError as fault:
         raise api_error(fault, param="user") from fault
 
 
-def _content(stored: StoredProfile) -> dict[str, Any]:
+def content_of(stored: StoredProfile) -> dict[str, Any]:
+    """Return the body of a response that contains a stored profile."""
     return {
         "object": "profile",
         "user": stored.profile.user,
@@ -200,7 +206,8 @@ def _is_known(if_none_match: str, version: int) -> bool:
     return if_none_match.strip() == "*" or str(version) in _versions(if_none_match, weakly=True)
 
 
-def _etag(stored: StoredProfile) -> dict[str, str]:
+def etag_of(stored: StoredProfile) -> dict[str, str]:
+    """Return the ETag header of a stored profile, which is its version."""
     return {"ETag": f'"{stored.version}"'}
 
 

@@ -74,7 +74,8 @@ class UserPaths:
         if scope["type"] == "http":
             found = user_path(scope)
             if found is not None and not found.resource and _LIKE_QUESTIONS.search(scope["path"]):
-                scope["path"] += _PART_OF_NAME
+                # The web server reads the path from its own scope again, and cannot encode the mark.
+                scope = {**scope, "path": scope["path"] + _PART_OF_NAME}
         await self._app(scope, receive, send)
 
 
