@@ -58,8 +58,11 @@ def make(
         ),
     ] = None,
     num_questions: Annotated[int, typer.Option(min=1, help="Number of questions.")] = 200,
-    num_samples: Annotated[int, typer.Option(min=2, help="Number of answers to sample for each prompt.")] = 6,
+    num_samples: Annotated[int, typer.Option(min=2, help="Number of answers to sample for each prompt.")] = 4,
     temperature: TemperatureOption = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens that have this share of the probability.")
+    ] = 0.95,
     max_new_tokens: MaxNewTokensOption = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of rows that are computed at once.")] = 64,
     seed: SeedOption = 0,
@@ -97,6 +100,7 @@ def make(
             num_questions=num_questions,
             answers_per_prompt=num_samples,
             temperature=temperature,
+            top_p=top_p,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             seed=seed,

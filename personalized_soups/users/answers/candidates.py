@@ -43,10 +43,11 @@ def sample_candidates(
     prompts: Sequence[str],
     *,
     answers_per_prompt: int,
-    temperature: float,
-    max_new_tokens: int,
-    batch_size: int,
-    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    max_new_tokens: int = 256,
+    batch_size: int = 64,
+    seed: int = 0,
     on_done: Callable[[int], None] | None = None,
 ) -> list[TextItem]:
     """Return different answers to each prompt, in the order of the prompts.
@@ -60,9 +61,11 @@ def sample_candidates(
         prompts: different prompts.
         answers_per_prompt: the number of answers to sample for each prompt.
         temperature: greater than 0.
+        top_p: sample from the most likely tokens that have this share of the probability. Rare tokens make answers that
+            nobody would write, and the choice of informative pairs would pick just these answers.
         max_new_tokens: the maximum number of tokens of an answer.
         batch_size: the number of answers that are sampled at once.
-        seed: the seed of the profiles and of the sampling.
+        seed: the seed of the profiles and of the sampling. The answers depend on `batch_size`, too.
         on_done: called after each batch with the number of answers that are sampled.
 
     Raises:
@@ -84,10 +87,12 @@ def sample_candidates(
             [rows[row] for row in batch],
             [profiles[row] for row in batch],
             temperature=temperature,
+            top_p=top_p,
+            top_k=0,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            seed=seed,
-            places=batch,
+            # Every batch has its own random numbers.
+            seed=seed + (start << 32),
         )
         for row, answer in zip(batch, answers, strict=True):
             texts[row] = answer

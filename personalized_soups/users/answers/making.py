@@ -35,8 +35,9 @@ def make_questions(
     prompts: Sequence[str],
     *,
     num_questions: int = 200,
-    answers_per_prompt: int = 6,
+    answers_per_prompt: int = 4,
     temperature: float = 1.0,
+    top_p: float = 0.95,
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
@@ -57,7 +58,7 @@ def make_questions(
         prompts: the prompts. Repeated prompts count once.
         num_questions: the number of questions. The pool has fewer if there are too few different pairs.
         answers_per_prompt: the number of answers to sample for each prompt, at least 2. See `sample_candidates`.
-        temperature: the sampling temperature.
+        temperature, top_p: how answers are sampled. See `sample_candidates`.
         max_new_tokens: the maximum number of tokens of an answer.
         batch_size: the number of rows in a batch.
         seed: the seed of everything that is random.
@@ -88,6 +89,8 @@ def make_questions(
             where="temperature",
             mend="give temperature=1",
         )
+    if not 0 < top_p <= 1:
+        raise UsageError(f"top_p is {top_p:g}, but must be in (0, 1]", where="top_p", mend="give top_p=0.95")
     from personalized_soups.scoring.implicit_rewards import ImplicitRewards
 
     rewards = ImplicitRewards(model, length_normalized=length_normalized, batch_size=batch_size, base=base)
@@ -102,6 +105,7 @@ def make_questions(
         different,
         answers_per_prompt=answers_per_prompt,
         temperature=temperature,
+        top_p=top_p,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
@@ -139,6 +143,7 @@ def make_questions(
             "num_prompts": len(different),
             "num_answers": len(items),
             "temperature": temperature,
+            "top_p": top_p,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
             "length_normalized": length_normalized,
