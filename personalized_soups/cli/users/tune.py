@@ -69,7 +69,7 @@ def tune(
     budget: Annotated[int, typer.Option(min=1, help="Number of candidates to evaluate.")] = 100,
     population: Annotated[
         int | None,
-        typer.Option(min=3, help="Candidates in a generation, which is one mixed batch.", show_default=False),
+        typer.Option(min=4, help="Candidates in a generation, which is one mixed batch.", show_default=False),
     ] = None,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the first generation.")] = 0.5,
     limit: Annotated[float, typer.Option(help="Greatest magnitude of a weight.")] = 1.5,

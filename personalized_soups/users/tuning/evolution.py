@@ -80,9 +80,9 @@ def _check_numbers(sigma: float, limit: float, population: int | None) -> None:
             raise UsageError(
                 f"{name} is {value:g}, but must be a finite number above 0", where=name, mend=f"give {name}=0.5"
             )
-    if population is not None and population < 3:
+    if population is not None and population < 4:
         raise UsageError(
-            f"population is {population}, but CMA-ES needs at least 3 candidates in a generation",
+            f"population is {population}, but CMA-ES needs at least 4 candidates in a generation",
             where="population",
             mend="give population=8, or leave it out",
         )
