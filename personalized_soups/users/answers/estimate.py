@@ -82,11 +82,12 @@ def estimate_weights(
     prior: GaussianPrior,
     *,
     counts_N: npt.ArrayLike | None = None,
+    offsets_N: npt.ArrayLike | None = None,
     noise: float = 0.0,
 ) -> Estimate:
     """Return the estimate of a user's reward weights after N answers.
 
-    With `p = noise + (1 - 2 noise) sigmoid(w . v)`, it maximises
+    With `p = noise + (1 - 2 noise) sigmoid(w . v + offset)`, it maximises
 
         sum_i counts_i (y_i log p_i + (1 - y_i) log(1 - p_i)) - (w - mean)' covariance^-1 (w - mean) / 2
 
@@ -98,6 +99,7 @@ def estimate_weights(
         labels_N: the probability that `a` is better: 1 for `a`, 0 for `b`, 0.5 for a tie.
         prior: the prior of the D weights.
         counts_N: how much each answer counts, at least 0. See `forgetting`. By default, each answer counts 1.
+        offsets_N: a known part of each margin, such as the threshold of a tie (see `ties`). By default, it is 0.
         noise: the probability that the user presses the wrong button, in [0, 0.5).
 
     Raises:
@@ -113,11 +115,12 @@ def estimate_weights(
     differences = np.asarray(differences_ND, dtype=np.float64).reshape(-1, num_rewards)
     labels = np.asarray(labels_N, dtype=np.float64)
     counts = np.ones(len(labels)) if counts_N is None else np.asarray(counts_N, dtype=np.float64)
-    _check(differences, labels, counts, noise)
+    known = np.zeros(len(labels)) if offsets_N is None else np.asarray(offsets_N, dtype=np.float64)
+    _check(differences, labels, counts, known, noise)
     # With w = mean + L z and covariance = L L', the prior of z is N(0, 1), whatever the units of the rewards are.
     root = np.linalg.cholesky(prior.covariance)
     design = differences @ root
-    offsets = differences @ prior.mean
+    offsets = differences @ prior.mean + known
 
     def objective(z: Floats) -> float:
         return float(counts @ _log_likelihood(offsets + design @ z, labels, noise) - z @ z / 2)
@@ -204,11 +207,13 @@ def _derivatives(margins: Floats, labels: Floats, noise: float) -> tuple[Floats,
     return (labels - p) * dp / variance, dp**2 / variance
 
 
-def _check(differences: Floats, labels: Floats, counts: Floats, noise: float) -> None:
+def _check(differences: Floats, labels: Floats, counts: Floats, offsets: Floats, noise: float) -> None:
     if labels.ndim != 1 or len(labels) != len(differences) or counts.shape != labels.shape:
         raise ValueError(f"{len(differences)} differences, labels {labels.shape} and counts {counts.shape} do not fit")
-    if not np.isfinite(differences).all():
-        raise ValueError("a difference is not finite")
+    if offsets.shape != labels.shape:
+        raise ValueError(f"labels {labels.shape} and offsets {offsets.shape} do not fit")
+    if not (np.isfinite(differences).all() and np.isfinite(offsets).all()):
+        raise ValueError("a difference or an offset is not finite")
     if not ((labels >= 0) & (labels <= 1)).all():
         raise ValueError("a label is not in [0, 1]")
     if not (np.isfinite(counts) & (counts >= 0)).all():
