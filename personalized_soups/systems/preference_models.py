@@ -81,6 +81,12 @@ class Comparisons:
         result: Floats = self.features[self.a] - self.features[self.b]
         return result
 
+    @property
+    def scale(self) -> float:
+        """The root mean square of the differences of features. It is 1 if all differences are 0."""
+        mean_square = float(np.mean(self.differences**2)) if len(self) else 0.0
+        return float(np.sqrt(mean_square)) if mean_square > 0 else 1.0
+
     def at(self, index: npt.ArrayLike) -> Comparisons:
         """Return some of the comparisons: `index` is a mask [N] or an array of indices."""
         chosen = np.asarray(index)
