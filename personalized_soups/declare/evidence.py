@@ -96,3 +96,31 @@ class AnsweredQuestion(Declared):
                 key=("answer", "question"),
             )
         return self
+
+
+class UserAnswers(Declared):
+    """All answers of one user: a line of the file that `psoups profile export --with-answers` writes.
+
+    Example:
+        >>> question = Question(id="q1", prompt="How do I clean a lamp?", a="Dust it.", b="Happy to help! Dust it.")
+        >>> answered = AnsweredQuestion(question=question, answer=Answer(question="q1", choice="b"))
+        >>> UserAnswers(user="ada", answers=(answered,)).user
+        'ada'
+    """
+
+    user: Text
+    answers: tuple[AnsweredQuestion, ...] = Field(description="The answers, with the oldest first.")
+
+    @model_validator(mode="after")
+    def _check_unique(self) -> UserAnswers:
+        if not self.answers:
+            raise refusal("the list of answers is empty", mend="remove the line", key=("answers",))
+        places: dict[str, int] = {}
+        for place, answered in enumerate(self.answers):
+            if (first := places.setdefault(answered.question.id, place)) != place:
+                raise refusal(
+                    f"answers {first + 1} and {place + 1} are to the same question {answered.question.id!r}",
+                    mend="keep one answer to each question",
+                    key=("answers", place, "question", "id"),
+                )
+        return self

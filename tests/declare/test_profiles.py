@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from personalized_soups.declare import profiles as profiles_module
+from personalized_soups.declare.evidence import UserAnswers
 from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
-from personalized_soups.declare.profiles import each_once, read_profiles
+from personalized_soups.declare.profiles import each_once, read_profiles, read_user_lines
 from personalized_soups.errors import DeclarationError, SoupError, UsageError
 
 VALUES = st.recursive(
@@ -37,7 +39,7 @@ def outcome(table: dict[str, object]) -> object:
 @given(st.dictionaries(KEYS, VALUES, max_size=4) | SOUND)
 def test_both_ways_say_the_same(table: dict[str, object]) -> None:
     try:
-        got: object = profiles_module._profile(json.dumps(table), "f:1")
+        got: object = profiles_module._declared(json.dumps(table), "f:1")
     except SoupError as error:
         got = str(error)
     assert got == outcome(table)
@@ -103,3 +105,54 @@ def test_lines_at_fault_are_passed_over_where_that_is_asked_for(tmp_path: Path) 
     with pytest.raises(DeclarationError, match="cannot be read"):
         list(read_profiles(tmp_path, on_bad=errors.append))
     assert len(errors) == 5
+
+
+ANSWERED = {
+    "question": {"id": "q1", "prompt": "How do I clean a lamp?", "a": "Dust it.", "b": "Happy to help!"},
+    "answer": {"question": "q1", "choice": "b", "answered_at": "2025-06-01T12:00:00.123456Z"},
+}
+ANSWERS = {"user": "u2", "answers": [ANSWERED]}
+
+
+def test_lines_of_answers_stand_among_the_profiles(tmp_path: Path) -> None:
+    path = tmp_path / "users.jsonl"
+    lines = [{"user": "u1", "weights": {"a": 1.0}}, ANSWERS, {"user": "u2", "weights": {"a": 2.0}}]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    first, second, third = read_user_lines(path)
+    assert (first, third) == (Profile.model_validate(lines[0]), Profile.model_validate(lines[2]))
+    assert isinstance(second, UserAnswers)
+    assert second.place("answers", 0) == f"{path}:2: answers.0"
+    (answered,) = second.answers
+    assert (answered.question.id, answered.answer.choice) == ("q1", "b")
+    assert answered.answer.answered_at == datetime(2025, 6, 1, 12, 0, 0, 123456, tzinfo=UTC)
+    assert list(read_profiles(path)) == [first, third]  # for commands that need no answers
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "where"),
+    [
+        ({"answers": []}, "the list of answers is empty", "answers"),
+        ({"answers": [ANSWERED, ANSWERED]}, "answers 1 and 2 are to the same question 'q1'", "answers.1.question.id"),
+        (
+            {"answers": [{**ANSWERED, "answer": {"question": "q2", "choice": "a"}}]},
+            "the answer is to the question 'q2'",
+            "answers.0.answer.question",
+        ),
+        (
+            {"answers": [{**ANSWERED, "answer": {"question": "q1", "choice": "c"}}]},
+            "'c' is not",
+            "answers.0.answer.choice",
+        ),
+        ({"user": " "}, "pattern", "user"),
+        ({"version": 3}, "unknown key 'version'", "version"),
+        ({"weights": {"a": 1.0}}, "unknown key 'answers'", "answers"),
+    ],
+    ids=["none", "twice", "another question", "choice", "user", "unknown key", "profile and answers"],
+)
+def test_a_line_of_answers_is_checked(tmp_path: Path, change: dict[str, object], what: str, where: str) -> None:
+    path = tmp_path / "users.jsonl"
+    path.write_text("\n" + json.dumps({**ANSWERS, **change}))
+    with pytest.raises(DeclarationError) as error:
+        list(read_user_lines(path))
+    assert what in error.value.what
+    assert error.value.where.startswith(f"{path}:2: {where}")

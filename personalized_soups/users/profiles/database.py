@@ -5,17 +5,28 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, select
+from sqlalchemy import Connection, Engine, Table, select
 
 from personalized_soups.users.profiles.failures import translated_errors
 from personalized_soups.users.profiles.schema import SCHEMA, check_schema, store
 
 T = TypeVar("T")
 
-# One batch of an import: the user and the document of each profile.
-Batch = Sequence[tuple[str, str]]
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some rows of an import.
+
+    Attributes:
+        table: the temporary table for the rows.
+        rows: the rows, with a value for each column of the table.
+    """
+
+    table: Table
+    rows: Sequence[tuple[Any, ...]]
 
 
 class Database(ABC):
@@ -70,7 +81,7 @@ class Database(ABC):
 
     @abstractmethod
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Insert the batches into the temporary table without a lock, then run `work` as `write` does."""
+        """Insert the batches into temporary tables without a lock, then run `work` as `write` does."""
 
     @abstractmethod
     def erase(self, *users: str) -> None:

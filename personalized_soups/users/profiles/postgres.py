@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from sqlalchemy import URL, Connection, create_engine, inspect
+from sqlalchemy import URL, BigInteger, Connection, Table, create_engine, inspect
 from sqlalchemy.exc import DBAPIError
 
 from personalized_soups.errors import UsageError, check_extra
@@ -24,8 +24,6 @@ _SILENT_MILLISECONDS = 10_000
 
 # The number of the advisory lock that a process takes to create or upgrade the tables. The number is arbitrary.
 _CREATION_LOCK = 0x50534F5550
-
-_STAGE = f"INSERT INTO {staged.name} SELECT * FROM unnest(%(users)s::text[], %(documents)s::text[])"
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.1
 
@@ -78,7 +76,7 @@ class PostgresDatabase(Database):
         return self._retried(attempt)
 
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Insert the batches into the temporary table, then run `work`. Only other writers wait for `work`."""
+        """Insert the batches into temporary tables, then run `work`. Only other writers wait for `work`."""
 
         def locked(connection: Connection) -> T:
             # lock before the first read, so that the transaction sees all that other writers have committed
@@ -88,15 +86,16 @@ class PostgresDatabase(Database):
         self._upgrade()
         with translated_errors(self.where), self._serializable.connect() as connection:
             try:
-                staged.create(connection, checkfirst=False)
+                staged.metadata.create_all(connection, checkfirst=False)
                 for batch in batches:
-                    users, documents = map(list, zip(*batch, strict=True))
-                    connection.exec_driver_sql(_STAGE, {"users": users, "documents": documents})
-                connection.exec_driver_sql(f"ANALYZE {staged.name}")
+                    columns = dict(zip(batch.table.c.keys(), map(list, zip(*batch.rows, strict=True)), strict=True))
+                    connection.exec_driver_sql(_insertion(batch.table), columns)
+                for table in staged.metadata.sorted_tables:
+                    connection.exec_driver_sql(f"ANALYZE {table.name}")
                 connection.commit()
                 return self._retried(lambda: self._run(connection, locked))
             finally:
-                connection.invalidate()  # closing the connection drops the temporary table
+                connection.invalidate()  # closing the connection drops the temporary tables
 
     def erase(self, *users: str) -> None:
         """Do nothing: the server's vacuum overwrites dead rows."""
@@ -168,3 +167,11 @@ class PostgresDatabase(Database):
         except BaseException:
             self.close()
             raise
+
+
+def _insertion(table: Table) -> str:
+    """Return the statement that inserts rows from one list for each column."""
+    lists = (
+        f"%({column.name})s::{'bigint' if isinstance(column.type, BigInteger) else 'text'}[]" for column in table.c
+    )
+    return f"INSERT INTO {table.name} SELECT * FROM unnest({', '.join(lists)})"

@@ -1,4 +1,4 @@
-"""The tables of a profile store, and the SQL statements that use them."""
+"""The tables of a profile store, and the SQL statements that use the profiles."""
 
 from __future__ import annotations
 
@@ -70,12 +70,23 @@ store = Table(
     Column("retired", BigInteger, nullable=False),
 )
 
-# The profiles that an import has read so far. Only the connection of the import sees this table.
+# The profiles and answers that an import has read so far. Only the connection of the import sees these tables.
 staged = Table(
     "psoups_staged",
     MetaData(),
     Column("user", _NAME, nullable=False),
     Column("document", Text, nullable=False),
+    prefixes=["TEMPORARY"],
+)
+
+staged_answers = Table(
+    "psoups_staged_answers",
+    staged.metadata,
+    Column("user", _NAME, nullable=False),
+    Column("question", _NAME, nullable=False),
+    Column("position", BigInteger, nullable=False),  # the order of a user's answers
+    Column("document", Text, nullable=False),
+    Column("answered_at", BigInteger, nullable=False),
     prefixes=["TEMPORARY"],
 )
 
@@ -97,25 +108,6 @@ RETIRED = select(store.c.retired)
 ADD = insert(profiles)
 DELETE = delete(profiles).where(profiles.c.user == bindparam("name"))
 RETIRE = update(store).where(store.c.retired < bindparam("last")).values(retired=bindparam("last"))
-
-_last = select(func.max(_later.c.version)).where(_later.c.user == staged.c.user).correlate(staged).scalar_subquery()
-# Every staged profile that differs from the user's current profile becomes the user's next version.
-ADD_STAGED = (
-    insert(profiles)
-    .from_select(
-        ["user", "version", "document", "written_at"],
-        select(
-            staged.c.user,
-            func.coalesce(profiles.c.version, select(store.c.retired).scalar_subquery()) + 1,
-            staged.c.document,
-            bindparam("now", type_=BigInteger),
-        )
-        .select_from(staged.outerjoin(profiles, (profiles.c.user == staged.c.user) & (profiles.c.version == _last)))
-        .where(profiles.c.document.is_distinct_from(staged.c.document))
-        .order_by(staged.c.user),
-    )
-    .execution_options(preserve_rowcount=True)
-)
 
 
 def create_tables(connection: Connection) -> None:

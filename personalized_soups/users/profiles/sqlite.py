@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import logging
-import operator
 import os
 import sqlite3
 import stat
 import threading
 import time
 from collections.abc import Callable, Iterable
-from functools import reduce
 from pathlib import Path
 from typing import TypeVar
 
 from sqlalchemy import (
-    ColumnElement,
     Connection,
     QueuePool,
-    Text,
-    bindparam,
-    case,
     create_engine,
     event,
-    func,
     inspect,
-    select,
 )
 from sqlalchemy.exc import InvalidatePoolError, OperationalError
 
@@ -33,15 +25,13 @@ from personalized_soups.errors import FileFormatError, UsageError
 from personalized_soups.users.profiles.database import Batch, Database
 from personalized_soups.users.profiles.failures import StoreUnavailable, is_busy
 from personalized_soups.users.profiles.schema import (
-    answers,
     create_tables,
-    profiles,
-    sessions,
     staged,
     store,
     upgrade_tables,
 )
-from personalized_soups.users.profiles.sqlite_descriptors import Identity, count_bytes, hold, identity_of, release
+from personalized_soups.users.profiles.sqlite_copies import has_copies
+from personalized_soups.users.profiles.sqlite_descriptors import Identity, hold, identity_of, release
 
 T = TypeVar("T")
 
@@ -60,10 +50,6 @@ _PAUSE_SECONDS = 0.01
 
 # If rows of more users than this are deleted at once, the file is rewritten without a search for the users' names.
 _SEARCHED_NAMES = 20
-
-# SQLite stores a row of up to 1002 bytes in one piece (https://www.sqlite.org/fileformat2.html, section 1.6, with pages
-# of 4096 bytes). The other columns of a row take less than 400 bytes. A longer document may be split between pages.
-_UNSPLIT_BYTES = 600
 
 
 class _Connection(sqlite3.Connection):
@@ -117,14 +103,15 @@ class SqliteDatabase(Database):
             return _locked(connection, work)
 
     def write_staged(self, batches: Iterable[Batch], work: Callable[[Connection], T]) -> T:
-        """Insert the batches into the temporary table without a lock, then run `work` with the write lock."""
+        """Insert the batches into temporary tables without a lock, then run `work` with the write lock."""
         with self.reading() as connection:
             self._upgrade(connection)
-            connection.detach()  # closing a connection drops its temporary table, so the pool must not reuse it
-            staged.create(connection, checkfirst=False)
+            connection.detach()  # closing a connection drops its temporary tables, so the pool must not reuse it
+            staged.metadata.create_all(connection, checkfirst=False)
             connection.exec_driver_sql("BEGIN")
             for batch in batches:
-                connection.exec_driver_sql(f"INSERT INTO temp.{staged.name} VALUES (?, ?)", [*batch])
+                places = ", ".join("?" * len(batch.table.c))
+                connection.exec_driver_sql(f"INSERT INTO temp.{batch.table.name} VALUES ({places})", [*batch.rows])
             connection.commit()
             written = _locked(connection, work)
             connection.exec_driver_sql("PRAGMA wal_checkpoint(PASSIVE)")
@@ -147,7 +134,7 @@ class SqliteDatabase(Database):
             held = identity_of(self._path)
             if held not in self._held:  # the file was moved away in the meantime
                 return
-            if len(users) > _SEARCHED_NAMES or any(_has_copies(connection, held, user) for user in users):
+            if len(users) > _SEARCHED_NAMES or any(has_copies(connection, held, user) for user in users):
                 connection.exec_driver_sql("VACUUM")
                 _checkpointed(connection)
 
@@ -258,34 +245,6 @@ class SqliteDatabase(Database):
         if connection.file != identity_of(self._path):
             self._is_current = False
             raise InvalidatePoolError
-
-
-def _occurrences(column: ColumnElement[str]) -> ColumnElement[int]:
-    """Return how often the name occurs in all rows of a column, also as part of longer names and of other words."""
-    name = bindparam("name", type_=Text)
-    length: ColumnElement[int] = func.length(column)
-    count = (length - func.length(func.replace(column, name, ""))) / func.length(name)
-    return select(func.coalesce(func.sum(case((length > _UNSPLIT_BYTES, 0), else_=count)), 0)).scalar_subquery()
-
-
-# The number of occurrences of a name in all rows, without those in long documents.
-_OCCURRENCES = select(
-    reduce(
-        operator.add,
-        (
-            _occurrences(column)
-            for table in (profiles, answers, sessions)
-            for column in table.c
-            if isinstance(column.type, Text)
-        ),
-    )
-)
-
-
-def _has_copies(connection: Connection, file: Identity, user: str) -> bool:
-    """Return whether unused space of the file may contain a row of the user."""
-    count = count_bytes(file, user.encode())
-    return count > 0 and count > connection.execute(_OCCURRENCES, {"name": user}).scalar_one()
 
 
 def _locked(connection: Connection, work: Callable[[Connection], T]) -> T:

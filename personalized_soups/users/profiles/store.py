@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import islice
 from pathlib import Path
 from string import ascii_lowercase, ascii_uppercase
 from types import TracebackType
@@ -22,30 +21,22 @@ from typing import Any, Final, Self
 
 from sqlalchemy import Connection, Row
 
+from personalized_soups.declare.evidence import UserAnswers
 from personalized_soups.declare.profile import Profile
-from personalized_soups.declare.profiles import OnBad, SeenUsers
-from personalized_soups.errors import DeclarationError, UsageError
+from personalized_soups.declare.profiles import OnBad
 from personalized_soups.users.profiles import schema
 from personalized_soups.users.profiles.addresses import open_database
 from personalized_soups.users.profiles.answers import AnswerStore
-from personalized_soups.users.profiles.database import Batch, Database
+from personalized_soups.users.profiles.database import Database
 from personalized_soups.users.profiles.documents import document_of, profile_of
 from personalized_soups.users.profiles.failures import StoreFull, StoreUnavailable, UnknownProfile, VersionConflict
+from personalized_soups.users.profiles.imports import Imported, write_lines
 from personalized_soups.users.profiles.names import MAX_USER_BYTES, check_unicode, check_user, has_surrogates
 from personalized_soups.users.profiles.times import now, time_of
 
 __all__ = [
-    "ABSENT",
-    "ANY",
-    "MAX_USER_BYTES",
-    "Deletion",
-    "ProfileStore",
-    "StoreFull",
-    "StoreUnavailable",
-    "StoredProfile",
-    "UnknownProfile",
-    "VersionConflict",
-    "check_user",
+    "ABSENT", "ANY", "MAX_USER_BYTES", "Deletion", "Imported", "ProfileStore", "StoreFull", "StoreUnavailable",
+    "StoredProfile", "UnknownProfile", "VersionConflict", "check_user",
 ]  # fmt: skip
 
 # Values of `expected` besides a version. ANY: do not check. ABSENT: the user must not have a profile.
@@ -55,7 +46,6 @@ ABSENT: Final = 0
 # The time that a writer waits for other writers. An import of a million profiles holds the lock for less time.
 PATIENCE_SECONDS = 30.0
 
-_BATCH = 5000
 _PAGE = 1000
 _ASCII_LOWER = str.maketrans(ascii_uppercase, ascii_lowercase)
 
@@ -311,33 +301,37 @@ class ProfileStore:
             DeclarationError: if the store's check rejects a profile and `on_bad` is None.
             UsageError: if a user has two profiles and `on_bad` is None.
         """
-        return self._database.write_staged(
-            self._batches(self._documents(profiles, on_bad), on_done),
-            lambda connection: connection.execute(schema.ADD_STAGED, {"now": now()}).rowcount,
+        return self.put_lines(profiles, on_done=on_done, on_bad=on_bad).num_versions
+
+    def put_lines(
+        self,
+        lines: Iterable[Profile | UserAnswers],
+        *,
+        replace_answers: bool = False,
+        on_done: Callable[[int], None] | None = None,
+        on_bad: OnBad | None = None,
+    ) -> Imported:
+        """Write profiles and users' answers in one transaction, as `put_many` writes profiles.
+
+        New answers follow the stored answers of the user. An answer that is stored already is not written and not
+        counted.
+
+        Args:
+            lines: at most one profile and one line of answers for each user. The iterable is read once.
+            replace_answers: whether to replace other answers to the same questions. A replaced answer keeps its place.
+            on_done: a function that is called with the number of valid lines so far.
+            on_bad: see `put_many`. It is also called for each answer to a question that the user has answered
+                otherwise. That answer is skipped.
+
+        Raises:
+            AnsweredOtherwise: if the store has another answer to a question, and neither `replace_answers` nor `on_bad`
+                is given.
+            DeclarationError: see `put_many`.
+            UsageError: if a user has two profiles or two lines of answers, and `on_bad` is None.
+        """
+        return write_lines(
+            self._database, lines, self._checked, replace_answers=replace_answers, on_done=on_done, on_bad=on_bad
         )
-
-    def _documents(self, profiles: Iterable[Profile], on_bad: OnBad | None) -> Iterator[tuple[str, str]]:
-        """Yield the user and the document of every valid profile. The second profile of a user is not valid."""
-        seen = SeenUsers()
-        for profile in profiles:
-            try:
-                # check before `seen.add`: an invalid profile must not block a later valid profile of the user
-                document = self._checked(profile)
-                seen.add(profile)
-            except (DeclarationError, UsageError) as error:
-                if on_bad is None:
-                    raise
-                on_bad(error)
-            else:
-                yield profile.user, document
-
-    def _batches(self, documents: Iterator[tuple[str, str]], on_done: Callable[[int], None] | None) -> Iterator[Batch]:
-        done = 0
-        while batch := list(islice(documents, _BATCH)):
-            yield batch
-            done += len(batch)
-            if on_done is not None:
-                on_done(done)
 
     def _checked(self, profile: Profile) -> str:
         """Check a profile, and return its document."""

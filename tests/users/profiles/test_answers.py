@@ -15,6 +15,7 @@ from sqlalchemy import text
 from personalized_soups.declare.evidence import AnsweredQuestion
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, FileFormatError, UsageError
+from personalized_soups.users.profiles import answer_statements
 from personalized_soups.users.profiles import answers as answers_module
 from personalized_soups.users.profiles.answers import AnsweredOtherwise, AnswersChanged
 from personalized_soups.users.profiles.store import ABSENT, Deletion, ProfileStore, UnknownProfile, VersionConflict
@@ -272,7 +273,7 @@ def test_an_error_of_the_database_does_not_contain_the_texts(store: ProfileStore
 
     def fail(connection: Any) -> None:
         row = {"user": "ada", "question": "q1", "number": 1, "document": "a private text", "answered_at": 0}
-        connection.execute(answers_module.statements.ADD_ANSWER, row)
+        connection.execute(answer_statements.ADD_ANSWER, row)
         connection.execute(text("SELECT :private FROM psoups_missing_table"), {"private": "a private text"})
 
     with pytest.raises(FileFormatError, match="no longer contains a profile store") as error:

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, FileFormatError, SoupError, UsageError
+from personalized_soups.users.profiles import imports
 from personalized_soups.users.profiles import store as store_module
 from personalized_soups.users.profiles.store import (
     ABSENT,
@@ -137,7 +138,7 @@ def test_pages_are_in_the_order_of_code_points(store: ProfileStore) -> None:
 
 def test_all_goes_on_from_page_to_page(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "_PAGE", 3)
-    monkeypatch.setattr(store_module, "_BATCH", 4)
+    monkeypatch.setattr(imports, "_BATCH", 4)
     users = [f"u{number:02d}" for number in range(10)]
     counts: list[int] = []
     assert store.put_many((of(user) for user in reversed(users)), on_done=counts.append) == 10
@@ -146,7 +147,7 @@ def test_all_goes_on_from_page_to_page(store: ProfileStore, monkeypatch: pytest.
 
 
 def test_an_import_writes_all_or_nothing(store: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_BATCH", 2)
+    monkeypatch.setattr(imports, "_BATCH", 2)
     store.put(of("u2", 0.1))
     before = list(store.all())
 
