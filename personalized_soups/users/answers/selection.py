@@ -1,6 +1,6 @@
 """Choose the question to ask next.
 
-Shapes: Q = questions of a pool, D = base rewards.
+Shapes: Q = questions of a pool, T = target questions, D = base rewards.
 """
 
 from __future__ import annotations
@@ -14,16 +14,25 @@ import numpy.typing as npt
 from personalized_soups.users.answers.estimate import Estimate, sigmoid
 from personalized_soups.users.answers.prior import Floats
 
-Rule: TypeAlias = Literal["variance", "information", "thompson", "random"]
+Rule: TypeAlias = Literal["variance", "information", "prediction", "thompson", "random"]
 
 
-def question_scores(estimate: Estimate, differences_QD: npt.ArrayLike, rule: Rule, rng: np.random.Generator) -> Floats:
+def question_scores(
+    estimate: Estimate,
+    differences_QD: npt.ArrayLike,
+    rule: Rule,
+    rng: np.random.Generator,
+    *,
+    targets_TD: npt.ArrayLike | None = None,
+) -> Floats:
     """Return [Q]: how much each question is worth. A higher score is better.
 
     With `g = sigmoid'(w . v)` and the estimate's covariance C, the rules are:
 
     - `variance`: `g^2 v'Cv`, the variance of the predicted probability (PReF's reference code, arXiv:2503.06358);
     - `information`: `log(1 + g v'Cv)`, the growth of the log determinant of the precision (D-optimal design);
+    - `prediction`: `g v'CMCv / (1 + g v'Cv)` with M from `open_targets`: how much the variances of the target questions
+      shrink, where a target counts more if its answer is still open (I-optimal design for the targets);
     - `thompson`: `-|w~ . v| / sqrt(v'v)` for weights `w~` drawn from the estimate: asks about the closest call;
     - `random`: a random number.
 
@@ -32,6 +41,8 @@ def question_scores(estimate: Estimate, differences_QD: npt.ArrayLike, rule: Rul
         differences_QD: `phi(a) - phi(b)` of each question.
         rule: the rule.
         rng: the generator of random numbers, used by `thompson` and `random`.
+        targets_TD: the differences of the questions whose answers are to be predicted, for `prediction`. They need not
+            be in the pool. By default, they are the pool's questions.
     """
     differences = np.asarray(differences_QD, dtype=np.float64)
     if rule == "random":
@@ -46,7 +57,26 @@ def question_scores(estimate: Estimate, differences_QD: npt.ArrayLike, rule: Rul
     variance = np.maximum(np.einsum("qd,de,qe->q", differences, estimate.covariance, differences), 0.0)
     if rule == "variance":
         return slopes**2 * variance
+    if rule == "prediction":
+        matrix = open_targets(estimate, differences if targets_TD is None else targets_TD)
+        reach = differences @ estimate.covariance
+        return slopes * np.einsum("qd,de,qe->q", reach, matrix, reach) / (1 + slopes * variance)
     return np.log1p(slopes * variance)
+
+
+def open_targets(estimate: Estimate, targets_TD: npt.ArrayLike) -> Floats:
+    """Return M, [D, D]: the mean over targets of `p v v'`, where p is the density at 0 of the target's margin.
+
+    For a margin with mean m and variance s^2, `p = exp(-m^2 / 2 s^2) / s`, up to a constant. A target whose order is
+    settled has a small density, so a question that would only make it more certain is worth little.
+    """
+    targets = np.asarray(targets_TD, dtype=np.float64)
+    variance = np.einsum("td,de,te->t", targets, estimate.covariance, targets)
+    is_open = variance > 1e-300  # other targets have no difference in any reward
+    spread = np.where(is_open, variance, 1.0)
+    density = np.where(is_open, np.exp(-((targets @ estimate.mean) ** 2) / (2 * spread)) / np.sqrt(spread), 0.0)
+    matrix: Floats = (targets.T * density) @ targets / max(1, len(targets))
+    return matrix
 
 
 def next_question(
@@ -57,6 +87,7 @@ def next_question(
     prompts: Sequence[str] | None = None,
     rule: Rule = "information",
     rng: np.random.Generator | None = None,
+    targets_TD: npt.ArrayLike | None = None,
 ) -> int | None:
     """Return the index of the question to ask next, or None if every question was asked.
 
@@ -70,6 +101,7 @@ def next_question(
         prompts: the prompt of each question. By default, every question has its own prompt.
         rule: see `question_scores`. Equal scores go to the first question of the pool.
         rng: the generator of random numbers. The default is seeded with the number of questions asked.
+        targets_TD: the questions whose answers are to be predicted, for the rule `prediction`. See `question_scores`.
     """
     differences = np.asarray(differences_QD, dtype=np.float64)
     rng = np.random.default_rng(len(asked)) if rng is None else rng
@@ -83,5 +115,5 @@ def next_question(
             uses[prompts[index]] += 1
         num_uses = np.array([uses[prompt] for prompt in prompts])
         is_open &= num_uses == num_uses[is_open].min()
-    scores = question_scores(estimate, differences, rule, rng)
+    scores = question_scores(estimate, differences, rule, rng, targets_TD=targets_TD)
     return int(np.argmax(np.where(is_open, scores, -np.inf)))

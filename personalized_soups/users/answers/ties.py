@@ -1,13 +1,13 @@
 """Use ties as answers of their own, by the model of Rao and Kupper (1967, "Ties in paired-comparison experiments").
 
-A user who sees a margin m between two items prefers the first with probability `sigmoid(m - t)`, prefers the second with
-probability `sigmoid(-m - t)`, and otherwise calls a tie. The threshold t is the margin below which users see no
+A user who sees a margin m between two items prefers the first with probability `sigmoid(m - t)`, prefers the second
+with probability `sigmoid(-m - t)`, and otherwise calls a tie. The threshold t is the margin below which users see no
 difference. The probability of a tie is
 
     sigmoid(m + t) - sigmoid(m - t) = (1 - exp(-2 t)) sigmoid(m + t) sigmoid(t - m).
 
-So a tie has the likelihood of two binary answers: "better, even with t more", and "worse, even with t less". This module
-turns answers into such rows for `estimate_weights`.
+So a tie has the likelihood of two binary answers: "better, even with t more", and "worse, even with t less". This
+module turns answers into such rows for `estimate_weights`.
 
 Shapes: N = answers, R = rows, D = base rewards.
 """

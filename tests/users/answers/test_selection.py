@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ from personalized_soups.users.answers.estimate import Estimate, estimate_weights
 from personalized_soups.users.answers.prior import GaussianPrior
 from personalized_soups.users.answers.selection import Rule, next_question, question_scores
 
-RULES: tuple[Rule, ...] = ("variance", "information", "thompson", "random")
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 
 def estimate(num_rewards: int = 3, seed: int = 0) -> Estimate:
