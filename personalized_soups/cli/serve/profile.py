@@ -11,11 +11,14 @@ import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.options import AllowOpposedOption, JsonOption, StoreOption
+from personalized_soups.cli.serve.profile_answers import expire_answers, show_answers
 from personalized_soups.cli.serve.profile_files import export_profiles, import_profiles
+from personalized_soups.cli.serve.profile_infer import infer_profile
 from personalized_soups.cli.serve.stored_profiles import (
     DEFAULT_STORE,
     CheckedExpertsOption,
     cells_of,
+    counted,
     json_of,
     opened_store,
     printable,
@@ -25,6 +28,7 @@ from personalized_soups.errors import UsageError, check_extra
 
 if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile
+    from personalized_soups.users.profiles.store import ProfileStore
 
 UserArgument = Annotated[str, typer.Argument(help="The user's name in the store.", show_default=False)]
 ExpectOption = Annotated[
@@ -42,11 +46,14 @@ def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Keep the profiles of all users, with every version, in one store.")
     group.command("set")(set_profile)
     group.command("get")(get_profile)
+    group.command("infer")(infer_profile)
     group.command("list")(list_profiles)
     group.command("delete")(delete_profile)
     group.command("import")(import_profiles)
     group.command("export")(export_profiles)
     group.command("history")(show_history)
+    group.command("answers")(show_answers)
+    group.command("expire")(expire_answers)
     app.add_typer(group, name="profile")
 
 
@@ -143,7 +150,7 @@ def delete_profile(
     expect: ExpectOption = None,
     profiles: StoreOption = DEFAULT_STORE,
 ) -> None:
-    """Delete all versions of a user's profile. This cannot be undone."""
+    """Delete all versions of a user's profile, and the user's answers to questions. This cannot be undone."""
     if not yes and not sys.stdin.isatty():
         raise UsageError(
             "the deletion must be confirmed, but standard input is not a terminal",
@@ -152,12 +159,9 @@ def delete_profile(
         )
     with opened_store(profiles) as store:
         if not yes:
-            num_versions = len(store.history(user))
-            question = f"Delete {printable(user)} with {num_versions} version{'s' if num_versions > 1 else ''}?"
-            if not typer.confirm(question, err=True):
-                raise typer.Exit(1)
-        store.delete(user, expected=expect)
-    render.say(f"{printable(user)} is deleted, with all versions")
+            _confirm_deletion(store, user)
+        deletion = store.delete(user, expected=expect)
+    render.say(f"{printable(user)} is deleted, with {_contents(deletion.num_versions, deletion.num_answers)}")
 
 
 def show_history(user: UserArgument, *, profiles: StoreOption = DEFAULT_STORE, as_json: JsonOption = False) -> None:
@@ -168,6 +172,29 @@ def show_history(user: UserArgument, *, profiles: StoreOption = DEFAULT_STORE, a
         render.show_json([json_of(stored) for stored in history])
     else:
         render.show_table(["version", "written", "weights"], [cells_of(stored) for stored in history])
+
+
+def _confirm_deletion(store: ProfileStore, user: str) -> None:
+    """Ask whether to delete a user, and exit if not.
+
+    Raises:
+        UnknownProfile: if the store has neither a profile nor answers of the user.
+    """
+    from personalized_soups.users.profiles.store import UnknownProfile
+
+    num_answers = store.answers.count(user)
+    try:
+        num_versions = len(store.history(user))
+    except UnknownProfile:
+        if not num_answers:
+            raise
+        num_versions = 0
+    if not typer.confirm(f"Delete {printable(user)} with {_contents(num_versions, num_answers)}?", err=True):
+        raise typer.Exit(1)
+
+
+def _contents(num_versions: int, num_answers: int) -> str:
+    return f"{counted(num_versions, 'version')} of the profile and {counted(num_answers, 'answer')}"
 
 
 def _check_one_source(weights: str | None, file: Path | None, **fields: object) -> None:

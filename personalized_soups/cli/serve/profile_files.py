@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.arguments import Option, name_options
 from personalized_soups.cli.options import JsonOption, StoreOption
-from personalized_soups.cli.serve.stored_profiles import DEFAULT_STORE, CheckedExpertsOption, fields_of, opened_store
+from personalized_soups.cli.serve.stored_profiles import (
+    DEFAULT_STORE,
+    CheckedExpertsOption,
+    counted,
+    fields_of,
+    opened_store,
+)
 from personalized_soups.errors import InputError, OutputExistsError, SoupError
+
+if TYPE_CHECKING:
+    from personalized_soups.users.profiles.imports import Imported
+    from personalized_soups.users.profiles.store import ProfileStore
 
 
 def import_profiles(
@@ -24,21 +36,32 @@ def import_profiles(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Skip invalid lines and print their errors, but write the valid lines.")
     ] = False,
+    replace_answers: Annotated[
+        bool,
+        typer.Option(
+            "--replace-answers", help="Replace stored answers if the file has other answers to the questions."
+        ),
+    ] = False,
     profiles: StoreOption = DEFAULT_STORE,
     experts: CheckedExpertsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write all profiles of a file to the store.
+    """Write all profiles, and all answers to questions, of a file to the store.
 
-    If a line is invalid, nothing is written unless you give --skip-bad. Profiles that are already in the store are not
-    written again.
+    If a line is invalid, nothing is written unless you give --skip-bad. Profiles and answers that are already in the
+    store are not written again.
     """
-    from personalized_soups.declare.profiles import read_profiles
+    from personalized_soups.declare.profiles import read_user_lines
 
     with opened_store(profiles, experts, create=True) as store, render.progress("importing", quiet=as_json) as bar:
         report = _ImportReport(bar)
         on_bad = report.skip if skip_bad else None
-        report.written = store.put_many(read_profiles(file, on_bad=on_bad), on_done=report.advance, on_bad=on_bad)
+        report.imported = store.put_lines(
+            read_user_lines(file, on_bad=on_bad),
+            replace_answers=replace_answers,
+            on_done=report.advance,
+            on_bad=on_bad,
+        )
     report.check(file)
     report.show(with_skipped=skip_bad, as_json=as_json)
 
@@ -49,20 +72,40 @@ def export_profiles(
         Path | None, typer.Option(help="New file to write instead of standard output.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
+    with_answers: Annotated[
+        bool,
+        typer.Option("--with-answers", help="Add a line with the answers to questions for each user who has answers."),
+    ] = False,
     profiles: StoreOption = DEFAULT_STORE,
 ) -> None:
     """Print the current profiles as JSON Lines, sorted by user. psoups profile import reads this format."""
+    counts = Counter[str]()
     with opened_store(profiles) as store:
         if out is None:
-            for stored in store.all():
-                render.show_line(fields_of(stored.profile))
+            for line in _exported(store, counts, with_answers=with_answers):
+                render.show_line(line)
             return
-        count = 0
         with _new_file(out, overwrite=overwrite) as lines:
-            for stored in store.all():
-                lines.write(json.dumps(fields_of(stored.profile), ensure_ascii=False) + "\n")
-                count += 1
-    render.say(f"{count} profiles in {out}")
+            for line in _exported(store, counts, with_answers=with_answers):
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+    answers = f" and the answers of {counted(counts['answers'], 'user')}" if with_answers else ""
+    render.say(f"{counted(counts['profiles'], 'profile')}{answers} in {out}")
+
+
+def _exported(store: ProfileStore, counts: Counter[str], *, with_answers: bool) -> Iterator[dict[str, Any]]:
+    """Yield the lines of an export, first the profiles and then the answers, and count both kinds in `counts`."""
+    for stored in store.all():
+        counts["profiles"] += 1
+        yield fields_of(stored.profile)
+    if with_answers:
+        for user in store.answers.users():
+            answers = store.answers.of(user)
+            if answers:  # else they were deleted in the meantime
+                counts["answers"] += 1
+                yield {
+                    "user": user,
+                    "answers": [answered.model_dump(mode="json", exclude_defaults=True) for answered in answers],
+                }
 
 
 @dataclass
@@ -71,16 +114,17 @@ class _ImportReport:
 
     bar: render.Bar
     num_valid: int = 0
-    written: int = 0
+    imported: Imported | None = None
     skipped: list[SoupError] = field(default_factory=list)
 
     def advance(self, num_valid: int) -> None:
-        """Set the number of valid profiles and advance the progress bar."""
+        """Set the number of valid lines and advance the progress bar."""
         self.num_valid = num_valid
         self.bar.update(num_valid)
 
     def skip(self, error: SoupError) -> None:
         """Record and print the error of a skipped line."""
+        name_options(error, {"replace_answers": Option("--replace-answers", takes_value=False)})
         self.skipped.append(error)
         render.say(" ".join(f"skipped {error.where}: {error.what}; {error.mend}".split()))
 
@@ -92,19 +136,23 @@ class _ImportReport:
         """
         if self.skipped and not self.num_valid:
             raise InputError(
-                f"the file has no valid profile, but {len(self.skipped)} invalid lines",
+                f"the file has no valid line, but {len(self.skipped)} invalid lines",
                 where=str(file),
                 mend="fix the lines whose errors are printed above",
             )
 
     def show(self, *, with_skipped: bool, as_json: bool) -> None:
         """Print the counts. With both flags, the JSON also contains the errors of the skipped lines."""
+        assert self.imported is not None
         there = "there_already" if as_json else "there already"
         record: dict[str, object] = {
-            "profiles": self.num_valid,
-            "written": self.written,
-            there: self.num_valid - self.written,
+            "profiles": self.imported.num_profiles,
+            "written": self.imported.num_versions,
+            there: self.imported.num_profiles - self.imported.num_versions,
         }
+        if self.imported.num_given:
+            record["answers"] = self.imported.num_given
+            record["answers_written" if as_json else "answers written"] = self.imported.num_answers
         errors = [{"where": error.where, "what": error.what, "mend": error.mend} for error in self.skipped]
         if with_skipped:
             record["skipped"] = errors if as_json else len(errors)

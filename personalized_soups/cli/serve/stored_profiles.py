@@ -82,3 +82,8 @@ def time_of(stored: StoredProfile) -> str:
 def printable(name: str) -> str:
     """Return `name` if it is safe to print, else its `repr`, because a terminal would execute control characters."""
     return name if name.isprintable() and name.strip() == name else repr(name)
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 answer` or `2 answers`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

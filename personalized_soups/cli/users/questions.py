@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import EMBEDDED, checked_dtype, resolve_base
+from personalized_soups.cli.bases import checked_dtype, resolve_base
 from personalized_soups.cli.options import (
     BaseOption,
     DeviceOption,
@@ -23,15 +21,12 @@ from personalized_soups.cli.options import (
     SeedOption,
     TemperatureOption,
 )
+from personalized_soups.cli.question_pools import pool_progress, prompts_of
 from personalized_soups.cli.sampling import check_temperature
 from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
-    from personalized_soups.users.answers.making import OnProgress
     from personalized_soups.users.answers.pool import QuestionPool
-
-# Each prompt gives about two questions, so that answers to one prompt differ in several ways.
-_QUESTIONS_PER_PROMPT = 2
 
 PoolArgument = Annotated[Path, typer.Argument(help="Folder of questions, which psoups questions make wrote.")]
 
@@ -87,13 +82,13 @@ def make(
 
     chosen = checked_dtype(dtype)
     check_target(out, overwrite=overwrite)
-    texts = _prompts(prompts, base, num_questions, seed)
+    texts = prompts_of(prompts, base, num_questions, seed)
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.users.answers.making import make_questions
 
     path = resolve_base(base)
     model = SoupModel.from_pretrained(path, experts, device=device, dtype=chosen, same_base=same_base)
-    with _progress(quiet=as_json) as on_progress:
+    with pool_progress(quiet=as_json) as on_progress:
         pool = make_questions(
             model,
             texts,
@@ -130,40 +125,6 @@ def show(
         else:
             render.show_record(shown)
     render.say(f"{min(limit, len(pool))} of {len(pool)} questions; rewards of {', '.join(pool.names)}")
-
-
-def _prompts(file: Path | None, base: str, num_questions: int, seed: int) -> list[str]:
-    """Return the prompts of the file, or for the embedded base questions about its validation topics.
-
-    Experts are trained on other topics, and evaluations ask about held-out topics.
-    """
-    if file is not None:
-        from personalized_soups.generation.prompts import read_prompts
-
-        return read_prompts(file)
-    if base != EMBEDDED:
-        raise UsageError(
-            "no prompts are given", where="prompts", mend="give a file of prompts, e.g. --prompts questions.txt"
-        )
-    from personalized_soups.tiny.corpus import prompts, topics
-
-    count = -(-num_questions // _QUESTIONS_PER_PROMPT)
-    return prompts("validation", min(count, len(topics("validation"))), seed)
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[OnProgress]:
-    """Yield a function that shows a progress bar for each stage."""
-    with ExitStack() as stack:
-        bars: dict[str, render.Bar] = {}
-
-        def on_progress(stage: str, done: int, total: int) -> None:
-            if stage not in bars:
-                stack.close()  # ends the bar of the stage before
-                bars[stage] = stack.enter_context(render.progress(stage, total, quiet=quiet))
-            bars[stage].update(done)
-
-        yield on_progress
 
 
 def _report(pool: QuestionPool, wanted: int, *, as_json: bool) -> None:

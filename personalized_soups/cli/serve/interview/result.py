@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,9 @@ if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile
     from personalized_soups.users.answers.preferences import Preference
     from personalized_soups.users.answers.win_rate import WinRate
+
+
+_WIDEST_TEXT = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,63 +58,67 @@ class InterviewResult:
         return [preference.dimension for preference in self.preferences if preference.certainty == "open"]
 
 
-def show_result(result: InterviewResult, *, use: Sequence[str], more: str | None) -> None:
+def show_result(result: InterviewResult, *, store: str, use: Sequence[str], more: str | None) -> None:
     """Print a result.
 
     Args:
         result: the result.
+        store: the store that has the profile.
         use: commands that use the profile.
         more: the command that asks more questions, or None if there are no more.
     """
-    answers = f"{result.num_answers} answer{'' if result.num_answers == 1 else 's'}"
+    _show_preferences(result)
+    _show_sentences(result.summary, *(f"Note: {note}" for note in result.notes))
+    if guess := guess_text(result.agreement):
+        _show_sentences(f"{guess}.")
+    if result.win_rate is not None:
+        rate = result.win_rate
+        _show_sentences(
+            f"Predicted win rate of your soup against the base: {rate.mean:.0%} ({rate.low:.0%} to {rate.high:.0%}), "
+            f"on {result.num_prompts} prompts."
+        )
+    if result.profile is not None:
+        from personalized_soups.declare.loader import dump
+
+        render.show_text(f"\nVersion {result.version} of the profile in {store}:\n{dump(result.profile)}\nUse it:")
+        for command in use:
+            render.show_text(f"  {command}")
+    if more is not None:
+        still_open = f"Still open: {', '.join(result.still_open)}. " if result.still_open else ""
+        render.show_text(f"\n{still_open}More questions make the estimate more certain:\n  {more}")
+
+
+def _show_preferences(result: InterviewResult) -> None:
     skipped = result.num_asked - result.num_answers
+    title = f"{result.num_answers} answer{'' if result.num_answers == 1 else 's'}"
     render.show_table(
-        ["dimension", "you prefer", "to", "strength", f"{_level(result)} interval", "certainty"],
+        ["dimension", "preferred", "over", f"strength ({_level(result)} interval)", "certainty"],
         [
             [
                 each.dimension,
                 each.preferred,
                 each.other,
-                f"{each.strength:.2f}",
-                f"{each.interval[0]:.2f} to {each.interval[1]:.2f}",
+                f"{each.strength:.2g} ({each.interval[0]:.2g} to {each.interval[1]:.2g})",
                 f"{each.certainty} ({each.probability:.0%})",
             ]
             for each in result.preferences
         ],
-        title=f"{answers}{f', {skipped} skipped' if skipped else ''}",
+        title=f"{title}, {skipped} skipped" if skipped else title,
     )
-    render.show_text(result.summary)
-    for note in result.notes:
-        render.show_text(f"Note: {note}")
-    guess = guess_text(result.agreement)
-    if guess:
-        render.show_text(f"{guess}.")
-    if result.win_rate is not None:
-        rate = result.win_rate
-        render.show_text(
-            f"Predicted win rate of your soup against the base: {rate.mean:.0%} ({rate.low:.0%} to {rate.high:.0%}), "
-            f"on {result.num_prompts} prompts."
-        )
-    _show_next(result, use=use, more=more)
 
 
-def _show_next(result: InterviewResult, *, use: Sequence[str], more: str | None) -> None:
-    if result.profile is not None:
-        from personalized_soups.declare.loader import dump
-
-        render.show_text(f"\n{dump(result.profile)}", end="")
-        for command in use:
-            render.show_text(f"  {command}")
-    if more is not None:
-        still_open = ", ".join(result.still_open)
-        reason = f"still open: {still_open}. More" if still_open else "more"
-        render.show_text(f"\n{reason.capitalize()} questions make the estimate more certain:\n  {more}")
+def _show_sentences(*paragraphs: str) -> None:
+    """Print paragraphs, in a terminal with line breaks between words."""
+    width = min(shutil.get_terminal_size().columns, _WIDEST_TEXT) if sys.stdout.isatty() else sys.maxsize
+    for paragraph in paragraphs:
+        render.show_text(textwrap.fill(paragraph, width, break_long_words=False, break_on_hyphens=False))
 
 
 def json_of_result(result: InterviewResult) -> dict[str, Any]:
     """Return a result as a JSON object. A share that is not known is null."""
     return {
         "user": result.user,
+        "done": True,
         "num_asked": result.num_asked,
         "num_answers": result.num_answers,
         "preferences": [

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from personalized_soups.users.profiles.failures import AnswersChanged
-
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from personalized_soups.declare.evidence import AnsweredQuestion
     from personalized_soups.users.profiles.answers import AnswerStore
 
@@ -31,12 +32,10 @@ class StoredAnswers:
         """Store an answer after the answers so far.
 
         Raises:
-            AnswersChanged: if another session has changed the user's answers.
+            AnswersChanged, AnsweredOtherwise: if another session has changed the user's answers.
         """
-        try:
+        with self._naming_the_way_on():
             self._answers.add(self._user, answered, expected=self._count)
-        except AnswersChanged as error:
-            raise self._conflict(error) from error
         # not the count that `add` returns: two sessions may give the same answer, and then one of them goes on
         self._count += 1
 
@@ -46,16 +45,21 @@ class StoredAnswers:
         Raises:
             AnswersChanged: if another session has changed the user's answers.
         """
-        try:
+        with self._naming_the_way_on():
             self._answers.undo(self._user, expected=self._count)
-        except AnswersChanged as error:
-            raise self._conflict(error) from error
         self._count -= 1
 
-    def _conflict(self, error: AnswersChanged) -> AnswersChanged:
-        return AnswersChanged(
-            f"{error.what}; your last key was not stored",
-            where=error.where,
-            mend=f"end the other session, then continue with all stored answers: {self._resume}",
-            current=error.current,
-        )
+    @contextmanager
+    def _naming_the_way_on(self) -> Iterator[None]:
+        """Add the command that continues to the errors of two sessions at once."""
+        from personalized_soups.users.profiles.failures import AnsweredOtherwise, AnswersChanged
+
+        mend = f"end the other session, then continue with the stored answers: {self._resume}"
+        try:
+            yield
+        except AnswersChanged as error:
+            what = f"{error.what}; your last key was not stored"
+            raise AnswersChanged(what, where=error.where, mend=mend, current=error.current) from error
+        except AnsweredOtherwise as error:
+            what = f"{error.what}, which another session has added; your last key was not stored"
+            raise AnsweredOtherwise(what, where=error.where, mend=mend) from error

@@ -1,0 +1,263 @@
+"""`psoups profile infer`: ask a user which answers are better, and write the profile that the answers give."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args
+
+import typer
+
+from personalized_soups.cli import render
+from personalized_soups.cli.bases import LoadOptions, checked_dtype
+from personalized_soups.cli.options import (
+    AllowOpposedOption,
+    BaseOption,
+    DeviceOption,
+    DtypeOption,
+    ExpertsOption,
+    JsonOption,
+    SameBaseOption,
+    StoreOption,
+)
+from personalized_soups.cli.serve.interview.keyboard import opened_keyboard
+from personalized_soups.cli.serve.interview.person import Person
+from personalized_soups.cli.serve.interview.pools import PoolSource
+from personalized_soups.cli.serve.interview.result import json_of_result, show_result
+from personalized_soups.cli.serve.interview.run import InferenceOptions, InferenceRun
+from personalized_soups.cli.serve.interview.same_command import same_command
+from personalized_soups.cli.serve.interview.stored_answers import StoredAnswers
+from personalized_soups.cli.serve.stored_profiles import DEFAULT_STORE, opened_store, printable
+from personalized_soups.errors import RunError, UsageError, choose_from
+
+if TYPE_CHECKING:
+    from personalized_soups.declare.profile import Profile
+    from personalized_soups.users.answers.selection import Rule
+    from personalized_soups.users.answers.session import InferenceSession
+    from personalized_soups.users.answers.stopping import StoppingRule
+    from personalized_soups.users.profiles.store import ProfileStore
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_MORE_QUESTIONS = 5
+
+
+def infer_profile(
+    context: typer.Context,
+    user: Annotated[str, typer.Argument(help="The user's name in the store.", show_default=False)],
+    *,
+    experts: ExpertsOption,
+    base: BaseOption,
+    questions: Annotated[
+        int, typer.Option(min=1, help="Number of questions in all, with those of earlier runs and skipped ones.")
+    ] = 10,
+    certainty: Annotated[
+        float | None,
+        typer.Option(
+            help="Stop early when this share of the user's choices is expected to be predicted, e.g. 0.9.",
+            show_default=False,
+        ),
+    ] = None,
+    pool: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of questions, which psoups questions make wrote. By default, questions are made once and "
+            "kept next to the experts.",
+            show_default=False,
+        ),
+    ] = None,
+    rule: Annotated[
+        str, typer.Option(help="How the next question is chosen: information, variance, thompson or random.")
+    ] = "information",
+    noise: Annotated[float, typer.Option(help="Probability that the user presses the wrong button.")] = 0.0,
+    refit: Annotated[
+        bool,
+        typer.Option("--refit", help="Ask nothing: estimate the weights from the stored answers with these experts."),
+    ] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Delete the user's stored answers, and start with the first question.")
+    ] = False,
+    scale: Annotated[
+        float | None, typer.Option(help="Greatest weight of the profile, instead of 0.6.", show_default=False)
+    ] = None,
+    allow_opposed: AllowOpposedOption = False,
+    no_win_rate: Annotated[
+        bool, typer.Option("--no-win-rate", help="Do not predict how often the soup's answers beat the base's.")
+    ] = False,
+    profiles: StoreOption = DEFAULT_STORE,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "float32",
+    same_base: SameBaseOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a user which of two answers is better, and store the profile that the answers give.
+
+    Press A or B, T for a tie, S to skip, K to go back, Q to quit, or ? for help. Each answer is stored at once. Run the
+    same command again to continue. If standard input is not a terminal, each line is one key.
+    """
+    options = InferenceOptions(
+        stopping=_stopping(questions, certainty),
+        rule=_checked_rule(rule),
+        noise=_checked_noise(noise),
+        scale=_checked_scale(scale),
+        allow_opposed=allow_opposed,
+        with_win_rate=not no_win_rate,
+    )
+    loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
+    if refit and restart:
+        raise UsageError(
+            "--refit uses the stored answers, but --restart deletes them",
+            where="--refit, --restart",
+            mend="remove one of the two options",
+        )
+    from personalized_soups.adapters.library import ExpertLibrary
+
+    library = ExpertLibrary.open(*experts)
+    run = InferenceRun(user, library, PoolSource(pool, experts, loading, quiet=as_json), options)
+    again = _Again(context)
+    with opened_store(profiles, experts, create=True) as store:
+        if restart:
+            num_deleted = store.answers.delete(user)
+            render.say(f"{num_deleted} stored answers of {printable(user)} are deleted")
+        answers = store.answers.of(user)
+        session: InferenceSession | None
+        if refit:
+            session = run.refitted(answers)
+        else:
+            session = run.session(answers, refit=again.command(refit=True), restart=again.command(restart=True))
+            session = _asked(run, store, session, again, as_json=as_json)
+        if session is not None:
+            _finish(run, store, session, again, as_json=as_json)
+
+
+class _Again:
+    """Writes the running command with other options, for messages."""
+
+    def __init__(self, context: typer.Context) -> None:
+        self._context = context
+
+    def command(self, **changes: object) -> str:
+        """Return the command. Without changes, it continues the interview."""
+        return same_command(self._context, {"restart": False, "refit": False, **changes})
+
+    def value(self, name: str) -> Any:
+        """Return the value of a parameter."""
+        return self._context.params[name]
+
+
+def _asked(
+    run: InferenceRun, store: ProfileStore, session: InferenceSession, again: _Again, *, as_json: bool
+) -> InferenceSession | None:
+    """Ask the questions. Return None if the user quits.
+
+    Raises:
+        RunError: if standard input ends before the questions do.
+    """
+    user, continue_ = session.user, again.command()
+    if session.answers:
+        render.say(f"{_answers(session.num_asked)} stored already for {printable(user)}")
+    log = StoredAnswers(store.answers, user, session.num_asked, resume=continue_)
+    try:
+        with opened_keyboard(sys.stdin) as keyboard:
+            session, ending = run.asked(session, Person(keyboard, render.say), log)
+    except KeyboardInterrupt:
+        render.say(f"\ninterrupted; your answers are kept. Continue: {continue_}")
+        raise typer.Exit(_INTERRUPTED) from None
+    if ending == "done":
+        return session
+    kept = f"{_answers(session.num_asked)} kept in {again.value('profiles')}"
+    if ending == "end of input":
+        raise RunError(
+            f"standard input ended before question {session.num_asked + 1} was answered; {kept}",
+            where="standard input",
+            mend=f"continue: {continue_}",
+        )
+    render.say(f"{kept}. Continue: {continue_}")
+    if session.num_asked:
+        render.say(f"Or use the answers so far: {again.command(questions=session.num_asked)}")
+    if as_json:
+        render.show_json({"user": user, "done": False, "num_asked": session.num_asked})
+    return None
+
+
+def _finish(run: InferenceRun, store: ProfileStore, session: InferenceSession, again: _Again, *, as_json: bool) -> None:
+    """Store the profile, and print the result.
+
+    Raises:
+        RunError: if the answers show no preference, so that there is no profile.
+    """
+    profile = run.profile(session)
+    version = None if profile is None else store.put(profile).version
+    result = run.result(session, profile, version)
+    num_open = len(session.pool) - session.num_asked
+    more = again.command(questions=session.num_asked + min(_MORE_QUESTIONS, num_open)) if num_open else None
+    if as_json:
+        render.show_json(json_of_result(result))
+    else:
+        show_result(result, store=again.value("profiles"), use=_uses(profile, again), more=more)
+    if profile is None:
+        raise RunError(
+            "the answers show no preference, so no profile was written",
+            where=f"the answers of {session.user!r}",
+            mend="take back answers with K, or start again" if more is None else f"answer more questions: {more}",
+        )
+
+
+def _uses(profile: Profile | None, again: _Again) -> list[str]:
+    """Return commands that use a profile."""
+    if profile is None:
+        return []
+    model = [word for folder in again.value("experts") for word in ("--experts", str(folder))]
+    model += ["--base", again.value("base")]
+    weights = ",".join(f"{name}={weight:g}" for name, weight in profile.weights.items())
+    opposed = ["--allow-opposed"] if profile.allow_opposed else []
+    generate = ["psoups", "generate", "How do I clean a lamp?", *model, "--weights", weights, *opposed]
+    serve = ["psoups", "serve", *model, "--profiles", again.value("profiles")]
+    return [shlex.join(generate), f"{shlex.join(serve)}  # then ask the model soup:{printable(profile.user)}"]
+
+
+def _answers(count: int) -> str:
+    return "1 answer is" if count == 1 else f"{count} answers are"
+
+
+def _stopping(questions: int, certainty: float | None) -> StoppingRule:
+    from personalized_soups.users.answers.stopping import StoppingRule
+
+    if certainty is not None and not 0.5 < certainty <= 1:
+        raise UsageError(
+            f"the certainty is {certainty:g}, but it must be above 0.5, which is guessing, and at most 1",
+            where="--certainty",
+            mend="give --certainty 0.9",
+        )
+    return StoppingRule(questions, certainty)
+
+
+def _checked_rule(name: str) -> Rule:
+    from personalized_soups.users.answers.selection import Rule
+
+    known: tuple[Rule, ...] = get_args(Rule)
+    for rule in known:
+        if rule == name:
+            return rule
+    raise UsageError(f"unknown rule {name!r}", where="--rule", mend=choose_from(name, known))
+
+
+def _checked_noise(noise: float) -> float:
+    if not 0 <= noise < 0.5:
+        raise UsageError(
+            f"the noise is {noise:g}, but it must be at least 0 and less than 0.5, which is random",
+            where="--noise",
+            mend="give --noise 0.05 if about one key in twenty is wrong",
+        )
+    return noise
+
+
+def _checked_scale(scale: float | None) -> float | None:
+    if scale is not None and not 0 < scale < math.inf:
+        raise UsageError(
+            f"the scale is {scale:g}, but it must be a finite number greater than 0",
+            where="--scale",
+            mend="give --scale 0.6",
+        )
+    return scale
