@@ -34,7 +34,7 @@ class Evolution:
         _check_numbers(sigma, limit, population)
         if np.abs(mean_X).max() > limit:
             raise UsageError(
-                f"the start has the weight {mean_X[np.abs(mean_X).argmax()]:g}, but limit is {limit:g}",
+                f"the start has a weight of magnitude {np.abs(mean_X).max():g}, but limit is {limit:g}",
                 where="start",
                 mend=f"give a start within the limit, or limit={np.abs(mean_X).max():g}",
             )

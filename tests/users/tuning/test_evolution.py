@@ -82,7 +82,7 @@ def test_it_tells_when_it_has_converged() -> None:
         ({"limit": -1.0}, "limit is -1"),
         ({"limit": math.inf}, "limit is inf"),
         ({"population": 3}, "population is 3, but CMA-ES needs at least 4"),
-        ({"limit": 0.5}, "the start has the weight -1, but limit is 0.5"),
+        ({"limit": 0.5}, "the start has a weight of magnitude 1, but limit is 0.5"),
     ],
 )
 def test_wrong_numbers_are_told(options: dict[str, float], what: str) -> None:

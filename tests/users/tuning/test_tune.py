@@ -257,7 +257,7 @@ def _wrong(model: SoupModel, objective: Any = None, **options: Any) -> Tuning:
         ({"sigma": -1.0}, "sigma is -1", "sigma"),
         ({"limit": 0.0}, "limit is 0", "limit"),
         ({"layer_groups": 3}, "experts adapt 2 numbered layers", "layer_groups"),
-        ({"start": Profile(weights={"cold": 2.0})}, "the start has the weight 2, but limit is 1.5", "start"),
+        ({"start": Profile(weights={"cold": 2.0})}, "the start has a weight of magnitude 2, but limit is 1.5", "start"),
         ({"objective": Noise(0)}, "the objective has no items", "objective"),
     ],
 )
@@ -281,7 +281,7 @@ def test_a_model_without_experts_is_told(model: SoupModel) -> None:
 def test_scores_of_a_wrong_shape_are_told(model: SoupModel) -> None:
     class Total(Noise):
         def scores(self, candidates: Sequence[ExpertWeights], items: Sequence[int], *, draw: int) -> Scores:
-            return super().scores(candidates, items, draw=draw).mean(axis=1)
+            return super().scores(candidates, items, draw=draw)[:, 0]
 
     with pytest.raises(UsageError, match=r"shape \(7,\) for 7 candidates and 2 items"):
         _wrong(model, Total(3))

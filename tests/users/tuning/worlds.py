@@ -64,7 +64,13 @@ class Peak(Noise):
 
     def score(self, candidate: ExpertWeights, item: int, draw: int) -> float:
         names = {*candidate.weights, *self._target}
-        numbers = {name: candidate.weights.get(name, 0.0) for name in names}
-        assert all(isinstance(number, float) for number in numbers.values())
-        distance = sum((number - self._target.get(name, 0.0)) ** 2 for name, number in numbers.items())  # type: ignore[operator]
-        return float(distance if item in self._turned else -distance)
+        numbers = profile_weights(candidate)
+        distance = sum((numbers.get(name, 0.0) - self._target.get(name, 0.0)) ** 2 for name in names)
+        return distance if item in self._turned else -distance
+
+
+def profile_weights(candidate: ExpertWeights) -> dict[str, float]:
+    """Return weights that are the same in every layer."""
+    numbers = {name: weight for name, weight in candidate.weights.items() if isinstance(weight, float)}
+    assert numbers.keys() == candidate.weights.keys()
+    return numbers
