@@ -76,9 +76,9 @@ def make_questions(
 
     Example:
         >>> model = SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu")
-        >>> pool = make_questions(model, ["How do I clean a lamp?"], num_questions=1, max_new_tokens=8)
-        >>> pool.names[0]
-        'concise'
+        >>> pool = make_questions(model, ["How do I clean a lamp?"], num_questions=2)
+        >>> pool.differences.shape
+        (2, 6)
     """
     _check_numbers(
         num_questions=(num_questions, 1), answers_per_prompt=(answers_per_prompt, 2), batch_size=(batch_size, 1)
@@ -118,7 +118,7 @@ def make_questions(
         raise InputError(
             f"the {len(items)} different answers to {len(different)} prompts give no pair with different rewards",
             where="prompts",
-            mend="give more prompts, a higher temperature, or experts that differ from the base",
+            mend=f"give more prompts, or more than {max_new_tokens} max_new_tokens, which cut answers off",
         )
     asked = [items[first].prompt for first, _ in pairs]
     chosen = informative_pairs(differences, asked, num_questions, scaled_ridge(differences))

@@ -77,11 +77,12 @@ class QuestionPool:
         ValueError: if the shapes do not fit, a reward is not finite, or two questions have the same id.
 
     Example:
-        >>> record = PoolRecord(names=("friendly",), digest="0")
-        >>> question = Question(id="q1", prompt="How do I clean a lamp?", a="Dust it.", b="Happy to help! Dust it.")
-        >>> a, b = np.array([[0.5]], dtype=np.float32), np.array([[2.0]], dtype=np.float32)
-        >>> QuestionPool(record, (question,), a, b, GaussianPrior.ridge(1)).differences.tolist()
-        [[-1.5]]
+        >>> model = SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu")
+        >>> pool = make_questions(model, ["How do I clean a lamp?"], num_questions=2)
+        >>> pool.write("questions", overwrite=True).names[:2]
+        ('concise', 'elementary')
+        >>> QuestionPool.open("questions").questions == pool.questions
+        True
     """
 
     record: PoolRecord
