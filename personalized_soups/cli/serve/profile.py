@@ -194,7 +194,7 @@ def _confirm_deletion(store: ProfileStore, user: str) -> None:
 
 
 def _contents(num_versions: int, num_answers: int) -> str:
-    return f"{counted(num_versions, 'version')} of the profile and {counted(num_answers, 'answer')}"
+    return f"{counted(num_versions, 'version')} and {counted(num_answers, 'answer')}"
 
 
 def _check_one_source(weights: str | None, file: Path | None, **fields: object) -> None:

@@ -33,10 +33,8 @@ def show_answers(
     if as_json:
         render.show_json([answered.model_dump(mode="json", exclude_defaults=True) for answered in answers])
     elif answers:
-        render.show_table(
-            ["", "answered", "choice", "prompt", "better answer"],
-            list(map(_cells, range(1, 1 + len(answers)), answers)),
-        )
+        rows = [_cells(number, answered) for number, answered in enumerate(answers, 1)]
+        render.show_table(["", "answered", "choice", "prompt", "better answer"], rows)
     else:
         render.say(f"no answers of {printable(user)} are stored")
 

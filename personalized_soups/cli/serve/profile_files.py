@@ -38,9 +38,7 @@ def import_profiles(
     ] = False,
     replace_answers: Annotated[
         bool,
-        typer.Option(
-            "--replace-answers", help="Replace stored answers if the file has other answers to the questions."
-        ),
+        typer.Option("--replace-answers", help="Replace stored answers if the file has other ones to the questions."),
     ] = False,
     profiles: StoreOption = DEFAULT_STORE,
     experts: CheckedExpertsOption = None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, Table
 
 from personalized_soups.declare.evidence import UserAnswers
 from personalized_soups.declare.profile import Profile
@@ -30,14 +30,18 @@ _BATCH = 5000
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """What an import wrote.
+    """What an import read and wrote.
 
     Attributes:
+        num_profiles: the number of valid profiles.
         num_versions: the number of new versions of profiles.
+        num_given: the number of answers in valid lines.
         num_answers: the number of new and replaced answers.
     """
 
+    num_profiles: int
     num_versions: int
+    num_given: int
     num_answers: int
 
 
@@ -65,6 +69,7 @@ def write_lines(
             `on_bad` is given.
         DeclarationError, UsageError: if a line is invalid and `on_bad` is None.
     """
+    given = {staged: 0, staged_answers: 0}
     differing: list[tuple[str, str]] = []
 
     def work(connection: Connection) -> Imported:
@@ -78,9 +83,9 @@ def write_lines(
             if differing and on_bad is None:
                 raise _otherwise(*differing[0], database.where)
         num_answers += connection.execute(statements.ADD_STAGED_ANSWERS).rowcount
-        return Imported(num_versions, num_answers)
+        return Imported(given[staged], num_versions, given[staged_answers], num_answers)
 
-    imported = database.write_staged(_batches(_rows(lines, document_of, on_bad), on_done), work)
+    imported = database.write_staged(_batches(_rows(lines, document_of, on_bad), given, on_done), work)
     if on_bad is not None:
         for user, question in differing:
             on_bad(_otherwise(user, question, database.where))
@@ -120,12 +125,14 @@ def _answer_rows(line: UserAnswers) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _batches(lines: Iterator[Batch], on_done: Callable[[int], None] | None) -> Iterator[Batch]:
+def _batches(lines: Iterator[Batch], given: dict[Table, int], on_done: Callable[[int], None] | None) -> Iterator[Batch]:
+    """Yield the rows of several lines at once, and count the rows of each table in `given`."""
     done = 0
     while some := list(islice(lines, _BATCH)):
         for table in (staged, staged_answers):
             rows = [row for line in some if line.table is table for row in line.rows]
             if rows:
+                given[table] += len(rows)
                 yield Batch(table, rows)
         done += len(some)
         if on_done is not None:

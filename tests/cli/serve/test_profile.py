@@ -50,7 +50,7 @@ def test_a_profile_is_written_read_and_deleted(psoups: Run) -> None:
     assert (code, "give --yes" in err) == (2, True)
     code, _, err = psoups("profile", "delete", "u1", "--yes", "--expect", 1)
     assert code == 1
-    assert psoups("profile", "delete", "u1", "--yes") == (0, "", "u1 is deleted, with all versions\n")
+    assert psoups("profile", "delete", "u1", "--yes") == (0, "", "u1 is deleted, with 2 versions and 0 answers\n")
     for ask in (("get", "u1"), ("history", "u1"), ("delete", "u1", "--yes")):
         code, out, err = psoups("profile", *ask)
         assert (code, out, "no profile of 'u1' is stored" in err) == (2, "", True)
@@ -193,7 +193,7 @@ def test_skip_bad_skips_and_reports_every_invalid_line(psoups: Run, tmp_path: Pa
 def test_a_file_without_a_valid_line_is_rejected_and_its_lines_are_reported(psoups: Run, tmp_path: Path) -> None:
     (tmp_path / "users.jsonl").write_text("{\n\n[]\n")
     code, out, err = psoups("profile", "import", "users.jsonl", "--skip-bad")
-    assert (code, out, err.count("skipped users.jsonl:"), "no valid profile" in err) == (2, "", 2, True)
+    assert (code, out, err.count("skipped users.jsonl:"), "no valid line" in err) == (2, "", 2, True)
     (tmp_path / "users.jsonl").write_text("")
     code, out, _ = psoups("profile", "import", "users.jsonl", "--skip-bad", "--json")
     assert (code, json.loads(out)["skipped"]) == (0, [])
@@ -230,7 +230,7 @@ def test_delete_asks_for_confirmation(psoups: Run, monkeypatch: pytest.MonkeyPat
     assert psoups("profile", "delete", "u1")[0] == 1
     assert psoups("profile", "get", "u1")[0] == 0
     assert psoups("profile", "delete", "u1")[0] == 0
-    assert asked == ["Delete u1 with 2 versions?"] * 2
+    assert asked == ["Delete u1 with 2 versions and 0 answers?"] * 2
     assert psoups("profile", "get", "u1")[0] == 2
 
 
