@@ -132,7 +132,10 @@ def estimate_weights(
         gradient = design.T @ (counts * slope) - z
         step = _inverse_information(design, counts * information) @ gradient
         decrement = float(gradient @ step)
-        if decrement <= 1e-18 * max(1.0, abs(value)):
+        if decrement <= 1e-14 * max(1.0, abs(value)):
+            # The objective's rounding hides a smaller gain. Newton's method squares the error, so one more step is
+            # exact to rounding.
+            z = z + step if objective(z + step) >= value else z
             break
         for _ in range(_MAX_HALVINGS):
             candidate = objective(z + step)

@@ -71,7 +71,7 @@ def open_targets(estimate: Estimate, targets_TD: npt.ArrayLike) -> Floats:
     settled has a small density, so a question that would only make it more certain is worth little.
     """
     targets = np.asarray(targets_TD, dtype=np.float64)
-    variance = np.einsum("td,de,te->t", targets, estimate.covariance, targets)
+    variance = np.sum((targets @ estimate.covariance) * targets, axis=1)
     is_open = variance > 1e-300  # other targets have no difference in any reward
     spread = np.where(is_open, variance, 1.0)
     density = np.where(is_open, np.exp(-((targets @ estimate.mean) ** 2) / (2 * spread)) / np.sqrt(spread), 0.0)
