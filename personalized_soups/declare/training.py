@@ -119,7 +119,7 @@ class TrainingRecipe(Declared):
     )
     gradient_checkpointing: bool = False
     users: UsersRecipe | None = Field(
-        default=None, description="What is learned of each user. `--method p-dpo` reads it; other methods ignore it."
+        default=None, description="What is learned of each user. The method p-dpo reads it; the method dpo ignores it."
     )
     sides: dict[str, SideOverrides] = Field(
         default_factory=dict, description="Values that differ for one side, by the name of the side."

@@ -3,45 +3,52 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.generation.prompts import PromptRequest
 from personalized_soups.mixing.model import SoupModel
+from personalized_soups.mixing.personal_answers import answer
+from personalized_soups.mixing.personal_model import PersonalModel
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt with one profile.
+    """One prompt of one user.
 
     Attributes:
         prompt: the text of the prompt.
-        profile: the profile of the user who asks.
+        user: the user who asks, or None if neither the prompt nor a profile names the user.
+        profile: the profile of the user, or None without profiles.
     """
 
     prompt: str
-    profile: Profile
+    user: str | None
+    profile: Profile | None
 
 
 class Requests:
     """The requests for a list of prompts, in the order of the prompts.
 
     A prompt that names its user makes one request, with the profile of that user. Any other prompt makes one request
-    with each profile. Requests are created only when they are needed.
+    with each profile. Without profiles, each prompt makes one request. Requests are created only when they are needed.
 
     Args:
         prompts: the prompts. A prompt may name its user.
-        profiles: one profile for each user.
+        profiles: one profile for each user, or None if users have no profiles.
 
     Raises:
         UsageError: if a prompt names a user who has no profile, or if two profiles have the same user.
     """
 
-    def __init__(self, prompts: Sequence[PromptRequest], profiles: Sequence[Profile]) -> None:
+    def __init__(self, prompts: Sequence[PromptRequest], profiles: Sequence[Profile] | None) -> None:
         self._prompts = prompts
         self._profiles = profiles
+        if profiles is None:
+            self._starts = list(range(len(prompts) + 1))
+            return
         place: dict[str, int] = {}
         for index, profile in enumerate(profiles):
             if place.setdefault(profile.user, index) != index:
@@ -71,9 +78,12 @@ class Requests:
         """Return the request with the number `index`, counted from 0."""
         # `_starts` is sorted, so the prompt is the last one whose first request is at or before `index`.
         prompt = bisect_right(self._starts, index) - 1
+        asked = self._prompts[prompt]
+        if self._profiles is None:
+            return Request(asked.prompt, asked.user, None)
         own = self._own[prompt]
         profile = self._profiles[index - self._starts[prompt] if own is None else own]
-        return Request(self._prompts[prompt].prompt, profile)
+        return Request(asked.prompt, profile.user, profile)
 
     def batches(self, size: int, first: int = 0) -> Iterator[list[Request]]:
         """Yield lists of `size` requests, starting with the request number `first`. The last list may be shorter."""
@@ -85,6 +95,7 @@ def answer_many(
     model: SoupModel,
     requests: Requests,
     *,
+    personal: Callable[[Request], PersonalModel] = lambda request: PersonalModel(profile=request.profile),
     first: int = 0,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
@@ -96,14 +107,21 @@ def answer_many(
     An answer depends only on its request, the seed and the number of the request (up to rounding, which depends on the
     batch). So an interrupted run that is resumed gives the same answers as an uninterrupted run.
 
+    Args:
+        model: the base with its experts.
+        requests: the requests.
+        personal: a function that returns the personal model with which a request is answered.
+        first, max_new_tokens, temperature, seed, batch_size: as for `answer`.
+
     Raises:
-        SoupError: in the same cases as `SoupModel.generate`.
+        SoupError: in the same cases as `answer`.
     """
     done = first
     for batch in requests.batches(batch_size, first):
-        answers: list[str] = model.generate(
+        answers = answer(
+            model,
             [request.prompt for request in batch],
-            [request.profile for request in batch],
+            [personal(request) for request in batch],
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

@@ -57,6 +57,15 @@ def generate(
         Path | None,
         typer.Option(help="JSON Lines file for the answers to --prompts. Without --out, the answers are printed."),
     ] = None,
+    user_model: Annotated[
+        Path | None, typer.Option(help="Folder of a user model, which psoups train --method p-dpo has written.")
+    ] = None,
+    user: Annotated[
+        str | None,
+        typer.Option(
+            help="User of the user model who asks the prompt. Unknown users are answered as the generic user."
+        ),
+    ] = None,
     batch_size: BatchSizeOption = 64,
     allow_opposed: AllowOpposedOption = False,
     max_new_tokens: MaxNewTokensOption = 256,
@@ -76,10 +85,12 @@ def generate(
     With --profiles and --prompts, answer every prompt for every user. If the line of a prompt names a user, answer the
     prompt for this user only. One batch contains answers for several users, each with the user's own soup, and no
     merged model is written. Run the same command again to resume an interrupted --out.
+
+    With --user-model, the soft tokens of --user come before the prompt. With --prompts, each line's user is answered.
     """
     check_temperature(temperature)
     loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
-    one_user = OneUserRequest(prompt, adapter, experts, profile, weights, allow_opposed)
+    one_user = OneUserRequest(prompt, adapter, experts, profile, weights, allow_opposed, user_model, user)
     if profiles is None and prompts is None:
         if out is not None:
             raise UsageError(
@@ -97,7 +108,7 @@ def generate(
             where=", ".join(misplaced),
             mend=f"remove {', '.join(misplaced)}, or remove --profiles and --prompts",
         )
-    request = checked_many_users(experts, profiles, prompts, out, overwrite=overwrite)
+    request = checked_many_users(experts, profiles, prompts, out, user_model, overwrite=overwrite)
     answer_many_users(
         request, loading, SamplingOptions(max_new_tokens, 0.0 if greedy else temperature, seed, batch_size)
     )

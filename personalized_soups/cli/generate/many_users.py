@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from personalized_soups.cli.bases import LoadOptions
     from personalized_soups.cli.sampling import SamplingOptions
     from personalized_soups.declare.profile import Profile
+    from personalized_soups.mixing.many_users import Request
+    from personalized_soups.systems.p_rlhf.user_model import UserModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,29 +26,39 @@ class ManyUsersRequest:
     """A request to answer prompts for many users, each with the user's own soup (the weighted sum of experts).
 
     Attributes:
-        experts: folders of the experts.
-        profiles: JSON Lines file of profiles.
+        experts: folders of the experts. They may be empty if there is a user model.
+        profiles: JSON Lines file of profiles. It may be None if there is a user model.
         prompts: file of prompts. A prompt is answered for the user that its line names. If the line names no user, the
             prompt is answered for every user.
         out: JSON Lines file for the answers. If None, the answers are printed.
         overwrite: discard an existing `out` and start again.
+        user_model: folder of a user model, whose soft tokens come before the prompts of its users.
     """
 
     experts: Sequence[Path]
-    profiles: Path
+    profiles: Path | None
     prompts: Path
     out: Path | None
     overwrite: bool
+    user_model: Path | None = None
 
 
 def checked_many_users(
-    experts: Sequence[Path] | None, profiles: Path | None, prompts: Path | None, out: Path | None, *, overwrite: bool
+    experts: Sequence[Path] | None,
+    profiles: Path | None,
+    prompts: Path | None,
+    out: Path | None,
+    user_model: Path | None,
+    *,
+    overwrite: bool,
 ) -> ManyUsersRequest:
     """Check the options for many users and return them as a request.
 
     Raises:
         UsageError: if the profiles, the prompts or the experts are missing.
     """
+    if user_model is not None and prompts is not None and profiles is None and not experts:
+        return ManyUsersRequest((), None, prompts, out, overwrite, user_model)
     if profiles is None or prompts is None or not experts:
         values = {"--profiles FILE": profiles, "--prompts FILE": prompts, "--experts FOLDER": experts}
         missing = [option for option, value in values.items() if not value]
@@ -55,7 +67,7 @@ def checked_many_users(
             where=", ".join(option.split()[0] for option in missing),
             mend=f"add {' '.join(missing)}",
         )
-    return ManyUsersRequest(experts, profiles, prompts, out, overwrite)
+    return ManyUsersRequest(experts, profiles, prompts, out, overwrite, user_model)
 
 
 def answer_many_users(request: ManyUsersRequest, loading: LoadOptions, sampling: SamplingOptions) -> None:
@@ -67,27 +79,39 @@ def answer_many_users(request: ManyUsersRequest, loading: LoadOptions, sampling:
         SoupError: if a file cannot be read, a profile does not fit the experts, or the output holds a run with
             different inputs.
     """
-    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.adapters.library import Expert, ExpertLibrary
     from personalized_soups.files.lines import growing_lines
     from personalized_soups.generation.prompts import read_asked_prompts
     from personalized_soups.mixing.many_users import Requests, answer_many
     from personalized_soups.mixing.model import SoupModel
+    from personalized_soups.mixing.personal_model import PersonalModel
+    from personalized_soups.systems.p_rlhf.user_model import UserModel
 
-    check_no_input(request.out, [request.profiles, request.prompts])
+    def personal(query: Request) -> PersonalModel:
+        if users is None:
+            return PersonalModel(profile=query.profile)
+        return users.personal_model(query.user, profile=query.profile)
+
+    check_no_input(request.out, [path for path in (request.profiles, request.prompts) if path is not None])
     library = ExpertLibrary.open(*request.experts)
-    profiles = _profiles(request.profiles, library)
+    profiles = None if request.profiles is None else _profiles(request.profiles, library)
+    users = None if request.user_model is None else UserModel.open(request.user_model)
     prompts = read_asked_prompts(request.prompts)
     requests = Requests(prompts, profiles)
     with ExitStack() as stack:
         lines = None
         if request.out is not None:
-            settings = _settings(request, library, loading, sampling)
+            settings = _settings(request, library, users, loading, sampling)
             lines = stack.enter_context(growing_lines(request.out, settings, overwrite=request.overwrite))
         first = 0 if lines is None else lines.num_done
         model = SoupModel.from_pretrained(
             loading.path, library, device=loading.device, dtype=loading.dtype, same_base=loading.same_base
         )
         model.generator.check(prompts)
+        if users is not None:
+            users.check_base(model)
+            # `answer` finds the adapter among the experts, and so does not add it for each batch.
+            model.experts.add(Expert(_free_name(users.folder.resolve().name, library), users.folder))
         if first:
             render.say(f"resuming: {first} of {len(requests)} answers are written already")
         bar = stack.enter_context(render.progress("answering", len(requests), done=first))
@@ -95,6 +119,7 @@ def answer_many_users(request: ManyUsersRequest, loading: LoadOptions, sampling:
         batches = answer_many(
             model,
             requests,
+            personal=personal,
             first=first,
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
@@ -103,7 +128,7 @@ def answer_many_users(request: ManyUsersRequest, loading: LoadOptions, sampling:
         )
         num_done = first
         for batch in batches:
-            rows = [{"user": query.profile.user, "prompt": query.prompt, "answer": answer} for query, answer in batch]
+            rows = [{"user": query.user, "prompt": query.prompt, "answer": answer} for query, answer in batch]
             if lines is None:
                 for row in rows:
                     render.show_line(row)
@@ -128,20 +153,33 @@ def _profiles(path: Path, library: ExpertLibrary) -> list[Profile]:
     return profiles
 
 
+def _free_name(name: str, library: ExpertLibrary) -> str:
+    """Return the name, with as many underscores at its end as it takes to differ from the names of the experts."""
+    while name in library:
+        name += "_"
+    return name
+
+
 def _settings(
-    request: ManyUsersRequest, library: ExpertLibrary, loading: LoadOptions, sampling: SamplingOptions
+    request: ManyUsersRequest,
+    library: ExpertLibrary,
+    users: UserModel | None,
+    loading: LoadOptions,
+    sampling: SamplingOptions,
 ) -> Mapping[str, Any]:
     """Return all inputs that affect the answers. A run can be resumed only with the same inputs."""
     from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.files.digest import digest_file
 
+    of_users = {} if users is None else {"user_model": [digest_file(path) for path in users.files]}
     return {
         "base": base_fingerprint(loading.path),
         "experts": {name: [digest_file(path) for path in expert.adapter.files] for name, expert in library.items()},
-        "profiles": digest_file(request.profiles),
+        "profiles": None if request.profiles is None else digest_file(request.profiles),
         "prompts": digest_file(request.prompts),
         "max_new_tokens": sampling.max_new_tokens,
         "temperature": sampling.temperature,
         "seed": sampling.seed,
         "dtype": loading.dtype,
+        **of_users,
     }

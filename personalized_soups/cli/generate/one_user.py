@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from personalized_soups.cli.bases import LoadOptions
     from personalized_soups.cli.sampling import SamplingOptions
+    from personalized_soups.declare.profile import Profile
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class OneUserRequest:
         profile: profile file with the weights of the experts.
         weights: weights of the experts as text (`a=0.6,b=0.6`), instead of a profile.
         allow_opposed: allow `weights` on two sides of one dimension.
+        user_model: folder of a user model; None if no soft tokens come before the prompt.
+        user: the user of the user model; None is the generic user.
     """
 
     prompt: str | None
@@ -39,6 +42,8 @@ class OneUserRequest:
     profile: Path | None
     weights: str | None
     allow_opposed: bool
+    user_model: Path | None = None
+    user: str | None = None
 
     @property
     def given(self) -> list[str]:
@@ -48,6 +53,7 @@ class OneUserRequest:
             "--adapter": self.adapter,
             "--profile": self.profile,
             "--weights": self.weights,
+            "--user": self.user,
         }
         return [name for name, value in values.items() if value is not None]
 
@@ -62,6 +68,13 @@ def answer_one_user(
     """
     _check_sources(request)
     prompt = _prompt(request.prompt)
+    if request.user_model is not None:
+        text = _answer_with_user_model(request, prompt, loading, sampling, greedy=greedy)
+        if as_json:
+            render.show_json({"prompt": prompt, "answer": text, "seed": sampling.seed, "user": request.user})
+        else:
+            render.show_text(text)
+        return
     with _adapter_of(request, same_base=loading.same_base) as folder:
         from personalized_soups.generation.generator import Generator
 
@@ -83,8 +96,51 @@ def answer_one_user(
     render.show_text("")
 
 
+def _answer_with_user_model(
+    request: OneUserRequest, prompt: str, loading: LoadOptions, sampling: SamplingOptions, *, greedy: bool
+) -> str:
+    """Return the answer with the user's soft tokens, the adapter of the user model and, if given, a soup."""
+    from personalized_soups.adapters.library import ExpertLibrary
+    from personalized_soups.mixing.model import SoupModel
+    from personalized_soups.mixing.personal_answers import answer
+    from personalized_soups.systems.p_rlhf.user_model import UserModel
+
+    assert request.user_model is not None
+    users = UserModel.open(request.user_model)
+    profile = _profile_of(request) if request.experts else None
+    model = SoupModel.from_pretrained(
+        loading.path,
+        ExpertLibrary.open(*(request.experts or ())),
+        device=loading.device,
+        dtype=loading.dtype,
+        same_base=loading.same_base,
+    )
+    users.check_base(model)
+    (text,) = answer(
+        model,
+        [prompt],
+        users.personal_model(request.user, profile=profile),
+        max_new_tokens=sampling.max_new_tokens,
+        temperature=0.0 if greedy else sampling.temperature,
+        seed=sampling.seed,
+    )
+    return text
+
+
 def _check_sources(request: OneUserRequest) -> None:
     has_profile, has_weights = request.profile is not None, request.weights is not None
+    if request.user is not None and request.user_model is None:
+        raise UsageError(
+            "--user is given without --user-model",
+            where="--user",
+            mend="add --user-model FOLDER, the folder that psoups train --method p-dpo has written",
+        )
+    if request.adapter is not None and request.user_model is not None:
+        raise UsageError(
+            "--adapter cannot be combined with --user-model, whose folder holds an adapter too",
+            where="--adapter, --user-model",
+            mend="remove --adapter, or remove --user-model",
+        )
     if request.adapter is not None and (request.experts or has_profile or has_weights):
         raise UsageError(
             "--adapter cannot be combined with --experts, --profile or --weights",
@@ -140,15 +196,18 @@ def _adapter_of(request: OneUserRequest, *, same_base: bool) -> Iterator[Path | 
         yield request.adapter
         return
     from personalized_soups.adapters.library import ExpertLibrary
-    from personalized_soups.declare.profile import Profile, load_profile
     from personalized_soups.merging.planning.options import MergeOptions
     from personalized_soups.merging.writing.adapter import merge
 
-    if request.profile is not None:
-        profile = load_profile(request.profile)
-    else:
-        fields = {"allow_opposed": True} if request.allow_opposed else {}
-        profile = Profile.from_option(request.weights or "", **fields)
-    merged = merge(ExpertLibrary.open(*request.experts), profile, MergeOptions(same_base=same_base))
+    merged = merge(ExpertLibrary.open(*request.experts), _profile_of(request), MergeOptions(same_base=same_base))
     with TemporaryDirectory(prefix="psoups-") as scratch:
         yield merged.write(Path(scratch) / "soup")
+
+
+def _profile_of(request: OneUserRequest) -> Profile:
+    from personalized_soups.declare.profile import Profile, load_profile
+
+    if request.profile is not None:
+        return load_profile(request.profile)
+    fields = {"allow_opposed": True} if request.allow_opposed else {}
+    return Profile.from_option(request.weights or "", **fields)

@@ -23,6 +23,7 @@ from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.declare.training import PositiveInt, UserModelKind
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError
 from personalized_soups.files.digest import digest_file
+from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.files.strict_json import parse_json
 from personalized_soups.files.writer import spec_of, write_safetensors
@@ -133,6 +134,11 @@ class UserModel:
         return {user: number for number, user in enumerate(self.record.users, start=1)}
 
     @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that decide the answers: those of the adapter and of the user model."""
+        return tuple(self.folder / name for name in (CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, TABLES_FILE))
+
+    @property
     def users(self) -> Collection[str]:
         """The ids of the known users."""
         return self.record.users
@@ -193,7 +199,7 @@ def _read_record(path: Path) -> UserModelRecord:
         raise FileFormatError(
             f"the folder holds no user model: {RECORD_FILE} is missing",
             where=str(path.parent),
-            mend="give a folder that psoups train --method p-dpo has written",
+            mend="give the folder of a user model, which the training method p-dpo writes",
         ) from None
     except OSError as error:
         raise InputError(
