@@ -1,7 +1,9 @@
 """`BaseRewards`: several reward functions of an item, whose weighted sum is the reward of a user.
 
-The items are usually answers to prompts (`TextItem`), but may be anything that people compare, such as the statements of
-a questionnaire. Shapes: N = items, D = base rewards.
+The items are usually answers to prompts (`TextItem`). They may be anything that people compare, such as the statements
+of a questionnaire.
+
+Shapes: N = items, D = base rewards.
 """
 
 from __future__ import annotations
@@ -16,7 +18,12 @@ Item_contra = TypeVar("Item_contra", contravariant=True)
 
 
 class TextItem(NamedTuple):
-    """An answer to a prompt."""
+    """An answer to a prompt.
+
+    Example:
+        >>> TextItem("How do I clean a lamp?", "Dust it.").answer
+        'Dust it.'
+    """
 
     prompt: str
     answer: str
@@ -31,10 +38,14 @@ class BaseRewards(Protocol[Item_contra]):
     """
 
     @property
-    def names(self) -> tuple[str, ...]: ...
+    def names(self) -> tuple[str, ...]:
+        """The name of each reward."""
+        ...
 
     @property
-    def digest(self) -> str: ...
+    def digest(self) -> str:
+        """A hex digest of everything that the features depend on."""
+        ...
 
     def features(self, items: Sequence[Item_contra], /) -> npt.NDArray[np.float64]:
         """Return [N, D], float64: each reward of each item."""
