@@ -51,15 +51,17 @@ def cli_page() -> str:
 
 
 def schema_pages() -> dict[str, str]:
-    """Return the JSON schemas of profiles, catalogues and recipes, by file name."""
+    """Return the JSON schemas of profiles, catalogues, personas and recipes, by file name."""
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.evaluation import StudyRecipe
+    from personalized_soups.declare.persona import Persona
     from personalized_soups.declare.profile import Profile
     from personalized_soups.declare.training import TrainingRecipe
 
     models: dict[str, type[Declared]] = {
         "profile": Profile,
         "dimensions": Catalogue,
+        "persona": Persona,
         "train": TrainingRecipe,
         "evaluation": StudyRecipe,
     }
