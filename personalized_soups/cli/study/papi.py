@@ -1,0 +1,61 @@
+"""`psoups study papi`: predict real people's preferences from a few answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from personalized_soups.cli import render
+from personalized_soups.cli.options import RestartOption
+from personalized_soups.errors import check_extra
+
+
+def papi(
+    *,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="Folder with papi_200.jsonl, papi_items.csv and papi_split.json (github.com/zhu-minjun/PAlign)."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run in this folder is resumed.")] = Path(
+        "papi"
+    ),
+    seeds: Annotated[int, typer.Option(help="Number of splits of the people.", min=1)] = 5,
+    known: Annotated[int, typer.Option(help="Number of people to learn from. All others are new.", min=1)] = 130,
+    rewards: Annotated[int, typer.Option(help="Number of base rewards to learn.", min=1, max=50)] = 5,
+    questions: Annotated[int, typer.Option(help="Number of questions to each new person.", min=1, max=200)] = 20,
+    overwrite: RestartOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
+) -> None:
+    """Learn base rewards from people's ratings, and predict how other people order statements after a few answers."""
+    check_extra("plot", "matplotlib")
+    import json
+
+    from personalized_soups.studies.folder import StudyFolder, write_text
+    from personalized_soups.studies.papi.page import draw, report, summary, table_rows
+    from personalized_soups.studies.papi.study import PapiStudy, run_papi
+
+    study = PapiStudy(num_known=known, num_rewards=rewards, num_questions=questions, num_seeds=seeds)
+    splits = run_papi(study, data, out, stage=render.progress, overwrite=overwrite)
+    folder = StudyFolder(out)
+    results = summary(study, splits)
+    write_text(folder.results, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    draw(splits, folder.picture("papi"))
+    write_text(folder.report, report(study, splits))
+    if as_json:
+        render.show_json(results)
+        return
+    head, rows = table_rows(splits)
+    render.show_table(head, rows, title="Share of pairs of unseen statements in the right order")
+    render.show_table(
+        ["target", "bar", "measured", "met"],
+        [
+            [check["name"], f"at least {check['bar']:g}", f"{check['value']:.3f}", check["met"]]
+            for check in results["checks"]
+        ],
+        title="targets",
+    )
+    render.say(f"written to {folder.report}, {folder.results} and {folder.picture('papi')}")
