@@ -15,7 +15,7 @@ from personalized_soups.errors import UsageError
 if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile
     from personalized_soups.mixing.model import SoupModel
-    from personalized_soups.serving.web.settings import Settings
+    from personalized_soups.serving.web.settings import ApiKey, Settings
     from personalized_soups.users.answers.pool import QuestionPool
     from personalized_soups.users.profiles.store import ProfileStore
 
@@ -69,7 +69,8 @@ class ServerRun:
         from personalized_soups.adapters.library import ExpertLibrary
         from personalized_soups.declare.dimension import Catalogue
         from personalized_soups.declare.loader import load
-        from personalized_soups.serving.web.server import listen, load_model, read_keys, serve
+        from personalized_soups.serving.web.key_file import read_keys
+        from personalized_soups.serving.web.server import listen, load_model, serve
 
         keys = [] if self.api_key_file is None else read_keys(self.api_key_file)
         catalogue = load(catalogue_of(self.loading.base, self.dimensions), Catalogue)
@@ -101,7 +102,7 @@ class ServerRun:
             )
         render.say("stopped")
 
-    def completed_settings(self, keys: Sequence[str], model: SoupModel) -> Settings:
+    def completed_settings(self, keys: Sequence[ApiKey], model: SoupModel) -> Settings:
         """Return the settings, completed with the API keys and with the limits that depend on the loaded base.
 
         Raises:

@@ -17,6 +17,7 @@ from personalized_soups.errors import DeclarationError, SoupError
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.key_user import check_key_user
 from personalized_soups.users.profiles.store import ProfileStore
 
 SOUP = "soup:"
@@ -61,14 +62,20 @@ class ProfileResolver:
         self._store = store
         self._files = files
 
-    def resolve(self, model: str, profile: Mapping[str, Any] | None) -> ResolvedProfile:
+    def resolve(self, model: str, profile: Mapping[str, Any] | None, bound: str | None) -> ResolvedProfile:
         """Return the soup for a request's `model` and `profile`.
 
         If `model` names a stored profile, this call blocks while the store is read.
 
+        Args:
+            model: the model name in the request.
+            profile: the profile in the request, or None.
+            bound: the user to whom the request's API key is bound, or None (`key_user`).
+
         Raises:
-            ApiError: 404 for an unknown model or user; 400 if `profile` is invalid, or is given although `model` names
-                a stored profile; 422 if the served experts do not match the profile.
+            ApiError: 403 if `model` names the stored profile of another user than `bound`; 404 for an unknown model or
+                user; 400 if `profile` is invalid, or is given although `model` names a stored profile; 422 if the
+                served experts do not match the profile.
             ExpertsChangedError: if the files of an expert in the profile have changed since they were loaded.
         """
         if model.startswith(SOUP):
@@ -80,7 +87,7 @@ class ProfileResolver:
                     param="profile",
                     code="invalid_value",
                 )
-            return self._stored(model)
+            return self._stored(model, bound)
         if model != self.base:
             raise ApiError(
                 404,
@@ -110,7 +117,7 @@ class ProfileResolver:
         self._files.check(weights.weights)
         return weights
 
-    def _stored(self, model: str) -> ResolvedProfile:
+    def _stored(self, model: str, bound: str | None) -> ResolvedProfile:
         name = model.removeprefix(SOUP)
         if self._store is None:
             raise ApiError(
@@ -121,6 +128,7 @@ class ProfileResolver:
             )
         versioned = _VERSIONED.fullmatch(name)
         user, version = (versioned["user"], int(versioned["version"])) if versioned else (name, None)
+        check_key_user(bound, user, "model")
         try:
             stored = self._store.get(user, version)
         except SoupError as error:  # 404 for an invalid user name, too: no profile has such a name

@@ -28,7 +28,13 @@ _LONG_PROMPT = 8192
 
 
 async def submit(
-    context: AnswerContext, request: AnswerRequest, prompts: Sequence[Any], kind: type[PendingAnswers], started: float
+    context: AnswerContext,
+    request: AnswerRequest,
+    prompts: Sequence[Any],
+    kind: type[PendingAnswers],
+    started: float,
+    *,
+    bound: str | None,
 ) -> PendingAnswers:
     """Submit a request to the batcher, and return its pending answers.
 
@@ -40,13 +46,14 @@ async def submit(
         prompts: plain texts, conversations, or lists of token ids.
         kind: the class that writes the answers in the format of the endpoint.
         started: when the request arrived, by time.perf_counter().
+        bound: the user to whom the request's API key is bound, or None (`key_user`).
 
     Raises:
         ApiError: if the request cannot be served, or too many requests wait.
         ExpertsChangedError: if the files of an expert in the profile have changed since they were loaded.
     """
     _check_number(context, len(prompts) * request.num_choices)
-    resolve = partial(context.resolver.resolve, request.model, request.profile)
+    resolve = partial(context.resolver.resolve, request.model, request.profile, bound)
     # reading a stored profile blocks, because the store is on a disk or another machine
     profile = await run_in_threadpool(resolve) if request.model.startswith(SOUP) else resolve()
     encoded = await _encoded(context.generator, prompts)

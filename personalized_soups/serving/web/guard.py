@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import ipaddress
 import logging
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.web.access import KeyRing
 from personalized_soups.serving.web.settings import Rules
 
 _log = logging.getLogger(__name__)
@@ -41,9 +40,6 @@ _ALWAYS = {
 
 _PROBED = ("/health", "/ready")
 
-# Paths that need no key. They contain no user's data.
-_OPEN = ("/health", "/ready", "/favicon.ico", "/openapi.json", "/playground")
-
 
 class Guard:
     """ASGI middleware that rejects requests that break a rule.
@@ -67,7 +63,7 @@ class Guard:
     ) -> None:
         self._app = app
         self._rules = rules
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in rules.keys]
+        self._keys = KeyRing(rules.keys)
         self._retry_after = retry_after
         self._on_response = on_response
         self._num_running = 0
@@ -106,7 +102,7 @@ class Guard:
             if scope["method"] == "OPTIONS" and origin is not None:
                 await _preflight(headers, scope, receive, answer)
                 return
-            self._check_key(scope["path"], headers)
+            self._keys.admit(scope, headers)
             body = await self._body(headers, receive)
             self._check_room(scope)
         except Exception as fault:
@@ -152,22 +148,6 @@ class Guard:
 
     def _is_allowed_origin(self, origin: str) -> bool:
         return origin in self._rules.origins or "*" in self._rules.origins
-
-    def _check_key(self, path: str, headers: Headers) -> None:
-        if not self._digests or path == "/" or any(path == each or path.startswith(each + "/") for each in _OPEN):
-            return
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
-        # All keys are compared, so that the response time does not reveal which key matches.
-        matches = [hmac.compare_digest(given, known) for known in self._digests]
-        if scheme.lower() != "bearer" or not any(matches):
-            what = "Incorrect API key provided" if key else "You didn't provide an API key"
-            raise ApiError(
-                401,
-                f"{what}; send a valid key in the header Authorization: Bearer KEY",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         most = self._rules.max_body

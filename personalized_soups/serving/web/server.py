@@ -9,7 +9,6 @@ import gc
 import ipaddress
 import math
 import socket
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import uvicorn
 
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.dimension import Catalogue
-from personalized_soups.errors import InputError, UsageError
+from personalized_soups.errors import UsageError
 from personalized_soups.generation.loading import Dtype
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.serving.engine.limits import max_context_of
@@ -28,9 +27,6 @@ from personalized_soups.serving.web.connections import PatientProtocol
 from personalized_soups.serving.web.settings import Settings
 from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.profiles.store import ProfileStore
-
-# Minimum number of characters of an API key. Shorter keys can be guessed.
-_MIN_KEY = 16
 
 # The default context for a base whose own context is larger or unknown.
 _USUAL_CONTEXT = 32_768
@@ -148,46 +144,6 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
             mend="give another address or port; port=0 takes a free port",
         ) from error
     return listening
-
-
-def read_keys(path: Path) -> list[str]:
-    """Return the API keys in a file with one key per line. Empty lines and lines that start with # are skipped.
-
-    Raises:
-        InputError: if the file cannot be read, if other users may read or write it, if it contains no key, or if a key
-            contains white space or is too short.
-    """
-    try:
-        mode = path.stat().st_mode
-        lines = path.read_text(encoding="ascii").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the API keys cannot be read: {error}", where=str(path), mend="give an ASCII file with one key per line"
-        ) from error
-    if mode & (stat.S_IRGRP | stat.S_IROTH | stat.S_IWGRP | stat.S_IWOTH):
-        raise InputError(
-            "other users of this machine can read or change the API keys",
-            where=str(path),
-            mend=f"run chmod 600 {path}",
-        )
-    keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
-    mend = 'python -c "import secrets; print(secrets.token_urlsafe(32))"'
-    if not keys:
-        raise InputError(
-            "the file contains no API key", where=str(path), mend=f"add a key to the file, for example from {mend}"
-        )
-    if any(" " in key or "\t" in key for key in keys):
-        raise InputError(
-            "an API key contains white space", where=str(path), mend=f"replace the key; create a new one with {mend}"
-        )
-    short = next((number for number, key in enumerate(keys, 1) if len(key) < _MIN_KEY), None)
-    if short is not None:
-        raise InputError(
-            f"API key number {short} has fewer than {_MIN_KEY} characters",
-            where=str(path),
-            mend=f"replace the key; create a longer one with {mend}",
-        )
-    return keys
 
 
 def load_model(

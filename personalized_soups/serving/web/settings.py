@@ -7,8 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 from personalized_soups.serving.engine.limits import Limits
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """An API key.
+
+    Attributes:
+        text: the key, as clients send it.
+        user: the only user whose profile, answers and soup the key may use. None means full access.
+    """
+
+    text: str = field(repr=False)
+    user: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +38,7 @@ class Rules:
         body_seconds: maximum time for a request's body to arrive, in seconds.
     """
 
-    keys: Sequence[str] = ()
+    keys: Sequence[ApiKey] = ()
     hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
     max_body: int = 1 << 20
@@ -46,6 +60,7 @@ class Settings:
         num_questions: maximum number of questions that a user is asked.
         certainty: stop asking when the expected agreement is at least this (see `StoppingRule`). None asks all of them.
         answers_per_minute: maximum number of answers to questions that a user may send in a minute.
+        answer_retention: answers to questions are deleted after this time. None keeps them.
         users_in_metrics: whether /metrics counts the answers of each user by name.
         started_with: the command-line options that select what is served. The playground shows them for copying. A
             server with API keys does not publish them.
@@ -60,5 +75,6 @@ class Settings:
     num_questions: int = 10
     certainty: float | None = None
     answers_per_minute: int = 60
+    answer_retention: timedelta | None = None
     users_in_metrics: bool = False
     started_with: Sequence[str] = ()

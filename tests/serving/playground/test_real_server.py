@@ -17,7 +17,7 @@ from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.serving.engine.limits import Limits
-from personalized_soups.serving.web.settings import Rules, Settings
+from personalized_soups.serving.web.settings import ApiKey, Rules, Settings
 from personalized_soups.tiny import BASE_FOLDER
 from personalized_soups.users.profiles.store import UnknownProfile
 from tests.experts import write_expert
@@ -170,7 +170,7 @@ def _check_options(arguments: list[str]) -> None:
 def test_a_key_is_asked_for_and_opens_the_sliders(
     browser: Any, tiny_experts: Path, request: pytest.FixtureRequest
 ) -> None:
-    settings = Settings("tiny", rules=Rules(keys=[KEY]), limits=Limits(max_context=512))
+    settings = Settings("tiny", rules=Rules(keys=[ApiKey(KEY)]), limits=Limits(max_context=512))
     with running(BASE_FOLDER, tiny_experts, settings) as served:
         context = browser.new_context()
         opened = Playground(context, context.new_page(), served.url)

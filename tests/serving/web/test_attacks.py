@@ -21,7 +21,7 @@ from uvicorn.server import ServerState
 from personalized_soups.declare.profile import Profile
 from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.web import connections
-from personalized_soups.serving.web.settings import Rules, Settings
+from personalized_soups.serving.web.settings import ApiKey, Rules, Settings
 from tests.experts import write_expert
 from tests.mixing.worlds import write_experts
 from tests.serving.servers import Reply, RunningServer, running, send_raw
@@ -276,7 +276,7 @@ def test_two_hosts_are_one_too_many(served: RunningServer) -> None:
 
 
 def test_what_is_refused_is_not_read_to_its_end(small_base: Path, expert_folders: Path) -> None:
-    rules = Rules(keys=["a-key-of-more-than-sixteen-letters"])
+    rules = Rules(keys=[ApiKey("a-key-of-more-than-sixteen-letters")])
     with running(small_base, expert_folders, Settings("small", rules=rules, limits=Limits(max_context=256))) as served:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
         with _connected(served, head) as sent:

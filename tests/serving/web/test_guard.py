@@ -16,13 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from personalized_soups.errors import InputError, UsageError
 from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.web.guard import Guard
-from personalized_soups.serving.web.server import listen, read_keys
-from personalized_soups.serving.web.settings import Rules, Settings
+from personalized_soups.serving.web.key_file import read_keys
+from personalized_soups.serving.web.server import listen
+from personalized_soups.serving.web.settings import ApiKey, Rules, Settings
 from tests.serving.servers import RunningServer, running
 
 KEY = "a-key-of-more-than-sixteen-characters"
 RULES = Rules(
-    keys=[KEY, "another-key-that-nobody-guesses"],
+    keys=[ApiKey(KEY), ApiKey("another-key-that-nobody-guesses")],
     hosts=["soups.example"],
     origins=["https://app.example"],
     max_body=2000,
@@ -43,7 +44,7 @@ def _bearer(key: str = KEY) -> dict[str, str]:
 
 def test_a_key_is_asked_for_and_every_key_is_good(guarded: RunningServer) -> None:
     for key in RULES.keys:
-        assert guarded.client(api_key=key).models.list().data[0].id == "small"
+        assert guarded.client(api_key=key.text).models.list().data[0].id == "small"
     for headers in ({}, _bearer("wrong"), _bearer(KEY[:-1]), _bearer(KEY + "x"), {"Authorization": f"Basic {KEY}"},
                     {"Authorization": KEY}, _bearer("\xff")):  # fmt: skip
         reply = guarded.ask("GET", "/v1/models", headers=headers)
@@ -210,7 +211,7 @@ def test_a_body_may_have_as_many_bytes_as_it_may_and_not_one_more() -> None:
 def test_nothing_is_read_of_those_who_may_not_ask() -> None:
     async def test() -> None:
         seen: list[int] = []
-        guard = _guard(keys=[KEY], on_response=lambda _, status: seen.append(status))
+        guard = _guard(keys=[ApiKey(KEY)], on_response=lambda _, status: seen.append(status))
         assert (await _through(guard, b"x")).num_taken == 0
         assert (await _through(guard, b"x", host="evil.example")).num_taken == 0
         assert (await _through(guard, b"x", origin="http://evil.example")).num_taken == 0
@@ -283,27 +284,61 @@ def test_keys_are_read_from_a_file_that_is_private(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"# for the app\n{KEY}\n\n  another-key-of-some-length  \n")
     path.chmod(0o600)
-    assert read_keys(path) == [KEY, "another-key-of-some-length"]
+    assert read_keys(path) == [ApiKey(KEY), ApiKey("another-key-of-some-length")]
     for others in (0o040, 0o004, 0o020, 0o002):
         path.chmod(0o600 | others)
         with pytest.raises(InputError, match="other users of this machine can read or change the API keys"):
             read_keys(path)
     path.chmod(0o600)
     path.write_text("x" * 16)
-    assert read_keys(path) == ["x" * 16]
-    for text, what in (
-        ("# none\n", "contains no API key"),
-        ("x" * 15, "fewer than 16"),
-        (f"{KEY}\nshort\n", "API key number 2"),
-    ):
-        path.write_text(text)
-        with pytest.raises(InputError, match=what):
-            read_keys(path)
+    assert read_keys(path) == [ApiKey("x" * 16)]
+    with pytest.raises(InputError, match="cannot be read"):
+        read_keys(tmp_path / "nothing")
     path.write_bytes(b"\xff" * 20)
     with pytest.raises(InputError, match="cannot be read"):
         read_keys(path)
-    with pytest.raises(InputError, match="cannot be read"):
-        read_keys(tmp_path / "nothing")
+
+
+def test_a_key_may_be_bound_to_a_user_of_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    names = ["ada", "Ada King, Countess  of Lovelace", "user=x", "a#b", "été\u2028😀", "soup:ada@7", "a/questions"]
+    keys = [f"key-number-{number}-of-some-length" for number in range(len(names))]
+    lines = [f"{key} user={name}" for key, name in zip(keys, names, strict=True)]
+    path.write_text("\r\n".join([*lines, KEY]), encoding="utf-8", newline="")
+    path.chmod(0o600)
+    assert read_keys(path) == [*map(ApiKey, keys, names), ApiKey(KEY)]
+    path.write_text(f"{KEY}\tuser=ada\n")
+    assert read_keys(path) == [ApiKey(KEY, "ada")]
+    assert KEY not in repr(read_keys(path))
+
+
+@pytest.mark.parametrize(
+    ("text", "what", "where"),
+    [
+        ("# none\n", "contains no API key", ""),
+        ("x" * 15, "fewer than 16 characters", ":1"),
+        (f"{KEY}\nshort-secret\n", "fewer than 16 characters", ":2"),
+        (f"\n{KEY} for the app", "followed by something else than `user=NAME`", ":2"),
+        (f"{KEY} user=", "the user's name is empty", ":1"),
+        (f"{KEY} user= ada", "starts or ends with white space", ":1"),
+        (f"{KEY} user=ada ", "starts or ends with white space", ":1"),
+        (f"{KEY} user={'x' * 257}", "takes 257 bytes", ":1"),
+        (f"{KEY}é user=ada", "not ASCII", ":1"),
+        (f"{KEY}\n{KEY} user=ada", "in the file twice", ":2"),
+    ],
+)
+def test_an_invalid_line_of_the_key_file_is_told_without_the_key(
+    tmp_path: Path, text: str, what: str, where: str
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o600)
+    with pytest.raises(InputError) as error:
+        read_keys(path)
+    assert what in error.value.what
+    assert error.value.where == f"{path}{where}"
+    assert KEY not in str(error.value)
+    assert "secret" not in f"{error.value.what} {error.value.mend}".replace("secrets", "")
 
 
 def test_any_host_and_origin_where_that_is_asked_for(small_base: Path, expert_folders: Path) -> None:
