@@ -92,28 +92,29 @@ def checked_soft_tokens(soft: Sequence[Tensor | None] | None, num_prompts: int, 
             mend="give one entry for each prompt: its soft tokens, or None",
         )
     width = embedding_width(model)
-    for row, own in enumerate(soft):
-        if own is None:
+    entry: Any  # callers may pass anything
+    for row, entry in enumerate(soft):
+        if entry is None:
             continue
         where = f"soft_tokens[{row}]"
-        if not isinstance(own, Tensor) or own.ndim != 2 or not own.is_floating_point():
+        if not isinstance(entry, Tensor) or entry.ndim != 2 or not entry.is_floating_point():
             found = (
-                f"has shape {list(own.shape)} and dtype {str(own.dtype).removeprefix('torch.')}"
-                if isinstance(own, Tensor)
-                else f"is of type {type(own).__name__}"
+                f"has shape {list(entry.shape)} and dtype {str(entry.dtype).removeprefix('torch.')}"
+                if isinstance(entry, Tensor)
+                else f"is of type {type(entry).__name__}"
             )
             raise UsageError(
                 f"soft tokens must be a floating-point tensor with two dimensions, but the value {found}",
                 where=where,
                 mend="give a tensor of shape [number of tokens, width of the base's embeddings], or None",
             )
-        if own.shape[1] != width:
+        if entry.shape[1] != width:
             raise UsageError(
-                f"the soft tokens have the width {own.shape[1]}, but the base's embeddings have the width {width}",
+                f"the soft tokens have the width {entry.shape[1]}, but the base's embeddings have the width {width}",
                 where=where,
                 mend="give the base that the soft tokens were trained with",
             )
-        if not bool(torch.isfinite(own).all()):
+        if not bool(torch.isfinite(entry).all()):
             raise UsageError(
                 "a soft token has a value that is NaN or infinite",
                 where=where,

@@ -45,10 +45,11 @@ def either(model: SoupModel, request: pytest.FixtureRequest) -> SoupModel:
 
 
 def test_rows_in_a_mixed_batch_are_those_alone(either: SoupModel) -> None:
-    for options in ({}, {"temperature": 0.9, "seed": 4}):
-        together = answer(either, PROMPTS, users(), max_new_tokens=12, **options)  # type: ignore[arg-type]
+    settings: list[dict[str, Any]] = [{}, {"temperature": 0.9, "seed": 4}]
+    for options in settings:
+        together = answer(either, PROMPTS, users(), max_new_tokens=12, **options)
         alone = [
-            answer(either, [prompt], who, max_new_tokens=12, places=[place], **options)  # type: ignore[arg-type]
+            answer(either, [prompt], who, max_new_tokens=12, places=[place], **options)
             for place, (prompt, who) in enumerate(zip(PROMPTS, users(), strict=True))
         ]
         assert together == [text for (text,) in alone]

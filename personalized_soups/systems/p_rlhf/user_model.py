@@ -147,7 +147,8 @@ class UserModel:
         """Return the soft tokens [T, H] of a user, float32 on the CPU. An unknown user has the generic user's."""
         number = 0 if user is None else self._numbers.get(user, 0)
         with torch.no_grad():
-            return self.tables(torch.tensor([number]))[0]
+            tokens_1TH: Tensor = self.tables(torch.tensor([number]))
+        return tokens_1TH[0]
 
     def personal_model(self, user: str | None = None, **parts: Any) -> PersonalModel:
         """Return the personal model of a user: the adapter and the user's soft tokens.

@@ -21,12 +21,10 @@ def table_shapes(
     kind: UserModelKind, *, num_users: int, num_tokens: int, num_clusters: int, width: int
 ) -> dict[str, tuple[int, ...]]:
     """Return the shape of each table of a kind of user model, by the table's name."""
-    generic = {"generic": (num_tokens, width)}
-    return {
-        "individual": generic | {"offsets": (num_users, num_tokens, width)},
-        "cluster": {"centers": (num_clusters, num_tokens, width), "logits": (num_users + 1, num_clusters)},
-        "uninformative": generic,
-    }[kind]
+    if kind == "cluster":
+        return {"centers": (num_clusters, num_tokens, width), "logits": (num_users + 1, num_clusters)}
+    generic: dict[str, tuple[int, ...]] = {"generic": (num_tokens, width)}
+    return generic | ({"offsets": (num_users, num_tokens, width)} if kind == "individual" else {})
 
 
 class UserTables(nn.Module):
@@ -43,6 +41,12 @@ class UserTables(nn.Module):
     Attributes:
         kind: the kind of user model.
     """
+
+    # The tables of one kind. The others do not exist.
+    generic: nn.Parameter
+    offsets: nn.Parameter
+    centers: nn.Parameter
+    logits: nn.Parameter
 
     def __init__(self, kind: UserModelKind, tables: Mapping[str, Tensor]) -> None:
         super().__init__()

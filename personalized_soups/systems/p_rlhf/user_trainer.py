@@ -50,18 +50,19 @@ class UserTrainer(ExpertTrainer):
         config.remove_unused_columns = False  # the user and the reference are columns that TRL does not know
         config.precompute_ref_log_probs = False
         super().__init__(recipe, model=model, tokenizer=tokenizer, pairs=pairs, config=config)
-        embed = self.model.get_input_embeddings()
+        adapted: Any = self.model
+        embed = adapted.get_input_embeddings()
         self.tables = UserTables.drawn(
             self._users.model,
             num_users=len(users),
             num_tokens=self._users.tokens,
             num_clusters=self._users.clusters,
             embed=lambda ids: embed(ids.to(embed.weight.device)),
-            vocabulary=num_embeddings(self.model) or len(tokenizer),
+            vocabulary=num_embeddings(adapted) or len(tokenizer),
             seed=seed,
-        ).to(self.args.device)
+        ).to(torch.device(self.args.device))
         # As a part of the model, the tables are synchronised between processes, and their gradients are clipped.
-        self.model.user_tables = self.tables
+        adapted.user_tables = self.tables
         self._sft_weight = recipe.dpo.sft_weight
         self._rows = TermRows(
             pad_id=int(tokenizer.pad_token_id),
@@ -71,7 +72,8 @@ class UserTrainer(ExpertTrainer):
             alpha=self._users.alpha,
         )
         self.data_collator = self._rows
-        self.train_dataset = self.train_dataset.add_column("reference", self._reference().tolist())
+        rows: Any = self.train_dataset
+        self.train_dataset = rows.add_column("reference", self._reference(adapted, rows).tolist())
 
     def columns(self, pairs: EncodedPairs) -> dict[str, list[Any]]:
         """Return the columns of the data set, with the number of each pair's user."""
@@ -112,35 +114,34 @@ class UserTrainer(ExpertTrainer):
         optimizer.add_param_group({"params": list(self.tables.parameters()), "lr": rate, "weight_decay": 0.0})
         return optimizer
 
-    def _reference(self) -> Tensor:
+    def _reference(self, model: Any, pairs: Any) -> Tensor:
         """Return the log-probabilities [P, 2] of the chosen and the rejected answer of each pair under the base."""
         rows = replace(self._rows, num_soft=0)
         size = REFERENCE_BATCHES * self.args.per_device_train_batch_size
-        device, num_processes = self.args.device, self.accelerator.num_processes
-        reference_P2 = torch.zeros(len(self.train_dataset), 2, device=device)
-        was_training = self.model.training
-        self.model.eval()
-        with torch.no_grad(), self.model.disable_adapter(), self.accelerator.autocast():
-            for number, start in enumerate(range(0, len(reference_P2), size)):
+        num_processes = self.accelerator.num_processes
+        reference_P2 = torch.zeros(len(pairs), 2, device=self.args.device)
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), model.disable_adapter(), self.accelerator.autocast():
+            for number, start in enumerate(range(0, len(pairs), size)):
                 if number % num_processes != self.accelerator.process_index:
                     continue
-                examples = [
-                    {**pair, "user": 0}
-                    for pair in self.train_dataset.select(range(start, min(start + size, len(reference_P2))))
-                ]
-                inputs = {name: values.to(device) for name, values in rows(examples).items()}
-                embeds_RTH = self.model.get_input_embeddings()(inputs["input_ids"])
-                log_probs_RT, _ = answer_log_probs(self.model, embeds_RTH, inputs)
+                batch = pairs.select(range(start, min(start + size, len(pairs))))
+                inputs = rows([{**pair, "user": 0} for pair in batch])
+                inputs = {name: values.to(self.args.device) for name, values in inputs.items()}
+                embeds_RTH = model.get_input_embeddings()(inputs["input_ids"])
+                log_probs_RT, _ = answer_log_probs(model, embeds_RTH, inputs)
                 reference_P2[start : start + size] = torch.stack(log_probs_RT.sum(dim=1).chunk(2), dim=1)
-        self.model.train(was_training)
+        model.train(was_training)
         # Each process has filled in its own pairs, and the others are 0, so the sum is exact.
-        return self.accelerator.reduce(reference_P2, reduction="sum").cpu()
+        total: Tensor = self.accelerator.reduce(reference_P2, reduction="sum")
+        return total.cpu()
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             tables = {name: table.detach().cpu().contiguous() for name, table in self.tables.named_parameters()}
-            save_file(tables, Path(output_dir or self.args.output_dir) / _TABLES_FILE)
+            save_file(tables, Path(output_dir or self.args.output_dir or ".") / _TABLES_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -146,7 +146,7 @@ def test_with_alpha_0_users_learn_nothing_and_with_alpha_1_the_generic_term_has_
     gradients: dict[float, dict[str, Tensor]] = {}
     for alpha in (0.0, 0.5, 1.0):
         user_tables = tables(model, "individual")
-        loss_of(model, user_tables, alpha, None).backward()  # type: ignore[no-untyped-call]
+        loss_of(model, user_tables, alpha, None).backward()
         gradients[alpha] = {
             name: table.grad for name, table in user_tables.named_parameters() if table.grad is not None
         }
