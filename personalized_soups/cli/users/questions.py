@@ -35,6 +35,7 @@ def register(app: typer.Typer) -> None:
     """Add the group of commands to the application."""
     group = typer.Typer(no_args_is_help=True, help="Prepare the questions that tell what a user prefers.")
     group.command("make")(make)
+    group.command("fit")(fit)
     group.command("show")(show)
     app.add_typer(group, name="questions")
 
@@ -105,6 +106,37 @@ def make(
             on_progress=on_progress,
         ).write(out, overwrite=overwrite)
     _report(pool, num_questions, as_json=as_json)
+
+
+def fit(
+    folder: PoolArgument,
+    *,
+    known: Annotated[
+        Path,
+        typer.Option(help='JSON Lines file of known users\' answers, with the keys "user", "question" and "choice".'),
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Fit what is assumed of a new user on the answers of known users, and store it with the questions.
+
+    New users then need fewer answers.
+    """
+    from personalized_soups.users.answers.known_users import fit_known_users, read_known_answers
+    from personalized_soups.users.answers.pool import QuestionPool
+
+    pool = QuestionPool.open(folder)
+    fitted = fit_known_users(pool, read_known_answers(known, pool)).write(folder, overwrite=True)
+    prior = fitted.prior
+    record = {
+        "folder": str(folder),
+        "users": fitted.record.prior["num_users"],
+        "answers": fitted.record.prior["num_answers"],
+        "mean weights": dict(zip(fitted.names, prior.mean.tolist(), strict=True)),
+        "standard deviations": {
+            name: float(variance**0.5) for name, variance in zip(fitted.names, prior.covariance.diagonal(), strict=True)
+        },
+    }
+    render.show_record(record, as_json=as_json)
 
 
 def show(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from personalized_soups import TINY_BASE
+from personalized_soups.declare.evidence import Question
 from personalized_soups.tiny.corpus import prompts
-from personalized_soups.users.answers.pool import QuestionPool
+from personalized_soups.users.answers.known_users import fit_prior
+from personalized_soups.users.answers.pool import PoolRecord, QuestionPool
+from personalized_soups.users.answers.prior import GaussianPrior
 from tests.cli.conftest import Run
 from tests.experts import write_expert
 
@@ -26,23 +30,23 @@ def experts(tmp_path: Path) -> Path:
 
 def test_questions_of_the_embedded_base_need_no_prompts(psoups: Run, experts: Path, tmp_path: Path) -> None:
     out = tmp_path / "questions"
-    arguments = ("--experts", experts, "--base", "tiny", "--num-questions", 6, "--seed", 2, "--out", out)
+    arguments = ("--experts", experts, "--base", "tiny", "--num-questions", 4, "--seed", 2, "--out", out)
     code, printed, told = psoups("questions", "make", *arguments, "--device", "cpu", "--json")
     assert (code, told) == (0, "")
     assert json.loads(printed) == {
         "folder": str(out),
-        "questions": 6,
-        "prompts": 3,
+        "questions": 4,
+        "prompts": 2,
         "rewards": ["expert", "friendly", "unfriendly"],
     }
     pool = QuestionPool.open(out)
-    assert set(pool.prompts) == set(prompts("validation", 3, 2))
+    assert set(pool.prompts) == set(prompts("validation", 2, 2))
     assert [expert.dimension for expert in pool.record.experts] == ["expertise", "style", "style"]
     assert pool.record.options["seed"] == 2
 
     code, printed, told = psoups("questions", "show", out, "--limit", 2, "--json")
     rows = [json.loads(line) for line in printed.splitlines()]
-    assert (code, told) == (0, "2 of 6 questions; rewards of expert, friendly, unfriendly\n")
+    assert (code, told) == (0, "2 of 4 questions; rewards of expert, friendly, unfriendly\n")
     assert [row["id"] for row in rows] == ["q1", "q2"]
     assert rows[1]["a"] == pool.questions[1].a
     assert rows[1]["a minus b"] == dict(zip(pool.names, pool.differences[1].tolist(), strict=True))
@@ -76,3 +80,25 @@ def test_a_folder_without_questions_is_named(psoups: Run, tmp_path: Path) -> Non
     code, _, told = psoups("questions", "show", tmp_path / "none")
     assert code == 2
     assert f"at: {tmp_path / 'none'}" in told
+
+
+def test_the_prior_is_fitted_on_known_users(psoups: Run, tmp_path: Path) -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 4, 2)).astype(np.float32)
+    questions = tuple(Question(id=f"q{at}", prompt="How?", a="So.", b=f"No {at}.") for at in range(4))
+    prior = GaussianPrior.ridge(2)
+    pool = QuestionPool(PoolRecord(names=("x", "y"), digest="0"), questions, a, b, prior).write(tmp_path / "pool")
+    rows = [{"user": user, "question": f"q{at}", "choice": "a"} for user in ("u1", "u2") for at in range(4)]
+    known = tmp_path / "known.jsonl"
+    known.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    code, printed, _ = psoups("questions", "fit", tmp_path / "pool", "--known", known, "--json")
+    assert code == 0
+    want = fit_prior([(pool.differences, np.ones(4))] * 2, prior)
+    table = json.loads(printed)
+    assert (table["users"], table["answers"]) == (2, 8)
+    assert table["mean weights"] == dict(zip("xy", want.mean.tolist(), strict=True))
+    assert table["standard deviations"]["y"] == pytest.approx(float(np.sqrt(want.covariance[1, 1])), rel=1e-12)
+    assert (QuestionPool.open(tmp_path / "pool").prior.mean == want.mean).all()
+    known.write_text("{}\n", encoding="utf-8")
+    code, _, told = psoups("questions", "fit", tmp_path / "pool", "--known", known)
+    assert code == 2
+    assert f"at: {known}:1" in told
