@@ -36,9 +36,14 @@ if TYPE_CHECKING:
     from personalized_soups.mixing.peft_view import PeftView
     from personalized_soups.mixing.personal_model import PersonalModel
     from personalized_soups.mixing.prefixes import PrefixCache
+    from personalized_soups.scoring.base_rewards import TextItem
+    from personalized_soups.scoring.implicit_rewards import ImplicitRewards
+    from personalized_soups.scoring.scorer_rewards import ScorerRewards
     from personalized_soups.scoring.scorers import Scored, Scorer, scorer_of
     from personalized_soups.tiny import BASE_FOLDER as TINY_BASE
     from personalized_soups.training.expert import train_expert
+    from personalized_soups.users.answers.making import make_questions
+    from personalized_soups.users.answers.pool import QuestionPool
     from personalized_soups.users.profiles.store import ProfileStore
     from personalized_soups.users.tuning.likelihood import TextLikelihood
     from personalized_soups.users.tuning.objective import Objective
@@ -57,6 +62,7 @@ __all__ = [
     "ExpertLibrary",
     "ExpertWeights",
     "Generator",
+    "ImplicitRewards",
     "LiveAdapter",
     "MergeOptions",
     "Method",
@@ -66,18 +72,22 @@ __all__ = [
     "PrefixCache",
     "Profile",
     "ProfileStore",
+    "QuestionPool",
     "Scored",
     "ScoredAnswers",
     "Scorer",
+    "ScorerRewards",
     "SideRule",
     "SoupError",
     "SoupModel",
+    "TextItem",
     "TextLikelihood",
     "TrainingRecipe",
     "__version__",
     "diagnose",
     "load",
     "load_profile",
+    "make_questions",
     "merge",
     "merge_into_base",
     "merge_many",
@@ -99,6 +109,7 @@ _HOME = {
     "ExpertLibrary": "personalized_soups.adapters.library",
     "ExpertWeights": "personalized_soups.declare.expert_weights",
     "Generator": "personalized_soups.generation.generator",
+    "ImplicitRewards": "personalized_soups.scoring.implicit_rewards",
     "LiveAdapter": "personalized_soups.merging.live.adapter",
     "MergeOptions": "personalized_soups.merging.planning.options",
     "Method": "personalized_soups.methods.method",
@@ -108,17 +119,21 @@ _HOME = {
     "PrefixCache": "personalized_soups.mixing.prefixes",
     "Profile": "personalized_soups.declare.profile",
     "ProfileStore": "personalized_soups.users.profiles.store",
+    "QuestionPool": "personalized_soups.users.answers.pool",
     "Scored": "personalized_soups.scoring.scorers",
     "ScoredAnswers": "personalized_soups.users.tuning.scored_answers",
     "Scorer": "personalized_soups.scoring.scorers",
+    "ScorerRewards": "personalized_soups.scoring.scorer_rewards",
     "SideRule": "personalized_soups.declare.side_rule",
     "SoupModel": "personalized_soups.mixing.model",
     "TINY_BASE": "personalized_soups.tiny:BASE_FOLDER",
+    "TextItem": "personalized_soups.scoring.base_rewards",
     "TextLikelihood": "personalized_soups.users.tuning.likelihood",
     "TrainingRecipe": "personalized_soups.declare.training",
     "diagnose": "personalized_soups.merging.doctor.diagnose",
     "load": "personalized_soups.declare.loader",
     "load_profile": "personalized_soups.declare.profile",
+    "make_questions": "personalized_soups.users.answers.making",
     "merge": "personalized_soups.merging.writing.adapter",
     "merge_into_base": "personalized_soups.merging.writing.into_base",
     "merge_many": "personalized_soups.merging.writing.many",
