@@ -12,7 +12,7 @@ from personalized_soups.cli import render
 from personalized_soups.cli.serve.interview.loop import Answerer, AnswerLog, Ending, Interview
 from personalized_soups.cli.serve.interview.pools import PoolSource
 from personalized_soups.cli.serve.interview.result import InterviewResult
-from personalized_soups.errors import UsageError
+from personalized_soups.errors import SoupError, UsageError
 
 if TYPE_CHECKING:
     from personalized_soups.adapters.library import ExpertLibrary
@@ -196,7 +196,12 @@ class InferenceRun:
             length_normalized=bool(record.options.get("length_normalized", False)),
         )
         most = int(record.options.get("max_new_tokens", _MAX_NEW_TOKENS))
-        return soup_win_rate(self.model, rewards, session.estimate, profile, prompts, max_new_tokens=most)
+        try:
+            own = session.pool.rewards(rewards)
+            return soup_win_rate(self.model, own, session.estimate, profile, prompts, max_new_tokens=most)
+        except SoupError as error:  # the profile is stored already, and the rest of the result does not need it
+            render.say(f"the win rate is not predicted: {error.what}; {error.mend}")
+            return None
 
 
 def _win_rate_prompts(session: InferenceSession) -> list[str]:

@@ -16,9 +16,9 @@ from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import RunError
 from personalized_soups.users.answers.session import InferenceSession
 from personalized_soups.users.answers.stopping import StoppingRule
-from tests.cli.serve.interview.pools import pool_of
+from tests.cli.serve.interview.pools import DIMENSIONS, pool_of
 
-RULE = SideRule({"friendly": "style", "unfriendly": "style", "concise": "informativeness", "long": "informativeness"})
+RULE = SideRule(DIMENSIONS)
 
 
 class Recorded:
