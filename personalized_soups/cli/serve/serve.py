@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from personalized_soups.cli.options import (
     ServedQuestionsOption,
     ServedStoreOption,
 )
+from personalized_soups.cli.serve.profile_answers import MAX_DAYS
 from personalized_soups.cli.serve.server_run import HOST, PORT, ServerRun, served_name, started_with
 from personalized_soups.errors import UsageError, check_extra
 from personalized_soups.serving.engine.limits import Limits
@@ -60,7 +62,8 @@ def serve(
         int, typer.Option(min=0, max=65535, help="Port to listen on. With 0, a free port is chosen.")
     ] = PORT,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="File of API keys, one per line, that only you can read (chmod 600).")
+        Path | None,
+        typer.Option(help="File of API keys that only you can read (chmod 600): one per line, KEY or KEY user=NAME."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Model name of the base, instead of the name of its folder.")] = None,
     dimensions: DimensionsOption = None,
@@ -108,6 +111,15 @@ def serve(
         list[str] | None,
         typer.Option(help="Origin of another site whose pages may send requests. May be repeated."),
     ] = None,
+    answer_retention: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01,
+            max=MAX_DAYS,
+            metavar="DAYS",
+            help="Delete users' answers to questions when they are older than DAYS days, instead of keeping them.",
+        ),
+    ] = None,
     users_in_metrics: Annotated[
         bool, typer.Option("--users-in-metrics", help="Count per user in /metrics. This makes the user names visible.")
     ] = False,
@@ -122,6 +134,7 @@ def serve(
     page with sliders is at /playground. Ctrl-C stops the server after the running answers are finished.
     """
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
+    _check_retention(answer_retention, profiles)
     loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
     settings = Settings(
         base=name or served_name(base),
@@ -133,6 +146,7 @@ def serve(
         num_questions=num_questions,
         certainty=_checked_certainty(certainty),
         answers_per_minute=answers_per_minute,
+        answer_retention=None if answer_retention is None else timedelta(days=answer_retention),
         users_in_metrics=users_in_metrics,
         started_with=started_with(base, experts),
     )
@@ -164,6 +178,15 @@ def _checked_certainty(certainty: float | None) -> float | None:
             mend="give a number above 0.5 and at most 1, e.g. --certainty 0.9",
         )
     return certainty
+
+
+def _check_retention(answer_retention: float | None, profiles: str | None) -> None:
+    if answer_retention is not None and profiles is None:
+        raise UsageError(
+            "no answers are stored, because --profiles is not given",
+            where="--answer-retention",
+            mend="give the store as well, e.g. --profiles profiles.db, or remove --answer-retention",
+        )
 
 
 def _rules(

@@ -6,7 +6,7 @@ routes that a bound key may not use. Routes whose answers depend on the user mus
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from personalized_soups.serving.protocol.faults import ApiError
@@ -14,7 +14,7 @@ from personalized_soups.serving.protocol.faults import ApiError
 _KEY = "psoups.key_user"
 
 
-def bind(scope: dict[str, Any], user: str | None) -> None:
+def bind(scope: MutableMapping[str, Any], user: str | None) -> None:
     """Record the user to whom the request's key is bound, or None for a key with full access.
 
     Args:

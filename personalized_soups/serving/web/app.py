@@ -29,6 +29,7 @@ from personalized_soups.serving.protocol.strict_json import validation_error
 from personalized_soups.serving.protocol.token_buckets import TokenBuckets
 from personalized_soups.serving.protocol.user_questions import UserQuestions
 from personalized_soups.serving.web.guard import Guard
+from personalized_soups.serving.web.retention import Retention
 from personalized_soups.serving.web.routes import answering, experts, health, profiles, questions
 from personalized_soups.serving.web.routes.user_paths import PROFILES, UserPaths, user_path, without_mark
 from personalized_soups.serving.web.settings import Settings
@@ -126,6 +127,11 @@ class Server:
             UserPaths(api), settings.rules, retry_after=self.batcher.retry_after, on_response=self._count_response
         )
         self.app: ASGIApp = self._guard
+        # Python may collect a task that nothing refers to. The runner of the event loop cancels this task at the end.
+        self._expiring: asyncio.Task[None] | None = None
+        if store is not None and settings.answer_retention is not None:
+            retention = Retention(store.answers, settings.answer_retention)
+            self._expiring = asyncio.get_running_loop().create_task(retention.run())
 
     def refuse_bodies(self) -> None:
         """Reject requests whose body has not arrived yet. Call this when the server is about to shut down."""

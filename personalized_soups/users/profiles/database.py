@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,11 @@ from personalized_soups.users.profiles.failures import translated_errors
 from personalized_soups.users.profiles.schema import SCHEMA, check_schema, store
 
 T = TypeVar("T")
+
+# The part of the loggers' names that belongs to the engines of this package. At the level DEBUG, SQLAlchemy would log
+# all rows that it reads, with users' answers.
+LOGGING_NAME = "psoups"
+logging.getLogger(f"sqlalchemy.engine.Engine.{LOGGING_NAME}").setLevel(logging.WARNING)
 
 
 @dataclass(frozen=True, slots=True)

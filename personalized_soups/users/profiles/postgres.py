@@ -12,7 +12,7 @@ from sqlalchemy import URL, BigInteger, Connection, Table, create_engine, inspec
 from sqlalchemy.exc import DBAPIError
 
 from personalized_soups.errors import UsageError, check_extra
-from personalized_soups.users.profiles.database import Batch, Database
+from personalized_soups.users.profiles.database import LOGGING_NAME, Batch, Database
 from personalized_soups.users.profiles.failures import CONFLICTS, sqlstate, translated_errors
 from personalized_soups.users.profiles.schema import answers, create_tables, profiles, staged, upgrade_tables
 
@@ -53,6 +53,7 @@ class PostgresDatabase(Database):
             isolation_level="AUTOCOMMIT",  # a single statement needs no BEGIN
             pool_pre_ping=True,
             hide_parameters=True,  # errors must not contain users' answers
+            logging_name=LOGGING_NAME,
         )
         super().__init__(engine, url.render_as_string(hide_password=True))
         self._patience = patience

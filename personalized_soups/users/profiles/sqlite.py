@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import InvalidatePoolError, OperationalError
 
 from personalized_soups.errors import FileFormatError, UsageError
-from personalized_soups.users.profiles.database import Batch, Database
+from personalized_soups.users.profiles.database import LOGGING_NAME, Batch, Database
 from personalized_soups.users.profiles.failures import StoreUnavailable, is_busy
 from personalized_soups.users.profiles.schema import (
     create_tables,
@@ -81,6 +81,7 @@ class SqliteDatabase(Database):
             poolclass=QueuePool,
             pool_size=_CONNECTIONS,
             hide_parameters=True,  # errors must not contain users' answers
+            logging_name=LOGGING_NAME,
         )
         super().__init__(engine, str(path))
         event.listen(engine, "checkout", self._check_file)

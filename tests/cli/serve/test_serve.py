@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from personalized_soups.cli.app import build_app
 from personalized_soups.cli.bases import LoadOptions
 from personalized_soups.cli.serve.server_run import ServerRun
 from personalized_soups.serving.engine.limits import Limits
-from personalized_soups.serving.web.settings import Rules, Settings
+from personalized_soups.serving.web.settings import ApiKey, Rules, Settings
+from tests.cli.conftest import Run
 from tests.mixing.worlds import write_experts
 
 pytestmark = pytest.mark.slow
@@ -220,13 +222,15 @@ def test_every_option_reaches_its_setting(tmp_path: Path, monkeypatch: pytest.Mo
         "--max-context", "11", "--default-max-tokens", "13", "--read-tokens", "17", "--cache-memory", "0.25",
         "--max-body", "0.5", "--request-timeout", "19", "--grace", "23", "--allow-host", "Soups.Example",
         "--cors-origin", "https://app.example", "--users-in-metrics", "--profiles", "p.db", "--port", "9",
+        "--answer-retention", "1.5",
         "--dimensions", "d.yaml", "--api-key-file", "keys", "--device", "cpu", "--dtype", "bfloat16", "--same-base",
     )  # fmt: skip
-    assert run.completed_settings(["a key"], base) == Settings(
+    assert run.completed_settings([ApiKey("a key")], base) == Settings(
         tmp_path.name,
-        Rules(["a key"], ["::1", "soups.example"], ["https://app.example"], max_body=2**19, max_requests=7),
+        Rules([ApiKey("a key")], ["::1", "soups.example"], ["https://app.example"], max_body=2**19, max_requests=7),
         Limits(max_rows=3, max_waiting=5, max_context=11, read_tokens=17, cache_bytes=2**28),
         default_max_tokens=13, request_seconds=19.0, grace_seconds=23.0, users_in_metrics=True,
+        answer_retention=timedelta(hours=36),
         started_with=list(what),
     )  # fmt: skip
     assert run == ServerRun(
@@ -242,6 +246,11 @@ def test_the_defaults_are_the_servers_own(monkeypatch: pytest.MonkeyPatch) -> No
         "org/base", Rules(hosts=["127.0.0.1"]), started_with=["--base", "org/base", "--experts", "a"]
     )
     assert _run_of(monkeypatch, "--base", "org/base", "--experts", "a", "--name", "house").settings.base == "house"
+
+
+def test_a_retention_needs_a_store(psoups: Run) -> None:
+    code, _, err = psoups("serve", "--base", "org/base", "--experts", "a", "--answer-retention", "30")
+    assert (code, "no answers are stored, because --profiles is not given" in " ".join(err.split())) == (2, True)
 
 
 def test_an_ipv6_address_is_printed_in_brackets(
