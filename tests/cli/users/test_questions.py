@@ -24,13 +24,26 @@ SHAPES = {f"model.layers.{layer}.self_attn.q_proj": (128, 128) for layer in rang
 @pytest.fixture
 def experts(tmp_path: Path) -> Path:
     for place, name in enumerate(("friendly", "unfriendly", "expert")):
-        write_expert(tmp_path / "experts" / name, seed=place, shapes=SHAPES, alpha=1, base=str(TINY_BASE))
+        write_expert(tmp_path / "experts" / name, seed=place, shapes=SHAPES, alpha=0.2, base=str(TINY_BASE))
     return tmp_path / "experts"
 
 
 def test_questions_of_the_embedded_base_need_no_prompts(psoups: Run, experts: Path, tmp_path: Path) -> None:
     out = tmp_path / "questions"
-    arguments = ("--experts", experts, "--base", "tiny", "--num-questions", 4, "--seed", 2, "--out", out)
+    arguments = (
+        "--experts",
+        experts,
+        "--base",
+        "tiny",
+        "--num-questions",
+        4,
+        "--seed",
+        2,
+        "--max-new-tokens",
+        128,
+        "--out",
+        out,
+    )
     code, printed, told = psoups("questions", "make", *arguments, "--device", "cpu", "--json")
     assert (code, told) == (0, "")
     assert json.loads(printed) == {
