@@ -15,15 +15,16 @@ export function isKeyed() {
 
 /** An error response, or a server that cannot be reached (status 0). The message is the server's, if it sent one. */
 export class ApiError extends Error {
-  constructor(message, { status = 0, retryAfter = null } = {}) {
+  constructor(message, { status = 0, code = null, retryAfter = null } = {}) {
     super(message);
     this.status = status;
+    this.code = code;
     this.retryAfter = retryAfter;
   }
 }
 
-async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
-  const request = { method, signal, headers: { ...headers }, cache: "no-store", referrerPolicy: "no-referrer" };
+async function send(path, { method = "GET", body, headers = {}, signal, keepalive = false } = {}) {
+  const request = { method, signal, keepalive, headers: { ...headers }, cache: "no-store", referrerPolicy: "no-referrer" };
   if (key) request.headers.Authorization = `Bearer ${key}`;
   if (body !== undefined) {
     request.headers["Content-Type"] = "application/json";
@@ -42,13 +43,16 @@ async function send(path, { method = "GET", body, headers = {}, signal } = {}) {
 
 async function refusal(response) {
   let message = `The server refused (HTTP ${response.status}).`;
+  let code = null;
   try {
-    message = (await response.json()).error.message || message;
+    const { error } = await response.json();
+    message = error.message || message;
+    code = error.code ?? null;
   } catch {
     // an HTML page of a proxy: only the status is useful
   }
   const seconds = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
-  return new ApiError(message, { status: response.status, retryAfter: Number.isNaN(seconds) ? null : seconds });
+  return new ApiError(message, { status: response.status, code, retryAfter: Number.isNaN(seconds) ? null : seconds });
 }
 
 export async function loadExperts() {
@@ -94,6 +98,37 @@ export async function saveProfile(user, profile, { isReplacing = false, version 
 /** Delete a profile with all versions. The error has status 412 if its current version is another one. */
 export async function deleteProfile(user, version) {
   await send(`profiles/${encodeURIComponent(user)}`, { method: "DELETE", headers: { "If-Match": `"${version}"` } });
+}
+
+function questionsPath(user, rest = "", query = {}) {
+  const known = Object.entries(query).filter(([, value]) => value !== null);
+  return `profiles/${encodeURIComponent(user)}/questions${rest}?${new URLSearchParams(known)}`;
+}
+
+/** The next question of a user, and what the answers show; `num` is the number of questions, null for the server's own. */
+export async function loadQuestions(user, num) {
+  return (await send(questionsPath(user, "", { num_questions: num }))).json();
+}
+
+/** Answer the current question: `choice` is first, second, tie or skip. A repeated request changes nothing. */
+export async function answerQuestion(user, question, choice, num) {
+  const request = { method: "POST", body: { question, choice } };
+  return (await send(questionsPath(user, "", { num_questions: num }), request)).json();
+}
+
+/** Take back the answer to `question`, which must be the last one. A repeated request changes nothing. */
+export async function takeBackAnswer(user, question, num) {
+  return (await send(questionsPath(user, "/last", { question, num_questions: num }), { method: "DELETE" })).json();
+}
+
+/** Delete all answers of a user; with `keepalive` even while the page is left. */
+export async function deleteAnswers(user, { keepalive = false } = {}) {
+  await send(questionsPath(user), { method: "DELETE", keepalive });
+}
+
+/** Save the profile that the answers give as the user's next version. */
+export async function finishQuestions(user) {
+  await send(questionsPath(user, "/finish"), { method: "POST" });
 }
 
 /** The scores of an answer: a list with one row per dimension. */

@@ -9,6 +9,7 @@ import {
   combinationsOf, commandText, curlText, isPlain, isSameMixture, mixtureText, profileOf, profileText, requestOf, slidersOf,
 } from "./profile.js";
 import { SavedProfiles } from "./saved.js";
+import { Taste } from "./taste.js";
 
 const SETTLE_MS = 350; // longer than the pause between two presses of an arrow key, too short to notice
 const MOST_PROFILES = 300; // more make a <select> unusable
@@ -206,12 +207,11 @@ async function load() {
   id("trouble").hidden = true;
   try {
     const list = await loadExperts();
-    const saved = list.has_store ? await loadProfiles(MOST_PROFILES) : null;
-    if (saved) saved.push(...(await loadLinked(saved)));
+    const saved = list.has_store ? await loadSaved(list.user ?? null) : null;
     id("key").hidden = true;
     document.querySelector("main").hidden = false;
     show(list, saved);
-    if (saved) savedProfiles.list();
+    if (saved && !list.user) savedProfiles.list();
     if (isAgain) id("prompt").focus(); // the pressed button is gone
   } catch (error) {
     if (error.status === 401) return askForKey(error);
@@ -237,7 +237,10 @@ function show(list, saved) {
   profiles.clear();
   for (const { user, profile } of saved ?? []) profiles.set(user, profile);
   id("save").hidden = saved === null;
-  id("saved").hidden = saved === null;
+  id("saved").hidden = saved === null || Boolean(list.user); // a key of one user may not list the others
+  if (list.user) id("user").value = list.user;
+  id("user").readOnly = Boolean(list.user);
+  id("find-taste").hidden = !list.has_questions;
   id("storeless").hidden = saved !== null;
   showChoices();
   followLink();
@@ -254,6 +257,13 @@ function askForKey() {
   id("key-input").focus();
 }
 
+/** The saved profiles, or with a key that is bound to one user, this user's profile. */
+async function loadSaved(user) {
+  if (user !== null) return loadProfile(user).then((stored) => [stored], () => []);
+  const saved = await loadProfiles(MOST_PROFILES);
+  return [...saved, ...(await loadLinked(saved))];
+}
+
 /** The saved profiles in the page's address, which the first page of profiles may not contain. */
 async function loadLinked(saved) {
   const sources = (readLink()?.sources ?? []).filter((source) => source?.startsWith("user:"));
@@ -266,7 +276,7 @@ async function loadLinked(saved) {
 function saved(user, profile) {
   changed(user, profile);
   id("preset").value = `user:${user}`;
-  savedProfiles.list();
+  if (!id("saved").hidden) savedProfiles.list();
 }
 
 /** Store a profile's new version; null means that the profile was deleted. */
@@ -291,6 +301,15 @@ function use(user, profile, version) {
   showMixture();
   settle(0);
   return isExact;
+}
+
+/** Move the sliders to what the answers to questions gave; user is null if it was not saved. */
+function useTaste(profile, user) {
+  sliders.place(profile.weights);
+  showMixture();
+  if (user !== null) saved(user, profile);
+  id("preset-note").textContent = `The sliders show what you prefer${user === null ? "" : `, saved as “${user}”`}.`;
+  settle(0);
 }
 
 // ---- events ----
@@ -334,6 +353,8 @@ id("key").addEventListener("submit", (event) => {
   id("key-input").value = "";
   load();
 });
+const taste = new Taste({ use: useTaste, refusedKey: askForKey });
+id("find-taste").addEventListener("click", () => taste.open(id("user").value.trim(), id("user").readOnly));
 const savedProfiles = new SavedProfiles({ use, changed, refusedKey: askForKey });
 startKeeping({
   profile: () => profileOf(sliders.sliders, sliders.weights),

@@ -71,6 +71,7 @@ class QuestionsState(BaseModel):
     user: str
     num_answered: int = Field(description="The number of answered and skipped questions.")
     num_questions: int = Field(description="The greatest number of questions that are asked.")
+    last_answered: str | None = Field(description="The `id` of the question that was answered last.")
     done: bool = Field(description="Whether enough questions were asked.")
     question: QuestionBody | None = Field(description="The next question; null if `done`.")
     estimate: EstimateBody

@@ -201,6 +201,7 @@ class UserQuestions:
             user=session.user,
             num_answered=session.num_asked,
             num_questions=min(session.stopping.max_questions, len(self._pool.questions)),
+            last_answered=session.answers[-1].question.id if session.answers else None,
             done=session.is_done,
             question=question,
             estimate=self._estimate_of(session),

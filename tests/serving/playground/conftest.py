@@ -125,3 +125,15 @@ def playground(browser: Browser, served_url: str) -> Iterator[Playground]:
     context.grant_permissions(["clipboard-read", "clipboard-write"], origin=served_url)
     yield Playground(context, context.new_page(), served_url)
     context.close()
+
+
+@pytest.fixture
+def phone(playground: Playground) -> Iterator[Page]:
+    """Yield the page on a phone, not opened yet."""
+    browser = playground.context.browser
+    assert browser is not None
+    context = browser.new_context(
+        viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True, reduced_motion="reduce"
+    )
+    yield context.new_page()
+    context.close()

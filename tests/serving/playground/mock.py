@@ -57,6 +57,10 @@ class Mock:
     delay: float = 0.01
     is_scored: bool = True
     has_store: bool = True
+    has_questions: bool = True
+    num_questions: int = 10
+    bound_user: str | None = None
+    chosen: dict[str, list[str]] = field(default_factory=dict)
     text: str = _TEXT
     extra: list[str] = field(default_factory=lambda: ["formal"])
     profiles: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -83,6 +87,7 @@ class Mock:
             for name, (about, sides) in DIMENSIONS.items()
         ]
         output = {"base": "tiny", "has_store": self.has_store, "preset_weight": 0.6}
+        output |= {"has_questions": self.has_questions, "user": self.bound_user}
         return {"object": "list", **output, "data": data, "dimensions": dimensions}
 
     def weights_of(self, body: Mapping[str, Any]) -> dict[str, float]:
@@ -104,6 +109,7 @@ def application(mock: Mock) -> FastAPI:
         return response
 
     _add_lists(app, mock)
+    _add_questions(app, mock)  # first: their paths are paths of profiles, too
     _add_profiles(app, mock)
 
     @app.post("/v1/chat/completions")
@@ -135,11 +141,61 @@ def _add_lists(app: FastAPI, mock: Mock) -> None:
         return mock.experts()
 
 
+def _add_questions(app: FastAPI, mock: Mock) -> None:
+    def state(user: str, num: int | None) -> dict[str, Any]:
+        chosen, most = mock.chosen.get(user, []), num or mock.num_questions
+        number = len(chosen) + 1
+        question = {"object": "question", "id": f"q{number}", "number": number, "prompt": f"Prompt {number}?",
+                    "answers": [f"First {number}. {mock.text}", f"Second {number}. {mock.text}"]}  # fmt: skip
+        known = any(choice in {"first", "second"} for choice in chosen)
+        estimate = {
+            "sentence": "You prefer friendly answers. It is still open whether you prefer expert answers.",
+            "notes": ["You chose the first answer all 6 times."] if chosen.count("first") > 5 else [],
+            "agreement": 0.87,
+            "profile": {"user": user, "weights": {"friendly": 0.6, "expert": 0.35}} if known else None,
+        }
+        return {"object": "questions", "user": user, "num_answered": len(chosen), "num_questions": most,
+                "last_answered": f"q{len(chosen)}" if chosen else None, "done": len(chosen) >= most,
+                "question": None if len(chosen) >= most else question, "estimate": estimate}  # fmt: skip
+
+    path = "/v1/profiles/{user:path}/questions"
+
+    @app.get(path)
+    async def questions(user: str, num_questions: int | None = None) -> dict[str, Any]:
+        return state(user, num_questions)
+
+    @app.post(path)
+    async def answer(user: str, request: Request, num_questions: int | None = None) -> Response:
+        body, chosen = await request.json(), mock.chosen.setdefault(user, [])
+        if body["question"] != f"q{len(chosen) + 1}":
+            return _refusal(409, "that is not the current question", "not_asked")
+        chosen.append(body["choice"])
+        return JSONResponse(state(user, num_questions))
+
+    @app.delete(path + "/last")
+    async def take_back(user: str, question: str, num_questions: int | None = None) -> dict[str, Any]:
+        if question == f"q{len(mock.chosen[user])}":
+            mock.chosen[user].pop()
+        return state(user, num_questions)
+
+    @app.delete(path)
+    async def delete(user: str) -> Response:
+        mock.chosen.pop(user, None)
+        return Response(status_code=204)
+
+    @app.post(path + "/finish")
+    async def finish(user: str) -> dict[str, Any]:
+        mock.profiles[user] = state(user, None)["estimate"]["profile"]
+        return mock.versions(user)[-1]
+
+
 def _add_profiles(app: FastAPI, mock: Mock) -> None:
     @app.get("/v1/profiles")
     async def profiles(limit: int = 100, after: str = "", search: str = "") -> Response:
         if not mock.has_store:
             return _refusal(404, "this server has no store of profiles")
+        if mock.bound_user is not None:
+            return _refusal(403, "this API key is bound to one user", "forbidden_user")
         users = [user for user in sorted(mock.profiles) if user > after and search.lower() in user.lower()]
         data = [mock.versions(user)[-1] for user in users[:limit]]
         return JSONResponse({"object": "list", "data": data, "has_more": len(users) > limit})
@@ -214,8 +270,9 @@ def _chunk(delta: Mapping[str, str], finish: str | None = None) -> str:
     return f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish}]})}\n\n"
 
 
-def _refusal(status: int, message: str) -> Response:
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
+def _refusal(status: int, message: str, code: str | None = None) -> Response:
+    error = {"message": message, "type": "invalid_request_error", "code": code}
+    return JSONResponse({"error": error}, status_code=status)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -867,18 +866,6 @@ def test_nothing_overflows(playground: Playground, mock: Mock, width: int) -> No
             .map((each) => each.outerHTML)"""
     )
     assert cut == []
-
-
-@pytest.fixture
-def phone(playground: Playground) -> Iterator[Page]:
-    """Yield the page on a phone, not opened yet."""
-    browser = playground.context.browser
-    assert browser is not None
-    context = browser.new_context(
-        viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True, reduced_motion="reduce"
-    )
-    yield context.new_page()
-    context.close()
 
 
 def _open_on(phone: Page, playground: Playground) -> None:

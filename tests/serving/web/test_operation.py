@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from personalized_soups.serving.protocol.profile_resolver import ResolvedProfile
 from personalized_soups.serving.web.server import cache_bytes, config_of, context_of
 from personalized_soups.serving.web.settings import Settings
 from tests.serving.servers import RunningServer, running
+from tests.serving.web.routes.pools import pool_of
 
 
 def _value(served: RunningServer, name: str, **labels: str) -> float:
@@ -123,11 +125,21 @@ def test_health_and_readiness(small_base: Path, expert_folders: Path) -> None:
         assert served.ask("POST", "/v1/experts/reload").status == 503
 
 
+@pytest.fixture(scope="module")
+def whole(small_base: Path, expert_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """Yield a server with all routes: it has a store and questions."""
+    store = tmp_path_factory.mktemp("whole") / "profiles.db"
+    settings = Settings("small", limits=Limits(max_rows=16, max_context=256), default_max_tokens=24)
+    with running(small_base, expert_folders, settings, profiles=store, pool=pool_of(expert_folders)) as found:
+        yield found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", list(GenerationMode))
 def test_its_own_description_tried_against_it_brings_no_server_error(
-    served: RunningServer, mode: GenerationMode
+    whole: RunningServer, mode: GenerationMode
 ) -> None:
+    served = whole
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
     seen: set[str] = set()
     for result in schema.get_all_operations():
@@ -144,7 +156,8 @@ def test_its_own_description_tried_against_it_brings_no_server_error(
 
         with suppress(Unsatisfiable):  # nothing can be wrong with a request for /health
             run()
-    assert {"POST /v1/chat/completions", "PUT /v1/profiles/{user}", "POST /v1/experts/reload"} <= seen
+    asking = {f"{method} /v1/profiles/{{user}}/questions" for method in ("GET", "POST", "DELETE")}
+    assert {"POST /v1/chat/completions", "PUT /v1/profiles/{user}", "POST /v1/experts/reload", *asking} <= seen
     served.wait_until(served.is_idle)
     _ask(served)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from pydantic import Field
 
 from personalized_soups.adapters.library import Expert
@@ -22,6 +22,7 @@ from personalized_soups.serving.engine.batcher import Batcher
 from personalized_soups.serving.engine.queue import ClosedError
 from personalized_soups.serving.protocol.expert_files import ExpertFiles
 from personalized_soups.serving.protocol.faults import ApiError, api_error
+from personalized_soups.serving.protocol.key_user import key_user
 from personalized_soups.serving.protocol.requests import RequestBody
 from personalized_soups.serving.protocol.strict_json import StrictRoute
 from personalized_soups.serving.protocol.user_questions import UserQuestions
@@ -73,9 +74,9 @@ def router(
         }
 
     @routes.get("/v1/experts")
-    def list_experts() -> dict[str, Any]:
-        """List the experts and their dimensions."""
-        return listing()
+    def list_experts(request: Request) -> dict[str, Any]:
+        """List the experts and their dimensions, and the user to whom the API key is bound."""
+        return {**listing(), "user": key_user(request.scope)}
 
     @routes.post("/v1/experts/reload")
     async def reload_experts() -> dict[str, Any]:

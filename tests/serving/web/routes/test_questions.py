@@ -101,6 +101,7 @@ def test_the_questions_and_the_estimate_are_those_of_the_session(asking: Running
         stored: Any = choice if chosen is None else "a" if chosen == question.a else "b"
         session = session.answered(question.id, stored)
         state = _answer(asking, "bo", question.id, choice).json
+        assert state["last_answered"] == question.id
     direction = np.array([-1.0, 0.0, 1.0]) * (1 if session.estimate.mean[2] > session.estimate.mean[0] else -1)
     temper = next(each for each in state["estimate"]["preferences"] if each["dimension"] == "temper")
     # Both sides compute the same numbers. JSON keeps every bit of a float64.
@@ -117,6 +118,7 @@ def test_the_questions_and_the_estimate_are_those_of_the_session(asking: Running
 def test_nothing_is_known_before_the_first_answer(asking: RunningServer) -> None:
     state = asking.ask("GET", _at("nobody")).json
     assert (state["done"], state["num_answered"], state["question"]["number"]) == (False, 0, 1)
+    assert state["last_answered"] is None
     assert state["estimate"]["profile"] is None
     assert state["estimate"]["sentence"].startswith("It is still open")
     for _ in range(6):
