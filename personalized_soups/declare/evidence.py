@@ -108,7 +108,7 @@ class UserAnswers(Declared):
         'ada'
     """
 
-    user: Text
+    user: Text = Field(description="The user's name in the store.")
     answers: tuple[AnsweredQuestion, ...] = Field(description="The answers, with the oldest first.")
 
     @model_validator(mode="after")
