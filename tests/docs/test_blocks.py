@@ -6,6 +6,10 @@ another library, or needs another machine.
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +75,26 @@ def test_the_python_that_needs_a_server_runs(workplace: Path, capsys: pytest.Cap
         _run(page, block, namespace, block.text.replace("http://127.0.0.1:8000", server.url))
         namespace["client"].close()
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_curl_commands_about_questions_run(workplace: Path) -> None:
+    from personalized_soups import TINY_BASE
+    from personalized_soups.serving.engine.limits import Limits
+    from personalized_soups.serving.web.settings import Settings
+    from tests.serving.servers import running
+    from tests.serving.web.routes.pools import pool_of
+
+    asking, finishing = (
+        block.text for block in blocks(DOCS / "howto" / "serve.md") if block.kind == "bash" and "$URL" in block.text
+    )
+    pool = pool_of(workplace / "experts", dimensions={"friendly": "style", "unfriendly": "style"})
+    settings = Settings("tiny", limits=Limits(max_context=512))
+    with running(TINY_BASE, workplace / "experts", settings, profiles=workplace / "p.db", pool=pool) as server:
+        script = asking.replace("http://127.0.0.1:8000", server.url) + finishing
+        script = script.replace("python -c", f"{sys.executable} -c").replace("curl -s", "curl -sf -w '\\n'")
+        done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    first, answered, written, back = (json.loads(line) for line in done.stdout.splitlines() if line)
+    assert first["question"] == back["question"] != answered["question"]
+    assert (first["num_answered"], answered["num_answered"], back["num_answered"]) == (0, 1, 0)
+    assert written["profile"] == answered["estimate"]["profile"]

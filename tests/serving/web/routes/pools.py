@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,16 @@ from personalized_soups.users.answers.prior import GaussianPrior
 DIMENSIONS = {"cold": "temper", "plain": None, "warm": "temper"}
 
 
-def pool_of(experts: Path, num: int = 40, *, seed: int = 0) -> QuestionPool:
+def pool_of(
+    experts: Path, num: int = 40, *, seed: int = 0, dimensions: Mapping[str, str | None] = DIMENSIONS
+) -> QuestionPool:
     """Return `num` questions about the experts in a folder. Each has its own prompt."""
     record = PoolRecord(
-        names=tuple(DIMENSIONS),
+        names=tuple(dimensions),
         digest="0",
         experts=tuple(
             PooledExpert(name=name, digest=expert_digest(experts / name), side=name, dimension=dimension)
-            for name, dimension in DIMENSIONS.items()
+            for name, dimension in dimensions.items()
         ),
         folders=(str(experts),),
     )
@@ -29,5 +32,5 @@ def pool_of(experts: Path, num: int = 40, *, seed: int = 0) -> QuestionPool:
         Question(id=f"q{seed}-{index}", prompt=f"Prompt {index}?", a=f"First {index}.", b=f"Second {index}.")
         for index in range(num)
     )
-    a_QD, b_QD = np.random.default_rng(seed).normal(size=(2, num, len(DIMENSIONS))).astype(np.float32)
-    return QuestionPool(record, questions, a_QD, b_QD, GaussianPrior.ridge(len(DIMENSIONS)))
+    a_QD, b_QD = np.random.default_rng(seed).normal(size=(2, num, len(dimensions))).astype(np.float32)
+    return QuestionPool(record, questions, a_QD, b_QD, GaussianPrior.ridge(len(dimensions)))
