@@ -48,6 +48,7 @@ BARS = {
     "mixing-shared": ("at least", 0.9),
     "mixing-wrap": ("at least", 5),
     "mixing-gpu": ("at least", 0.9),
+    "tuning-answers": ("at least", 5),
     "serving-rate": ("at least", 5),
     "serving-parted": ("at most", 0),
     "serving-first": ("at most", 1.5),
@@ -107,6 +108,8 @@ def test_figures_become_rows(
         report |= {"alone_tokens_per_second": 16.0, "first_median": 0.02, "first_95": 0.03, "first": 0.04}
         report |= {"alone_seconds_per_token": 0.001, "per_token": 0.002, "paint": 0.3, "num_bytes": 60_000}
         report |= {"lookup_seconds": 1e-4, "plain_lookup_seconds": 2e-5}
+        report |= {"answers": 2.0, "answers_few": 18.0, "answers_whole": 12.0}
+        report |= {"likelihood": 0.5, "likelihood_few": 1.0, "likelihood_whole": 0.8}
         return Run(1.0 if ours else 12.0, 300_000_000, {**report, "bytes_per_second": 4e9})
 
     def install(environment: Path) -> None:
@@ -137,6 +140,9 @@ def test_figures_become_rows(
     assert rows["many-arithmetic"]["ratio"] == pytest.approx(1)
     assert rows["mixing-peft"]["ratio"] == pytest.approx(4)
     assert rows["mixing-wrap"]["ratio"] == pytest.approx(20)
+    assert (rows["tuning-answers"]["ours"], rows["tuning-answers"]["ratio"]) == (2.0, 9.0)
+    # rows without a bar say how many times more we take
+    assert rows["tuning-likelihood-whole"]["ratio"] == pytest.approx(0.5 / 0.8)
     assert rows["mixing-change"]["ours"] == pytest.approx(0.3)
     assert (rows["profiles-import"]["ours"], rows["profiles-import"]["ratio"]) == (24.0, 3.0)
     assert rows["profiles-lookup"]["ours"] == pytest.approx(0.1)
