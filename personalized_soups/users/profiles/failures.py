@@ -151,7 +151,13 @@ def _of_server(error: DBAPIError, where: str) -> SoupError | None:
         return _locked(words, where)
     if code == _NO_TABLE:
         return _no_store(where)
-    if code == _NO_RIGHT or isinstance(error, OperationalError | InterfaceError | InternalError):
+    if code == _NO_RIGHT:
+        return StoreUnavailable(
+            f"the database refuses this to the role in the URL: {words}",
+            where=where,
+            mend="grant the role the right, or use the role that owns the tables; only the owner can upgrade them",
+        )
+    if isinstance(error, OperationalError | InterfaceError | InternalError):
         return StoreUnavailable(
             f"the database does not answer: {words}",
             where=where,

@@ -6,26 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.users.profiles.old_schema import make_old_store
 from tests.users.profiles.postgres import NOT_INSTALLED, Server, find_programs, running_server
 
 if TYPE_CHECKING:
     # needs SQLAlchemy, which may be missing: pytest imports this file before it can skip a test
     from personalized_soups.users.profiles.store import ProfileStore
-
-# The tables as the first version of the package made them, with one profile.
-SCHEMA_1 = {
-    "sqlite": (
-        "CREATE TABLE psoups_profiles (user TEXT NOT NULL, version BIGINT NOT NULL, document TEXT NOT NULL, "
-        "written_at BIGINT NOT NULL, PRIMARY KEY (user, version)) WITHOUT ROWID",
-        "CREATE TABLE psoups_store (schema BIGINT NOT NULL, retired BIGINT NOT NULL)",
-    ),
-    "postgresql": (
-        'CREATE TABLE psoups_profiles ("user" TEXT COLLATE "C" NOT NULL, version BIGINT NOT NULL, '
-        'document TEXT NOT NULL, written_at BIGINT NOT NULL, PRIMARY KEY ("user", version))',
-        "CREATE TABLE psoups_store (schema BIGINT NOT NULL, retired BIGINT NOT NULL)",
-    ),
-}
-ROW = """INSERT INTO psoups_profiles VALUES ('ada', 8, '{"weights":{"friendly":0.5}}', 1700000000000000)"""
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -83,15 +69,7 @@ def store(where: str) -> Iterator[ProfileStore]:
 @pytest.fixture
 def old_store(where: str) -> str:
     """Return the place of a store as the first version of the package wrote it."""
-    from sqlalchemy import create_engine
-
-    kind = "postgresql" if "://" in where else "sqlite"
-    url = where.replace("postgresql://", "postgresql+psycopg://") if "://" in where else f"sqlite:///{where}"
-    engine = create_engine(url)
-    with engine.begin() as connection:
-        for statement in (*SCHEMA_1[kind], "INSERT INTO psoups_store VALUES (1, 7)", ROW):
-            connection.exec_driver_sql(statement)
-    engine.dispose()
+    make_old_store(where)
     return where
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import create_engine, event
 
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import FileFormatError
 from personalized_soups.users.profiles.store import ProfileStore, StoredProfile, StoreFull, StoreUnavailable
+from tests.users.profiles.old_schema import make_old_store
 from tests.users.profiles.postgres import Server
 from tests.users.profiles.test_concurrent import start
 from tests.users.profiles.writers import profile_of
@@ -60,6 +61,23 @@ def test_a_server_that_stops_during_an_import_leaves_nothing_of_it(server: Serve
         finally:
             server.start()
         assert list(store.all()) == [written]
+
+
+def test_a_role_that_may_not_upgrade_the_tables_is_told(postgres_url: str) -> None:
+    make_old_store(postgres_url)
+    engine = create_engine(postgres_url.replace("postgresql://", "postgresql+psycopg://"))
+    with engine.begin() as connection:
+        connection.exec_driver_sql("CREATE ROLE clerk LOGIN")
+        connection.exec_driver_sql("GRANT SELECT, INSERT, UPDATE, DELETE ON psoups_profiles, psoups_store TO clerk")
+    engine.dispose()
+    with ProfileStore.open(postgres_url.replace("tests@", "clerk@")) as store:
+        assert store.get("ada").version == 8
+        with pytest.raises(StoreUnavailable, match="refuses this to the role in the URL") as error:
+            store.put(profile_of("ada", 1))
+        assert "only the owner can upgrade them" in error.value.mend
+        with ProfileStore.open(postgres_url) as owner:
+            owner.put(profile_of("bob", 1))
+        assert store.put(profile_of("ada", 1)).version == 9
 
 
 def test_a_file_that_comes_back_is_found_again_and_never_made_anew(tmp_path: Path) -> None:
