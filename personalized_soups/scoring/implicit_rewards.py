@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +30,19 @@ from personalized_soups.scoring.log_probs import answer_log_probs
 
 # The most memory that the logits of one batch take, unless a single row takes more.
 _LOGITS_BYTES = 1 << 29
+
+
+class MeasuredAnswers(NamedTuple):
+    """The rewards of answers, and a sign of broken text.
+
+    Attributes:
+        rewards: [N, E], float64.
+        least_log_probs: [N], float64: the log-probability of the answer's least likely token under the base. A broken
+            sentence has a token that the base finds very unlikely, wherever the rest of the answer is likely.
+    """
+
+    rewards: npt.NDArray[np.float64]
+    least_log_probs: npt.NDArray[np.float64]
 
 
 class ImplicitRewards:
@@ -140,45 +154,56 @@ class ImplicitRewards:
             RunError: if a batch does not fit on the GPU. The message gives a smaller batch size.
             UsageError: if an expert of the model was replaced or removed since this object was made.
         """
+        return self.measured(items, on_done=on_done).rewards
+
+    def measured(
+        self, items: Sequence[TextItem], /, *, on_done: Callable[[int], None] | None = None
+    ) -> MeasuredAnswers:
+        """Return the rewards of each answer, and how unlikely its least likely token is under the base.
+
+        Arguments and errors are those of `features`.
+        """
         self._check_experts()
         unique = {item: self._encoded(item) for item in items}
         # Answers of similar length share a batch, so that a batch has little padding.
         order = sorted(unique, key=lambda item: len(unique[item].ids))
-        rewards: dict[TextItem, npt.NDArray[np.float64]] = {}
-        while len(rewards) < len(order):
+        rows: dict[TextItem, npt.NDArray[np.float64]] = {}
+        while len(rows) < len(order):
             # The last answer of a batch is the longest, but how many answers fit depends on it.
-            rest = order[len(rewards) :]
+            rest = order[len(rows) :]
             num = self._num_fitting([unique[item].num_answer for item in rest])
             batch = [unique[item] for item in rest[:num]]
-            rewards.update(zip(rest[:num], self._batch(batch), strict=True))
+            rows.update(zip(rest[:num], self._batch(batch), strict=True))
             if on_done is not None:
-                on_done(len(rewards))
-        if not items:
-            return np.zeros((0, len(self.names)))
-        return np.stack([rewards[item] for item in items])
+                on_done(len(rows))
+        table = np.array([rows[item] for item in items]).reshape(len(items), len(self.names) + 1)
+        return MeasuredAnswers(table[:, :-1], table[:, -1])
 
     def _batch(self, answers: Sequence[EncodedAnswer]) -> npt.NDArray[np.float64]:
-        """Return the rewards [N, E] of one batch of answers."""
+        """Return [N, E + 1] for one batch of answers: the rewards, and the base's least log-probability of a token."""
         policies: list[str | None] = [None, *self.names]
         # All policies share a forward pass, unless a single answer has more policies than a batch has rows.
         num_policies = max(1, self._max_rows(max(answer.num_answer for answer in answers)) // len(answers))
         width = max(len(answer.ids) for answer in answers)
         model, pad_id = self._model, self._model.generator.pad_id
-        parts = []
+        parts: list[npt.NDArray[np.float64]] = []
+        least_N: npt.NDArray[np.float64] | None = None
         for start in range(0, len(policies), num_policies):
             chosen = policies[start : start + num_policies]
             with (
                 fitting_rows(model.model, len(chosen) * len(answers), lambda: width),
                 model.mixture(chosen, rows_each=len(answers)),
             ):
-                parts.append(answer_log_probs(model.model, answers, pad_id, repeats=len(chosen)).numpy())
+                log_probs = answer_log_probs(model.model, answers, pad_id, repeats=len(chosen))
+            parts.append(log_probs.total.numpy())
+            least_N = log_probs.least[0].numpy() if least_N is None else least_N
         log_probs_PN = np.concatenate(parts)
         betas_E = np.array([self.betas[name] for name in self.names])
         rewards_NE = (log_probs_PN[1:] - log_probs_PN[0]).T * betas_E
         if self.length_normalized:
             rewards_NE /= np.array([[answer.num_answer] for answer in answers])
-        result: npt.NDArray[np.float64] = rewards_NE
-        return result
+        assert least_N is not None  # the base is the first policy
+        return np.column_stack([rewards_NE, least_N])
 
     def _num_fitting(self, num_answer_tokens: Sequence[int]) -> int:
         """Return how many of the next answers fit in one batch, at least 1."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +19,20 @@ from personalized_soups.scoring.encoded_answers import EncodedAnswer
 _CHUNK = 1 << 24
 
 
-def answer_log_probs(model: Any, answers: Sequence[EncodedAnswer], pad_id: int, *, repeats: int = 1) -> Tensor:
-    """Return the log-probability of each answer given its prompt: the sum over the answer's tokens, in float64.
+class AnswerLogProbs(NamedTuple):
+    """The log-probabilities of answers, given their prompts.
+
+    Attributes:
+        total: [repeats, answers], float64, on the CPU: the sum over the answer's tokens.
+        least: [repeats, answers], float64, on the CPU: the log-probability of the answer's least likely token.
+    """
+
+    total: Tensor
+    least: Tensor
+
+
+def answer_log_probs(model: Any, answers: Sequence[EncodedAnswer], pad_id: int, *, repeats: int = 1) -> AnswerLogProbs:
+    """Return the log-probability of each answer given its prompt, and that of its least likely token.
 
     The rows are padded on the left, so that all answers end in the last column, and the model computes logits for the
     last K positions only. Log-probabilities of tokens are computed in float32 from logits of the model's dtype.
@@ -30,9 +42,6 @@ def answer_log_probs(model: Any, answers: Sequence[EncodedAnswer], pad_id: int, 
         answers: the prompts with answers, as token ids.
         pad_id: an id that pads shorter rows. It is masked.
         repeats: how many times the model computes the answers: the batch is the answers, `repeats` times in a row.
-
-    Returns:
-        A tensor `[repeats, len(answers)]` on the CPU.
     """
     device = model.device
     ids_BT, mask_BT = pad_left([list(answer.ids) for answer in answers], pad_id, device)
@@ -53,8 +62,10 @@ def answer_log_probs(model: Any, answers: Sequence[EncodedAnswer], pad_id: int, 
         token_log_probs_BK = _of_tokens(logits_BKV, inputs["input_ids"][:, -longest:])
     is_answer_BK = torch.arange(longest, device=device) >= longest - num_answer_B[:, None]
     # Sums are computed on the CPU, because some devices have no float64.
+    # A masked position has the log-probability 0, which changes neither the sum nor the minimum.
     kept_BK = token_log_probs_BK.masked_fill(~is_answer_BK.repeat(repeats, 1), 0.0).cpu().double()
-    return kept_BK.sum(-1).view(repeats, len(answers))
+    shape = (repeats, len(answers))
+    return AnswerLogProbs(kept_BK.sum(-1).view(shape), kept_BK.amin(-1).view(shape))
 
 
 def _of_tokens(logits_BKV: Tensor, ids_BK: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,12 @@ def test_models_with_learned_positions_do_not_count_the_padding() -> None:
     got = answer_log_probs(model, answers, 0, repeats=2)
     model.double()
     want = [true_log_prob(model, list(answer.ids), len(answer.ids) - answer.num_answer) for answer in answers]
-    for row in got.tolist():
+    for row in got.total.tolist():
         for value, (log_prob, largest) in zip(row, want, strict=True):
             assert abs(value - log_prob) <= 2 * 3 * LOGITS * max(1.0, largest)
+    # the log-probability of each token is the difference of those of two beginnings of the answer
+    for place, answer in enumerate(answers):
+        ids, start = list(answer.ids), len(answer.ids) - answer.num_answer
+        sums = [0.0, *(true_log_prob(model, ids[:end], start)[0] for end in range(start + 1, len(ids) + 1))]
+        least = min(after - before for before, after in pairwise(sums))
+        np.testing.assert_allclose(got.least[:, place], least, atol=1e-5)

@@ -16,8 +16,13 @@ from personalized_soups.users.answers.prior import Floats, GaussianPrior
 # answer it almost at random.
 _MIN_SHARE = 0.1
 
+# The root mean square of the margins of questions under the prior. Users are surer of their taste than a prior with
+# margins around 1 assumes: that prior holds the weights back, and asks about directions that are known already. On
+# validation topics of the tiny base, margins from 4 to 5 predict the most answers of users without noise.
+TYPICAL_MARGIN = 4.0
 
-def scaled_ridge(differences_PD: npt.ArrayLike, *, typical_margin: float = 1.0) -> GaussianPrior:
+
+def scaled_ridge(differences_PD: npt.ArrayLike, *, typical_margin: float = TYPICAL_MARGIN) -> GaussianPrior:
     """Return the prior N(0, 1 / penalty) with which the pairs' margins have the root mean square `typical_margin`.
 
     A margin is `w . v` for weights w and a difference v. Under N(0, 1 / penalty), its mean square is `|v|^2 / penalty`,
@@ -25,7 +30,7 @@ def scaled_ridge(differences_PD: npt.ArrayLike, *, typical_margin: float = 1.0) 
 
     Args:
         differences_PD: the differences `phi(a) - phi(b)` of the pairs. At least one must not be 0.
-        typical_margin: greater than 0. With a margin of 1, a user chooses the better answer in 73% of the cases.
+        typical_margin: greater than 0. With a margin of 4, a user chooses the better answer in 98% of the cases.
     """
     differences = np.asarray(differences_PD, dtype=np.float64)
     penalty = float(np.mean(np.sum(differences**2, axis=1))) / typical_margin**2

@@ -30,6 +30,8 @@ from personalized_soups.errors import FileFormatError, InputError, UsageError, c
 from personalized_soups.files.atomic import new_folder
 from personalized_soups.files.file_names import FEATURES_FILE, POOL_FILE, QUESTIONS_FILE
 from personalized_soups.files.strict_json import damaged, parse_json
+from personalized_soups.scoring.base_rewards import BaseRewards, TextItem
+from personalized_soups.scoring.bounded_rewards import BoundedRewards
 from personalized_soups.users.answers.prior import Floats, GaussianPrior
 
 Features = npt.NDArray[np.float32]
@@ -51,6 +53,12 @@ class PoolRecord(Declared):
     format_version: Literal[1] = 1
     names: tuple[str, ...] = Field(min_length=1, description="The name of each base reward.")
     digest: str = Field(description="The digest of the base rewards.")
+    centres: tuple[float, ...] = Field(
+        default=(), description="If the rewards are bounded: the value of each reward that becomes 0."
+    )
+    scales: tuple[float, ...] = Field(
+        default=(), description="If the rewards are bounded: the distance from the centre at which each becomes 0.76."
+    )
     experts: tuple[PooledExpert, ...] = Field(default=(), description="The experts, if the rewards are theirs.")
     base: str | None = Field(default=None, description="The folder or hub id of the base.")
     base_fingerprint: str | None = Field(default=None, description="The fingerprint of the base.")
@@ -202,6 +210,16 @@ class QuestionPool:
         ]
         words = ["psoups", "questions", "make", *folders, "--base", record.base or "BASE", *options, "--out", out]
         return shlex.join([*words, "--overwrite"])
+
+    def rewards(self, rewards: BaseRewards[TextItem]) -> BaseRewards[TextItem]:
+        """Return base rewards in the units of the pool: bounded as those of the pool are, if these are bounded.
+
+        Args:
+            rewards: the base rewards of which the pool was made, for example `ImplicitRewards` of the same experts.
+        """
+        if not self.record.scales:
+            return rewards
+        return BoundedRewards(rewards, centres=self.record.centres, scales=self.record.scales)
 
     def with_prior(self, prior: GaussianPrior, **origin: Any) -> Self:
         """Return the pool with another prior. `origin` says how the prior was made."""

@@ -115,10 +115,10 @@ class TextLikelihood:
     def _forward(self, candidates: Sequence[ExpertWeights], texts: Sequence[EncodedAnswer]) -> Floats:
         """Return the scores [C, N] from one forward pass."""
         with self._model.mixture(candidates, rows_each=len(texts)):
-            sums_CN = answer_log_probs(
+            log_probs = answer_log_probs(
                 self._model.model, texts, self._model.generator.pad_id, repeats=len(candidates)
-            ).numpy()
-        scores_CN: Floats = sums_CN / np.array([text.num_answer for text in texts])
+            )
+        scores_CN: Floats = log_probs.total.numpy() / np.array([text.num_answer for text in texts])
         return scores_CN
 
 

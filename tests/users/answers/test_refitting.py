@@ -9,6 +9,7 @@ import pytest
 from personalized_soups.declare.evidence import Answer, AnsweredQuestion, Choice, Question
 from personalized_soups.errors import UsageError
 from personalized_soups.scoring.base_rewards import TextItem
+from personalized_soups.scoring.bounded_rewards import BoundedRewards
 from personalized_soups.users.answers.refitting import pool_of_answers
 from personalized_soups.users.answers.session import InferenceSession
 
@@ -36,15 +37,23 @@ ANSWERS = (_answered(1, "aaaa", "b", "a"), _answered(2, "a", "bbb", "b"), _answe
 def test_the_stored_questions_get_the_new_rewards() -> None:
     pool = pool_of_answers(ANSWERS, Lengths())
     assert pool.questions == tuple(each.question for each in ANSWERS)
-    assert (pool.names, pool.record.digest) == (("answer", "both"), "lengths")
-    np.testing.assert_array_equal(pool.a, [[4, 5], [1, 3], [2, 5]])
-    np.testing.assert_array_equal(pool.b, [[1, 2], [3, 5], [5, 8]])
+    assert pool.names == ("answer", "both")
+    # bounded by the median of the six answers and the distance within which 70% of them are
+    lengths = np.array([[4, 5], [1, 2], [1, 3], [3, 5], [2, 5], [5, 8]], dtype=np.float64)
+    centres = np.median(lengths, axis=0)
+    scales = np.quantile(np.abs(lengths - centres), 0.7, axis=0)
+    squashed = np.tanh((lengths - centres) / scales)
+    np.testing.assert_allclose(pool.a, squashed[0::2], rtol=1e-6)
+    np.testing.assert_allclose(pool.b, squashed[1::2], rtol=1e-6)
+    items = [TextItem("p", "aaaa")]
+    np.testing.assert_allclose(pool.rewards(Lengths()).features(items), squashed[:1], rtol=1e-6)
+    assert pool.record.digest == BoundedRewards(Lengths(), centres=centres, scales=scales).digest
 
 
 def test_the_prior_has_margins_of_a_typical_size() -> None:
     pool = pool_of_answers(ANSWERS, Lengths())
     variances = [difference @ pool.prior.covariance @ difference for difference in pool.differences]
-    assert np.mean(variances) == pytest.approx(1.0)
+    assert np.mean(variances) == pytest.approx(16.0)
     np.testing.assert_array_equal(pool.prior.mean, [0, 0])
 
 
