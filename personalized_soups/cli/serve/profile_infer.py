@@ -2,41 +2,56 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import LoadOptions, checked_dtype
+from personalized_soups.cli.bases import LoadOptions, catalogue_of, checked_dtype
 from personalized_soups.cli.options import (
     AllowOpposedOption,
     BaseOption,
     DeviceOption,
+    DimensionsOption,
     DtypeOption,
     ExpertsOption,
     JsonOption,
     SameBaseOption,
     StoreOption,
 )
+from personalized_soups.cli.serve.interview.checks import (
+    check_modes,
+    checked_noise,
+    checked_rule,
+    checked_scale,
+    checked_stopping,
+)
 from personalized_soups.cli.serve.interview.keyboard import opened_keyboard
+from personalized_soups.cli.serve.interview.loop import AnswerLog, ForgottenAnswers
 from personalized_soups.cli.serve.interview.person import Person
 from personalized_soups.cli.serve.interview.pools import PoolSource
 from personalized_soups.cli.serve.interview.result import json_of_result, show_result
 from personalized_soups.cli.serve.interview.run import InferenceOptions, InferenceRun
 from personalized_soups.cli.serve.interview.same_command import same_command
+from personalized_soups.cli.serve.interview.simulated import (
+    SimulatedAnswerer,
+    load_simulated_user,
+    predicted_share,
+)
 from personalized_soups.cli.serve.interview.stored_answers import StoredAnswers
 from personalized_soups.cli.serve.stored_profiles import DEFAULT_STORE, opened_store, printable
-from personalized_soups.errors import RunError, UsageError, choose_from
+from personalized_soups.errors import RunError
 
 if TYPE_CHECKING:
     from personalized_soups.declare.profile import Profile
-    from personalized_soups.users.answers.selection import Rule
+    from personalized_soups.tiny.simulated_users import SimulatedUser
     from personalized_soups.users.answers.session import InferenceSession
-    from personalized_soups.users.answers.stopping import StoppingRule
     from personalized_soups.users.profiles.store import ProfileStore
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -68,7 +83,8 @@ def infer_profile(
         ),
     ] = None,
     rule: Annotated[
-        str, typer.Option(help="How the next question is chosen: information, variance, thompson or random.")
+        str,
+        typer.Option(help="How to choose the next question: information, prediction, variance, thompson or random."),
     ] = "information",
     noise: Annotated[float, typer.Option(help="Probability that the user presses the wrong button.")] = 0.0,
     refit: Annotated[
@@ -85,6 +101,14 @@ def infer_profile(
     no_win_rate: Annotated[
         bool, typer.Option("--no-win-rate", help="Do not predict how often the soup's answers beat the base's.")
     ] = False,
+    simulate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Persona file of a simulated user who answers. Nothing is stored, unless --profiles is given.",
+            show_default=False,
+        ),
+    ] = None,
+    dimensions: DimensionsOption = None,
     profiles: StoreOption = DEFAULT_STORE,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "float32",
@@ -97,38 +121,43 @@ def infer_profile(
     same command again to continue. If standard input is not a terminal, each line is one key.
     """
     options = InferenceOptions(
-        stopping=_stopping(questions, certainty),
-        rule=_checked_rule(rule),
-        noise=_checked_noise(noise),
-        scale=_checked_scale(scale),
+        stopping=checked_stopping(questions, certainty),
+        rule=checked_rule(rule),
+        noise=checked_noise(noise),
+        scale=checked_scale(scale),
         allow_opposed=allow_opposed,
         with_win_rate=not no_win_rate,
     )
     loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
-    if refit and restart:
-        raise UsageError(
-            "--refit uses the stored answers, but --restart deletes them",
-            where="--refit, --restart",
-            mend="remove one of the two options",
-        )
+    check_modes(refit=refit, restart=restart, simulate=simulate)
     from personalized_soups.adapters.library import ExpertLibrary
 
     library = ExpertLibrary.open(*experts)
     run = InferenceRun(user, library, PoolSource(pool, experts, loading, quiet=as_json), options)
     again = _Again(context)
-    with opened_store(profiles, experts, create=True) as store:
-        if restart:
-            num_deleted = store.answers.delete(user)
-            render.say(f"{num_deleted} stored answers of {printable(user)} are deleted")
-        answers = store.answers.of(user)
+    simulated = None if simulate is None else load_simulated_user(simulate, catalogue_of(base, dimensions))
+    with _store(again, simulated) as store:
+        if restart and store is not None:
+            render.say(f"{store.answers.delete(user)} stored answers of {printable(user)} are deleted")
+        answers = [] if store is None else store.answers.of(user)
         session: InferenceSession | None
         if refit:
             session = run.refitted(answers)
         else:
-            session = run.session(answers, refit=again.command(refit=True), restart=again.command(restart=True))
-            session = _asked(run, store, session, again, as_json=as_json)
+            begun = run.session(answers, refit=again.command(refit=True), restart=again.command(restart=True))
+            session = _asked(run, store, begun, again, simulated)
         if session is not None:
-            _finish(run, store, session, again, as_json=as_json)
+            _finish(run, store, session, again, simulated)
+
+
+@contextmanager
+def _store(again: _Again, simulated: SimulatedUser | None) -> Iterator[ProfileStore | None]:
+    """Yield the profile store, or None for a simulated user without --profiles."""
+    if simulated is not None and not again.is_given("profiles"):
+        yield None
+        return
+    with opened_store(again.value("profiles"), again.value("experts"), create=True) as store:
+        yield store
 
 
 class _Again:
@@ -141,13 +170,21 @@ class _Again:
         """Return the command. Without changes, it continues the interview."""
         return same_command(self._context, {"restart": False, "refit": False, **changes})
 
+    def is_given(self, name: str) -> bool:
+        """Return whether a parameter is given on the command line, and not in the environment."""
+        return getattr(self._context.get_parameter_source(name), "name", None) == "COMMANDLINE"
+
     def value(self, name: str) -> Any:
         """Return the value of a parameter."""
         return self._context.params[name]
 
 
 def _asked(
-    run: InferenceRun, store: ProfileStore, session: InferenceSession, again: _Again, *, as_json: bool
+    run: InferenceRun,
+    store: ProfileStore | None,
+    session: InferenceSession,
+    again: _Again,
+    simulated: SimulatedUser | None,
 ) -> InferenceSession | None:
     """Ask the questions. Return None if the user quits.
 
@@ -157,7 +194,11 @@ def _asked(
     user, continue_ = session.user, again.command()
     if session.answers:
         render.say(f"{_answers(session.num_asked)} stored already for {printable(user)}")
-    log = StoredAnswers(store.answers, user, session.num_asked, resume=continue_)
+    log: AnswerLog = ForgottenAnswers()
+    if store is not None:
+        log = StoredAnswers(store.answers, user, session.num_asked, resume=continue_)
+    if simulated is not None:
+        return run.asked(session, SimulatedAnswerer(simulated, session.num_asked), log)[0]
     try:
         with opened_keyboard(sys.stdin) as keyboard:
             session, ending = run.asked(session, Person(keyboard, render.say), log)
@@ -176,26 +217,34 @@ def _asked(
     render.say(f"{kept}. Continue: {continue_}")
     if session.num_asked:
         render.say(f"Or use the answers so far: {again.command(questions=session.num_asked)}")
-    if as_json:
+    if again.value("as_json"):
         render.show_json({"user": user, "done": False, "num_asked": session.num_asked})
     return None
 
 
-def _finish(run: InferenceRun, store: ProfileStore, session: InferenceSession, again: _Again, *, as_json: bool) -> None:
+def _finish(
+    run: InferenceRun,
+    store: ProfileStore | None,
+    session: InferenceSession,
+    again: _Again,
+    simulated: SimulatedUser | None,
+) -> None:
     """Store the profile, and print the result.
 
     Raises:
         RunError: if the answers show no preference, so that there is no profile.
     """
     profile = run.profile(session)
-    version = None if profile is None else store.put(profile).version
+    version = None if profile is None or store is None else store.put(profile).version
     result = run.result(session, profile, version)
+    if simulated is not None:
+        result = replace(result, predicted=predicted_share(simulated, session))
     num_open = len(session.pool) - session.num_asked
     more = again.command(questions=session.num_asked + min(_MORE_QUESTIONS, num_open)) if num_open else None
-    if as_json:
+    if again.value("as_json"):
         render.show_json(json_of_result(result))
     else:
-        show_result(result, store=again.value("profiles"), use=_uses(profile, again), more=more)
+        show_result(result, store=again.value("profiles"), use=_uses(profile, version, again), more=more)
     if profile is None:
         raise RunError(
             "the answers show no preference, so no profile was written",
@@ -204,7 +253,7 @@ def _finish(run: InferenceRun, store: ProfileStore, session: InferenceSession, a
         )
 
 
-def _uses(profile: Profile | None, again: _Again) -> list[str]:
+def _uses(profile: Profile | None, version: int | None, again: _Again) -> list[str]:
     """Return commands that use a profile."""
     if profile is None:
         return []
@@ -214,50 +263,9 @@ def _uses(profile: Profile | None, again: _Again) -> list[str]:
     opposed = ["--allow-opposed"] if profile.allow_opposed else []
     generate = ["psoups", "generate", "How do I clean a lamp?", *model, "--weights", weights, *opposed]
     serve = ["psoups", "serve", *model, "--profiles", again.value("profiles")]
-    return [shlex.join(generate), f"{shlex.join(serve)}  # then ask the model soup:{printable(profile.user)}"]
+    served = [] if version is None else [f"{shlex.join(serve)}  # then ask the model soup:{printable(profile.user)}"]
+    return [shlex.join(generate), *served]
 
 
 def _answers(count: int) -> str:
     return "1 answer is" if count == 1 else f"{count} answers are"
-
-
-def _stopping(questions: int, certainty: float | None) -> StoppingRule:
-    from personalized_soups.users.answers.stopping import StoppingRule
-
-    if certainty is not None and not 0.5 < certainty <= 1:
-        raise UsageError(
-            f"the certainty is {certainty:g}, but it must be above 0.5, which is guessing, and at most 1",
-            where="--certainty",
-            mend="give --certainty 0.9",
-        )
-    return StoppingRule(questions, certainty)
-
-
-def _checked_rule(name: str) -> Rule:
-    from personalized_soups.users.answers.selection import Rule
-
-    known: tuple[Rule, ...] = get_args(Rule)
-    for rule in known:
-        if rule == name:
-            return rule
-    raise UsageError(f"unknown rule {name!r}", where="--rule", mend=choose_from(name, known))
-
-
-def _checked_noise(noise: float) -> float:
-    if not 0 <= noise < 0.5:
-        raise UsageError(
-            f"the noise is {noise:g}, but it must be at least 0 and less than 0.5, which is random",
-            where="--noise",
-            mend="give --noise 0.05 if about one key in twenty is wrong",
-        )
-    return noise
-
-
-def _checked_scale(scale: float | None) -> float | None:
-    if scale is not None and not 0 < scale < math.inf:
-        raise UsageError(
-            f"the scale is {scale:g}, but it must be a finite number greater than 0",
-            where="--scale",
-            mend="give --scale 0.6",
-        )
-    return scale

@@ -199,18 +199,20 @@ def test_no_profile_is_written_if_the_answers_show_no_preference(infer: Infer, p
         assert store.page() == []
 
 
-class _Lines(io.StringIO):
+class _Lines:
     """Lines of standard input, with an event before one of them."""
 
     def __init__(self, keys: str, *, at: int, event: Callable[[], None]) -> None:
-        super().__init__("".join(f"{key}\n" for key in keys))
-        self._left, self._event = at, event
+        self._keys, self._left, self._event = iter(keys), at, event
 
-    def readline(self, size: int | None = -1, /) -> str:
+    def isatty(self) -> bool:
+        return False
+
+    def readline(self) -> str:
         if self._left == 0:
             self._event()
         self._left -= 1
-        return super().readline(-1 if size is None else size)
+        return f"{next(self._keys)}\n"
 
 
 def test_ctrl_c_keeps_the_answers(infer: Infer, pool: QuestionPool) -> None:
@@ -317,6 +319,7 @@ def test_refitting_needs_answers(infer: Infer) -> None:
         (["--scale", "inf"], "the scale is inf"),
         (["--rule", "informaton"], "did you mean 'information'?"),
         (["--refit", "--restart"], "--refit uses the stored answers"),
+        (["--refit", "--simulate", "x.yaml"], "a simulated user has none"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(infer: Infer, options: list[str], what: str) -> None:
@@ -344,3 +347,54 @@ def test_a_win_rate_that_cannot_be_predicted_loses_nothing(
     result = json.loads(out)
     assert (code, result["win_rate"], result["version"]) == (0, None, 1)
     assert "the win rate is not predicted: the batch does not fit; give a smaller batch" in err
+
+
+@pytest.fixture
+def persona() -> Path:
+    """A simulated user who prefers each question's answer `a`, which contains the word First."""
+    path = Path("persona.yaml")
+    path.write_text("name: first\nphrases: {First: 1.0}\n")
+    return path
+
+
+def test_a_simulated_user_answers_and_nothing_is_stored(
+    infer: Infer, pool: QuestionPool, persona: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PSOUPS_PROFILES", "from-the-environment.db")
+    code, out, err = infer("", "--simulate", persona, "--json")
+    result = json.loads(out)
+    assert (code, result["num_answers"], result["version"]) == (0, 10, None)
+    assert list(Path().glob("*.db")) == []
+    assert err.count("answer: A") + err.count("answer: B") == 10
+
+    # the same interview, with the answers `a`
+    session = InferenceSession(pool, "ada")
+    while (shown := session.next) is not None:
+        session = session.answered(shown.question.id, "a")
+    weights = session.estimate.mean
+    others = [index for index in range(len(pool)) if index not in session.asked]
+    assert result["predicted"] == {
+        "share": float(np.mean(pool.differences[others] @ weights > 0)),
+        "num_questions": 30,
+    }
+    assert result["agreement"] == pytest.approx(session.agreement)
+
+
+def test_a_simulated_user_is_stored_if_a_store_is_given_and_continues(
+    infer: Infer, pool: QuestionPool, persona: Path
+) -> None:
+    stored = ("--simulate", persona, "--profiles", "profiles.db")
+    assert infer("", *stored, "--questions", 4)[0] == 0
+    assert [each.answer.choice for each in _stored()] == ["a"] * 4
+    code, out, err = infer("", *stored)
+    assert (code, "4 answers are stored already for ada" in err) == (0, True)
+    assert [each.answer.choice for each in _stored()] == ["a"] * 10
+    assert "The simulated user prefers the predicted answer in" in out
+
+
+def test_a_persona_that_cannot_be_scored_is_refused_before_the_first_question(
+    infer: Infer, pool: QuestionPool, persona: Path
+) -> None:
+    persona.write_text("weights: {frendly: 1.0}\n")
+    code, _, err = infer("", "--simulate", persona)
+    assert (code, "did you mean 'friendly'?" in err, "question 1" in err) == (2, True, False)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
+from personalized_soups.cli.serve.interview.commands import choice_of
 from personalized_soups.cli.serve.interview.screen import question_text, so_far_text
 
 if TYPE_CHECKING:
-    from personalized_soups.cli.serve.interview.person import Command
-    from personalized_soups.declare.evidence import AnsweredQuestion, Choice
+    from personalized_soups.cli.serve.interview.commands import Command
+    from personalized_soups.declare.evidence import AnsweredQuestion
     from personalized_soups.declare.side_rule import SideRule
     from personalized_soups.users.answers.session import InferenceSession, ShownQuestion
 
@@ -85,7 +86,7 @@ class Interview:
             if command == "back":
                 session = self._back(session)
                 continue
-            self.show(f"your answer: {command}\n")
+            self.show(f"answer: {command}\n")
             before = session
             session = session.answered(shown.question.id, choice_of(command, swapped=shown.swapped))
             self.log.add(session.answers[-1])
@@ -111,17 +112,3 @@ class Interview:
             for note in session.notes():
                 self.show(f"note: {note}")
         self.show("")
-
-
-def choice_of(command: Literal["A", "B", "tie", "skip"], *, swapped: bool) -> Choice:
-    """Return the choice between the answers `a` and `b` of a question, from the answers as they were shown.
-
-    Args:
-        command: A for the answer that was shown first, B for the second.
-        swapped: whether `b` was shown first.
-    """
-    match command:
-        case "tie" | "skip":
-            return command
-        case _:
-            return "b" if (command == "A") == swapped else "a"

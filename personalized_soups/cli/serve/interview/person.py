@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 from personalized_soups.cli.serve.interview.screen import HELP, KEYS
 
 if TYPE_CHECKING:
+    from personalized_soups.cli.serve.interview.commands import Command
     from personalized_soups.cli.serve.interview.keyboard import Keyboard
     from personalized_soups.users.answers.session import ShownQuestion
-
-# What to do with a question. A is the answer that is shown first.
-Command: TypeAlias = Literal["A", "B", "tie", "skip", "back", "quit"]
 
 _COMMANDS: Mapping[str, Command] = MappingProxyType(
     {

@@ -38,6 +38,8 @@ class InterviewResult:
         version: the version of the profile in the store, or None if it was not stored.
         win_rate: the predicted win rate of the profile's soup against the base, or None if it was left out.
         num_prompts: the number of prompts of the win rate.
+        predicted: for a simulated user, the share of preferences in other questions that the estimate predicts, and the
+            number of these questions. None for a person.
     """
 
     user: str
@@ -51,6 +53,7 @@ class InterviewResult:
     version: int | None
     win_rate: WinRate | None
     num_prompts: int
+    predicted: tuple[float, int] | None = None
 
     @property
     def still_open(self) -> list[str]:
@@ -77,10 +80,17 @@ def show_result(result: InterviewResult, *, store: str, use: Sequence[str], more
             f"Predicted win rate of your soup against the base: {rate.mean:.0%} ({rate.low:.0%} to {rate.high:.0%}), "
             f"on {result.num_prompts} prompts."
         )
+    if result.predicted is not None and result.predicted[1]:
+        share, count = result.predicted
+        _show_sentences(f"The simulated user prefers the predicted answer in {share:.0%} of {count} other questions.")
     if result.profile is not None:
         from personalized_soups.declare.loader import dump
 
-        render.show_text(f"\nVersion {result.version} of the profile in {store}:\n{dump(result.profile)}\nUse it:")
+        is_stored = result.version is not None
+        title = (
+            f"Version {result.version} of the profile in {store}" if is_stored else "The profile, which is not stored"
+        )
+        render.show_text(f"\n{title}:\n{dump(result.profile)}\nUse it:")
         for command in use:
             render.show_text(f"  {command}")
     if more is not None:
@@ -92,7 +102,7 @@ def _show_preferences(result: InterviewResult) -> None:
     skipped = result.num_asked - result.num_answers
     title = f"{result.num_answers} answer{'' if result.num_answers == 1 else 's'}"
     render.show_table(
-        ["dimension", "preferred", "over", f"strength ({_level(result)} interval)", "certainty"],
+        ["dimension", "preferred", "over", f"strength ({_level(result)} range)", "certainty"],
         [
             [
                 each.dimension,
@@ -140,7 +150,16 @@ def json_of_result(result: InterviewResult) -> dict[str, Any]:
         "win_rate": None if result.win_rate is None else result.win_rate._asdict(),
         "profile": None if result.profile is None else result.profile.model_dump(mode="json", exclude_defaults=True),
         "version": result.version,
+        **_json_of_predicted(result),
     }
+
+
+def _json_of_predicted(result: InterviewResult) -> dict[str, Any]:
+    """Return how well a simulated user is predicted. It is empty for a person."""
+    if result.predicted is None:
+        return {}
+    share, count = result.predicted
+    return {"predicted": {"share": None if math.isnan(share) else share, "num_questions": count}}
 
 
 def _level(result: InterviewResult) -> str:

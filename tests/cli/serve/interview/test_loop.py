@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from personalized_soups.cli.serve.interview.commands import choice_of, command_of
 from personalized_soups.cli.serve.interview.keyboard import LineKeyboard
-from personalized_soups.cli.serve.interview.loop import Ending, Interview, choice_of
+from personalized_soups.cli.serve.interview.loop import Ending, Interview
 from personalized_soups.cli.serve.interview.person import Person
 from personalized_soups.declare.evidence import AnsweredQuestion
 from personalized_soups.declare.side_rule import SideRule
@@ -54,9 +55,12 @@ def _run(
     return after, ending, "\n".join(shown), log
 
 
-def test_answers_refer_to_the_question_regardless_of_the_order_in_which_they_were_shown() -> None:
+def test_choices_refer_to_the_question_regardless_of_the_order_in_which_the_answers_are_shown() -> None:
     assert [choice_of(key, swapped=False) for key in ("A", "B", "tie", "skip")] == ["a", "b", "tie", "skip"]
     assert [choice_of(key, swapped=True) for key in ("A", "B", "tie", "skip")] == ["b", "a", "tie", "skip"]
+    for swapped in (False, True):
+        for key in ("A", "B", "tie", "skip"):
+            assert command_of(choice_of(key, swapped=swapped), swapped=swapped) == key
 
 
 def test_every_answer_is_stored_as_it_was_shown() -> None:

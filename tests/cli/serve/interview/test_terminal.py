@@ -90,7 +90,7 @@ def test_single_keys_answer_and_ctrl_c_keeps_the_answers(terminal: Terminal, tmp
     line = next(line for line in shown.splitlines() if line.startswith("A "))
     assert "    B ---" in line  # side by side
     terminal.press("a")
-    assert "your answer: A" in terminal.until("question 2 of 10")
+    assert "answer: A" in terminal.until("question 2 of 10")
     terminal.until("? (help):")
     terminal.press("\x1b[A")  # an arrow key, whose last letter is A
     assert "is not one of the keys" in terminal.until("? (help):")
