@@ -53,7 +53,6 @@ def answer_of_document(user: str, document: str, answered_at: datetime, where: s
     """
     try:
         answered = AnsweredQuestion.model_validate_json(document)
-        return answered.replaced(answer=answered.answer.replaced(answered_at=answered_at))
     except ValidationError:
         # not `from error`: pydantic's error contains the texts, and a server would write them to its log
         raise FileFormatError(
@@ -61,6 +60,8 @@ def answer_of_document(user: str, document: str, answered_at: datetime, where: s
             where=where,
             mend="upgrade personalized_soups if a newer version wrote the answer, else delete the user's answers",
         ) from None
+    # this does not validate again: a stored time is always valid
+    return answered.model_copy(update={"answer": answered.answer.model_copy(update={"answered_at": answered_at})})
 
 
 def document_of_session(session: Mapping[str, Any]) -> str:
