@@ -36,7 +36,7 @@ def test_questions_of_the_embedded_base_need_no_prompts(psoups: Run, experts: Pa
         "--base",
         "tiny",
         "--num-questions",
-        4,
+        2,
         "--seed",
         2,
         "--max-new-tokens",
@@ -48,18 +48,18 @@ def test_questions_of_the_embedded_base_need_no_prompts(psoups: Run, experts: Pa
     assert (code, told) == (0, "")
     assert json.loads(printed) == {
         "folder": str(out),
-        "questions": 4,
-        "prompts": 2,
+        "questions": 2,
+        "prompts": 1,
         "rewards": ["expert", "friendly", "unfriendly"],
     }
     pool = QuestionPool.open(out)
-    assert set(pool.prompts) == set(prompts("validation", 2, 2))
+    assert set(pool.prompts) == set(prompts("validation", 1, 2))
     assert [expert.dimension for expert in pool.record.experts] == ["expertise", "style", "style"]
     assert pool.record.options["seed"] == 2
 
     code, printed, told = psoups("questions", "show", out, "--limit", 2, "--json")
     rows = [json.loads(line) for line in printed.splitlines()]
-    assert (code, told) == (0, "2 of 4 questions; rewards of expert, friendly, unfriendly\n")
+    assert (code, told) == (0, "2 of 2 questions; rewards of expert, friendly, unfriendly\n")
     assert [row["id"] for row in rows] == ["q1", "q2"]
     assert rows[1]["a"] == pool.questions[1].a
     assert rows[1]["a minus b"] == dict(zip(pool.names, pool.differences[1].tolist(), strict=True))

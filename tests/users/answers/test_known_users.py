@@ -44,6 +44,20 @@ def test_the_distribution_of_simulated_users_is_found() -> None:
     assert error < 0.6 * shrunk
 
 
+def test_the_fitted_prior_is_the_mean_of_the_posteriors_under_it() -> None:
+    """At the maximum, the moments of the users' posteriors and of 3 + 2 pseudo-users are those of the prior."""
+    evidence = simulated(15, 8, seed=4)
+    fitted = fit_prior(evidence, GaussianPrior.ridge(3))
+    posteriors = [estimate_weights(*each, fitted) for each in evidence]
+    mean = sum(posterior.mean for posterior in posteriors) / 15
+    total = 5 * np.eye(3)
+    for posterior in posteriors:
+        total += posterior.covariance + np.outer(posterior.mean - mean, posterior.mean - mean)
+    # the last step changed the prior by less than 1e-4 of its deviations, and a further step by less
+    assert fitted.mean == pytest.approx(mean, abs=2e-4)
+    assert fitted.covariance == pytest.approx(total / 20, abs=2e-4)
+
+
 def test_a_fitted_prior_predicts_new_users_better() -> None:
     fitted = fit_prior(simulated(60, 20), GaussianPrior.ridge(3))
 
