@@ -42,8 +42,14 @@ if TYPE_CHECKING:
     from personalized_soups.scoring.scorers import Scored, Scorer, scorer_of
     from personalized_soups.tiny import BASE_FOLDER as TINY_BASE
     from personalized_soups.training.expert import train_expert
+    from personalized_soups.users.answers.estimate import Estimate, estimate_weights
     from personalized_soups.users.answers.making import make_questions
     from personalized_soups.users.answers.pool import QuestionPool
+    from personalized_soups.users.answers.preferences import preferences_of
+    from personalized_soups.users.answers.prior import GaussianPrior
+    from personalized_soups.users.answers.profile import profile_of
+    from personalized_soups.users.answers.session import InferenceSession
+    from personalized_soups.users.answers.stopping import StoppingRule
     from personalized_soups.users.profiles.store import ProfileStore
     from personalized_soups.users.tuning.likelihood import TextLikelihood
     from personalized_soups.users.tuning.objective import Objective
@@ -57,12 +63,15 @@ __all__ = [
     "Catalogue",
     "DenseMerge",
     "DiffusersView",
+    "Estimate",
     "Example",
     "Expert",
     "ExpertLibrary",
     "ExpertWeights",
+    "GaussianPrior",
     "Generator",
     "ImplicitRewards",
+    "InferenceSession",
     "LiveAdapter",
     "MergeOptions",
     "Method",
@@ -80,17 +89,21 @@ __all__ = [
     "SideRule",
     "SoupError",
     "SoupModel",
+    "StoppingRule",
     "TextItem",
     "TextLikelihood",
     "TrainingRecipe",
     "__version__",
     "diagnose",
+    "estimate_weights",
     "load",
     "load_profile",
     "make_questions",
     "merge",
     "merge_into_base",
     "merge_many",
+    "preferences_of",
+    "profile_of",
     "rating_of",
     "scorer_of",
     "shipped_recipe",
@@ -104,12 +117,15 @@ _HOME = {
     "Catalogue": "personalized_soups.declare.dimension",
     "DenseMerge": "personalized_soups.methods.plugins",
     "DiffusersView": "personalized_soups.mixing.diffusers_view",
+    "Estimate": "personalized_soups.users.answers.estimate",
     "Example": "personalized_soups.declare.evidence",
     "Expert": "personalized_soups.adapters.library",
     "ExpertLibrary": "personalized_soups.adapters.library",
     "ExpertWeights": "personalized_soups.declare.expert_weights",
+    "GaussianPrior": "personalized_soups.users.answers.prior",
     "Generator": "personalized_soups.generation.generator",
     "ImplicitRewards": "personalized_soups.scoring.implicit_rewards",
+    "InferenceSession": "personalized_soups.users.answers.session",
     "LiveAdapter": "personalized_soups.merging.live.adapter",
     "MergeOptions": "personalized_soups.merging.planning.options",
     "Method": "personalized_soups.methods.method",
@@ -126,17 +142,21 @@ _HOME = {
     "ScorerRewards": "personalized_soups.scoring.scorer_rewards",
     "SideRule": "personalized_soups.declare.side_rule",
     "SoupModel": "personalized_soups.mixing.model",
+    "StoppingRule": "personalized_soups.users.answers.stopping",
     "TINY_BASE": "personalized_soups.tiny:BASE_FOLDER",
     "TextItem": "personalized_soups.scoring.base_rewards",
     "TextLikelihood": "personalized_soups.users.tuning.likelihood",
     "TrainingRecipe": "personalized_soups.declare.training",
     "diagnose": "personalized_soups.merging.doctor.diagnose",
+    "estimate_weights": "personalized_soups.users.answers.estimate",
     "load": "personalized_soups.declare.loader",
     "load_profile": "personalized_soups.declare.profile",
     "make_questions": "personalized_soups.users.answers.making",
     "merge": "personalized_soups.merging.writing.adapter",
     "merge_into_base": "personalized_soups.merging.writing.into_base",
     "merge_many": "personalized_soups.merging.writing.many",
+    "preferences_of": "personalized_soups.users.answers.preferences",
+    "profile_of": "personalized_soups.users.answers.profile",
     "rating_of": "personalized_soups.users.tuning.scored_answers",
     "scorer_of": "personalized_soups.scoring.scorers",
     "shipped_recipe": "personalized_soups.declare.shipped",

@@ -29,6 +29,12 @@ class Estimate:
         mean: [D], float64, the most likely weights.
         covariance: [D, D], float64.
         num_answers: the number of answers that the estimate is based on.
+
+    Example:
+        >>> estimate = estimate_weights([[1.0, -1.0]], [1.0], GaussianPrior.ridge(2))
+        >>> low, high = estimate.interval([1.0, -1.0])
+        >>> low < 0 < high
+        True
     """
 
     mean: Floats

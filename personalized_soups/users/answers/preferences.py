@@ -60,6 +60,13 @@ def preferences_of(
         experts: the name of each of the D experts.
         rule: knows the dimension of each expert.
         level: the probability of the intervals, in (0, 1).
+
+    Example:
+        >>> rule = SideRule({"friendly": "style", "unfriendly": "style"})
+        >>> estimate = estimate_weights([[2.0, -2.0]] * 3, [1.0] * 3, GaussianPrior.ridge(2))
+        >>> (style,) = preferences_of(estimate, ["friendly", "unfriendly"], rule)
+        >>> style.preferred, style.certainty
+        ('friendly', 'likely')
     """
     preferences = []
     for dimension, members in experts_by_dimension(experts, rule).items():

@@ -59,6 +59,13 @@ def profile_of(
 
     Raises:
         UsageError: if the estimate prefers no side at all, for example without any answer and with a prior around 0.
+
+    Example:
+        >>> rule = SideRule({"friendly": "style", "unfriendly": "style"})
+        >>> differences = [[2.0, -2.0], [1.0, -2.0], [-1.0, 1.0]]
+        >>> estimate = estimate_weights(differences, [1.0, 1.0, 0.0], GaussianPrior.ridge(2))
+        >>> profile_of(estimate, ["friendly", "unfriendly"], differences, rule, user="ada").weights
+        {'friendly': 0.6}
     """
     differences = np.asarray(differences_QD, dtype=np.float64)
     if allow_opposed:

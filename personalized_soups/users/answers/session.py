@@ -54,6 +54,14 @@ class InferenceSession:
 
     Raises:
         UsageError: if an answer belongs to a question that is not in the pool, or two answers to one question.
+
+    Example:
+        >>> model = SoupModel.from_pretrained(TINY_BASE, "experts", device="cpu")
+        >>> pool = make_questions(model, ["How do I clean a lamp?"], num_questions=2)
+        >>> session = InferenceSession(pool, "ada")
+        >>> session = session.answered(session.next.question.id, "a")
+        >>> session.num_asked, session.estimate.num_answers, session.is_done
+        (1, 1, False)
     """
 
     pool: QuestionPool
