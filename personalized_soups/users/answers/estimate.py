@@ -162,7 +162,9 @@ def _inverse_information(design: Floats, information: Floats) -> Floats:
     The singular values of `diag(sqrt(information)) design` give it to rounding, even if the answers fix some directions
     a million times better than the prior does, and others not at all.
     """
-    _, singular, rows = np.linalg.svd(np.sqrt(information)[:, None] * design, full_matrices=True)
+    # R of the QR decomposition has the same singular values and rows. Without it, the SVD would make an [N, N] matrix.
+    triangle = np.linalg.qr(np.sqrt(information)[:, None] * design, mode="r")
+    _, singular, rows = np.linalg.svd(triangle, full_matrices=True)
     variances = np.ones(rows.shape[0])
     variances[: len(singular)] = 1 / (1 + singular**2)
     inverse: Floats = (rows.T * variances) @ rows
