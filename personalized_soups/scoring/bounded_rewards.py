@@ -83,7 +83,8 @@ class BoundedRewards(Generic[Item]):
 def bounded(features_ND: npt.ArrayLike, centres_D: npt.ArrayLike, scales_D: npt.ArrayLike) -> Floats:
     """Return `tanh((r - centre) / scale)`, [N, D], float64."""
     features = np.asarray(features_ND, dtype=np.float64)
-    return np.tanh((features - np.asarray(centres_D)) / np.asarray(scales_D))
+    squashed: Floats = np.tanh((features - np.asarray(centres_D)) / np.asarray(scales_D))
+    return squashed
 
 
 def typical_bounds(features_ND: npt.ArrayLike) -> tuple[Floats, Floats]:

@@ -54,13 +54,14 @@ def question_scores(
         return np.where(norms > 0, scores, -np.inf)
     margins = differences @ estimate.mean
     slopes = sigmoid(margins) * sigmoid(-margins)
-    variance = np.maximum(np.einsum("qd,de,qe->q", differences, estimate.covariance, differences), 0.0)
+    variance: Floats = np.maximum(np.einsum("qd,de,qe->q", differences, estimate.covariance, differences), 0.0)
     if rule == "variance":
         return slopes**2 * variance
     if rule == "prediction":
         matrix = open_targets(estimate, differences if targets_TD is None else targets_TD)
         reach = differences @ estimate.covariance
-        return slopes * np.einsum("qd,de,qe->q", reach, matrix, reach) / (1 + slopes * variance)
+        shrunk: Floats = np.einsum("qd,de,qe->q", reach, matrix, reach)
+        return slopes * shrunk / (1 + slopes * variance)
     return np.log1p(slopes * variance)
 
 

@@ -53,7 +53,7 @@ def test_some_of_the_weights_have_the_marginal_distribution() -> None:
 
 
 @pytest.mark.parametrize("weights", [[[1.0, 2.0]], [[1.0, 1.0], [1.0, 1.0]], [1.0, 2.0]])
-def test_users_that_give_no_covariance_are_rejected(weights: list[object]) -> None:
+def test_users_that_give_no_covariance_are_rejected(weights: list[float]) -> None:
     with pytest.raises(UsageError, match=r"prior|covariance"):
         GaussianPrior.fit(weights)
 

@@ -56,7 +56,7 @@ def test_a_session_that_is_made_again_from_its_answers_asks_the_same_question() 
     for choice in ("a", "tie", "skip", "b"):
         shown = session.next
         assert shown is not None
-        session = session.answered(shown.question.id, choice, at=NOW)  # type: ignore[arg-type]
+        session = session.answered(shown.question.id, choice, at=NOW)
         again = InferenceSession(POOL, "ada", session.answers)
         assert again.next == session.next
         np.testing.assert_array_equal(again.estimate.mean, session.estimate.mean)
