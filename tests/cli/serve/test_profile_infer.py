@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from personalized_soups.cli.bases import LoadOptions
+from personalized_soups.cli.serve.interview.pools import PoolSource
 from personalized_soups.declare.evidence import AnsweredQuestion
 from personalized_soups.errors import RunError
 from personalized_soups.users.answers.pool import QuestionPool
@@ -159,8 +162,9 @@ def test_a_finished_interview_asks_nothing_and_writes_no_new_version(infer: Infe
 
 
 def test_a_wanted_certainty_stops_the_interview_early(infer: Infer, pool: QuestionPool) -> None:
-    _, out, _ = infer(_keys(pool, num=30), "--questions", 30, "--certainty", "0.85", "--json")
+    _, out, err = infer(_keys(pool, num=30), "--questions", 30, "--certainty", "0.85", "--json")
     result = json.loads(out)
+    assert "question 1 of at most 30" in err
     assert 3 <= result["num_asked"] < 30
     assert result["agreement"] >= 0.85
 
@@ -281,6 +285,64 @@ def test_answers_to_other_questions_are_refused_and_can_be_refitted_or_deleted(
     monkeypatch.setattr(sys, "stdin", io.StringIO("q\n"))
     code, _, err = psoups(*restart)
     assert (code, "10 stored answers of ada are deleted" in err, _stored()) == (0, True, [])
+
+
+def test_new_experts_are_named_and_the_questions_are_still_asked(
+    infer: Infer, pool: QuestionPool, experts: Path
+) -> None:
+    write_expert(experts / "newcomer", seed=9)
+    code, _, err = infer("q")
+    assert (code, "question 1 of 10" in err) == (0, True)
+    assert "the questions in experts-questions do not cover newcomer; make the questions again: psoups" in err
+
+
+def test_a_small_pool_ends_the_interview(infer: Infer, experts: Path, small_base: Path) -> None:
+    pool = pool_of(3, experts=experts, base=small_base).write("few")
+    code, out, err = infer(_keys(pool, num=3), "--pool", "few")
+    assert code == 0
+    assert "question 3 of 3" in err
+    assert "I would guess" not in out  # there is no question left to guess
+    assert "More questions" not in out
+
+
+def test_questions_are_made_in_the_current_folder_if_that_of_the_experts_is_read_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    source = PoolSource(None, [tmp_path.parent / "experts"], LoadOptions("tiny", "cpu", "float32"), quiet=True)
+    assert source.default_folder() == Path("experts-questions")
+
+
+def test_the_first_run_makes_the_questions_and_the_next_one_uses_them(
+    psoups: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("personalized_soups.cli.serve.interview.pools._NUM_QUESTIONS", 2)
+    shapes = {f"model.layers.{layer}.mlp.up_proj": (384, 128) for layer in range(4)}
+    for seed, name in enumerate(("friendly", "unfriendly")):
+        write_expert(Path("experts") / name, seed=seed, rank=2, alpha=4, shapes=shapes)
+    infer = ("profile", "infer", "ada", "--experts", "experts", "--base", "tiny", "--device", "cpu", "--no-win-rate")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\nq\n"))
+    code, _, err = psoups(*infer)
+    assert code == 0
+    assert "making 2 questions in experts-questions, once for these experts" in err
+    pool = QuestionPool.open("experts-questions")
+    assert (pool.names, pool.record.folders) == (("friendly", "unfriendly"), ("experts",))
+    assert _stored()[0].question in pool.questions
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("b\n"))
+    code, out, err = psoups(*infer)
+    assert code == 0
+    assert "making" not in err
+    assert out.startswith("2 answers")
+
+
+def test_questions_are_made_next_to_the_experts(tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    loading = LoadOptions("tiny", "cpu", "float32")
+    inside = PoolSource(None, [Path("shared/experts")], loading, quiet=True)
+    assert inside.default_folder() == Path("shared/experts-questions")
+    outside = PoolSource(None, [tmp_path.parent / "experts"], loading, quiet=True)
+    assert outside.default_folder() == tmp_path.parent / "experts-questions"
 
 
 def test_questions_of_another_base_are_refused(infer: Infer, experts: Path, small_base: Path, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ class Interview:
         return session, "done"
 
     def _show(self, session: InferenceSession, shown: ShownQuestion) -> None:
-        total = session.stopping.max_questions
+        most = min(session.stopping.max_questions, len(session.pool))
+        total = str(most) if session.stopping.certainty is None else f"at most {most}"
         self.show(question_text(shown, number=session.num_asked + 1, total=total, width=self.width()))
 
     def _back(self, session: InferenceSession) -> InferenceSession:

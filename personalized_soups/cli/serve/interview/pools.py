@@ -52,14 +52,14 @@ class PoolSource:
         """
         from personalized_soups.users.answers.pool import QuestionPool
 
-        folder = self.folder or self._default_folder()
+        folder = self.folder or self.default_folder()
         if self.folder is None and not folder.exists():
             return self._made(folder, model())
         pool = QuestionPool.open(folder)
         self._check(pool, folder, library)
         return pool
 
-    def _default_folder(self) -> Path:
+    def default_folder(self) -> Path:
         """Return the folder next to the experts, or in the current folder if the experts' folder is read-only."""
         experts = self.experts[0].absolute()
         beside = experts.with_name(f"{experts.name}-questions")
@@ -116,6 +116,9 @@ class PoolSource:
             pool.check_experts({name: expert_digest(library[name].folder) for name in pooled if name in library})
         except UsageError as error:
             raise UsageError(error.what, where=str(folder), mend=again) from error
+        new = [name for name in library if name not in pooled]
+        if new:
+            render.say(f"the questions in {folder} do not cover {', '.join(new)}; {again}")
         fingerprint = pool.record.base_fingerprint
         if self.loading.same_base or fingerprint is None or fingerprint == base_fingerprint(self.loading.path):
             return

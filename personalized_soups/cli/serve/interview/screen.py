@@ -34,13 +34,13 @@ No answer is right or wrong: choose the one that you would
 rather get. If nothing happens, press Enter after the key."""
 
 
-def question_text(shown: ShownQuestion, *, number: int, total: int, width: int) -> str:
+def question_text(shown: ShownQuestion, *, number: int, total: str, width: int) -> str:
     """Return a question with its answers: side by side in a wide terminal, else one above the other.
 
     Args:
         shown: the question. If it is swapped, `b` is shown first, as A.
         number: the number of the question, from 1.
-        total: the greatest number of questions.
+        total: the number of questions in words, such as `10` or `at most 10`.
         width: the width of the terminal, in cells.
     """
     question = shown.question

@@ -41,16 +41,16 @@ warm water and a little soap, and let it dry."""
 
 
 def test_answers_are_side_by_side_in_a_wide_terminal() -> None:
-    assert question_text(ShownQuestion(QUESTION, swapped=False), number=3, total=10, width=120) == WIDE
+    assert question_text(ShownQuestion(QUESTION, swapped=False), number=3, total="10", width=120) == WIDE
 
 
 def test_answers_are_one_above_the_other_in_a_narrow_terminal_and_b_is_first_if_swapped() -> None:
-    assert question_text(ShownQuestion(QUESTION, swapped=True), number=3, total=10, width=60) == NARROW
+    assert question_text(ShownQuestion(QUESTION, swapped=True), number=3, total="10", width=60) == NARROW
 
 
 @pytest.mark.parametrize("width", [20, 60, 80, 99, 100, 120, 400])
 def test_no_line_is_wider_than_the_terminal_and_no_word_is_lost(width: int) -> None:
-    text = question_text(ShownQuestion(QUESTION, swapped=False), number=3, total=10, width=width)
+    text = question_text(ShownQuestion(QUESTION, swapped=False), number=3, total="10", width=width)
     assert max(map(len, text.split("\n"))) <= width
     for words in (QUESTION.prompt, QUESTION.a, QUESTION.b):
         assert set(words.split()) <= set(text.split())
@@ -58,7 +58,7 @@ def test_no_line_is_wider_than_the_terminal_and_no_word_is_lost(width: int) -> N
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal() -> None:
     question = Question(id="q1", prompt="a\x07b", a="red \x1b[31m [bold]x[/bold]\r", b="tab\there\n\nlast \x9b2J")
-    text = question_text(ShownQuestion(question, swapped=False), number=1, total=1, width=80)
+    text = question_text(ShownQuestion(question, swapped=False), number=1, total="1", width=80)
     assert not {letter for letter in text if (ord(letter) < 32 and letter != "\n") or 127 <= ord(letter) < 160}
     assert "red \N{REPLACEMENT CHARACTER}[31m [bold]x[/bold]" in text
     assert "\n\nlast" in text
