@@ -167,13 +167,25 @@ def test_certainty_ends_the_questions_early(
 
 
 def test_an_answer_may_be_repeated_but_not_changed(asking: RunningServer) -> None:
-    question = asking.ask("GET", _at("twice")).json["question"]["id"]
-    once = _answer(asking, "twice", question, "second")
-    assert _answer(asking, "twice", question, "second").json == once.json
-    for other in ("first", "tie", "skip"):
-        refused = _answer(asking, "twice", question, other)
-        assert (refused.status, refused.error["code"]) == (409, "already_answered")
-    assert asking.ask("GET", _at("twice")).json == once.json
+    assert asking.store is not None
+    kinds = set()
+    for number in range(8):
+        for choice, others in (
+            ("first", "second tie skip"),
+            ("second", "first tie skip"),
+            ("tie", "first second skip"),
+        ):
+            user = f"twice {number} {choice}"
+            question = asking.ask("GET", _at(user)).json["question"]["id"]
+            once = _answer(asking, user, question, choice)
+            assert _answer(asking, user, question, choice).json == once.json
+            for other in set(choices) - {choice}:
+                refused = _answer(asking, user, question, other)
+                assert (refused.status, refused.error["code"]) == (409, "already_answered")
+            assert asking.ask("GET", _at(user)).json == once.json
+            (stored,) = asking.store.answers.of(user)
+            kinds.add((stored.answer.choice, stored.answer.swapped))
+    assert len(kinds) == 6  # both orders of the answers
 
 
 def test_a_question_that_was_not_asked_has_no_answer(asking: RunningServer, pool: QuestionPool) -> None:
