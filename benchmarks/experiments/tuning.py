@@ -29,7 +29,7 @@ _ROWS = (
         bar=Bar("at least", 5),
     ),
     Row("tuning-answers-whole", "the same", _WHOLE),
-    Row("tuning-likelihood", "log-likelihood of 20 texts with 10 candidates, one batch", _FEW),
+    Row("tuning-likelihood", "log-likelihood of 20 texts with 10 candidates, batches of 64 rows", _FEW),
     Row("tuning-likelihood-whole", "the same", _WHOLE),
 )
 

@@ -59,7 +59,7 @@ def main(experts: str) -> None:
         "answers": _together(answered(CANDIDATES * ITEMS), candidates),
         "answers_few": _in_turn(answered(_FEW), candidates),
         "answers_whole": _in_turn(answered(ITEMS), candidates),
-        "likelihood": _together(TextLikelihood(model, history, batch_size=CANDIDATES * ITEMS), candidates),
+        "likelihood": _together(TextLikelihood(model, history), candidates),
         "likelihood_few": _in_turn(TextLikelihood(model, history, batch_size=_FEW), candidates),
         "likelihood_whole": _in_turn(TextLikelihood(model, history, batch_size=ITEMS), candidates),
     }

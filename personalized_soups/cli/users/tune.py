@@ -27,6 +27,9 @@ from personalized_soups.cli.users.tuning_run import Evidence, SearchOptions, Tun
 from personalized_soups.cli.users.tuning_target import TuningTarget
 from personalized_soups.errors import check_extra
 
+# Texts are read all tokens at once, which fills the processor. Answers grow by a token at a time, so more rows pay.
+_TEXTS, _ANSWERS = 64, 256
+
 
 def register(app: typer.Typer) -> None:
     """Add the command to the application."""
@@ -87,7 +90,10 @@ def tune(
     dimensions: DimensionsOption = None,
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = 0.7,
-    batch_size: Annotated[int, typer.Option(min=1, help="Largest number of rows computed at once.")] = 256,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows computed at once. By default 64 texts, or 256 answers.", show_default=False),
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
@@ -108,7 +114,7 @@ def tune(
     run = TuningRun(
         evidence,
         LoadOptions(base, device, checked_dtype(dtype), same_base),
-        SamplingOptions(max_new_tokens, temperature, seed, batch_size),
+        SamplingOptions(max_new_tokens, temperature, seed, batch_size or (_TEXTS if scorer is None else _ANSWERS)),
         SearchOptions(budget, population, sigma, limit, layer_groups, allow_opposed),
     )
     with target.opened(experts) as opened:

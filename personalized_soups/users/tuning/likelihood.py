@@ -33,8 +33,8 @@ class TextLikelihood:
     Args:
         model: the base with the experts. It needs a tokenizer.
         examples: the user's texts with their prompts. Texts may also be given as token ids.
-        batch_size: the maximum number of rows in a forward pass. Each candidate takes a row for each text. A batch that
-            does not fit on the GPU is halved until it fits.
+        batch_size: the maximum number of rows in a forward pass. Each candidate takes a row for each text. On a CPU,
+            larger batches are slower. A batch that does not fit on the GPU is halved until it fits.
 
     Raises:
         UsageError: if there are no examples, `batch_size` is less than 1, or the model has no tokenizer.
@@ -49,7 +49,7 @@ class TextLikelihood:
 
     name = "log-probability per token"
 
-    def __init__(self, model: SoupModel, examples: Sequence[Example | EncodedAnswer], *, batch_size: int = 256) -> None:
+    def __init__(self, model: SoupModel, examples: Sequence[Example | EncodedAnswer], *, batch_size: int = 64) -> None:
         if not examples:
             raise UsageError("there are no examples", where="examples", mend="give at least one example")
         if batch_size < 1:
