@@ -27,7 +27,7 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "train": ("pairs", "train"),
         "merge": ("doctor", "merge", "merge_many", "verify", "inspect"),
         "generate": ("generate", "sweep"),
-        "users": ("questions", "tune"),
+        "users": ("basis", "questions", "tune"),
         "serve": ("serve", "playground", "profile"),
     }
 )
@@ -53,8 +53,6 @@ class SoupGroup(TyperGroup):
         """Write the list of commands, under the titles of their groups. Commands without a group are left out."""
         for group, names in COMMAND_GROUPS.items():
             commands = {name: self.commands[name] for name in (module.replace("_", "-") for module in names)}
-            if not commands:
-                continue
             limit = formatter.width - 6 - max(map(len, commands))
             rows = [(name, command.get_short_help_str(limit)) for name, command in commands.items()]
             with formatter.section(_GROUP_TITLES[group]):

@@ -22,3 +22,7 @@ TINY_BASE_FILE = "base.json"
 POOL_FILE = "pool.json"
 QUESTIONS_FILE = "questions.jsonl"
 FEATURES_FILE = "features.safetensors"
+
+# the files of a learned basis; the first is its record
+BASIS_FILE = "basis.json"
+BASIS_WEIGHTS_FILE = "basis.safetensors"
