@@ -85,7 +85,7 @@ def infer_profile(
     rule: Annotated[
         str,
         typer.Option(help="How to choose the next question: information, prediction, variance, thompson or random."),
-    ] = "information",
+    ] = "prediction",
     noise: Annotated[float, typer.Option(help="Probability that the user presses the wrong button.")] = 0.0,
     refit: Annotated[
         bool,
@@ -268,4 +268,4 @@ def _uses(profile: Profile | None, version: int | None, again: _Again) -> list[s
 
 
 def _answers(count: int) -> str:
-    return "1 answer is" if count == 1 else f"{count} answers are"
+    return {0: "no answers are", 1: "1 answer is"}.get(count, f"{count} answers are")

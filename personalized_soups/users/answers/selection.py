@@ -86,7 +86,7 @@ def next_question(
     *,
     asked: Sequence[int] = (),
     prompts: Sequence[str] | None = None,
-    rule: Rule = "information",
+    rule: Rule = "prediction",
     rng: np.random.Generator | None = None,
     targets_TD: npt.ArrayLike | None = None,
 ) -> int | None:

@@ -68,7 +68,7 @@ class InferenceSession:
     user: str
     answers: tuple[AnsweredQuestion, ...] = ()
     stopping: StoppingRule = field(default_factory=StoppingRule)
-    rule: Rule = "information"
+    rule: Rule = "prediction"
     noise: float = 0.0
     forgetting_rate: float = 0.0
 
