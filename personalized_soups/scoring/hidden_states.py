@@ -104,6 +104,12 @@ class HiddenStates:
         model = load_base(base, device=resolve_device(device), dtype=dtype)
         return cls(model, load_tokenizer(base), pooling=pooling, batch_size=batch_size, base=base)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the model."""
+        device: torch.device = self._backbone.device
+        return device
+
     @cached_property
     def base_fingerprint(self) -> str:
         """The fingerprint of the base.
@@ -176,7 +182,7 @@ class HiddenStates:
         The rows are padded on the left and the padding is masked, so the result does not depend on the other rows, up
         to rounding.
         """
-        device = self._backbone.device
+        device = self.device
         ids_BT, mask_BT = pad_left([list(answer.ids) for answer in answers], self._pad_id, device)
         inputs: dict[str, Any] = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
         if "position_ids" in inspect.signature(self._backbone.forward).parameters:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -23,12 +23,12 @@ from personalized_soups.errors import UsageError, choose_from
 def register(app: typer.Typer) -> None:
     """Add the group of commands to the application."""
     group = typer.Typer(no_args_is_help=True, help="Learn reward functions from the comparisons of many users.")
-    group.command("train")(train)
-    group.command("show")(show)
+    group.command("train")(train_basis)
+    group.command("show")(show_basis)
     app.add_typer(group, name="basis")
 
 
-def train(
+def train_basis(
     *,
     data: Annotated[
         Path,
@@ -55,8 +55,8 @@ def train(
     A line of the file is {"user": "ann", "prompt": "...", "a": "...", "b": "...", "choice": "a"}. The choice is a, b,
     tie or skip. A label, the probability that a is better, may replace it.
     """
-    chosen: Literal["pref", "lore"] = "lore" if _checked(kind, "--kind", ("pref", "lore")) == "lore" else "pref"
-    pooled: Literal["last", "mean"] = "mean" if _checked(pooling, "--pooling", ("last", "mean")) == "mean" else "last"
+    _check(kind, "--kind", ("pref", "lore"))
+    _check(pooling, "--pooling", ("last", "mean"))
     checked = checked_dtype(dtype)
     from personalized_soups.files.atomic import check_target
     from personalized_soups.systems.basis.data import read_comparisons
@@ -64,25 +64,18 @@ def train(
     check_target(out, overwrite=overwrite)
     comparisons = read_comparisons(data)
 
-    from personalized_soups.devices import resolve_device
     from personalized_soups.scoring.hidden_states import HiddenStates
     from personalized_soups.systems.basis.training import about_states, train_text_basis
 
-    states = HiddenStates.open(resolve_base(base), device=device, dtype=checked, pooling=pooled, batch_size=batch_size)
-    basis = train_text_basis(
-        comparisons,
-        states,
-        kind=chosen,
-        rank=rank,
-        seed=seed,
-        about=about_states(states, base),
-        device=resolve_device(device),
-    )
+    chosen: Any = {"pooling": pooling, "batch_size": batch_size}
+    states = HiddenStates.open(resolve_base(base), device=device, dtype=checked, **chosen)
+    settings: Any = {"kind": kind, "rank": rank, "seed": seed, "device": states.device}
+    basis = train_text_basis(comparisons, states, about=about_states(states, base), **settings)
     basis.save(out, overwrite=overwrite)
     _show(out, as_json=as_json)
 
 
-def show(
+def show_basis(
     folder: Annotated[Path, typer.Argument(help="Folder of a basis, which psoups basis train wrote.")],
     *,
     as_json: JsonOption = False,
@@ -107,7 +100,6 @@ def _show(folder: Path, *, as_json: bool) -> None:
     render.show_record(facts, as_json=as_json)
 
 
-def _checked(value: str, option: str, known: tuple[str, ...]) -> str:
+def _check(value: str, option: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(f"unknown value {value!r}", where=option, mend=choose_from(value, known))
-    return value
