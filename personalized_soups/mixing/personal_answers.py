@@ -76,7 +76,7 @@ def answer(
         )
     answers = [""] * len(users)
     for group in _groups(users, max_adapters):
-        with _held(model, [users[index].model.adapter for index in group]) as names:
+        with _held(model, [users[index].model.adapter_folder for index in group]) as names:
             chosen = _answer_group(
                 model,
                 [users[index] for index in group],
@@ -131,19 +131,19 @@ def _users(
 
 def _groups(users: Sequence[_User], max_adapters: int) -> Iterator[list[int]]:
     """Yield the indices of the users of each group. A group has at most `max_adapters` different private adapters."""
-    folders = {user.model.adapter.resolve(): None for user in users if user.model.adapter is not None}
+    folders = dict.fromkeys(user.model.adapter_folder for user in users)
+    folders.pop(None, None)
     group_of = {folder: number // max(1, max_adapters) for number, folder in enumerate(folders)}
     groups: dict[int, list[int]] = {}
     for index, user in enumerate(users):
-        number = 0 if user.model.adapter is None else group_of[user.model.adapter.resolve()]
-        groups.setdefault(number, []).append(index)
+        groups.setdefault(group_of.get(user.model.adapter_folder, 0), []).append(index)
     yield from groups.values()
 
 
 @contextmanager
 def _held(model: SoupModel, adapters: Sequence[Path | None]) -> Iterator[dict[Path, str]]:
     """Within the block, the model holds these private adapters as experts. Yield the name of each resolved folder."""
-    wanted = {folder.resolve(): None for folder in adapters if folder is not None}
+    wanted = {folder: None for folder in adapters if folder is not None}
     by_folder = {expert.folder.resolve(): name for name, expert in model.experts.items()}
     names = {folder: by_folder[folder] for folder in wanted if folder in by_folder}
     taken = {*model.experts, *model.profiles}
@@ -196,9 +196,9 @@ def _weights(model: SoupModel, personal: PersonalModel, names: dict[Path, str]) 
         UsageError: if the profile has a weight for the private adapter too.
     """
     weights = model.resolve(personal.profile)
-    if personal.adapter is None:
+    if personal.adapter_folder is None:
         return weights
-    name = names[personal.adapter.resolve()]
+    name = names[personal.adapter_folder]
     if name in weights.weights:
         raise UsageError(
             f"the profile has a weight for {name!r}, which is the private adapter too",

@@ -69,7 +69,12 @@ class PersonalModel:
     """
 
     profile: ProfileLike = None
-    adapter: Path | None = None
+    adapter: Path | str | None = None
     soft_tokens: Tensor | None = None
     text: str = ""
     decoder: Plain | BestOf = Plain()
+
+    @property
+    def adapter_folder(self) -> Path | None:
+        """The absolute path of the adapter's folder, or None."""
+        return None if self.adapter is None else Path(self.adapter).resolve()

@@ -130,7 +130,7 @@ def test_a_batch_without_soft_tokens_is_that_of_generate_bit_for_bit(model: Soup
 def test_private_adapters_share_a_batch_and_leave_the_model_as_it_was(model: SoupModel, tmp_path: Path) -> None:
     one, two = (write_expert(tmp_path / f"own-{seed}", seed=seed) for seed in (11, 12))
     rows = [
-        PersonalModel(adapter=one),
+        PersonalModel(adapter=str(one)),
         PersonalModel(profile={"warm": 0.5}, adapter=two, soft_tokens=soft(2, 3)),
         PersonalModel(adapter=one, text="with warm water"),
         PersonalModel(profile="cold"),
