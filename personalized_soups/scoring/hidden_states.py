@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeAlias
 
@@ -151,8 +151,8 @@ class HiddenStates:
         for start in range(0, len(order), self._batch_size):
             chosen = order[start : start + self._batch_size]
             batch = [unique[item] for item in chosen]
-            longest = len(batch[-1].ids)
-            with fitting_rows(self._model, len(batch), lambda longest=longest: longest), torch.no_grad():
+            longest = partial(len, batch[-1].ids)
+            with fitting_rows(self._model, len(batch), longest), torch.no_grad():
                 pooled_BH = self.pooled(batch).cpu().double()  # some devices have no float64
             states.update(zip(chosen, pooled_BH.numpy(), strict=True))
             if on_done is not None:

@@ -45,7 +45,8 @@ class PointPart(nn.Module):
         """Return the rewards [B]."""
         ideal_BF = self.network(mixture_BK @ self.prototypes)
         # the norm has no derivative at 0
-        return -(self.network(features_BF) - ideal_BF).square().sum(dim=-1).clamp(min=1e-12).sqrt()
+        squared_B: Tensor = (self.network(features_BF) - ideal_BF).square().sum(dim=-1)
+        return -squared_B.clamp(min=1e-12).sqrt()
 
     def loss(self, margins_B: Tensor) -> Tensor:
         """Return the mean of `max(0, 1 - margin)`."""

@@ -66,10 +66,10 @@ class VplModel:
         Without comparisons, z is 0, the mean of the latent prior. A tie says nothing about the order of the two items,
         and is left out.
         """
-        weights = self.decoder.network[0].weight
-        pairs = torch.as_tensor(oriented_pairs(comparisons) / self.scale, dtype=weights.dtype, device=weights.device)
+        like = self.encoder.mean.bias
+        pairs = torch.as_tensor(oriented_pairs(comparisons) / self.scale, dtype=like.dtype, device=like.device)
         if not len(pairs):
-            return VplReward(self.decoder, torch.zeros_like(self.encoder.mean.bias), self.scale)
+            return VplReward(self.decoder, torch.zeros_like(like), self.scale)
         with torch.no_grad():
             mean_1Z, _ = self.encoder(pairs[None])
         return VplReward(self.decoder, mean_1Z[0], self.scale)

@@ -106,8 +106,8 @@ def train_vpl(
 
 def rescaled(z_BZ: Tensor) -> Tensor:
     """Return latent vectors with the norm sqrt(Z), which is about the norm of a draw from the prior."""
-    norm = z_BZ.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(z_BZ.dtype).tiny)
-    return z_BZ * (math.sqrt(z_BZ.shape[-1]) / norm)
+    norm: Tensor = z_BZ.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(z_BZ.dtype).tiny)
+    return z_BZ / norm * math.sqrt(z_BZ.shape[-1])
 
 
 def divergence(mean_BZ: Tensor, log_variance_BZ: Tensor) -> Tensor:
