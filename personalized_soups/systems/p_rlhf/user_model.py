@@ -75,7 +75,7 @@ class UserModelRecord(Declared):
         )
 
 
-@dataclass(frozen=True, slots=False, eq=False)
+@dataclass(frozen=True, eq=False)
 class UserModel:
     """The soft tokens of users, and the adapter that was trained with them.
 
