@@ -78,8 +78,8 @@ def test_a_changing_user_changes_after_its_answers() -> None:
 def test_the_frequencies_of_choices_are_the_declared_probabilities(
     fields: dict[str, float], margin: float, expected: dict[str, float]
 ) -> None:
-    persona = Persona(weights={"style": 1.0}, **fields)
-    choices = [choose(persona, margin, f"q{at}") for at in range(4000)]
+    persona = Persona(weights={"style": 1.0}).replaced(**fields)
+    choices: list[str] = [choose(persona, margin, f"q{at}") for at in range(4000)]
     assert set(choices) == set(expected)
     for choice, probability in expected.items():
         # 4 standard deviations of a binomial share

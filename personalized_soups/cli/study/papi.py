@@ -27,12 +27,19 @@ def papi(
     known: Annotated[int, typer.Option(help="Number of people to learn from. All others are new.", min=1)] = 130,
     rewards: Annotated[int, typer.Option(help="Number of base rewards to learn.", min=1, max=50)] = 5,
     questions: Annotated[int, typer.Option(help="Number of questions to each new person.", min=1, max=200)] = 20,
+    page: Annotated[
+        Path | None, typer.Option(help="Also write the report to this Markdown page.", show_default=False)
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the page's picture, if not the page's own.", show_default=False)
+    ] = None,
     overwrite: RestartOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
 ) -> None:
     """Learn base rewards from people's ratings, and predict how other people order statements after a few answers."""
     check_extra("plot", "matplotlib")
     import json
+    import os
 
     from personalized_soups.studies.folder import StudyFolder, write_text
     from personalized_soups.studies.papi.page import draw, report, summary, table_rows
@@ -45,6 +52,11 @@ def papi(
     write_text(folder.results, json.dumps(results, indent=2, allow_nan=False) + "\n")
     draw(splits, folder.picture("papi"))
     write_text(folder.report, report(study, splits))
+    if page is not None:
+        target = (images or page.parent) / "papi.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(splits, target)
+        write_text(page, report(study, splits, picture=os.path.relpath(target, page.parent)))
     if as_json:
         render.show_json(results)
         return

@@ -1,7 +1,7 @@
 """`RatingBasis`: base rewards of statements, learned from people's ratings.
 
 The model of a rating is `mean + w . phi_i + e_i`: `phi_i` has J learned rewards and one more, the statement's mean
-rating. The weight of the mean rating is 1 for an average person, and 0 for a person who does not share the common order.
+rating. The weight of the mean rating is 1 for an average person, and 0 for someone who does not share the common order.
 
 Shapes: P = people, M = statements, J = learned rewards, D = J + 1.
 """

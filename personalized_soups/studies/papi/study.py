@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import numpy as np
 from blake3 import blake3
@@ -25,7 +25,7 @@ from personalized_soups.studies.papi.interviews import (
     ordered_share,
     unseen_pairs,
 )
-from personalized_soups.studies.papi.ratings import PEOPLE, SPLIT, STATEMENTS, Ratings, read_ratings
+from personalized_soups.studies.papi.ratings import PEOPLE, SPLIT, STATEMENTS, Floats, Ratings, read_ratings
 from personalized_soups.studies.study import Bar, Stage
 from personalized_soups.users.answers.selection import Rule
 
@@ -80,11 +80,11 @@ def run_papi(
         OutputExistsError: if `out` holds other files, or a study with other settings.
     """
     data = read_ratings(data_folder)
-    if not 2 * 30 + 2 <= study.num_known < len(data.ratings):
+    if not 3 * 30 + 2 <= study.num_known < len(data.ratings):
         raise UsageError(
             f"{study.num_known} known people, but the data has {len(data.ratings)} people",
             where="num_known",
-            mend=f"give a number from 62 to {len(data.ratings) - 1}",
+            mend=f"give a number from 92 to {len(data.ratings) - 1}",
         )
     folder = StudyFolder(out)
     if overwrite and folder.settings.is_file():
@@ -103,19 +103,21 @@ def run_papi(
     return results
 
 
-def run_split(study: PapiStudy, data: Ratings, seed: int, *, bar: Bar | None = None) -> SplitResults:
-    """Return the results of one split."""
+def run_split(
+    study: PapiStudy, data: Ratings, seed: int, *, rules: Sequence[Rule] = RULES, bar: Bar | None = None
+) -> SplitResults:
+    """Return the results of one split with some of the rules."""
     order = np.random.default_rng(seed).permutation(len(data.ratings))
     known, new = order[: study.num_known], order[study.num_known :]
     answering = choose_answering(data, known, num_rewards=study.num_rewards, seed=seed)
     basis = learn_basis(data.ratings[known], study.num_rewards)
     interviewer = Interviewer(basis, data, answering, seed)
     pairs = unseen_pairs(data)
-    shares = {rule: np.zeros(study.num_questions + 1) for rule in RULES}
+    shares = {rule: np.zeros(study.num_questions + 1) for rule in rules}
     common = all_ratings = 0.0
     for done, person in enumerate(new):
         ratings = data.ratings[person]
-        for rule in RULES:
+        for rule in rules:
             weights = interviewer.weights(ratings, rule, study.num_questions, person=int(person))
             shares[rule] += ordered_share(weights @ basis.matrix.T, ratings, pairs) / len(new)
         ceiling = _from_all_ratings(basis, data, ratings)
@@ -128,13 +130,13 @@ def run_split(study: PapiStudy, data: Ratings, seed: int, *, bar: Bar | None = N
         "seed": seed,
         "num_people": len(new),
         "answering": asdict(answering),
-        "shares": {rule: [float(share) for share in shares[rule]] for rule in RULES},
+        "shares": {rule: [float(share) for share in shares[rule]] for rule in rules},
         "common": float(common),
         "all_ratings": float(all_ratings),
     }
 
 
-def _from_all_ratings(basis: RatingBasis, data: Ratings, ratings_M: Any) -> Any:
+def _from_all_ratings(basis: RatingBasis, data: Ratings, ratings_M: Floats) -> Floats:
     seen = np.full_like(ratings_M, np.nan)
     seen[data.known] = ratings_M[data.known]
     return basis.weights(seen)
