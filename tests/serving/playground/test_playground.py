@@ -767,7 +767,7 @@ def test_every_control_has_a_name_and_focus_can_be_seen(playground: Playground, 
 
 
 # Every visible text against what lies behind it, by WCAG 2's relative luminance.
-_CONTRASTS = """() => {
+CONTRASTS = """() => {
   const parse = (color) => {
     const numbers = color.match(/[\\d.]+/g).map(Number);
     return { rgb: numbers.slice(0, 3), alpha: numbers[3] ?? 1 };
@@ -815,7 +815,7 @@ def test_text_stands_out(playground: Playground, mock: Mock, scheme: Any) -> Non
     playground.ask()
     expect(playground.page.locator(".scores").nth(1)).to_be_visible()
     playground.page.mouse.move(0, 0)
-    contrasts = playground.page.evaluate(_CONTRASTS)
+    contrasts = playground.page.evaluate(CONTRASTS)
     assert len(contrasts) > 40
     assert [pair for pair in contrasts if pair[1] < 4.5] == []
 

@@ -11,6 +11,7 @@ from playwright.sync_api import Page, Route, expect
 
 from tests.serving.playground.conftest import Playground
 from tests.serving.playground.mock import Mock
+from tests.serving.playground.test_playground import CONTRASTS
 
 pytestmark = pytest.mark.browser
 
@@ -429,6 +430,30 @@ def test_a_screen_reader_is_told_each_question_and_kept_in_the_dialog(playground
     page.get_by_role("button", name="Skip").click()
     expect(told).to_contain_text("Prompt 2?")
     assert page.evaluate("document.activeElement.id") == "taste-title"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out(playground: Playground, mock: Mock, scheme: Any) -> None:
+    mock.num_questions = 7
+    page = playground.page
+    page.emulate_media(color_scheme=scheme)
+    playground.open()
+    _start(page, "..")  # complains, in red
+    contrasts = page.evaluate(CONTRASTS)
+    page.locator("#taste-user").fill("")
+    page.get_by_role("button", name="Start").click()
+    for number in range(1, 8):
+        _number(page, number, 7)
+        if number == 1:
+            contrasts += page.evaluate(CONTRASTS)  # Back is disabled
+        page.keyboard.press("1")
+    page.get_by_role("button", name="Delete my answers").click()
+    expect(page.locator("#taste-notes li")).to_be_visible()
+    page.mouse.move(0, 0)
+    contrasts += page.evaluate(CONTRASTS)
+    names = {name for name, _ in contrasts}
+    assert {"P  taste-sentence", "P  taste-ask", "P wrong taste-fault-text", "BUTTON  taste-back"} <= names
+    assert [pair for pair in contrasts if pair[1] < 4.5] == []
 
 
 def test_nothing_moves_where_no_motion_is_wanted(playground: Playground) -> None:
