@@ -77,6 +77,7 @@ class HiddenStates:
             raise UsageError(f"unknown pooling {pooling!r}", where="pooling", mend="choose last or mean")
         whole = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._model = whole
+        self._has_adapter = whole is not model
         self._backbone = whole.base_model  # the model without its output layer
         self._tokenizer = tokenizer
         self._base = base or str(whole.name_or_path)
@@ -119,9 +120,14 @@ class HiddenStates:
         """
         return base_fingerprint(self._base)
 
-    @cached_property
+    @property
+    def model(self) -> Any:
+        """The model, with its adapter if it has one."""
+        return self._model
+
+    @property
     def digest(self) -> str:
-        """A hex digest of the base, its chat template, the dtype and the pooling."""
+        """A hex digest of the base, its chat template, the dtype, the pooling and the values of an adapter."""
         parts = {
             "kind": "hidden states 1",
             "base": self.base_fingerprint,
@@ -129,7 +135,18 @@ class HiddenStates:
             "dtype": str(self._backbone.dtype),
             "pooling": self.pooling,
         }
+        if self._has_adapter:
+            parts["adapter"] = self._adapter_digest()
         return str(blake3(json.dumps(parts).encode()).hexdigest())
+
+    def _adapter_digest(self) -> str:
+        """Return the digest of the names and values of all parameters that PEFT added, in float32."""
+        hasher = blake3()
+        for name, parameter in sorted(self._model.named_parameters()):
+            if "lora_" in name or parameter.requires_grad:
+                hasher.update(f"{name}\0{tuple(parameter.shape)}\0".encode())
+                hasher.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
+        return str(hasher.hexdigest())
 
     def features(
         self, items: Sequence[TextItem], /, *, on_done: Callable[[int], None] | None = None

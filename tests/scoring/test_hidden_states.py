@@ -59,11 +59,13 @@ def test_a_peft_model_gives_the_states_with_its_adapter(small_base: Path) -> Non
         adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     states = HiddenStates(adapted, tokenizer, base=small_base)
     np.testing.assert_allclose(states.features(ITEMS), plain.features(ITEMS), atol=ROUNDING)
+    untrained = states.digest
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.fill_(0.5)
     assert np.abs(states.features(ITEMS) - plain.features(ITEMS)).max() > 0.01
+    assert len({plain.digest, untrained, states.digest}) == 3
 
 
 def test_the_digest_tells_other_features(small_base: Path) -> None:
