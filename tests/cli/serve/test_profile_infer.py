@@ -265,6 +265,7 @@ def test_changed_experts_are_refused_with_the_command_that_makes_the_questions_a
         "questions", "make", "--experts", "experts", "--base", str(small_base), "--out", "experts-questions",
         "--overwrite",
     ]  # fmt: skip
+    assert "--refit" in _command(err.split("or estimate the weights from the stored answers")[1], "profile infer")
     assert len(_stored()) == 10
 
 

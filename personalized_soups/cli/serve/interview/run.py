@@ -102,7 +102,12 @@ class InferenceRun:
         """
         from personalized_soups.users.answers.session import InferenceSession
 
-        pool = self._source.open(self._library, lambda: self.model)
+        try:
+            pool = self._source.open(self._library, lambda: self.model)
+        except UsageError as error:
+            if answers:  # they need no pool, because the texts of their questions are stored with them
+                error.mend = f"{error.mend}; or estimate the weights from the stored answers: {refit}"
+            raise
         known = {question.id: question for question in pool.questions}
         foreign = [each for each in answers if known.get(each.question.id) != each.question]
         if foreign:
