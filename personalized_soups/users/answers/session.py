@@ -20,10 +20,16 @@ from personalized_soups.declare.evidence import Answer, AnsweredQuestion, Choice
 from personalized_soups.errors import UsageError
 from personalized_soups.users.answers.estimate import Estimate, estimate_weights, forgetting
 from personalized_soups.users.answers.pool import QuestionPool
-from personalized_soups.users.answers.prior import Floats
+from personalized_soups.users.answers.prior import Floats, GaussianPrior
 from personalized_soups.users.answers.selection import Rule, next_question
 from personalized_soups.users.answers.stopping import StoppingRule, expected_agreement
 from personalized_soups.users.answers.wording import notes
+
+# The standard deviation of a user's preference for a position, in units of the margin: a quarter of the typical margin
+# of a question (`pairing.TYPICAL_MARGIN`), because most users read both answers. Measured on the tiny base: with it, none
+# of 30 users who always choose the first answer got a clear preference, and without it, 2 in 3 users got one. It costs
+# users with a taste less than 0.01 in agreement.
+POSITION_DEVIATION = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +117,28 @@ class InferenceSession:
 
     @cached_property
     def estimate(self) -> Estimate:
-        """The estimate of the user's reward weights after all answers. Skipped questions do not count."""
+        """The estimate of the user's reward weights after all answers. Skipped questions do not count.
+
+        Some users tend to choose the answer that is shown first, or second. So the margin of an answer has one more
+        unknown, a preference for the first position, with the prior N(0, `POSITION_DEVIATION`^2). It is estimated with
+        the weights and then integrated out. If a user always chooses one position, this explains the answers, and the
+        weights stay uncertain.
+        """
         labels = [answered.answer.label for answered in self.answers]
         kept = [place for place, label in enumerate(labels) if label is not None]
-        counts = forgetting(len(labels), self.forgetting_rate)
-        return estimate_weights(
-            self.answered_differences[kept],
+        is_first = np.array([-1.0 if answered.answer.swapped else 1.0 for answered in self.answers])
+        num = len(self.pool.prior.mean)
+        covariance = np.zeros((num + 1, num + 1))
+        covariance[:num, :num] = self.pool.prior.covariance
+        covariance[num, num] = POSITION_DEVIATION**2
+        joint = estimate_weights(
+            np.column_stack([self.answered_differences, is_first])[kept],
             [label for label in labels if label is not None],
-            self.pool.prior,
-            counts_N=counts[kept],
+            GaussianPrior(np.append(self.pool.prior.mean, 0.0), covariance),
+            counts_N=forgetting(len(labels), self.forgetting_rate)[kept],
             noise=self.noise,
         )
+        return Estimate(joint.mean[:num], joint.covariance[:num, :num], joint.num_answers)
 
     @property
     def answered_differences(self) -> Floats:

@@ -13,7 +13,7 @@ from personalized_soups.errors import UsageError
 from personalized_soups.users.answers.estimate import estimate_weights
 from personalized_soups.users.answers.pool import PoolRecord, QuestionPool
 from personalized_soups.users.answers.prior import GaussianPrior
-from personalized_soups.users.answers.session import InferenceSession
+from personalized_soups.users.answers.session import POSITION_DEVIATION, InferenceSession
 from personalized_soups.users.answers.stopping import StoppingRule
 
 NAMES = ("concise", "friendly", "informative", "unfriendly")
@@ -40,15 +40,32 @@ def answer_all(session: InferenceSession, weights: np.ndarray) -> InferenceSessi
     return session
 
 
-def test_ten_answers_give_the_weights_of_a_plain_estimate() -> None:
+def test_ten_answers_give_the_weights_and_a_preference_for_a_position() -> None:
     session = answer_all(InferenceSession(POOL, "ada"), np.array([1.0, 2.0, -1.0, -2.0]))
     assert (session.num_asked, session.is_done, session.next) == (10, True, None)
     differences = POOL.differences[[POOL.index(each.question.id) for each in session.answers]]
+    first = [-1.0 if each.answer.swapped else 1.0 for each in session.answers]
     labels = [1.0 if each.answer.choice == "a" else 0.0 for each in session.answers]
-    expected = estimate_weights(differences, labels, POOL.prior)
-    np.testing.assert_allclose(session.estimate.mean, expected.mean, rtol=1e-12)
+    prior = GaussianPrior(np.zeros(5), np.diag([1.0, 1.0, 1.0, 1.0, POSITION_DEVIATION**2]))
+    expected = estimate_weights(np.column_stack([differences, first]), labels, prior)
+    np.testing.assert_allclose(session.estimate.mean, expected.mean[:4], rtol=1e-12)
+    np.testing.assert_allclose(session.estimate.covariance, expected.covariance[:4, :4], rtol=1e-12)
     assert session.estimate.mean[1] > session.estimate.mean[3]
     assert session.agreement > InferenceSession(POOL, "ada").agreement == pytest.approx(0.5)
+
+
+def test_users_who_always_choose_one_position_stay_uncertain() -> None:
+    """Over 40 users: the position explains the answers, so less is expected than of users with a taste."""
+    expected: dict[str, list[float]] = {"position": [], "taste": []}
+    for number in range(40):
+        session = InferenceSession(POOL, f"u{number}")
+        weights = 3 * np.random.default_rng(number).normal(size=4)
+        expected["taste"].append(answer_all(session, weights).agreement)
+        while (shown := session.next) is not None:
+            session = session.answered(shown.question.id, "b" if shown.swapped else "a", at=NOW)
+        expected["position"].append(session.agreement)
+        assert "chose the first answer all 10 times" in session.notes()[0]
+    assert np.mean(expected["position"]) < np.mean(expected["taste"]) - 0.03
 
 
 def test_a_session_that_is_made_again_from_its_answers_asks_the_same_question() -> None:
