@@ -24,6 +24,7 @@ from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.web.settings import ApiKey, Rules, Settings
 from tests.cli.conftest import Run
 from tests.mixing.worlds import write_experts
+from tests.serving.web.routes.pools import pool_of
 
 pytestmark = pytest.mark.slow
 
@@ -155,6 +156,18 @@ def test_the_playground_command_serves_its_page(small_base: Path, experts: Path)
         assert b"<html" in page.read()
 
 
+@pytest.mark.parametrize("command", ["serve", "playground"])
+def test_questions_are_asked(small_base: Path, experts: Path, tmp_path: Path, command: str) -> None:
+    pool_of(experts).write(tmp_path / "questions")
+    stored = ("--profiles", tmp_path / "p.db", "--questions", tmp_path / "questions")
+    with _process(command, *_serve(small_base, experts)[1:], *stored) as (process, address):
+        state = _get(address, "/v1/profiles/ada/questions")
+        assert (state["question"]["number"], state["num_questions"]) == (1, 10)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        assert "asks users up to 10 of 40 questions" in process.stderr.read()
+
+
 @pytest.mark.parametrize(
     ("more", "what"),
     [
@@ -166,6 +179,9 @@ def test_the_playground_command_serves_its_page(small_base: Path, experts: Path)
         (["--profiles", "mysql://x"], "mysql"),
         (["--dimensions", "nothing.yaml"], "nothing.yaml"),
         (["--dtype", "int8"], "int8"),
+        (["--questions", "nothing"], "are kept in a store, but no store is given"),
+        (["--questions", "nothing", "--profiles", "p.db"], "the folder of questions does not exist"),
+        (["--certainty", "0.5"], "a certainty of 0.5 is reached without any question"),
     ],
 )
 def test_wrong_options_are_reported_before_serving(
@@ -222,7 +238,8 @@ def test_every_option_reaches_its_setting(tmp_path: Path, monkeypatch: pytest.Mo
         "--max-context", "11", "--default-max-tokens", "13", "--read-tokens", "17", "--cache-memory", "0.25",
         "--max-body", "0.5", "--request-timeout", "19", "--grace", "23", "--allow-host", "Soups.Example",
         "--cors-origin", "https://app.example", "--users-in-metrics", "--profiles", "p.db", "--port", "9",
-        "--answer-retention", "1.5",
+        "--answer-retention", "1.5", "--questions", "q", "--num-questions", "6", "--certainty", "0.9",
+        "--answers-per-minute", "30",
         "--dimensions", "d.yaml", "--api-key-file", "keys", "--device", "cpu", "--dtype", "bfloat16", "--same-base",
     )  # fmt: skip
     assert run.completed_settings([ApiKey("a key")], base) == Settings(
@@ -230,12 +247,13 @@ def test_every_option_reaches_its_setting(tmp_path: Path, monkeypatch: pytest.Mo
         Rules([ApiKey("a key")], ["::1", "soups.example"], ["https://app.example"], max_body=2**19, max_requests=7),
         Limits(max_rows=3, max_waiting=5, max_context=11, read_tokens=17, cache_bytes=2**28),
         default_max_tokens=13, request_seconds=19.0, grace_seconds=23.0, users_in_metrics=True,
-        answer_retention=timedelta(hours=36),
+        answer_retention=timedelta(hours=36), num_questions=6, certainty=0.9, answers_per_minute=30,
         started_with=list(what),
     )  # fmt: skip
     assert run == ServerRun(
         LoadOptions(str(tmp_path), "cpu", "bfloat16", same_base=True), [Path("a"), Path("b")], run.settings,
-        profiles="p.db", dimensions=Path("d.yaml"), host="::1", port=9, api_key_file=Path("keys"), max_context=11,
+        profiles="p.db", questions=Path("q"), dimensions=Path("d.yaml"), host="::1", port=9,
+        api_key_file=Path("keys"), max_context=11,
         cache_memory=0.25,
     )  # fmt: skip
 
