@@ -66,11 +66,13 @@ class PalModel:
     def new_user(self, comparisons: Comparisons) -> PalReward:
         """Return the reward of a new user. Only the user's mixture is fitted. Ties are left out.
 
-        The logits start at those of the known users' mean mixture, which remains without comparisons. The reference
-        code starts at normal random numbers.
+        Without comparisons, the mixture is the mean of the known users'. Otherwise, the fit starts at the mixture of
+        the known user who explains the comparisons best. From another start, a few comparisons may leave the mixture
+        half way between two prototypes, because the hinge has no slope beyond its margin. The reference code starts at
+        normal random numbers.
         """
-        start = torch.softmax(self.logits, dim=-1).mean(dim=0).clamp(min=torch.finfo(self.logits.dtype).tiny)
         preferred, other = oriented(comparisons, self.scale, like=self.logits)
+        start = self._start(preferred, other).clamp(min=torch.finfo(self.logits.dtype).tiny)
         # the derivative by the shared part is not needed, so no parameter collects one
         logits = start.log().requires_grad_()
         optimiser = torch.optim.Adam([logits], lr=self.new_user_rate)
@@ -80,6 +82,19 @@ class PalModel:
             (logits.grad,) = torch.autograd.grad(self.shared.loss(margins), [logits])
             optimiser.step()
         return PalReward(self.shared, torch.softmax(logits.detach(), dim=-1), self.scale)
+
+    def _start(self, preferred: Tensor, other: Tensor) -> Tensor:
+        """Return the mixture [K] at which the fit of a new user starts."""
+        known_UK = torch.softmax(self.logits, dim=-1)
+        if not len(preferred):
+            return known_UK.mean(dim=0)
+        losses = []
+        with torch.no_grad():
+            for mixture_K in known_UK:
+                rows = mixture_K.expand(len(preferred), -1)
+                margins = self.shared.rewards(preferred, rows) - self.shared.rewards(other, rows)
+                losses.append(float(self.shared.loss(margins)))
+        return known_UK[int(np.argmin(losses))]
 
 
 def oriented(comparisons: Comparisons, scale: float, *, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -44,7 +44,7 @@ class PalSettings:
     weight_decay: float = 0.01
     user_rate: float = 0.03
     scale_rate: float = 0.1
-    new_user_steps: int = 200
+    new_user_steps: int = 100
     new_user_rate: float = 0.1
     seed: int = 0
 

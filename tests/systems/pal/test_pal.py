@@ -85,6 +85,7 @@ def test_the_published_figures_of_one_prototype() -> None:
     assert majority + minority == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_prompts_decide_in_the_second_kind() -> None:
     """A prompt has one of three topics. The majority wants answers along the direction of the topic, the minority wants
     answers against it."""
@@ -98,11 +99,11 @@ def test_prompts_decide_in_the_second_kind() -> None:
         prompts = np.eye(3)[topics]
         return Comparisons.of_pairs(np.hstack([prompts, a]), np.hstack([prompts, b]), better, users)
 
-    users = rng.integers(0, 10, 5000)
+    users = rng.integers(0, 10, 10_000)
     training = pairs(KNOWN[users], users)
     scores = {}
     for num_prototypes in (1, 2):
-        settings = PalSettings(num_prompt=3, num_prototypes=num_prototypes, steps=400, network_rate=1e-2)
+        settings = PalSettings(num_prompt=3, num_prototypes=num_prototypes, steps=500, network_rate=1e-2)
         model = train_pal(training, settings)
         for user in (0, 9):
             test = pairs(np.full(400, KNOWN[user]))
