@@ -57,6 +57,22 @@ def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False)
     return results, examples
 
 
+def train_study(study: Study, out: Path, *, stage: Stage) -> Path:
+    """Make the pairs and train the experts of a study, and return the folder of the experts. Existing files are kept.
+
+    Raises:
+        OutputExistsError: if `out` holds other files, or a study with other settings.
+        SoupError: if a stage fails.
+    """
+    folder = StudyFolder(out)
+    folder.begin(study.settings())
+    run = _Run(study, folder, stage)
+    with start_workers(study.num_workers) as workers:
+        run.pairs(workers)
+    run.train()
+    return folder.experts
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """The stages of a study. Each stage skips work whose files exist.
