@@ -99,7 +99,7 @@ class AnsweredQuestion(Declared):
 
 
 class UserAnswers(Declared):
-    """All answers of one user: a line of the file that `psoups profile export --with-answers` writes.
+    """All answers of one user: a line of an exported file of profiles with answers.
 
     Example:
         >>> question = Question(id="q1", prompt="How do I clean a lamp?", a="Dust it.", b="Happy to help! Dust it.")

@@ -17,7 +17,7 @@ from personalized_soups.cli.options import (
     ServedQuestionsOption,
     ServedStoreOption,
 )
-from personalized_soups.cli.serve.server_run import HOST, PORT, ServerRun, served_name, started_with
+from personalized_soups.cli.serve.server_run import HOST, PORT, ServedFiles, ServerRun, served_name, started_with
 from personalized_soups.errors import check_extra
 from personalized_soups.serving.web.settings import Rules, Settings
 
@@ -53,11 +53,8 @@ def playground(
     settings = Settings(served_name(base), Rules(hosts=[HOST]), started_with=started_with(base, experts))
     ServerRun(
         loading,
-        experts,
+        ServedFiles(experts, profiles, questions, dimensions),
         settings,
-        profiles=profiles,
-        questions=questions,
-        dimensions=dimensions,
         port=PORT if port is None else port,
         takes_any_port=port is None,
         opens_browser=open_browser,

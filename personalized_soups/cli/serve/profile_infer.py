@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +49,7 @@ from personalized_soups.cli.serve.stored_profiles import DEFAULT_STORE, opened_s
 from personalized_soups.errors import RunError
 
 if TYPE_CHECKING:
+    from personalized_soups.declare.evidence import AnsweredQuestion
     from personalized_soups.declare.profile import Profile
     from personalized_soups.tiny.simulated_users import SimulatedUser
     from personalized_soups.users.answers.session import InferenceSession
@@ -140,12 +141,7 @@ def infer_profile(
         if restart and store is not None:
             render.say(f"{store.answers.delete(user)} stored answers of {printable(user)} are deleted")
         answers = [] if store is None else store.answers.of(user)
-        session: InferenceSession | None
-        if refit:
-            session = run.refitted(answers)
-        else:
-            begun = run.session(answers, refit=again.command(refit=True), restart=again.command(restart=True))
-            session = _asked(run, store, begun, again, simulated)
+        session = run.refitted(answers) if refit else _interviewed(run, store, answers, again, simulated)
         if session is not None:
             _finish(run, store, session, again, simulated)
 
@@ -177,6 +173,18 @@ class _Again:
     def value(self, name: str) -> Any:
         """Return the value of a parameter."""
         return self._context.params[name]
+
+
+def _interviewed(
+    run: InferenceRun,
+    store: ProfileStore | None,
+    answers: Sequence[AnsweredQuestion],
+    again: _Again,
+    simulated: SimulatedUser | None,
+) -> InferenceSession | None:
+    """Continue the interview after some answers. Return None if the user quits."""
+    begun = run.session(answers, refit=again.command(refit=True), restart=again.command(restart=True))
+    return _asked(run, store, begun, again, simulated)
 
 
 def _asked(

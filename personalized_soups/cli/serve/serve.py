@@ -21,7 +21,7 @@ from personalized_soups.cli.options import (
     ServedStoreOption,
 )
 from personalized_soups.cli.serve.profile_answers import MAX_DAYS
-from personalized_soups.cli.serve.server_run import HOST, PORT, ServerRun, served_name, started_with
+from personalized_soups.cli.serve.server_run import HOST, PORT, ServedFiles, ServerRun, served_name, started_with
 from personalized_soups.errors import UsageError, check_extra
 from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.web.settings import Rules, Settings
@@ -150,19 +150,8 @@ def serve(
         users_in_metrics=users_in_metrics,
         started_with=started_with(base, experts),
     )
-    ServerRun(
-        loading,
-        experts,
-        settings,
-        profiles=profiles,
-        questions=questions,
-        dimensions=dimensions,
-        host=host,
-        port=port,
-        api_key_file=api_key_file,
-        max_context=max_context,
-        cache_memory=cache_memory,
-    ).run()
+    files = ServedFiles(experts, profiles, questions, dimensions, api_key_file)
+    ServerRun(loading, files, settings, host=host, port=port, max_context=max_context, cache_memory=cache_memory).run()
 
 
 def _checked_certainty(certainty: float | None) -> float | None:

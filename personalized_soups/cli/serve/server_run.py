@@ -26,19 +26,34 @@ _PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
+class ServedFiles:
+    """The files of a server, apart from the base.
+
+    Attributes:
+        experts: folders of experts.
+        profiles: the file or address of the profile store. If None, no profiles are stored.
+        questions: folder of a question pool. If None, users are asked no questions.
+        dimensions: path of the catalogue. If None, the shipped catalogue is used.
+        api_keys: file of API keys. If None, every client is served.
+    """
+
+    experts: Sequence[Path]
+    profiles: str | None = None
+    questions: Path | None = None
+    dimensions: Path | None = None
+    api_keys: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ServerRun:
     """The options of a server, and the run of the server.
 
     Attributes:
         loading: how the base is loaded.
-        experts: folders of experts.
+        files: the other files.
         settings: the server's settings, without the API keys and the limits that depend on the loaded base.
-        profiles: the file or address of the profile store. If None, no profiles are stored.
-        questions: folder of a question pool. If None, users are asked no questions.
-        dimensions: path of the catalogue. If None, the shipped catalogue is used.
         host: the address to listen on.
         port: the port to listen on. With 0, a free port is chosen.
-        api_key_file: file of API keys. If None, every client is served.
         max_context: maximum tokens of a prompt and its answer together. If None, the base's limit is used.
         cache_memory: GiB of memory for cached keys and values. If None, half of the free memory is used.
         takes_any_port: listen on a free port if `port` is in use.
@@ -46,15 +61,11 @@ class ServerRun:
     """
 
     loading: LoadOptions
-    experts: Sequence[Path]
+    files: ServedFiles
     settings: Settings
     _: KW_ONLY
-    profiles: str | None = None
-    questions: Path | None = None
-    dimensions: Path | None = None
     host: str = HOST
     port: int = PORT
-    api_key_file: Path | None = None
     max_context: int | None = None
     cache_memory: float | None = None
     takes_any_port: bool = False
@@ -72,8 +83,8 @@ class ServerRun:
         from personalized_soups.serving.web.key_file import read_keys
         from personalized_soups.serving.web.server import listen, load_model, serve
 
-        keys = [] if self.api_key_file is None else read_keys(self.api_key_file)
-        catalogue = load(catalogue_of(self.loading.base, self.dimensions), Catalogue)
+        keys = [] if self.files.api_keys is None else read_keys(self.files.api_keys)
+        catalogue = load(catalogue_of(self.loading.base, self.files.dimensions), Catalogue)
         pool = self._pool()
         with ExitStack() as stack:
             listening = stack.enter_context(
@@ -82,7 +93,7 @@ class ServerRun:
             render.say(f"loading {self.loading.base} ...")
             model, files = load_model(
                 self.loading.path,
-                lambda: ExpertLibrary.open(*self.experts),
+                lambda: ExpertLibrary.open(*self.files.experts),
                 device=self.loading.device,
                 dtype=self.loading.dtype,
                 same_base=self.loading.same_base,
@@ -125,7 +136,7 @@ class ServerRun:
         render.say(f"serving {self.settings.base} with {len(model.experts)} experts: {', '.join(model.experts)}")
         render.say(f"  playground   {address}/playground/")
         render.say(f"  OpenAI's API {address}/v1")
-        if self.profiles is None:
+        if self.files.profiles is None:
             unused = "; profiles.db exists but is not used" if Path("profiles.db").exists() else ""
             render.say(f"  profiles are not stored; --profiles profiles.db stores them{unused}")
         if pool is not None:
@@ -145,24 +156,24 @@ class ServerRun:
         """
         from personalized_soups.users.answers.pool import QuestionPool
 
-        if self.questions is None:
+        if self.files.questions is None:
             return None
-        if self.profiles is None:
+        if self.files.profiles is None:
             raise UsageError(
                 "the answers to questions are kept in a store, but no store is given",
                 where="--questions",
                 mend="give a store, too, e.g. --profiles profiles.db",
             )
-        return QuestionPool.open(self.questions)
+        return QuestionPool.open(self.files.questions)
 
     def _store(self, model: SoupModel) -> ProfileStore | None:
         from personalized_soups.users.profiles.store import ProfileStore
 
-        if self.profiles is None:
+        if self.files.profiles is None:
             return None
         # the store rejects profiles that this server cannot resolve
         return ProfileStore.open(
-            self.profiles, check=lambda profile: _check(model, profile), patience=_PATIENCE_SECONDS
+            self.files.profiles, check=lambda profile: _check(model, profile), patience=_PATIENCE_SECONDS
         )
 
 

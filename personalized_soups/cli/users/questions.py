@@ -72,23 +72,14 @@ def make(
 
     A question has a prompt and two answers. psoups profile infer asks a user some of the questions.
     """
-    check_temperature(temperature, usual=1.0)
-    if temperature == 0:
-        raise UsageError(
-            "the temperature is 0, but the answers to a prompt must differ",
-            where="--temperature",
-            mend="give --temperature 1",
-        )
-    from personalized_soups.files.atomic import check_target
-
-    chosen = checked_dtype(dtype)
-    check_target(out, overwrite=overwrite)
+    _check_sampled(temperature)
+    _check_target(out, overwrite=overwrite)
     texts = prompts_of(prompts, base, num_questions, seed)
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.users.answers.making import make_questions
 
     path = resolve_base(base)
-    model = SoupModel.from_pretrained(path, experts, device=device, dtype=chosen, same_base=same_base)
+    model = SoupModel.from_pretrained(path, experts, device=device, dtype=checked_dtype(dtype), same_base=same_base)
     with pool_progress(quiet=as_json) as on_progress:
         pool = make_questions(
             model,
@@ -157,6 +148,24 @@ def show(
         else:
             render.show_record(shown)
     render.say(f"{min(limit, len(pool))} of {len(pool)} questions; rewards of {', '.join(pool.names)}")
+
+
+def _check_target(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputExistsError if the folder exists and may not be replaced, before anything is computed."""
+    from personalized_soups.files.atomic import check_target
+
+    check_target(out, overwrite=overwrite)
+
+
+def _check_sampled(temperature: float) -> None:
+    """Raise UsageError if the answers to a prompt would be equal, or the temperature is out of range."""
+    check_temperature(temperature, usual=1.0)
+    if temperature == 0:
+        raise UsageError(
+            "the temperature is 0, but the answers to a prompt must differ",
+            where="--temperature",
+            mend="give --temperature 1",
+        )
 
 
 def _report(pool: QuestionPool, wanted: int, *, as_json: bool) -> None:

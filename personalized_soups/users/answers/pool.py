@@ -13,7 +13,6 @@ Shapes: Q = questions, D = base rewards.
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -125,7 +124,7 @@ class QuestionPool:
             raise InputError(
                 "the folder of questions does not exist",
                 where=str(folder),
-                mend=f"check the path, or make the questions: psoups questions make ... --out {folder}",
+                mend="check the path, or make the questions: psoups questions make",
             )
         record = _read_record(folder / POOL_FILE)
         questions = tuple(_read_questions(folder / QUESTIONS_FILE))
@@ -180,8 +179,7 @@ class QuestionPool:
             digests: the digest of each expert, from `expert_digest`, by name.
 
         Raises:
-            UsageError: if an expert of the pool is missing or has changed. The fix is the command that makes the pool
-                again.
+            UsageError: if an expert of the pool is missing or has changed.
         """
         missing = [expert.name for expert in self.record.experts if expert.name not in digests]
         changed = [
@@ -194,22 +192,8 @@ class QuestionPool:
             raise UsageError(
                 f"the experts differ from those for which the questions were made: {'; '.join(faults)}",
                 where=str(self.folder or "the question pool"),
-                mend=f"make the pool again: {self.command()}",
+                mend="make the questions again with these experts: psoups questions make",
             )
-
-    def command(self) -> str:
-        """Return the command that makes the pool again, with the experts and the base that it was made with."""
-        record = self.record
-        folders = [word for folder in record.folders or ("DIR",) for word in ("--experts", folder)]
-        out = "DIR" if self.folder is None else str(self.folder)
-        options = [
-            word
-            for name in ("prompts", "num_questions", "seed")
-            if record.options.get(name) is not None
-            for word in (f"--{name.replace('_', '-')}", str(record.options[name]))
-        ]
-        words = ["psoups", "questions", "make", *folders, "--base", record.base or "BASE", *options, "--out", out]
-        return shlex.join([*words, "--overwrite"])
 
     def rewards(self, rewards: BaseRewards[TextItem]) -> BaseRewards[TextItem]:
         """Return base rewards in the units of the pool: bounded as those of the pool are, if these are bounded.

@@ -19,7 +19,7 @@ import pytest
 
 from personalized_soups.cli.app import build_app
 from personalized_soups.cli.bases import LoadOptions
-from personalized_soups.cli.serve.server_run import ServerRun
+from personalized_soups.cli.serve.server_run import ServedFiles, ServerRun
 from personalized_soups.serving.engine.limits import Limits
 from personalized_soups.serving.web.settings import ApiKey, Rules, Settings
 from tests.cli.conftest import Run
@@ -251,10 +251,9 @@ def test_every_option_reaches_its_setting(tmp_path: Path, monkeypatch: pytest.Mo
         started_with=list(what),
     )  # fmt: skip
     assert run == ServerRun(
-        LoadOptions(str(tmp_path), "cpu", "bfloat16", same_base=True), [Path("a"), Path("b")], run.settings,
-        profiles="p.db", questions=Path("q"), dimensions=Path("d.yaml"), host="::1", port=9,
-        api_key_file=Path("keys"), max_context=11,
-        cache_memory=0.25,
+        LoadOptions(str(tmp_path), "cpu", "bfloat16", same_base=True),
+        ServedFiles([Path("a"), Path("b")], "p.db", Path("q"), Path("d.yaml"), Path("keys")), run.settings,
+        host="::1", port=9, max_context=11, cache_memory=0.25,
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -85,18 +84,13 @@ def test_a_pool_without_a_prior_has_a_standard_normal_prior(tmp_path: Path) -> N
 
 
 def test_unchanged_experts_pass_and_changed_experts_do_not(tmp_path: Path) -> None:
-    pool = new_pool(folders=("my experts",), options={"seed": 3, "num_questions": 40, "prompts": "p.txt"})
-    pool = pool.write(tmp_path / "pool")
+    pool = new_pool().write(tmp_path / "pool")
     pool.check_experts({"cold": "coldcold", "warm": "warmwarm", "new": "x"})
     with pytest.raises(UsageError, match=r"questions were made: cold changed\n") as caught:
         pool.check_experts({"cold": "x", "warm": "warmwarm"})
     with pytest.raises(UsageError, match="cold changed; warm missing"):
         pool.check_experts({"cold": "x"})
-    command = caught.value.mend.removeprefix("make the pool again: ")
-    assert shlex.split(command) == [
-        *("psoups", "questions", "make", "--experts", "my experts", "--base", "a base", "--prompts", "p.txt"),
-        *("--num-questions", "40", "--seed", "3", "--out", str(tmp_path / "pool"), "--overwrite"),
-    ]
+    assert "make the questions again" in caught.value.mend
 
 
 def test_another_prior_is_kept_with_its_origin(tmp_path: Path) -> None:

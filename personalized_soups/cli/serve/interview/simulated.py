@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from personalized_soups.cli.serve.interview.commands import Command, command_of
 
 if TYPE_CHECKING:
@@ -60,6 +58,8 @@ def predicted_share(user: SimulatedUser, session: InferenceSession) -> tuple[flo
     It counts the questions of the pool that were not asked and in which the user prefers one answer. If there are none,
     the share is NaN.
     """
+    import numpy as np
+
     from personalized_soups.scoring.base_rewards import TextItem
 
     asked = set(session.asked)
