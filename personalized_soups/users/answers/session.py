@@ -27,8 +27,8 @@ from personalized_soups.users.answers.wording import notes
 
 # The standard deviation of a user's preference for a position, in units of the margin: a quarter of the typical margin
 # of a question (`pairing.TYPICAL_MARGIN`), because most users read both answers. Measured on the tiny base: with it,
-# none of 30 users who always choose the first answer got a clear preference; without it, they got 0.7 on average. It costs
-# users with a taste less than 0.01 in agreement.
+# none of 30 users who always choose the first answer got a clear preference; without it, they got 0.7 on average. Users
+# with a taste lose less than 0.01 in agreement.
 POSITION_DEVIATION = 1.0
 
 
