@@ -163,7 +163,7 @@ def report(study: ElicitationStudy, seeds: Sequence[SeedResults], *, picture: st
         "## Soups",
         _paragraph(
             "The gain in the user's true reward over the base, as a share of the gain of the soup of the declared "
-            f"weights. Each soup answers {study.num_prompts} held-out prompts. A system without weights of experts "
+            f"weights. Each soup answers {_prompts(study.num_prompts)}. A system without weights of experts "
             "gets the soup whose rewards are nearest to the rewards that the system predicts."
         ),
         table(head, gain_rows(seeds), words=1),
@@ -177,7 +177,9 @@ def report(study: ElicitationStudy, seeds: Sequence[SeedResults], *, picture: st
         "## Other users",
         _paragraph(
             "Predicted preferences of users who err, change or have a taste outside every dimension, with active "
-            "questions. A `changing` user has new weights after 10 answers, and is compared with the current weights."
+            "questions. A `changing` user has new weights after 10 answers, and is compared with the current weights. An "
+            "`outside` user likes commas, or dislikes them. Long answers have more commas, so experts of length predict "
+            "much of this taste."
         ),
         table(head, kinds, words=1),
         *(["## Systems that are not in the tables", omitted] if omitted else []),
@@ -226,6 +228,10 @@ def _gains(seeds: Sequence[SeedResults], row: str, count: int) -> list[float]:
         for seed in seeds
         for value, base in zip(seed["rewards"][row][str(count)], seed["rewards"][_BASE]["0"], strict=True)
     ]
+
+
+def _prompts(count: int) -> str:
+    return "1 held-out prompt" if count == 1 else f"{count} held-out prompts"
 
 
 def _paragraph(text: str) -> str:
