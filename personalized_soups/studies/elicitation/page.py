@@ -177,9 +177,9 @@ def report(study: ElicitationStudy, seeds: Sequence[SeedResults], *, picture: st
         "## Other users",
         _paragraph(
             "Predicted preferences of users who err, change or have a taste outside every dimension, with active "
-            "questions. A `changing` user has new weights after 10 answers, and is compared with the current weights. An "
-            "`outside` user likes commas, or dislikes them. Long answers have more commas, so experts of length predict "
-            "much of this taste."
+            "questions. A `changing` user has new weights after 10 answers, and is compared with the current weights. "
+            "An `outside` user likes commas, or dislikes them. Long answers have more commas, so experts of length "
+            "predict much of this taste."
         ),
         table(head, kinds, words=1),
         *(["## Systems that are not in the tables", omitted] if omitted else []),
