@@ -88,7 +88,7 @@ def summary(study: ElicitationStudy, seeds: Sequence[SeedResults]) -> dict[str, 
             for kind in seeds[0]["kinds"]
         },
         "calibration": {
-            figure: {str(count): fmean(seed["calibration"][figure][str(count)] for seed in seeds) for count in COUNTS}  # type: ignore[literal-required] # the keys of Calibration
+            figure: {str(count): fmean(seed["calibration"][figure][str(count)] for seed in seeds) for count in COUNTS}
             for figure in ("inside", "width", "error")
         },
         "omitted": seeds[0]["omitted"],

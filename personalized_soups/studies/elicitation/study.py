@@ -118,10 +118,12 @@ def run_elicitation(
         UsageError: if a folder of `quickstarts` has no experts.
         OutputExistsError: if `out` holds other files, or a study with other settings.
     """
-    for folder in quickstarts:
-        if not (folder / "experts").is_dir():
+    for quickstart in quickstarts:
+        if not (quickstart / "experts").is_dir():
             raise UsageError(
-                "the folder has no experts", where=str(folder), mend="give the folder of a finished psoups quickstart"
+                "the folder has no experts",
+                where=str(quickstart),
+                mend="give the folder of a finished psoups quickstart",
             )
     folder = StudyFolder(out)
     if overwrite and folder.settings.is_file():
