@@ -37,7 +37,8 @@ def test_one_answer_gives_the_moments_of_the_posterior() -> None:
 def test_intervals_hold_the_truth_more_often_than_laplaces() -> None:
     """Users are drawn from the prior, with margins that deviate by about 4, as in a pool of questions."""
     prior, rng, level = GaussianPrior.ridge(2), np.random.default_rng(4), 0.9
-    inside, inside_laplace = [], []
+    inside: list[bool] = []
+    inside_laplace: list[bool] = []
     for weights in prior.mean + rng.normal(size=(200, 2)):
         differences = 3 * rng.normal(size=(5, 2))
         labels = (rng.logistic(size=5) < differences @ weights).astype(float)
