@@ -8,6 +8,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from personalized_soups.cli.bases import LoadOptions
 from personalized_soups.cli.serve.interview.pools import PoolSource
 from personalized_soups.declare.evidence import AnsweredQuestion
 from personalized_soups.errors import RunError
+from personalized_soups.mixing.model import SoupModel
+from personalized_soups.scoring.base_rewards import BaseRewards, TextItem
+from personalized_soups.scoring.implicit_rewards import ImplicitRewards
 from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.answers.session import InferenceSession
 from personalized_soups.users.answers.stopping import StoppingRule
+from personalized_soups.users.answers.win_rate import WinRate
 from personalized_soups.users.profiles.store import ProfileStore
 from tests.cli.conftest import Run
 from tests.cli.serve.interview.pools import DIMENSIONS, pool_of
@@ -398,6 +403,27 @@ def test_the_win_rate_of_the_soup_is_predicted(infer: Infer, pool: QuestionPool)
     assert code == 0
     assert 0 <= rate["low"] <= rate["mean"] <= rate["high"] <= 1
     assert rate["low"] < rate["high"]
+
+
+def test_the_win_rate_has_the_rewards_of_the_pool(
+    infer: Infer, pool: QuestionPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = pool.record.replaced(centres=(0.5,) * len(pool.names), scales=(2.0,) * len(pool.names))
+    replace(pool, record=record).write("experts-questions", overwrite=True)
+    items = [TextItem("Prompt 0?", "First 0.0."), TextItem("Prompt 0?", "Second 0.0.")]
+    found: list[tuple[Any, Any]] = []
+
+    def seen(model: SoupModel, rewards: BaseRewards[TextItem], *_: object, **__: object) -> WinRate:
+        unbounded = ImplicitRewards(model, experts=pool.names, beta=1.0).features(items)
+        found.append((rewards.features(items), unbounded))
+        return WinRate(0.5, 0.4, 0.6)
+
+    monkeypatch.setattr("personalized_soups.users.answers.soup_win_rate.soup_win_rate", seen)
+    assert infer(_keys(pool), "--same-base", "--device", "cpu", "--json", win_rate=True)[0] == 0
+    ((features, unbounded),) = found
+    assert np.abs(unbounded).max() > 0.01
+    # bounded once: one more tanh would shrink the differences
+    np.testing.assert_allclose(features, np.tanh((unbounded - 0.5) / 2.0), rtol=0, atol=1e-9)
 
 
 def test_a_win_rate_that_cannot_be_predicted_loses_nothing(

@@ -194,14 +194,12 @@ class InferenceRun:
         from personalized_soups.users.answers.soup_win_rate import soup_win_rate
 
         record = session.pool.record
-        rewards = session.pool.rewards(
-            ImplicitRewards(
-                self.model,
-                experts=session.pool.names,
-                beta={expert.name: expert.beta for expert in record.experts} or None,
-                length_normalized=bool(record.options.get("length_normalized", False)),
-                base=self._source.loading.path,
-            )
+        rewards = ImplicitRewards(
+            self.model,
+            experts=session.pool.names,
+            beta={expert.name: expert.beta for expert in record.experts} or None,
+            length_normalized=bool(record.options.get("length_normalized", False)),
+            base=self._source.loading.path,
         )
         most = int(record.options.get("max_new_tokens", _MAX_NEW_TOKENS))
         try:
