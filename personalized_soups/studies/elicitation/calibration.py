@@ -17,6 +17,7 @@ from personalized_soups.studies.elicitation.systems import COUNTS, ask
 from personalized_soups.studies.elicitation.world import Floats
 from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.answers.preferences import experts_by_dimension
+from personalized_soups.users.answers.propagation import propagate
 from personalized_soups.users.answers.selection import Rule
 
 LEVEL = 0.9
@@ -61,7 +62,7 @@ def calibrate(pool: QuestionPool, sides: SideRule, *, rule: Rule, num_users: int
     for weights in weights_UD:
         noise = rng.logistic(size=len(pool))
         labels = (noise < differences @ weights).astype(np.float64)
-        _, _, estimates = ask(
+        asked, answers, _ = ask(
             lambda index, _, labels=labels: float(labels[index]),  # type: ignore[misc] # bound at once
             differences,
             pool.prior,
@@ -69,7 +70,9 @@ def calibrate(pool: QuestionPool, sides: SideRule, *, rule: Rule, num_users: int
             rule=rule,
             rng=rng,
         )
-        for count, estimate in estimates.items():
+        for count in COUNTS:
+            # the estimate that a session reports
+            estimate = propagate(differences[asked[:count]], answers[:count], pool.prior)
             for axis, prior_deviation in zip(axes, before, strict=True):
                 low, high = estimate.interval(axis, level=LEVEL)
                 inside[count].append(low <= axis @ weights <= high)

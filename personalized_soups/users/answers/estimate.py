@@ -129,7 +129,7 @@ def estimate_weights(
     offsets = differences @ prior.mean + known
 
     def objective(z: Floats) -> float:
-        return float(counts @ _log_likelihood(offsets + design @ z, labels, noise) - z @ z / 2)
+        return float(counts @ log_likelihood(offsets + design @ z, labels, noise) - z @ z / 2)
 
     z = np.zeros(num_rewards)
     value = objective(z)
@@ -192,7 +192,8 @@ def sigmoid(margins: npt.ArrayLike) -> Floats:
     return np.where(x >= 0, 1.0, half) / (1.0 + half)
 
 
-def _log_likelihood(margins: Floats, labels: Floats, noise: float) -> Floats:
+def log_likelihood(margins: Floats, labels: Floats, noise: float) -> Floats:
+    """Return the log likelihood of each answer, given its margin. See `estimate_weights`."""
     if noise == 0:
         # log sigmoid(x) = -log(1 + exp(-x)), computed without overflow
         result: Floats = -labels * np.logaddexp(0, -margins) - (1 - labels) * np.logaddexp(0, margins)

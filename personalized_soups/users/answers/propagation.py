@@ -1,10 +1,11 @@
-"""Estimate weights by expectation propagation, for intervals that hold the truth as often as they say.
+"""Estimate the mean and the covariance of a user's weights by expectation propagation.
 
-Laplace's method takes the curvature at the most likely weights. If margins vary by several units under the prior, the
-posterior is skewed, and Laplace's intervals are too narrow. Expectation propagation (Minka 2001, arXiv:1301.2294)
-matches the mean and the variance of each margin instead, so its intervals are wider, and nearer to the posterior's.
+Laplace's method (`estimate_weights`) puts a normal distribution at the most likely weights. With few answers and a wide
+prior, the true distribution is skewed, so the most likely weights are not its mean, and 90% intervals hold only about
+85% of the true weights. Expectation propagation (Minka 2001, arXiv:1301.2294) matches the mean and the variance of each
+answer's margin instead. Its intervals hold about 90%.
 
-Shapes: N = answers, D = base rewards.
+Shapes: N = answers, D = base rewards, K = nodes of an integral.
 """
 
 from __future__ import annotations
@@ -12,59 +13,101 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from personalized_soups.users.answers.estimate import Estimate
-from personalized_soups.users.answers.prior import GaussianPrior
+from personalized_soups.users.answers.estimate import Estimate, estimate_weights, log_likelihood
+from personalized_soups.users.answers.prior import Floats, GaussianPrior
 
-_NODES, _NODE_WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
-_NODE_WEIGHTS = _NODE_WEIGHTS / _NODE_WEIGHTS.sum()
-_MAX_SWEEPS = 20
-_SETTLED = 1e-8
-_LEAST_PRECISION = 1e-10
+# Integrals over a margin use equally spaced nodes over 8 standard deviations each way. The trapezoidal rule is accurate
+# to 1e-4 while the spacing is below 2, as sigmoid has no pole within pi of the real line: up to deviations of 32.
+_NODES_K = np.linspace(-8.0, 8.0, 257)
+_WEIGHTS_K = np.exp(-(_NODES_K**2) / 2)
+_MAX_SWEEPS = 50
+_TOLERANCE = 1e-6
+# New sites are mixed with old ones, because all sites are updated at once.
+_STEP = 0.8
+_LEAST_PRECISION = 1e-12
 
 
-def propagate(differences_ND: npt.ArrayLike, labels_N: npt.ArrayLike, prior: GaussianPrior) -> Estimate:
-    """Return the mean and the covariance of a user's weights after N answers, by expectation propagation.
+def propagate(
+    differences_ND: npt.ArrayLike,
+    labels_N: npt.ArrayLike,
+    prior: GaussianPrior,
+    *,
+    counts_N: npt.ArrayLike | None = None,
+    noise: float = 0.0,
+) -> Estimate:
+    """Return the approximate posterior mean and covariance of a user's weights after N answers.
 
-    The model is that of `estimate_weights` without noise. One sweep takes a time of order N D^2.
-
-    Args:
-        differences_ND: `phi(a) - phi(b)` of each answered question.
-        labels_N: the probability that `a` is better: 1 for `a`, 0 for `b`, 0.5 for a tie.
-        prior: the prior of the D weights.
+    The arguments, the model and the errors are those of `estimate_weights`. All answers are updated at once in each
+    sweep. Ten sweeps are usual, and 40 answers take about 3 ms. If the sweeps do not converge, which noise could cause,
+    the result is that of `estimate_weights`.
 
     Example:
-        >>> estimate = propagate([[3.0, 0.0]], [1.0], GaussianPrior.ridge(2))
-        >>> round(float(estimate.mean[0]), 2)
-        0.69
+        >>> prior = GaussianPrior.ridge(2)
+        >>> estimate = propagate([[1.0, 0.0], [1.0, 1.0]], [1.0, 1.0], prior)
+        >>> [round(float(weight), 2) for weight in estimate.mean]
+        [0.67, 0.32]
     """
-    differences = np.asarray(differences_ND, dtype=np.float64).reshape(-1, len(prior.mean))
+    laplace = estimate_weights(differences_ND, labels_N, prior, counts_N=counts_N, noise=noise)
     labels = np.asarray(labels_N, dtype=np.float64)
-    start = np.linalg.solve(prior.covariance, prior.mean)
-    precision, shift = np.zeros(len(labels)), np.zeros(len(labels))  # each answer's normal factor of its margin
-    mean, covariance = prior.mean.copy(), prior.covariance.copy()
+    if not len(labels):
+        return laplace
+    counts = np.ones(len(labels)) if counts_N is None else np.asarray(counts_N, dtype=np.float64)
+    differences = np.asarray(differences_ND, dtype=np.float64)
+    # As in `estimate_weights`: w = mean + L z, and the prior of z is N(0, 1).
+    root = np.linalg.cholesky(prior.covariance)
+    design, offsets = differences @ root, differences @ prior.mean
+    precisions, shifts = np.zeros(len(labels)), np.zeros(len(labels))
     for _ in range(_MAX_SWEEPS):
-        before = precision.copy()
-        for at, (v, label) in enumerate(zip(differences, labels, strict=True)):
-            reach = covariance @ v
-            variance = float(v @ reach)
-            if variance <= 0:
-                continue
-            # The margin without this answer is normal, with the precision `rest` and the mean `middle`.
-            rest = 1 / variance - precision[at]
-            if rest <= _LEAST_PRECISION:
-                continue
-            middle = (float(v @ mean) / variance - shift[at]) / rest
-            nodes = middle + _NODES / np.sqrt(rest)
-            log_likelihood = -label * np.logaddexp(0, -nodes) - (1 - label) * np.logaddexp(0, nodes)
-            weights = _NODE_WEIGHTS * np.exp(log_likelihood - log_likelihood.max())
-            weights /= weights.sum()
-            matched = float(weights @ nodes)
-            spread = float(weights @ (nodes - matched) ** 2)
-            new = max(1 / spread - rest, _LEAST_PRECISION)
-            change = new - precision[at]
-            precision[at], shift[at] = new, matched / spread - middle * rest
-            covariance = covariance - np.outer(reach, reach) * (change / (1 + change * variance))
-            mean = covariance @ (start + differences.T @ shift)
-        if np.max(np.abs(precision - before), initial=0.0) < _SETTLED:
+        mean, covariance = _gaussian(design, precisions, shifts)
+        variances = np.einsum("nd,de,ne->n", design, covariance, design)
+        is_open = variances > 0  # other answers have no difference in any reward
+        variances = np.where(is_open, variances, 1.0)
+        # the margin of each answer without the answer itself
+        cavity_precisions = 1 / variances - precisions
+        if not (cavity_precisions > 0).all():
+            return laplace
+        cavity_means = ((design @ mean) / variances - shifts) / cavity_precisions
+        tilted_means, tilted_variances = _tilted(
+            cavity_means, 1 / cavity_precisions, offsets, labels, counts=counts, noise=noise
+        )
+        new_precisions = np.maximum(1 / tilted_variances - cavity_precisions, _LEAST_PRECISION) * is_open
+        new_shifts = (tilted_means / tilted_variances - cavity_means * cavity_precisions) * is_open
+        change = max(
+            float(np.abs(new_precisions - precisions).max() / (1 + np.abs(precisions).max())),
+            float(np.abs(new_shifts - shifts).max() / (1 + np.abs(shifts).max())),
+        )
+        precisions += _STEP * (new_precisions - precisions)
+        shifts += _STEP * (new_shifts - shifts)
+        if not np.isfinite(change):
+            return laplace
+        if change < _TOLERANCE:
             break
-    return Estimate(mean, (covariance + covariance.T) / 2, len(labels))
+    else:
+        return laplace
+    mean, covariance = _gaussian(design, precisions, shifts)
+    covariance = root @ covariance @ root.T
+    return Estimate(prior.mean + root @ mean, (covariance + covariance.T) / 2, laplace.num_answers)
+
+
+def _gaussian(design: Floats, precisions: Floats, shifts: Floats) -> tuple[Floats, Floats]:
+    """Return the mean and the covariance of the product of N(0, 1) and the answers' normal approximations."""
+    _, singular, rows = np.linalg.svd(np.sqrt(precisions)[:, None] * design, full_matrices=False)
+    covariance = np.eye(design.shape[1]) - (rows.T * (singular**2 / (1 + singular**2))) @ rows
+    return covariance @ (design.T @ shifts), covariance
+
+
+def _tilted(
+    means: Floats, variances: Floats, offsets: Floats, labels: Floats, *, counts: Floats, noise: float
+) -> tuple[Floats, Floats]:
+    """Return the means and variances of normal margins, each multiplied by the likelihood of its answer.
+
+    The integrals are computed by the trapezoidal rule.
+    """
+    deviations = np.sqrt(variances)
+    margins_NK = means[:, None] + deviations[:, None] * _NODES_K + offsets[:, None]
+    logs_NK = counts[:, None] * log_likelihood(margins_NK, labels[:, None], noise)
+    mass_NK = _WEIGHTS_K * np.exp(logs_NK - logs_NK.max(axis=1, keepdims=True))
+    mass_NK /= mass_NK.sum(axis=1, keepdims=True)
+    centres = mass_NK @ _NODES_K
+    spreads = np.maximum(mass_NK @ _NODES_K**2 - centres**2, 1e-12)
+    return means + deviations * centres, variances * spreads

@@ -18,7 +18,8 @@ from blake3 import blake3
 
 from personalized_soups.declare.evidence import Answer, AnsweredQuestion, Choice, Question
 from personalized_soups.errors import UsageError
-from personalized_soups.users.answers.estimate import Estimate, estimate_weights, forgetting
+from personalized_soups.users.answers.estimate import Estimate, forgetting
+from personalized_soups.users.answers.propagation import propagate
 from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.answers.prior import Floats, GaussianPrior
 from personalized_soups.users.answers.selection import Rule, next_question
@@ -131,7 +132,7 @@ class InferenceSession:
         covariance = np.zeros((num + 1, num + 1))
         covariance[:num, :num] = self.pool.prior.covariance
         covariance[num, num] = POSITION_DEVIATION**2
-        joint = estimate_weights(
+        joint = propagate(
             np.column_stack([self.answered_differences, is_first])[kept],
             [label for label in labels if label is not None],
             GaussianPrior(np.append(self.pool.prior.mean, 0.0), covariance),

@@ -10,9 +10,9 @@ import pytest
 
 from personalized_soups.declare.evidence import Answer, AnsweredQuestion, Choice, Question
 from personalized_soups.errors import UsageError
-from personalized_soups.users.answers.estimate import estimate_weights
 from personalized_soups.users.answers.pool import PoolRecord, QuestionPool
 from personalized_soups.users.answers.prior import GaussianPrior
+from personalized_soups.users.answers.propagation import propagate
 from personalized_soups.users.answers.session import POSITION_DEVIATION, InferenceSession
 from personalized_soups.users.answers.stopping import StoppingRule
 
@@ -47,7 +47,7 @@ def test_ten_answers_give_the_weights_and_a_preference_for_a_position() -> None:
     first = [-1.0 if each.answer.swapped else 1.0 for each in session.answers]
     labels = [1.0 if each.answer.choice == "a" else 0.0 for each in session.answers]
     prior = GaussianPrior(np.zeros(5), np.diag([1.0, 1.0, 1.0, 1.0, POSITION_DEVIATION**2]))
-    expected = estimate_weights(np.column_stack([differences, first]), labels, prior)
+    expected = propagate(np.column_stack([differences, first]), labels, prior)
     np.testing.assert_allclose(session.estimate.mean, expected.mean[:4], rtol=1e-12)
     np.testing.assert_allclose(session.estimate.covariance, expected.covariance[:4, :4], rtol=1e-12)
     assert session.estimate.mean[1] > session.estimate.mean[3]
