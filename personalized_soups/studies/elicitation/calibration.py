@@ -19,6 +19,7 @@ from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.answers.preferences import experts_by_dimension
 from personalized_soups.users.answers.propagation import propagate
 from personalized_soups.users.answers.selection import Rule
+from personalized_soups.users.answers.stopping import expected_agreement
 
 LEVEL = 0.9
 
@@ -29,11 +30,15 @@ class Calibration(TypedDict):
     Attributes:
         inside: the share of 90% intervals, over users and dimensions, that hold the true difference.
         width: the mean width of the intervals, as a share of their width before the first answer.
+        expected: the mean agreement that sessions expect on the questions that were not asked, by which they stop.
+        agreement: the share of these questions whose preferred answer is predicted.
         error: the root mean square error of the differences, as a share of the differences' own root mean square.
     """
 
     inside: dict[str, float]
     width: dict[str, float]
+    expected: dict[str, float]
+    agreement: dict[str, float]
     error: dict[str, float]
 
 
@@ -57,6 +62,8 @@ def calibrate(pool: QuestionPool, sides: SideRule, *, rule: Rule, num_users: int
     inside = {count: [] for count in COUNTS}  # type: dict[int, list[bool]]
     width = {count: [] for count in COUNTS}  # type: dict[int, list[float]]
     error = {count: [] for count in COUNTS}  # type: dict[int, list[float]]
+    expected = {count: [] for count in COUNTS}  # type: dict[int, list[float]]
+    agreed = {count: [] for count in COUNTS}  # type: dict[int, list[float]]
     before = [float(np.sqrt(axis @ pool.prior.covariance @ axis)) for axis in axes]
     differences = pool.differences
     for weights in weights_UD:
@@ -73,6 +80,9 @@ def calibrate(pool: QuestionPool, sides: SideRule, *, rule: Rule, num_users: int
         for count in COUNTS:
             # the estimate that a session reports
             estimate = propagate(differences[asked[:count]], answers[:count], pool.prior)
+            others = np.delete(differences, asked[:count], axis=0)
+            expected[count].append(expected_agreement(estimate, others))
+            agreed[count].append(float(np.mean((others @ estimate.mean > 0) == (others @ weights > 0))))
             for axis, prior_deviation in zip(axes, before, strict=True):
                 low, high = estimate.interval(axis, level=LEVEL)
                 inside[count].append(low <= axis @ weights <= high)
@@ -83,5 +93,7 @@ def calibrate(pool: QuestionPool, sides: SideRule, *, rule: Rule, num_users: int
     return {
         "inside": {str(count): float(np.mean(inside[count])) for count in COUNTS},
         "width": {str(count): float(np.mean(width[count])) for count in COUNTS},
+        "expected": {str(count): float(np.mean(expected[count])) for count in COUNTS},
+        "agreement": {str(count): float(np.mean(agreed[count])) for count in COUNTS},
         "error": {str(count): float(np.sqrt(np.mean(error[count]))) / size for count in COUNTS},
     }

@@ -12,7 +12,7 @@ from typing import Any
 from personalized_soups.evaluation.markdown import table
 from personalized_soups.evaluation.pictures.answer_curves import AnswerCurve, AnswerPanel, draw_answer_curves
 from personalized_soups.evaluation.results import Check
-from personalized_soups.studies.elicitation.rows import IMPLICIT, RANDOM
+from personalized_soups.studies.elicitation.rows import IMPLICIT, RANDOM, RULES
 from personalized_soups.studies.elicitation.study import ElicitationStudy, SeedResults
 from personalized_soups.studies.elicitation.systems import COUNTS
 
@@ -39,6 +39,14 @@ def margin_at_five(seeds: Sequence[SeedResults]) -> tuple[float, float]:
         for active, random in zip(seed["agreement"][IMPLICIT]["5"], seed["agreement"][RANDOM]["5"], strict=True)
     ]
     return fmean(differences), stdev(differences) / sqrt(len(differences))
+
+
+def _gain_error(seeds: Sequence[SeedResults]) -> float:
+    """Return the standard error, over users, of the share of the gain after 10 active answers: a ratio of two means."""
+    share = gain_share(seeds, IMPLICIT, 10)
+    gains, declared = _gains(seeds, IMPLICIT, 10), _gains(seeds, _DECLARED, 0)
+    residuals = [gain - share * most for gain, most in zip(gains, declared, strict=True)]
+    return stdev(residuals) / sqrt(len(residuals)) / abs(fmean(declared))
 
 
 def checks(seeds: Sequence[SeedResults]) -> list[Check]:
@@ -89,7 +97,7 @@ def summary(study: ElicitationStudy, seeds: Sequence[SeedResults]) -> dict[str, 
         },
         "calibration": {
             figure: {str(count): fmean(seed["calibration"][figure][str(count)] for seed in seeds) for count in COUNTS}
-            for figure in ("inside", "width", "error")
+            for figure in ("inside", "width", "expected", "agreement", "error")
         },
         "omitted": seeds[0]["omitted"],
         "checks": checks(seeds),
@@ -134,6 +142,8 @@ def report(study: ElicitationStudy, seeds: Sequence[SeedResults], *, picture: st
             ("90% intervals that hold the truth", "inside"),
             ("width, share of the width before any answer", "width"),
             ("error, share of the size of the weights", "error"),
+            ("agreement that sessions expect on questions not asked", "expected"),
+            ("true agreement on these questions", "agreement"),
         )
     ]
     kinds = [
@@ -157,22 +167,25 @@ def report(study: ElicitationStudy, seeds: Sequence[SeedResults], *, picture: st
         _paragraph(
             "The share of pairs of held-out answers that the predicted reward puts in the same order as the user's "
             "true reward. The users choose without error. A user's true reward comes from scorers, so it has no true "
-            "weights over the experts' rewards, and rewards are compared instead."
+            "weights over the experts' rewards, and rewards are compared instead. Questions of the active rows are "
+            f"chosen by the rule `{RULES[IMPLICIT]}`. The systems that learn from known users get the questions of the "
+            "random row."
         ),
         table(head, agreement_rows(seeds), words=1),
         "## Soups",
         _paragraph(
             "The gain in the user's true reward over the base, as a share of the gain of the soup of the declared "
             f"weights. Each soup answers {_prompts(study.num_prompts)}. A system without weights of experts "
-            "gets the soup whose rewards are nearest to the rewards that the system predicts."
+            "gets the soup whose rewards are nearest to the rewards that the system predicts. The standard error of "
+            f"the active gain after 10 answers, over users, is {_gain_error(seeds):.3f}."
         ),
         table(head, gain_rows(seeds), words=1),
         "## Certainty",
         _paragraph(
             "These users answer by the model that the estimate assumes: their weights over the experts' rewards are "
             "drawn from the prior, and their answers are logistic. A dimension's weight is the difference of the "
-            "weights of its two sides, which have nearly opposite rewards. The intervals are those that a session "
-            "reports, by expectation propagation. Laplace's method holds about 85% here."
+            "weights of its two sides, which have nearly opposite rewards. Sessions estimate weights by expectation "
+            "propagation, as here, and stop at the agreement that they expect."
         ),
         table(head, calibration, words=1),
         "## Other users",

@@ -41,7 +41,8 @@ IMPLICIT, RANDOM, RIDGE = (
     "implicit rewards, random",
     "implicit rewards, active, no known users",
 )
-_RULES: dict[str, Rule] = {IMPLICIT: "prediction", RANDOM: "random", RIDGE: "prediction"}
+# How the questions of a row are chosen.
+RULES: dict[str, Rule] = {IMPLICIT: "prediction", RANDOM: "random", RIDGE: "prediction"}
 # The numbers of answers after which a row's soups answer the held-out prompts.
 MERGED: dict[str, tuple[int, ...]] = {
     IMPLICIT: COUNTS,
@@ -97,10 +98,10 @@ def rows_of(
     comparisons = known_comparisons(world, known, per_user=per_known, rng=rng)
     models = {name: SYSTEMS[name](comparisons, seed) for name in systems}
     priors: dict[str, GaussianPrior] = {IMPLICIT: fitted, RANDOM: fitted, RIDGE: world.pool.prior}
-    rows: dict[str, Row] = {name: [] for name in (*_RULES, *models)}
+    rows: dict[str, Row] = {name: [] for name in (*RULES, *models)}
     for user, persona in enumerate(personas):
         answerer = answerer_of(world, persona)
-        for name, rule in _RULES.items():
+        for name, rule in RULES.items():
             guesses, asked, labels = implicit_guesses(world, answerer, priors[name], rule=rule, seed=[seed, 3, user])
             rows[name].append(guesses)
             if name == RANDOM:

@@ -36,8 +36,9 @@ class Preference:
         strength: the mean difference of the two weights; the mean weight if there is no other expert.
         interval: the interval that holds the difference with probability `level`.
         level: the probability of the interval.
-        probability: the probability that the user prefers `preferred` to `other`, at least 0.5 for two experts.
-        certainty: `clear` from a probability of 0.95, `likely` from 0.8, else `open`.
+        probability: the probability that the user prefers `preferred` to `other`, at least 0.5 for two experts. For a
+            single expert, a probability near 0 means that the user dislikes it.
+        certainty: `clear` if the preferred side is right with a probability of 0.95, `likely` from 0.8, else `open`.
     """
 
     dimension: str
@@ -75,6 +76,7 @@ def preferences_of(
         mean = float(direction @ estimate.mean)
         deviation = float(np.sqrt(direction @ estimate.covariance @ direction))
         probability = float(normal_cdf(np.array([mean / deviation]))[0])
+        surest = max(probability, 1 - probability)  # a single expert of a dimension may be disliked
         preferences.append(
             Preference(
                 dimension=dimension,
@@ -84,7 +86,7 @@ def preferences_of(
                 interval=estimate.interval(direction, level=level),
                 level=level,
                 probability=probability,
-                certainty="clear" if probability >= CLEAR else "likely" if probability >= LIKELY else "open",
+                certainty="clear" if surest >= CLEAR else "likely" if surest >= LIKELY else "open",
             )
         )
     return preferences

@@ -18,10 +18,11 @@ from blake3 import blake3
 
 from personalized_soups.declare.evidence import Answer, AnsweredQuestion, Choice, Question
 from personalized_soups.errors import UsageError
+from personalized_soups.users.answers.consistency import left_out_probability
 from personalized_soups.users.answers.estimate import Estimate, forgetting
-from personalized_soups.users.answers.propagation import propagate
 from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.answers.prior import Floats, GaussianPrior
+from personalized_soups.users.answers.propagation import propagate
 from personalized_soups.users.answers.selection import Rule, next_question
 from personalized_soups.users.answers.stopping import StoppingRule, expected_agreement
 from personalized_soups.users.answers.wording import notes
@@ -217,7 +218,12 @@ class InferenceSession:
 
     def notes(self) -> list[str]:
         """Return warnings about the answers; see `wording.notes`."""
-        return notes([answered.answer for answered in self.answers], self.estimate, self.answered_differences)
+        answers = [answered.answer for answered in self.answers]
+        decided = [place for place, answer in enumerate(answers) if answer.label in {0.0, 1.0}]
+        if not decided:
+            return notes(answers, 0.5)
+        labels = [answers[place].label == 1 for place in decided]
+        return notes(answers, left_out_probability(self.answered_differences[decided], labels, self.pool.prior))
 
     def _with(self, answers: Sequence[AnsweredQuestion]) -> Self:
         return type(self)(

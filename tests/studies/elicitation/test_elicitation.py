@@ -81,13 +81,15 @@ def test_a_predicted_reward_that_experts_can_express_is_projected_onto_it() -> N
 
 
 def test_intervals_of_drawn_logistic_users_hold_the_truth() -> None:
-    """With small margins, the posterior is nearly normal, so Laplace's method is nearly exact."""
+    """With the margins of a pool's prior, and as often as they say."""
     pool = make_world().pool
-    pool = pool.with_prior(scaled_ridge(pool.differences, typical_margin=0.3))
+    pool = pool.with_prior(scaled_ridge(pool.differences))
     found = calibrate(pool, RULE, rule="random", num_users=120, seed=0)
     for count in ("2", "5", "10", "20"):
         # 360 intervals: 4 standard errors of the share 0.9
         assert abs(found["inside"][count] - 0.9) < 4 * np.sqrt(0.09 / 360)
+        # the expected agreement, by which sessions stop, is that of the users
+        assert abs(found["expected"][count] - found["agreement"][count]) < 0.03
     assert found["width"]["20"] < found["width"]["5"] < found["width"]["2"] < 1
     assert found["error"]["20"] < found["error"]["2"] < 1.1
 
@@ -138,6 +140,8 @@ def results(seed: int, *, active: float, random: float, soup: float) -> SeedResu
         "calibration": {
             "inside": {str(count): 0.9 for count in COUNTS},
             "width": {str(count): 0.5 for count in COUNTS},
+            "expected": {str(count): 0.8 for count in COUNTS},
+            "agreement": {str(count): 0.8 for count in COUNTS},
             "error": {str(count): 0.5 for count in COUNTS},
         },
         "omitted": {"PAL": "this run left it out"},

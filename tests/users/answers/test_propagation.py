@@ -104,7 +104,7 @@ def test_intervals_hold_the_truth_under_a_wide_prior() -> None:
                 direction = np.zeros(6)
                 direction[side], direction[side + 3] = 1.0, -1.0
                 lowest, highest = estimate.interval(direction, level=0.9)
-                held[name].append(lowest <= direction @ truth <= highest)
+                held[name].append(lowest <= float(direction @ truth) <= highest)
     # 750 intervals: a standard error of about 0.013
     assert np.mean(held["moments"]) == pytest.approx(0.9, abs=0.04)
     assert np.mean(held["laplace"]) < np.mean(held["moments"]) - 0.02
