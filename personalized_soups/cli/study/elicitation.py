@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -48,52 +49,35 @@ def elicitation(
     check_extra("plot", "matplotlib")
     if len(quickstart or []) < seeds:
         check_extra("train", "trl", "datasets", "accelerate")
-    import json
-    import os
-
-    from personalized_soups.studies.elicitation.page import (
-        PICTURE,
-        agreement_rows,
-        draw,
-        gain_rows,
-        report,
-        summary,
-    )
-    from personalized_soups.studies.elicitation.rows import SYSTEMS
+    from personalized_soups.studies.elicitation.page import PICTURE, agreement_rows, gain_rows, write_results
     from personalized_soups.studies.elicitation.study import COUNTS, ElicitationStudy, run_elicitation
-    from personalized_soups.studies.folder import StudyFolder, write_text
+    from personalized_soups.studies.folder import StudyFolder
 
-    for name in system or []:
-        if name not in SYSTEMS:
-            raise UsageError(f"unknown system {name!r}", where="system", mend=choose_from(name, SYSTEMS))
-    study = ElicitationStudy(
-        num_seeds=seeds,
-        num_users=users,
-        num_prompts=prompts,
-        systems=tuple(system or SYSTEMS),
-        device=device,
-        num_workers=num_workers(workers),
-    )
+    systems, count = _checked_systems(system), num_workers(workers)
+    study = ElicitationStudy(seeds, users, prompts, systems=systems, device=device, num_workers=count)
     results = run_elicitation(study, out, quickstarts=quickstart or [], stage=render.progress, overwrite=overwrite)
     folder = StudyFolder(out)
-    content = summary(study, results)
-    write_text(folder.results, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    draw(results, folder.picture(PICTURE))
-    write_text(folder.report, report(study, results, picture=f"{PICTURE}.png"))
-    if page is not None:
-        target = (images or page.parent) / f"{PICTURE}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw(results, target)
-        write_text(page, report(study, results, picture=os.path.relpath(target, page.parent)))
+    content = write_results(study, results, folder, page=page, images=images)
     if as_json:
         render.show_json(content)
         return
     head = ["", *(str(count) for count in COUNTS)]
     render.show_table(head, agreement_rows(results), title="Share of held-out pairs in the right order, after answers")
     render.show_table(head, gain_rows(results), title="Gain of the soup, as a share of that of the declared weights")
-    render.show_table(
-        ["target", "measured", "met"],
-        [[check["name"], f"{check['value']:.3f}", check["met"]] for check in content["checks"]],
-        title="targets",
-    )
+    met = [[check["name"], f"{check['value']:.3f}", check["met"]] for check in content["checks"]]
+    render.show_table(["target", "measured", "met"], met, title="targets")
     render.say(f"written to {folder.report}, {folder.results} and {folder.picture(PICTURE)}")
+
+
+def _checked_systems(names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the systems to compare with: all, if no name is given.
+
+    Raises:
+        UsageError: if a name is unknown.
+    """
+    from personalized_soups.studies.elicitation.rows import SYSTEMS
+
+    for name in names or ():
+        if name not in SYSTEMS:
+            raise UsageError(f"unknown system {name!r}", where="system", mend=choose_from(name, SYSTEMS))
+    return tuple(names or SYSTEMS)

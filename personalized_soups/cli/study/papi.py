@@ -38,36 +38,18 @@ def papi(
 ) -> None:
     """Learn base rewards from people's ratings, and predict how other people order statements after a few answers."""
     check_extra("plot", "matplotlib")
-    import json
-    import os
-
-    from personalized_soups.studies.folder import StudyFolder, write_text
-    from personalized_soups.studies.papi.page import draw, report, summary, table_rows
+    from personalized_soups.studies.folder import StudyFolder
+    from personalized_soups.studies.papi.page import check_rows, table_rows, write_results
     from personalized_soups.studies.papi.study import PapiStudy, run_papi
 
     study = PapiStudy(num_known=known, num_rewards=rewards, num_questions=questions, num_seeds=seeds)
     splits = run_papi(study, data, out, stage=render.progress, overwrite=overwrite)
     folder = StudyFolder(out)
-    results = summary(study, splits)
-    write_text(folder.results, json.dumps(results, indent=2, allow_nan=False) + "\n")
-    draw(splits, folder.picture("papi"))
-    write_text(folder.report, report(study, splits))
-    if page is not None:
-        target = (images or page.parent) / "papi.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw(splits, target)
-        write_text(page, report(study, splits, picture=os.path.relpath(target, page.parent)))
+    results = write_results(study, splits, folder, page=page, images=images)
     if as_json:
         render.show_json(results)
         return
     head, rows = table_rows(splits)
     render.show_table(head, rows, title="Share of pairs of unseen statements in the right order")
-    render.show_table(
-        ["target", "bar", "measured", "met"],
-        [
-            [check["name"], f"at least {check['bar']:g}", f"{check['value']:.3f}", check["met"]]
-            for check in results["checks"]
-        ],
-        title="targets",
-    )
+    render.show_table(["target", "bar", "measured", "met"], check_rows(results["checks"]), title="targets")
     render.say(f"written to {folder.report}, {folder.results} and {folder.picture('papi')}")

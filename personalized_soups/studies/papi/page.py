@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from math import fsum
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from personalized_soups.evaluation.markdown import table
 from personalized_soups.evaluation.pictures.answer_curves import AnswerCurve, AnswerPanel, draw_answer_curves
 from personalized_soups.evaluation.results import Check
+from personalized_soups.studies.folder import StudyFolder, write_text
 from personalized_soups.studies.papi.study import RULES, PapiStudy, SplitResults
 
 SHOWN = (1, 2, 5, 10, 20)
@@ -145,3 +148,32 @@ def draw(splits: Sequence[SplitResults], path: Path) -> Path:
 def _spread(values: Sequence[float]) -> str:
     mean = fsum(values) / len(values)
     return f"{mean:.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
+
+
+def write_results(
+    study: PapiStudy, splits: Sequence[SplitResults], folder: StudyFolder, *, page: Path | None, images: Path | None
+) -> dict[str, Any]:
+    """Write results.json, the report and the picture of a study, and return the content of results.json.
+
+    Args:
+        study: the settings.
+        splits: the results of the splits.
+        folder: the folder of the study.
+        page: also write the report to this Markdown page.
+        images: the folder of the page's picture, if not the page's own.
+    """
+    results = summary(study, splits)
+    write_text(folder.results, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    draw(splits, folder.picture("papi"))
+    write_text(folder.report, report(study, splits))
+    if page is not None:
+        target = (images or page.parent) / "papi.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(splits, target)
+        write_text(page, report(study, splits, picture=os.path.relpath(target, page.parent)))
+    return results
+
+
+def check_rows(checks: Sequence[Check]) -> list[list[Any]]:
+    """Return the rows of the table of targets: name, bar, value, and whether the value meets the bar."""
+    return [[check["name"], f"at least {check['bar']:g}", f"{check['value']:.3f}", check["met"]] for check in checks]
