@@ -109,12 +109,18 @@ def _show_preferences(result: InterviewResult) -> None:
                 each.preferred,
                 each.other,
                 f"{each.strength:.2g} ({each.interval[0]:.2g} to {each.interval[1]:.2g})",
-                f"{each.certainty} ({each.probability:.0%})",
+                f"{each.certainty} ({_percent(each.probability)})",
             ]
             for each in result.preferences
         ],
         title=f"{title}, {skipped} skipped" if skipped else title,
     )
+
+
+def _percent(probability: float) -> str:
+    """Return how certain the preferred or disliked side is. No answers make it 100%."""
+    surest = max(probability, 1 - probability)
+    return ">99%" if surest >= 0.995 else f"{surest:.0%}"
 
 
 def _show_sentences(*paragraphs: str) -> None:
