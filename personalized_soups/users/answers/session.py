@@ -122,7 +122,7 @@ class InferenceSession:
         """The estimate of the user's reward weights after all answers. Skipped questions do not count.
 
         Some users tend to choose the answer that is shown first, or second. So the margin of an answer has one more
-        unknown, a preference for the first position, with the prior N(0, `POSITION_DEVIATION`^2). It is estimated with
+        unknown, a preference for the first position, with the prior `N(0, POSITION_DEVIATION^2)`. It is estimated with
         the weights and then integrated out. If a user always chooses one position, this explains the answers, and the
         weights stay uncertain.
         """
