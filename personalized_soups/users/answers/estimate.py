@@ -122,7 +122,7 @@ def estimate_weights(
     labels = np.asarray(labels_N, dtype=np.float64)
     counts = np.ones(len(labels)) if counts_N is None else np.asarray(counts_N, dtype=np.float64)
     known = np.zeros(len(labels)) if offsets_N is None else np.asarray(offsets_N, dtype=np.float64)
-    _check(differences, labels, counts, known, noise)
+    check_answers(differences, labels, counts, known, noise)
     # With w = mean + L z and covariance = L L', the prior of z is N(0, 1), whatever the units of the rewards are.
     root = np.linalg.cholesky(prior.covariance)
     design = differences @ root
@@ -219,7 +219,8 @@ def _derivatives(margins: Floats, labels: Floats, noise: float) -> tuple[Floats,
     return (labels - p) * dp / variance, dp**2 / variance
 
 
-def _check(differences: Floats, labels: Floats, counts: Floats, offsets: Floats, noise: float) -> None:
+def check_answers(differences: Floats, labels: Floats, counts: Floats, offsets: Floats, noise: float) -> None:
+    """Raise ValueError if the shapes of answers do not fit, or a value is out of range. See `estimate_weights`."""
     if labels.ndim != 1 or len(labels) != len(differences) or counts.shape != labels.shape:
         raise ValueError(f"{len(differences)} differences, labels {labels.shape} and counts {counts.shape} do not fit")
     if offsets.shape != labels.shape:

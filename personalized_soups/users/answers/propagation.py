@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from personalized_soups.users.answers.estimate import Estimate, estimate_weights, log_likelihood
+from personalized_soups.users.answers.estimate import Estimate, check_answers, estimate_weights, log_likelihood
 from personalized_soups.users.answers.prior import Floats, GaussianPrior
 
 # Integrals over a margin use equally spaced nodes over 8 standard deviations each way. The trapezoidal rule is accurate
@@ -47,12 +47,20 @@ def propagate(
         >>> [round(float(weight), 2) for weight in estimate.mean]
         [0.67, 0.32]
     """
-    laplace = estimate_weights(differences_ND, labels_N, prior, counts_N=counts_N, noise=noise)
     labels = np.asarray(labels_N, dtype=np.float64)
-    if not len(labels):
-        return laplace
     counts = np.ones(len(labels)) if counts_N is None else np.asarray(counts_N, dtype=np.float64)
-    differences = np.asarray(differences_ND, dtype=np.float64)
+    differences = np.asarray(differences_ND, dtype=np.float64).reshape(-1, len(prior.mean))
+    check_answers(differences, labels, counts, np.zeros_like(labels), noise)
+    found = _propagated(differences, labels, prior, counts=counts, noise=noise)
+    return found or estimate_weights(differences, labels, prior, counts_N=counts, noise=noise)
+
+
+def _propagated(
+    differences: Floats, labels: Floats, prior: GaussianPrior, *, counts: Floats, noise: float
+) -> Estimate | None:
+    """Return the estimate, or None if there are no answers or the sweeps do not converge."""
+    if not len(labels):
+        return None
     # As in `estimate_weights`: w = mean + L z, and the prior of z is N(0, 1).
     root = np.linalg.cholesky(prior.covariance)
     design, offsets = differences @ root, differences @ prior.mean
@@ -65,7 +73,7 @@ def propagate(
         # the margin of each answer without the answer itself
         cavity_precisions = 1 / variances - precisions
         if not (cavity_precisions > 0).all():
-            return laplace
+            return None
         cavity_means = ((design @ mean) / variances - shifts) / cavity_precisions
         tilted_means, tilted_variances = _tilted(
             cavity_means, 1 / cavity_precisions, offsets, labels, counts=counts, noise=noise
@@ -79,14 +87,14 @@ def propagate(
         precisions += _STEP * (new_precisions - precisions)
         shifts += _STEP * (new_shifts - shifts)
         if not np.isfinite(change):
-            return laplace
+            return None
         if change < _TOLERANCE:
             break
     else:
-        return laplace
+        return None
     mean, covariance = _gaussian(design, precisions, shifts)
     covariance = root @ covariance @ root.T
-    return Estimate(prior.mean + root @ mean, (covariance + covariance.T) / 2, laplace.num_answers)
+    return Estimate(prior.mean + root @ mean, (covariance + covariance.T) / 2, int(np.count_nonzero(counts)))
 
 
 def _gaussian(design: Floats, precisions: Floats, shifts: Floats) -> tuple[Floats, Floats]:

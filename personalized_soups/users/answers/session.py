@@ -104,13 +104,9 @@ class InferenceSession:
         return {question.id: question for question in self.pool.questions}
 
     @cached_property
-    def _indices(self) -> dict[str, int]:
-        return {question.id: index for index, question in enumerate(self.pool.questions)}
-
-    @cached_property
     def asked(self) -> tuple[int, ...]:
         """The index in the pool of each answered or skipped question."""
-        return tuple(self._indices[answered.question.id] for answered in self.answers)
+        return tuple(self.pool.index(answered.question.id) for answered in self.answers)
 
     @property
     def num_asked(self) -> int:
