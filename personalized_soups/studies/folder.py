@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +137,34 @@ def write_text(path: Path, text: str) -> None:
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def write_results(
+    folder: StudyFolder,
+    content: Mapping[str, Any],
+    picture: str,
+    *,
+    draw: Callable[[Path], object],
+    report: Callable[[str], str],
+    page: Path | None = None,
+    images: Path | None = None,
+) -> None:
+    """Write results.json, the picture and the report of a study.
+
+    Args:
+        folder: the folder of the study.
+        content: the content of results.json.
+        picture: the name of the picture, without `.png`.
+        draw: a function that draws the picture as a PNG file.
+        report: a function that returns the report in Markdown, given the picture's path relative to the report.
+        page: also write the report to this Markdown page.
+        images: the folder of the page's picture, if not the page's own.
+    """
+    write_text(folder.results, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    draw(folder.picture(picture))
+    write_text(folder.report, report(f"{picture}.png"))
+    if page is not None:
+        target = (images or page.parent) / f"{picture}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(target)
+        write_text(page, report(os.path.relpath(target, page.parent)))

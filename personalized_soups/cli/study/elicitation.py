@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -49,15 +50,16 @@ def elicitation(
     check_extra("plot", "matplotlib")
     if len(quickstart or []) < seeds:
         check_extra("train", "trl", "datasets", "accelerate")
-    from personalized_soups.studies.elicitation.page import PICTURE, agreement_rows, gain_rows, write_results
+    from personalized_soups.studies.elicitation.page import PICTURE, agreement_rows, draw, gain_rows, report, summary
     from personalized_soups.studies.elicitation.study import COUNTS, ElicitationStudy, run_elicitation
-    from personalized_soups.studies.folder import StudyFolder
+    from personalized_soups.studies.folder import StudyFolder, write_results
 
     systems, count = _checked_systems(system), num_workers(workers)
     study = ElicitationStudy(seeds, users, prompts, systems=systems, device=device, num_workers=count)
     results = run_elicitation(study, out, quickstarts=quickstart or [], stage=render.progress, overwrite=overwrite)
-    folder = StudyFolder(out)
-    content = write_results(study, results, folder, page=page, images=images)
+    folder, content = StudyFolder(out), summary(study, results)
+    drawn, reported = partial(draw, results), partial(report, study, results)
+    write_results(folder, content, PICTURE, draw=drawn, report=reported, page=page, images=images)
     if as_json:
         render.show_json(content)
         return

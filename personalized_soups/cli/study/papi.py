@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -38,14 +39,15 @@ def papi(
 ) -> None:
     """Learn base rewards from people's ratings, and predict how other people order statements after a few answers."""
     check_extra("plot", "matplotlib")
-    from personalized_soups.studies.folder import StudyFolder
-    from personalized_soups.studies.papi.page import check_rows, table_rows, write_results
+    from personalized_soups.studies.folder import StudyFolder, write_results
+    from personalized_soups.studies.papi.page import check_rows, draw, report, summary, table_rows
     from personalized_soups.studies.papi.study import PapiStudy, run_papi
 
     study = PapiStudy(num_known=known, num_rewards=rewards, num_questions=questions, num_seeds=seeds)
     splits = run_papi(study, data, out, stage=render.progress, overwrite=overwrite)
-    folder = StudyFolder(out)
-    results = write_results(study, splits, folder, page=page, images=images)
+    folder, results = StudyFolder(out), summary(study, splits)
+    drawn, reported = partial(draw, splits), partial(report, study, splits)
+    write_results(folder, results, "papi", draw=drawn, report=reported, page=page, images=images)
     if as_json:
         render.show_json(results)
         return

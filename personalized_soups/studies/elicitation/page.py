@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from math import fsum, sqrt
 from pathlib import Path
@@ -17,7 +15,6 @@ from personalized_soups.evaluation.results import Check
 from personalized_soups.studies.elicitation.rows import IMPLICIT, RANDOM, RULES
 from personalized_soups.studies.elicitation.study import ElicitationStudy, SeedResults
 from personalized_soups.studies.elicitation.systems import COUNTS
-from personalized_soups.studies.folder import StudyFolder, write_text
 
 PICTURE = "elicitation"
 _DECLARED, _UNIFORM, _BASE = "declared weights", "uniform soup", "base"
@@ -126,7 +123,7 @@ def gain_rows(seeds: Sequence[SeedResults]) -> list[list[str]]:
     return rows
 
 
-def report(study: ElicitationStudy, seeds: Sequence[SeedResults], *, picture: str) -> str:
+def report(study: ElicitationStudy, seeds: Sequence[SeedResults], picture: str) -> str:
     """Return the results as a Markdown page.
 
     Args:
@@ -260,32 +257,3 @@ def _bar(check: Check) -> str:
     if isinstance(bar, str):
         return bar
     return f"at least {bar:g}" if isinstance(bar, int | float) else f"{bar[0]:g} to {bar[1]:g}"
-
-
-def write_results(
-    study: ElicitationStudy,
-    seeds: Sequence[SeedResults],
-    folder: StudyFolder,
-    *,
-    page: Path | None,
-    images: Path | None,
-) -> dict[str, Any]:
-    """Write results.json, the report and the picture of a study, and return the content of results.json.
-
-    Args:
-        study: the settings.
-        seeds: the results of the seeds.
-        folder: the folder of the study.
-        page: also write the report to this Markdown page.
-        images: the folder of the page's picture, if not the page's own.
-    """
-    content = summary(study, seeds)
-    write_text(folder.results, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    draw(seeds, folder.picture(PICTURE))
-    write_text(folder.report, report(study, seeds, picture=f"{PICTURE}.png"))
-    if page is not None:
-        target = (images or page.parent) / f"{PICTURE}.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw(seeds, target)
-        write_text(page, report(study, seeds, picture=os.path.relpath(target, page.parent)))
-    return content

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from math import fsum
 from pathlib import Path
@@ -13,7 +11,6 @@ from typing import Any
 from personalized_soups.evaluation.markdown import table
 from personalized_soups.evaluation.pictures.answer_curves import AnswerCurve, AnswerPanel, draw_answer_curves
 from personalized_soups.evaluation.results import Check
-from personalized_soups.studies.folder import StudyFolder, write_text
 from personalized_soups.studies.papi.study import RULES, PapiStudy, SplitResults
 
 SHOWN = (1, 2, 5, 10, 20)
@@ -79,7 +76,7 @@ def table_rows(splits: Sequence[SplitResults]) -> tuple[list[str], list[list[str
     return ["", *(f"{count} answers" if count > 1 else "1 answer" for count in counts)], rows
 
 
-def report(study: PapiStudy, splits: Sequence[SplitResults], *, picture: str = "papi.png") -> str:
+def report(study: PapiStudy, splits: Sequence[SplitResults], picture: str = "papi.png") -> str:
     """Return the results as a Markdown page. `picture` is the path of the picture, relative to the page."""
     head, rows = table_rows(splits)
     people, known = splits[0]["num_people"], study.num_known
@@ -148,30 +145,6 @@ def draw(splits: Sequence[SplitResults], path: Path) -> Path:
 def _spread(values: Sequence[float]) -> str:
     mean = fsum(values) / len(values)
     return f"{mean:.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
-
-
-def write_results(
-    study: PapiStudy, splits: Sequence[SplitResults], folder: StudyFolder, *, page: Path | None, images: Path | None
-) -> dict[str, Any]:
-    """Write results.json, the report and the picture of a study, and return the content of results.json.
-
-    Args:
-        study: the settings.
-        splits: the results of the splits.
-        folder: the folder of the study.
-        page: also write the report to this Markdown page.
-        images: the folder of the page's picture, if not the page's own.
-    """
-    results = summary(study, splits)
-    write_text(folder.results, json.dumps(results, indent=2, allow_nan=False) + "\n")
-    draw(splits, folder.picture("papi"))
-    write_text(folder.report, report(study, splits))
-    if page is not None:
-        target = (images or page.parent) / "papi.png"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draw(splits, target)
-        write_text(page, report(study, splits, picture=os.path.relpath(target, page.parent)))
-    return results
 
 
 def check_rows(checks: Sequence[Check]) -> list[list[Any]]:
