@@ -7,18 +7,13 @@ documents are equal if the questions and the answers are equal, whenever they we
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
 
 from pydantic import ValidationError
 
 from personalized_soups.declare.evidence import AnsweredQuestion
-from personalized_soups.errors import DeclarationError, FileFormatError, UsageError
+from personalized_soups.errors import DeclarationError, FileFormatError
 from personalized_soups.users.profiles.names import has_surrogates
-
-# The maximum size of the document of a session, in bytes.
-MAX_SESSION_BYTES = 65_536
 
 
 def document_of_answer(answered: AnsweredQuestion) -> str:
@@ -62,26 +57,3 @@ def answer_of_document(user: str, document: str, answered_at: datetime, where: s
         ) from None
     # this does not validate again: a stored time is always valid
     return answered.model_copy(update={"answer": answered.answer.model_copy(update={"answered_at": answered_at})})
-
-
-def document_of_session(session: Mapping[str, Any]) -> str:
-    """Return the document of a session.
-
-    Raises:
-        UsageError: if the session is not a JSON object, or if it takes more than MAX_SESSION_BYTES bytes.
-    """
-    try:
-        document = json.dumps(dict(session), separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise UsageError(
-            f"the session cannot be stored as JSON: {error}",
-            where="session",
-            mend="give a mapping of texts to numbers, texts, booleans, None, lists and such mappings",
-        ) from None
-    if len(document) > MAX_SESSION_BYTES:
-        raise UsageError(
-            f"the session takes {len(document)} bytes, but at most {MAX_SESSION_BYTES} are allowed",
-            where="session",
-            mend="store the ids of questions, not their texts",
-        )
-    return document

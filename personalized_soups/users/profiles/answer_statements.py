@@ -1,10 +1,10 @@
-"""The SQL statements that use the tables of answers and sessions."""
+"""The SQL statements that use the table of answers."""
 
 from __future__ import annotations
 
 from sqlalchemy import bindparam, delete, func, insert, select, update
 
-from personalized_soups.users.profiles.schema import answers, sessions
+from personalized_soups.users.profiles.schema import answers
 
 _of_user = answers.c.user == bindparam("name")
 _of_question = _of_user & (answers.c.question == bindparam("of"))
@@ -29,13 +29,7 @@ REPLACE_ANSWER = (
 DELETE_ANSWER = delete(answers).where(_of_question)
 DELETE_ANSWERS = delete(answers).where(_of_user)
 
-SESSION = select(sessions).where(sessions.c.user == bindparam("name"))
-ADD_SESSION = insert(sessions)
-DELETE_SESSION = delete(sessions).where(sessions.c.user == bindparam("name"))
-
 _old_answers = answers.c.answered_at < bindparam("before")
-_old_sessions = sessions.c.written_at < bindparam("before")
-# The users whose answers or sessions are older than a time.
-USERS_BEFORE = select(answers.c.user).where(_old_answers).union(select(sessions.c.user).where(_old_sessions))
+# The users who have answers that are older than a time.
+USERS_BEFORE = select(answers.c.user).where(_old_answers).distinct()
 DELETE_ANSWERS_BEFORE = delete(answers).where(_old_answers)
-DELETE_SESSIONS_BEFORE = delete(sessions).where(_old_sessions)

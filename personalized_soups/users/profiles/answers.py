@@ -1,4 +1,4 @@
-"""`AnswerStore`: the answers that users gave to questions, and the sessions in which they give them.
+"""`AnswerStore`: the answers that users gave to questions.
 
 Each answer is stored whole, with its question. So the weights of a user can be estimated again when the experts change.
 A user has at most one answer to each question.
@@ -8,9 +8,8 @@ Answers are personal data. They are deleted with the user, `expire` deletes old 
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
@@ -18,11 +17,7 @@ from sqlalchemy import Connection, Row
 
 from personalized_soups.declare.evidence import AnsweredQuestion
 from personalized_soups.users.profiles import answer_statements as statements
-from personalized_soups.users.profiles.answer_documents import (
-    answer_of_document,
-    document_of_answer,
-    document_of_session,
-)
+from personalized_soups.users.profiles.answer_documents import answer_of_document, document_of_answer
 from personalized_soups.users.profiles.database import Database
 from personalized_soups.users.profiles.failures import AnsweredOtherwise, AnswersChanged, StoreFull, StoreUnavailable
 from personalized_soups.users.profiles.names import check_user
@@ -36,7 +31,7 @@ _PAGE = 1000
 
 
 class AnswerStore:
-    """The answers and sessions of all users. `ProfileStore.answers` returns it.
+    """The answers of all users. `ProfileStore.answers` returns it.
 
     Threads and processes may share a store. Every method can raise the errors that `ProfileStore` lists. A user needs
     no profile to have answers.
@@ -142,18 +137,18 @@ class AnswerStore:
         return None if row is None else self._answered(row)
 
     def delete(self, user: str) -> int:
-        """Delete a user's answers and session, and return the number of answers. `ProfileStore.delete` calls it, too.
+        """Delete a user's answers, and return their number. `ProfileStore.delete` deletes them, too.
 
         The deleted bytes are overwritten as `ProfileStore.delete` describes.
         """
         check_user(user)
-        count, has_session = self._database.write(lambda connection: self.delete_rows(connection, user))
-        if count or has_session:
+        count = self._database.write(lambda connection: self.delete_rows(connection, user))
+        if count:
             self.erase(user)
         return count
 
     def expire(self, before: datetime) -> int:
-        """Delete all answers that were given before a time, and all sessions that were last written before it.
+        """Delete all answers that were given before a time.
 
         The deleted bytes are overwritten as `ProfileStore.delete` describes.
 
@@ -174,7 +169,6 @@ class AnswerStore:
             users = list(connection.execute(statements.USERS_BEFORE, limit).scalars())
             if not users:
                 return [], 0
-            connection.execute(statements.DELETE_SESSIONS_BEFORE, limit)
             return users, connection.execute(statements.DELETE_ANSWERS_BEFORE, limit).rowcount
 
         users, count = self._database.write(work)
@@ -198,43 +192,12 @@ class AnswerStore:
             yield from page
             after = page[-1]
 
-    def session(self, user: str) -> dict[str, Any] | None:
-        """Return the document that `put_session` stored for a user, or None."""
-        check_user(user)
-        with self._database.reading() as connection:
-            if not self._database.is_current(connection):
-                return None
-            row = connection.execute(statements.SESSION, {"name": user}).one_or_none()
-        return None if row is None else json.loads(row.document)
+    def delete_rows(self, connection: Connection, user: str) -> int:
+        """Delete a user's answers in a transaction of the caller, and return their number.
 
-    def put_session(self, user: str, session: Mapping[str, Any] | None) -> None:
-        """Store the state of a user's session of questions, so that an interrupted session can continue.
-
-        Args:
-            user: the user's name.
-            session: a JSON object, such as the id of the question that is shown. None deletes the stored session.
-
-        Raises:
-            UsageError: if the session is not a JSON object, or if it takes more than MAX_SESSION_BYTES bytes.
+        The caller must call `erase` after the commit.
         """
-        check_user(user)
-        document = None if session is None else document_of_session(session)
-
-        def work(connection: Connection) -> None:
-            connection.execute(statements.DELETE_SESSION, {"name": user})
-            if document is not None:
-                connection.execute(statements.ADD_SESSION, {"user": user, "document": document, "written_at": now()})
-
-        self._database.write(work)
-
-    def delete_rows(self, connection: Connection, user: str) -> tuple[int, bool]:
-        """Delete a user's rows in a transaction of the caller, who must call `erase` after the commit.
-
-        Returns:
-            The number of deleted answers, and whether a session was deleted.
-        """
-        sessions = connection.execute(statements.DELETE_SESSION, {"name": user}).rowcount
-        return connection.execute(statements.DELETE_ANSWERS, {"name": user}).rowcount, sessions > 0
+        return connection.execute(statements.DELETE_ANSWERS, {"name": user}).rowcount
 
     def erase(self, *users: str) -> None:
         """Overwrite the bytes of deleted rows. If that is not possible, the rows stay deleted, and the log says so."""

@@ -65,7 +65,7 @@ class Database(ABC):
         self._is_current = version == SCHEMA
 
     def is_current(self, connection: Connection) -> bool:
-        """Return whether the store has the current schema. A store of schema 1 has no tables of answers and sessions.
+        """Return whether the store has the current schema. A store of schema 1 has no table of answers.
 
         Raises:
             FileFormatError: if this version of the package does not support the schema.

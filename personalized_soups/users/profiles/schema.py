@@ -19,7 +19,7 @@ from sqlalchemy import (
 
 from personalized_soups.errors import FileFormatError
 
-# A store of schema 1 has no tables of answers and sessions. The first write upgrades it.
+# A store of schema 1 has no table of answers. The first write upgrades it.
 SCHEMA = 2
 
 _metadata = MetaData()
@@ -48,16 +48,6 @@ answers = Table(
     Column("number", BigInteger, nullable=False),  # the order of a user's answers
     Column("document", Text, nullable=False),  # JSON in ASCII: the question and its answer, without the time
     Column("answered_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
-    sqlite_with_rowid=False,
-)
-
-# The state of a user's interrupted session of questions.
-sessions = Table(
-    "psoups_sessions",
-    _metadata,
-    Column("user", _NAME, primary_key=True),
-    Column("document", Text, nullable=False),  # JSON in ASCII
-    Column("written_at", BigInteger, nullable=False),  # microseconds since 1970, UTC
     sqlite_with_rowid=False,
 )
 
@@ -117,9 +107,9 @@ def create_tables(connection: Connection) -> None:
 
 
 def upgrade_tables(connection: Connection) -> None:
-    """Add the tables that a store of schema 1 lacks. The caller must hold the lock of `create_tables`."""
+    """Add the table that a store of schema 1 lacks. The caller must hold the lock of `create_tables`."""
     if connection.execute(select(store.c.schema)).scalar_one() == 1:
-        _metadata.create_all(connection, tables=[answers, sessions], checkfirst=False)
+        _metadata.create_all(connection, tables=[answers], checkfirst=False)
         connection.execute(update(store).values(schema=SCHEMA))
 
 

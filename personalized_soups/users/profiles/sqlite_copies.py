@@ -7,7 +7,7 @@ from functools import reduce
 
 from sqlalchemy import ColumnElement, Connection, Text, bindparam, case, func, select
 
-from personalized_soups.users.profiles.schema import answers, profiles, sessions
+from personalized_soups.users.profiles.schema import answers, profiles
 from personalized_soups.users.profiles.sqlite_descriptors import Identity, count_bytes
 
 # SQLite stores a row of up to 1002 bytes in one piece (https://www.sqlite.org/fileformat2.html, section 1.6, with pages
@@ -27,12 +27,7 @@ def _occurrences(column: ColumnElement[str]) -> ColumnElement[int]:
 _OCCURRENCES = select(
     reduce(
         operator.add,
-        (
-            _occurrences(column)
-            for table in (profiles, answers, sessions)
-            for column in table.c
-            if isinstance(column.type, Text)
-        ),
+        (_occurrences(column) for table in (profiles, answers) for column in table.c if isinstance(column.type, Text)),
     )
 )
 

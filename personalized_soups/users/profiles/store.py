@@ -222,8 +222,8 @@ class ProfileStore:
             if row is not None:
                 connection.execute(schema.RETIRE, {"last": row.version})
                 num_versions = connection.execute(schema.DELETE, {"name": user}).rowcount
-            num_answers, has_session = self.answers.delete_rows(connection, user)
-            if not (num_versions or num_answers or has_session):
+            num_answers = self.answers.delete_rows(connection, user)
+            if not (num_versions or num_answers):
                 raise self._unknown(user)
             return Deletion(num_versions, num_answers)
 

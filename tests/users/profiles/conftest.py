@@ -45,7 +45,7 @@ def postgres_url(server: Server) -> str:
 
     engine = create_engine(_psycopg(server.url("psoups")), isolation_level="AUTOCOMMIT")
     with engine.connect() as connection:
-        connection.execute(text("DROP TABLE IF EXISTS psoups_profiles, psoups_store, psoups_answers, psoups_sessions"))
+        connection.execute(text("DROP TABLE IF EXISTS psoups_profiles, psoups_store, psoups_answers"))
     engine.dispose()
     return server.url("psoups")
 

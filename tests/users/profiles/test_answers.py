@@ -1,4 +1,4 @@
-"""The answers and sessions of users, in SQLite and PostgreSQL alike."""
+"""The answers of users, in SQLite and PostgreSQL alike."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sqlalchemy import text
 
 from personalized_soups.declare.evidence import AnsweredQuestion
 from personalized_soups.declare.profile import Profile
-from personalized_soups.errors import DeclarationError, FileFormatError, UsageError
+from personalized_soups.errors import DeclarationError, FileFormatError
 from personalized_soups.users.profiles import answer_statements
 from personalized_soups.users.profiles import answers as answers_module
 from personalized_soups.users.profiles.answers import AnsweredOtherwise, AnswersChanged
@@ -115,36 +115,12 @@ def test_undo_takes_back_the_last_answer(store: ProfileStore) -> None:
     assert store.answers.add("ada", answered("q1", "b"), expected=2) == 3
 
 
-def test_a_session_is_kept_replaced_and_removed(store: ProfileStore) -> None:
-    session = {"question": "q7", "pool": "ab12", "swapped": True, "more": {"seed": 3, "text": "\0é😀"}}
-    assert store.answers.session("ada") is None
-    store.answers.put_session("ada", session)
-    store.answers.put_session("bob", {"question": "q1"})
-    assert (store.answers.session("ada"), store.answers.session("bob")) == (session, {"question": "q1"})
-    store.answers.put_session("ada", {})
-    assert store.answers.session("ada") == {}
-    store.answers.put_session("ada", None)
-    store.answers.put_session("ada", None)
-    assert (store.answers.session("ada"), store.answers.session("bob")) == (None, {"question": "q1"})
-    assert list(store.answers.users()) == []
-    for odd, what in (
-        ({"x": object()}, "cannot be stored as JSON"),
-        ({"x": float("nan")}, "cannot be stored as JSON"),
-        ({"x": "y" * 70_000}, r"takes 700\d\d bytes"),
-    ):
-        with pytest.raises(UsageError, match=what):
-            store.answers.put_session("bob", odd)
-    assert store.answers.session("bob") == {"question": "q1"}
-
-
 def test_a_deleted_user_has_no_answers_left(store: ProfileStore) -> None:
     for user in ("ada", "bob", "eve", "joe"):
         store.answers.add(user, answered("q1"))
         store.answers.add(user, answered("q2"))
-        store.answers.put_session(user, {"question": "q3"})
     store.put(profile_of("ada", 1))
     store.put(profile_of("ada", 2))
-    store.answers.put_session("nobody else", {"question": "q3"})
     with pytest.raises(VersionConflict):
         store.delete("ada", expected=1)
     assert store.answers.count("ada") == 2
@@ -154,10 +130,9 @@ def test_a_deleted_user_has_no_answers_left(store: ProfileStore) -> None:
     with pytest.raises(VersionConflict):
         store.delete("joe", expected=1)
     assert store.delete("joe", expected=ABSENT) == Deletion(0, 2)
-    assert store.delete("nobody else") == Deletion(0, 0)
     assert store.answers.delete("eve") == 2
     for user in ("ada", "bob", "eve", "joe", "nobody else"):
-        assert (store.answers.of(user), store.answers.session(user)) == ([], None)
+        assert store.answers.of(user) == []
         with pytest.raises(UnknownProfile):
             store.delete(user)
     assert list(store.answers.users()) == []
@@ -183,18 +158,15 @@ def test_answers_expire_by_their_own_time(store: ProfileStore) -> None:
     ):
         store.answers.add(user, answered(question, answered_at=time))
     store.put(profile_of("bob", 1))
-    store.answers.put_session("bob", {"question": "q2"})
     assert store.answers.expire(limit) == 2
     assert [each.question.id for each in store.answers.of("ada")] == ["q2", "q3"]
     assert list(store.answers.users()) == ["ada", "eve"]
-    assert store.answers.session("bob") == {"question": "q2"}  # it was written now
     assert store.get("bob").version == 1
     assert store.answers.expire(limit) == 0
     # an answer that is added later still comes last
     store.answers.add("ada", answered("q0"))
     assert [each.question.id for each in store.answers.of("ada")] == ["q2", "q3", "q0"]
     assert store.answers.expire(datetime.now(UTC) + second) == 4
-    assert store.answers.session("bob") is None
     with pytest.raises(ValueError, match="time zone"):
         store.answers.expire(datetime(2025, 1, 1))
 
@@ -203,10 +175,8 @@ def test_answers_expire_by_their_own_time(store: ProfileStore) -> None:
 def test_any_text_is_a_users_name(store: ProfileStore, user: str) -> None:
     store.answers.add("a neighbour", answered("q1"))
     store.answers.add(user, answered("q1", "b"))
-    store.answers.put_session(user, {"question": "q2"})
     assert [each.answer.choice for each in store.answers.of(user)] == ["b"]
     assert set(store.answers.users()) == {"a neighbour", user}
-    assert store.answers.session(user) == {"question": "q2"}
     assert store.delete(user) == Deletion(0, 1)
     assert list(store.answers.users()) == ["a neighbour"]
 
@@ -219,8 +189,6 @@ def test_what_is_no_name_is_refused(store: ProfileStore, user: str) -> None:
         lambda: store.answers.count(user),
         lambda: store.answers.undo(user),
         lambda: store.answers.delete(user),
-        lambda: store.answers.session(user),
-        lambda: store.answers.put_session(user, {}),
     ):
         with pytest.raises(DeclarationError):
             ask()
@@ -294,7 +262,7 @@ def schema_of(store: ProfileStore) -> int:
 def test_reading_leaves_a_store_of_schema_1_as_it_is(old_store: str) -> None:
     with ProfileStore.open(old_store) as store:
         assert store.get("ada").profile == Profile(user="ada", weights={"friendly": 0.5})
-        assert (store.answers.of("ada"), store.answers.count("ada"), store.answers.session("ada")) == ([], 0, None)
+        assert (store.answers.of("ada"), store.answers.count("ada")) == ([], 0)
         assert list(store.answers.users()) == []
         store.check_reachable()
         assert schema_of(store) == 1
@@ -313,7 +281,7 @@ def test_the_first_write_upgrades_a_store_of_schema_1(old_store: str) -> None:
         assert writer.delete("ada") == Deletion(1, 2)
 
 
-@pytest.mark.parametrize("write", ["put", "put_many", "delete", "put_session", "expire"])
+@pytest.mark.parametrize("write", ["put", "put_many", "delete", "expire"])
 def test_every_write_upgrades(old_store: str, write: str) -> None:
     with ProfileStore.open(old_store) as store:
         match write:
@@ -324,8 +292,6 @@ def test_every_write_upgrades(old_store: str, write: str) -> None:
                 assert (store.get("ada").version, store.get("bob").version) == (9, 8)
             case "delete":
                 assert store.delete("ada") == Deletion(1, 0)
-            case "put_session":
-                store.answers.put_session("ada", {"question": "q1"})
             case "expire":
                 assert store.answers.expire(datetime.now(UTC)) == 0
         assert schema_of(store) == 2

@@ -157,7 +157,6 @@ def write_answers(store: ProfileStore, dice: random.Random, names: list[str]) ->
         marked = " ".join([f"secret of {name}"] * (length // 30 + 1))
         given = answered(f"q{number}", answered_at=datetime(2024, 1 + number, 1, tzinfo=UTC))
         store.answers.add(name, given.replaced(question=given.question.replaced(prompt=marked)))
-        store.answers.put_session(name, {"question": f"q{number}", "of": f"secret of {name}"})
 
 
 def test_nothing_of_a_deleted_users_answers_is_left_in_the_files(tmp_path: Path) -> None:
@@ -212,8 +211,8 @@ def test_a_copy_of_an_answer_in_an_unused_place_is_found_and_written_over(tmp_pa
 def test_short_answers_of_others_do_not_have_the_file_written_anew(tmp_path: Path) -> None:
     with ProfileStore.open(tmp_path / "profiles.db") as store:
         for user in ("one", "q1", "bob"):
-            store.answers.add(user, answered("q1"))
-            store.answers.put_session(user, {"one": "q1 bob"})
+            given = answered("q1")
+            store.answers.add(user, given.replaced(question=given.question.replaced(prompt="one q1 bob")))
         asked: list[str] = []
         event.listen(
             store._database.engine, "before_cursor_execute", lambda _, __, statement, *___: asked.append(statement)
