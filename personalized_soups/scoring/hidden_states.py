@@ -25,6 +25,7 @@ from personalized_soups.generation.loading import Dtype, load_base, load_tokeniz
 from personalized_soups.generation.sampling import pad_left
 from personalized_soups.generation.special_tokens import num_embeddings, pad_id
 from personalized_soups.mixing.fitting import fitting_rows
+from personalized_soups.scoring.answer_batches import rows_of_answers
 from personalized_soups.scoring.base_rewards import TextItem
 from personalized_soups.scoring.encoded_answers import EncodedAnswer, encode_answer
 
@@ -161,22 +162,22 @@ class HiddenStates:
             InputError: if a prompt or answer cannot be encoded or is too long for the base.
             RunError: if a batch does not fit on the GPU. The message gives a smaller batch size.
         """
-        unique = {item: self.encode(item) for item in items}
-        # answers of similar length share a batch, so that a batch has little padding
-        order = sorted(unique, key=lambda item: len(unique[item].ids))
-        states: dict[TextItem, npt.NDArray[np.float64]] = {}
-        for start in range(0, len(order), self._batch_size):
-            chosen = order[start : start + self._batch_size]
-            batch = [unique[item] for item in chosen]
-            longest = partial(len, batch[-1].ids)
-            with fitting_rows(self._model, len(batch), longest), torch.no_grad():
-                pooled_BH = self.pooled(batch).cpu().double()  # some devices have no float64
-            states.update(zip(chosen, pooled_BH.numpy(), strict=True))
-            if on_done is not None:
-                on_done(len(states))
-        if not items:
-            return np.zeros((0, int(self._backbone.config.hidden_size)))
-        return np.stack([states[item] for item in items])
+        return rows_of_answers(
+            items,
+            encode=self.encode,
+            num_fitting=lambda _: self._batch_size,
+            compute=self._states,
+            width=int(self._backbone.config.hidden_size),
+            on_done=on_done,
+        )
+
+    def _states(self, answers: Sequence[EncodedAnswer]) -> npt.NDArray[np.float64]:
+        """Return [B, H], float64, on the CPU: the pooled hidden states of one batch, the longest answer last."""
+        longest = partial(len, answers[-1].ids)
+        with fitting_rows(self._model, len(answers), longest), torch.no_grad():
+            pooled_BH = self.pooled(answers).cpu().double()  # some devices have no float64
+        states: npt.NDArray[np.float64] = pooled_BH.numpy()
+        return states
 
     def encode(self, item: TextItem) -> EncodedAnswer:
         """Return the token ids of a prompt with an answer.

@@ -23,6 +23,7 @@ from personalized_soups.adapters.library import Expert
 from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.mixing.fitting import fitting_rows
 from personalized_soups.mixing.model import SoupModel
+from personalized_soups.scoring.answer_batches import rows_of_answers
 from personalized_soups.scoring.base_rewards import TextItem
 from personalized_soups.scoring.encoded_answers import EncodedAnswer, encode_answer
 from personalized_soups.scoring.expert_digests import expert_digest
@@ -164,19 +165,14 @@ class ImplicitRewards:
         Arguments and errors are those of `features`.
         """
         self._check_experts()
-        unique = {item: self._encoded(item) for item in items}
-        # Answers of similar length share a batch, so that a batch has little padding.
-        order = sorted(unique, key=lambda item: len(unique[item].ids))
-        rows: dict[TextItem, npt.NDArray[np.float64]] = {}
-        while len(rows) < len(order):
-            # The last answer of a batch is the longest, but how many answers fit depends on it.
-            rest = order[len(rows) :]
-            num = self._num_fitting([unique[item].num_answer for item in rest])
-            batch = [unique[item] for item in rest[:num]]
-            rows.update(zip(rest[:num], self._batch(batch), strict=True))
-            if on_done is not None:
-                on_done(len(rows))
-        table = np.array([rows[item] for item in items]).reshape(len(items), len(self.names) + 1)
+        table = rows_of_answers(
+            items,
+            encode=self._encoded,
+            num_fitting=self._num_fitting,
+            compute=self._batch,
+            width=len(self.names) + 1,
+            on_done=on_done,
+        )
         return MeasuredAnswers(table[:, :-1], table[:, -1])
 
     def _batch(self, answers: Sequence[EncodedAnswer]) -> npt.NDArray[np.float64]:
@@ -205,11 +201,11 @@ class ImplicitRewards:
         assert least_N is not None  # the base is the first policy
         return np.column_stack([rewards_NE, least_N])
 
-    def _num_fitting(self, num_answer_tokens: Sequence[int]) -> int:
+    def _num_fitting(self, answers: Sequence[EncodedAnswer]) -> int:
         """Return how many of the next answers fit in one batch, at least 1."""
         longest, count = 0, 0
-        for num in num_answer_tokens:
-            longest = max(longest, num)
+        for answer in answers:
+            longest = max(longest, answer.num_answer)
             if count and (count + 1) * (1 + len(self.names)) > self._max_rows(longest):
                 break
             count += 1
