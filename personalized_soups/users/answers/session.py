@@ -28,9 +28,9 @@ from personalized_soups.users.answers.stopping import StoppingRule, expected_agr
 from personalized_soups.users.answers.wording import notes
 
 # The standard deviation of a user's preference for a position, in units of the margin: half of the typical margin of a
-# question (`pairing.TYPICAL_MARGIN`), because most users read both answers. Measured on the tiny base, with 30 users who
-# always choose the first answer: they get 1.5 clear preferences each without it, 0.13 with a deviation of 1, and none
-# with 2. The agreement of users with a taste stays at 0.92.
+# question (`pairing.TYPICAL_MARGIN`), because most users read both answers. Measured on the tiny base: 30 users who
+# always choose the first answer get 1.5 clear preferences each without it, 0.13 with a deviation of 1, and none with 2.
+# The agreement of users with a taste stays at 0.92.
 POSITION_DEVIATION = 2.0
 
 
