@@ -11,7 +11,7 @@ from types import FrameType
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """Within the block, take the first Ctrl-C as a request to stop. Yield a function that tells whether there was one.
+    """Within the block, take the first Ctrl-C as a request to stop. Yield a function that returns whether it came.
 
     A second Ctrl-C raises KeyboardInterrupt. Outside the main thread, and in processes that ignore Ctrl-C, the block
     changes nothing, and the function returns False.

@@ -81,7 +81,7 @@ def tune(
         typer.Option(min=1, help="Search separate weights for this many groups of layers.", show_default=False),
     ] = None,
     allow_opposed: AllowOpposedOption = False,
-    store: ServedStoreOption = None,
+    profiles: ServedStoreOption = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Profile file to write; with --layer-groups, JSON weights.", show_default=False),
@@ -110,7 +110,7 @@ def tune(
     check_temperature(temperature)
     check_extra("search", "cmaes")
     evidence: Evidence = checked_evidence(examples, scorer, prompts, dimensions)
-    target = TuningTarget.checked(user, store, out, overwrite=overwrite, by_layer=layer_groups is not None)
+    target = TuningTarget.checked(user, profiles, out, overwrite=overwrite, by_layer=layer_groups is not None)
     run = TuningRun(
         evidence,
         LoadOptions(base, device, checked_dtype(dtype), same_base),

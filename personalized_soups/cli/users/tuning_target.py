@@ -53,8 +53,8 @@ class TuningTarget:
             raise UsageError(
                 "weights that differ between layers do not fit into a stored profile, which has one number for each "
                 "expert",
-                where="--layer-groups, --store",
-                mend="give --out weights.json instead of --store, or remove --layer-groups",
+                where="--layer-groups, --profiles",
+                mend="give --out weights.json instead of --profiles, or remove --layer-groups",
             )
         if out is not None and os.path.lexists(out) and (out.is_dir() or not overwrite):
             raise OutputExistsError(

@@ -79,7 +79,7 @@ class UserQuestions:
             self._pool.check_experts({name: expert_digest(experts[name].folder) for name in pooled if name in experts})
         except SoupError as error:
             _log.error("no questions can be asked: %s; %s", error.what, error.mend)
-            # The log names the folder of the questions. Clients are not told the folders of this machine.
+            # The log names the folder of the questions. Responses must not contain folders of this machine.
             what = error.what if isinstance(error, UsageError) else "the files of an expert cannot be read"
             self._fault = f"{what}; make the questions again with psoups questions make, and start the server again"
         else:

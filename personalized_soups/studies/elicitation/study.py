@@ -73,7 +73,7 @@ class ElicitationStudy:
         per_known: the number of questions that each known user answers.
         pool_prompts: the number of prompts of the questions.
         num_questions: the number of questions of a pool.
-        systems: the systems to run beside the experts' implicit rewards.
+        systems: the systems to run in addition to the experts' implicit rewards.
         device: `auto`, `cpu` or `cuda`.
         num_workers: the number of worker processes that train experts.
     """

@@ -1,6 +1,6 @@
 """The trained tables from which the soft tokens of each user are computed. arXiv 2402.05133, section 4.
 
-Users are numbered from 1. Number 0 is the generic user, who stands for everybody whom the tables do not know.
+Users are numbered from 1. Number 0 is the generic user. Users who are not in the tables get the generic user's tokens.
 
 Shapes: U = known users, T = soft tokens of one user, K = clusters, H = width of the embeddings, N = rows asked for.
 """

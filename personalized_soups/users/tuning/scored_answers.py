@@ -113,7 +113,7 @@ class ScoredAnswers:
 
 
 def rating_of(name: str, catalogue: Catalogue) -> Rating:
-    """Return the rating that a scorer's name stands for. Its values are in [0, 1].
+    """Return the rating that a scorer's name selects. Its values are in [0, 1].
 
     Args:
         name: the name of a side (how well an answer fits the side), of a dimension (how far an answer lies toward its

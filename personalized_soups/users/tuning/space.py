@@ -35,7 +35,7 @@ class Axis:
 
     @property
     def is_signed(self) -> bool:
-        """Whether one number stands for two opposed experts: the second if it is positive, the first if negative."""
+        """Whether one number weighs two opposed experts: the second if it is positive, the first if negative."""
         return [len(side) for side in self.sides] == [1, 1]
 
     @property
@@ -73,9 +73,9 @@ class Axis:
 
 
 class SearchSpace:
-    """Vectors of numbers, and the weights that they stand for.
+    """Vectors of numbers, and the weights that they mean.
 
-    If opposed sides are not allowed, one signed number stands for two opposed experts. A coordinate is repeated for
+    If opposed sides are not allowed, one signed number weighs two opposed experts. A coordinate is repeated for
     each layer group.
 
     Attributes:
@@ -84,7 +84,7 @@ class SearchSpace:
 
     Args:
         experts: the names of the experts.
-        sides: the rule that tells which experts are opposed. None allows opposed sides, so each expert has a number.
+        sides: the rule that finds opposed experts. None allows opposed sides, so each expert has a number.
         groups: the patterns of each layer group. None gives all layers the same weights.
     """
 

@@ -127,7 +127,7 @@ def tune_weights(
         limit: each number is searched in [-limit, limit].
         layer_groups: search separate weights for so many contiguous groups of layers. None gives all layers the same
             weights.
-        allow_opposed: search a weight for each expert. By default, one signed number stands for two experts of opposed
+        allow_opposed: search a weight for each expert. By default, one signed number is used for two experts of opposed
             sides. A start that has `allow_opposed: true` implies it.
         seed: the seed of the candidates and of the split of the items.
         on_generation: called after each generation with the number of evaluated candidates and the best score.

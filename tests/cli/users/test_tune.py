@@ -64,7 +64,7 @@ def test_better_weights_become_the_next_version_and_a_file(
 ) -> None:
     _scored_by(monkeypatch, Peak(3, {"friendly": 0.8}))
     store, out = tmp_path / "profiles.db", tmp_path / "ada.yaml"
-    code, output, messages = tune("--store", store, "--out", out, "--budget", 60)
+    code, output, messages = tune("--profiles", store, "--out", out, "--budget", 60)
     assert code == 0, messages
     assert "ada is at version 1" in messages
     assert f"written to {out}" in messages
@@ -77,7 +77,7 @@ def test_better_weights_become_the_next_version_and_a_file(
         assert text in output
 
     # the next search starts from what is stored, in its --json form too
-    code, output, messages = tune("--store", store, "--budget", 12, "--sigma", 0.01, "--json")
+    code, output, messages = tune("--profiles", store, "--budget", 12, "--sigma", 0.01, "--json")
     assert code == 0, messages
     assert "starting from version 1" in messages
     result = json.loads(output)
@@ -117,7 +117,7 @@ def test_nothing_better_changes_nothing(tune: Tune, tmp_path: Path, monkeypatch:
     store, out = tmp_path / "profiles.db", tmp_path / "ada.yaml"
     with ProfileStore.open(store) as opened:
         opened.put(Profile(user="ada", weights={"friendly": 0.8}))
-    code, output, messages = tune("--store", store, "--out", out, "--budget", 20)
+    code, output, messages = tune("--profiles", store, "--out", out, "--budget", 20)
     assert code == 0
     assert "nothing is written" in messages
     assert "0.8" in output
@@ -190,7 +190,7 @@ def _interrupting(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
 
 def test_the_first_ctrl_c_keeps_what_was_found(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _interrupting(monkeypatch, 1)
-    code, _, messages = tune("--store", tmp_path / "profiles.db", "--population", 10)
+    code, _, messages = tune("--profiles", tmp_path / "profiles.db", "--population", 10)
     assert code == 0
     assert "stopped after 20 candidates" in messages
     assert "ada is at version 1" in messages
@@ -199,7 +199,7 @@ def test_the_first_ctrl_c_keeps_what_was_found(tune: Tune, tmp_path: Path, monke
 def test_the_second_ctrl_c_writes_nothing(tune: Tune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _interrupting(monkeypatch, 2)
     store = tmp_path / "profiles.db"
-    code, _, messages = tune("--store", store, "--population", 10)
+    code, _, messages = tune("--profiles", store, "--population", 10)
     assert code == 130
     assert "interrupted" in messages
     with ProfileStore.open(store) as opened:
@@ -218,7 +218,7 @@ def test_a_profile_that_another_program_changed_is_not_replaced(
         return objective.scores(candidates, items, draw=draw)
 
     monkeypatch.setattr(TextLikelihood, "scores", scores)
-    code, _, messages = tune("--store", store, "--budget", 40)
+    code, _, messages = tune("--profiles", store, "--budget", 40)
     assert code == 1
     assert "error: " in messages
     assert 'the weights found are {"friendly": 0.' in messages
@@ -234,7 +234,7 @@ def test_a_profile_that_another_program_changed_is_not_replaced(
         (("--start", "friendly=2"), "the start has a weight of magnitude 2, but limit is 1.5", "--start"),
         (("--start", "friendly"), "is not `name=number`", "weights"),
         (("--layer-groups", 3), "layer_groups is 3, but experts adapt 2 numbered layers", "--layer-groups"),
-        (("--layer-groups", 2, "--store", "p.db"), "do not fit into a stored profile", "--layer-groups, --store"),
+        (("--layer-groups", 2, "--profiles", "p.db"), "do not fit into a stored profile", "--layer-groups, --profiles"),
         (("--sigma", 0), "sigma is 0", "--sigma"),
         (("--limit", -1), "limit is -1", "--limit"),
         (("--temperature", "inf"), "the temperature is infinite", "--temperature"),

@@ -33,7 +33,7 @@ _HELP = frozenset({"?", "h", "help"})
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Answers with keys, or with words such as `tie`. Unknown keys are told, and change nothing.
+    """Answers with keys, or with words such as `tie`. Unknown keys are reported, and change nothing.
 
     Attributes:
         keyboard: what the keys are read from.

@@ -62,10 +62,10 @@ class PoolSource:
     def default_folder(self) -> Path:
         """Return the folder next to the experts, or in the current folder if the experts' folder is read-only."""
         experts = self.experts[0].absolute()
-        beside = experts.with_name(f"{experts.name}-questions")
-        if beside.exists() or os.access(experts.parent, os.W_OK):
-            return _short(beside)
-        return Path(beside.name)
+        neighbor = experts.with_name(f"{experts.name}-questions")
+        if neighbor.exists() or os.access(experts.parent, os.W_OK):
+            return _short(neighbor)
+        return Path(neighbor.name)
 
     def _made(self, folder: Path, model: SoupModel) -> QuestionPool:
         from personalized_soups.users.answers.making import make_questions

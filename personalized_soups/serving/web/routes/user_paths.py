@@ -2,7 +2,7 @@
 
 A user's name may contain any character, including slashes, so `/v1/profiles/a/questions` could mean the questions of
 `a` or the profile of `a/questions`. It means the questions of `a`. The profile of `a/questions` is at
-`/v1/profiles/a%2Fquestions`. The raw path tells these apart, but routing sees only the decoded path.
+`/v1/profiles/a%2Fquestions`. The raw paths differ, but routing sees only the decoded path.
 """
 
 from __future__ import annotations
