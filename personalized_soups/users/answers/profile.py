@@ -21,7 +21,7 @@ from personalized_soups.errors import UsageError
 from personalized_soups.users.answers.estimate import Estimate
 from personalized_soups.users.answers.preferences import experts_by_dimension, preferences_of
 
-# The greatest weight of a profile. Chosen on validation topics of the tiny base.
+# The greatest weight of a profile, chosen on validation topics of the tiny base (docs/explanation/decisions.md).
 SCALE = 0.6
 
 # Weights below this share of the greatest weight are left out of the profile.
