@@ -41,8 +41,3 @@ class LabelMatrix:
         np.add.at(counts, cells, 1.0)
         means = np.divide(totals, counts, out=np.full(shape, np.nan), where=counts > 0)
         return cls(means, pairs[0], pairs[1])
-
-    @property
-    def labels_per_pair(self) -> float:
-        """The mean number of users who compared a pair."""
-        return float(np.isfinite(self.labels).sum() / max(1, self.labels.shape[1]))

@@ -16,13 +16,11 @@ def test_a_pair_in_the_other_order_is_the_same_pair_with_the_other_label() -> No
     assert (matrix.a.tolist(), matrix.b.tolist()) == ([0, 2], [1, 3])
     # the mean of user 0's two labels; user 1 prefers item 1, and item 3; user 0 did not compare items 2 and 3
     np.testing.assert_array_equal(matrix.labels, [[0.75, np.nan], [0.0, 0.0]])
-    assert matrix.labels_per_pair == 1.5
 
 
 def test_no_comparisons_give_an_empty_matrix() -> None:
     matrix = LabelMatrix.of(Comparisons(np.eye(2), [], [], [], []))
     assert matrix.labels.shape == (0, 0)
-    assert matrix.labels_per_pair == 0
 
 
 def test_imputation_at_the_wanted_rank_is_that_of_a_loop() -> None:
