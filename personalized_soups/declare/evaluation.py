@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
 
 from personalized_soups.declare.declared import Declared, refusal
+from personalized_soups.declare.dimension import Catalogue, LengthScorer, Name, ReadabilityScorer, ScorerSpec
 from personalized_soups.declare.profile import MethodName
+from personalized_soups.errors import DeclarationError, choose_from
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Temperature = Annotated[float, Field(gt=0)]
 MixingWeight = Annotated[float, Field(gt=0)]
+
+SystemName: TypeAlias = Literal["preference_prompting", "single_expert", "soup_prompting"]
+"""The systems that a study can compare with the base and the soups."""
 
 
 class PairsRecipe(Declared):
@@ -42,15 +47,40 @@ class SweepRecipe(Declared):
     num_steps: Annotated[int, Field(ge=2)]
 
 
+class ExternalRecipe(Declared):
+    """How prompts are drawn from files that are not the study's own (`--external`)."""
+
+    num_prompts: PositiveInt = Field(default=50, description="The number of prompts that are drawn from each file.")
+    max_prompt_tokens: PositiveInt = Field(
+        default=256, description="Prompts with more tokens are skipped, and the report counts them."
+    )
+
+
 class StudyRecipe(Declared):
     """All settings of a study except the training of its experts, which has recipes of its own (recipes/train)."""
 
     pairs: PairsRecipe
     selection: SelectionRecipe
-    sweep: SweepRecipe
+    sweep: SweepRecipe | None = Field(default=None, description="Left out, no sweep between two sides is made.")
     num_prompts: PositiveInt = Field(description="The number of held-out prompts for each combination.")
     temperature: Temperature = 0.7
     max_new_tokens: PositiveInt = 160
+    batch_size: PositiveInt | None = Field(
+        default=None,
+        description="The number of answers that are generated at once, each with its own mixture of experts. Left out, "
+        "each model is merged, and answers all its prompts at once.",
+    )
+    systems: tuple[SystemName, ...] = Field(
+        default=(),
+        description="Systems that are compared with the base and the soups. `preference_prompting`: the base, with the "
+        "instructions of the wanted sides before the prompt. `single_expert`: the best of the wanted experts alone, "
+        "chosen on validation. `soup_prompting`: the best soup, with the instructions.",
+    )
+    judges: dict[Name, ScorerSpec] = Field(
+        default={},
+        description="A held-out judge for each dimension: a scorer other than the one that labels the pairs.",
+    )
+    external: ExternalRecipe = ExternalRecipe()
 
     @model_validator(mode="after")
     def _check_growing(self) -> Self:
@@ -62,3 +92,45 @@ class StudyRecipe(Declared):
                     key=("selection", "weights", method),
                 )
         return self
+
+    @model_validator(mode="after")
+    def _check_systems(self) -> Self:
+        repeated = [name for name in self.systems if self.systems.count(name) > 1]
+        if repeated:
+            raise refusal(f"the system {repeated[0]!r} is repeated", mend="write it once", key=("systems",))
+        return self
+
+    def check_judges(self, catalogue: Catalogue) -> None:
+        """Check that each dimension has a judge that is not the scorer of its pairs. Without judges, check nothing.
+
+        Raises:
+            DeclarationError: if a judge's dimension is unknown, a dimension has no judge, or a judge measures the same
+                as a scorer that labels the pairs of its dimension.
+        """
+        for name, judge in self.judges.items():
+            if name not in catalogue.dimensions:
+                raise DeclarationError(
+                    f"unknown dimension {name!r}",
+                    where=self.place("judges", name),
+                    mend=choose_from(name, catalogue.dimensions),
+                )
+            for side in catalogue.dimensions[name].sides:
+                if _measures_the_same(judge, catalogue.scorer_of(side)):
+                    raise DeclarationError(
+                        f"the judge of {name!r} measures the same as the scorer that labels the pairs of {side!r}",
+                        where=self.place("judges", name),
+                        mend="declare another scorer as the judge, so that it is independent of the labels",
+                    )
+        missing = [name for name in catalogue.dimensions if name not in self.judges]
+        if self.judges and missing:
+            raise DeclarationError(
+                f"the dimension {missing[0]!r} has no judge",
+                where=self.place("judges"),
+                mend="declare a judge for every dimension, or remove all judges",
+            )
+
+
+def _measures_the_same(judge: ScorerSpec, scorer: ScorerSpec) -> bool:
+    """Return whether two scorers are equal, or differ only in the ends of their scale."""
+    rescaled = (LengthScorer, ReadabilityScorer)
+    return judge == scorer or any(isinstance(judge, kind) and isinstance(scorer, kind) for kind in rescaled)

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from personalized_soups.declare.dimension import Catalogue, MarkersScorer
 from personalized_soups.declare.evaluation import StudyRecipe
 from personalized_soups.declare.loader import dump, load, load_text
-from personalized_soups.declare.shipped import recipes_folder
+from personalized_soups.declare.shipped import recipes_folder, shipped_recipe
 from personalized_soups.errors import DeclarationError
 
 
@@ -40,3 +41,71 @@ def test_what_cannot_be_run_is_refused_with_its_line(line: str, changed: str, wh
     number = next(n for n, each in enumerate(text.splitlines(), start=1) if line in each)
     assert f"study.yaml:{number}" in caught.value.where
     assert what in f"{caught.value.what} {caught.value.where}"
+
+
+RECIPE = (
+    "pairs: {num_prompts: 8, num_samples: 4, min_gap: 0.3, max_pairs: 8}\n"
+    "selection: {num_prompts: 8, weights: {linear: [0.5]}}\n"
+    "num_prompts: 8\n"
+)
+JUDGES = {
+    "expertise": "{kind: length, low: 5, high: 50}",
+    "informativeness": "{kind: readability, low: 4, high: 14}",
+    "style": "{kind: markers, high: [dear], low: [whatever]}",
+}
+
+
+def recipe_with(judges: dict[str, str]) -> StudyRecipe:
+    lines = "".join(f"  {name}: {judge}\n" for name, judge in judges.items())
+    return load_text(RECIPE + ("judges:\n" + lines if judges else ""), StudyRecipe, "study.yaml")
+
+
+def psoups() -> Catalogue:
+    return load(shipped_recipe("dimensions/psoups.yaml"), Catalogue)
+
+
+def test_each_dimension_needs_a_judge_that_did_not_label_its_pairs() -> None:
+    recipe_with({}).check_judges(psoups())
+    recipe_with(JUDGES).check_judges(psoups())
+    recipe_with(JUDGES).check_judges(load(shipped_recipe("dimensions/tiny.yaml"), Catalogue))
+
+
+@pytest.mark.parametrize(
+    ("changed", "what", "line"),
+    [
+        # psoups.yaml labels expertise by readability. Another scale of the same measure is no other judge.
+        ({"expertise": "{kind: readability, low: 4, high: 14}"}, "labels the pairs of 'elementary'", 5),
+        ({"expertise": "{kind: readability, low: 1, high: 20}"}, "labels the pairs of 'elementary'", 5),
+        ({"informativeness": "{kind: length, low: 1, high: 2}"}, "labels the pairs of 'concise'", 6),
+        ({"colour": "{kind: length, low: 1, high: 2}"}, "unknown dimension 'colour'", 8),
+    ],
+)
+def test_a_judge_that_is_no_second_measure_is_refused(changed: dict[str, str], what: str, line: int) -> None:
+    with pytest.raises(DeclarationError) as caught:
+        recipe_with({**JUDGES, **changed}).check_judges(psoups())
+    assert what in str(caught.value)
+    assert f"study.yaml:{line}: judges" in caught.value.where
+
+
+def test_a_judge_equal_to_the_scorer_of_one_side_is_refused() -> None:
+    sassy = psoups().sides["sassy"].scorer
+    assert isinstance(sassy, MarkersScorer)
+    judge = recipe_with(JUDGES)
+    same = judge.replaced(judges={**judge.judges, "style": sassy})
+    with pytest.raises(DeclarationError, match="labels the pairs of 'sassy'"):
+        same.check_judges(psoups())
+
+
+def test_a_dimension_without_a_judge_is_refused_only_if_others_have_one() -> None:
+    with pytest.raises(DeclarationError, match="the dimension 'style' has no judge"):
+        recipe_with({name: judge for name, judge in JUDGES.items() if name != "style"}).check_judges(psoups())
+
+
+@pytest.mark.parametrize(
+    ("systems", "what"),
+    [("[soup_prompting, best_guess]", "best_guess"), ("[single_expert, single_expert]", "repeated")],
+)
+def test_an_unknown_and_a_repeated_system_are_refused(systems: str, what: str) -> None:
+    with pytest.raises(DeclarationError, match=what) as caught:
+        load_text(RECIPE + f"systems: {systems}\n", StudyRecipe, "study.yaml")
+    assert "study.yaml:4: systems" in caught.value.where
