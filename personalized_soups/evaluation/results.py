@@ -65,6 +65,71 @@ class MethodScores(ValidationScores):
     distinct_bigrams: float
 
 
+class SystemScores(Scores):
+    """Scores of one system: for one combination of sides, or averaged over all combinations, where `sides` is empty.
+
+    `per_dimension` scores towards the sides of the combination; averaged, towards the wanted side of each combination.
+    `intervals` has the 95% intervals of `mean`, `joint` and `valid`, from a bootstrap over prompts. `judged` and
+    `judged_joint` are `per_dimension` and `joint` by the held-out judges. `expert` is the expert of `single_expert`.
+    """
+
+    system: str
+    sides: Sequence[str]
+    intervals: Mapping[str, Interval]
+    judged: NotRequired[Mapping[str, float]]
+    judged_joint: NotRequired[float]
+    expert: NotRequired[str]
+
+
+class Movement(TypedDict):
+    """How far the best soup moved one dimension's score towards the wanted side: its score minus the base's.
+
+    The interval is a 95% bootstrap over prompts of the paired difference. `judged` is the difference by the held-out
+    judge. `moved` is whether `difference` is above 0.
+    """
+
+    sides: Sequence[str]
+    dimension: str
+    base: float
+    soup: float
+    difference: float
+    interval: Interval
+    moved: bool
+    judged: NotRequired[float]
+
+
+class Gain(TypedDict):
+    """The best soup's joint score minus that of another system, averaged over the combinations.
+
+    The interval is a 95% bootstrap over prompts of the paired difference.
+    """
+
+    over: str
+    joint: float
+    interval: Interval
+
+
+class Comparison(TypedDict):
+    """All systems of a study on the same prompts. The best soup is the soup of the results' `best_method`."""
+
+    num_prompts: int
+    rows: Sequence[SystemScores]
+    averages: Sequence[SystemScores]
+    movements: Sequence[Movement]
+    gains: Sequence[Gain]
+
+
+class ExternalComparison(Comparison):
+    """A comparison on prompts of a file that is not the study's own.
+
+    `num_in_file` is the number of prompts in the file, and `num_skipped` that of those that were too long.
+    """
+
+    file: str
+    num_in_file: int
+    num_skipped: int
+
+
 class Check(TypedDict):
     """One target: the measured value, its bar, and whether the value meets the bar.
 
@@ -83,7 +148,9 @@ class Results(TypedDict):
     A point of a sweep is (w, score). The expert of the dimension's high side has the weight w, and the expert of its
     low side has the weight 1 - w. The score is towards the high side. `num_prompts` is the number of prompts for each
     combination, and `num_samples` is the number of answers to each prompt. `files` maps captions to paths relative to
-    the report.
+    the report. `memory` is an upper bound of the resident memory in each stage, in bytes: the sum of the largest
+    memory of each process. `comparison` compares the systems that the recipe names, and `external` repeats this on
+    other files of prompts, by name.
     """
 
     base: BaseScores
@@ -102,10 +169,13 @@ class Results(TypedDict):
     checks: Sequence[Check]
     versions: Mapping[str, str]
     files: NotRequired[Mapping[str, str]]
+    memory: NotRequired[Mapping[str, int]]
+    comparison: NotRequired[Comparison]
+    external: NotRequired[Mapping[str, ExternalComparison]]
 
 
 class NamedAnswer(TypedDict):
-    """The answer of one model. Its name is "base" or the sides that the model was merged for."""
+    """The answer of one model. Its name is "base", or the sides that the model was merged for, or a system's name."""
 
     name: str
     answer: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import fsum
 
@@ -24,12 +24,14 @@ class Graded:
         answer: the model's answer.
         valid: whether every scorer calls the answer well formed and on topic.
         toward: the score in [0, 1] towards each side. All scores of an invalid answer are 0.
+        judged: the same, by the held-out judges. It is empty without judges.
     """
 
     prompt: str
     answer: str
     valid: bool
     toward: Mapping[str, float]
+    judged: Mapping[str, float] = field(default_factory=dict)
 
 
 def grade(
