@@ -80,13 +80,13 @@ def deltas(folder: Path) -> dict[str, Matrix]:
     tensors = read_tensors(folder / "adapter_model.safetensors")
     found = {}
     for module, (a, b) in factors(tensors).items():
-        rank = a.shape[0]
-        alpha = next(
-            (v for k, v in config.get("alpha_pattern", {}).items() if module.endswith(k)), config["lora_alpha"]
-        )
-        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        found[module] = scaling * (b @ a)
+        found[module] = _scaling(config, module, len(a)) * (b @ a)
     return found
+
+
+def _scaling(config: Mapping[str, Any], module: str, rank: int) -> float:
+    alpha = next((v for k, v in config.get("alpha_pattern", {}).items() if module.endswith(k)), config["lora_alpha"])
+    return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def factors(tensors: Mapping[str, Matrix]) -> dict[str, tuple[Matrix, Matrix]]:
@@ -111,8 +111,7 @@ def magnitudes(folders: Sequence[Path], weights: Sequence[float]) -> dict[str, M
     for folder, weight in zip(folders, weights, strict=True):
         config = json.loads((folder / "adapter_config.json").read_text())
         for module, (a, b) in factors(read_tensors(folder / "adapter_model.safetensors")).items():
-            scaling = config["lora_alpha"] / (math.sqrt(len(a)) if config.get("use_rslora") else len(a))
-            part = abs(weight * scaling) * (np.abs(b) @ np.abs(a))
+            part = abs(weight * _scaling(config, module, len(a))) * (np.abs(b) @ np.abs(a))
             total[module] = total.get(module, np.zeros_like(part)) + part
     return total
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.names import composite_core
-from personalized_soups.adapters.provenance import BaseRecord
+from personalized_soups.adapters.provenance import BaseAdapterRecord, BaseRecord
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.errors import IncompatibleExpertsError
 
@@ -24,14 +24,15 @@ _MAX_SHOWN = 8
 def disagreements(experts: Sequence[Expert], *, same_base: bool = False) -> list[IncompatibleExpertsError]:
     """Return one error for each kind of difference between experts, or [] if the experts fit together.
 
-    The kinds are different bases, different names and different shapes. Only headers and records are read.
+    The kinds are different bases, different base adapters, different names and different shapes. Only headers and
+    records are read.
 
     Args:
         experts: the experts.
         same_base: do not compare the bases.
     """
     bases = [] if same_base else _of_bases(experts)
-    return bases + other_names(experts) + _of_shapes(experts)
+    return bases + other_adapters(experts) + other_names(experts) + other_shapes(experts)
 
 
 def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[IncompatibleExpertsError]:
@@ -59,6 +60,51 @@ def strangers(experts: Sequence[Expert], fingerprint: str, where: str) -> list[I
             mend="give the base of the experts, or pass same_base=True if the given base is a converted copy of it",
         )
     ]
+
+
+def unlike(experts: Sequence[Expert], on: BaseAdapterRecord | None) -> list[IncompatibleExpertsError]:
+    """Return one error with the names of all experts that were trained on another base adapter than `on`, or [].
+
+    Experts without a record are skipped, because no file says on top of which adapter they were trained.
+
+    Args:
+        experts: the experts.
+        on: the base adapter that is given, or None if the base is given alone.
+    """
+    different = [expert for expert in experts if expert.has_record and _digest(expert.on) != _digest(on)]
+    if not different:
+        return []
+    of_experts = "; ".join(f"{expert.name}: {described_adapter(expert)}" for expert in different[:_MAX_SHOWN])
+    first = different[0].on
+    if on is None and first is not None:
+        return [
+            IncompatibleExpertsError(
+                f"experts were trained on top of an adapter, but no adapter is given: {of_experts}",
+                where=", ".join(expert.name for expert in different[:_MAX_SHOWN]),
+                mend=f"give the folder of this adapter: on={first.name}",
+            )
+        ]
+    assert on is not None
+    return [
+        IncompatibleExpertsError(
+            f"experts were not trained on top of the adapter that is given ({on.name}, {on.digest[:12]}): {of_experts}",
+            where=on.name,
+            mend="give the adapter on top of which the experts were trained" if first else f"leave out on={on.name}",
+        )
+    ]
+
+
+def described_adapter(expert: Expert) -> str:
+    """Return a text that says on top of which adapter an expert was trained."""
+    if expert.on is not None:
+        return f"on top of {expert.on.name} ({expert.on.digest[:12]})"
+    if expert.soup is not None and expert.soup.on is not None:
+        return f"a soup that includes {expert.soup.on.name}"
+    return "without an adapter"
+
+
+def _digest(on: BaseAdapterRecord | None) -> str | None:
+    return None if on is None else on.digest
 
 
 def is_same_base(
@@ -93,6 +139,21 @@ def _of_bases(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
             + "; ".join(f"{name}: {base}" for name, base in list(named.items())[:_MAX_SHOWN]),
             where=", ".join(list(named)[:_MAX_SHOWN]),
             mend="merge experts of one base, or pass same_base=True if these are names of the same base",
+        )
+    ]
+
+
+def other_adapters(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
+    """Return one error if the records of the experts name different base adapters, else []."""
+    known = [expert for expert in experts if expert.has_record]
+    if len({_digest(expert.on) for expert in known}) < 2:
+        return []
+    return [
+        IncompatibleExpertsError(
+            "the experts were trained on top of different adapters: "
+            + "; ".join(f"{expert.name}: {described_adapter(expert)}" for expert in known[:_MAX_SHOWN]),
+            where=", ".join(expert.name for expert in known[:_MAX_SHOWN]),
+            mend="merge experts of one adapter, or train some of them again on top of the same adapter",
         )
     ]
 
@@ -136,7 +197,8 @@ def _targets_by_core(expert: Expert) -> dict[str, set[str]]:
     return by_core
 
 
-def _of_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
+def other_shapes(experts: Sequence[Expert]) -> list[IncompatibleExpertsError]:
+    """Return one error if experts adapt the same module in different kinds or shapes, else []."""
     first: dict[str, tuple[Expert, str]] = {}
     differences = []
     for expert in experts:

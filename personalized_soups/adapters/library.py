@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Self
 
 from personalized_soups.adapters.lora import LoraAdapter
-from personalized_soups.adapters.provenance import BaseRecord, ExpertRecord, read_expert_record
+from personalized_soups.adapters.provenance import (
+    BaseAdapterRecord,
+    BaseRecord,
+    ExpertRecord,
+    SoupRecord,
+    read_expert_record,
+    read_soup_record,
+)
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, InputError, UsageError, choose_from
 from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -42,6 +49,26 @@ class Expert:
     def record(self) -> ExpertRecord | None:
         """The contents of expert.json, or None if the folder has no expert.json."""
         return read_expert_record(self.folder)
+
+    @cached_property
+    def soup(self) -> SoupRecord | None:
+        """The contents of soup.json, or None if the folder has no soup.json."""
+        return read_soup_record(self.folder)
+
+    @property
+    def on(self) -> BaseAdapterRecord | None:
+        """The adapter on top of which the base model must run with this expert, or None if no record names one.
+
+        A soup that includes this adapter's delta needs no adapter, so its value is None.
+        """
+        if self.record is not None:
+            return self.record.on
+        return None if self.soup is None or self.soup.on_folder is not None else self.soup.on
+
+    @property
+    def has_record(self) -> bool:
+        """Whether expert.json or soup.json says on top of which adapter the expert was trained, if any."""
+        return self.record is not None or self.soup is not None
 
     @property
     def side(self) -> str | None:

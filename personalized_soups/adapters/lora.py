@@ -109,8 +109,11 @@ class LoraAdapter:
 
     def a_bytes(self, module: str) -> tuple[TensorEntry, memoryview]:
         """Return the header's entry of a module's A, and its bytes in the file. The bytes are not copied."""
-        name = self._module(module).a_name
-        return self._weights.entry(name), self._weights.raw(name)
+        return self._bytes(self._module(module).a_name)
+
+    def b_bytes(self, module: str) -> tuple[TensorEntry, memoryview]:
+        """Return the header's entry of a module's B, and its bytes in the file. The bytes are not copied."""
+        return self._bytes(self._module(module).b_name)
 
     @property
     def dtypes(self) -> frozenset[str]:
@@ -127,6 +130,9 @@ class LoraAdapter:
     def num_bytes(self) -> int:
         """The total size of the weight files in bytes."""
         return self._weights.num_bytes
+
+    def _bytes(self, name: str) -> tuple[TensorEntry, memoryview]:
+        return self._weights.entry(name), self._weights.raw(name)
 
     def _module(self, name: str) -> LoraModule:
         try:

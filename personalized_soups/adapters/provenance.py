@@ -29,6 +29,13 @@ class BaseRecord(Declared):
     fingerprint: str | None = Field(default=None, description="Fingerprint of the base model, from base_fingerprint().")
 
 
+class BaseAdapterRecord(Declared):
+    """A base adapter: the adapter, such as an SFT adapter, on top of which experts were trained."""
+
+    name: str = Field(description="Name of the adapter's folder.")
+    digest: str = Field(description="Digest of the adapter, from BaseAdapter.digest.")
+
+
 class DataRecord(Declared):
     """The preference pairs that an expert was trained on."""
 
@@ -47,6 +54,11 @@ class ExpertRecord(Declared):
     )
     dimension: str | None = Field(default=None, description="The dimension of that side.")
     base: BaseRecord = Field(default_factory=BaseRecord)
+    on: BaseAdapterRecord | None = Field(
+        default=None,
+        description="The adapter on top of which the expert was trained. Left out for an expert trained on the base "
+        "alone.",
+    )
     recipe: dict[str, Any] = Field(default_factory=dict, description="All hyperparameters of the training.")
     basis: Literal["free", "shared"] = "free"
     data: DataRecord | None = None
@@ -54,6 +66,11 @@ class ExpertRecord(Declared):
     metrics: dict[str, float] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
     files: tuple[str, ...] = Field(default=(), description="All files of the folder that the training wrote.")
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `on` out if it is None, as older versions of the package did."""
+        return _without_none(serialize(self), "on")
 
 
 class InputRecord(Declared):
@@ -110,6 +127,15 @@ class SoupRecord(Declared):
     base_blake3: dict[str, str] = Field(
         default_factory=dict, description="BLAKE3 digest of each weight file of the base, if the merge read the base."
     )
+    on: BaseAdapterRecord | None = Field(
+        default=None,
+        description="The adapter on top of which the experts were trained. Left out if there is none.",
+    )
+    on_folder: str | None = Field(
+        default=None,
+        description="The folder of that adapter, if the soup includes the adapter's delta. Left out if the adapter "
+        "must be loaded in addition to the soup.",
+    )
     untied: str | None = Field(
         default=None,
         description="Name of the output embedding's tensor, if the merge separated the base's tied embeddings.",
@@ -125,12 +151,9 @@ class SoupRecord(Declared):
     files: tuple[str, ...] = Field(default=(), description="All files of the folder that the merge wrote.")
 
     @model_serializer(mode="wrap")
-    def _without_empty_source(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `method_source` out for built-in methods, as older versions of the package did."""
-        table: dict[str, Any] = serialize(self)
-        if table.get("method_source", self) is None:
-            del table["method_source"]
-        return table
+    def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out fields that are None and that older versions of the package did not write."""
+        return _without_none(serialize(self), "method_source", "on", "on_folder")
 
 
 Record = TypeVar("Record", bound=Declared)
@@ -165,6 +188,11 @@ def write_record(folder: Path, record: ExpertRecord | SoupRecord) -> Path:
     text = json.dumps(record.model_dump(mode="json"), indent=2, ensure_ascii=False, allow_nan=False)
     path.write_text(text + "\n", encoding="utf-8")
     return path
+
+
+def _without_none(table: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return the table without those of the named keys whose value is None."""
+    return {name: value for name, value in table.items() if value is not None or name not in names}
 
 
 def library_versions(*packages: str) -> dict[str, str]:

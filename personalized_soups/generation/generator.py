@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from personalized_soups.adapters.base_adapter import open_on
 from personalized_soups.devices import resolve_device
 from personalized_soups.errors import InputError
 from personalized_soups.generation.loading import (
     Dtype,
     check_adapter_folder,
+    check_same_adapter,
     check_same_base,
     load_adapter,
     load_base,
@@ -89,6 +91,7 @@ class Generator:
         base: str | Path,
         adapter: str | Path | None = None,
         *,
+        on: str | Path | None = None,
         device: str = "auto",
         dtype: Dtype = "float32",
         fold: bool = True,
@@ -99,20 +102,25 @@ class Generator:
         Args:
             base: a folder or a hub id.
             adapter: a PEFT adapter folder, or None for the base alone.
+            on: the folder of the LoRA adapter, such as an SFT adapter, on top of which `adapter` was trained. Its delta
+                is added to the base's weights, also if `adapter` is None.
             device: `auto` (CUDA if there is a CUDA device), `cpu`, `cuda`, ...
             dtype: the dtype of the model; `auto` takes the dtype of its files.
             fold: add the adapter to the base's weights once, which answers faster than computing both at every token.
             same_base: do not compare the base with the base's fingerprint that the adapter records.
 
         Raises:
-            SoupError: if the base, the adapter or the device is missing or not usable, or if the adapter was trained on
-                another base.
+            SoupError: if the base, an adapter or the device is missing or not usable, or if the adapter was trained on
+                another base or on top of another adapter than `on`.
         """
         if adapter is not None:
             check_adapter_folder(Path(adapter))
         chosen = resolve_device(device)
+        base_adapter = open_on(on, base, same_base=same_base)
+        if adapter is not None:
+            check_same_adapter(Path(adapter), None if base_adapter is None else base_adapter.record)
         tokenizer = load_tokenizer(base)
-        model: Any = load_base(base, device=chosen, dtype=dtype)
+        model: Any = load_base(base, device=chosen, dtype=dtype, on=base_adapter)
         if adapter is not None:
             if not same_base:
                 check_same_base(base, Path(adapter))

@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from personalized_soups.adapters.compatible import is_same_base
+from personalized_soups.adapters.base_adapter import BaseAdapter
+from personalized_soups.adapters.compatible import is_same_base, unlike
 from personalized_soups.adapters.fingerprint import base_fingerprint
-from personalized_soups.adapters.provenance import BaseRecord, read_expert_record, read_soup_record
+from personalized_soups.adapters.library import Expert
+from personalized_soups.adapters.provenance import (
+    BaseAdapterRecord,
+    BaseRecord,
+    read_expert_record,
+    read_soup_record,
+)
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, UsageError, choose_from
 from personalized_soups.files.file_names import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
@@ -56,7 +63,14 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32", **options: Any) -> PreTrainedModel:
+def load_base(
+    base: str | Path,
+    *,
+    device: torch.device,
+    dtype: Dtype = "float32",
+    on: BaseAdapter | None = None,
+    **options: Any,
+) -> PreTrainedModel:
     """Load a causal language model from safetensors files.
 
     Args:
@@ -64,14 +78,18 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
         device: the model's device. With a `quantization_config` or a `device_map` in `options`, transformers places
             the model, and `device` is ignored.
         dtype: the dtype of the model; `auto` takes the dtype of its files.
+        on: an adapter whose delta is added to the weights, with weight 1.
         options: further arguments of transformers' from_pretrained.
 
     Raises:
         InputError: if the model does not exist, has only pickle files, or lacks tensors.
         FileFormatError: if a safetensors file in the model's folder is damaged.
         UsageError: if the dtype is unknown.
+        SoupError: all errors of `add_adapter`.
     """
     from transformers import AutoModelForCausalLM
+
+    from personalized_soups.generation.added_adapter import add_adapter
 
     if dtype not in get_args(Dtype):
         raise UsageError(
@@ -97,6 +115,8 @@ def load_base(base: str | Path, *, device: torch.device, dtype: Dtype = "float32
             where=str(base),
             mend="copy or download the model again",
         )
+    if on is not None:
+        add_adapter(model, on)
     is_placed = {"quantization_config", "device_map"} & options.keys()
     moved: PreTrainedModel = model if is_placed else model.to(device)
     return moved
@@ -148,6 +168,17 @@ def check_same_base(base: str | Path, adapter: Path) -> None:
             mend="give the base that the adapter was trained on; or, if this is the same base in another dtype, pass "
             "same_base=True",
         )
+
+
+def check_same_adapter(adapter: Path, on: BaseAdapterRecord | None) -> None:
+    """Raise IncompatibleExpertsError if expert.json or soup.json in `adapter` records another base adapter than `on`.
+
+    Args:
+        adapter: the folder of an expert or a soup.
+        on: the base adapter that the base is loaded with, or None.
+    """
+    for fault in unlike([Expert(adapter.resolve().name, adapter)], on):
+        raise fault
 
 
 def _check_adapter(adapted: Any, file: SafetensorsFile) -> None:

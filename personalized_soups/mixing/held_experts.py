@@ -9,9 +9,10 @@ from typing import TypeAlias
 import torch
 
 from personalized_soups.adapters.library import Expert, ExpertLibrary
+from personalized_soups.adapters.provenance import BaseAdapterRecord
 from personalized_soups.errors import UsageError
 from personalized_soups.mixing.active_mixture import ActiveMixture
-from personalized_soups.mixing.layers.experts import check_known_base
+from personalized_soups.mixing.layers.experts import check_known_adapter, check_known_base
 from personalized_soups.mixing.layers.mixed_layers import MixedLayers
 from personalized_soups.mixing.profile_registry import ProfileRegistry
 from personalized_soups.mixing.served_profile import ServedProfile
@@ -33,6 +34,7 @@ class HeldExperts(Mapping[str, Expert]):
         served: the served profile of the model. The weights of removed experts are dropped from it.
         base: the folder or hub id of the base. If `base` is given, an expert that records the fingerprint of another
             base is rejected.
+        on: the adapter that the model's weights include, or None. An expert that records another adapter is rejected.
         same_base: accept the experts whatever base names and fingerprints they record.
     """
 
@@ -44,6 +46,7 @@ class HeldExperts(Mapping[str, Expert]):
         served: ServedProfile,
         *,
         base: Path | str | None,
+        on: BaseAdapterRecord | None = None,
         same_base: bool,
     ) -> None:
         self._layers = layers
@@ -51,6 +54,7 @@ class HeldExperts(Mapping[str, Expert]):
         self._active = active
         self._served = served
         self._base = base
+        self._on = on
         self._same_base = same_base
 
     def __getitem__(self, name: str) -> Expert:
@@ -119,6 +123,7 @@ class HeldExperts(Mapping[str, Expert]):
                     )
             if self._base is not None and not self._same_base:
                 check_known_base(added, self._base)
+            check_known_adapter(added, self._on)
             try:
                 # A tensor that is created in inference mode could not be changed outside of it.
                 with torch.inference_mode(False), torch.no_grad():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
+from personalized_soups.adapters.base_adapter import BaseAdapter, open_on
 from personalized_soups.declare.expert_weights import ExpertWeights, ProfileLike
 from personalized_soups.declare.profile import Profile
 from personalized_soups.devices import resolve_device
@@ -24,7 +25,7 @@ from personalized_soups.mixing.active_mixture import ActiveMixture, Mixture
 from personalized_soups.mixing.batch_rows import AS_SET, AsSet
 from personalized_soups.mixing.generating import MixedGeneration
 from personalized_soups.mixing.held_experts import Experts, HeldExperts, library_of
-from personalized_soups.mixing.layers.experts import check_known_base
+from personalized_soups.mixing.layers.experts import check_known_adapter, check_known_base
 from personalized_soups.mixing.layers.mixed_layers import MixedLayers
 from personalized_soups.mixing.named_profiles import NamedProfiles
 from personalized_soups.mixing.prefixes import PrefixCache
@@ -67,6 +68,8 @@ class SoupModel:
         tokenizer: the base's tokenizer, needed for prompts that are text.
         base: the folder or hub id that `model` was loaded from. If `base` is given, an expert that records the
             fingerprint of another base is rejected.
+        on: the adapter, such as an SFT adapter, that the weights of `model` include already: `from_pretrained` and
+            PEFT's merge_and_unload add it. Experts that were trained on top of another adapter are rejected.
         same_base: accept the experts whatever base names and fingerprints they record.
 
     Raises:
@@ -86,6 +89,7 @@ class SoupModel:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         base: Path | str | None = None,
+        on: Path | str | BaseAdapter | None = None,
         same_base: bool = False,
     ) -> None:
         self.model = model
@@ -96,8 +100,9 @@ class SoupModel:
         self._active = ActiveMixture(self.layers)
         self.served = ServedProfile(self._registry, self._active)
         self.profiles = NamedProfiles(self._registry, self._active.lock)
+        given = BaseAdapter.open(on) if isinstance(on, Path | str) else on
         parts = (self.layers, self._registry, self._active, self.served)
-        self.experts = HeldExperts(*parts, base=base, same_base=same_base)
+        self.experts = HeldExperts(*parts, base=base, on=None if given is None else given.record, same_base=same_base)
         self._generation = MixedGeneration(
             model, self._active, self._registry, cache_key=self.layers.cache_key, generator=lambda: self.generator
         )
@@ -109,6 +114,7 @@ class SoupModel:
         base: Path | str,
         experts: Experts,
         *,
+        on: Path | str | None = None,
         device: str = "auto",
         dtype: Dtype = "float32",
         same_base: bool = False,
@@ -119,14 +125,16 @@ class SoupModel:
         Args:
             base: a folder or a hub id.
             experts: a library, its folder, or several folders.
+            on: the folder of the LoRA adapter, such as an SFT adapter, on top of which the experts were trained. Its
+                delta is added to the base's weights once, so every row has it, also a row with no profile.
             device: `auto` (CUDA if there is a CUDA device), `cpu`, `cuda`, ...
             dtype: the dtype of the base and of the experts' factors.
             same_base: accept the experts whatever base names and fingerprints they record.
             options: further arguments of transformers' from_pretrained: attn_implementation, quantization_config, ...
 
         Raises:
-            SoupError: if the base, an expert or the device is missing or unusable, or if an expert was trained on
-                another base.
+            SoupError: if the base, an adapter or the device is missing or unusable, or if an expert was trained on
+                another base or on top of another adapter than `on`.
         """
         library = library_of(experts)
         chosen = resolve_device(device)
@@ -135,8 +143,10 @@ class SoupModel:
         # before its download.
         if not same_base and Path(base).is_dir():
             check_known_base(list(library.values()), base)
-        model = load_base(base, device=chosen, dtype=dtype, **options).eval()
-        return cls(model, library, tokenizer=tokenizer, base=base, same_base=same_base)
+        base_adapter = open_on(on, base, same_base=same_base)
+        check_known_adapter(list(library.values()), None if base_adapter is None else base_adapter.record)
+        model = load_base(base, device=chosen, dtype=dtype, on=base_adapter, **options).eval()
+        return cls(model, library, tokenizer=tokenizer, base=base, on=base_adapter, same_base=same_base)
 
     @cached_property
     def generator(self) -> Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from personalized_soups.adapters.base_adapter import open_on
 from personalized_soups.adapters.provenance import BaseRecord, DataRecord, ExpertRecord, library_versions
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.training import TrainingRecipe
@@ -17,6 +18,7 @@ def train_expert(
     side: str,
     *,
     base: str | Path,
+    on: str | Path | None = None,
     data: Path,
     out: Path,
     recipe: TrainingRecipe,
@@ -31,6 +33,8 @@ def train_expert(
     Args:
         side: the side of a preference dimension that the pairs favor.
         base: the base model: a folder or a hub id.
+        on: the folder of a LoRA adapter, such as an SFT adapter. The reference policy is then the base with this
+            adapter, both frozen. The expert is trained on top of both, and its folder holds only its own delta.
         data: preference pairs in TRL's format, JSON lines.
         out: the folder to write: adapter_config.json, adapter_model.safetensors, expert.json.
         recipe: the hyperparameters. `recipe.sides` may override some of them for this side.
@@ -58,10 +62,12 @@ def train_expert(
     dimension = catalogue.side(side)[0] if catalogue is not None else None
     preferences = read_preferences(data)
     recipe = recipe.for_side(side)
+    base_adapter = open_on(on, base)
     record = ExpertRecord(
         side=side,
         dimension=dimension,
         base=BaseRecord(name=str(base), fingerprint=None),
+        on=None if base_adapter is None else base_adapter.record,
         recipe=recipe.model_dump(mode="json", exclude={"sides", "users"}),
         basis=recipe.basis,
         data=DataRecord(name=data.name, blake3=preferences.blake3, num_pairs=len(preferences.pairs)),
@@ -70,7 +76,7 @@ def train_expert(
         files=(CONFIG_FILE, WEIGHTS_FILE),
     )
     return run_training(
-        Training(side, base, out, recipe, preferences, record),
+        Training(side, base, out, recipe, preferences, record, on=base_adapter),
         device=device,
         resume=resume,
         progress=progress or Silent(),

@@ -38,6 +38,7 @@ def train_experts(
     jobs: Sequence[ExpertJob],
     *,
     base: str | Path,
+    on: str | Path | None = None,
     recipe: TrainingRecipe,
     catalogue: Catalogue | None = None,
     device: str = "auto",
@@ -52,12 +53,13 @@ def train_experts(
         jobs: the experts to train.
         workers: the number of processes. With 1, this process trains. With more, each process computes with one thread,
             and a script that calls this function needs `if __name__ == "__main__":`.
-        base, recipe, catalogue, device, seed, resume, progress: as for `train_expert`.
+        base, on, recipe, catalogue, device, seed, resume, progress: as for `train_expert`.
 
     Raises:
         SoupError: if a training fails. The other trainings are stopped and can be resumed.
     """
-    options = {"base": base, "recipe": recipe, "catalogue": catalogue, "device": device, "seed": seed, "resume": resume}
+    options = {"base": base, "on": on, "recipe": recipe, "catalogue": catalogue}
+    options |= {"device": device, "seed": seed, "resume": resume}
     progress = progress or Silent()
     if workers <= 1 or len(jobs) <= 1:
         return [_train(job, progress, options) for job in jobs]

@@ -8,10 +8,11 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from personalized_soups.adapters.base_adapter import BaseAdapter
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import BaseRecord, ExpertRecord, read_expert_record, write_record
 from personalized_soups.declare.training import TrainingRecipe
@@ -46,6 +47,7 @@ class Training:
         recipe: the recipe, with the overrides of the side.
         preferences: the pairs.
         record: the contents of expert.json, without the base's fingerprint and the metrics.
+        on: the adapter on top of which the expert is trained; None for the base alone.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Training:
     recipe: TrainingRecipe
     preferences: Preferences
     record: ExpertRecord
+    on: BaseAdapter | None = field(default=None, kw_only=True)
 
     def trainer(self, pairs: EncodedPairs, **parts: Any) -> ExpertTrainer:
         """Return the trainer. `parts` are the arguments `model`, `tokenizer` and `config` of `ExpertTrainer`."""
@@ -134,7 +137,8 @@ def _build(
             mend="write the pairs as plain text, or set tokenizer.chat_template and save the tokenizer with the base",
         )
     encoded = encode_pairs(training.preferences, tokenizer, max_length=training.recipe.dpo.max_length)
-    model = load_base(training.base, device=torch.device("cpu"), dtype=training.recipe.dtype)
+    # DPO's reference policy is the model without the expert's LoRA, so it is base + adapter, and it is frozen
+    model = load_base(training.base, device=torch.device("cpu"), dtype=training.recipe.dtype, on=training.on)
     config = trainer_config(
         training.recipe,
         partial=partial,
@@ -197,7 +201,9 @@ def _check_free(out: Path, *, resume: bool) -> None:
         check_replaceable(out, overwrite=False)
     except OutputExistsError as error:
         reason = (
-            ", but its side, base, data, recipe, seed or versions differ from those of this training" if resume else ""
+            ", but its side, base, adapter, data, recipe, seed or versions differ from those of this training"
+            if resume
+            else ""
         )
         raise OutputExistsError(
             f"{error.what}{reason}", where=error.where, mend="choose another output folder, or delete this folder"

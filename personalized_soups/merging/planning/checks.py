@@ -84,8 +84,12 @@ def checked_cut(profile: Profile, rank: int | None, energy: float | None, *, int
 
 
 def faults_of(expert: Expert) -> list[SoupError]:
-    """Return the errors that reading the expert's adapter and the expert's training record raises."""
-    readings: tuple[Callable[[], object], ...] = (lambda: expert.adapter, lambda: expert.record)
+    """Return the errors that reading the expert's adapter and the expert's records raises."""
+    readings: tuple[Callable[[], object], ...] = (
+        lambda: expert.adapter,
+        lambda: expert.record,
+        lambda: expert.soup,
+    )
     faults: list[SoupError] = []
     for read in readings:
         try:

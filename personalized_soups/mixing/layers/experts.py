@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from personalized_soups.adapters.compatible import disagreements, strangers
+from personalized_soups.adapters.compatible import disagreements, strangers, unlike
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.modules import LoraModule
 from personalized_soups.adapters.placement import place
+from personalized_soups.adapters.provenance import BaseAdapterRecord
 from personalized_soups.bank.expert_bank import ExpertBank, StackedModule
 from personalized_soups.errors import IncompatibleExpertsError, SoupError, UnsupportedAdapterError, choose_from
 from personalized_soups.merging.computing.dora import Dora, turned
@@ -63,6 +64,21 @@ def check_known_base(experts: Sequence[Expert], base: Path | str) -> None:
     # Hashing the base takes time, so the base is hashed only if an expert records a fingerprint.
     if any(expert.base.fingerprint is not None for expert in experts):
         raise_all(strangers(experts, base_fingerprint(base), str(base)))
+
+
+def check_known_adapter(experts: Sequence[Expert], on: BaseAdapterRecord | None) -> None:
+    """Check that no expert records another base adapter than that of the model.
+
+    Args:
+        experts: the experts.
+        on: the adapter that the model's weights include, or None.
+
+    Raises:
+        IncompatibleExpertsError: if an expert records another adapter. The error names all such experts.
+    """
+    # an expert whose records are damaged is reported by `check_experts`
+    raise_all([fault for expert in experts for fault in faults_of(expert)])
+    raise_all([*unlike(experts, on)])
 
 
 class Members:
