@@ -26,3 +26,7 @@ FEATURES_FILE = "features.safetensors"
 # the files of a learned basis; the first is its record
 BASIS_FILE = "basis.json"
 BASIS_WEIGHTS_FILE = "basis.safetensors"
+
+# the files of a classifier of texts; the first is its record
+CLASSIFIER_FILE = "classifier.json"
+CLASSIFIER_WEIGHTS_FILE = "classifier.safetensors"

@@ -16,12 +16,19 @@ import sys
 from pathlib import Path
 
 from personalized_soups.errors import OutputExistsError, UsageError
-from personalized_soups.files.file_names import BASIS_FILE, EXPERT_FILE, POOL_FILE, SOUP_FILE, TINY_BASE_FILE
+from personalized_soups.files.file_names import (
+    BASIS_FILE,
+    CLASSIFIER_FILE,
+    EXPERT_FILE,
+    POOL_FILE,
+    SOUP_FILE,
+    TINY_BASE_FILE,
+)
 from personalized_soups.files.syscalls import exchange
 from personalized_soups.files.workplace import Workplace
 
 # A folder with one of these files was written by this package. `overwrite` may replace it.
-MARKERS = (SOUP_FILE, EXPERT_FILE, TINY_BASE_FILE, POOL_FILE, BASIS_FILE)
+MARKERS = (SOUP_FILE, EXPERT_FILE, TINY_BASE_FILE, POOL_FILE, BASIS_FILE, CLASSIFIER_FILE)
 
 _MAX_MARKER_BYTES = 64 << 20
 
