@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +21,9 @@ from tests.optional import missing_package, missing_packages
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Model folders that are made from GGUF files must not be found in, or written to, the user's cache.
+os.environ["PSOUPS_CACHE"] = tempfile.mkdtemp(prefix="psoups-tests-")
+atexit.register(shutil.rmtree, os.environ["PSOUPS_CACHE"], ignore_errors=True)
 # The tensors here are tiny: a second thread costs more in hand-over than it brings, and CI's cores are shared.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

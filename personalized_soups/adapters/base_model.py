@@ -15,6 +15,7 @@ from personalized_soups.adapters.fingerprint import base_fingerprint, base_folde
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.renaming import renamings
 from personalized_soups.adapters.stored_names import StoredNames
+from personalized_soups.bases.place import place_of
 from personalized_soups.errors import InputError, UnsupportedAdapterError
 from personalized_soups.files.atomic import MARKERS, files_below
 from personalized_soups.files.file_names import INDEX_SUFFIX, MODEL_CONFIG_FILE, MODEL_INDEX_FILE
@@ -48,13 +49,14 @@ class BaseModel:
         """Open a base model.
 
         Args:
-            base: a model folder, or the hub id of a model in the local cache.
+            base: the name of a named base, a model folder, a GGUF file, or the hub id of a model in the local cache.
 
         Raises:
             InputError: if the model does not exist or has no config.json.
             FileFormatError: if a weight file is damaged or is a pickle, or if a file is a Git LFS pointer.
             UnsupportedAdapterError: if the model is quantised.
         """
+        base = place_of(base)
         folder = base_folder(base)
         config = _model_config(folder)
         check_no_lfs_pointers(folder)

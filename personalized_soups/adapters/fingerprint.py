@@ -8,6 +8,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from personalized_soups.bases.place import place_of, ways_to_get
 from personalized_soups.errors import InputError
 from personalized_soups.files.shards import Checkpoint
 
@@ -61,12 +62,14 @@ def base_fingerprint(base: Path | str) -> str:
 def base_folder(base: Path | str) -> Path:
     """Return the folder of a base model.
 
-    If `base` is a folder, return its path. Otherwise, `base` is a hub id: return the folder of its snapshot in the
-    local cache. Nothing is downloaded.
+    A named base and a GGUF file are made into a folder; see `place_of`. If `base` is a folder, return its path.
+    Otherwise, `base` is a hub id: return the folder of its snapshot in the local cache. Nothing is downloaded.
 
     Raises:
         InputError: if `base` is neither a folder nor a hub id in the local cache.
+        SoupError: all errors of `place_of`.
     """
+    base = place_of(base)
     if os.path.isdir(base):  # noqa: PTH112 # Path.is_dir() raises if the name is too long
         return Path(base)
     from huggingface_hub import snapshot_download
@@ -76,8 +79,9 @@ def base_folder(base: Path | str) -> Path:
     try:
         return Path(snapshot_download(str(base), local_files_only=True, allow_patterns=patterns))
     except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, FileNotFoundError) as error:
+        ways = ways_to_get(str(base))
         raise InputError(
             f"the base model {str(base)!r} is neither a folder nor a hub id in the local cache",
             where=str(base),
-            mend=f"check the path, or run: hf download {base}",
+            mend=f"{ways or 'check the path'}; or run: hf download {base}",
         ) from error

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from personalized_soups.cli import render
 from personalized_soups.errors import UsageError, choose_from
 
 if TYPE_CHECKING:
     from personalized_soups.generation.loading import Dtype
 
+# The name of the base that needs no installation, no cache and no network.
 EMBEDDED = "tiny"
 
-# If no recipe is given, a base with fewer bytes of weights is trained with the recipe of the tiny base.
+# The catalogue of a base without a name.
+_CATALOGUE = "dimensions/psoups.yaml"
+_MEGABYTE = 1_000_000
+
+# If no recipe is given, a base without a name and with fewer bytes of weights is trained as the tiny base.
 _TINY_BYTES = 64 << 20
 
 
@@ -22,7 +29,7 @@ class LoadOptions:
     """How a base model is loaded.
 
     Attributes:
-        base: the value of --base: a folder, a model id, or `tiny`.
+        base: the value of --base: a name of the table of named bases, a folder, a GGUF file, or a model id.
         device: `auto`, `cpu` or `cuda`.
         dtype: the dtype of the loaded model.
         same_base: treat base models with different names or fingerprints as the same base.
@@ -40,37 +47,56 @@ class LoadOptions:
 
 
 def resolve_base(base: str) -> str:
-    """Return the folder of the embedded base if `base` is `tiny`, else return `base` unchanged.
+    """Return the folder of a named base or a GGUF file, else return `base` unchanged.
 
-    A user who has a folder called tiny writes `./tiny`.
+    A folder that is not in the cache is made now, and a progress bar is shown meanwhile. A user who has a folder with
+    the name of a named base writes `./tiny`.
+
+    Raises:
+        SoupError: if a GGUF file, or the file of an installed package, is damaged or not supported.
     """
-    if base != EMBEDDED:
-        return base
-    from personalized_soups.tiny import BASE_FOLDER
+    from personalized_soups.bases.place import place_of
 
-    return str(BASE_FOLDER)
+    with ExitStack() as stack:
+        bar: render.Bar | None = None
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:
+                title = f"converting {Path(base).name} (MB)"
+                bar = stack.enter_context(render.progress(title, total // _MEGABYTE))
+            bar.update(done // _MEGABYTE)
+
+        return str(place_of(base, on_progress))
 
 
 def catalogue_of(base: str, dimensions: Path | None) -> Path:
-    """Return `dimensions` if it is given, else the path of the shipped catalogue for the base.
-
-    The embedded base has its own shipped catalogue, with its own scorers.
-    """
+    """Return `dimensions` if it is given, else the path of the shipped catalogue that suits the base."""
+    from personalized_soups.declare.base_table import named_bases
     from personalized_soups.declare.shipped import shipped_recipe
 
-    return dimensions or shipped_recipe(f"dimensions/{'tiny' if base == EMBEDDED else 'psoups'}.yaml")
+    if dimensions is not None:
+        return dimensions
+    row = named_bases().get(base)
+    return shipped_recipe(_CATALOGUE if row is None else row.dimensions)
 
 
 def recipe_of(base: str, recipe: Path | None) -> Path:
-    """Return `recipe` if it is given, else the path of the shipped training recipe for the size of the base.
+    """Return `recipe` if it is given, else the path of the shipped training recipe that suits the base.
 
-    A model id counts as a large base, because its size is not known.
+    A named base has its own recipe. Another base has a recipe for its size. A model id counts as a large base, because
+    its size is not known.
     """
+    from personalized_soups.declare.base_table import named_bases
     from personalized_soups.declare.shipped import shipped_recipe
 
+    if recipe is not None:
+        return recipe
+    if (row := named_bases().get(base)) is not None:
+        return shipped_recipe(row.train)
     folder = Path(resolve_base(base))
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else _TINY_BYTES
-    return recipe or shipped_recipe("train/tiny.yaml" if num_bytes < _TINY_BYTES else "train/llama-7b.yaml")
+    return shipped_recipe("train/tiny.yaml" if num_bytes < _TINY_BYTES else "train/llama-7b.yaml")
 
 
 def checked_dtype(name: str) -> Dtype:

@@ -12,7 +12,11 @@ MAX_SEED = 2**32 - 1
 
 # The base model, and how it is loaded
 BaseOption = Annotated[
-    str, typer.Option(help='Base model: a folder, a Hugging Face model id, or "tiny" for the embedded base.')
+    str,
+    typer.Option(
+        help='Base model: "tiny" (embedded), "smollm2" (a small real model), a folder, a GGUF file, or a Hugging Face '
+        "model id."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option(help="Dtype: float32, bfloat16, float16, or auto for the base's own dtype.")]

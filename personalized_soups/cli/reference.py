@@ -51,7 +51,8 @@ def cli_page() -> str:
 
 
 def schema_pages() -> dict[str, str]:
-    """Return the JSON schemas of profiles, catalogues, personas and recipes, by file name."""
+    """Return the JSON schemas of profiles, catalogues, personas, recipes and the table of bases, by file name."""
+    from personalized_soups.declare.base_table import BaseTable
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.evaluation import StudyRecipe
     from personalized_soups.declare.persona import Persona
@@ -64,6 +65,7 @@ def schema_pages() -> dict[str, str]:
         "persona": Persona,
         "train": TrainingRecipe,
         "evaluation": StudyRecipe,
+        "bases": BaseTable,
     }
     return {f"{name}.schema.json": json.dumps(_schema(model), indent=2) + "\n" for name, model in models.items()}
 

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from personalized_soups.bases.place import ways_to_get
 from personalized_soups.errors import InputError
 from personalized_soups.files.file_names import MODEL_CONFIG_FILE
 from personalized_soups.files.regular import check_no_lfs_pointers
@@ -106,11 +107,13 @@ def _refusal(base: str, url: str, fault: Exception) -> InputError | None:
 
 
 def _unreachable(base: str, url: str, reason: str) -> InputError:
+    ways = ways_to_get(base)
     return InputError(
-        f"there is no such folder, the local cache has no such model, and {reason}",
+        f"{'the base is not installed' if ways else 'there is no such folder'}, the local cache has no such model, "
+        f"and {reason}",
         where=base,
-        mend="give a model folder (config.json, safetensors, tokenizer); or run on a machine that can reach "
-        f"{_page(base, url)}; or download the model on such a machine and copy the folder: hf download {base}",
+        mend=f"{ways or 'give a model folder (config.json, safetensors, tokenizer)'}; or run on a machine that can "
+        f"reach {_page(base, url)}; or download the model on such a machine and copy the folder: hf download {base}",
     )
 
 

@@ -20,6 +20,7 @@ from personalized_soups.adapters.provenance import (
     read_expert_record,
     read_soup_record,
 )
+from personalized_soups.bases.place import place_of
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError, InputError, UsageError, choose_from
 from personalized_soups.files.file_names import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
@@ -46,6 +47,7 @@ def load_tokenizer(base: str | Path) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
+    base = place_of(base)
     place = find_base(base)
     try:
         with quiet_transformers():
@@ -95,6 +97,7 @@ def load_base(
         raise UsageError(
             f"{dtype!r} is not a valid dtype", where="dtype", mend=choose_from(str(dtype), get_args(Dtype))
         )
+    base = place_of(base)
     options |= find_base(base, **{name: options[name] for name in _PLACES if name in options})
     for file in sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []:
         SafetensorsFile.open(file)

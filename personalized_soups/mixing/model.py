@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor
 
 from personalized_soups.adapters.base_adapter import BaseAdapter, open_on
+from personalized_soups.bases.place import place_of
 from personalized_soups.declare.expert_weights import ExpertWeights, ProfileLike
 from personalized_soups.declare.profile import Profile
 from personalized_soups.devices import resolve_device
@@ -138,6 +139,7 @@ class SoupModel:
         """
         library = library_of(experts)
         chosen = resolve_device(device)
+        base = place_of(base)
         tokenizer = load_tokenizer(base)
         # A local base is checked before it is loaded, because loading is slow. A model of the hub has no fingerprint
         # before its download.

@@ -178,8 +178,8 @@ class ServerRun:
 
 
 def served_name(base: str) -> str:
-    """Return the name of the folder if `base` is a folder, else return the model id `base`."""
-    return Path(base).resolve().name if Path(base).is_dir() else base
+    """Return the name of the folder or GGUF file if `base` is one, else return the name or model id `base`."""
+    return Path(base).resolve().name if Path(base).exists() else base
 
 
 def started_with(base: str, experts: Sequence[Path]) -> list[str]:

@@ -55,7 +55,7 @@ def train(
     recipe: Annotated[
         Path | None,
         typer.Option(
-            help="Training recipe. By default, train/tiny.yaml for a small base and train/llama-7b.yaml for others."
+            help="Training recipe. By default, the shipped recipe of a named base, or of a base of this size."
         ),
     ] = None,
     dimensions: DimensionsOption = None,
