@@ -134,8 +134,9 @@ class _Search:
         self.model = model
         self.changes: dict[str, Change] = {}
         self.dora: Dora | None = None
-        self._experts = soups.bank.experts
-        self._fitting = Fitting(soups.bank, model)
+        # the base adapter comes last, so that the positions of the experts are those of the bank
+        self._experts = soups.sources
+        self._fitting = Fitting(soups.bank, model, soups.sources)
         self._copies = [tied_copies(expert.adapter) if model.tied else {} for expert in self._experts]
         self._rows = [self._rows_of(expert) for expert in self._experts]
         # if tied embeddings are untied, the output embedding becomes the new tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.library import Expert
 from personalized_soups.adapters.placement import Placement, place
@@ -22,10 +24,12 @@ class Fitting:
     Args:
         bank: the experts.
         model: the base model.
+        sources: the experts and the base adapter, if the soup includes one. The default is the experts of the bank.
     """
 
-    def __init__(self, bank: ExpertBank, model: BaseModel) -> None:
+    def __init__(self, bank: ExpertBank, model: BaseModel, sources: Sequence[Expert] | None = None) -> None:
         self._bank = bank
+        self._sources = bank.experts if sources is None else sources
         self._model = model
         self._faults: list[str] = []
         self._targets: dict[str, str] = {}
@@ -36,7 +40,7 @@ class Fitting:
 
         A module that the base lacks, or whose placement is not unique, is left out and collected as a mismatch.
         """
-        experts = self._bank.experts
+        experts = self._sources
         every = {name: module for expert in experts for name, module in expert.adapter.modules.items()}
         shapes = {}
         for module in every.values():

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from personalized_soups.adapters.library import Expert
+from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.adapters.trained import TrainedTensor
 from personalized_soups.bank.expert_bank import ExpertBank, StackedModule
@@ -23,6 +26,7 @@ from personalized_soups.merging.computing.applied_method import AppliedMethod
 from personalized_soups.merging.computing.dora import Dora, base_scale, turned
 from personalized_soups.merging.planning.plan import MergePlan, PlannedModule
 from personalized_soups.methods.factors import Factors
+from personalized_soups.methods.linear import linear
 from personalized_soups.methods.lowrank import Truncated, decompose, truncate
 from personalized_soups.methods.rangefinder import approximate
 from personalized_soups.methods.streams import Stream
@@ -89,6 +93,18 @@ class Soups:
     def prepare(self) -> None:
         """Compute the values that all modules need. Otherwise several threads might compute them at once."""
         self.method.prepare()
+        _ = self.on
+
+    @cached_property
+    def on(self) -> LoraAdapter | None:
+        """The base adapter that the soups include; None if they include none."""
+        return None if self.plan.on_folder is None else LoraAdapter.open(self.plan.on_folder)
+
+    @property
+    def sources(self) -> tuple[Expert, ...]:
+        """The experts and, if the soups include a base adapter, this adapter."""
+        folder = self.plan.on_folder
+        return self.bank.experts if folder is None else (*self.bank.experts, Expert(Path(folder).name, Path(folder)))
 
     @cached_property
     def method(self) -> AppliedMethod:
@@ -102,9 +118,23 @@ class Soups:
             InputError: if an expert holds NaN or infinity. The message names the file and the tensor.
             InputError, UnsupportedAdapterError: as in `Dora.gains`.
         """
-        stack = self.bank.read(module.name)
-        with self._one_at_a_time():
-            return self._of_read(module, stack)
+        if not module.experts:
+            soups = [ModuleSoup(module, None) for _ in self.plans]
+        else:
+            stack = self.bank.read(module.name)
+            with self._one_at_a_time():
+                soups = self._of_read(module, stack)
+        return soups if module.on_rank == 0 else self._with_adapter(module, soups)
+
+    def _with_adapter(self, module: PlannedModule, soups: Sequence[ModuleSoup]) -> list[ModuleSoup]:
+        """Return the soups plus the base adapter's delta of the module, with weight 1.
+
+        The adapter's factors are stacked behind those of a soup. A truncated soup is not truncated again.
+        """
+        assert self.on is not None
+        read = self.on.factors(module.name)
+        factors = Factors(read.a_RI.to(self.bank.device), read.b_OR.to(self.bank.device), read.scaling)
+        return [with_factors(soup, factors) for soup in soups]
 
     def _one_at_a_time(self) -> AbstractContextManager[object]:
         """Return a lock if the device is a GPU, else a context manager that does nothing.
@@ -175,6 +205,24 @@ class Soups:
 
     def _cut(self, module: PlannedModule) -> Mapping[str, Any]:
         return {"rank": module.rank} if self.plan.energy is None else {"energy": self.plan.energy}
+
+
+def with_factors(soup: ModuleSoup, factors: Factors) -> ModuleSoup:
+    """Return a soup plus `scaling * B A` of these factors. Energy and loss stay those of the soup alone.
+
+    The blocks of a mixture-of-experts parameter are interleaved in `factors`, as PEFT stores them.
+    """
+    count = soup.module.like.blocks
+    added = blocks_of(factors, count)
+    if soup.delta_OI is not None:
+        deltas = [block.delta() for block in added]
+        return replace(soup, delta_OI=soup.delta_OI + (deltas[0] if count == 1 else torch.stack(deltas)))
+    own: Sequence[Sequence[Factors]] = [()] * count
+    if soup.factors is not None:
+        own = [[block] for block in blocks_of(soup.factors, count)]
+    # `linear` stacks the factors and multiplies the scaling into B: in float64, rounded once
+    stacked = [linear([*old, new], [1.0] * (len(old) + 1)) for old, new in zip(own, added, strict=True)]
+    return replace(soup, factors=of_blocks(stacked))
 
 
 def _blocks(stack: StackedModule, count: int) -> list[StackedModule]:

@@ -27,6 +27,7 @@ def is_plain_product(soups: Soups) -> bool:
         and (plan.method.family, plan.encoding) == ("linear", "stacked")
         and plan.shares_basis
         and plan.layout.is_plain
+        and plan.on_folder is None
         and all(module.rank == plan.rank and module.like.blocks == 1 for module in plan.modules)
     )
 

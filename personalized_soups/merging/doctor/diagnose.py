@@ -9,7 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 from personalized_soups.adapters.base_model import BaseModel
-from personalized_soups.adapters.compatible import disagreements, other_names
+from personalized_soups.adapters.compatible import disagreements, other_adapters, other_names, other_shapes
 from personalized_soups.adapters.library import Expert, ExpertLibrary
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.declare.profile import Profile
@@ -89,9 +89,11 @@ class _Examination:
     def run(self, num_rows: int, progress: Progress | None) -> Diagnosis:
         sound = list(self._sound())
         names = {fault.what for fault in other_names(sound)}
-        shapes = {fault.what for fault in disagreements(sound, same_base=True)} - names
+        kinds = {fault.what: "shape" for fault in other_shapes(sound)}
+        kinds |= {fault.what: "base adapter" for fault in other_adapters(sound)}
+        kinds |= dict.fromkeys(names, "names")
         for fault in disagreements(sound, same_base=self.same_base):
-            self._error("names" if fault.what in names else "shape" if fault.what in shapes else "base", fault)
+            self._error(kinds.get(fault.what, "base"), fault)
         self._check_base(sound)
         self._check_profile(sound)
         bank = ExpertBank(sound)

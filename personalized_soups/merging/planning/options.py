@@ -37,6 +37,9 @@ class MergeOptions:
         base: the folder of the base model of a merged adapter, or the id of a model in the local hub cache. A base is
             required if an expert trained DoRA magnitudes, biases, tokens or whole modules, because their values are
             relative to the base.
+        on: the folder of the adapter, such as an SFT adapter, on top of which the experts were trained. The result then
+            includes the adapter's delta exactly once: with weight 1, unscaled by the profile or the method, and not
+            truncated. With None, the result of such experts is an adapter that must be loaded in addition to `on`.
 
     Example:
         >>> MergeOptions(method="ties", method_options={"density": 0.3}, rank=16).rank
@@ -52,3 +55,4 @@ class MergeOptions:
     device: str = "auto"
     same_base: bool = False
     base: Path | str | None = None
+    on: Path | str | None = None

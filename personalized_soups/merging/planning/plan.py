@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from personalized_soups.adapters.modules import LoraModule
-from personalized_soups.adapters.provenance import BaseRecord, MethodRecord
+from personalized_soups.adapters.provenance import BaseAdapterRecord, BaseRecord, MethodRecord
 from personalized_soups.declare.profile import Profile
 from personalized_soups.devices import MERGE_DEVICES, DtypeName, resolve_device, torch_dtype
 from personalized_soups.merging.planning.layout import Layout
@@ -45,14 +45,22 @@ class PlannedModule:
     Attributes:
         like: the module of one expert, with the names that the module's factors have in the merged adapter.
         experts: the names of the experts that adapt this module.
-        full_rank: the rank of the soup before truncation.
-        rank: the maximum rank of the soup after truncation.
+        full_rank: the rank of the experts' soup before truncation; 0 if only the base adapter adapts this module.
+        rank: the maximum rank of the experts' soup after truncation.
+        on_rank: the rank of the base adapter in this module, which is written in addition to `rank`; 0 if the plan does
+            not include the adapter, or the adapter does not adapt this module.
     """
 
     like: LoraModule
     experts: tuple[str, ...]
     full_rank: int
     rank: int
+    on_rank: int = 0
+
+    @property
+    def written_rank(self) -> int:
+        """The maximum rank of the module in the merged adapter."""
+        return self.rank + self.on_rank
 
     @property
     def name(self) -> str:
@@ -84,7 +92,7 @@ class MergePlan:
         encoding: how the soup is written. A `stacked` soup has factors that are not truncated, a `truncated` soup has
             truncated factors, and a `folded` soup is added to the base.
         experts: the experts with weights other than 0, sorted by name.
-        modules: the modules that any expert adapts, sorted by name.
+        modules: the modules that any expert or the included base adapter adapts, sorted by name.
         rank: the rank of the merged adapter. With `energy`, this is the maximum rank of a module.
         dtype: the dtype of the merged adapter. A folded model keeps the dtypes of its base.
         fits_vllm: whether vLLM supports every kind of module and tensor that the experts have.
@@ -94,6 +102,8 @@ class MergePlan:
         task_type: PEFT's task type in the experts' configurations; None if the experts have different task types.
         layout: the names and shapes of the merged adapter's tensors, and its configuration.
         shares_basis: whether all experts have the same A at every module.
+        on: the adapter on top of which the experts were trained; None if there is none, or no file names it.
+        on_folder: the folder of this adapter, as an absolute path, if the soup includes its delta; else None.
     """
 
     profile: Profile
@@ -114,6 +124,8 @@ class MergePlan:
     task_type: str | None
     layout: Layout
     shares_basis: bool
+    on: BaseAdapterRecord | None = None
+    on_folder: str | None = None
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -122,9 +134,9 @@ class MergePlan:
 
     @property
     def input_folders(self) -> tuple[str, ...]:
-        """The folders that the merge reads: the experts', and the base model's if an adapter is computed with it."""
-        folders = tuple(expert.folder for expert in self.experts)
-        return folders if self.base_folder is None else (*folders, self.base_folder)
+        """The folders that the merge reads: those of the experts, the included base adapter, and an adapter's base."""
+        others = (folder for folder in (self.on_folder, self.base_folder) if folder is not None)
+        return (*(expert.folder for expert in self.experts), *others)
 
     @property
     def num_bytes(self) -> int:
@@ -146,6 +158,9 @@ class MergePlan:
         share = "" if self.energy is None else f"at most, {self.energy:g} of each module's energy, "
         held = f"rank {self.rank}, {share}{self.num_bytes} bytes of {self.dtype}"
         options = "".join(f", {name} {value:g}" for name, value in self.options.items())
+        if self.on is not None:
+            included = "included once" if self.on_folder is not None else "not included, so load it as well"
+            experts += f", on top of {self.on.name} ({included})"
         lines = [
             f"soup:     {experts}",
             f"method:   {self.method.name}: {self.method.formula}{options}",

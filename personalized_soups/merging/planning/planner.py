@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from personalized_soups.adapters.base_adapter import BaseAdapter
 from personalized_soups.adapters.base_model import BaseModel
 from personalized_soups.adapters.compatible import disagreements
 from personalized_soups.adapters.library import Expert, ExpertLibrary
@@ -15,6 +16,7 @@ from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.devices import DtypeName
 from personalized_soups.errors import UsageError, choose_from
+from personalized_soups.merging.planning.base_adapter import checked_rank, open_base_adapter
 from personalized_soups.merging.planning.checks import Cut, checked_cut, faults_of, raise_all, unmet_needs
 from personalized_soups.merging.planning.layout import conflicts, layout_of, missing_base, named_modules
 from personalized_soups.merging.planning.method_source import method_source
@@ -70,15 +72,19 @@ def plan_merge(
             *unmet_needs(method, bank, [weight for _, weight in chosen]),
         ]
     )
+    on = open_base_adapter(options, experts)
+    # the base adapter's tensors are written like those of an expert
+    sources = experts if on is None else [*experts, on.expert]
     target = _checked_target(options.target, into_base=into_base)
-    layout = layout_of(experts)
-    unfit = unfit_for_vllm(experts)
+    layout = layout_of(sources)
+    unfit = unfit_for_vllm(sources)
     if not into_base:
         raise_all(unfit if target == "vllm" else [])
-        raise_all([*conflicts(experts, layout), *(missing_base(experts) if options.base is None else [])])
-    modules = tuple(_planned(bank, like, method, cut.rank) for like in named_modules(experts, layout))
+        raise_all([*conflicts(sources, layout), *(missing_base(experts) if options.base is None else [])])
+    modules = tuple(_planned(bank, like, method, cut.rank, on) for like in named_modules(sources, layout))
+    rank = max(module.written_rank for module in modules)
     if target == "vllm" and options.energy is None:
-        check_vllm_rank(max(module.rank for module in modules))
+        check_vllm_rank(rank)
     base, base_folder = _read_base(options.base, experts, same_base=options.same_base)
     return MergePlan(
         profile=profile,
@@ -91,14 +97,16 @@ def plan_merge(
         encoding=_encoding(method, modules, cut, into_base=into_base),
         experts=tuple(PlannedExpert(expert.name, str(expert.folder.resolve()), weight) for expert, weight in chosen),
         modules=modules,
-        rank=max(module.rank for module in modules),
-        dtype=_resolved_dtype(options.dtype, experts),
+        rank=rank,
+        dtype=_resolved_dtype(options.dtype, sources),
         base=base,
         base_folder=base_folder,
         revision=_agreed([expert.adapter.config.revision for expert in experts]),
         task_type=_agreed([expert.adapter.config.task_type for expert in experts]),
         layout=layout,
         shares_basis=bank.shares_basis,
+        on=on.record if on is not None else next((expert.on for expert in experts if expert.on is not None), None),
+        on_folder=None if on is None else str(on.folder.resolve()),
     )
 
 
@@ -173,9 +181,19 @@ def _encoding(method: Method, modules: Sequence[PlannedModule], cut: Cut, *, int
     return encoding
 
 
-def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | None) -> PlannedModule:
-    """Return the plan of one module, with the soup's ranks before and after truncation to `rank`."""
+def _planned(
+    bank: ExpertBank, like: LoraModule, method: Method, rank: int | None, on: BaseAdapter | None
+) -> PlannedModule:
+    """Return the plan of one module, with the soup's ranks before and after truncation.
+
+    The soup and the base adapter together have at most the rank `rank`. The base adapter is not truncated.
+    """
     members = bank.members(like.name)
+    on_rank = 0 if on is None or like.name not in on.adapter.modules else on.adapter.modules[like.name].rank
+    if not members:
+        return PlannedModule(like, experts=(), full_rank=0, rank=0, on_rank=on_rank)
+    if rank is not None:
+        rank = checked_rank(rank - on_rank, like.name, on_rank)
     described = [bank.experts[index].adapter.modules[like.name] for index in members]
     if method.family == "dense":
         full = min(like.out_features, like.in_features)
@@ -190,6 +208,7 @@ def _planned(bank: ExpertBank, like: LoraModule, method: Method, rank: int | Non
         experts=tuple(bank.experts[index].name for index in members),
         full_rank=full,
         rank=full if rank is None else min(rank, full),
+        on_rank=on_rank,
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.adapters.placement import blocks_of, of_blocks
 from personalized_soups.bank.expert_bank import ExpertBank
 from personalized_soups.devices import torch_dtype
@@ -169,7 +170,12 @@ class AdapterComparison:
         stack = bank.read(module.name)
         weights = [abs(plan.weights[index]) for index in stack.experts]
         parts = zip(*(blocks_of(_magnitudes(factors), module.like.blocks) for factors in stack.factors), strict=True)
-        sums = of_blocks([linear(part, weights, stack.basis).padded(module.rank) for part in parts]).b_OR.double()
+        blocks = [[linear(part, weights, stack.basis)] for part in parts] or [[] for _ in range(module.like.blocks)]
+        if plan.on_folder is not None and module.name in (on := LoraAdapter.open(plan.on_folder)).modules:
+            added = blocks_of(_magnitudes(on.factors(module.name)), module.like.blocks)
+            blocks = [[*own, new] for own, new in zip(blocks, added, strict=True)]
+        stacked = [linear(own, [1.0] * len(own)).padded(module.rank) for own in blocks]
+        sums = of_blocks(stacked).b_OR.double()
         kind = torch.finfo(torch_dtype(plan.dtype))
         # use the ulp of the rounded value: rounding up may reach the next power of two, where the ulp is twice as large
         ulp = torch.maximum(sums, module.factors.b_OR.double().abs()) * kind.eps + kind.smallest_normal * kind.eps

@@ -70,6 +70,7 @@ def verify(
     *,
     base: Path | str | None = None,
     experts: Path | str | Sequence[Path | str] | None = None,
+    on: Path | str | None = None,
     method: str | Method | DenseMerge | None = None,
     device: str = "auto",
     progress: Progress | None = None,
@@ -85,6 +86,8 @@ def verify(
             fingerprint of this base is compared with the recorded fingerprint.
         experts: experts, or folders of experts, that have moved since the merge. They are matched with the recorded
             experts by name.
+        on: the adapter on top of which the experts were trained, if the soup includes it and it has moved since the
+            merge.
         method: the merge method, if it is from outside this package. soup.json only describes such a method, and
             `verify` never imports what a file names. So if `method` is None, the tensors of such a soup are not
             recomputed.
@@ -106,6 +109,7 @@ def verify(
     folder = Path(folder)
     record = _record_of(folder)
     given = _given_method(record, method)
+    adapter = _on_of(record, on)
     library = _library(record, experts)
     resolve_device(device, kinds=MERGE_DEVICES)  # raises before any work is done
     faults = list(file_faults(folder, record))
@@ -114,7 +118,7 @@ def verify(
             faults += input_faults(record, library, digests.results())
             return Verification.of(str(folder), record.kind, None, [*faults, missing_method_fault(record)])
         try:
-            plan = _plan(record, library, base, given)
+            plan = _plan(record, library, base, adapter, given)
             job = _Job(folder, record, plan, library, arithmetic_device(plan, device), digests)
             compared, other = job.adapter(base, progress) if record.kind == "adapter" else job.model(base, progress)
         except _UNPLANNABLE as error:
@@ -236,7 +240,36 @@ def _given_method(record: SoupRecord, method: str | Method | DenseMerge | None) 
     return record.method
 
 
-def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, method: Method | str) -> MergePlan:
+def _on_of(record: SoupRecord, given: Path | str | None) -> Path | str | None:
+    """Return the folder of the base adapter that the soup includes, or None if it includes none.
+
+    Raises:
+        InputError: if the folder does not exist.
+        UsageError: if an adapter is given, but the soup includes none.
+    """
+    if record.on_folder is None:
+        if given is not None:
+            raise UsageError(
+                "the soup includes no base adapter, but one is given", where="on", mend=f"leave out on={given}"
+            )
+        return None
+    folder = record.on_folder if given is None else given
+    if not os.path.isdir(folder):  # noqa: PTH112 # Path.is_dir() raises if the name is too long
+        raise InputError(
+            "the adapter on top of which the experts were trained is missing from its recorded folder",
+            where=str(folder),
+            mend="give the folder that contains this adapter now: on=FOLDER",
+        )
+    return folder
+
+
+def _plan(
+    record: SoupRecord,
+    library: ExpertLibrary,
+    base: Path | str | None,
+    on: Path | str | None,
+    method: Method | str,
+) -> MergePlan:
     """Plan the merge again. The experts are in the order of the record, which is their order in stacked factors.
 
     The experts' bases are not compared with each other, because the digests of the files show whether the inputs have
@@ -267,6 +300,7 @@ def _plan(record: SoupRecord, library: ExpertLibrary, base: Path | str | None, m
             target=record.target,
             same_base=True,
             base=None if record.base_folder is None else _base_of(record, base).folder,
+            on=on,
         ),
         into_base=record.kind == "model",
     )

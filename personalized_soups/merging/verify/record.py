@@ -24,6 +24,8 @@ _NOT_COMPARED = {
     "experts",
     "base",
     "base_folder",
+    "on",
+    "on_folder",
     "truncation",
     "device",
     "versions",
@@ -113,7 +115,20 @@ def record_faults(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
         if expert.weight != weights[expert.name]:
             what = f"is {expert.weight!r}, but the profile gives {weights[expert.name]!r}"
             yield Fault("record", f"{SOUP_FILE}: the weight of {expert.name}", what)
+    yield from _adapter_faults(record, expected)
     yield from _truncation_faults(record.truncation, expected.truncation)
+
+
+def _adapter_faults(record: SoupRecord, expected: SoupRecord) -> Iterator[Fault]:
+    """Yield a fault if the base adapter is another one. Its name and its folder may change."""
+    digests = [None if soup.on is None else soup.on.digest for soup in (record, expected)]
+    if digests[0] != digests[1]:
+        yield Fault("record", f"{SOUP_FILE}: on", f"is the adapter {digests[0]}, but the merge reads {digests[1]}")
+    if (record.on_folder is None) != (expected.on_folder is None):
+        what = "includes" if record.on_folder is not None else "does not include"
+        yield Fault(
+            "record", f"{SOUP_FILE}: on_folder", f"says that the soup {what} the adapter, but it is the opposite"
+        )
 
 
 def missing_method_fault(record: SoupRecord) -> Fault:

@@ -57,6 +57,8 @@ def adapter_record(
         experts=inputs,
         base=plan.base,
         base_folder=plan.base_folder,
+        on=plan.on,
+        on_folder=plan.on_folder,
         rank=rank,
         dtype=plan.dtype,
         device=str(device),

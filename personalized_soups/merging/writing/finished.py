@@ -71,6 +71,8 @@ def _matches(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ...
         plan.encoding,
         plan.target,
         plan.energy,
+        None if plan.on is None else plan.on.digest,
+        plan.on_folder is None,
         plan.profile.model_dump(mode="json"),
         inputs,
     )
@@ -83,6 +85,8 @@ def _matches(record: SoupRecord, plan: MergePlan, inputs: tuple[InputRecord, ...
         record.encoding,
         record.target,
         None if record.truncation is None else record.truncation.energy,
+        None if record.on is None else record.on.digest,
+        record.on_folder is None,
         record.profile,
         record.experts,
     )

@@ -26,6 +26,7 @@ from personalized_soups.files.reader import SafetensorsFile
 from personalized_soups.files.writer import SafetensorsWriter
 from personalized_soups.merging.computing.changes import Changes
 from personalized_soups.merging.computing.module_soups import Soups
+from personalized_soups.merging.planning.base_adapter import check_includes_adapter
 from personalized_soups.merging.planning.options import MergeOptions
 from personalized_soups.merging.planning.plan import MergePlan
 from personalized_soups.merging.planning.planner import plan_merge
@@ -66,6 +67,7 @@ class MergedModel:
         """
         options = options or MergeOptions()
         plan = plan_merge(library, profile, options, into_base=True)
+        check_includes_adapter(plan)
         return cls(plan, library, base, resolve_device(options.device, kinds=MERGE_DEVICES), options.same_base)
 
     def check(self, folder: Path | str | None = None, overwrite: bool = False) -> None:
@@ -183,6 +185,7 @@ def fold_plans(
     arguments and the errors.
     """
     experts = [library[expert.name] for expert in plans[0].experts]
+    check_includes_adapter(plans[0])
     for out in outs:
         check_output_apart(out, plans[0].input_folders)
         check_target(out, overwrite=overwrite)
@@ -195,7 +198,7 @@ def fold_plans(
     changes = Changes.of(soups, model)
     changes.soups.prepare()
     shards = [shard.path for shard in model.checkpoint.shards.values()]
-    read = [path for expert in experts for path in expert.adapter.files]
+    read = [path for source in soups.sources for path in source.adapter.files]
     # config.json decides whether the embeddings are tied, and so which tensors are written
     deciding = [*read, *shards, model.folder / MODEL_CONFIG_FILE]
     with ExitStack() as stack:

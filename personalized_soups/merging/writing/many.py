@@ -148,7 +148,7 @@ def _batches(plans: ManyPlans, profiles: Iterable[Profile], *, into_base: bool) 
 def _most_users(plan: MergePlan, *, into_base: bool) -> int:
     """Return the maximum number of users in a batch, so that the batch's soups of a module fit into `_BATCH_BYTES`."""
     numbers = max(
-        module.rank * module.like.blocks * (module.in_features + module.out_features) for module in plan.modules
+        module.written_rank * module.like.blocks * (module.in_features + module.out_features) for module in plan.modules
     )
     return max(1, min(_MOST_MODELS if into_base else _MOST_USERS, _BATCH_BYTES // (4 * numbers)))
 

@@ -80,6 +80,7 @@ def identity(plan: MergePlan, files: Sequence[Path], device: torch.device, untou
         untouched,
         library_versions("torch"),
         *([] if plan.method_source is None else [plan.method_source.model_dump()]),
+        *([] if plan.on is None else [plan.on.model_dump()]),
     ]
     return str(blake3(json.dumps(deciding, sort_keys=True).encode()).hexdigest())
 
@@ -107,6 +108,8 @@ def model_record(
         encoding="folded",
         experts=inputs,
         base=BaseRecord(name=model.name, fingerprint=model.fingerprint),
+        on=plan.on,
+        on_folder=plan.on_folder,
         untied=changes.unties,
         base_blake3={shard.path.name: digests[shard.path] for shard in model.checkpoint.shards.values()},
         dtype=", ".join(sorted(changed)),
