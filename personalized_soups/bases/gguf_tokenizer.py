@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def open_tokenizer(header: GgufHeader) -> Any:
         tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
     except _FAULTS as fault:
         raise _unusable(path, f"the tokenizer of the GGUF file cannot be read: {str(fault)[:200]}") from fault
+    tokenizer = _only_listed(tokenizer, metadata["tokenizer.ggml.tokens"])
     if metadata.get("tokenizer.ggml.pre") == "smollm":
         _split_digits(tokenizer.backend_tokenizer)
     if tokenizer.eos_token is None:
@@ -52,6 +54,30 @@ def end_ids(header: GgufHeader, tokenizer: Any) -> list[int]:
     of_turn = header.metadata.get("tokenizer.ggml.eot_token_id")
     turn = [of_turn] if isinstance(of_turn, int) and of_turn < len(tokenizer) else []
     return list(dict.fromkeys([tokenizer.eos_token_id, *turn]))
+
+
+def _only_listed(tokenizer: Any, num_tokens: int) -> Any:
+    """Return the tokenizer without tokens that the file does not list.
+
+    transformers adds the special tokens of GPT-2, <|endoftext|>, to every vocabulary of this kind. Without such a
+    token in the file, its id is behind the last one, and the model has no embedding for it.
+    """
+    if len(tokenizer) <= num_tokens:
+        return tokenizer
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    table = json.loads(tokenizer.backend_tokenizer.to_str())
+    table["added_tokens"] = [token for token in table["added_tokens"] if token["id"] < num_tokens]
+    listed = {name: text for name, text in tokenizer.special_tokens_map.items() if isinstance(text, str)}
+    known = {name: text for name, text in listed.items() if tokenizer.convert_tokens_to_ids(text) < num_tokens}
+    adds = {name: True for name in ("add_bos_token", "add_eos_token") if getattr(tokenizer, name, False)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(table)),
+        chat_template=tokenizer.chat_template,
+        **known,
+        **adds,
+    )
 
 
 def _split_digits(backend: Any) -> None:
