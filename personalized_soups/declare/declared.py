@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, PrivateAttr
@@ -51,6 +52,10 @@ class Declared(BaseModel):
         if self._places.source:
             return self._places.of(path)
         return f"{type(self).__name__} {dotted(path)}".rstrip()
+
+    def relative_path(self, path: str) -> Path:
+        """Return a path that the file names. A relative path starts at the folder of the file."""
+        return Path(self._places.source).parent / path
 
     def with_places(self, places: Places) -> Self:
         """Store the file and the line numbers from which this object was loaded, and return this object."""

@@ -76,7 +76,16 @@ class PluginScorer(Declared):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]+$", description="The name of the entry point.")
 
 
-AnyScorer: TypeAlias = MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer | PluginScorer
+class ClassifierScorer(Declared):
+    """A classifier of texts that `psoups scorer train` has trained. The value is the probability of the high class."""
+
+    kind: Literal["classifier"]
+    path: str = Field(
+        min_length=1, description="The folder of the classifier. A relative path starts at the catalogue's folder."
+    )
+
+
+AnyScorer: TypeAlias = MarkersScorer | LengthScorer | ReadabilityScorer | PythonScorer | PluginScorer | ClassifierScorer
 ScorerSpec = Annotated[
     AnyScorer,
     Field(discriminator="kind", description="The scorer of an answer; its values are in [0, 1]."),
@@ -105,6 +114,11 @@ class Dimension(Declared):
 
     about: str = Field(min_length=1, description="A description of the dimension in one sentence.")
     scorer: ScorerSpec | None = Field(default=None, description="The scorer of every side that has no own scorer.")
+    about_length: bool = Field(
+        default=False,
+        description="Whether the sides differ in the length of answers. Then pairs are not matched by length. A "
+        "dimension with a scorer of the kind `length` is always about length.",
+    )
     sides: dict[Name, Side] = Field(min_length=1)
 
 
@@ -152,6 +166,15 @@ class Catalogue(Declared):
     def dimension_of(self, expert: str) -> str | None:
         """Return the name of the dimension that has a side named `expert`, or None if there is no such side."""
         return next((name for name, dimension in self.dimensions.items() if expert in dimension.sides), None)
+
+    def is_about_length(self, side: str) -> bool:
+        """Return whether the dimension of a side declares `about_length`, or the side's scorer measures length.
+
+        Raises:
+            DeclarationError: if the side is unknown, or neither the side nor its dimension has a scorer.
+        """
+        dimension, _ = self.side(side)
+        return self.dimensions[dimension].about_length or isinstance(self.scorer_of(side), LengthScorer)
 
     @property
     def _labels(self) -> list[str]:

@@ -112,6 +112,12 @@ class HiddenStates:
         device: torch.device = self._backbone.device
         return device
 
+    @property
+    def dtype(self) -> Dtype:
+        """The name of the model's dtype."""
+        name: Dtype = str(self._backbone.dtype).removeprefix("torch.")  # type: ignore[assignment]
+        return name
+
     @cached_property
     def base_fingerprint(self) -> str:
         """The fingerprint of the base.

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 from blake3 import blake3
 
-from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.dimension import Catalogue, ClassifierScorer
 from personalized_soups.errors import DeclarationError
 from personalized_soups.files.digest import digest_file
 from personalized_soups.scoring.base_rewards import TextItem
+from personalized_soups.scoring.classifiers.classifier import read_classifier_record
 from personalized_soups.scoring.scales import Scales
 from personalized_soups.scoring.scorers import Scorer
 
@@ -81,7 +82,7 @@ class ScorerRewards:
 
     @cached_property
     def digest(self) -> str:
-        """A hex digest of the catalogue, and of the source files of scorers that are Python functions.
+        """A hex digest of the catalogue, its classifiers, and the source files of scorers that are Python functions.
 
         It does not cover modules that those files import.
         """
@@ -92,7 +93,16 @@ class ScorerRewards:
             if (function := getattr(dimension.scorer, "function", None)) is not None
         }
         parts = ["scorer rewards 1", self._catalogue.model_dump(mode="json"), functions, named]
+        # Without classifiers, the digest is that of earlier versions.
+        if classifiers := self._classifiers():
+            parts.append(classifiers)
         return str(blake3(json.dumps(parts, sort_keys=True).encode()).hexdigest())
+
+    def _classifiers(self) -> dict[str, str]:
+        """Return the digest of each classifier that the catalogue names, by its path."""
+        specs = [dimension.scorer for dimension in self._catalogue.dimensions.values()]
+        paths = {spec.path for spec in specs if isinstance(spec, ClassifierScorer)}
+        return {path: read_classifier_record(self._catalogue.relative_path(path)).digest for path in sorted(paths)}
 
     def features(self, items: Sequence[TextItem], /) -> npt.NDArray[np.float64]:
         """Return [N, D], float64, in [0, 1].

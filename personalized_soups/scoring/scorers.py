@@ -1,8 +1,9 @@
 """Scorers, which rate where an answer lies between the two ends of a dimension, and whether the answer is valid.
 
 A scorer is any function `(prompt, answer) -> Scored`. The built-in scorers need no model: they count marker phrases,
-words or syllables. A catalogue can name other scorers as `package.module:function`, or by the name under which an
-installed package provides them. Python code can pass a function for the name of a side or dimension.
+words or syllables. A classifier is trained on texts of both ends. A catalogue can name other scorers as
+`package.module:function`, or by the name under which an installed package provides them. Python code can pass a
+function for the name of a side or dimension.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import importlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, assert_never
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol, assert_never
 
 from personalized_soups.declare.dimension import (
     Catalogue,
+    ClassifierScorer,
     LengthScorer,
     MarkersScorer,
     PluginScorer,
@@ -23,10 +26,12 @@ from personalized_soups.declare.dimension import (
 )
 from personalized_soups.errors import DeclarationError, choose_from
 from personalized_soups.scoring.plugins import load_plugin
+from personalized_soups.scoring.readability import grade
+
+if TYPE_CHECKING:
+    from personalized_soups.scoring.classifiers.classifier import Classifier
 
 _WORD = re.compile(r"[^\W_]+(?:['\u2019\-][^\W_]+)*")
-_SENTENCE_END = re.compile(r"[.!?]+(?=\s|$)")
-_VOWEL_GROUP = re.compile(r"[aeiouy]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +116,8 @@ def _declared_scorer(catalogue: Catalogue, side: str) -> Scorer:
             return python_scorer(spec.function, where=_place(catalogue, side, "function"))
         case PluginScorer():
             return plugin_scorer(spec.name, where=_place(catalogue, side, "name"))
+        case ClassifierScorer():
+            return classifier_scorer(catalogue.relative_path(spec.path), where=_place(catalogue, side, "path"))
         case _:
             assert_never(spec)
 
@@ -194,6 +201,36 @@ def plugin_scorer(name: str, *, where: str = "scorer: name") -> Scorer:
     return _checked(load_plugin(name, where=where), repr(name), where=where)
 
 
+def classifier_scorer(classifier: Classifier | Path, *, where: str = "scorer: path") -> Scorer:
+    """Return a scorer whose value is the probability of the high class.
+
+    Args:
+        classifier: a classifier, or the folder of one. If it reads hidden states, its base is loaded at the first
+            answer.
+        where: the place in the catalogue that names the folder, for error messages.
+
+    Raises:
+        DeclarationError: if the folder does not exist.
+        FileFormatError: if the folder holds no classifier, or a file is damaged.
+    """
+    if isinstance(classifier, Path):
+        if not classifier.is_dir():
+            raise DeclarationError(
+                f"there is no folder {str(classifier)!r}",
+                where=where,
+                mend="give the folder that psoups scorer train wrote; a relative path starts at the catalogue's folder",
+            )
+        from personalized_soups.scoring.answer_classifiers import open_answer_classifier
+
+        classifier = open_answer_classifier(classifier)
+    opened = classifier
+
+    def score(prompt: str, answer: str, /) -> Scored:
+        return Scored(float(opened.values([(prompt, answer)])[0]), valid=_has_words(answer))
+
+    return score
+
+
 def _checked(function: Callable[[str, str], object], name: str, *, where: str) -> Scorer:
     def score(prompt: str, answer: str, /) -> Scored:
         scored = function(prompt, answer)
@@ -207,26 +244,6 @@ def _checked(function: Callable[[str, str], object], name: str, *, where: str) -
         return scored
 
     return score
-
-
-def grade(text: str) -> float:
-    """Return the Flesch-Kincaid grade: 0.39 * words per sentence + 11.8 * syllables per word - 15.59.
-
-    Each group of vowels counts as a syllable, except a silent final e. A text without words has grade 0.
-    Source: Kincaid et al. 1975.
-    """
-    words = _WORD.findall(text.lower())
-    if not words:
-        return 0.0
-    num_sentences = max(1, len(_SENTENCE_END.findall(text)))
-    num_syllables = sum(_syllables(word) for word in words)
-    return 0.39 * len(words) / num_sentences + 11.8 * num_syllables / len(words) - 15.59
-
-
-def _syllables(word: str) -> int:
-    groups = len(_VOWEL_GROUP.findall(word))
-    silent = word.endswith("e") and not word.endswith(("le", "ee", "ye")) and groups > 1
-    return max(1, groups - silent)
 
 
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
