@@ -18,7 +18,7 @@ from typing import Any
 
 from personalized_soups.bases.gguf_model import write_model
 from personalized_soups.bases.gguf_tensors import Progress
-from personalized_soups.errors import RunError, SoupError, UsageError
+from personalized_soups.errors import OutputExistsError, RunError, SoupError, UsageError
 from personalized_soups.files.atomic import files_below, new_folder
 from personalized_soups.files.digest import digest_file
 from personalized_soups.files.file_names import TINY_BASE_FILE
@@ -64,7 +64,7 @@ def find_model(digest: str) -> Path | None:
     Sizes and times of all files are compared with the record. A file with another time is hashed, so a copied cache is
     still used. A damaged folder is not returned.
     """
-    for folder in sorted(bases_folder().glob(f"[!.]*-{digest[:_DIGITS]}")):
+    for folder in _folders(digest):
         problem = _problem(folder, digest)
         if problem is None:
             return folder
@@ -91,12 +91,17 @@ def make_model(source: Path, digest: str, name: str, on_progress: Progress | Non
     target = bases_folder() / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('.-') or 'base'}-{digest[:_DIGITS]}"
     with _reported(target), _locked(digest):
         # another process may have made the folder while this one waited
-        if (found := find_model(digest)) is not None:
-            return found
+        for folder in _folders(digest):
+            if _problem(folder, digest) is None:
+                return folder
         with new_folder(target, overwrite=True) as scratch:
             dtype = write_model(source, scratch, on_progress)
             _write_record(scratch, source, digest, dtype)
     return target
+
+
+def _folders(digest: str) -> list[Path]:
+    return sorted(bases_folder().glob(f"[!.]*-{digest[:_DIGITS]}"))
 
 
 def _write_record(folder: Path, source: Path, digest: str, dtype: str) -> None:
@@ -171,6 +176,12 @@ def _reported(target: Path) -> Iterator[None]:
     except RunError as error:  # the disk is full
         elsewhere = f"free some disk space, or set the environment variable {VARIABLE} to a folder on another disk"
         raise RunError(error.what, where=error.where, mend=elsewhere) from error
+    except OutputExistsError as error:
+        raise UsageError(
+            error.what,
+            where=error.where,
+            mend=f"move this folder elsewhere, or set the environment variable {VARIABLE} to another folder",
+        ) from error
     except OSError as error:
         if error.errno in FULL_DISK:
             raise
