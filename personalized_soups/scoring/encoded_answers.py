@@ -40,6 +40,7 @@ def encode_answer(
     *,
     num_embeddings: int | None = None,
     max_tokens: int | None = None,
+    ended: bool = True,
 ) -> EncodedAnswer:
     """Return the token ids of a prompt with an answer. They equal those of the training of experts.
 
@@ -52,6 +53,7 @@ def encode_answer(
         answer: the text of the answer.
         num_embeddings: the number of tokens of the base, or None if it is unknown.
         max_tokens: the maximum number of tokens that the base takes, or None if it is unknown.
+        ended: whether the end token follows the answer. If not, the ids are those of an answer that is cut off.
 
     Raises:
         InputError: if the chat template rejects the conversation, or if the base has no embedding for a token or cannot
@@ -61,13 +63,16 @@ def encode_answer(
     start = encode_prompt(tokenizer, prompt, where=where)
     if tokenizer.chat_template is not None:
         with template_faults(where):
-            messages = [*messages_of(prompt), {"role": "assistant", "content": answer}]
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+            messages = messages_of(prompt)
+            if ended:
+                messages.append({"role": "assistant", "content": answer})
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not ended))
+            text = text if ended else text + answer
         whole = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     else:  # `encode_prompt` has rejected a chat
         end = str(tokenizer.eos_token)
-        ended = answer if answer.endswith(end) else answer + end
-        whole = list(tokenizer(f"{prompt}{ended}", verbose=False)["input_ids"])
+        text = answer if answer.endswith(end) or not ended else answer + end
+        whole = list(tokenizer(f"{prompt}{text}", verbose=False)["input_ids"])
     check_tokens(whole, tokenizer, num_embeddings, where=where)
     if max_tokens is not None and len(whole) > max_tokens:
         raise InputError(

@@ -25,10 +25,12 @@ class AnswerLogProbs(NamedTuple):
     Attributes:
         total: [repeats, answers], float64, on the CPU: the sum over the answer's tokens.
         least: [repeats, answers], float64, on the CPU: the log-probability of the answer's least likely token.
+        squares: [repeats, answers], float64, on the CPU: the sum of the squares over the answer's tokens.
     """
 
     total: Tensor
     least: Tensor
+    squares: Tensor
 
 
 def answer_log_probs(model: Any, answers: Sequence[EncodedAnswer], pad_id: int, *, repeats: int = 1) -> AnswerLogProbs:
@@ -62,10 +64,11 @@ def answer_log_probs(model: Any, answers: Sequence[EncodedAnswer], pad_id: int, 
         token_log_probs_BK = _of_tokens(logits_BKV, inputs["input_ids"][:, -longest:])
     is_answer_BK = torch.arange(longest, device=device) >= longest - num_answer_B[:, None]
     # Sums are computed on the CPU, because some devices have no float64.
-    # A masked position has the log-probability 0, which changes neither the sum nor the minimum.
+    # A masked position has the log-probability 0, which changes neither the sums nor the minimum.
     kept_BK = token_log_probs_BK.masked_fill(~is_answer_BK.repeat(repeats, 1), 0.0).cpu().double()
     shape = (repeats, len(answers))
-    return AnswerLogProbs(kept_BK.sum(-1).view(shape), kept_BK.amin(-1).view(shape))
+    sums = (kept_BK.sum(-1), kept_BK.amin(-1), kept_BK.square().sum(-1))
+    return AnswerLogProbs(*(sum_B.view(shape) for sum_B in sums))
 
 
 def _of_tokens(logits_BKV: Tensor, ids_BK: Tensor) -> Tensor:
