@@ -122,7 +122,7 @@ def test_short_answers_are_accepted_as_often_as_long_ones() -> None:
 
 def test_too_few_answers_and_answers_that_fixed_checks_reject() -> None:
     drawn = _drawn(100, np.random.default_rng(0), (20, 90))
-    with pytest.raises(InputError, match="65 answers are too few to accept a share of 0.97") as caught:
+    with pytest.raises(InputError, match="65 answers are too few") as caught:
         calibrate_fluency(drawn[:65])
     assert "at least 66 answers" in caught.value.mend
     calibrate_fluency(drawn[:66])
@@ -162,6 +162,7 @@ def test_bounds_of_another_base_and_missing_bounds_are_rejected(small_base: Path
         gate.measure(["wash"], [])
 
 
+@pytest.mark.slow
 def test_the_embedded_base_accepts_its_own_answers_and_rejects_broken_ones() -> None:
     generator = Generator.open(BASE_FOLDER, device="cpu")
     asked = [prompt for prompt in prompts("seen", 160, 0) for _ in range(2)]

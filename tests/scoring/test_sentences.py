@@ -102,7 +102,8 @@ def test_sentences_of_one_line() -> None:
 
 def test_lists_headings_and_a_cut_sentence_do_not_change_the_grade() -> None:
     plain = "Dust the shade with a cloth. Wipe the foot with water."
-    listed = "# A very complicated international heading\n\n1. Dust the shade with a cloth.\n2. **Wipe** the foot with water."
+    items = "1. Dust the shade with a cloth.\n2. **Wipe** the foot with water."
+    listed = f"# A very complicated international heading\n\n{items}"
     assert grade(listed) == pytest.approx(grade(plain))
     assert grade(f"{plain} Afterwards, an extraordinarily complicated") == pytest.approx(grade(plain))
     # 11 words, 2 sentences, 11 syllables ("wa-ter" has 2: 12)
