@@ -30,7 +30,10 @@ def write_model(path: Path, folder: Path, on_progress: Progress | None = None) -
     check_extra("smollm2", "gguf")
     header = GgufHeader.read(path)
     config = model_config(header)
-    tensors = GgufTensors(header, _shapes(config))
+    model = _empty_model(config)
+    config.architectures = [type(model).__name__]
+    # a tied output layer is the input embedding, so it is not listed
+    tensors = GgufTensors(header, {name: tuple(tensor.shape) for name, tensor in model.named_parameters()})
     tokenizer = open_tokenizer(header)
     dtype = dtype_of(header)
     tensors.write(folder / MODEL_WEIGHTS_FILE, dtype, on_progress)
@@ -39,15 +42,13 @@ def write_model(path: Path, folder: Path, on_progress: Progress | None = None) -
     return dtype
 
 
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a model. Tied tensors are listed once. No memory is allocated."""
+def _empty_model(config: Any) -> Any:
+    """Return the model of a configuration without the memory of its tensors, which have only shapes."""
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    names = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    return names | {name: tuple(tensor.shape) for name, tensor in model.named_buffers() if name in model.state_dict()}
+        return AutoModelForCausalLM.from_config(config)
 
 
 def _write_configs(header: GgufHeader, config: Any, tokenizer: Any, dtype: str, folder: Path) -> None:
@@ -57,16 +58,9 @@ def _write_configs(header: GgufHeader, config: Any, tokenizer: Any, dtype: str, 
     config.bos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.pad_token_id
     config.eos_token_id = ends[0]
     config.dtype = str(TORCH_DTYPES[dtype]).removeprefix("torch.")
-    config.architectures = [_class_name(config)]
     config.save_pretrained(str(folder))
     GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=ends if len(ends) > 1 else ends[0],
         pad_token_id=tokenizer.pad_token_id,
     ).save_pretrained(str(folder))
-
-
-def _class_name(config: Any) -> str:
-    from transformers import AutoModelForCausalLM
-
-    return str(AutoModelForCausalLM._model_mapping[type(config)].__name__)

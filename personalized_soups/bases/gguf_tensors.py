@@ -104,7 +104,7 @@ class GgufTensors:
             ThreadPoolExecutor(num_threads, thread_name_prefix="dequantize") as pool,
         ):
             done = 0
-            for num_bytes in pool.map(lambda piece: self._write(*piece, data, writer, dtype), self._pieces()):
+            for num_bytes in pool.map(lambda piece: self._write(piece, data, writer, dtype), self._pieces()):
                 done += num_bytes
                 if on_progress is not None:
                     on_progress(done, total)
@@ -115,11 +115,12 @@ class GgufTensors:
             for start in range(0, source.num_rows, step):
                 yield name, slice(start, min(start + step, source.num_rows))
 
-    def _write(self, name: str, rows: slice, data: np.ndarray, writer: SafetensorsWriter, dtype: str) -> int:
+    def _write(self, piece: tuple[str, slice], data: np.ndarray, writer: SafetensorsWriter, dtype: str) -> int:
         import torch
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
+        name, rows = piece
         source = self._sources[name]
         stored = data[source.tensor.start : source.stop].reshape(source.num_rows, source.row_bytes)
         # ggml quantizes within rows, so rows can be reordered before they are dequantized
@@ -136,7 +137,7 @@ def _matched(header: GgufHeader, shapes: Mapping[str, tuple[int, ...]]) -> dict[
     strange = []
     for tensor in header.tensors.values():
         name = name_in_model(tensor.name)
-        if name in shapes:
+        if name is not None and name in shapes:
             found[name] = tensor
         elif tensor.name != ROPE_FACTORS:  # the configuration has these values
             strange.append(shown(tensor.name))

@@ -33,17 +33,28 @@ class LoadOptions:
         device: `auto`, `cpu` or `cuda`.
         dtype: the dtype of the loaded model.
         same_base: treat base models with different names or fingerprints as the same base.
+        on: folder of the adapter that is added to the base's weights, or None.
     """
 
     base: str
     device: str
     dtype: Dtype
     same_base: bool = False
+    on: Path | None = None
 
     @property
     def path(self) -> str:
         """The base's folder or model id."""
         return resolve_base(self.base)
+
+    @property
+    def fingerprint(self) -> str:
+        """A text that identifies the base and the adapter that is added to it. A resumed run must have the same."""
+        from personalized_soups.adapters.base_adapter import BaseAdapter
+        from personalized_soups.adapters.fingerprint import base_fingerprint
+
+        base = base_fingerprint(self.path)
+        return base if self.on is None else f"{base} on {BaseAdapter.open(self.on).digest}"
 
 
 def resolve_base(base: str) -> str:
@@ -64,8 +75,8 @@ def resolve_base(base: str) -> str:
             nonlocal bar
             if bar is None:
                 title = f"converting {Path(base).name} (MB)"
-                bar = stack.enter_context(render.progress(title, total // _MEGABYTE))
-            bar.update(done // _MEGABYTE)
+                bar = stack.enter_context(render.progress(title, -(-total // _MEGABYTE)))
+            bar.update(-(-done // _MEGABYTE))
 
         return str(place_of(base, on_progress))
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.bases import resolve_base
 from personalized_soups.cli.options import JsonOption
 from personalized_soups.errors import UsageError
 
@@ -19,7 +20,8 @@ def register(app: typer.Typer) -> None:
 
 def inspect(
     folder: Annotated[
-        Path | None, typer.Argument(help="An expert, a soup, a base model, or a folder of experts.")
+        Path | None,
+        typer.Argument(help="An expert, a soup, a base model (its folder, name or GGUF file), or a folder of experts."),
     ] = None,
     methods: Annotated[
         bool, typer.Option("--methods", help="List the merge methods instead of describing a folder.")
@@ -38,7 +40,7 @@ def inspect(
         return
     from personalized_soups.adapters.describe import describe
 
-    description = describe(folder)
+    description = describe(folder if folder.is_dir() else Path(resolve_base(str(folder))))
     if as_json:
         render.show_json(description.as_json())
         return
