@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from personalized_soups.adapters.library import Expert, ExpertLibrary, is_adapter
-from personalized_soups.adapters.provenance import SoupRecord, read_soup_record
+from personalized_soups.adapters.provenance import BaseAdapterRecord, SoupRecord, read_soup_record
 from personalized_soups.errors import InputError, SoupError
 from personalized_soups.files.file_names import CONFIG_FILE, MODEL_CONFIG_FILE, MODEL_INDEX_FILE, MODEL_WEIGHTS_FILE
 from personalized_soups.files.shards import Checkpoint
@@ -89,7 +89,8 @@ def _of_adapter(expert: Expert) -> Facts:
 def _of_expert(expert: Expert) -> Facts:
     if expert.record is None:
         return {}
-    return expert.record.model_dump(mode="json", include={"side", "dimension", "basis", "data", "seed", "metrics"})
+    facts = expert.record.model_dump(mode="json", include={"side", "dimension", "basis", "data", "seed", "metrics"})
+    return {**facts, **_of_on(expert.record.on)}
 
 
 def _of_soup(soup: SoupRecord | None) -> Facts:
@@ -99,11 +100,18 @@ def _of_soup(soup: SoupRecord | None) -> Facts:
         "user": soup.profile.get("user"),
         "method": soup.method,
         "encoding": soup.encoding,
+        **_of_on(soup.on),
+        **({} if soup.on is None else {"includes_on": soup.on_folder is not None}),
         "weights": {expert.name: expert.weight for expert in soup.experts},
         "truncation_error": None if soup.truncation is None else soup.truncation.total,
         "vllm_max_lora_rank": soup.vllm_max_lora_rank,
         "versions": soup.versions,
     }
+
+
+def _of_on(on: BaseAdapterRecord | None) -> Facts:
+    """Return the adapter on top of which an expert, or the experts of a soup, were trained; empty if there is none."""
+    return {} if on is None else {"on": on.name, "on_digest": on.digest}
 
 
 def _of_model(folder: Path) -> Facts:

@@ -18,6 +18,13 @@ BaseOption = Annotated[
         "model id."
     ),
 ]
+OnOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the LoRA adapter, such as an SFT adapter, on top of which the experts are trained.",
+        show_default=False,
+    ),
+]
 DeviceOption = Annotated[str, typer.Option(help="Device: auto, cpu or cuda.")]
 DtypeOption = Annotated[str, typer.Option(help="Dtype: float32, bfloat16, float16, or auto for the base's own dtype.")]
 SameBaseOption = Annotated[
@@ -73,6 +80,14 @@ TargetOption = Annotated[
     typer.Option(
         "--for",
         help="Library that loads the adapter: peft or vllm. For vllm, all modules have the same rank and alpha.",
+    ),
+]
+MergeOnOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the adapter, such as an SFT adapter, on top of which the experts were trained. The output then "
+        "includes its delta once. Required with --into-base for such experts.",
+        show_default=False,
     ),
 ]
 MergeExpertsOption = Annotated[

@@ -58,7 +58,7 @@ def train_experts(
     Raises:
         SoupError: if a training fails. The other trainings are stopped and can be resumed.
     """
-    options = {"base": base, "on": on, "recipe": recipe, "catalogue": catalogue}
+    options: dict[str, Any] = {"base": base, "on": on, "recipe": recipe, "catalogue": catalogue}
     options |= {"device": device, "seed": seed, "resume": resume}
     progress = progress or Silent()
     if workers <= 1 or len(jobs) <= 1:

@@ -28,8 +28,8 @@ def experts(tmp_path: Path, sft: Path) -> list[Path]:
     return [trained_on(folder, sft) for folder in write_experts(tmp_path / "experts")]
 
 
-def open_on(base: Path, experts: list[Path], sft: Path | None, **options: object) -> SoupModel:
-    return SoupModel.from_pretrained(base, experts[0].parent, on=sft, device="cpu", **options)
+def open_on(base: Path, experts: list[Path], sft: Path | None) -> SoupModel:
+    return SoupModel.from_pretrained(base, experts[0].parent, on=sft, device="cpu")
 
 
 def true_logits(base: Path, sft: Path, experts: list[Path], weights: dict[str, float] | None, ids_T: Tensor) -> Tensor:

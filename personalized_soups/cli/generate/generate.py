@@ -17,6 +17,7 @@ from personalized_soups.cli.options import (
     DeviceOption,
     DtypeOption,
     MaxNewTokensOption,
+    OnOption,
     RestartOption,
     SameBaseOption,
     SeedOption,
@@ -37,6 +38,7 @@ def generate(
     ] = None,
     *,
     base: BaseOption,
+    on: OnOption = None,
     adapter: Annotated[Path | None, typer.Option(help="Folder of an adapter: an expert or a merged adapter.")] = None,
     experts: Annotated[
         list[Path] | None, typer.Option(help="Folder of experts to merge for this answer. May be repeated.")
@@ -89,7 +91,7 @@ def generate(
     With --user-model, the soft tokens of --user come before the prompt. With --prompts, each line's user is answered.
     """
     check_temperature(temperature)
-    loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
+    loading = LoadOptions(base, device, checked_dtype(dtype), same_base, on)
     one_user = OneUserRequest(prompt, adapter, experts, profile, weights, allow_opposed, user_model, user)
     if profiles is None and prompts is None:
         if out is not None:

@@ -105,7 +105,12 @@ def answer_many_users(request: ManyUsersRequest, loading: LoadOptions, sampling:
             lines = stack.enter_context(growing_lines(request.out, settings, overwrite=request.overwrite))
         first = 0 if lines is None else lines.num_done
         model = SoupModel.from_pretrained(
-            loading.path, library, device=loading.device, dtype=loading.dtype, same_base=loading.same_base
+            loading.path,
+            library,
+            on=loading.on,
+            device=loading.device,
+            dtype=loading.dtype,
+            same_base=loading.same_base,
         )
         model.generator.check(prompts)
         if users is not None:
@@ -168,12 +173,11 @@ def _settings(
     sampling: SamplingOptions,
 ) -> Mapping[str, Any]:
     """Return all inputs that affect the answers. A run can be resumed only with the same inputs."""
-    from personalized_soups.adapters.fingerprint import base_fingerprint
     from personalized_soups.files.digest import digest_file
 
     of_users = {} if users is None else {"user_model": [digest_file(path) for path in users.files]}
     return {
-        "base": base_fingerprint(loading.path),
+        "base": loading.fingerprint,
         "experts": {name: [digest_file(path) for path in expert.adapter.files] for name, expert in library.items()},
         "profiles": None if request.profiles is None else digest_file(request.profiles),
         "prompts": digest_file(request.prompts),

@@ -79,7 +79,12 @@ def answer_one_user(
         from personalized_soups.generation.generator import Generator
 
         generator = Generator.open(
-            loading.path, folder, device=loading.device, dtype=loading.dtype, same_base=loading.same_base
+            loading.path,
+            folder,
+            on=loading.on,
+            device=loading.device,
+            dtype=loading.dtype,
+            same_base=loading.same_base,
         )
     pieces = generator.stream(
         prompt,
@@ -111,6 +116,7 @@ def _answer_with_user_model(
     model = SoupModel.from_pretrained(
         loading.path,
         ExpertLibrary.open(*(request.experts or ())),
+        on=loading.on,
         device=loading.device,
         dtype=loading.dtype,
         same_base=loading.same_base,

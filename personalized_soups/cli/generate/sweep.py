@@ -21,6 +21,7 @@ from personalized_soups.cli.options import (
     ExpertsOption,
     JsonOption,
     MaxNewTokensOption,
+    OnOption,
     PromptsOption,
     RestartOption,
     SameBaseOption,
@@ -44,6 +45,7 @@ def sweep(
     side_b: Annotated[str, typer.Argument(help="The expert with the whole weight at the last step.")],
     *,
     base: BaseOption,
+    on: OnOption = None,
     experts: ExpertsOption,
     prompts: PromptsOption,
     out: Annotated[Path, typer.Option(help="Folder for answers.jsonl, sweep.json and sweep.png.")],
@@ -70,7 +72,7 @@ def sweep(
     """
     check_temperature(temperature)
     check_extra("plot", "matplotlib")
-    loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
+    loading = LoadOptions(base, device, checked_dtype(dtype), same_base, on)
     sampling = SamplingOptions(max_new_tokens, temperature, seed, batch_size)
     _check_sweep(side_a, side_b, scale)
     check_no_input(out / "answers.jsonl", [prompts])

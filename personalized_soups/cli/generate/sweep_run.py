@@ -71,11 +71,10 @@ class SweepRun:
 
     def _settings(self) -> dict[str, Any]:
         """Return all inputs that affect the answers. A run can be resumed only with the same inputs."""
-        from personalized_soups.adapters.fingerprint import base_fingerprint
         from personalized_soups.files.digest import digest_file
 
         return {
-            "base": base_fingerprint(self.loading.path),
+            "base": self.loading.fingerprint,
             "experts": {
                 name: [digest_file(path) for path in expert.adapter.files] for name, expert in self.experts.items()
             },
@@ -95,6 +94,7 @@ class SweepRun:
         model = SoupModel.from_pretrained(
             self.loading.path,
             self.experts,
+            on=self.loading.on,
             device=self.loading.device,
             dtype=self.loading.dtype,
             same_base=self.loading.same_base,

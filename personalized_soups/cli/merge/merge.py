@@ -9,6 +9,7 @@ import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.merge.request import (
+    adapter_facts,
     check_one_base,
     checked_copy_mode,
     checked_experts,
@@ -26,6 +27,7 @@ from personalized_soups.cli.options import (
     MergeDeviceOption,
     MergeDtypeOption,
     MergeExpertsOption,
+    MergeOnOption,
     MethodOption,
     MethodSeedOption,
     OverwriteOption,
@@ -67,6 +69,7 @@ def merge(
     device: MergeDeviceOption = "auto",
     dtype: MergeDtypeOption = None,
     base: MergeBaseOption = None,
+    on: MergeOnOption = None,
     into_base: Annotated[
         str | None, typer.Option(help="Add the soup to the weights of this base model, and write a full model.")
     ] = None,
@@ -104,6 +107,7 @@ def merge(
         device=device,
         same_base=same_base,
         base=resolved(base),
+        on=on,
     )
     merged = _planned(folders, _profile(profile, weights, allow_opposed=allow_opposed), options, resolved(into_base))
     if dry_run or out is None:
@@ -179,6 +183,7 @@ def _show_plan(plan: MergePlan, *, as_json: bool) -> None:
             "num_bytes": None if plan.encoding == "folded" else plan.num_bytes,
             "shares_basis": plan.shares_basis,
             "base": plan.base.model_dump(mode="json"),
+            **({} if plan.on is None else {"on": plan.on.model_dump(), "includes_on": plan.on_folder is not None}),
             "vllm_max_lora_rank": None if plan.encoding == "folded" else plan.vllm_max_lora_rank,
         }
     )
@@ -195,6 +200,7 @@ def _show_soup(out: Path, *, as_json: bool) -> None:
     shown: dict[str, Any] = {
         "folder": str(out),
         "soup": " + ".join(f"{expert.weight:g} {expert.name}" for expert in record.experts),
+        **adapter_facts(record),
         "method": record.method + "".join(f", {name} {value:g}" for name, value in record.options.items()),
         "encoding": record.encoding,
         "dtype": record.dtype,

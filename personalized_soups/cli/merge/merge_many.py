@@ -20,6 +20,7 @@ from personalized_soups.cli.options import (
     MergeDeviceOption,
     MergeDtypeOption,
     MergeExpertsOption,
+    MergeOnOption,
     MethodOption,
     MethodSeedOption,
     RankOption,
@@ -58,6 +59,7 @@ def merge_many(
     device: MergeDeviceOption = "auto",
     dtype: MergeDtypeOption = None,
     base: MergeBaseOption = None,
+    on: MergeOnOption = None,
     into_base: Annotated[
         str | None, typer.Option(help="Add each soup to the weights of this base model, and write full models.")
     ] = None,
@@ -89,6 +91,7 @@ def merge_many(
         device=device,
         same_base=same_base,
         base=resolved(base),
+        on=on,
     )
     users = _Users(ExpertLibrary.open(*folders), profiles, options, resolved(into_base))
     _show(users.merge(out, overwrite=overwrite, quiet=as_json), out, as_json=as_json)

@@ -11,6 +11,7 @@ from personalized_soups.errors import UsageError, choose_from
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from personalized_soups.adapters.provenance import SoupRecord
     from personalized_soups.files.copies import CopyMode
 
 
@@ -49,6 +50,15 @@ def given_options(**values: float | None) -> dict[str, float]:
 def resolved(base: str | None) -> str | None:
     """Return the folder or model id of the base, or None if `base` is None."""
     return None if base is None else resolve_base(base)
+
+
+def adapter_facts(record: SoupRecord) -> dict[str, str]:
+    """Return a line about the adapter on top of which the experts were trained, or an empty dict if there is none."""
+    if record.on is None:
+        return {}
+    if record.on_folder is not None:
+        return {"on top of": f"{record.on.name}, included once: load the soup on the base alone"}
+    return {"on top of": f"{record.on.name}, not included: load the soup with --on, on top of this adapter"}
 
 
 def checked_copy_mode(name: str) -> CopyMode:

@@ -33,6 +33,10 @@ def verify(
     base: Annotated[
         str | None, typer.Option(help="New folder of the base model, if it was moved.", show_default=False)
     ] = None,
+    on: Annotated[
+        Path | None,
+        typer.Option(help="New folder of the adapter below the experts, if it was moved.", show_default=False),
+    ] = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -51,6 +55,7 @@ def verify(
             folder,
             base=None if base is None else resolve_base(base),
             experts=experts,
+            on=on,
             method=method,
             device=device,
             progress=lambda done, total: bar.update(done >> _KIB, total=max(total >> _KIB, 1)),

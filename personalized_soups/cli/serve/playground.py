@@ -13,6 +13,7 @@ from personalized_soups.cli.options import (
     DimensionsOption,
     DtypeOption,
     ExpertsOption,
+    OnOption,
     SameBaseOption,
     ServedQuestionsOption,
     ServedStoreOption,
@@ -30,6 +31,7 @@ def register(app: typer.Typer) -> None:
 def playground(
     *,
     base: BaseOption = EMBEDDED,
+    on: OnOption = None,
     experts: ExpertsOption,
     profiles: ServedStoreOption = None,
     questions: ServedQuestionsOption = None,
@@ -49,8 +51,8 @@ def playground(
     mixtures. With --questions, it also asks you questions, and moves the sliders to what you prefer.
     """
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
-    loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
-    settings = Settings(served_name(base), Rules(hosts=[HOST]), started_with=started_with(base, experts))
+    loading = LoadOptions(base, device, checked_dtype(dtype), same_base, on)
+    settings = Settings(served_name(base), Rules(hosts=[HOST]), started_with=started_with(base, experts, on))
     ServerRun(
         loading,
         ServedFiles(experts, profiles, questions, dimensions),

@@ -22,6 +22,7 @@ from personalized_soups.cli.options import (
     DtypeOption,
     ExpertsOption,
     JsonOption,
+    OnOption,
     SameBaseOption,
     StoreOption,
 )
@@ -65,6 +66,7 @@ def infer_profile(
     *,
     experts: ExpertsOption,
     base: BaseOption,
+    on: OnOption = None,
     questions: Annotated[
         int, typer.Option(min=1, help="Number of questions in all, with those of earlier runs and skipped ones.")
     ] = 10,
@@ -129,7 +131,7 @@ def infer_profile(
         allow_opposed=allow_opposed,
         with_win_rate=not no_win_rate,
     )
-    loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
+    loading = LoadOptions(base, device, checked_dtype(dtype), same_base, on)
     check_modes(refit=refit, restart=restart, simulate=simulate)
     from personalized_soups.adapters.library import ExpertLibrary
 

@@ -16,6 +16,7 @@ from personalized_soups.cli.options import (
     DimensionsOption,
     DtypeOption,
     ExpertsOption,
+    OnOption,
     SameBaseOption,
     ServedQuestionsOption,
     ServedStoreOption,
@@ -38,6 +39,7 @@ def register(app: typer.Typer) -> None:
 def serve(
     *,
     base: BaseOption,
+    on: OnOption = None,
     experts: ExpertsOption,
     profiles: ServedStoreOption = None,
     questions: ServedQuestionsOption = None,
@@ -135,7 +137,7 @@ def serve(
     """
     check_extra("serve", "fastapi", "uvicorn", "prometheus_client", "sqlalchemy")
     _check_retention(answer_retention, profiles)
-    loading = LoadOptions(base, device, checked_dtype(dtype), same_base)
+    loading = LoadOptions(base, device, checked_dtype(dtype), same_base, on)
     settings = Settings(
         base=name or served_name(base),
         rules=_rules(host, allow_host, cors_origin, max_body=max_body, max_requests=max_requests),
@@ -148,7 +150,7 @@ def serve(
         answers_per_minute=answers_per_minute,
         answer_retention=None if answer_retention is None else timedelta(days=answer_retention),
         users_in_metrics=users_in_metrics,
-        started_with=started_with(base, experts),
+        started_with=started_with(base, experts, on),
     )
     files = ServedFiles(experts, profiles, questions, dimensions, api_key_file)
     ServerRun(loading, files, settings, host=host, port=port, max_context=max_context, cache_memory=cache_memory).run()

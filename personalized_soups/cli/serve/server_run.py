@@ -94,6 +94,7 @@ class ServerRun:
             model, files = load_model(
                 self.loading.path,
                 lambda: ExpertLibrary.open(*self.files.experts),
+                on=self.loading.on,
                 device=self.loading.device,
                 dtype=self.loading.dtype,
                 same_base=self.loading.same_base,
@@ -182,9 +183,13 @@ def served_name(base: str) -> str:
     return Path(base).resolve().name if Path(base).exists() else base
 
 
-def started_with(base: str, experts: Sequence[Path]) -> list[str]:
-    """Return the --base and --experts options of the server. The playground shows them so that users can copy them."""
-    return ["--base", base, *(word for folder in experts for word in ("--experts", str(folder)))]
+def started_with(base: str, experts: Sequence[Path], on: Path | None = None) -> list[str]:
+    """Return the options of the server that say what is served. The playground shows them so that users can copy them.
+
+    The options are --base, --on and --experts.
+    """
+    chosen = [] if on is None else ["--on", str(on)]
+    return ["--base", base, *chosen, *(word for folder in experts for word in ("--experts", str(folder)))]
 
 
 def _check(model: SoupModel, profile: Profile) -> None:

@@ -1,20 +1,22 @@
-"""`psoups quickstart`: the whole pipeline on the embedded base, in minutes."""
+"""`psoups quickstart`: the whole pipeline on the embedded base or on a real one."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.options import DeviceOption, RestartOption, WorkersOption
+from personalized_soups.cli.bases import EMBEDDED
+from personalized_soups.cli.options import BaseOption, DeviceOption, DimensionsOption, RestartOption, WorkersOption
+from personalized_soups.cli.study.quickstart_study import StudyOptions
 from personalized_soups.cli.study.quickstart_tables import next_steps, show_results
-from personalized_soups.cli.study.workers import num_workers
-from personalized_soups.errors import UsageError, check_extra
+from personalized_soups.errors import check_extra
 
 if TYPE_CHECKING:
     from personalized_soups.evaluation.results import Examples, Results
+    from personalized_soups.studies.study import Study
 
 # The stages of the study derive larger seeds from this seed, and NumPy accepts seeds of 32 bits.
 _MAX_SEED = 4_000_000
@@ -27,9 +29,34 @@ def register(app: typer.Typer) -> None:
 
 def quickstart(
     *,
+    base: BaseOption = EMBEDDED,
     out: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run in this folder is resumed.")] = Path(
         "quickstart"
     ),
+    full: Annotated[bool, typer.Option("--full", help="Run the full study of the base, which takes hours.")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe of the study (recipes/evaluation).", show_default=False)
+    ] = None,
+    train_recipe: Annotated[
+        Path | None, typer.Option(help="Training recipe of the experts (recipes/train).", show_default=False)
+    ] = None,
+    dimensions: DimensionsOption = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of prompts: JSON Lines with prompt, kind, subject and split (recipes/prompts).",
+            show_default=False,
+        ),
+    ] = None,
+    external: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=FILE",
+            help="Evaluate all systems on prompts of this file, too. JSON Lines with prompt, or with self-instruct's "
+            "instruction and instances. May be repeated, also after the run.",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed for prompts, answers and training.", min=0, max=_MAX_SEED)] = 0,
     basis: Annotated[
         str, typer.Option(help="free (ordinary LoRA), or shared (all experts share one frozen matrix A).")
@@ -39,30 +66,38 @@ def quickstart(
     overwrite: RestartOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
 ) -> None:
-    """Train six experts on the embedded base, merge a model for each of eight combinations, and score all models."""
-    if basis not in {"free", "shared"}:
-        raise UsageError(f"unknown basis {basis!r}", where="--basis", mend="give --basis free, or give --basis shared")
+    """Train six experts on a base, merge a model for each of eight combinations of sides, and score all models.
+
+    Without options, the base is the embedded one, and the run takes minutes. With --base smollm2, it is a real model.
+    A base without a name has the recipes and the prompts of smollm2.
+    """
     check_extra("train", "trl", "datasets", "accelerate")
     check_extra("plot", "matplotlib")
-    from personalized_soups.studies.quickstart import run_study
-    from personalized_soups.studies.study import Study
-
-    kind: Literal["free", "shared"] = "shared" if basis == "shared" else "free"
-    study = Study(seed=seed, basis=kind, num_workers=num_workers(workers), device=device)
+    options = StudyOptions(
+        base, basis, recipe, train_recipe, dimensions, prompts, full=full, seed=seed, workers=workers, device=device
+    )
     was_complete = (out / "results.json").is_file() and not overwrite
-    try:
-        results, examples = run_study(study, out, stage=render.progress, overwrite=overwrite)
-    except KeyboardInterrupt:
-        render.say(f"finished stages are kept: psoups quickstart --out {out} resumes the run")
-        raise
+    results, examples = _run(options.study(), base, out, external or [], overwrite=overwrite)
     _write_report(out, results, examples)
     if as_json:
         render.show_json(results)
         return
     show_results(results, examples)
-    if was_complete:
+    if was_complete and not external:
         render.say(f"\nThe run in {out} was already complete. Give --overwrite to start again.")
-    render.say(next_steps(out, results))
+    render.say(next_steps(out, results, base))
+
+
+def _run(study: Study, base: str, out: Path, external: list[str], *, overwrite: bool) -> tuple[Results, Examples]:
+    from personalized_soups.studies.external import external_files
+    from personalized_soups.studies.quickstart import run_study
+
+    try:
+        return run_study(study, out, stage=render.progress, overwrite=overwrite, external=external_files(external))
+    except KeyboardInterrupt:
+        which = "" if base == EMBEDDED else f"--base {base} "
+        render.say(f"finished stages are kept: psoups quickstart {which}--out {out} resumes the run")
+        raise
 
 
 def _write_report(out: Path, results: Results, examples: Examples) -> None:
@@ -73,5 +108,6 @@ def _write_report(out: Path, results: Results, examples: Examples) -> None:
 
     folder = StudyFolder(out)
     draw_combinations(results, folder.picture("combinations"))
-    draw_sweeps(results, folder.picture("sweeps"))
+    if results["sweeps"]:
+        draw_sweeps(results, folder.picture("sweeps"))
     write_text(folder.report, report(results, examples=examples))

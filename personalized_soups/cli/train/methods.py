@@ -44,7 +44,9 @@ class UserOptions:
         return [name for name, value in values.items() if value is not None]
 
 
-def check_method(method: str, side: str | None, dimensions: Path | None, users: UserOptions) -> None:
+def check_method(
+    method: str, side: str | None, dimensions: Path | None, users: UserOptions, on: Path | None = None
+) -> None:
     """Check that the method is known, and that all arguments belong to it.
 
     Raises:
@@ -63,6 +65,12 @@ def check_method(method: str, side: str | None, dimensions: Path | None, users: 
             raise UsageError(
                 "no side is given", where="SIDE", mend="name the side that the pairs prefer, e.g. psoups train concise"
             )
+    elif on is not None:
+        raise UsageError(
+            "--on is for experts; a user model is trained on a base alone",
+            where="--on",
+            mend="merge the adapter into the base first (psoups merge --into-base), and give the result as --base",
+        )
     elif side is not None or dimensions is not None:
         given = ["SIDE"] * (side is not None) + ["--dimensions"] * (dimensions is not None)
         raise UsageError(

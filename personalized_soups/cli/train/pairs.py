@@ -17,6 +17,7 @@ from personalized_soups.cli.options import (
     DtypeOption,
     JsonOption,
     MaxNewTokensOption,
+    OnOption,
     SeedOption,
     TemperatureOption,
 )
@@ -37,6 +38,7 @@ def pairs(
     side: Annotated[str, typer.Argument(help="The side that the pairs prefer, e.g. concise.")],
     *,
     base: BaseOption,
+    on: OnOption = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -78,7 +80,7 @@ def pairs(
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
 
-    loading = LoadOptions(base, device, checked_dtype(dtype))
+    loading = LoadOptions(base, device, checked_dtype(dtype), on=on)
     sampling = SamplingOptions(max_new_tokens, temperature, seed, batch_size)
     catalogue = load(catalogue_of(base, dimensions), Catalogue)
     catalogue.scorer_of(side)  # raises an error before torch is imported

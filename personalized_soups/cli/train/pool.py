@@ -65,14 +65,15 @@ class PoolRequest:
             )
 
     def _sample(self, *, quiet: bool) -> list[Sampled]:
-        from personalized_soups.adapters.fingerprint import base_fingerprint
         from personalized_soups.generation.generator import Generator
         from personalized_soups.generation.prompts import read_asked_prompts
         from personalized_soups.training.resumable_sampling import sample_kept
 
         assert self.prompts is not None
         prompts = read_asked_prompts(self.prompts)
-        generator = Generator.open(self.loading.path, device=self.loading.device, dtype=self.loading.dtype)
+        generator = Generator.open(
+            self.loading.path, on=self.loading.on, device=self.loading.device, dtype=self.loading.dtype
+        )
         generator.check(prompts)
         total = len(prompts) * self.num_samples
         with ExitStack() as stack:
@@ -90,7 +91,7 @@ class PoolRequest:
                 generator,
                 [line.prompt for line in prompts],
                 kept=self.journal,
-                base=base_fingerprint(self.loading.path),
+                base=self.loading.fingerprint,
                 num_samples=self.num_samples,
                 temperature=self.sampling.temperature,
                 max_new_tokens=self.sampling.max_new_tokens,

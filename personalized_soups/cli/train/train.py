@@ -12,7 +12,7 @@ import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import resolve_base
-from personalized_soups.cli.options import BaseOption, DeviceOption, DimensionsOption, JsonOption, SeedOption
+from personalized_soups.cli.options import BaseOption, DeviceOption, DimensionsOption, JsonOption, OnOption, SeedOption
 from personalized_soups.cli.train.bar_progress import BarProgress
 from personalized_soups.cli.train.methods import UserOptions, check_method, expert_declarations, user_recipe
 from personalized_soups.errors import SoupError
@@ -29,6 +29,7 @@ def train(
     ] = None,
     *,
     base: BaseOption,
+    on: OnOption = None,
     data: Annotated[Path, typer.Option(help="JSON Lines file of preference pairs in TRL's format.")],
     out: Annotated[Path, typer.Option(help="New folder to write the expert to.")],
     method: Annotated[
@@ -72,13 +73,13 @@ def train(
     """
     with _reported_by_the_first_process(out, quiet=as_json) as progress:
         users = UserOptions(user_model, user_tokens, clusters, alpha)
-        check_method(method, side, dimensions, users)
+        check_method(method, side, dimensions, users, on)
         options = {"data": data, "out": out, "device": device, "seed": seed, "resume": resume, "progress": progress}
         run: Callable[[], Path]
         if side is None:
             run = _user_model_training(base, recipe, users, options)
         else:
-            run = _expert_training(side, base, recipe, dimensions, options)
+            run = _expert_training(side, base, recipe, dimensions, {**options, "on": on})
 
         from personalized_soups.training.processes import is_first_process, together
 
@@ -155,6 +156,7 @@ def _show(out: Path, *, as_json: bool) -> None:
     render.show_record(
         {
             **named,
+            **({} if record.on is None else {"on top of": f"{record.on.name} ({record.on.digest[:12]})"}),
             "folder": str(out),
             "pairs": record.data.num_pairs,
             "steps": int(record.metrics["num_steps"]),

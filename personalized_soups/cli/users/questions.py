@@ -16,6 +16,7 @@ from personalized_soups.cli.options import (
     ExpertsOption,
     JsonOption,
     MaxNewTokensOption,
+    OnOption,
     OverwriteOption,
     SameBaseOption,
     SeedOption,
@@ -44,6 +45,7 @@ def make(
     *,
     experts: ExpertsOption,
     base: BaseOption,
+    on: OnOption = None,
     out: Annotated[Path, typer.Option(help="Folder of questions to write.")],
     prompts: Annotated[
         Path | None,
@@ -79,7 +81,9 @@ def make(
     from personalized_soups.users.answers.making import make_questions
 
     path = resolve_base(base)
-    model = SoupModel.from_pretrained(path, experts, device=device, dtype=checked_dtype(dtype), same_base=same_base)
+    model = SoupModel.from_pretrained(
+        path, experts, on=on, device=device, dtype=checked_dtype(dtype), same_base=same_base
+    )
     with pool_progress(quiet=as_json) as on_progress:
         pool = make_questions(
             model,

@@ -17,6 +17,7 @@ from personalized_soups.cli.options import (
     ExpertsOption,
     JsonOption,
     MaxNewTokensOption,
+    OnOption,
     SameBaseOption,
     SeedOption,
     ServedStoreOption,
@@ -40,6 +41,7 @@ def tune(
     user: Annotated[str, typer.Argument(help="The user's name in the store.", show_default=False)],
     *,
     base: BaseOption,
+    on: OnOption = None,
     experts: ExpertsOption,
     examples: Annotated[
         Path | None,
@@ -113,7 +115,7 @@ def tune(
     target = TuningTarget.checked(user, profiles, out, overwrite=overwrite, by_layer=layer_groups is not None)
     run = TuningRun(
         evidence,
-        LoadOptions(base, device, checked_dtype(dtype), same_base),
+        LoadOptions(base, device, checked_dtype(dtype), same_base, on),
         SamplingOptions(max_new_tokens, temperature, seed, batch_size or (_TEXTS if scorer is None else _ANSWERS)),
         SearchOptions(budget, population, sigma, limit, layer_groups, allow_opposed),
     )

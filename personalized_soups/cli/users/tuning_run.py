@@ -112,6 +112,7 @@ class TuningRun:
         model = SoupModel.from_pretrained(
             self.loading.path,
             library,
+            on=self.loading.on,
             device=self.loading.device,
             dtype=self.loading.dtype,
             same_base=self.loading.same_base,

@@ -147,21 +147,27 @@ def listen(host: str, port: int, *, has_key: bool, or_any: bool = False) -> sock
 
 
 def load_model(
-    base: str, experts: Callable[[], ExpertLibrary], *, device: str, dtype: Dtype, same_base: bool
+    base: str,
+    experts: Callable[[], ExpertLibrary],
+    *,
+    on: Path | None = None,
+    device: str,
+    dtype: Dtype,
+    same_base: bool,
 ) -> tuple[SoupModel, ExpertFiles]:
     """Load the base and its experts, and record the state of the experts' files.
 
     Args:
         base: the base's folder or model id.
         experts: opens the library of experts. It is called again at each reload.
-        device, dtype, same_base: as for SoupModel.from_pretrained.
+        on, device, dtype, same_base: as for SoupModel.from_pretrained.
 
     Raises:
         SoupError: if the library cannot be opened, or the model cannot be loaded.
     """
     files = ExpertFiles(experts)
     library, stamps = files.look()
-    model = SoupModel.from_pretrained(base, library, device=device, dtype=dtype, same_base=same_base)
+    model = SoupModel.from_pretrained(base, library, on=on, device=device, dtype=dtype, same_base=same_base)
     files.serve(stamps)
     return model, files
 

@@ -76,6 +76,7 @@ class InferenceRun:
         return SoupModel.from_pretrained(
             loading.path,
             self._library,
+            on=loading.on,
             device=loading.device,
             dtype=loading.dtype,
             same_base=loading.same_base,
