@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from personalized_soups.adapters.base_adapter import BaseAdapter
+from personalized_soups.errors import RunError
+from personalized_soups.mixing import many_users
+from personalized_soups.mixing.many_users import answer_many
 from tests import oracles
 from tests.base_adapters import trained_on, write_merged_base, write_sft
 from tests.cli.conftest import Run
@@ -150,23 +155,31 @@ def test_without_its_adapter_an_expert_is_refused_and_the_message_names_the_opti
 
 
 def test_answers_of_many_users_resume_only_with_their_adapter(
-    psoups: Run, small_base: Path, sft: Path, tmp_path: Path
+    *, psoups: Run, small_base: Path, sft: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_expert(tmp_path / "experts" / "cold")  # no record, so both runs accept it
+    write_expert(tmp_path / "experts" / "cold")  # no record, so it is accepted with every adapter
     (tmp_path / "users.jsonl").write_text('{"user": "ada", "weights": {"cold": 0.6}}\n')
-    (tmp_path / "prompts.txt").write_text(QUESTION + "\n")
-    options = ["--profiles", tmp_path / "users.jsonl", "--prompts", tmp_path / "prompts.txt"]
-    options += ["--experts", tmp_path / "experts", "--out", tmp_path / "out.jsonl", "--device", "cpu"]
-    assert psoups("generate", "--base", small_base, "--on", sft, *options, "--max-new-tokens", 2)[0] == 0
+    (tmp_path / "prompts.txt").write_text(f"{QUESTION}\nrub the towel\n")
+    options = ["generate", "--base", small_base, "--profiles", tmp_path / "users.jsonl", "--batch-size", 1]
+    options += ["--prompts", tmp_path / "prompts.txt", "--experts", tmp_path / "experts", "--device", "cpu"]
+    options += ["--out", tmp_path / "out.jsonl", "--max-new-tokens", 2]
+
+    def first_batch(*arguments: Any, **named: Any) -> Iterator[Any]:
+        yield next(iter(answer_many(*arguments, **named)))
+        raise RunError("interrupted", where="here", mend="run again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(many_users, "answer_many", first_batch)
+        assert "interrupted" in psoups(*options, "--on", sft)[2]
     before = (tmp_path / "out.jsonl").read_bytes()
-    again = ["generate", "--base", small_base, *options, "--max-new-tokens", 2]
-    assert psoups(*again, "--on", sft)[0] == 0  # all answers are there
-    other = write_sft(tmp_path / "other", seed=5)
-    for on in ([], ["--on", other]):
-        code, _, err = psoups(*again, *on)
+    for on in ([], ["--on", write_sft(tmp_path / "other", seed=5)]):
+        code, _, err = psoups(*options, *on)
         assert code == 2
-        assert "the output file exists already" in err
-    assert (tmp_path / "out.jsonl").read_bytes() == before
+        assert "these settings differ: base" in err
+    code, _, err = psoups(*options, "--on", sft)
+    assert code == 0, err
+    assert len((tmp_path / "out.jsonl").read_bytes().splitlines()) == 2
+    assert (tmp_path / "out.jsonl").read_bytes().startswith(before)
 
 
 def test_merge_says_what_the_soup_needs(
