@@ -42,6 +42,12 @@ class NamedBase(Declared):
     licence: str = Field(description="The licence of the model, as an SPDX identifier.")
     dimensions: RelativePath = Field(description="The shipped catalogue that suits the base.")
     train: RelativePath = Field(description="The shipped training recipe that suits the base.")
+    study: RelativePath | None = Field(default=None, description="The shipped recipe of `psoups quickstart`.")
+    full_study: RelativePath | None = Field(default=None, description="That of `psoups quickstart --full`.")
+    prompts: RelativePath | None = Field(
+        default=None,
+        description="The shipped prompts of the study. Left out, the prompts are those of the embedded base's world.",
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:

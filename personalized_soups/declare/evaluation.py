@@ -70,6 +70,11 @@ class StudyRecipe(Declared):
         description="The number of answers that are generated at once, each with its own mixture of experts. Left out, "
         "each model is merged, and answers all its prompts at once.",
     )
+    sides: tuple[Name, ...] = Field(
+        default=(),
+        description="The sides of the study, one with `end: low` and one with `end: high` in each dimension. Left out, "
+        "the study has all sides of the catalogue.",
+    )
     systems: tuple[SystemName, ...] = Field(
         default=(),
         description="Systems that are compared with the base and the soups. `preference_prompting`: the base, with the "
@@ -99,6 +104,26 @@ class StudyRecipe(Declared):
         if repeated:
             raise refusal(f"the system {repeated[0]!r} is repeated", mend="write it once", key=("systems",))
         return self
+
+    def catalogue_of(self, catalogue: Catalogue) -> Catalogue:
+        """Return the part of a catalogue that the study uses: the recipe's sides and their dimensions.
+
+        Raises:
+            DeclarationError: if a side is not in the catalogue.
+        """
+        if not self.sides:
+            return catalogue
+        for at, side in enumerate(self.sides):
+            if side not in catalogue.sides:
+                raise DeclarationError(
+                    f"unknown side {side!r}", where=self.place("sides", at), mend=choose_from(side, catalogue.sides)
+                )
+        dimensions = {}
+        for name, dimension in catalogue.dimensions.items():
+            used = {side: declared for side, declared in dimension.sides.items() if side in self.sides}
+            if used:
+                dimensions[name] = dimension.replaced(sides=used)
+        return catalogue.replaced(dimensions=dimensions)
 
     def check_judges(self, catalogue: Catalogue) -> None:
         """Check that each dimension has a judge that is not the scorer of its pairs. Without judges, check nothing.

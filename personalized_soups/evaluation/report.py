@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from statistics import fmean
 
+from personalized_soups.evaluation.comparison_report import (
+    averages_table,
+    combinations_table,
+    external_sections,
+    movements_table,
+)
 from personalized_soups.evaluation.markdown import plain, table
 from personalized_soups.evaluation.monotone import judge_sweep
 from personalized_soups.evaluation.results import (
@@ -29,11 +35,15 @@ def report(results: Results, *, examples: Examples) -> str:
     sections: list[tuple[str, Callable[[Results], str]]] = [
         ("Base and best method", _base_and_best),
         ("Targets", _targets),
+        ("Systems", _systems),
+        ("Is every score moved towards its side?", _movements),
+        ("Systems in each combination", _systems_by_combination),
+        ("Other prompts", external_sections),
         ("Methods", _methods),
         ("Combinations", _combinations),
         ("How the weights were chosen", _selection),
         ("Sweeps", _sweeps),
-        ("Time", _seconds),
+        ("Time" if "memory" not in results else "Cost", _seconds),
         ("How it was made", _provenance),
         ("Files", _files),
     ]
@@ -213,10 +223,34 @@ def _sweeps(results: Results) -> str:
     )
 
 
+def _systems(results: Results) -> str:
+    return averages_table(results["comparison"], results["best_method"]) if "comparison" in results else ""
+
+
+def _movements(results: Results) -> str:
+    return movements_table(results["comparison"]) if "comparison" in results else ""
+
+
+def _systems_by_combination(results: Results) -> str:
+    return combinations_table(results["comparison"]) if "comparison" in results else ""
+
+
 def _seconds(results: Results) -> str:
-    seconds = results["seconds"]
-    rows = [[plain(stage), f"{spent:.1f}"] for stage, spent in seconds.items()]
-    return table(["stage", "seconds"], [*rows, ["**all**", f"**{sum(seconds.values()):.1f}**"]]) if rows else ""
+    seconds, memory = results["seconds"], results.get("memory", {})
+    if not seconds:
+        return ""
+    rows = [[plain(stage), f"{spent:.1f}", _gibibytes(memory.get(stage))] for stage, spent in seconds.items()]
+    rows.append(
+        ["**all**", f"**{sum(seconds.values()):.1f}**", f"**{_gibibytes(max(memory.values(), default=None))}**"]
+    )
+    if not memory:
+        return table(["stage", "seconds"], [row[:2] for row in rows])
+    note = "The memory is an upper bound: the sum of the largest resident memory of each process."
+    return f"{note}\n\n{table(['stage', 'seconds', 'memory in GiB'], rows)}"
+
+
+def _gibibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**30:.2f}"
 
 
 def _provenance(results: Results) -> str:

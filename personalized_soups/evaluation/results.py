@@ -193,6 +193,15 @@ def name_of(sides: Sequence[str]) -> str:
     return " + ".join(sides)
 
 
+def title_of(system: str) -> str:
+    """Return the name of a system as text: `soup_prompting` is `soup + prompting`. A method keeps its name."""
+    return {
+        "preference_prompting": "preference prompting",
+        "single_expert": "single expert",
+        "soup_prompting": "soup + prompting",
+    }.get(system, system)
+
+
 def combinations_of(results: Results) -> list[tuple[str, ...]]:
     """Return the distinct combinations in the order in which they first occur."""
     return list(dict.fromkeys(tuple(row["sides"]) for row in results["combinations"]))

@@ -28,7 +28,10 @@ class StudyFolder:
         results: the file of the results.
         report: the report in Markdown.
         examples: the file of one prompt with the answers of several models.
+        samples: the file of some prompts with the answers of all systems side by side, in Markdown.
         seconds: the file of the seconds that each stage took.
+        memory: the file of the memory that each stage needed.
+        gate: the file of the calibrated gate that rejects broken answers.
         pool: the file of the base's sampled answers, from which pairs are made.
         experts: the folder of the experts.
         merged: the folder of the merged adapters.
@@ -40,7 +43,10 @@ class StudyFolder:
         self.results = root / RESULTS_FILE
         self.report = root / "report.md"
         self.examples = root / "examples.json"
+        self.samples = root / "samples.md"
         self.seconds = root / "seconds.json"
+        self.memory = root / "memory.json"
+        self.gate = root / "gate.json"
         self.pool = root / "pool.jsonl"
         self.experts = root / "experts"
         self.merged = root / "merged"
@@ -57,15 +63,23 @@ class StudyFolder:
         """Return the file of the answers that one stage generates."""
         return AnswerFile(self.root / "answers" / f"{stage}.jsonl")
 
+    def external(self, name: str) -> Path:
+        """Return the file of the prompts that were drawn from an external file."""
+        return self.root / "external" / f"{name}.json"
+
     def soup(self, method: str, sides: Sequence[str]) -> Path:
         """Return the folder of the merged adapter for a combination of sides."""
         return self.merged / method / "+".join(sides)
 
     def clear(self) -> None:
         """Remove the files that a study writes. Other files in the folder stay."""
-        for path in (self.root / "pairs", self.experts, self.merged, self.root / "answers"):
+        for name in ("pairs", "answers", "external"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        for path in (self.experts, self.merged):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.settings, self.results, self.report, self.pool, self.examples, self.seconds):
+        for path in (self.settings, self.results, self.report, self.pool, self.examples, self.samples):
+            path.unlink(missing_ok=True)
+        for path in (self.seconds, self.memory, self.gate):
             path.unlink(missing_ok=True)
         for name in PICTURES:
             self.picture(name).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from personalized_soups.evaluation.results import (
     BaseScores,
     Check,
     CombinationScores,
+    Comparison,
     Examples,
     MethodScores,
     Results,
@@ -70,6 +71,8 @@ def collect(
     seed: int,
     basis: Literal["free", "shared"],
     seconds: Mapping[str, float],
+    memory: Mapping[str, int] | None = None,
+    comparison: Comparison | None = None,
 ) -> Results:
     """Return all results of the study.
 
@@ -85,6 +88,8 @@ def collect(
         seed: the study's seed, which also seeds the bootstrap.
         basis: the experts' basis.
         seconds: the seconds that each stage took.
+        memory: the memory that each stage needed, in bytes.
+        comparison: all systems on the held-out prompts, if the recipe names systems to compare.
     """
     alone = held_out[_BASE]
     rows = [
@@ -104,17 +109,16 @@ def collect(
     # this model, which are without replacement, differ.
     answers = {method: [e.answer for sides in combinations for e in held_out[method, sides]] for method in weights}
     base_answers = [entry.answer for entry in alone]
-    sample = min(num_bigrams(texts) for texts in [base_answers, *answers.values()]) // 2
+    sample = max(1, min(num_bigrams(texts) for texts in [base_answers, *answers.values()]) // 2)
     base: BaseScores = {
         "mean": _mean([mean_worth(alone, sides) for sides in combinations]),
         "joint": _mean([joint_share(alone, sides) for sides in combinations]),
         "valid": valid_share(alone),
         "per_dimension": {name: mean_toward(alone, high, of_valid=True) for name, (_, high) in study_sides.items()},
-        "distinct_bigrams": distinct_bigrams(base_answers, sample=sample, seed=seed),
+        "distinct_bigrams": _distinct(base_answers, sample, seed),
     }
     methods = [
-        _method(method, weight, rows, distinct_bigrams(answers[method], sample=sample, seed=seed))
-        for method, weight in weights.items()
+        _method(method, weight, rows, _distinct(answers[method], sample, seed)) for method, weight in weights.items()
     ]
     points = {
         name: [[share, mean_toward(entries, study_sides[name][1])] for share, entries in steps]
@@ -144,7 +148,36 @@ def collect(
         "checks": [],
         "versions": library_versions("torch", "transformers", "peft", "trl", "numpy"),
     }
+    if memory is not None:
+        results["memory"] = dict(memory)
+    if comparison is not None:
+        return {**results, "comparison": comparison, "checks": comparison_checks(comparison, best_method)}
     return {**results, "checks": checks(results)}
+
+
+def comparison_checks(comparison: Comparison, best_method: str) -> list[Check]:
+    """Return the targets of a study that compares systems.
+
+    Args:
+        comparison: all systems on the held-out prompts.
+        best_method: the method of the best soup.
+    """
+    averages = {row["system"]: row for row in comparison["averages"]}
+    gains = {gain["over"]: gain["joint"] for gain in comparison["gains"]}
+    movements = comparison["movements"]
+    num_moved = sum(movement["moved"] for movement in movements)
+    valid = averages["base"]["valid"]
+    targets = [_at_least("joint of the best soup minus the base's", gains["base"], 0.15)]
+    if "preference_prompting" in gains:
+        gain = gains["preference_prompting"]
+        name = "joint of the best soup minus that of preference prompting"
+        targets.append(Check(name=name, value=gain, bar="above 0", met=gain > 0))
+    share = averages[best_method]["valid"] / valid if valid else 0.0
+    return [
+        *targets,
+        _at_least("scores that moved towards their side, of all", num_moved / len(movements), 1.0),
+        _at_least("valid, as a share of the base's", share, 0.9),
+    ]
 
 
 def checks(results: Results) -> list[Check]:
@@ -237,6 +270,11 @@ def _method(method: str, weight: float, rows: Sequence[CombinationScores], disti
         "win_rate_vs_base": _mean([row["win_rate_vs_base"] for row in own]),
         "distinct_bigrams": distinct,
     }
+
+
+def _distinct(answers: Sequence[str], sample: int, seed: int) -> float:
+    """Return the share of distinct bigrams, or 0 if the answers have no bigrams."""
+    return distinct_bigrams(answers, sample=sample, seed=seed) if num_bigrams(answers) >= sample else 0.0
 
 
 def _at_least(name: str, value: float, bar: float) -> Check:

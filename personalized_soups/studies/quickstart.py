@@ -1,37 +1,43 @@
 """Run the whole pipeline: make pairs from the base's own answers, train experts, merge them, and score the answers.
 
-Method and weights are chosen on validation topics, and scores are computed on held-out topics. Experts are not trained
-on either.
+Method and weights are chosen on validation prompts, and scores are computed on test prompts. Experts are not trained on
+either, and no subject is in two splits.
 """
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from personalized_soups.declare.profile import MethodName, Profile
-from personalized_soups.errors import RunError
-from personalized_soups.evaluation.results import Examples, Results, ValidationScores
-from personalized_soups.evaluation.scores import Graded, grade
+from personalized_soups.declare.profile import Profile
+from personalized_soups.evaluation.comparison import compare
+from personalized_soups.evaluation.grading import Grader
+from personalized_soups.evaluation.results import Comparison, Examples, ExternalComparison, Results
+from personalized_soups.studies.answering import Answering
+from personalized_soups.studies.base_checks import check_base, token_counter
+from personalized_soups.studies.choosing import Choice, choice_in, choose
+from personalized_soups.studies.costs import Costs
+from personalized_soups.studies.evaluating import Evaluating
+from personalized_soups.studies.external import ExternalPrompts, draw_external
 from personalized_soups.studies.folder import StudyFolder, write_text
-from personalized_soups.studies.outcome import (
-    HeldOut,
-    best_of_method,
-    best_weight,
-    collect,
-    example_answers,
-    score_selection,
-)
-from personalized_soups.studies.study import Combination, Stage, Study, TrainingBar
-from personalized_soups.studies.workers import AnswerJob, Workers, start_workers
+from personalized_soups.studies.outcome import HeldOut, collect, example_answers
+from personalized_soups.studies.pairing import Pairing
+from personalized_soups.studies.samples import samples_page
+from personalized_soups.studies.study import Stage, Study, TrainingBar
+from personalized_soups.studies.workers import Workers, start_workers
+from personalized_soups.training.pairs import read_pool
 from personalized_soups.training.parallel import ExpertJob, train_experts
 
 
-def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False) -> tuple[Results, Examples]:
+def run_study(
+    study: Study,
+    out: Path,
+    *,
+    stage: Stage,
+    overwrite: bool = False,
+    external: Mapping[str, Path] | None = None,
+) -> tuple[Results, Examples]:
     """Run every stage of a study whose files do not exist yet, and return the results and example answers.
 
     Args:
@@ -39,22 +45,27 @@ def run_study(study: Study, out: Path, *, stage: Stage, overwrite: bool = False)
         out: the study's folder. It gets pairs, experts, merged adapters, all answers, results.json and examples.json.
         stage: opens a progress bar for each stage.
         overwrite: delete the files of a study in `out` and start again.
+        external: files of other prompts by name, on which the comparison is repeated. Nothing is chosen on them.
 
     Raises:
         OutputExistsError: if `out` holds other files, or a study with other settings.
         SoupError: if a stage fails.
     """
+    check_base(study)
     folder = StudyFolder(out)
     if overwrite and folder.settings.is_file():
         folder.clear()
     folder.begin(study.settings())
-    run = _Run(study, folder, stage)
-    if not folder.results.is_file():
+    drawn = {name: _drawn(study, folder, name, path) for name, path in (external or {}).items()}
+    if not folder.results.is_file() or drawn.keys() - _results(folder).get("external", {}).keys():
         with start_workers(study.num_workers) as workers:
-            run.all_stages(workers)
-    results: Results = json.loads(folder.results.read_text(encoding="utf-8"))
+            run = _Run(study, folder, stage, workers)
+            if not folder.results.is_file():
+                run.all_stages()
+            for name, prompts in drawn.items():
+                run.external(name, prompts)
     examples: Examples = json.loads(folder.examples.read_text(encoding="utf-8"))
-    return results, examples
+    return _results(folder), examples
 
 
 def train_study(study: Study, out: Path, *, stage: Stage) -> Path:
@@ -66,94 +77,86 @@ def train_study(study: Study, out: Path, *, stage: Stage) -> Path:
     """
     folder = StudyFolder(out)
     folder.begin(study.settings())
-    run = _Run(study, folder, stage)
     with start_workers(study.num_workers) as workers:
-        run.pairs(workers)
+        run = _Run(study, folder, stage, workers)
+        run.pairs()
     run.train()
     return folder.experts
 
 
-@dataclass(frozen=True, slots=True)
+def _drawn(study: Study, folder: StudyFolder, name: str, path: Path) -> ExternalPrompts:
+    return draw_external(
+        path,
+        study.recipe.external,
+        num_tokens=token_counter(study.base),
+        seed=study.seed,
+        stored=folder.external(name),
+    )
+
+
+def _results(folder: StudyFolder) -> Results:
+    results: Results = json.loads(folder.results.read_text(encoding="utf-8"))
+    return results
+
+
 class _Run:
-    """The stages of a study. Each stage skips work whose files exist.
+    """The stages of a study. Each stage skips work whose files exist."""
 
-    Attributes:
-        study: the settings.
-        folder: the paths of all files.
-        stage: opens a progress bar.
-    """
+    def __init__(self, study: Study, folder: StudyFolder, stage: Stage, workers: Workers) -> None:
+        self._study = study
+        self._folder = folder
+        self._stage = stage
+        self._workers = workers
+        self._costs = Costs(folder)
+        self._answering = Answering(study, folder, stage, workers, self._costs)
 
-    study: Study
-    folder: StudyFolder
-    stage: Stage
-
-    def all_stages(self, workers: Workers) -> None:
-        self.pairs(workers)
+    def all_stages(self) -> None:
+        """Run every stage, and write the results."""
+        self.pairs()
+        if self._study.recipe.batch_size is not None:
+            self._workers.stop()  # they hold a model in memory, which the training needs; the next stage starts others
         self.train()
-        weights, selection = self.choose(workers)
-        self.merge(weights)
-        held_out, sweeps = self.evaluate(workers, weights)
-        best = best_of_method(selection)
+        grader = self._grader()
+        with self._costs.stage("choose"):
+            choice, selection = choose(self._answering, grader)
+        self.merge(choice)
+        evaluating = Evaluating(self._answering, grader, choice)
+        with self._costs.stage("evaluate"):
+            held_out = evaluating.graded("answering held-out prompts", "held-out", self._study.test_prompts)
+            sweeps = evaluating.swept()
         results = collect(
-            study_sides=self.study.sides,
-            combinations=self.study.combinations,
-            weights=weights,
+            study_sides=self._study.sides,
+            combinations=self._study.combinations,
+            weights=choice.weights,
             selection=selection,
             held_out=held_out,
             sweeps=sweeps,
-            best_method=best,
-            seed=self.study.seed,
-            basis=self.study.basis,
-            seconds=self._seconds(),
+            best_method=choice.best_method,
+            seed=self._study.seed,
+            basis=self._study.basis,
+            seconds=self._costs.seconds,
+            memory=self._costs.memory,
+            comparison=self._comparison(held_out, choice) if self._study.recipe.systems else None,
         )
-        examples = example_answers(held_out, best, self.study.combinations)
-        write_text(self.folder.examples, json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
-        write_text(self.folder.results, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        examples = example_answers(held_out, choice.best_method, self._study.combinations)
+        write_text(self._folder.samples, samples_page(held_out, self._study.combinations))
+        write_text(self._folder.examples, json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
+        self._write(results)
 
-    def pairs(self, workers: Workers) -> None:
+    def pairs(self) -> None:
         """Sample the base's answers once, and make pairs for every side from them."""
-        from personalized_soups.training.data import write_pairs
-        from personalized_soups.training.pairs import Sampled, label_pool, read_pool, write_pool
-
-        study, recipe = self.study, self.study.recipe.pairs
-        with self._timed("pairs"):
-            if not self.folder.pool.is_file():
-                prompts = study.prompts("seen", recipe.num_prompts)
-                jobs = [
-                    self._job(
-                        f"sample-{turn}", None, prompts, seed=1000 * study.seed + turn, temperature=recipe.temperature
-                    )
-                    for turn in range(recipe.num_samples)
-                ]
-                answers = self._answered("sampling answers of the base", "pool", jobs, workers)
-                pool = [
-                    Sampled(prompt, tuple(answers[job.name][at] for job in jobs)) for at, prompt in enumerate(prompts)
-                ]
-                write_pool(self.folder.pool, pool)
-            pool = read_pool(self.folder.pool)
-            for side in study.catalogue.sides:
-                if not self.folder.pairs(side).is_file():
-                    labelled = label_pool(
-                        pool,
-                        side,
-                        study.catalogue,
-                        min_gap=recipe.min_gap,
-                        max_pairs=recipe.max_pairs,
-                        seed=study.seed,
-                        conversational=True,
-                    )
-                    self.folder.pairs(side).parent.mkdir(parents=True, exist_ok=True)
-                    write_pairs(self.folder.pairs(side), labelled)
+        with self._costs.stage("pairs"):
+            Pairing(self._answering).run()
 
     def train(self) -> None:
         """Train one expert for each side."""
-        study, recipe = self.study, self.study.training_recipe
-        jobs = [ExpertJob(side, self.folder.pairs(side), self.folder.experts / side) for side in study.catalogue.sides]
-        with self._timed("train"), self.stage(f"training {len(jobs)} experts", None) as bar:
+        study, folder = self._study, self._folder
+        jobs = [ExpertJob(side, folder.pairs(side), folder.experts / side) for side in study.catalogue.sides]
+        with self._costs.stage("train"), self._stage(f"training {len(jobs)} experts", None) as bar:
             train_experts(
                 jobs,
                 base=study.base,
-                recipe=recipe,
+                recipe=study.training_recipe,
                 catalogue=study.catalogue,
                 device=study.device,
                 seed=study.seed,
@@ -161,139 +164,63 @@ class _Run:
                 workers=study.num_workers,
                 progress=TrainingBar(bar, len(jobs)),
             )
+            if study.num_workers > 1:
+                self._costs.saw_children(min(study.num_workers, len(jobs)))
 
-    def choose(self, workers: Workers) -> tuple[dict[MethodName, float], list[ValidationScores]]:
-        """Score all weights of all methods on validation topics. Return each method's best weight and all scores."""
-        study, recipe = self.study, self.study.recipe.selection
-        prompts = study.prompts("validation", recipe.num_prompts)
-        trials = [(method, weight) for method, weights in recipe.weights.items() for weight in weights]
-        jobs = {
-            (method, weight, sides): self._job(
-                f"{method} {weight:g} {'+'.join(sides)}",
-                Profile(method=method, weights=dict.fromkeys(sides, weight)),
-                prompts,
-                seed=2000 + study.seed,
-            )
-            for method, weight in trials
-            for sides in study.combinations
-        }
-        with self._timed("choose"):
-            title = "choosing method and scale on validation topics"
-            answers = self._answered(title, "validation", list(jobs.values()), workers)
-            graded = {key: self._graded(prompts, answers[job.name]) for key, job in jobs.items()}
-        selection = [
-            score_selection(method, weight, {sides: graded[method, weight, sides] for sides in study.combinations})
-            for method, weight in trials
-        ]
-        return {method: best_weight(selection, method) for method in recipe.weights}, selection
-
-    def merge(self, weights: Mapping[MethodName, float]) -> None:
+    def merge(self, choice: Choice) -> None:
         """Merge an adapter for each combination of sides with each method at its best weight."""
         from personalized_soups.adapters.library import ExpertLibrary
         from personalized_soups.merging.writing.adapter import merge
 
-        library = ExpertLibrary.open(self.folder.experts)
-        wanted = [(method, sides) for method in weights for sides in self.study.combinations]
-        with self._timed("merge"), self.stage("merging personal models", len(wanted)) as bar:
+        library = ExpertLibrary.open(self._folder.experts)
+        wanted = [(method, sides) for method in choice.weights for sides in self._study.combinations]
+        with self._costs.stage("merge"), self._stage("merging personal models", len(wanted)) as bar:
             for done, (method, sides) in enumerate(wanted, start=1):
-                target = self.folder.soup(method, sides)
+                target = self._folder.soup(method, sides)
                 if not target.is_dir():
-                    profile = Profile(
-                        user="+".join(sides), method=method, weights=dict.fromkeys(sides, weights[method])
-                    )
-                    merge(library, profile).write(target)
+                    weights = dict.fromkeys(sides, choice.weights[method])
+                    merge(library, Profile(user="+".join(sides), method=method, weights=weights)).write(target)
                 bar.update(done)
 
-    def evaluate(
-        self, workers: Workers, weights: Mapping[MethodName, float]
-    ) -> tuple[HeldOut, dict[str, list[tuple[float, list[Graded]]]]]:
-        """Answer held-out prompts with the base and every merged model, and with every step of the sweeps."""
-        study, recipe = self.study, self.study.recipe
-        prompts = study.prompts("held-out", recipe.num_prompts)
-        jobs: dict[tuple[str, Combination], AnswerJob] = {
-            ("base", ()): self._job("base", None, prompts, seed=3000 + study.seed)
-        } | {
-            (method, sides): self._job(
-                f"{method} {'+'.join(sides)}", self.folder.soup(method, sides), prompts, seed=3000 + study.seed
-            )
-            for method in weights
-            for sides in study.combinations
+    def external(self, name: str, drawn: ExternalPrompts) -> None:
+        """Repeat the comparison on prompts of another file, and add it to the results."""
+        results = _results(self._folder)
+        if name in results.get("external", {}):
+            return
+        choice = choice_in(results)
+        evaluating = Evaluating(self._answering, self._grader(), choice)
+        with self._costs.stage(f"external {name}"):
+            graded = evaluating.graded(f"answering prompts of {name}", f"external-{name}", drawn.prompts)
+        comparison: ExternalComparison = {
+            **self._comparison(graded, choice),
+            "file": drawn.file,
+            "num_in_file": drawn.num_in_file,
+            "num_skipped": drawn.num_skipped,
         }
-        swept = prompts[: recipe.sweep.num_prompts]
-        shares = [step / (recipe.sweep.num_steps - 1) for step in range(recipe.sweep.num_steps)]
-        sweep_jobs = {
-            (name, share): self._job(
-                f"{name} {share:.3f}",
-                Profile(weights={high: share, low: 1 - share}, allow_opposed=True),
-                swept,
-                seed=3000 + study.seed,
-            )
-            for name, (low, high) in study.sides.items()
-            for share in shares
-        }
-        with self._timed("evaluate"):
-            answers = self._answered("answering held-out prompts", "held-out", list(jobs.values()), workers)
-            sweep_answers = self._answered("sweeping weights", "sweeps", list(sweep_jobs.values()), workers)
-            held_out: HeldOut = {key: self._graded(prompts, answers[job.name]) for key, job in jobs.items()}
-            sweeps = {
-                name: [(share, self._graded(swept, sweep_answers[sweep_jobs[name, share].name])) for share in shares]
-                for name in study.sides
-            }
-        return held_out, sweeps
+        results["external"] = {**results.get("external", {}), name: comparison}
+        results["seconds"], results["memory"] = self._costs.seconds, self._costs.memory
+        self._write(results)
 
-    def _graded(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Graded]:
-        return grade(prompts, answers, self.study.catalogue, list(self.study.catalogue.sides))
-
-    def _job(
-        self,
-        name: str,
-        soup: Path | Profile | None,
-        prompts: tuple[str, ...],
-        *,
-        seed: int,
-        temperature: float | None = None,
-    ) -> AnswerJob:
-        recipe = self.study.recipe
-        return AnswerJob(
-            name=name,
-            base=str(self.study.base),
-            soup=soup,
-            experts=self.folder.experts,
-            prompts=prompts,
-            temperature=temperature or recipe.temperature,
-            max_new_tokens=recipe.max_new_tokens,
-            seed=seed,
-            device=self.study.device,
+    def _comparison(self, graded: HeldOut, choice: Choice) -> Comparison:
+        return compare(
+            graded,
+            sides=self._study.sides,
+            combinations=self._study.combinations,
+            best_method=choice.best_method,
+            single_experts=choice.single_experts,
+            seed=self._study.seed,
         )
 
-    def _answered(self, title: str, stage: str, jobs: Sequence[AnswerJob], workers: Workers) -> dict[str, list[str]]:
-        """Return the answers of each job. Stored answers are read, and the others are computed and stored."""
-        file = self.folder.answers(stage)
-        by_job = {name: answers for name, answers in file.read().items() if name in {job.name for job in jobs}}
-        with self.stage(title, len(jobs)) as bar:
-            bar.update(len(by_job))
-            for job, answers in workers.run([job for job in jobs if job.name not in by_job]):
-                file.add(job.name, answers)
-                by_job[job.name] = answers
-                bar.update(len(by_job))
-        return by_job
+    def _grader(self) -> Grader:
+        """Return what grades answers. The gate is calibrated on the pool, that is, on the base's own answers."""
+        make_gate = self._study.gate
+        if make_gate is None:
+            return self._study.grader()
+        with self._costs.stage("gate"):
+            pool = read_pool(self._folder.pool)
+            prompts: Sequence[str] = [sampled.prompt for sampled in pool for _ in sampled.answers]
+            answers = [answer for sampled in pool for answer in sampled.answers]
+            return self._study.grader(make_gate(self._folder.gate, prompts, answers))
 
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        """Add the block's run time to the seconds that the stage took in earlier, interrupted runs."""
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            seconds = self._seconds()
-            seconds[name] = seconds.get(name, 0.0) + time.monotonic() - start
-            write_text(self.folder.seconds, json.dumps(seconds, indent=2) + "\n")
-
-    def _seconds(self) -> dict[str, float]:
-        path = self.folder.seconds
-        try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return {}
-        except ValueError:
-            raise RunError("the file is not JSON", where=str(path), mend="delete the file and run again") from None
+    def _write(self, results: Results) -> None:
+        write_text(self._folder.results, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

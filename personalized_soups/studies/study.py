@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
+from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import library_versions
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.evaluation import StudyRecipe
 from personalized_soups.declare.loader import load
+from personalized_soups.declare.prompt_set import Split
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.declare.training import TrainingRecipe
+from personalized_soups.errors import DeclarationError
+from personalized_soups.evaluation.grading import Gate, Grader, judging_catalogue
+from personalized_soups.studies.prompt_sources import PromptSource, TinyPrompts
 from personalized_soups.tiny import BASE_FOLDER
-from personalized_soups.tiny.corpus import Split, prompts
 from personalized_soups.training.progress import StepReport
 
 Combination = tuple[str, ...]
@@ -33,6 +39,11 @@ Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
 """Opens the bar of a stage. The arguments are its title and its number of units of work, or None if unknown."""
 
 
+GateMaker = Callable[[Path, Sequence[str], Sequence[str]], Gate]
+"""Makes the gate of a study. The arguments are the file that stores its calibration, and the prompts and the answers of
+the base on which it is calibrated if the file does not exist."""
+
+
 @dataclass(frozen=True, slots=True)
 class Study:
     """The settings of one study.
@@ -42,24 +53,45 @@ class Study:
         basis: with `free`, each expert has its own A. With `shared`, all experts have the same frozen A.
         num_workers: the number of worker processes for training and answering.
         device: `auto`, `cpu` or `cuda`.
-        base: the base model's folder.
-        recipe: the number of prompts, the methods and their weights.
-        training: the training recipe of the experts. None takes the shipped recipe for the basis.
-        catalogue: the dimensions, each with a low and a high side.
+        base: the base model's folder or hub id.
+        prompts: where prompts come from.
+        recipe: the number of prompts, the methods and their weights, and the systems to compare.
+        training: the training recipe of the experts. None takes the recipe of the embedded base for the basis.
+        catalogue: the dimensions, each with a low and a high side. If the recipe names sides, only these are kept.
+        gate: makes the gate that rejects broken answers. None leaves validity to the scorers.
+
+    Raises:
+        DeclarationError: if a dimension has not exactly one low and one high side, or the recipe's judges do not fit
+            the catalogue.
     """
 
     seed: int = 0
     basis: Literal["free", "shared"] = "free"
     num_workers: int = 2
     device: str = "auto"
-    base: Path = BASE_FOLDER
+    base: Path | str = BASE_FOLDER
+    prompts: PromptSource = field(default_factory=TinyPrompts)
     recipe: StudyRecipe = field(default_factory=lambda: load(shipped_recipe("evaluation/quickstart.yaml"), StudyRecipe))
     training: TrainingRecipe | None = None
     catalogue: Catalogue = field(default_factory=lambda: load(shipped_recipe("dimensions/tiny.yaml"), Catalogue))
+    gate: GateMaker | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "catalogue", self.recipe.catalogue_of(self.catalogue))
+        for name, dimension in self.catalogue.dimensions.items():
+            if sorted(side.end for side in dimension.sides.values()) != ["high", "low"]:
+                raise DeclarationError(
+                    f"a study needs one low and one high side in every dimension, but {name!r} has the sides "
+                    + ", ".join(f"{side} ({declared.end})" for side, declared in dimension.sides.items()),
+                    where=self.catalogue.place("dimensions", name),
+                    mend="give a catalogue in which each dimension has one side with `end: low` and one with "
+                    "`end: high`",
+                )
+        self.recipe.check_judges(self.catalogue)
 
     @property
     def training_recipe(self) -> TrainingRecipe:
-        """The training recipe of the experts: `training` if it is given, else the shipped recipe for the basis."""
+        """The training recipe of the experts: `training` if it is given, else that of the embedded base."""
         name = "train/tiny.yaml" if self.basis == "free" else "train/tiny-shared.yaml"
         return self.training or load(shipped_recipe(name), TrainingRecipe)
 
@@ -77,15 +109,42 @@ class Study:
         """All combinations of sides. A combination has one side of each dimension."""
         return list(itertools.product(*self.sides.values()))
 
-    def prompts(self, split: Split, count: int) -> tuple[str, ...]:
-        """Return `count` prompts on the topics of one split, e.g. held-out."""
-        return tuple(prompts(split, count, self.seed))
+    def drawn(self, split: Split, count: int) -> tuple[str, ...]:
+        """Return `count` prompts of one split."""
+        return tuple(self.prompts.draw(split, count, self.seed))
+
+    @property
+    def train_prompts(self) -> tuple[str, ...]:
+        """The prompts of which pairs are made."""
+        return self.drawn("train", self.recipe.pairs.num_prompts)
+
+    @property
+    def validation_prompts(self) -> tuple[str, ...]:
+        """The prompts on which methods and weights are chosen."""
+        return self.drawn("validation", self.recipe.selection.num_prompts)
+
+    @property
+    def test_prompts(self) -> tuple[str, ...]:
+        """The held-out prompts on which all systems are scored."""
+        return self.drawn("test", self.recipe.num_prompts)
+
+    def instructions(self, sides: Sequence[str]) -> str:
+        """Return the instructions of some sides as one text, which preference prompting puts before the prompt."""
+        return " ".join(self.catalogue.side(side)[1].instruction for side in sides)
+
+    def grader(self, gate: Gate | None = None) -> Grader:
+        """Return what grades answers: the catalogue's scorers, the recipe's judges, and a gate."""
+        judges = judging_catalogue(self.catalogue, self.recipe.judges) if self.recipe.judges else None
+        return Grader(self.catalogue, judges, gate)
 
     def settings(self) -> dict[str, object]:
         """Return the settings that a resumed run must have in common with the interrupted run."""
+        prompts = [self.train_prompts, self.validation_prompts, self.test_prompts]
         return {
             "seed": self.seed,
             "basis": self.basis,
+            "base": base_fingerprint(self.base),
+            "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
             "recipe": self.recipe.model_dump(mode="json"),
             "training": self.training_recipe.model_dump(mode="json"),
             "catalogue": self.catalogue.model_dump(mode="json"),

@@ -75,7 +75,9 @@ def test_the_results_have_every_figure(finished: tuple[Path, Results, Examples])
     assert set(results["sweeps"]) == {"expertise", "informativeness", "style"}
     assert [point[0] for point in results["sweeps"]["style"]] == [0.0, 1.0]
     assert results["num_prompts"] == 8
-    assert {"pairs", "train", "choose", "merge", "evaluate"} == set(results["seconds"])
+    assert {"pairs", "train", "choose", "merge", "evaluate"} == set(results["seconds"]) == set(results["memory"])
+    # torch and transformers alone take more than 100 MiB, and this process is one of at least two.
+    assert all(size > 200 * 2**20 for stage, size in results["memory"].items() if stage != "merge")
     assert {row["weight"] for row in results["combinations"] if row["method"] == "linear"} <= {0.4, 0.6}
     assert [each["name"] for each in examples["answers"]][:2] == ["base", "elementary + concise + friendly"]
 
@@ -100,8 +102,8 @@ def test_no_object_is_met_twice(finished: tuple[Path, Results, Examples]) -> Non
     study = small_study()
     pairs = [json.loads(line) for path in (out / "pairs").glob("*.jsonl") for line in path.read_text().splitlines()]
     trained = {objects_of(row["prompt"][-1]["content"]) for row in pairs}
-    chosen = {objects_of(prompt) for prompt in study.prompts("validation", SMALL.selection.num_prompts)}
-    scored = {objects_of(prompt) for prompt in study.prompts("held-out", SMALL.num_prompts)}
+    chosen = {objects_of(prompt) for prompt in study.validation_prompts}
+    scored = {objects_of(prompt) for prompt in study.test_prompts}
     based = {entry.topic.object for entry in corpus.documents(20_000, seed=0)}
     assert trained
     assert trained <= based  # experts train on objects that the base has seen
@@ -128,7 +130,7 @@ def test_a_finished_run_is_read_and_an_interrupted_one_goes_on(
     answers.write_bytes(b"".join(lines[:-3]) + lines[-3][:20])  # killed in the middle of a line
     shutil.rmtree(copy / "experts" / "friendly")
     again, _ = run_study(small_study(), copy, stage=stages)
-    assert {**again, "seconds": {}} == {**results, "seconds": {}}
+    assert {**again, "seconds": {}, "memory": {}} == {**results, "seconds": {}, "memory": {}}
     assert stages.done["answering held-out prompts"] == [14, 15, 16, 17]
     assert stages.done["sweeping weights"] == [6]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,8 @@ SHADES = ["#f4f8fa", "#cfe3ea", "#93c2d1", "#4f9ab1", "#1f6f8b", "#12475c"]
 def draw_combinations(results: Results, path: Path) -> Path:
     """Write a PNG file with a row for each combination of sides.
 
-    The columns are the joint scores of the base and of each method, and three more scores of the best method.
+    The columns are the joint scores of the base, of each method and of other systems that the results compare, and
+    three more scores of the best method.
 
     Raises:
         UsageError: if matplotlib is missing.
@@ -83,19 +85,39 @@ class _Column(NamedTuple):
 
 
 def _columns(results: Results) -> list[_Column]:
-    """Return the columns: joint scores of the base and of each method, then three scores of the best method."""
+    """Return the columns: joint scores of the base, of each method and other system, then three of the best method."""
     rows, best = combinations_of(results), results["best_method"]
     chosen = [row_of(results, sides, best) for sides in rows]
     columns = [_Column("base", "alone", "", [row["base_joint"] for row in chosen])]
+    columns += _system_columns(results, _BEFORE_SOUPS)
     for method in results["methods"]:
         above, _, below = method["method"].rpartition("_")
         joint = [row_of(results, sides, method["method"])["joint"] for sides in rows]
         columns.append(_Column(above, below, f"w = {method['weight']:.3g}", joint, method["method"] == best))
     return [
         *columns,
+        *_system_columns(results, _AFTER_SOUPS),
         _Column("mean", "score", "", [row["mean"] for row in chosen]),
         _Column("valid", "answers", "", [row["valid"] for row in chosen]),
         _Column("wins", "vs base", "", [row["win_rate_vs_base"] for row in chosen]),
+    ]
+
+
+# The two lines of the heading of each further system, to the left and to the right of the soups.
+_BEFORE_SOUPS = {"preference_prompting": ("prefer.", "prompting"), "single_expert": ("single", "expert")}
+_AFTER_SOUPS = {"soup_prompting": ("soup and", "prompting")}
+
+
+def _system_columns(results: Results, headings: Mapping[str, tuple[str, str]]) -> list[_Column]:
+    """Return the joint scores of those systems of `headings` that the results compare."""
+    if "comparison" not in results:
+        return []
+    joint = {(row["system"], tuple(row["sides"])): row["joint"] for row in results["comparison"]["rows"]}
+    rows = combinations_of(results)
+    return [
+        _Column(above, below, "", [joint[system, sides] for sides in rows])
+        for system, (above, below) in headings.items()
+        if (system, rows[0]) in joint
     ]
 
 
