@@ -10,21 +10,60 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import InputError
 from personalized_soups.generation.generator import Generator
-from personalized_soups.generation.prompts import messages_of
+from personalized_soups.generation.prompts import messages_of, with_text_before
 from personalized_soups.scoring.scorers import Scorer, scorer_of
+from personalized_soups.scoring.sentences import without_cut_sentence
 from personalized_soups.training.data import Pair, write_lines
+from personalized_soups.training.instructions import InstructedShare
+from personalized_soups.training.length_matching import matched_selection, num_words
 
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """One prompt and the answers that were sampled for it."""
+    """One prompt and the answers that were sampled for it.
 
-    prompt: str  # the prompt
-    answers: tuple[str, ...]  # the answers, in the order of sampling
+    Attributes:
+        prompt: the plain prompt.
+        answers: the answers, in the order of sampling.
+        instructions: the instruction under which each answer was sampled, or None for a plain answer. It is empty if
+            all answers are plain.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    instructions: tuple[str | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that each answer has its instruction, and make the instructions of plain answers empty."""
+        if self.instructions and len(self.instructions) != len(self.answers):
+            raise ValueError(f"{len(self.answers)} answers have {len(self.instructions)} instructions")
+        if not any(self.instructions):
+            object.__setattr__(self, "instructions", ())
+
+    def row(self) -> dict[str, Any]:
+        """Return the line of a pool file. The line of a plain pool has no key `instructions`."""
+        row: dict[str, Any] = {"prompt": self.prompt, "answers": list(self.answers)}
+        return row | {"instructions": list(self.instructions)} if self.instructions else row
+
+    @classmethod
+    def of_row(cls, row: Any) -> Self:
+        """Return the answers in a line of a pool file.
+
+        Raises:
+            ValueError, KeyError, TypeError: if the line has other content.
+        """
+        prompt, answers, instructions = row["prompt"], row["answers"], row.get("instructions", [])
+        is_sound = isinstance(prompt, str) and isinstance(answers, list) and isinstance(instructions, list)
+        if not is_sound or not all(isinstance(answer, str) for answer in answers):
+            raise TypeError("the line is not a prompt with answers")
+        if not all(isinstance(instruction, str | None) for instruction in instructions):
+            raise TypeError("an instruction is not a text")
+        return cls(prompt, tuple(answers), tuple(instructions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +85,42 @@ def sample_pool(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    instructed: InstructedShare | None = None,
+    first: int = 0,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Sampled]:
     """Sample `num_samples` answers to each prompt, and return them.
 
-    `on_done` is called after each batch with the number of finished answers. The other arguments are those of
-    `Generator.answers`.
+    Args:
+        generator: samples the answers.
+        prompts: the plain prompts.
+        num_samples: the number of answers to each prompt, with the instructed ones.
+        temperature, max_new_tokens, batch_size, seed: as for `Generator.answers`.
+        instructed: how many of the answers are sampled under an instruction. By default, none.
+        first: the index of the first prompt in a longer list of prompts that is sampled in portions.
+        on_done: called after each batch with the number of finished answers.
     """
+    share = instructed or InstructedShare(0, ())
+    instructions = [share.of_prompt(first + place, num_samples=num_samples) for place in range(len(prompts))]
+    asked = [
+        with_text_before(prompt, instruction or "")
+        for prompt, own in zip(prompts, instructions, strict=True)
+        for instruction in own
+    ]
     answers = generator.answers(
-        prompts,
-        num_samples=num_samples,
+        asked,
         temperature=temperature,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
+        places=range(first * num_samples, first * num_samples + len(asked)),
         on_done=on_done,
     )
-    return [Sampled(prompt, tuple(texts)) for prompt, texts in zip(prompts, answers, strict=True)]
+    texts = [text for (text,) in answers]
+    return [
+        Sampled(prompt, tuple(texts[place * num_samples : (place + 1) * num_samples]), instructions[place])
+        for place, prompt in enumerate(prompts)
+    ]
 
 
 def label_pool(
@@ -74,6 +132,8 @@ def label_pool(
     max_pairs: int | None = None,
     seed: int = 0,
     conversational: bool = False,
+    match_length: bool = False,
+    whole_sentences: bool = False,
     scorers: Mapping[str, Scorer] | None = None,
 ) -> list[Pair]:
     """Return pairs of answers whose scores towards `side` differ by at least `min_gap`.
@@ -81,6 +141,8 @@ def label_pool(
     The best answer to a prompt is paired with the worst, the second best with the second worst, and so on. The chosen
     answer is always valid. The rejected answer is invalid only if the valid answers to the prompt differ too little.
     If there are more than `max_pairs` pairs, pairs with an invalid answer are left out first.
+
+    The score alone decides, not the instruction under which an answer was sampled. The pair has the plain prompt.
 
     Args:
         pool: prompts with their answers.
@@ -90,6 +152,10 @@ def label_pool(
         max_pairs: the maximum number of pairs. They are chosen at random. None returns all pairs.
         seed: random seed for the choice and the order of the pairs.
         conversational: whether to write prompt and answers as messages, for a base with a chat template.
+        match_length: pair answers of similar length, and choose pairs whose differences in length have a mean near 0.
+            A side that is about length (`Catalogue.is_about_length`) is not matched.
+        whole_sentences: remove a last sentence that is cut off from each answer before it is scored. Otherwise the
+            expert learns to end its answers within a sentence.
         scorers: functions that replace the catalogue's scorers, by the name of their side or dimension.
 
     Raises:
@@ -100,25 +166,28 @@ def label_pool(
     if not 0 < min_gap <= 1:
         raise ValueError(f"min_gap must be in (0, 1], got {min_gap}")
     score, end = scorer_of(catalogue, side, scorers=scorers), catalogue.side(side)[1].end
+    is_matched = match_length and not catalogue.is_about_length(side)
+    pairing = _paired_by_length if is_matched else _paired
     candidates: list[_Candidate] = []
     spans: list[tuple[float, float]] = []  # worst and best score of each prompt's valid answers
     for sampled in pool:
-        scored = [(score(sampled.prompt, answer), answer) for answer in sampled.answers]
+        answers = map(without_cut_sentence, sampled.answers) if whole_sentences else sampled.answers
+        scored = [(score(sampled.prompt, answer), answer) for answer in answers]
         valid = sorted((result.toward(end), answer) for result, answer in scored if result.valid)
         invalid = sorted(answer for result, answer in scored if not result.valid)
-        candidates += _paired(sampled.prompt, valid, invalid, min_gap)
+        candidates += pairing(sampled.prompt, valid, invalid, min_gap)
         spans += [(valid[0][0], valid[-1][0])] if valid else []
     if not candidates:
         raise _no_pairs(side, pool, spans, min_gap)
     random.Random(f"pairs/{side}/{seed}").shuffle(candidates)
     candidates.sort(key=lambda pair: not pair.both_valid)
-    kept = candidates[:max_pairs]
+    kept = _matched(candidates, max_pairs) if is_matched else candidates[:max_pairs]
     return [_as_pair(candidate, conversational=conversational) for candidate in kept]
 
 
 def write_pool(path: Path, pool: Sequence[Sampled]) -> None:
     """Write a pool as JSON lines. A failed write leaves `path` as it was."""
-    write_lines(path, [{"prompt": sampled.prompt, "answers": list(sampled.answers)} for sampled in pool])
+    write_lines(path, [sampled.row() for sampled in pool])
 
 
 def read_pool(path: Path) -> list[Sampled]:
@@ -138,19 +207,13 @@ def read_pool(path: Path) -> list[Sampled]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            prompt, answers = row["prompt"], row["answers"]
-            sound = isinstance(prompt, str) and isinstance(answers, list)
-            sound = sound and all(isinstance(answer, str) for answer in answers)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            sound = False
-        if not sound:
+            pool.append(Sampled.of_row(json.loads(line)))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise InputError(
                 "the line is not a JSON object with a prompt and a list of answers",
                 where=f"{path}:{number}",
                 mend="sample the answers again",
-            )
-        pool.append(Sampled(prompt, tuple(answers)))
+            ) from None
     if not pool:
         raise InputError("the file of sampled answers is empty", where=str(path), mend="sample the answers again")
     return pool
@@ -167,6 +230,36 @@ def _paired(prompt: str, valid: list[tuple[float, str]], invalid: list[str], min
         return pairs
     high, best = valid[-1]
     return [_Candidate(prompt, best, invalid[0], high, 0.0, both_valid=False)] if high >= min_gap else []
+
+
+def _paired_by_length(
+    prompt: str, valid: list[tuple[float, str]], invalid: list[str], min_gap: float
+) -> list[_Candidate]:
+    """Return pairs of one prompt, each answer in one pair at most.
+
+    The pairs with the largest value of score gap minus relative difference in length are taken first.
+    """
+    options = []
+    for low_place, (low, worst) in enumerate(valid):
+        for high_place, (high, best) in enumerate(valid[low_place + 1 :], start=low_place + 1):
+            if high - low >= min_gap:
+                words = num_words(best), num_words(worst)
+                cost = abs(words[0] - words[1]) / max(1.0, sum(words) / 2) - (high - low)
+                options.append((cost, low_place, high_place))
+    pairs, used = [], set[int]()
+    for _, low_place, high_place in sorted(options):
+        if not used & {low_place, high_place}:
+            used |= {low_place, high_place}
+            (low, worst), (high, best) = valid[low_place], valid[high_place]
+            pairs.append(_Candidate(prompt, best, worst, high, low, both_valid=True))
+    return pairs or _paired(prompt, valid[-1:], invalid, min_gap)
+
+
+def _matched(candidates: Sequence[_Candidate], max_pairs: int | None) -> list[_Candidate]:
+    words = [(num_words(pair.chosen), num_words(pair.rejected)) for pair in candidates]
+    differences = [chosen - rejected for chosen, rejected in words]
+    lengths = [(chosen + rejected) / 2 for chosen, rejected in words]
+    return [candidates[index] for index in matched_selection(differences, lengths, max_pairs=max_pairs)]
 
 
 def _no_pairs(side: str, pool: Sequence[Sampled], spans: Sequence[tuple[float, float]], min_gap: float) -> InputError:

@@ -17,7 +17,8 @@ from blake3 import blake3
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.training.data import write_lines
-from personalized_soups.training.pairs import Sampled
+from personalized_soups.training.instructions import InstructedShare
+from personalized_soups.training.pairs import Sampled, sample_pool
 
 # The number of batches in a portion. A portion is sorted by length to save padding. A kill loses at most one portion.
 _BATCHES = 8
@@ -34,6 +35,7 @@ def sample_kept(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    instructed: InstructedShare | None = None,
     on_begin: Callable[[int], None] | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Sampled]:
@@ -44,7 +46,7 @@ def sample_kept(
         prompts: the prompts.
         kept: the file of the answers. It is created if it does not exist, and it stays when all answers are sampled.
         base: a text that identifies the base, e.g. its fingerprint.
-        num_samples, temperature, max_new_tokens, batch_size, seed: as for `Generator.answers`.
+        num_samples, temperature, max_new_tokens, batch_size, seed, instructed: as for `sample_pool`.
         on_begin: called once with the number of answers that the file already holds.
         on_done: called after each batch with the number of finished answers.
 
@@ -62,28 +64,30 @@ def sample_kept(
         "batch_size": batch_size,
         "seed": seed,
     }
+    if instructed is not None and instructed.count:
+        sampling["instructed"] = [instructed.count, *instructed.instructions]
     portion = max(1, _BATCHES * batch_size // num_samples)
     pool = _read(kept, sampling)
     if len(pool) < len(prompts):  # sample an incompletely written portion again
         pool = pool[: len(pool) - len(pool) % portion]
-    write_lines(kept, [sampling, *map(_row, pool)])
+    write_lines(kept, [sampling, *(sampled.row() for sampled in pool)])
     if on_begin is not None:
         on_begin(len(pool) * num_samples)
     for first in range(len(pool), len(prompts), portion):
-        batch = prompts[first : first + portion]
-        answers = generator.answers(
-            batch,
+        pool += sample_pool(
+            generator,
+            prompts[first : first + portion],
             num_samples=num_samples,
             temperature=temperature,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             seed=seed,
-            places=range(first * num_samples, (first + len(batch)) * num_samples),
+            instructed=instructed,
+            first=first,
             on_done=None if on_done is None else partial(_report, on_done, first * num_samples),
         )
-        pool += [Sampled(prompt, tuple(texts)) for prompt, texts in zip(batch, answers, strict=True)]
         with kept.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(_row(sampled), ensure_ascii=False) + "\n" for sampled in pool[first:])
+            file.writelines(json.dumps(sampled.row(), ensure_ascii=False) + "\n" for sampled in pool[first:])
     return pool
 
 
@@ -91,10 +95,10 @@ def _read(kept: Path, sampling: dict[str, Any]) -> list[Sampled]:
     """Return the answers in the file if it has the same settings. An incomplete last line is ignored."""
     try:
         begun, *rows = [json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]]
-        pool = [Sampled(row["prompt"], tuple(row["answers"])) for row in rows]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pool = [Sampled.of_row(row) for row in rows]
+        differing = sorted(key for key in {*sampling, *begun} if begun.get(key) != sampling.get(key))
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return []  # another kind of file
-    differing = sorted(key for key in sampling if begun.get(key) != sampling[key])
     if not differing:
         return pool
     if not pool or len(pool) == begun.get("num_prompts"):
@@ -104,10 +108,6 @@ def _read(kept: Path, sampling: dict[str, Any]) -> list[Sampled]:
         where=str(kept),
         mend="give the options of the interrupted run to resume it, or delete the file to start again",
     )
-
-
-def _row(sampled: Sampled) -> dict[str, Any]:
-    return {"prompt": sampled.prompt, "answers": list(sampled.answers)}
 
 
 def _report(on_done: Callable[[int], None], before: int, done: int) -> None:
