@@ -24,11 +24,47 @@ class PairsRecipe(Declared):
 
     num_prompts: PositiveInt
     num_samples: Annotated[int, Field(ge=2, description="The number of answers that are sampled for each prompt.")]
+    plain: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="The number of answers to a prompt that are sampled without an instruction. `plain` and "
+        "`instructed` add up to `num_samples`.",
+    )
+    instructed: int = Field(
+        default=0,
+        ge=0,
+        description="The number of answers to a prompt that are sampled under the instruction of a side. The sides "
+        "take turns.",
+    )
     temperature: Temperature = 1.0
     min_gap: Annotated[
         float, Field(gt=0, le=1, description="The smallest allowed difference between the scores of the two answers.")
     ]
     max_pairs: PositiveInt
+    match_length: bool = Field(
+        default=False,
+        description="Choose pairs whose two answers are equally long on average, for sides that are not about length.",
+    )
+    whole_sentences: bool = Field(
+        default=False, description="Remove a last sentence that is cut off from the answers of the pairs."
+    )
+
+    @model_validator(mode="after")
+    def _check_shares(self) -> Self:
+        if self.instructed > self.num_samples:
+            raise refusal(
+                f"{self.instructed} answers are instructed, but only {self.num_samples} are sampled",
+                mend=f"write instructed: {self.num_samples} or less, or a larger num_samples",
+                key=("instructed",),
+            )
+        plain = self.num_samples - self.instructed
+        if self.plain is not None and self.plain != plain:
+            raise refusal(
+                f"plain ({self.plain}) and instructed ({self.instructed}) add up to {self.plain + self.instructed}, "
+                f"but num_samples is {self.num_samples}",
+                mend=f"write plain: {plain}, or num_samples: {self.plain + self.instructed}",
+                key=("plain",),
+            )
+        return self
 
 
 class SelectionRecipe(Declared):
@@ -45,6 +81,15 @@ class SweepRecipe(Declared):
 
     num_prompts: PositiveInt
     num_steps: Annotated[int, Field(ge=2)]
+
+
+class FluencyRecipe(Declared):
+    """How the gate is calibrated that rejects broken answers (`psoups scorer calibrate`): on the base's own answers."""
+
+    accept: float = Field(default=0.97, gt=0, lt=1, description="The share of the base's own answers to accept.")
+    num_samples: PositiveInt = Field(
+        default=1, description="The number of answers to each training prompt on which the gate is calibrated."
+    )
 
 
 class ExternalRecipe(Declared):
@@ -84,6 +129,9 @@ class StudyRecipe(Declared):
     judges: dict[Name, ScorerSpec] = Field(
         default={},
         description="A held-out judge for each dimension: a scorer other than the one that labels the pairs.",
+    )
+    fluency: FluencyRecipe | None = Field(
+        default=None, description="The gate that rejects broken answers. Left out, only scorers decide what is valid."
     )
     external: ExternalRecipe = ExternalRecipe()
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from personalized_soups.declare.profile import Profile
 from personalized_soups.devices import resolve_device
+from personalized_soups.scoring.fluency import MeasuredText
 from personalized_soups.studies.costs import Costs
-from personalized_soups.studies.folder import StudyFolder
+from personalized_soups.studies.folder import AnswerFile, StudyFolder
 from personalized_soups.studies.study import Stage, Study
 from personalized_soups.studies.workers import AnswerJob, AnswerTask, Workers, tasks_of
 
@@ -27,6 +29,7 @@ class Answering:
         stage: opens a progress bar.
         workers: the worker processes.
         costs: gets the memory of the workers.
+        measured: what the fluency gate measured of each prompt and answer so far.
     """
 
     study: Study
@@ -34,6 +37,7 @@ class Answering:
     stage: Stage
     workers: Workers
     costs: Costs
+    measured: dict[tuple[str, str], MeasuredText] = field(default_factory=dict)
 
     def job(
         self,
@@ -43,8 +47,12 @@ class Answering:
         *,
         seed: int,
         temperature: float | None = None,
+        measured_as: Sequence[str] = (),
     ) -> AnswerJob:
-        """Return a job with the study's settings. Without `temperature`, it has that of the recipe."""
+        """Return a job with the study's settings. Without `temperature`, it has that of the recipe.
+
+        If the recipe has a fluency gate, the answers are measured as answers to `measured_as`.
+        """
         recipe = self.study.recipe
         return AnswerJob(
             name=name,
@@ -56,6 +64,7 @@ class Answering:
             max_new_tokens=recipe.max_new_tokens,
             seed=seed,
             device=self.study.device,
+            measured_as=() if recipe.fluency is None else tuple(measured_as),
         )
 
     def answered(self, title: str, stage: str, jobs: Sequence[AnswerJob]) -> dict[str, list[str]]:
@@ -69,12 +78,20 @@ class Answering:
             missing = [task for task in self._tasks(jobs) if any(job.name not in by_job for job in task.jobs)]
             for task, found in self.workers.run(missing):
                 self.costs.saw(found.process, found.memory)
-                for job, answers in zip(task.jobs, found.answers, strict=True):
+                for job, answers, measured in zip(task.jobs, found.answers, found.measured, strict=True):
                     if job.name not in by_job:
-                        file.add(job.name, answers)
+                        file.add(job.name, answers, measured)
                         by_job[job.name] = answers
                 bar.update(len(by_job))
+        self._store_measured(jobs, by_job, file)
         return by_job
+
+    def _store_measured(self, jobs: Sequence[AnswerJob], answers: dict[str, list[str]], file: AnswerFile) -> None:
+        measured = file.measured()
+        for job in jobs:
+            if job.measured_as:
+                pairs = zip(job.measured_as, answers[job.name], strict=True)
+                self.measured.update(zip(pairs, itertools.starmap(MeasuredText, measured[job.name]), strict=True))
 
     def _tasks(self, jobs: Sequence[AnswerJob]) -> list[AnswerTask]:
         size = self.study.recipe.batch_size

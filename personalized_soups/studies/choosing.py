@@ -13,6 +13,7 @@ from personalized_soups.evaluation.scores import Graded, joint_share, mean_worth
 from personalized_soups.studies.answering import Answering
 from personalized_soups.studies.outcome import best_of_method, best_weight, score_selection
 from personalized_soups.studies.study import Combination
+from personalized_soups.studies.workers import AnswerJob
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,10 @@ def choose(answering: Answering, grader: Grader) -> tuple[Choice, list[Validatio
     """Score all weights of all methods on the validation prompts. Return what was chosen, and all scores."""
     study, recipe = answering.study, answering.study.recipe.selection
     prompts = study.validation_prompts
+
+    def job(name: str, profile: Profile) -> AnswerJob:
+        return answering.job(name, profile, prompts, seed=2000 + study.seed, measured_as=prompts)
+
     trials = [(method, weight) for method, weights in recipe.weights.items() for weight in weights]
     profiles = {
         (method, weight, sides): Profile(method=method, weights=dict.fromkeys(sides, weight))
@@ -42,14 +47,8 @@ def choose(answering: Answering, grader: Grader) -> tuple[Choice, list[Validatio
         for sides in study.combinations
     }
     alone = study.catalogue.sides if SINGLE_EXPERT in study.recipe.systems else ()
-    soups = {
-        key: answering.job(f"{key[0]} {key[1]:g} {'+'.join(key[2])}", profile, prompts, seed=2000 + study.seed)
-        for key, profile in profiles.items()
-    }
-    singles = {
-        side: answering.job(f"single {side}", Profile(weights={side: 1.0}), prompts, seed=2000 + study.seed)
-        for side in alone
-    }
+    soups = {key: job(f"{key[0]} {key[1]:g} {'+'.join(key[2])}", profile) for key, profile in profiles.items()}
+    singles = {side: job(f"single {side}", Profile(weights={side: 1.0})) for side in alone}
     title = "choosing method and scale on validation topics"
     answers = answering.answered(title, "validation", [*soups.values(), *singles.values()])
     graded = {key: grader.graded(prompts, answers[job.name]) for key, job in soups.items()}

@@ -98,7 +98,16 @@ class Evaluating:
         """Return the job of a system that answers each prompt with the sides' instructions before it."""
         text = self.answering.study.instructions(sides)
         instructed = [str(with_text_before(prompt, text)) for prompt in prompts]
-        return self._job(f"{system} {'+'.join(sides)}", soup, instructed)
+        return self._job(f"{system} {'+'.join(sides)}", soup, prompts, asked=instructed)
 
-    def _job(self, name: str, soup: Path | Profile | None, prompts: Sequence[str]) -> AnswerJob:
-        return self.answering.job(name, soup, prompts, seed=3000 + self.answering.study.seed)
+    def _job(
+        self,
+        name: str,
+        soup: Path | Profile | None,
+        prompts: Sequence[str],
+        *,
+        asked: Sequence[str] | None = None,
+    ) -> AnswerJob:
+        """Return a job that answers `asked`, by default the prompts. Answers are measured as answers to the prompts."""
+        seed = 3000 + self.answering.study.seed
+        return self.answering.job(name, soup, asked or prompts, seed=seed, measured_as=prompts)

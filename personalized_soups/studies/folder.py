@@ -31,7 +31,7 @@ class StudyFolder:
         samples: the file of some prompts with the answers of all systems side by side, in Markdown.
         seconds: the file of the seconds that each stage took.
         memory: the file of the memory that each stage needed.
-        gate: the file of the calibrated gate that rejects broken answers.
+        fluency: the file of the calibrated bounds of fluency.
         pool: the file of the base's sampled answers, from which pairs are made.
         experts: the folder of the experts.
         merged: the folder of the merged adapters.
@@ -46,7 +46,7 @@ class StudyFolder:
         self.samples = root / "samples.md"
         self.seconds = root / "seconds.json"
         self.memory = root / "memory.json"
-        self.gate = root / "gate.json"
+        self.fluency = root / "fluency.yaml"
         self.pool = root / "pool.jsonl"
         self.experts = root / "experts"
         self.merged = root / "merged"
@@ -79,7 +79,7 @@ class StudyFolder:
             shutil.rmtree(path, ignore_errors=True)
         for path in (self.settings, self.results, self.report, self.pool, self.examples, self.samples):
             path.unlink(missing_ok=True)
-        for path in (self.seconds, self.memory, self.gate):
+        for path in (self.seconds, self.memory, self.fluency):
             path.unlink(missing_ok=True)
         for name in PICTURES:
             self.picture(name).unlink(missing_ok=True)
@@ -121,28 +121,33 @@ class AnswerFile:
 
     def read(self) -> dict[str, list[str]]:
         """Return the answers of all complete lines, by the name of the job."""
-        return dict(self._lines()) if self.path.is_file() else {}
+        return {line["job"]: line["answers"] for line in self._lines()}
 
-    def add(self, job: str, answers: Sequence[str]) -> None:
-        """Append the answers of one job."""
+    def measured(self) -> dict[str, list[Any]]:
+        """Return what was measured of each answer, by the name of the job, for jobs whose answers were measured."""
+        return {line["job"]: line["measured"] for line in self._lines() if "measured" in line}
+
+    def add(self, job: str, answers: Sequence[str], measured: Sequence[Any] = ()) -> None:
+        """Append the answers of one job, and what was measured of each, as JSON values."""
+        line = {"job": job, "answers": list(answers), **({"measured": list(measured)} if measured else {})}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
             if file.tell() and not self._ends_with_newline():
                 file.write(b"\n")
-            file.write((json.dumps({"job": job, "answers": list(answers)}, ensure_ascii=False) + "\n").encode())
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
 
     def _ends_with_newline(self) -> bool:
         with self.path.open("rb") as file:
             file.seek(-1, 2)
             return file.read(1) == b"\n"
 
-    def _lines(self) -> Iterator[tuple[str, list[str]]]:
-        for line in self.path.read_bytes().split(b"\n"):
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        for line in self.path.read_bytes().split(b"\n") if self.path.is_file() else ():
             try:
                 entry = json.loads(line)
             except ValueError:
                 continue
-            yield entry["job"], entry["answers"]
+            yield entry
 
 
 def write_text(path: Path, text: str) -> None:

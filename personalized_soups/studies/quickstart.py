@@ -7,7 +7,7 @@ either, and no subject is in two splits.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from personalized_soups.declare.profile import Profile
@@ -21,12 +21,12 @@ from personalized_soups.studies.costs import Costs
 from personalized_soups.studies.evaluating import Evaluating
 from personalized_soups.studies.external import ExternalPrompts, draw_external
 from personalized_soups.studies.folder import StudyFolder, write_text
+from personalized_soups.studies.gating import calibrated_gate
 from personalized_soups.studies.outcome import HeldOut, collect, example_answers
 from personalized_soups.studies.pairing import Pairing
 from personalized_soups.studies.samples import samples_page
 from personalized_soups.studies.study import Stage, Study, TrainingBar
 from personalized_soups.studies.workers import Workers, start_workers
-from personalized_soups.training.pairs import read_pool
 from personalized_soups.training.parallel import ExpertJob, train_experts
 
 
@@ -212,15 +212,11 @@ class _Run:
         )
 
     def _grader(self) -> Grader:
-        """Return what grades answers. The gate is calibrated on the pool, that is, on the base's own answers."""
-        make_gate = self._study.gate
-        if make_gate is None:
+        """Return what grades answers. Its gate, if the recipe has one, is calibrated on training prompts."""
+        if self._study.recipe.fluency is None:
             return self._study.grader()
-        with self._costs.stage("gate"):
-            pool = read_pool(self._folder.pool)
-            prompts: Sequence[str] = [sampled.prompt for sampled in pool for _ in sampled.answers]
-            answers = [answer for sampled in pool for answer in sampled.answers]
-            return self._study.grader(make_gate(self._folder.gate, prompts, answers))
+        with self._costs.stage("calibrate"):
+            return self._study.grader(calibrated_gate(self._answering))
 
     def _write(self, results: Results) -> None:
         write_text(self._folder.results, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -39,11 +39,6 @@ Stage = Callable[[str, int | None], AbstractContextManager[Bar]]
 """Opens the bar of a stage. The arguments are its title and its number of units of work, or None if unknown."""
 
 
-GateMaker = Callable[[Path, Sequence[str], Sequence[str]], Gate]
-"""Makes the gate of a study. The arguments are the file that stores its calibration, and the prompts and the answers of
-the base on which it is calibrated if the file does not exist."""
-
-
 @dataclass(frozen=True, slots=True)
 class Study:
     """The settings of one study.
@@ -58,7 +53,6 @@ class Study:
         recipe: the number of prompts, the methods and their weights, and the systems to compare.
         training: the training recipe of the experts. None takes the recipe of the embedded base for the basis.
         catalogue: the dimensions, each with a low and a high side. If the recipe names sides, only these are kept.
-        gate: makes the gate that rejects broken answers. None leaves validity to the scorers.
 
     Raises:
         DeclarationError: if a dimension has not exactly one low and one high side, or the recipe's judges do not fit
@@ -74,7 +68,6 @@ class Study:
     recipe: StudyRecipe = field(default_factory=lambda: load(shipped_recipe("evaluation/quickstart.yaml"), StudyRecipe))
     training: TrainingRecipe | None = None
     catalogue: Catalogue = field(default_factory=lambda: load(shipped_recipe("dimensions/tiny.yaml"), Catalogue))
-    gate: GateMaker | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "catalogue", self.recipe.catalogue_of(self.catalogue))

@@ -16,6 +16,7 @@ from personalized_soups.declare.profile import Profile
 from personalized_soups.generation.generator import Generator
 from personalized_soups.launching.processes import ProcessPool, Report, start_processes
 from personalized_soups.merging.writing.adapter import merge
+from personalized_soups.scoring.fluency import FluencyGate, MeasuredText
 from personalized_soups.studies.costs import largest_memory
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class AnswerJob:
         prompts: the prompts to answer.
         temperature, max_new_tokens, seed: as for `Generator.answers`.
         device: the device to compute on.
+        measured_as: for each prompt, the prompt with which the fluency of its answer is measured: without instructions.
+            Without these, nothing is measured.
     """
 
     name: str
@@ -46,6 +49,7 @@ class AnswerJob:
     max_new_tokens: int
     seed: int
     device: str
+    measured_as: tuple[str, ...] = ()
 
     @property
     def sampling(self) -> tuple[float, int, int]:
@@ -69,9 +73,17 @@ class AnswerTask:
 
 @dataclass(frozen=True, slots=True)
 class TaskAnswers:
-    """The answers of each job of a task, and the largest memory in bytes of the process that computed them."""
+    """The answers of each job of a task, and what was measured of them.
+
+    Args:
+        answers: the answers of each job.
+        measured: what the fluency gate measures of each answer. It is empty for a job without `measured_as`.
+        process: the id of the process that computed them.
+        memory: the largest memory in bytes that this process had so far.
+    """
 
     answers: tuple[list[str], ...]
+    measured: tuple[list[MeasuredText], ...]
     process: int
     memory: int
 
@@ -109,7 +121,14 @@ def _answer(task: AnswerTask, _: Report) -> TaskAnswers:
         answers = [_merged_answers(job) for job in task.jobs]
     else:
         answers = _mixed_answers(task.jobs, task.batch_size)
-    return TaskAnswers(tuple(answers), os.getpid(), largest_memory())
+    measured = tuple(_measured(job, texts) for job, texts in zip(task.jobs, answers, strict=True))
+    return TaskAnswers(tuple(answers), measured, os.getpid(), largest_memory())
+
+
+def _measured(job: AnswerJob, answers: Sequence[str]) -> list[MeasuredText]:
+    if not job.measured_as:
+        return []
+    return FluencyGate(_base(job.base, job.device), base=job.base).measure(job.measured_as, answers)
 
 
 def _merged_answers(job: AnswerJob) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,11 +14,13 @@ import pytest
 from personalized_soups.declare.dimension import LengthScorer
 from personalized_soups.declare.evaluation import (
     ExternalRecipe,
+    FluencyRecipe,
     PairsRecipe,
     SelectionRecipe,
     StudyRecipe,
     SweepRecipe,
 )
+from personalized_soups.declare.fluency import FluencyBounds
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.prompt_set import load_prompt_set
 from personalized_soups.declare.shipped import shipped_recipe
@@ -25,16 +28,18 @@ from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import OutputExistsError
 from personalized_soups.evaluation.report import report
 from personalized_soups.evaluation.results import Examples, Results
+from personalized_soups.scoring.fluency import FluencyGate
 from personalized_soups.studies.quickstart import run_study
 from personalized_soups.studies.study import Study
 from personalized_soups.tiny import corpus
+from personalized_soups.training.pairs import read_pool
 
 pytestmark = pytest.mark.slow
 
 NUM_TEST, NUM_VALIDATION = 4, 2
 JUDGE = LengthScorer(kind="length", low=3, high=30)
 SMALL = StudyRecipe(
-    pairs=PairsRecipe(num_prompts=18, num_samples=3, min_gap=0.3, max_pairs=8),
+    pairs=PairsRecipe(num_prompts=18, num_samples=3, plain=1, instructed=2, min_gap=0.3, max_pairs=8),
     selection=SelectionRecipe(num_prompts=NUM_VALIDATION, weights={"linear": (0.5, 0.9), "factor_average": (1.0,)}),
     sweep=SweepRecipe(num_prompts=2, num_steps=2),
     num_prompts=NUM_TEST,
@@ -42,20 +47,9 @@ SMALL = StudyRecipe(
     batch_size=10,
     systems=("preference_prompting", "single_expert", "soup_prompting"),
     judges={"expertise": JUDGE, "informativeness": JUDGE, "style": JUDGE},
+    fluency=FluencyRecipe(accept=0.5, num_samples=2),
     external=ExternalRecipe(num_prompts=3, max_prompt_tokens=40),
 )
-
-
-class NoVeryLongAnswers:
-    """A gate that rejects answers with more than 25 words. It stores the answers on which it was calibrated."""
-
-    def __init__(self, file: Path, prompts: Sequence[str], answers: Sequence[str]) -> None:
-        if not file.is_file():
-            file.write_text(json.dumps([list(prompts), list(answers)]), encoding="utf-8")
-
-    def valid(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[bool]:
-        assert len(prompts) == len(answers)
-        return [len(answer.split()) <= 25 for answer in answers]
 
 
 @contextmanager
@@ -86,7 +80,6 @@ def study_of(prompts: Path) -> Study:
         recipe=SMALL,
         training=recipe.replaced(optimizer=recipe.optimizer.replaced(max_steps=2, batch_size=4)),
         prompts=load_prompt_set(prompts),
-        gate=NoVeryLongAnswers,
         device="cpu",
     )
 
@@ -122,7 +115,7 @@ def test_every_system_has_scores_on_the_test_prompts_and_on_the_others(finished:
     other = results["external"]["other"]
     assert (other["num_in_file"], other["num_skipped"], other["file"]) == (6, 1, "other.jsonl")
     assert {check["name"] for check in results["checks"]} >= {"joint of the best soup minus the base's"}
-    assert {"pairs", "gate", "train", "choose", "merge", "evaluate", "external other"} == set(results["seconds"])
+    assert {"pairs", "calibrate", "train", "choose", "merge", "evaluate", "external other"} == set(results["seconds"])
     text = report(results, examples=finished[4])
     assert "### other\n\n3 of the 6 prompts of other.jsonl, drawn at random. 1 prompts were too long" in text
     assert "| soup + prompting " in text
@@ -130,18 +123,49 @@ def test_every_system_has_scores_on_the_test_prompts_and_on_the_others(finished:
 
 
 def test_the_gate_is_calibrated_on_training_prompts_and_rejects_answers_everywhere(finished: Finished) -> None:
+    """The oracle is the gate itself, opened anew with the stored bounds, on the stored answers."""
     study, out, _, results, _ = finished
-    prompts, answers = json.loads((out / "gate.json").read_text())
-    assert set(prompts) == set(study.train_prompts)
-    assert len(answers) == 18 * 3
-    stored = {
-        row["job"]: row["answers"]
-        for row in map(json.loads, (out / "answers" / "held-out.jsonl").read_text().splitlines())
-    }
-    graded = study.grader().graded(study.test_prompts, stored["base"])
-    rejected = [len(entry.answer.split()) > 25 for entry in graded]
-    share = sum(entry.valid and not long for entry, long in zip(graded, rejected, strict=True)) / NUM_TEST
-    assert results["base"]["valid"] == share
+    (first, second) = stored(out, "calibration").values()
+    bounds = load(out / "fluency.yaml", FluencyBounds)
+    assert bounds.about["num_answers"] == 2 * 18
+    assert bounds.max_new_tokens == SMALL.max_new_tokens
+    gate = FluencyGate.open(study.base, bounds, device="cpu")
+    own = [*gate.valid(study.train_prompts, first), *gate.valid(study.train_prompts, second)]
+    assert sum(own) / 36 == bounds.about["accepted"] >= 0.5
+    grader = study.grader(gate)
+    base = grader.graded(study.test_prompts, stored(out, "held-out")["base"])
+    assert results["base"]["valid"] == sum(entry.valid for entry in base) / NUM_TEST
+    sides = ("expert", "concise", "friendly")
+    answers = stored(out, "held-out")[f"preference_prompting {'+'.join(sides)}"]
+    prompted = grader.graded(study.test_prompts, answers)  # measured as answers to the plain prompts
+    (row,) = [
+        row
+        for row in results["comparison"]["rows"]
+        if row["system"] == "preference_prompting" and tuple(row["sides"]) == sides
+    ]
+    assert row["valid"] == sum(entry.valid for entry in prompted) / NUM_TEST
+
+
+def test_part_of_the_pool_is_sampled_under_instructions_and_pairs_have_plain_prompts(finished: Finished) -> None:
+    study, out, *_ = finished
+    pool = read_pool(out / "pool.jsonl")
+    assert tuple(sampled.prompt for sampled in pool) == study.train_prompts
+    used = Counter(instruction for sampled in pool for instruction in sampled.instructions)
+    instructions = [side.instruction for side in study.catalogue.sides.values()]
+    assert used == {None: 18, **dict.fromkeys(instructions, 6)}
+    for side in study.catalogue.sides:
+        rows = [json.loads(line) for line in (out / "pairs" / f"{side}.jsonl").read_text().splitlines()]
+        assert rows
+        assert {row["prompt"][-1]["content"] for row in rows} <= set(study.train_prompts)
+    # The first instructed answer is the base's answer to the instruction and the prompt.
+    at, turn = next((at, 1) for at, sampled in enumerate(pool) if sampled.instructions[1])
+    answers = stored(out, "pool")[f"sample-{turn}"]
+    assert answers[at] == pool[at].answers[turn]
+
+
+def stored(out: Path, stage: str) -> dict[str, list[str]]:
+    lines = (out / "answers" / f"{stage}.jsonl").read_text().splitlines()
+    return {row["job"]: row["answers"] for row in map(json.loads, lines)}
 
 
 def test_prompting_puts_the_sides_instructions_before_the_prompt_of_the_base_and_of_the_best_soup(
@@ -154,16 +178,13 @@ def test_prompting_puts_the_sides_instructions_before_the_prompt_of_the_base_and
     sides = ("elementary", "informative", "friendly")
     before = "Use simple words that a child knows. Give every step and the reasons. Be warm and friendly."
     asked = [f"{before}\n\n{prompt}" for prompt in study.test_prompts]
-    stored = {
-        row["job"]: row["answers"]
-        for row in map(json.loads, (out / "answers" / "held-out.jsonl").read_text().splitlines())
-    }
+    answers = stored(out, "held-out")
     best = out / "merged" / results["best_method"] / "+".join(sides)
     for system, adapter in (("preference_prompting", None), ("soup_prompting", best)):
         generator = Generator.open(study.base, adapter, device="cpu")
         found = generator.answers(asked, temperature=0.7, max_new_tokens=50, batch_size=4, seed=3000)
         # Merged weights differ from mixed rows by rounding, so a sampled token may differ, which is rare.
-        same = [mine == theirs for (mine,), theirs in zip(found, stored[f"{system} {'+'.join(sides)}"], strict=True)]
+        same = [mine == theirs for (mine,), theirs in zip(found, answers[f"{system} {'+'.join(sides)}"], strict=True)]
         assert sum(same) >= NUM_TEST - 1
 
 
