@@ -101,11 +101,12 @@ def running(
     profiles: str | Path | None = None,
     catalogue: Catalogue | None = None,
     pool: QuestionPool | None = None,
+    on: Path | None = None,
     dtype: Any = "float32",
 ) -> Iterator[RunningServer]:
     """Serve until the block ends."""
     model, files = load_model(
-        str(base), lambda: ExpertLibrary.open(experts), device="cpu", dtype=dtype, same_base=False
+        str(base), lambda: ExpertLibrary.open(experts), on=on, device="cpu", dtype=dtype, same_base=False
     )
 
     def check(profile: Any) -> None:
