@@ -94,7 +94,7 @@ def _only_token(model: SoupModel, choice: str) -> int:
     return int(ids[0])
 
 
-def _num_shared(encoded: Sequence[Sequence[int]]) -> int:
+def _num_shared(encoded: Sequence[list[int]]) -> int:
     """Return the number of tokens with which all prompts begin, and leave each prompt at least one token."""
     if not encoded:
         return 0
@@ -132,9 +132,7 @@ def _next_logits(model: SoupModel, rows: list[list[int]], past: Any) -> Tensor:
 def _repeated(model: SoupModel, past: Any, num_rows: int) -> Any:
     repeated = new_past(model.model)
     for index, layer in enumerate(past.layers):
-        repeated.update(
-            layer.keys.expand(num_rows, -1, -1, -1), layer.values.expand(num_rows, -1, -1, -1), index
-        )
+        repeated.update(layer.keys.expand(num_rows, -1, -1, -1), layer.values.expand(num_rows, -1, -1, -1), index)
     return repeated
 
 

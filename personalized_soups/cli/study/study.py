@@ -1,4 +1,4 @@
-"""`psoups study`: the studies about users."""
+"""`psoups study`: studies of users and of experts on other people's data."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import typer
 
 from personalized_soups.cli.study.elicitation import elicitation
 from personalized_soups.cli.study.papi import papi
+from personalized_soups.cli.study.persona import persona
 
 
 def register(app: typer.Typer) -> None:
     """Add the group of commands to the application."""
-    group = typer.Typer(help="Studies about users.", no_args_is_help=True, rich_markup_mode=None)
+    group = typer.Typer(help="Studies of users and of experts.", no_args_is_help=True, rich_markup_mode=None)
     group.callback()(_study)
     group.command("elicitation")(elicitation)
     group.command("papi")(papi)
+    group.command("persona")(persona)
     app.add_typer(group, name="study")
 
 
 def _study() -> None:
-    """Studies of what answers tell about users."""
+    """Studies of what answers tell about users, and of what experts learn from labels that are not ours."""
