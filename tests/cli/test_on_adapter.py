@@ -48,7 +48,12 @@ def test_pairs_come_from_base_and_adapter(
     (tmp_path / "dimensions.yaml").write_text(DIMENSIONS)
     (tmp_path / "prompts.txt").write_text("wash the kettle\nrub the towel\ndry the old soap\n")
     pools = {}
-    for name, base in {"on": [small_base, "--on", sft], "merged": [merged_base], "bare": [small_base]}.items():
+    bases: dict[str, list[Path | str]] = {
+        "on": [small_base, "--on", sft],
+        "merged": [merged_base],
+        "bare": [small_base],
+    }
+    for name, base in bases.items():
         options = ["--dimensions", tmp_path / "dimensions.yaml", "--prompts", tmp_path / "prompts.txt"]
         options += ["--max-new-tokens", 24, "--min-gap", 0.05, "--num-samples", 6, "--device", "cpu", "--json"]
         pool, out = tmp_path / f"{name}.pool.jsonl", tmp_path / f"{name}.jsonl"
