@@ -97,3 +97,68 @@ def test_the_example_is_a_prompt_that_all_four_answer() -> None:
     assert shown["prompt"] == "prompt 1"
     names = [each["name"] for each in shown["answers"]]
     assert names == ["base", "elementary + friendly", "expert + unfriendly"]  # of four combinations two are opposite
+
+
+def compared() -> Results:
+    """Return results with a comparison of a base that is right for one combination and soups that are always right."""
+    from personalized_soups.evaluation.comparison import compare
+
+    base = [answer(turn, ("elementary", "friendly")) for turn in range(4)]
+    held_out: dict[tuple[str, tuple[str, ...]], list[Graded]] = {("base", ()): base}
+    for system in ("preference_prompting", "linear"):
+        for sides in COMBINATIONS:
+            right = sides if system == "linear" else ("elementary", "unfriendly")
+            held_out[system, sides] = [answer(turn, right) for turn in range(4)]
+    return outcome.collect(
+        study_sides=SIDES,
+        combinations=COMBINATIONS,
+        weights={"linear": 0.4},
+        selection=[outcome.score_selection("linear", 0.4, {sides: base for sides in COMBINATIONS})],
+        held_out=held_out,
+        sweeps={},
+        best_method="linear",
+        seed=0,
+        basis="free",
+        seconds={"train": 1.0},
+        memory={"train": 5},
+        comparison=compare(held_out, sides=SIDES, combinations=COMBINATIONS, best_method="linear"),
+    )
+
+
+def test_a_comparison_has_targets_of_its_own() -> None:
+    found = compared()
+    checks = {check["name"]: check for check in found["checks"]}
+    assert checks["joint of the best soup minus the base's"]["value"] == 0.75  # right for 4 of 4 instead of 1 of 4
+    assert checks["joint of the best soup minus the base's"]["met"]
+    assert checks["joint of the best soup minus that of preference prompting"]["value"] == 0.75
+    # The base is right for one side of each dimension. There it cannot be moved further: 2 of 4 times 2 dimensions.
+    assert checks["scores that moved towards their side, of all"]["value"] == 0.5
+    assert not checks["scores that moved towards their side, of all"]["met"]
+    assert checks["valid, as a share of the base's"]["value"] == 1.0
+    assert found["memory"] == {"train": 5}
+    assert "comparison" not in results()
+    assert "memory" not in results()
+
+
+def test_answers_without_bigrams_have_no_distinct_bigrams() -> None:
+    silent = [Graded(f"prompt {turn}", "", valid=False, toward={}, judged={}) for turn in range(2)]
+    held_out: dict[tuple[str, tuple[str, ...]], list[Graded]] = {
+        ("base", ()): [answer(turn, ("elementary", "friendly")) for turn in range(2)]
+    }
+    for sides in COMBINATIONS:
+        toward = {side: 0.0 for pair in SIDES.values() for side in pair}
+        held_out["linear", sides] = [Graded(each.prompt, "", valid=False, toward=toward) for each in silent]
+    found = outcome.collect(
+        study_sides=SIDES,
+        combinations=COMBINATIONS,
+        weights={"linear": 0.4},
+        selection=[outcome.score_selection("linear", 0.4, {sides: held_out["base", ()] for sides in COMBINATIONS})],
+        held_out=held_out,
+        sweeps={},
+        best_method="linear",
+        seed=0,
+        basis="free",
+        seconds={},
+    )
+    assert found["methods"][0]["distinct_bigrams"] == 0.0
+    assert found["base"]["distinct_bigrams"] == 1.0

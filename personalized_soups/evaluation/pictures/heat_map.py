@@ -53,7 +53,7 @@ def combinations_figure(results: Results) -> Figure:
     axes.set(xlim=(0, len(columns) + gap), ylim=(len(rows) + 1.25, 0))
     axes.axis("off")
     for x, column in zip(xs, columns, strict=True):
-        _draw_head(axes, x + 0.5, column)
+        _draw_head(axes, x + 0.5, column, scale=min(1.0, _ROOMY / len(columns)))
         for y, value in enumerate(column.values):
             _draw_cell(axes, x, y, value)
         _draw_cell(axes, x, len(rows) + 0.25, fmean(column.values), weight="bold")
@@ -66,7 +66,8 @@ def combinations_figure(results: Results) -> Figure:
         f"{len(rows)} combinations of preferences, {results['num_prompts']} prompts each",
     )
     notes = (
-        "Joint score: share of answers that are valid and on the asked side of every dimension.\n"
+        "Joint score: share of answers that are valid and on the asked side of every dimension."
+        f"{' Prompt: the instructions of the sides.' if len(columns) > len(results['methods']) + 4 else ''}\n"
         "Mean score: over the dimensions, 0 for an invalid answer. "
         "Wins: share of comparisons with the base, ties count half."
     )
@@ -104,8 +105,10 @@ def _columns(results: Results) -> list[_Column]:
 
 
 # The two lines of the heading of each further system, to the left and to the right of the soups.
-_BEFORE_SOUPS = {"preference_prompting": ("prefer.", "prompting"), "single_expert": ("single", "expert")}
-_AFTER_SOUPS = {"soup_prompting": ("soup and", "prompting")}
+_BEFORE_SOUPS = {"preference_prompting": ("prompt", "alone"), "single_expert": ("single", "expert")}
+_AFTER_SOUPS = {"soup_prompting": ("soup +", "prompt")}
+# So many columns have room for headings of the usual size.
+_ROOMY = 8
 
 
 def _system_columns(results: Results, headings: Mapping[str, tuple[str, str]]) -> list[_Column]:
@@ -121,11 +124,11 @@ def _system_columns(results: Results, headings: Mapping[str, tuple[str, str]]) -
     ]
 
 
-def _draw_head(axes: Axes, x: float, column: _Column) -> None:
+def _draw_head(axes: Axes, x: float, column: _Column, *, scale: float) -> None:
     weight = "bold" if column.is_chosen else "normal"
     for y, line in ((-0.95, column.above.replace("_", " ")), (-0.58, column.below)):
-        axes.text(x, y, line, ha="center", va="baseline", fontsize=9.5, weight=weight)
-    axes.text(x, -0.2, column.note, ha="center", va="baseline", fontsize=8.5, color=QUIET)
+        axes.text(x, y, line, ha="center", va="baseline", fontsize=9.5 * scale, weight=weight)
+    axes.text(x, -0.2, column.note, ha="center", va="baseline", fontsize=8.5 * scale, color=QUIET)
 
 
 def _draw_cell(axes: Axes, x: float, y: float, value: float, **text: Any) -> None:
