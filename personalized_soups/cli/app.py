@@ -24,7 +24,7 @@ from personalized_soups.errors import RunError, SoupError
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "study": ("quickstart", "quality", "study", "tiny"),
-        "train": ("pairs", "train"),
+        "train": ("pairs", "train", "scorer"),
         "merge": ("doctor", "merge", "merge_many", "verify", "inspect"),
         "generate": ("generate", "sweep"),
         "users": ("basis", "questions", "tune"),

@@ -29,7 +29,7 @@ def train_answer_classifier(
     low: Sequence[TextItem],
     *,
     states: HiddenStates | None = None,
-    control_length: bool = True,
+    keep_length: bool = False,
     seed: int = 0,
 ) -> tuple[Classifier, HeldOutReport]:
     """Train a classifier on answers of the high and the low end of a dimension.
@@ -45,18 +45,19 @@ def train_answer_classifier(
         high: answers of the high end, with their prompts.
         low: answers of the low end, with their prompts.
         states: a base model whose mean hidden states are the features. By default, words are counted.
-        control_length: keep the classifier from learning the length. Turn it off for a dimension about length.
+        keep_length: let the classifier learn the length, for a dimension about length. By default, both ends get the
+            same distribution of lengths.
         seed: random seed of the cross-validation.
 
     Raises:
         InputError: if an end has fewer than 10 different answers or 2 prompts, or the lengths of the two ends hardly
-            overlap although length is controlled.
+            overlap and the length is not kept.
 
     Example:
         >>> words = ["door", "lamp", "soup", "cat", "tree", "bread", "sky", "rain", "car", "book"]
         >>> high = [TextItem(f"Tell me about the {word}.", f"I am glad to tell you: a {word}!") for word in words]
         >>> low = [TextItem(f"Tell me about the {word}.", f"Stop asking me about that {word}.") for word in words]
-        >>> classifier, report = train_answer_classifier(high, low, control_length=False)
+        >>> classifier, report = train_answer_classifier(high, low, keep_length=True)
         >>> classifier.values([("Hi", "I am glad you ask!"), ("Hi", "Stop asking!")]).round().tolist()
         [1.0, 0.0]
     """
@@ -67,14 +68,14 @@ def train_answer_classifier(
         for place, item in enumerate(items)
         if item.answer not in shared
     ]
-    return train_text_classifier(texts, states=states, control_length=control_length, seed=seed)
+    return train_text_classifier(texts, states=states, keep_length=keep_length, seed=seed)
 
 
 def train_text_classifier(
     texts: Sequence[LabelledText],
     *,
     states: HiddenStates | None = None,
-    control_length: bool = True,
+    keep_length: bool = False,
     seed: int = 0,
     base: str = "",
 ) -> tuple[Classifier, HeldOutReport]:
@@ -83,11 +84,11 @@ def train_text_classifier(
     Args:
         texts: the texts of both classes.
         states: the base model, for hidden states.
-        control_length: keep the classifier from learning the length.
+        keep_length: let the classifier learn the length.
         seed: random seed of the cross-validation.
         base: the name under which the classifier finds its base again. By default, the place it was loaded from.
     """
-    settings: Any = {"control_length": control_length, "seed": seed}
+    settings: Any = {"keep_length": keep_length, "seed": seed}
     if states is None:
         return train_classifier(texts, **settings)
     about = {"base": base or str(states.model.name_or_path), "dtype": states.dtype, "pooling": states.pooling}

@@ -109,3 +109,27 @@ def test_an_unknown_and_a_repeated_system_are_refused(systems: str, what: str) -
     with pytest.raises(DeclarationError, match=what) as caught:
         load_text(RECIPE + f"systems: {systems}\n", StudyRecipe, "study.yaml")
     assert "study.yaml:4: systems" in caught.value.where
+
+
+@pytest.mark.parametrize(
+    ("keys", "what", "mend", "key"),
+    [
+        ("plain: 2, instructed: 3", "add up to 5, but num_samples is 4", "plain: 1, or num_samples: 5", "plain"),
+        ("plain: 3", "plain (3) and instructed (0) add up to 3", "plain: 4", "plain"),
+        ("instructed: 5", "5 answers are instructed, but only 4", "instructed: 4 or less", "instructed"),
+        ("instructed: -1", "instructed", "", "instructed"),
+    ],
+)
+def test_shares_of_a_pool_that_do_not_add_up_are_refused(keys: str, what: str, mend: str, key: str) -> None:
+    with pytest.raises(DeclarationError) as caught:
+        load_text(RECIPE.replace("num_samples: 4", f"num_samples: 4, {keys}"), StudyRecipe, "study.yaml")
+    assert what in f"{caught.value.what} {caught.value.where}"
+    assert mend in caught.value.mend
+    assert caught.value.where == f"study.yaml:1: pairs.{key}"
+
+
+def test_shares_of_a_pool_that_add_up() -> None:
+    text = RECIPE.replace("num_samples: 4", "num_samples: 4, plain: 1, instructed: 3, match_length: true")
+    pairs = load_text(text, StudyRecipe, "study.yaml").pairs
+    assert (pairs.plain, pairs.instructed, pairs.match_length, pairs.whole_sentences) == (1, 3, True, False)
+    assert load_text(RECIPE, StudyRecipe, "study.yaml").pairs.instructed == 0

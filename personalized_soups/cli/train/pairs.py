@@ -22,6 +22,7 @@ from personalized_soups.cli.options import (
     TemperatureOption,
 )
 from personalized_soups.cli.sampling import SamplingOptions, check_temperature
+from personalized_soups.cli.train.fluent import bounds_of, fluent_answers
 from personalized_soups.cli.train.pool import PoolRequest
 from personalized_soups.errors import OutputExistsError, UsageError
 
@@ -54,10 +55,32 @@ def pairs(
         ),
     ] = None,
     num_samples: Annotated[int, typer.Option(min=2, help="Number of answers to each prompt.")] = 4,
+    instructed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="How many of the answers to a prompt are sampled under a side's instruction. With --pool, all sides "
+            "of the catalogue take turns. Without it, the sides of the dimension take turns.",
+        ),
+    ] = 0,
     min_gap: Annotated[
         float, typer.Option(help="Minimum difference between the two scores of a pair, in (0, 1].")
     ] = 0.3,
     max_pairs: Annotated[int | None, typer.Option(min=1, help="Maximum number of pairs to keep.")] = None,
+    match_length: Annotated[
+        bool,
+        typer.Option(
+            "--match-length",
+            help="Choose pairs whose two answers are equally long on average, unless the side is about length.",
+        ),
+    ] = False,
+    whole_sentences: Annotated[
+        bool, typer.Option("--whole-sentences", help="Remove a cut-off last sentence from the answers of the pairs.")
+    ] = False,
+    fluency: Annotated[
+        Path | None,
+        typer.Option(help="Bounds of fluency from psoups scorer calibrate. Answers beyond them are left out."),
+    ] = None,
     temperature: TemperatureOption = 1.0,
     max_new_tokens: MaxNewTokensOption = 256,
     batch_size: BatchSizeOption = 64,
@@ -72,10 +95,7 @@ def pairs(
     psoups train reads the pairs. Sampled answers are kept, so run the same command again to resume an interrupted run.
     """
     check_temperature(temperature, usual=1.0)
-    if not 0 < min_gap <= 1:
-        raise UsageError(
-            f"the value is {min_gap:g}, but it must be in (0, 1]", where="--min-gap", mend="give --min-gap 0.3"
-        )
+    _check_numbers(min_gap, instructed, num_samples)
     _check_files(prompts, pool, out, overwrite=overwrite)
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
@@ -84,17 +104,35 @@ def pairs(
     sampling = SamplingOptions(max_new_tokens, temperature, seed, batch_size)
     catalogue = load(catalogue_of(base, dimensions), Catalogue)
     catalogue.scorer_of(side)  # raises an error before torch is imported
+    bounds = bounds_of(fluency)
 
     from personalized_soups.training.data import write_pairs
+    from personalized_soups.training.instructions import InstructedShare, instructions_of
     from personalized_soups.training.pairs import label_pool
 
+    share = InstructedShare(instructed, instructions_of(catalogue, None if pool else side))
     journal = _journal_of(pool or out)
-    answers = PoolRequest(prompts, pool, journal, num_samples, loading, sampling).answers(quiet=as_json)
+    answers = PoolRequest(prompts, pool, journal, num_samples, share, loading, sampling).answers(quiet=as_json)
+    fluent = answers if bounds is None else fluent_answers(answers, bounds, loading, quiet=as_json)
     limits: dict[str, Any] = {"min_gap": min_gap, "max_pairs": max_pairs, "seed": seed}
-    labelled = label_pool(answers, side, catalogue, conversational=_has_chat_template(loading), **limits)
+    chosen: dict[str, Any] = {"match_length": match_length, "whole_sentences": whole_sentences}
+    labelled = label_pool(fluent, side, catalogue, conversational=_has_chat_template(loading), **limits, **chosen)
     write_pairs(out, labelled)
     journal.unlink(missing_ok=True)
     _show(labelled, side=side, out=out, num_prompts=len(answers), as_json=as_json)
+
+
+def _check_numbers(min_gap: float, instructed: int, num_samples: int) -> None:
+    if not 0 < min_gap <= 1:
+        raise UsageError(
+            f"the value is {min_gap:g}, but it must be in (0, 1]", where="--min-gap", mend="give --min-gap 0.3"
+        )
+    if instructed > num_samples:
+        raise UsageError(
+            f"{instructed} answers are instructed, but only {num_samples} are sampled",
+            where="--instructed",
+            mend=f"give --instructed {num_samples} or less, or a larger --num-samples",
+        )
 
 
 def _check_files(prompts: Path | None, pool: Path | None, out: Path, *, overwrite: bool) -> None:
@@ -143,12 +181,20 @@ def _has_chat_template(loading: LoadOptions) -> bool:
 
 
 def _show(labelled: Sequence[Any], *, side: str, out: Path, num_prompts: int, as_json: bool) -> None:
+    from personalized_soups.training.length_matching import length_difference
+
     gaps = [pair["chosen_score"] - pair["rejected_score"] for pair in labelled]
-    record = {
+    words = length_difference(labelled)
+    record: dict[str, Any] = {
         "side": side,
         "file": str(out),
         "pairs": len(labelled),
         "prompts": num_prompts,
         "mean gap": sum(gaps) / len(gaps),
+        "words": f"{words.chosen:.1f} chosen, {words.rejected:.1f} rejected",
+        "difference": f"{words.mean:+.1f} words (95%: {words.low:+.1f} to {words.high:+.1f})",
     }
+    if as_json:
+        record |= {"words": {"chosen": words.chosen, "rejected": words.rejected}}
+        record |= {"difference": {"mean": words.mean, "low": words.low, "high": words.high}}
     render.show_record(record, as_json=as_json)

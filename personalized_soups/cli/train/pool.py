@@ -13,6 +13,7 @@ from personalized_soups.errors import UsageError
 if TYPE_CHECKING:
     from personalized_soups.cli.bases import LoadOptions
     from personalized_soups.cli.sampling import SamplingOptions
+    from personalized_soups.training.instructions import InstructedShare
     from personalized_soups.training.pairs import Sampled
 
 
@@ -25,6 +26,7 @@ class PoolRequest:
         pool: file of sampled answers, which is read if it exists, else written. If None, no pool is written.
         journal: file that stores answers during sampling, so that an interrupted sampling can be resumed.
         num_samples: number of answers to each prompt.
+        instructed: how many of them are sampled under an instruction, and under which.
         loading: how the base is loaded.
         sampling: how answers are sampled.
     """
@@ -33,6 +35,7 @@ class PoolRequest:
     pool: Path | None
     journal: Path
     num_samples: int
+    instructed: InstructedShare
     loading: LoadOptions
     sampling: SamplingOptions
 
@@ -97,6 +100,7 @@ class PoolRequest:
                 max_new_tokens=self.sampling.max_new_tokens,
                 batch_size=self.sampling.batch_size,
                 seed=self.sampling.seed,
+                instructed=self.instructed,
                 on_begin=begin,
                 on_done=advance,
             )

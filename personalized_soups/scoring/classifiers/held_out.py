@@ -63,14 +63,14 @@ class HeldOutReport:
     num_groups: int
 
 
-def importance_of(texts: Sequence[LabelledText], *, control_length: bool) -> Floats:
+def importance_of(texts: Sequence[LabelledText], *, keep_length: bool) -> Floats:
     """Return [N]: the importance of each text in training. Both classes have the same sum.
 
     Raises:
-        InputError: if `control_length` is given, and the lengths of the classes hardly overlap.
+        InputError: if the length is not kept, and the lengths of the classes hardly overlap.
     """
     is_high = labels_of(texts)
-    if control_length:
+    if not keep_length:
         return matched_importance(log_lengths([text.text for text in texts]), is_high)
     share: Floats = np.where(is_high > 0, 1 / is_high.sum(), 1 / (1 - is_high).sum())
     return share * len(texts) / 2

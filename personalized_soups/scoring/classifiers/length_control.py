@@ -53,7 +53,7 @@ def matched_importance(lengths_N: Floats, is_high_N: Floats) -> Floats:
             f"only {shared.sum():.0f} texts of each class have a text of the other class of similar length, but at "
             f"least {least:.0f} are needed",
             where="the lengths of the texts",
-            mend="give texts of similar lengths, or let the classifier learn the length (control_length=False)",
+            mend="give texts of similar lengths, or let the classifier learn the length (keep_length=True)",
         )
     return importance
 

@@ -33,7 +33,7 @@ def train_classifier(
     states_of: StatesOf | None = None,
     states_digest: str = "",
     about: dict[str, Any] | None = None,
-    control_length: bool = True,
+    keep_length: bool = False,
     seed: int = 0,
 ) -> tuple[Classifier, HeldOutReport]:
     """Train a classifier, and measure classifiers of the same kind on held-out texts.
@@ -44,18 +44,19 @@ def train_classifier(
             counts words.
         states_digest: the digest of everything that the hidden states depend on.
         about: further facts for the classifier's record.
-        control_length: give the texts importances with which both classes have the same distribution of lengths.
+        keep_length: let the classifier learn the length. By default, the texts get importances with which both classes
+            have the same distribution of lengths.
         seed: random seed of the folds and of the intervals.
 
     Returns:
         The classifier, which is trained on all texts, and the report on held-out texts.
 
     Raises:
-        InputError: if a class has fewer than 10 different texts, or a text is in both classes, or `control_length` is
-            given and the lengths of the classes hardly overlap.
+        InputError: if a class has fewer than 10 different texts, or a text is in both classes, or the lengths of the
+            classes hardly overlap and the length is not kept.
     """
     unique = check_texts(texts, num_least=_NUM_LEAST)
-    importance = importance_of(unique, control_length=control_length)
+    importance = importance_of(unique, keep_length=keep_length)
     makers = _WordFeatures(unique) if states_of is None else _HiddenFeatures(unique, states_of, states_digest)
     report = held_out_report(makers.rows_of, unique, importance, seed=seed)
     everything = np.arange(len(unique), dtype=np.int64)
@@ -66,7 +67,7 @@ def train_classifier(
         **(about or {}),
         "texts": num_per_class(unique),
         "penalty": penalty,
-        "control_length": control_length,
+        "keep_length": keep_length,
         "seed": seed,
         "held_out": asdict(report),
     }

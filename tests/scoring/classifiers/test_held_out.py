@@ -74,12 +74,12 @@ def test_repeated_answers_to_one_prompt_are_not_held_out_apart() -> None:
 def test_length_is_not_learned_where_it_is_controlled() -> None:
     # Only the length tells the classes apart. The one feature is the length itself, so nothing else can be learned.
     texts = make_texts(150, seed=5, extra=5)
-    _, free = train_classifier(texts, states_of=_length_of, control_length=False, seed=0)
+    _, free = train_classifier(texts, states_of=_length_of, keep_length=True, seed=0)
     assert free.class_with_length > 0.5
     assert free.auc.low > 0.8
-    controlled, _ = train_classifier(texts, states_of=_length_of, control_length=True, seed=0)
+    controlled, _ = train_classifier(texts, states_of=_length_of, keep_length=False, seed=0)
     values = controlled.values([("", " ".join(["word"] * length)) for length in (20, 35)])
-    uncontrolled, _ = train_classifier(texts, states_of=_length_of, control_length=False, seed=0)
+    uncontrolled, _ = train_classifier(texts, states_of=_length_of, keep_length=True, seed=0)
     others = uncontrolled.values([("", " ".join(["word"] * length)) for length in (20, 35)])
     assert others[1] - others[0] > 0.8
     assert abs(values[1] - values[0]) < 0.2
@@ -106,7 +106,7 @@ def test_matched_importance_gives_both_classes_one_distribution_of_lengths() -> 
 def test_lengths_that_do_not_overlap_are_rejected() -> None:
     with pytest.raises(InputError, match="texts of each class have a text of the other") as caught:
         train_classifier(make_texts(300, seed=0, tone=1.0, extra=100))
-    assert "control_length=False" in caught.value.mend
+    assert "keep_length=True" in caught.value.mend
 
 
 def test_auc_and_accuracy_count_every_pair() -> None:
