@@ -78,7 +78,7 @@ def lowest(project: Mapping[str, Any]) -> dict[str, str]:
         ValueError: if a requirement has no lower bound, so that the table would leave it out.
     """
     extras = project["optional-dependencies"]
-    lines = [*project["dependencies"], *(line for name in ("train", "plot", "serve", "postgres", "dev")
+    lines = [*project["dependencies"], *(line for name in ("train", "plot", "serve", "postgres", "smollm2", "dev")
                                          for line in extras[name])]  # fmt: skip
     versions: dict[str, str] = {}
     for requirement in map(Requirement, lines):

@@ -23,6 +23,7 @@ PROJECT: dict[str, Any] = {
         "plot": [],
         "serve": ["Prometheus_Client>=0.21", "uvloop>=0.21; sys_platform == 'never'"],
         "postgres": ["psycopg[binary]>=3.2"],
+        "smollm2": ["gguf>=0.18"],
         "dev": ["the-project[train,serve]", "triton>=3.3,<4", "ruff>=0.9"],
     },
 }
@@ -31,7 +32,7 @@ PROJECT: dict[str, Any] = {
 def test_the_lowest_versions_are_the_bounds_of_the_requirements() -> None:
     assert matrix.lowest(PROJECT) == {
         "torch": "2.6", "ruamel-yaml": "0.18.6", "trl": "1.0", "prometheus-client": "0.21", "psycopg": "3.2",
-        "triton": "3.3",
+        "gguf": "0.18", "triton": "3.3",
     }  # fmt: skip
 
 

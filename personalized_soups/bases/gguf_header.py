@@ -1,7 +1,7 @@
 """Read the header of a GGUF file: its metadata, and the type, shape and place of every tensor.
 
 `gguf.GGUFReader` makes several NumPy arrays for every token of the vocabulary, which takes seconds. This reader skips
-the strings of arrays, and checks that the file is long enough for all that its header promises.
+arrays of strings until they are asked for, and checks that the file is long enough for all that its header promises.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. A file has a magic number, a version, the counts of
 tensors and of metadata, the metadata, the table of tensors, and then the tensors, aligned.
@@ -52,13 +52,26 @@ class GgufTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class TextArray:
+    """Where an array of strings is in a GGUF file.
+
+    Attributes:
+        start: the offset of the first string's length.
+        length: the number of strings.
+    """
+
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class GgufHeader:
     """The header of a GGUF file.
 
     Attributes:
         path: the file.
         num_bytes: the size of the file.
-        metadata: the values by key. An array of strings is represented by its length.
+        metadata: the values by key. An array of strings is a `TextArray`, which `texts` reads.
         tensors: the tensors by name, in the order of the file.
     """
 
@@ -84,6 +97,20 @@ class GgufHeader:
                     return _read(path, data)
             except OSError as error:
                 raise unreadable(path, error) from error
+
+    def texts(self, key: str) -> list[str] | None:
+        """Return the strings of an array of the metadata, or None if no array of strings has this key.
+
+        Raises:
+            FileFormatError: if a string is not UTF-8.
+            InputError: if the file cannot be read.
+        """
+        array = self.metadata.get(key)
+        if not isinstance(array, TextArray):
+            return None
+        with opened(self.path) as descriptor, mmap.mmap(descriptor, self.num_bytes, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(self.path, data, array.start)
+            return [cursor.text() for _ in range(array.length)]
 
     @property
     def architecture(self) -> str:
@@ -175,9 +202,8 @@ def _entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
 class _Cursor:
     """Reads values one after the other. It raises an error before it reads behind the end of the file."""
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._path, self._data = path, data
-        self.place = len(MAGIC)
+    def __init__(self, path: Path, data: mmap.mmap, place: int = len(MAGIC)) -> None:
+        self._path, self._data, self.place = path, data, place
 
     def number(self, form: str) -> Any:
         start = self._skip(struct.calcsize(form))
@@ -203,9 +229,10 @@ class _Cursor:
     def _array(self) -> Any:
         kind, length = self.number("I"), self.number("Q")
         if kind == _STRING:
+            array = TextArray(self.place, length)
             for _ in range(length):
                 self._skip(self.number("Q"))
-            return length
+            return array
         if kind not in _FORMATS:
             raise self.damaged(f"an array has values of the unknown type {kind}")
         form = _FORMATS[kind]

@@ -315,7 +315,7 @@ def _no_embeddings(fields: Fields, tensors: dict[str, np.ndarray]) -> None:
         (_widen, FileFormatError, r"ffn_gate\.weight has the shape \(96, 64\), but the model needs \(128, 64\)"),
         (_no_tokens, InputError, "has no tokenizer"),
         (_no_end, InputError, "has no end token"),
-        (_unknown_tokenizer, InputError, "cannot be read"),
+        (_unknown_tokenizer, InputError, "tokenizer 'rwkv' of the GGUF file is not supported"),
         (_experts, InputError, "mixture of experts.*supported architectures are llama, qwen2, qwen3"),
         (_no_layers, FileFormatError, r"lacks the key llama\.block_count"),
         (_list_of_heads, InputError, "not one number for all layers"),
