@@ -30,6 +30,7 @@ class BaseAdapter:
 
     Attributes:
         folder: the adapter's folder.
+        same_base: accept every base, whatever fingerprint the adapter's folder records.
 
     Example:
         >>> sft = BaseAdapter.open("experts/informative")
@@ -38,25 +39,24 @@ class BaseAdapter:
     """
 
     folder: Path
+    same_base: bool = False
 
     @classmethod
-    def open(cls, folder: Path | str, *, base: Path | str | None = None, same_base: bool = False) -> Self:
+    def open(cls, folder: Path | str, *, same_base: bool = False) -> Self:
         """Open an adapter folder and check that the adapter can be a part of the base.
 
         An expert and a soup are adapters too, so they are accepted, unless they need an adapter themselves.
 
         Args:
             folder: the folder. It may hold any LoRA adapter that consists of low-rank factors alone.
-            base: the base model, as a folder or a hub id. If the adapter's folder records the fingerprint of its base,
-                this base must have the same fingerprint.
-            same_base: do not compare fingerprints.
+            same_base: let `check_base` accept every base.
 
         Raises:
             UnsupportedAdapterError: if the adapter has more than low-rank factors. The error names the setting.
-            IncompatibleExpertsError: if the adapter records another base, or was trained on top of an adapter itself.
+            IncompatibleExpertsError: if the adapter was trained on top of an adapter itself.
             InputError, FileFormatError: in the same cases as `LoraAdapter.open`.
         """
-        opened = cls(Path(folder))
+        opened = cls(Path(folder), same_base)
         opened._check_plain()
         if opened.expert.on is not None:
             raise IncompatibleExpertsError(
@@ -65,8 +65,6 @@ class BaseAdapter:
                 mend=f"merge both into one adapter: psoups merge --experts {folder} --weights {opened.name}=1 "
                 f"--on FOLDER_OF_{opened.expert.on.name}",
             )
-        if base is not None and not same_base:
-            opened._check_base(base)
         return opened
 
     @property
@@ -104,6 +102,27 @@ class BaseAdapter:
         """The name and the digest, which the records of experts and soups store."""
         return BaseAdapterRecord(name=self.name, digest=self.digest)
 
+    def check_base(self, base: Path | str) -> None:
+        """Check that expert.json or soup.json does not record another base.
+
+        Args:
+            base: a model folder, or the hub id of a model in the local cache.
+
+        Raises:
+            IncompatibleExpertsError: if it does.
+        """
+        source = self.expert.record or self.expert.soup
+        if self.same_base or source is None or source.base.fingerprint is None:
+            return
+        actual = base_fingerprint(base)
+        if not is_same_base(source.base, BaseRecord(fingerprint=actual)):
+            raise IncompatibleExpertsError(
+                f"the adapter was trained on {source.base.name or 'another base'} (fingerprint "
+                f"{source.base.fingerprint[:12]}), but this base has the fingerprint {actual[:12]}",
+                where=str(self.folder),
+                mend="give the base that the adapter was trained on",
+            )
+
     def _check_plain(self) -> None:
         trained = next(iter(self.adapter.trained.values()), None)
         if trained is not None:
@@ -119,21 +138,7 @@ class BaseAdapter:
                 mend=_MERGE_FIRST,
             )
 
-    def _check_base(self, base: Path | str) -> None:
-        """Raise IncompatibleExpertsError if expert.json or soup.json records another base."""
-        source = self.expert.record or self.expert.soup
-        if source is None or source.base.fingerprint is None:
-            return
-        actual = base_fingerprint(base)
-        if not is_same_base(source.base, BaseRecord(fingerprint=actual)):
-            raise IncompatibleExpertsError(
-                f"the adapter was trained on {source.base.name or 'another base'} (fingerprint "
-                f"{source.base.fingerprint[:12]}), but this base has the fingerprint {actual[:12]}",
-                where=str(self.folder),
-                mend="give the base that the adapter was trained on",
-            )
 
-
-def open_on(on: Path | str | None, base: Path | str, *, same_base: bool = False) -> BaseAdapter | None:
+def open_on(on: Path | str | None, *, same_base: bool = False) -> BaseAdapter | None:
     """Return the base adapter in the folder `on`, or None if `on` is None. Arguments and errors as in `open`."""
-    return None if on is None else BaseAdapter.open(on, base=base, same_base=same_base)
+    return None if on is None else BaseAdapter.open(on, same_base=same_base)

@@ -36,7 +36,8 @@ def add_adapter(model: Any, on: BaseAdapter) -> None:
 
     Raises:
         IncompatibleExpertsError: if the model lacks a module of the adapter, or has it in another shape.
-        UnsupportedAdapterError: if a weight is quantised, or belongs to the input and the output embedding at once.
+        UnsupportedAdapterError: if a weight is quantised or offloaded, or belongs to the input and the output embedding
+            at once.
         InputError: if a value of the adapter is NaN or infinite. The weights before it have changed then.
         UsageError: if a sum does not fit into the model's dtype. The weights before it have changed then.
     """
@@ -88,6 +89,13 @@ def _placements(model: Any, on: BaseAdapter) -> dict[str, Placement]:
 
 
 def _check_dense(name: str, weight: Tensor, on: BaseAdapter) -> None:
+    if weight.is_meta:
+        raise UnsupportedAdapterError(
+            f"{name} is offloaded, so the adapter cannot be added to it",
+            where=str(on.folder),
+            mend="load the model on a device that holds all of it, or merge the adapter into the base first "
+            "(psoups merge --into-base)",
+        )
     # 8-bit floats are quantised, too: their scales are stored elsewhere
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise UnsupportedAdapterError(

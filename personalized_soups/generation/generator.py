@@ -116,7 +116,7 @@ class Generator:
         if adapter is not None:
             check_adapter_folder(Path(adapter))
         chosen = resolve_device(device)
-        base_adapter = open_on(on, base, same_base=same_base)
+        base_adapter = open_on(on, same_base=same_base)
         if adapter is not None:
             check_same_adapter(Path(adapter), None if base_adapter is None else base_adapter.record)
         tokenizer = load_tokenizer(base)

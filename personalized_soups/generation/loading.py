@@ -87,6 +87,7 @@ def load_base(
         InputError: if the model does not exist, has only pickle files, or lacks tensors.
         FileFormatError: if a safetensors file in the model's folder is damaged.
         UsageError: if the dtype is unknown.
+        IncompatibleExpertsError: if the folder of `on` records another base.
         SoupError: all errors of `add_adapter`.
     """
     from transformers import AutoModelForCausalLM
@@ -119,6 +120,8 @@ def load_base(
             mend="copy or download the model again",
         )
     if on is not None:
+        # only now, because a base of the hub has a fingerprint only after its download
+        on.check_base(base)
         add_adapter(model, on)
     is_placed = {"quantization_config", "device_map"} & options.keys()
     moved: PreTrainedModel = model if is_placed else model.to(device)

@@ -145,7 +145,7 @@ class SoupModel:
         # before its download.
         if not same_base and Path(base).is_dir():
             check_known_base(list(library.values()), base)
-        base_adapter = open_on(on, base, same_base=same_base)
+        base_adapter = open_on(on, same_base=same_base)
         check_known_adapter(list(library.values()), None if base_adapter is None else base_adapter.record)
         model = load_base(base, device=chosen, dtype=dtype, on=base_adapter, **options).eval()
         return cls(model, library, tokenizer=tokenizer, base=base, on=base_adapter, same_base=same_base)

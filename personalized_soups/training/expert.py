@@ -62,7 +62,7 @@ def train_expert(
     dimension = catalogue.side(side)[0] if catalogue is not None else None
     preferences = read_preferences(data)
     recipe = recipe.for_side(side)
-    base_adapter = open_on(on, base)
+    base_adapter = open_on(on)
     record = ExpertRecord(
         side=side,
         dimension=dimension,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from personalized_soups import ExpertLibrary, Generator, Profile, merge_into_bas
 from personalized_soups.adapters.base_adapter import BaseAdapter
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.errors import IncompatibleExpertsError, UnsupportedAdapterError, UsageError
+from personalized_soups.generation.added_adapter import add_adapter
 from personalized_soups.generation.loading import load_base
 from tests import oracles
 from tests.base_adapters import SFT_SHAPES, bounds, float64_weights, trained_on, write_merged_base, write_sft
@@ -181,3 +184,69 @@ def test_sums_beyond_the_dtype_are_rejected(small_base: Path, tmp_path: Path) ->
     with pytest.raises(UsageError, match="do not fit into float16"):
         load_base(small_base, device=CPU, dtype="float16", on=BaseAdapter.open(huge))
     load_base(small_base, device=CPU, on=BaseAdapter.open(huge))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_quantised_weight_is_rejected(small_base: Path, sft: Path, dtype: torch.dtype) -> None:
+    model: Any = load_base(small_base, device=CPU)
+    layer = model.model.layers[1].self_attn.o_proj
+    layer.weight = torch.nn.Parameter(layer.weight.data.to(dtype), requires_grad=False)
+    before = model.model.layers[0].self_attn.q_proj.weight.clone()
+    with pytest.raises(UnsupportedAdapterError, match=r"o_proj\.weight is quantised"):
+        add_adapter(model, BaseAdapter.open(sft))
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, before)  # nothing was added
+
+
+def test_an_offloaded_weight_is_rejected(small_base: Path, sft: Path) -> None:
+    model: Any = load_base(small_base, device=CPU)
+    model.model.layers[1].self_attn.o_proj.to("meta")
+    with pytest.raises(UnsupportedAdapterError, match=r"o_proj\.weight is offloaded"):
+        add_adapter(model, BaseAdapter.open(sft))
+
+
+class Layers(torch.nn.Module):
+    """One layer of each kind: Conv1D stores [in, out], an embedding's A has its vocabulary, a parameter has experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        random = torch.Generator().manual_seed(0)
+        self.turned = Conv1D(6, 4)
+        self.embed = torch.nn.Embedding(7, 5)
+        self.conv = torch.nn.Conv2d(3, 4, 2)
+        self.mixture = torch.nn.Module()
+        self.mixture.up = torch.nn.Parameter(torch.randn(3, 8, 5, generator=random))
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.embed
+
+    def get_output_embeddings(self) -> None:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ({"target_modules": ["turned", "embed", "conv"], "fan_in_fan_out": True}, {"turned", "embed", "conv"}),
+        ({"target_modules": ["conv"], "target_parameters": ["mixture.up"]}, {"conv", "mixture"}),
+    ],
+)
+def test_layers_of_every_kind_get_pefts_delta(tmp_path: Path, options: dict[str, Any], changed: set[str]) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    model = Layers()
+    config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped: Any = get_peft_model(copy.deepcopy(model), config)  # type: ignore[arg-type]
+        wrapped.save_pretrained(str(tmp_path / "sft"), save_embedding_layers=False)
+        want = wrapped.merge_and_unload().state_dict()
+    before = copy.deepcopy(model.state_dict())
+    add_adapter(model, BaseAdapter.open(tmp_path / "sft"))
+    for name, tensor in model.state_dict().items():
+        # W plus two products of numbers below 8: two sums of 3 terms, each rounded to float32
+        assert torch.allclose(tensor, want[name], rtol=0, atol=2 * 3 * 2.0**-24 * 64), name
+        is_changed = name.partition(".")[0] in changed and not name.endswith("bias")
+        assert torch.equal(tensor, before[name]) != is_changed, name

@@ -85,7 +85,7 @@ def test_the_record_names_the_adapter_and_the_folder_holds_only_the_experts_delt
     expert = Expert("concise", trained[0])
     record = read_expert_record(trained[0])
     assert record is not None
-    assert record.on == BaseAdapter.open(sft, base=small_base).record
+    assert record.on == BaseAdapter.open(sft).record
     assert record.on is not None
     assert record.on.name == "sft"
     assert {module.rank for module in expert.adapter.modules.values()} == {4}
