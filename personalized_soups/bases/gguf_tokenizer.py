@@ -141,7 +141,7 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Any, bool]:
     merges = vocabulary.header.texts("tokenizer.ggml.merges")
     if merges is None:
         raise _unusable(vocabulary.header, "the tokenizer of the GGUF file has no merges")
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
     try:
         model = models.BPE(vocab=vocabulary.ids, merges=pairs, ignore_merges=rule.takes_whole)
     except Exception as fault:  # tokenizers raises no narrower one for a token that the vocabulary lacks

@@ -20,6 +20,7 @@ from personalized_soups.bases.known_files import digest_once
 from personalized_soups.bases.place import place_of
 from personalized_soups.errors import FileFormatError, InputError, UsageError
 from personalized_soups.files.digest import digest_file
+from personalized_soups.files.locks import lock_file
 
 
 @pytest.fixture
@@ -167,7 +168,6 @@ def test_two_at_once_convert_once(small_gguf: Path, monkeypatch: pytest.MonkeyPa
         return write_model(path, folder, on_progress)
 
     waits = threading.Event()
-    lock_file = cache_module.lock_file
 
     def seen(path: Path, **options: Any) -> int | None:
         if is_converting.is_set():

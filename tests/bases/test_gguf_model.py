@@ -195,8 +195,8 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, small_base: Path, smal
         assert ours(text)["input_ids"] == original(text)["input_ids"]
         assert ours.decode(ours(text)["input_ids"]) == text
     chat = [{"role": "user", "content": "wash it"}]
-    ids = [each.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for each in (ours, original)]
-    assert ids[0] == ids[1]
+    texts = [each.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for each in (ours, original)]
+    assert texts[0] == texts[1] == "<|user|>wash it<|assistant|>"
     assert (ours.bos_token, ours.eos_token, ours.pad_token) == ("<|bos|>", "<|eos|>", "<|pad|>")
     assert ours.model_max_length == 256
 
