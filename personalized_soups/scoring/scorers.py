@@ -249,9 +249,15 @@ def _checked(function: Callable[[str, str], object], name: str, *, where: str) -
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
     """Return a case-insensitive pattern that matches any phrase as whole words. It tries the longest phrase first."""
     longest_first = sorted(phrases, key=len, reverse=True)
-    # Lookarounds, not \b: a marker may begin or end with a sign, such as "wow!".
-    alternatives = "|".join(r"\s+".join(re.escape(word) for word in phrase.split()) for phrase in longest_first)
-    return re.compile(rf"(?<!\w)(?:{alternatives})(?!\w)", re.IGNORECASE)
+    return re.compile("|".join(map(_pattern, longest_first)), re.IGNORECASE)
+
+
+def _pattern(phrase: str) -> str:
+    """Return the pattern of one phrase. A word at its end is a whole word; a sign may touch a word, as in "fun!"."""
+    pattern = r"\s+".join(re.escape(word) for word in phrase.split())
+    plain = phrase.strip()
+    before, after = (r"(?<!\w)" if plain[0].isalnum() else "", r"(?!\w)" if plain[-1].isalnum() else "")
+    return f"{before}{pattern}{after}"
 
 
 def _plain(phrase: str) -> str:

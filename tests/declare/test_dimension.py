@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from personalized_soups.declare.dimension import (
     PythonScorer,
     ReadabilityScorer,
 )
-from personalized_soups.declare.loader import load, load_data, load_text
+from personalized_soups.declare.loader import dump, load, load_data, load_text
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import DeclarationError
 
@@ -57,7 +58,7 @@ def test_the_tiny_catalogue_has_the_same_names_for_its_six_sides() -> None:
         assert scorer.function == f"personalized_soups.tiny.scorers:{tiny.dimension_of(name)}"
 
 
-@pytest.mark.parametrize("recipe", ["dimensions/psoups.yaml", "dimensions/tiny.yaml"])
+@pytest.mark.parametrize("recipe", ["dimensions/psoups.yaml", "dimensions/smollm2.yaml", "dimensions/tiny.yaml"])
 def test_two_sides_of_a_dimension_want_opposite_ends(recipe: str) -> None:
     sides = load(shipped_recipe(recipe), Catalogue).sides
     for low, high in (("elementary", "expert"), ("concise", "informative"), ("unfriendly", "friendly")):
@@ -159,3 +160,38 @@ def test_an_empty_label_is_refused() -> None:
 def test_names_that_are_no_folder_or_option_are_refused(name: str) -> None:
     with pytest.raises(DeclarationError, match="pattern"):
         catalogue(**{name: {}})
+
+
+def test_a_dimension_is_about_length_by_its_scorer_or_its_flag() -> None:
+    dimensions = {
+        "size": {"about": "x", "scorer": {"kind": "length", "low": 1, "high": 9}, "sides": {"a": {"instruction": "i"}}},
+        "rhyme": {
+            "about": "x",
+            "about_length": True,
+            "scorer": {"kind": "markers", "high": ["moon"], "low": []},
+            "sides": {
+                "b": {"instruction": "i"},
+                "c": {"instruction": "i", "scorer": {"kind": "length", "low": 1, "high": 9}},
+            },
+        },
+        "tone": {
+            "about": "x",
+            "scorer": {"kind": "classifier", "path": "tone"},
+            "sides": {
+                "d": {"instruction": "i"},
+                "e": {"instruction": "i", "scorer": {"kind": "length", "low": 1, "high": 9}},
+            },
+        },
+    }
+    catalogue = load_data({"dimensions": dimensions}, Catalogue, "test")
+    assert [side for side in catalogue.sides if catalogue.is_about_length(side)] == ["a", "b", "c", "e"]
+
+
+def test_a_path_in_a_catalogue_starts_at_its_folder(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "c.yaml"
+    path.parent.mkdir()
+    path.write_text(dump(load(shipped_recipe("dimensions/tiny.yaml"), Catalogue)))
+    catalogue = load(path, Catalogue)
+    assert catalogue.relative_path("tone") == tmp_path / "deep" / "tone"
+    assert catalogue.relative_path("/tone") == Path("/tone")
+    assert load_data(catalogue.model_dump(mode="json"), Catalogue, "test").relative_path("tone") == Path("tone")

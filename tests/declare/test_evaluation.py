@@ -11,7 +11,7 @@ from personalized_soups.errors import DeclarationError
 
 def test_every_shipped_study_loads_and_dumps() -> None:
     paths = sorted((recipes_folder() / "evaluation").rglob("*.yaml"))
-    assert [path.name for path in paths] == ["quickstart.yaml"]
+    assert [path.name for path in paths] == ["quickstart.yaml", "smollm2-full.yaml", "smollm2.yaml"]
     recipe = load(paths[0], StudyRecipe)
     assert load_text(dump(recipe), StudyRecipe, "dump") == recipe
     assert recipe.num_prompts >= 96

@@ -50,6 +50,12 @@ def test_a_marker_may_end_with_a_sign() -> None:
     assert markers_scorer(high=["wow!"], low=[])("", "Wow! Look.").value == 1.0
 
 
+def test_a_marker_may_be_a_sign_that_touches_a_word() -> None:
+    score = markers_scorer(high=["!"], low=["whatever", "..."])
+    assert score("", "What fun!").value == 1.0
+    assert score("", "Fun! Whatever... I know.").value == pytest.approx(1 / 3)
+
+
 def test_no_low_markers_at_all() -> None:
     score = markers_scorer(high=["oh sure"], low=[])
     assert score("", "Oh sure, why not.").value == 1.0
