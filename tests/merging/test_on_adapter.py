@@ -15,8 +15,10 @@ import torch
 from personalized_soups import (
     ExpertLibrary,
     Generator,
+    LiveAdapter,
     MergeOptions,
     Profile,
+    SoupModel,
     diagnose,
     merge,
     merge_into_base,
@@ -350,3 +352,18 @@ def test_bfloat16_is_the_rounding_of_float32(library: ExpertLibrary, sft: Path) 
     assert wide.keys() == narrow.keys()
     for name, tensor in wide.items():
         assert torch.equal(tensor.to(torch.bfloat16), narrow[name]), name
+
+
+def test_a_live_soup_goes_on_a_model_with_the_adapter(library: ExpertLibrary, sft: Path, small_base: Path) -> None:
+    ids_BT = torch.randint(6, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    live = LiveAdapter(library, device="cpu")
+    model = live.attach(Generator.open(small_base, on=sft, device="cpu").model).eval()
+    mixed = SoupModel.from_pretrained(small_base, library, on=sft, device="cpu")
+    with torch.no_grad():
+        live.set(PROFILE)
+        with mixed.mixture(WEIGHTS):
+            want = mixed(input_ids=ids_BT).logits
+        assert oracles.relative_error(model(input_ids=ids_BT).logits.numpy(), want.numpy()) < 1e-5
+        live.zero()
+        want = Generator.open(small_base, on=sft, device="cpu").model(input_ids=ids_BT).logits
+        assert oracles.relative_error(model(input_ids=ids_BT).logits.numpy(), want.numpy()) < 1e-6
