@@ -177,6 +177,8 @@ def _reported(target: Path) -> Iterator[None]:
         elsewhere = f"free some disk space, or set the environment variable {VARIABLE} to a folder on another disk"
         raise RunError(error.what, where=error.where, mend=elsewhere) from error
     except OutputExistsError as error:
+        if not os.path.lexists(target):  # without locks, another run may be making the folder
+            raise
         raise UsageError(
             error.what,
             where=error.where,

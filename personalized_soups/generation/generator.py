@@ -100,7 +100,7 @@ class Generator:
         """Load a base and, if given, an adapter, and return a generator with them.
 
         Args:
-            base: a folder or a hub id.
+            base: the name of a named base (`tiny`, `smollm2`), a folder, a GGUF file or a hub id.
             adapter: a PEFT adapter folder, or None for the base alone.
             on: the folder of the LoRA adapter, such as an SFT adapter, on top of which `adapter` was trained. Its delta
                 is added to the base's weights, also if `adapter` is None.

@@ -76,7 +76,7 @@ def load_base(
     """Load a causal language model from safetensors files.
 
     Args:
-        base: a folder or a hub id.
+        base: the name of a named base, a folder, a GGUF file or a hub id.
         device: the model's device. With a `quantization_config` or a `device_map` in `options`, transformers places
             the model, and `device` is ignored.
         dtype: the dtype of the model; `auto` takes the dtype of its files.

@@ -124,7 +124,7 @@ class SoupModel:
         """Load a base and its experts.
 
         Args:
-            base: a folder or a hub id.
+            base: the name of a named base (`tiny`, `smollm2`), a folder, a GGUF file or a hub id.
             experts: a library, its folder, or several folders.
             on: the folder of the LoRA adapter, such as an SFT adapter, on top of which the experts were trained. Its
                 delta is added to the base's weights once, so every row has it, also a row with no profile.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from personalized_soups.adapters.base_adapter import open_on
 from personalized_soups.adapters.provenance import BaseRecord, DataRecord, ExpertRecord, library_versions
+from personalized_soups.bases.place import place_of
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -32,7 +33,7 @@ def train_expert(
 
     Args:
         side: the side of a preference dimension that the pairs favor.
-        base: the base model: a folder or a hub id.
+        base: the base model: the name of a named base, a folder, a GGUF file or a hub id.
         on: the folder of a LoRA adapter, such as an SFT adapter. The reference policy is then the base with this
             adapter, both frozen. The expert is trained on top of both, and its folder holds only its own delta.
         data: preference pairs in TRL's format, JSON lines.
@@ -59,6 +60,7 @@ def train_expert(
         ...     recipe=load(shipped_recipe("train/tiny.yaml"), TrainingRecipe),
         ... )
     """
+    base = place_of(base)
     dimension = catalogue.side(side)[0] if catalogue is not None else None
     preferences = read_preferences(data)
     recipe = recipe.for_side(side)

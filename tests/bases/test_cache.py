@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from personalized_soups.bases.cache import bases_folder, cache_folder, find_mode
 from personalized_soups.bases.gguf_model import write_model
 from personalized_soups.bases.known_files import digest_once
 from personalized_soups.bases.place import place_of
-from personalized_soups.errors import FileFormatError, InputError, UsageError
+from personalized_soups.errors import FileFormatError, InputError, RunError, UsageError
 from personalized_soups.files.digest import digest_file
 from personalized_soups.files.locks import lock_file
 
@@ -196,6 +197,17 @@ def test_a_cache_that_cannot_be_written_names_the_variable(
     with pytest.raises(UsageError, match="cache folder cannot be written") as caught:
         place_of(small_gguf)
     assert "PSOUPS_CACHE" in caught.value.mend
+
+
+def test_a_full_disk_names_the_variable(small_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache_module, "write_model", full)
+    with pytest.raises(RunError, match="no space is left") as caught:
+        place_of(small_gguf)
+    assert "PSOUPS_CACHE" in caught.value.mend
+    assert names(bases_folder()) == [".known"]
 
 
 def test_a_folder_of_the_user_in_the_cache_is_not_replaced(small_gguf: Path) -> None:

@@ -23,7 +23,7 @@ from personalized_soups.files.digest import digest_file
 from personalized_soups.generation.generator import Generator
 from personalized_soups.mixing.model import SoupModel
 from tests.experts import write_expert
-from tests.gguf_files import dequantized, gguf_name, permuted
+from tests.gguf_files import Fields, dequantized, gguf_name, permuted, write_gguf
 from tests.hub import MODEL, used_hub
 
 
@@ -156,6 +156,16 @@ def test_answers_of_one_batch_are_those_of_each_prompt_alone(small_gguf: Path) -
     alone = [generator.answers([prompt], greedy=True, max_new_tokens=8)[0] for prompt in prompts]
     assert together == alone
     assert any(answer for (answer,) in together)
+
+
+def test_without_a_chat_template_prompts_are_plain_text(small_base: Path, tmp_path: Path) -> None:
+    def without(fields: Fields, _: object) -> None:
+        del fields["tokenizer.chat_template"]
+
+    generator = Generator.open(write_gguf(tmp_path / "plain.gguf", small_base, change=without), device="cpu")
+    assert generator.encoded("wash it") == generator.tokenizer("wash it")["input_ids"]
+    with pytest.raises(InputError, match="chat template"):
+        generator.encoded([{"role": "user", "content": "wash it"}])
 
 
 @pytest.mark.slow

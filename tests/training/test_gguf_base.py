@@ -33,9 +33,10 @@ def test_the_end_token_counts_although_it_is_the_padding_token(
     file = write_gguf(tmp_path / "small.gguf", small_base, change=pads_with_end)
     tokenizer = load_tokenizer(file)
     assert tokenizer.pad_token == tokenizer.eos_token
+    bases: dict[str, str | Path] = {"folder": small_base, "file": str(file)}
     experts = {
         name: train_expert("concise", base=base, data=pairs_file, out=tmp_path / name, recipe=recipe, device="cpu")
-        for name, base in {"folder": small_base, "file": str(file)}.items()
+        for name, base in bases.items()
     }
     folder, own = (load_file(experts[name] / "adapter_model.safetensors") for name in ("folder", "file"))
     assert folder.keys() == own.keys()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from personalized_soups.adapters.provenance import BaseRecord, DataRecord, ExpertRecord, library_versions
+from personalized_soups.bases.place import place_of
 from personalized_soups.declare.training import TrainingRecipe, UsersRecipe
 from personalized_soups.errors import InputError
 from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
@@ -31,7 +32,7 @@ def train_user_model(
     """Train soft tokens for each user and one LoRA adapter for all users by P-DPO, and return their folder.
 
     Args:
-        base: the base model: a folder or a hub id.
+        base: the base model: the name of a named base, a folder, a GGUF file or a hub id.
         data: preference pairs in TRL's format, JSON lines, in which `user` is the id of the user who compared the
             answers, and `user_text` may describe the user in words.
         out: the folder to write: the files of an expert, user_model.json and user_model.safetensors.
@@ -43,6 +44,7 @@ def train_user_model(
         SoupError: in the same cases as `train_expert`, and if no pair names its user although the kind of user model
             distinguishes users.
     """
+    base = place_of(base)
     preferences = read_preferences(data, with_users=True)
     recipe = recipe.for_side("").replaced(users=recipe.users or UsersRecipe())
     assert recipe.users is not None
