@@ -7,7 +7,14 @@ from typing import Annotated, Literal, Self, TypeAlias
 from pydantic import Field, model_validator
 
 from personalized_soups.declare.declared import Declared, refusal
-from personalized_soups.declare.dimension import Catalogue, LengthScorer, Name, ReadabilityScorer, ScorerSpec
+from personalized_soups.declare.dimension import (
+    Catalogue,
+    LengthScorer,
+    MarkersScorer,
+    Name,
+    ReadabilityScorer,
+    ScorerSpec,
+)
 from personalized_soups.declare.profile import MethodName
 from personalized_soups.errors import DeclarationError, choose_from
 
@@ -204,6 +211,12 @@ class StudyRecipe(Declared):
 
 
 def _measures_the_same(judge: ScorerSpec, scorer: ScorerSpec) -> bool:
-    """Return whether two scorers are equal, or differ only in the ends of their scale."""
+    """Return whether two scorers are equal, differ only in the ends of their scale, or count a common phrase."""
+    if isinstance(judge, MarkersScorer) and isinstance(scorer, MarkersScorer):
+        return bool(_phrases(judge) & _phrases(scorer))
     rescaled = (LengthScorer, ReadabilityScorer)
     return judge == scorer or any(isinstance(judge, kind) and isinstance(scorer, kind) for kind in rescaled)
+
+
+def _phrases(scorer: MarkersScorer) -> set[str]:
+    return {" ".join(phrase.lower().split()) for phrase in (*scorer.high, *scorer.low)}

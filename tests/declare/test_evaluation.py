@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from personalized_soups.declare.base_table import named_bases
 from personalized_soups.declare.dimension import Catalogue, MarkersScorer
 from personalized_soups.declare.evaluation import StudyRecipe
 from personalized_soups.declare.loader import dump, load, load_text
@@ -51,7 +52,7 @@ RECIPE = (
 JUDGES = {
     "expertise": "{kind: length, low: 5, high: 50}",
     "informativeness": "{kind: readability, low: 4, high: 14}",
-    "style": "{kind: markers, high: [dear], low: [whatever]}",
+    "style": "{kind: markers, high: [dearest], low: [so what]}",
 }
 
 
@@ -133,3 +134,19 @@ def test_shares_of_a_pool_that_add_up() -> None:
     pairs = load_text(text, StudyRecipe, "study.yaml").pairs
     assert (pairs.plain, pairs.instructed, pairs.match_length, pairs.whole_sentences) == (1, 3, True, False)
     assert load_text(RECIPE, StudyRecipe, "study.yaml").pairs.instructed == 0
+
+
+def test_a_judge_of_markers_shares_no_phrase_with_the_markers_that_label() -> None:
+    style = "{kind: markers, high: [cosy, 'Happy  to help'], low: [brr]}"
+    with pytest.raises(DeclarationError, match="labels the pairs of 'friendly'"):
+        recipe_with({**JUDGES, "style": style}).check_judges(psoups())
+    recipe_with({**JUDGES, "style": style.replace("Happy  to help", "happy helper")}).check_judges(psoups())
+
+
+@pytest.mark.parametrize("name", ["smollm2.yaml", "smollm2-full.yaml"])
+def test_the_shipped_judges_are_independent_of_the_shipped_catalogues(name: str) -> None:
+    recipe = load(shipped_recipe(f"evaluation/{name}"), StudyRecipe)
+    for catalogue in ("psoups.yaml", named_bases()["smollm2"].dimensions.partition("/")[2]):
+        sides = recipe.catalogue_of(load(shipped_recipe(f"dimensions/{catalogue}"), Catalogue))
+        assert set(recipe.judges) == set(sides.dimensions)
+        recipe.check_judges(sides)
