@@ -16,7 +16,7 @@ def averages_table(comparison: Comparison, best_method: str) -> str:
     rows = [
         [
             _name(row["system"], best_method),
-            *(_with_interval(row[name], row["intervals"][name]) for name in ("joint", "mean", "valid")),  # type: ignore[literal-required]
+            *(_with_interval(row[name], row["intervals"][name]) for name in ("joint", "mean", "valid")),
             *(_score(row["per_dimension"][name]) for name in dimensions),
             *(
                 [_score(row["judged_joint"]), *(_score(row["judged"][name]) for name in dimensions)]

@@ -78,7 +78,7 @@ def test_every_figure_of_every_row_and_average() -> None:
     assert found["num_prompts"] == NUM_PROMPTS
     assert len(found["rows"]) == len(SYSTEMS) * len(COMBINATIONS)
     toward, judged = scores.wanted(scores.high), scores.wanted(scores.judge)
-    joint, judged_joint = (toward > 0.5).all(axis=-1), (judged > 0.5).all(axis=-1)
+    joint, judged_joint = np.all(toward > 0.5, axis=-1), np.all(judged > 0.5, axis=-1)
     for s, system in enumerate(SYSTEMS):
         (average,) = [each for each in found["averages"] if each["system"] == system]
         rows = [(row(found, system, sides), slice(c, c + 1)) for c, sides in enumerate(COMBINATIONS)]

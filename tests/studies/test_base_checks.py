@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from personalized_soups.declare.prompt_set import PromptSet, StudyPrompt
+from personalized_soups.declare.prompt_set import PromptSet, Split, StudyPrompt
 from personalized_soups.errors import DeclarationError, InputError
 from personalized_soups.studies.base_checks import check_base, token_counter
 from personalized_soups.studies.study import Study
@@ -35,13 +35,14 @@ def test_a_base_without_a_chat_template_is_refused(tmp_path: Path) -> None:
 def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused() -> None:
     study = Study()
     count = token_counter(BASE_FOLDER)
+    drawn_by: dict[Split, tuple[str, ...]] = {
+        "train": study.train_prompts,
+        "validation": study.validation_prompts,
+        "test": study.test_prompts,
+    }
     entries = [
         StudyPrompt(prompt=prompt, kind="how-to", subject=f"{split} {at}", split=split)
-        for split, drawn in (
-            ("train", study.train_prompts),
-            ("validation", study.validation_prompts),
-            ("test", study.test_prompts),
-        )
+        for split, drawn in drawn_by.items()
         for at, prompt in enumerate(drawn)
     ]
     check_base(replace(study, prompts=PromptSet(Path("prompts.jsonl"), tuple(entries))))

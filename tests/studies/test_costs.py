@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def test_seconds_add_up_over_runs_and_memory_is_the_largest_sum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter([10.0, 12.5, 100.0, 101.0, 0.0, 7.0])
-    monkeypatch.setattr(costs.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(costs, "largest_memory", lambda of_children=False: 70 if of_children else 1000)
     first = Costs(StudyFolder(tmp_path))
     with first.stage("pairs"):
