@@ -20,14 +20,14 @@ from personalized_soups.methods.product import BlockSums
 def is_plain_product(soups: Soups) -> bool:
     """Return whether each module of all soups consists only of the shared A and a weighted sum of the experts' B's."""
     plan = soups.plan
-    # one user or one expert needs no product; blocks of mixtures are interleaved, and other ranks need padding
+    # one user or one expert needs no product; blocks of mixtures are interleaved, and other ranks need padding; the ranks
+    # of a base adapter are not in `module.rank`, so a soup that includes one has other ranks
     return (
         len(soups.plans) > 1
         and len(plan.experts) > 1
         and (plan.method.family, plan.encoding) == ("linear", "stacked")
         and plan.shares_basis
         and plan.layout.is_plain
-        and plan.on_folder is None
         and all(module.rank == plan.rank and module.like.blocks == 1 for module in plan.modules)
     )
 
