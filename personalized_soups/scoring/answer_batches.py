@@ -5,21 +5,22 @@ Shapes: N = items, W = figures of an item.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from personalized_soups.scoring.base_rewards import TextItem
 from personalized_soups.scoring.encoded_answers import EncodedAnswer
 
 Floats = npt.NDArray[np.float64]
+Item = TypeVar("Item", bound=Hashable)
 
 
 def rows_of_answers(
-    items: Sequence[TextItem],
+    items: Sequence[Item],
     *,
-    encode: Callable[[TextItem], EncodedAnswer],
+    encode: Callable[[Item], EncodedAnswer],
     num_fitting: Callable[[Sequence[EncodedAnswer]], int],
     compute: Callable[[Sequence[EncodedAnswer]], Floats],
     width: int,
@@ -28,7 +29,7 @@ def rows_of_answers(
     """Return [N, W], float64: the figures of each item. An item that occurs several times is computed once.
 
     Args:
-        items: the prompts with answers.
+        items: the prompts with answers, as texts or as token ids.
         encode: returns the token ids of an item. All items are encoded first, so an invalid one costs no computation.
         num_fitting: returns how many of the given answers, the shortest first, fit in one batch. At least 1.
         compute: returns the figures of one batch.
@@ -38,7 +39,7 @@ def rows_of_answers(
     unique = {item: encode(item) for item in items}
     # Answers of similar length share a batch, so that a batch has little padding.
     order = sorted(unique, key=lambda item: len(unique[item].ids))
-    rows: dict[TextItem, Floats] = {}
+    rows: dict[Item, Floats] = {}
     while len(rows) < len(order):
         # The last answer of a batch is the longest, but how many answers fit depends on it.
         rest = order[len(rows) :]

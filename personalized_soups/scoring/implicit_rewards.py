@@ -23,7 +23,7 @@ from personalized_soups.adapters.library import Expert
 from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.mixing.fitting import fitting_rows
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.scoring.answer_batches import rows_of_answers
+from personalized_soups.scoring.answer_batches import Item, rows_of_answers
 from personalized_soups.scoring.base_rewards import TextItem
 from personalized_soups.scoring.encoded_answers import EncodedAnswer, encode_answer
 from personalized_soups.scoring.expert_digests import expert_digest
@@ -164,16 +164,30 @@ class ImplicitRewards:
 
         Arguments and errors are those of `features`.
         """
+        table = self._rows(items, self._encoded, on_done)
+        return MeasuredAnswers(table[:, :-1], table[:, -1])
+
+    def encoded_features(
+        self, answers: Sequence[EncodedAnswer], /, *, on_done: Callable[[int], None] | None = None
+    ) -> npt.NDArray[np.float64]:
+        """Return [N, E], float64: the reward of each answer from each expert, for answers that are token ids.
+
+        Arguments and errors are those of `features`.
+        """
+        return self._rows(answers, lambda answer: answer, on_done)[:, :-1]
+
+    def _rows(
+        self, items: Sequence[Item], encode: Callable[[Item], EncodedAnswer], on_done: Callable[[int], None] | None
+    ) -> npt.NDArray[np.float64]:
         self._check_experts()
-        table = rows_of_answers(
+        return rows_of_answers(
             items,
-            encode=self._encoded,
+            encode=encode,
             num_fitting=self._num_fitting,
             compute=self._batch,
             width=len(self.names) + 1,
             on_done=on_done,
         )
-        return MeasuredAnswers(table[:, :-1], table[:, -1])
 
     def _batch(self, answers: Sequence[EncodedAnswer]) -> npt.NDArray[np.float64]:
         """Return [N, E + 1] for one batch of answers: the rewards, and the base's least log-probability of a token."""

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from personalized_soups.cli import render
+from personalized_soups.cli.bases import resolve_base
 from personalized_soups.cli.options import BaseOption, DeviceOption, RestartOption
 from personalized_soups.errors import check_extra
 
@@ -43,7 +44,7 @@ def persona(
     from personalized_soups.studies.persona.study import run_persona
     from personalized_soups.studies.persona.summary import results
 
-    study = PersonaStudy(base=base, num_seeds=seeds, device=device)
+    study = PersonaStudy(base=resolve_base(base), num_seeds=seeds, device=device)
     runs = run_persona(study, data, out, stage=render.progress, overwrite=overwrite)
     folder, costs, content = StudyFolder(out), Costs(StudyFolder(out)), results(runs)
     reported = partial(report, runs, costs.seconds, costs.memory)
