@@ -20,8 +20,8 @@ from personalized_soups.methods.product import BlockSums
 def is_plain_product(soups: Soups) -> bool:
     """Return whether each module of all soups consists only of the shared A and a weighted sum of the experts' B's."""
     plan = soups.plan
-    # one user or one expert needs no product; blocks of mixtures are interleaved, and other ranks need padding; the ranks
-    # of a base adapter are not in `module.rank`, so a soup that includes one has other ranks
+    # one user or one expert needs no product; blocks of mixtures are interleaved, and other ranks need padding; a soup
+    # that includes a base adapter has other ranks, because `module.rank` does not count those of the adapter
     return (
         len(soups.plans) > 1
         and len(plan.experts) > 1
