@@ -240,7 +240,7 @@ def test_layers_of_every_kind_get_pefts_delta(tmp_path: Path, options: dict[str,
     config = LoraConfig(r=2, lora_alpha=6, init_lora_weights=False, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wrapped: Any = get_peft_model(copy.deepcopy(model), config)  # type: ignore[arg-type]
+        wrapped: Any = get_peft_model(copy.deepcopy(model), config)
         wrapped.save_pretrained(str(tmp_path / "sft"), save_embedding_layers=False)
         want = wrapped.merge_and_unload().state_dict()
     before = copy.deepcopy(model.state_dict())
