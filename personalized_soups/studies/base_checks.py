@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from personalized_soups.devices import resolve_device
 from personalized_soups.errors import InputError
 from personalized_soups.files.file_names import MODEL_CONFIG_FILE
-from personalized_soups.generation.loading import load_tokenizer
+from personalized_soups.generation.loading import load_base, load_tokenizer
 from personalized_soups.generation.prompts import encode_prompt
 from personalized_soups.studies.study import Study
 
@@ -17,9 +18,13 @@ from personalized_soups.studies.study import Study
 def check_base(study: Study) -> None:
     """Check that the base has a chat template, and that its context has room for every prompt and its answer.
 
+    A base of the hub is downloaded first, because the settings of a study have its fingerprint.
+
     Raises:
-        InputError: if a check fails, or the base has no tokenizer.
+        InputError: if a check fails, or the base cannot be loaded.
     """
+    if not Path(study.base).is_dir():
+        load_base(study.base, device=resolve_device("cpu"), dtype="auto")
     if load_tokenizer(study.base).chat_template is None:
         raise InputError(
             "the base has no chat template, so it continues prompts instead of answering them",

@@ -11,6 +11,8 @@ import pytest
 
 from personalized_soups.declare.prompt_set import PromptSet, Split, StudyPrompt
 from personalized_soups.errors import DeclarationError, InputError
+from personalized_soups.generation.loading import load_tokenizer
+from personalized_soups.studies import base_checks
 from personalized_soups.studies.base_checks import check_base, token_counter
 from personalized_soups.studies.study import Study
 from personalized_soups.tiny import BASE_FOLDER
@@ -72,3 +74,14 @@ def test_a_catalogue_with_three_sides_in_a_dimension_needs_a_recipe_that_names_t
     )
     with pytest.raises(DeclarationError, match="unknown side 'sasy'"):
         Study(catalogue=catalogue, recipe=recipe.replaced(sides=("sasy", "unfriendly")))
+
+
+def test_a_base_of_the_hub_is_downloaded_before_its_fingerprint_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[object] = []
+    embedded = load_tokenizer(BASE_FOLDER)
+    monkeypatch.setattr(base_checks, "load_base", lambda base, **_: loaded.append(base))
+    monkeypatch.setattr(base_checks, "load_tokenizer", lambda base: embedded)
+    check_base(Study(base="owner/name"))
+    assert loaded == ["owner/name"]
+    check_base(Study())
+    assert loaded == ["owner/name"]
