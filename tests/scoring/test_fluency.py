@@ -61,7 +61,7 @@ def test_log_probabilities_are_those_of_the_answer_without_the_end_token(small_b
         ("wash", "x"),
         ("a", " "),
     ]
-    measured = gate.measure(*zip(*items, strict=True))  # type: ignore[arg-type]
+    measured = gate.measure([prompt for prompt, _ in items], [answer for _, answer in items])
     tokenizer = AutoTokenizer.from_pretrained(small_base)
     model = AutoModelForCausalLM.from_pretrained(small_base, dtype=torch.float64)
     assert tokenizer.chat_template == CHAT_TEMPLATE
@@ -176,10 +176,12 @@ def test_the_embedded_base_accepts_its_own_answers_and_rejects_broken_ones() -> 
 
     rng = random.Random(0)
     words = [answer.split() for answer in answers[:80]]
-    broken = {
+    broken: dict[str, list[str]] = {
         "shuffled": [" ".join(rng.sample(each, len(each))) + "." for each in words],
         "repeated": [" ".join(each[:5] * 8) + "." for each in words],
-        "random": [generator.tokenizer.decode(rng.choices(range(50, len(generator.tokenizer)), k=40)) for _ in words],
+        "random": [
+            str(generator.tokenizer.decode(rng.choices(range(50, len(generator.tokenizer)), k=40))) for _ in words
+        ],
     }
     for kind, texts in broken.items():
         found = [not failed_checks(each, bounds) for each in gate.measure(asked[:80], texts)]

@@ -8,9 +8,9 @@ import pytest
 
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.errors import DeclarationError
+from personalized_soups.scoring.readability import grade
 from personalized_soups.scoring.scorers import (
     Scored,
-    grade,
     length_scorer,
     markers_scorer,
     python_scorer,

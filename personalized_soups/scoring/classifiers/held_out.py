@@ -9,6 +9,7 @@ Shapes: N = texts, F = features.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from personalized_soups.scoring.classifiers.logistic import fit_logistic
 from personalized_soups.scoring.classifiers.rows import Floats, Ints, Rows
 
 # The penalties from which cross-validation chooses. The loss is a mean, so they do not depend on the number of texts.
-PENALTIES = tuple(10.0 ** (exponent / 2) for exponent in range(-10, 1))
+PENALTIES = tuple(math.pow(10.0, exponent / 2) for exponent in range(-10, 1))
 _FOLDS = 5
 _INNER_FOLDS = 4
 _NUM_DRAWS = 2000

@@ -36,10 +36,10 @@ def _by_lbfgs(rows_NF: Floats, is_high: Floats, importance: Floats, penalty: flo
         optimizer.zero_grad()
         log_odds = rows @ point[:-1] + point[-1]
         loss = (share * torch.nn.functional.softplus(-signs * log_odds)).sum() + penalty / 2 * point[:-1].square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     return point.detach().numpy()
 
 
@@ -91,7 +91,8 @@ def test_sparse_rows_equal_dense_rows_also_with_empty_rows() -> None:
     entries = [(np.flatnonzero(row).tolist(), row[np.flatnonzero(row)].tolist()) for row in rows]
     sparse = SparseRows.of(entries, rows.shape[1])
     rng = np.random.default_rng(0)
-    vector_F, vector_N = rng.standard_normal(rows.shape[1]), rng.standard_normal(len(rows))
+    vector_F: Floats = rng.standard_normal((rows.shape[1],))
+    vector_N: Floats = rng.standard_normal((len(rows),))
     np.testing.assert_allclose(sparse.dot(vector_F), rows @ vector_F, atol=1e-14)
     np.testing.assert_allclose(sparse.transposed_dot(vector_N), vector_N @ rows, atol=1e-14)
     chosen = np.array([39, 3, 0, 3, 8])
