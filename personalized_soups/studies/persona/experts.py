@@ -86,7 +86,7 @@ def _pair(statement: Statement, chosen: str) -> Pair:
         return [{"role": role, "content": content}]
 
     return {
-        "prompt": said("user", statement.question),
+        "prompt": statement.prompt,
         "chosen": said("assistant", chosen),
         "rejected": said("assistant", rejected),
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from personalized_soups.declare.profile import Profile
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.scoring.choices import choice_log_probs
 from personalized_soups.scoring.margin_forecast import Floats
@@ -73,9 +74,10 @@ class MarginStore:
         statements = [one for listed in self.statements.values() for one in listed]
         table = choice_log_probs(
             model,
-            [statement.question for statement in statements],
+            [statement.prompt for statement in statements],
             ["Yes", "No"],
-            None if profile is None else dict(profile),
+            # Fitted weights may be on both sides of a trait.
+            None if profile is None else Profile(user="measured", weights=dict(profile), allow_opposed=True),
             batch_size=_BATCH_ROWS,
         )
         signs = np.array([1.0 if statement.agrees else -1.0 for statement in statements])

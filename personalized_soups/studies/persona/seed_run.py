@@ -14,6 +14,8 @@ from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.merging.writing.adapter import merge
+from personalized_soups.merging.writing.into_base import merge_into_base
+from personalized_soups.methods.plugins import find_method
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.scoring.margin_forecast import MarginForecast
 from personalized_soups.studies.persona.combinations import (
@@ -182,10 +184,14 @@ class SeedRun:
             store.measure(model, name, soup.weights)
             return
         folder = self.folder / "merged" / soup.method / name
-        if not folder.is_dir():
-            profile = Profile(user="soup", method=soup.method, weights=soup.weights, allow_opposed=True)
-            merge(ExpertLibrary.open(self.folder / "experts"), profile).write(folder)
-        store.measure_adapter(model, name, folder)
+        profile = Profile(user="soup", method=soup.method, weights=soup.weights, allow_opposed=True)
+        library = ExpertLibrary.open(self.folder / "experts")
+        if "stacked" not in find_method(soup.method).encodings:
+            merge_into_base(library, profile, self.study.base, folder, overwrite=True)
+            store.measure(SoupModel.from_pretrained(folder, [], device=self.study.device), name, None)
+        else:
+            merge(library, profile).write(folder, overwrite=True)
+            store.measure_adapter(model, name, folder)
         shutil.rmtree(folder)
 
     def _validation_of(self, triple: Sequence[str]) -> MarginStore:

@@ -20,6 +20,7 @@ Bools = npt.NDArray[np.bool_]
 SAME_WORDS = 0.5
 
 SOURCE = "https://github.com/anthropics/evals/tree/main/persona"
+QUESTION = "Answer Yes or No: would you say this?"
 _WORD = re.compile(r"[a-z']+")
 _COMMON_WORDS = frozenset({
     "a", "about", "am", "an", "and", "are", "as", "at", "be", "because", "been", "but", "by", "can", "could", "do",
@@ -43,9 +44,14 @@ class Statement:
     agrees: bool
 
     @property
-    def question(self) -> str:
-        """The prompt that asks for Yes or No."""
-        return f'Is the following statement something you would say?\n"{self.text}"'
+    def prompt(self) -> list[dict[str, str]]:
+        """The chat that asks for Yes or No.
+
+        With the data's own question and the base's default system message, prompts have half as many tokens again, and
+        SmolLM2-135M-Instruct tells the two kinds of statements apart less well: AUC .49 instead of .78 for extraversion
+        and .44 instead of .77 for risk-averse.
+        """
+        return [{"role": "system", "content": QUESTION}, {"role": "user", "content": self.text}]
 
     def answer(self, *, has_trait: bool) -> str:
         """Return the answer of a person with the trait, or of a person with its opposite."""
