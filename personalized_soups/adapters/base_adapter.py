@@ -19,9 +19,7 @@ from personalized_soups.adapters.lora import LoraAdapter
 from personalized_soups.adapters.provenance import BaseAdapterRecord, BaseRecord
 from personalized_soups.errors import IncompatibleExpertsError, UnsupportedAdapterError
 
-_MERGE_FIRST = (
-    "merge this adapter into the base first (psoups merge --into-base), and give the merged model as the base"
-)
+_MERGE_FIRST = "merge this adapter into the base first, and give the merged model as the base"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +60,8 @@ class BaseAdapter:
             raise IncompatibleExpertsError(
                 f"the adapter was itself trained on top of an adapter, {opened.expert.on.name}",
                 where=str(folder),
-                mend=f"merge both into one adapter: psoups merge --experts {folder} --weights {opened.name}=1 "
-                f"--on FOLDER_OF_{opened.expert.on.name}",
+                mend=f"merge both into one adapter first: merge {opened.name} with weight 1 on top of "
+                f"{opened.expert.on.name}, and give the merged adapter",
             )
         return opened
 

@@ -94,14 +94,14 @@ def _check_dense(name: str, weight: Tensor, on: BaseAdapter) -> None:
             f"{name} is offloaded, so the adapter cannot be added to it",
             where=str(on.folder),
             mend="load the model on a device that holds all of it, or merge the adapter into the base first "
-            "(psoups merge --into-base)",
+            "(into_base=BASE)",
         )
     # 8-bit floats are quantised, too: their scales are stored elsewhere
     if not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise UnsupportedAdapterError(
             f"{name} is quantised, so the adapter cannot be added to it",
             where=str(on.folder),
-            mend="merge the adapter into the unquantised base first (psoups merge --into-base), and load the merged "
+            mend="merge the adapter into the unquantised base first, and load the merged "
             "model with quantization_config",
         )
 
@@ -118,6 +118,6 @@ def _check_untied(model: Any, found: dict[str, Tensor], on: BaseAdapter) -> None
                 f"the adapter changes {name}, which is the input and the output embedding at once, but the adapter "
                 "changes only one of the two",
                 where=str(on.folder),
-                mend="merge the adapter into the base first (psoups merge --into-base), which separates the two "
+                mend="merge the adapter into the base first, which separates the two "
                 "embeddings, and give the merged model as the base",
             )

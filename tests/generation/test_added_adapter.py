@@ -162,7 +162,7 @@ def test_an_adapter_that_needs_an_adapter_is_rejected(small_base: Path, sft: Pat
     expert = trained_on(write_expert(tmp_path / "warm"), sft)
     with pytest.raises(IncompatibleExpertsError, match="itself trained on top of an adapter, sft") as caught:
         Generator.open(small_base, on=expert, device="cpu")
-    assert f"psoups merge --experts {expert} --weights warm=1 --on" in caught.value.mend
+    assert "merge warm with weight 1 on top of sft" in caught.value.mend
 
 
 def test_an_expert_needs_its_own_adapter(small_base: Path, sft: Path, tmp_path: Path) -> None:

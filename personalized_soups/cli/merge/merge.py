@@ -91,8 +91,7 @@ def merge(
     The merged adapter or model is called a soup: the weighted sum of the experts.
     """
     folders = checked_experts(experts)
-    if out is None and not dry_run:
-        raise UsageError("no output folder is given", where="--out", mend="give --out my-soup, or give --dry-run")
+    _check_out(out, dry_run=dry_run)
     check_one_base(base, into_base)
     copy_mode = checked_copy_mode(untouched)
     from personalized_soups.merging.planning.options import MergeOptions
@@ -116,6 +115,11 @@ def merge(
     else:
         _write(merged, out, overwrite, durable, copy_mode, quiet=as_json)
         _show_soup(out, as_json=as_json)
+
+
+def _check_out(out: Path | None, *, dry_run: bool) -> None:
+    if out is None and not dry_run:
+        raise UsageError("no output folder is given", where="--out", mend="give --out my-soup, or give --dry-run")
 
 
 def _profile(path: Path | None, weights: str | None, *, allow_opposed: bool) -> Profile:

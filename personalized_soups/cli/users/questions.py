@@ -80,10 +80,8 @@ def make(
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.users.answers.making import make_questions
 
-    path = resolve_base(base)
-    model = SoupModel.from_pretrained(
-        path, experts, on=on, device=device, dtype=checked_dtype(dtype), same_base=same_base
-    )
+    path, kind = resolve_base(base), checked_dtype(dtype)
+    model = SoupModel.from_pretrained(path, experts, on=on, device=device, dtype=kind, same_base=same_base)
     with pool_progress(quiet=as_json) as on_progress:
         pool = make_questions(
             model,

@@ -73,7 +73,6 @@ def _more_than_factors(expert: Expert) -> list[SoupError]:
             f"the expert {expert.name} trained the tensor {tensor.name} whole ({tensor.origin}), but on top of an "
             "adapter only low-rank factors can be merged",
             where=str(expert.folder),
-            mend="merge the adapter into the base first (psoups merge --into-base), and give the merged model as the "
-            "base",
+            mend="merge the adapter into the base first, and give the merged model as the base",
         )
     ]
