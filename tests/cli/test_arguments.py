@@ -18,7 +18,8 @@ from personalized_soups.errors import SoupError, UsageError
 
 _PACKAGE = Path(personalized_soups.__file__).parent
 # An option of vLLM, which messages name so that a user can start vLLM with it.
-_OF_OTHERS = {"--max-lora-rank"}
+# Options of vLLM, pip and llama.cpp.
+_OF_OTHERS = {"--max-lora-rank", "--no-deps", "--force-reinstall", "--upgrade", "--merge"}
 
 OPTIONS = options_of(typer.main.get_command(build_app()).commands["merge"])  # type: ignore[attr-defined]
 

@@ -32,7 +32,13 @@ def test_the_7b_recipe_has_the_papers_lora() -> None:
 
 def test_every_shipped_training_recipe_loads_and_dumps() -> None:
     paths = sorted((recipes_folder() / "train").rglob("*.yaml"))
-    assert [path.name for path in paths] == ["llama-7b.yaml", "persona.yaml", "smollm2.yaml", "tiny-shared.yaml", "tiny.yaml"]
+    assert [path.name for path in paths] == [
+        "llama-7b.yaml",
+        "persona.yaml",
+        "smollm2.yaml",
+        "tiny-shared.yaml",
+        "tiny.yaml",
+    ]
     for path in paths:
         loaded = load(path, TrainingRecipe)
         assert load_text(dump(loaded), TrainingRecipe, "dumped") == loaded

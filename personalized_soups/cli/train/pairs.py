@@ -94,8 +94,7 @@ def pairs(
 
     psoups train reads the pairs. Sampled answers are kept, so run the same command again to resume an interrupted run.
     """
-    check_temperature(temperature, usual=1.0)
-    _check_numbers(min_gap, instructed, num_samples)
+    _check_numbers(min_gap, instructed, num_samples, temperature)
     _check_files(prompts, pool, out, overwrite=overwrite)
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.loader import load
@@ -122,7 +121,8 @@ def pairs(
     _show(labelled, side=side, out=out, num_prompts=len(answers), as_json=as_json)
 
 
-def _check_numbers(min_gap: float, instructed: int, num_samples: int) -> None:
+def _check_numbers(min_gap: float, instructed: int, num_samples: int, temperature: float) -> None:
+    check_temperature(temperature, usual=1.0)
     if not 0 < min_gap <= 1:
         raise UsageError(
             f"the value is {min_gap:g}, but it must be in (0, 1]", where="--min-gap", mend="give --min-gap 0.3"
