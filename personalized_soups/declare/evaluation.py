@@ -100,7 +100,7 @@ class FluencyRecipe(Declared):
 
 
 class ExternalRecipe(Declared):
-    """How prompts are drawn from files that are not the study's own (`--external`)."""
+    """How prompts are drawn from files that are not the study's own."""
 
     num_prompts: PositiveInt = Field(default=50, description="The number of prompts that are drawn from each file.")
     max_prompt_tokens: PositiveInt = Field(

@@ -17,8 +17,7 @@ from personalized_soups.cli.arguments import name_options, options_of, with_opti
 from personalized_soups.errors import SoupError, UsageError
 
 _PACKAGE = Path(personalized_soups.__file__).parent
-# An option of vLLM, which messages name so that a user can start vLLM with it.
-# Options of vLLM, pip and llama.cpp.
+# Options of vLLM, pip and llama.cpp, which messages name so that a user can call these programs with them.
 _OF_OTHERS = {"--max-lora-rank", "--no-deps", "--force-reinstall", "--upgrade", "--merge"}
 
 OPTIONS = options_of(typer.main.get_command(build_app()).commands["merge"])  # type: ignore[attr-defined]

@@ -180,7 +180,7 @@ def _forecast_text(runs: Sequence[SeedRun]) -> str:
     alarms = [point for point in points if point.forecast < 0.5 <= point.alone]
     return (
         "The margin of a statement under a soup is forecast from the base and from each expert alone: the changes by "
-        "the experts,\ntimes their weights, add up (`psoups doctor --pairs`). No soup is computed for a forecast. "
+        "the experts,\ntimes their weights, add up (`psoups doctor` with pairs). No soup is computed for a forecast. "
         f"Over {len(points)} traits of linear soups,\nthe forecast agreement differs from the measured agreement by "
         f"{error:.2f} on average. In {len(harmed)} cases the soup agrees with a\ntrait in less than half of the "
         f"statements although the trait's own expert agrees in more; the forecast names {len(foreseen)} of them\n"
