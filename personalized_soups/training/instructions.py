@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import dataclass
 
 from personalized_soups.declare.dimension import Catalogue
+
+# An answer repeats an instruction if it has this many of its words in a row.
+_REPEATED_WORDS = 3
+_WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +73,19 @@ def instructions_of(catalogue: Catalogue, side: str | None = None) -> tuple[str,
     """
     dimensions = [catalogue.dimensions[catalogue.side(side)[0]]] if side is not None else catalogue.dimensions.values()
     return tuple(declared.instruction for dimension in dimensions for declared in dimension.sides.values())
+
+
+def repeats(answer: str, instruction: str) -> bool:
+    """Return whether the answer has three words of the instruction in a row, whatever their case and punctuation.
+
+    Small models often speak of an instruction instead of following it.
+
+    Example:
+        >>> repeats("The cold, curt and impatient way.", "Answer in a cold, curt and impatient way.")
+        True
+        >>> repeats("Ask someone else.", "Answer in a cold, curt and impatient way.")
+        False
+    """
+    asked, said = (_WORD.findall(text.lower()) for text in (instruction, answer))
+    runs = {tuple(asked[at : at + _REPEATED_WORDS]) for at in range(len(asked) - _REPEATED_WORDS + 1)}
+    return any(tuple(said[at : at + _REPEATED_WORDS]) in runs for at in range(len(said) - _REPEATED_WORDS + 1))

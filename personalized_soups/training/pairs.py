@@ -19,7 +19,7 @@ from personalized_soups.generation.prompts import messages_of, with_text_before
 from personalized_soups.scoring.scorers import Scorer, scorer_of
 from personalized_soups.scoring.sentences import without_cut_sentence
 from personalized_soups.training.data import Pair, write_lines
-from personalized_soups.training.instructions import InstructedShare
+from personalized_soups.training.instructions import InstructedShare, repeats
 from personalized_soups.training.length_matching import matched_selection, num_words
 
 
@@ -44,6 +44,16 @@ class Sampled:
             raise ValueError(f"{len(self.answers)} answers have {len(self.instructions)} instructions")
         if not any(self.instructions):
             object.__setattr__(self, "instructions", ())
+
+    def without_echoes(self) -> tuple[str, ...]:
+        """Return the answers that do not repeat the instruction under which they were sampled."""
+        if not self.instructions:
+            return self.answers
+        return tuple(
+            answer
+            for answer, instruction in zip(self.answers, self.instructions, strict=True)
+            if instruction is None or not repeats(answer, instruction)
+        )
 
     def row(self) -> dict[str, Any]:
         """Return the line of a pool file. The line of a plain pool has no key `instructions`."""
@@ -142,7 +152,8 @@ def label_pool(
     answer is always valid. The rejected answer is invalid only if the valid answers to the prompt differ too little.
     If there are more than `max_pairs` pairs, pairs with an invalid answer are left out first.
 
-    The score alone decides, not the instruction under which an answer was sampled. The pair has the plain prompt.
+    The score alone decides, not the instruction under which an answer was sampled. The pair has the plain prompt. An
+    answer that repeats its instruction is left out, so that the expert does not learn to speak of it.
 
     Args:
         pool: prompts with their answers.
@@ -171,7 +182,8 @@ def label_pool(
     candidates: list[_Candidate] = []
     spans: list[tuple[float, float]] = []  # worst and best score of each prompt's valid answers
     for sampled in pool:
-        answers = map(without_cut_sentence, sampled.answers) if whole_sentences else sampled.answers
+        own = sampled.without_echoes()
+        answers = map(without_cut_sentence, own) if whole_sentences else own
         scored = [(score(sampled.prompt, answer), answer) for answer in answers]
         valid = sorted((result.toward(end), answer) for result, answer in scored if result.valid)
         invalid = sorted(answer for result, answer in scored if not result.valid)

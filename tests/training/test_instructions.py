@@ -11,8 +11,8 @@ from personalized_soups.declare.loader import load
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import DeclarationError, InputError, UsageError
 from personalized_soups.generation.generator import Generator
-from personalized_soups.training.instructions import InstructedShare, instructions_of
-from personalized_soups.training.pairs import Sampled, read_pool, sample_pool, write_pool
+from personalized_soups.training.instructions import InstructedShare, instructions_of, repeats
+from personalized_soups.training.pairs import Sampled, label_pool, read_pool, sample_pool, write_pool
 from personalized_soups.training.resumable_sampling import sample_kept
 
 SIX = ("a low", "a high", "b low", "b high", "c low", "c high")
@@ -107,3 +107,28 @@ def test_a_line_with_faulty_instructions_is_named(tmp_path: Path, instructions: 
     with pytest.raises(InputError) as caught:
         read_pool(path)
     assert caught.value.where == f"{path}:1"
+
+
+@pytest.mark.parametrize(
+    ("answer", "is_repeated"),
+    [
+        ("The cold, CURT and impatient way.", True),
+        ("Cold and curt, impatient way.", False),  # the words, but no three in a row
+        ("in a cold", True),
+        ("in a", False),
+        ("", False),
+    ],
+)
+def test_an_answer_repeats_an_instruction_with_three_of_its_words_in_a_row(answer: str, is_repeated: bool) -> None:
+    assert repeats(answer, "Answer in a cold, curt and impatient way.") is is_repeated
+
+
+def test_answers_that_repeat_their_own_instruction_make_no_pairs() -> None:
+    answers = ("Glad to help!", "Answer in a warm way, my friend!", "Whatever.", "In a cold way, whatever.")
+    own = (None, "Answer in a warm way.", "Answer in a cold way.", "Answer in a cold way.")
+    sampled = Sampled("wash", answers, own)
+    assert sampled.without_echoes() == ("Glad to help!", "Whatever.")
+    assert Sampled("wash", answers).without_echoes() == answers
+    catalogue = load(shipped_recipe("dimensions/psoups.yaml"), Catalogue)
+    (pair,) = label_pool([sampled], "friendly", catalogue)
+    assert (pair["chosen"], pair["rejected"]) == ("Glad to help!", "Whatever.")
