@@ -43,7 +43,9 @@ class NamedBase(Declared):
     dimensions: RelativePath = Field(description="The shipped catalogue that suits the base.")
     train: RelativePath = Field(description="The shipped training recipe that suits the base.")
     study: RelativePath | None = Field(default=None, description="The shipped recipe of `psoups quickstart`.")
-    full_study: RelativePath | None = Field(default=None, description="The recipe of the full study, which takes hours.")
+    full_study: RelativePath | None = Field(
+        default=None, description="The recipe of the full study, which takes hours."
+    )
     prompts: RelativePath | None = Field(
         default=None,
         description="The shipped prompts of the study. Left out, the prompts are those of the embedded base's world.",

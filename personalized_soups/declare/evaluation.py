@@ -8,12 +8,12 @@ from pydantic import Field, model_validator
 
 from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.declare.dimension import (
+    AnyScorer,
     Catalogue,
     LengthScorer,
     MarkersScorer,
     Name,
     ReadabilityScorer,
-    ScorerSpec,
 )
 from personalized_soups.declare.profile import MethodName
 from personalized_soups.errors import DeclarationError, choose_from
@@ -99,6 +99,25 @@ class FluencyRecipe(Declared):
     )
 
 
+Instructions = Annotated[tuple[Annotated[str, Field(pattern=r"\S")], ...], Field(min_length=1)]
+
+
+class TrainedJudge(Declared):
+    """A judge that the study trains: a classifier of the base's answers under instructions of the two ends.
+
+    The answers are to validation prompts on which nothing is chosen. The instructions must differ from those of the
+    sides, so that the judge learns from other text than the experts.
+    """
+
+    kind: Literal["trained"]
+    high: Instructions = Field(description="Instructions of the high end. Each gives one answer to every prompt.")
+    low: Instructions = Field(description="Instructions of the low end.")
+    num_prompts: PositiveInt = Field(default=32, description="The number of prompts.")
+
+
+JudgeSpec = Annotated[AnyScorer | TrainedJudge, Field(discriminator="kind")]
+
+
 class ExternalRecipe(Declared):
     """How prompts are drawn from files that are not the study's own."""
 
@@ -133,9 +152,10 @@ class StudyRecipe(Declared):
         "instructions of the wanted sides before the prompt. `single_expert`: the best of the wanted experts alone, "
         "chosen on validation. `soup_prompting`: the best soup, with the instructions.",
     )
-    judges: dict[Name, ScorerSpec] = Field(
+    judges: dict[Name, JudgeSpec] = Field(
         default={},
-        description="A held-out judge for each dimension: a scorer other than the one that labels the pairs.",
+        description="A held-out judge for each dimension: a scorer other than the one that labels the pairs, or "
+        "`kind: trained`.",
     )
     fluency: FluencyRecipe | None = Field(
         default=None, description="The gate that rejects broken answers. Left out, only scorers decide what is valid."
@@ -195,7 +215,9 @@ class StudyRecipe(Declared):
                     mend=choose_from(name, catalogue.dimensions),
                 )
             for side in catalogue.dimensions[name].sides:
-                if _measures_the_same(judge, catalogue.scorer_of(side)):
+                if isinstance(judge, TrainedJudge):
+                    self._check_instructions(name, judge, catalogue.sides[side].instruction)
+                elif _measures_the_same(judge, catalogue.scorer_of(side)):
                     raise DeclarationError(
                         f"the judge of {name!r} measures the same as the scorer that labels the pairs of {side!r}",
                         where=self.place("judges", name),
@@ -209,8 +231,16 @@ class StudyRecipe(Declared):
                 mend="declare a judge for every dimension, or remove all judges",
             )
 
+    def _check_instructions(self, dimension: str, judge: TrainedJudge, instruction: str) -> None:
+        if instruction in (*judge.high, *judge.low):
+            raise DeclarationError(
+                f"the judge of {dimension!r} is trained under the instruction of a side: {instruction!r}",
+                where=self.place("judges", dimension),
+                mend="write other instructions, so that the judge is independent of the experts",
+            )
 
-def _measures_the_same(judge: ScorerSpec, scorer: ScorerSpec) -> bool:
+
+def _measures_the_same(judge: AnyScorer, scorer: AnyScorer) -> bool:
     """Return whether two scorers are equal, differ only in the ends of their scale, or count a common phrase."""
     if isinstance(judge, MarkersScorer) and isinstance(scorer, MarkersScorer):
         return bool(_phrases(judge) & _phrases(scorer))

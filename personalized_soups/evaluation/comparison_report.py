@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from personalized_soups.evaluation.markdown import plain, table
-from personalized_soups.evaluation.results import Comparison, Interval, Results, SystemScores, name_of, title_of
+from personalized_soups.evaluation.results import (
+    Comparison,
+    Interval,
+    JudgeReport,
+    Results,
+    SystemScores,
+    name_of,
+    title_of,
+)
 
 
-def averages_table(comparison: Comparison, best_method: str) -> str:
-    """Return the scores of each system, averaged over the combinations, and the best soup's gains over the others."""
+def averages_table(comparison: Comparison, best_method: str, judges: Mapping[str, JudgeReport] | None = None) -> str:
+    """Return the scores of each system, averaged over the combinations, and the best soup's gains over the others.
+
+    `judges` says how good the judges are that the study trained.
+    """
     first = comparison["averages"][0]
     dimensions = list(first["per_dimension"])
     has_judges = "judged" in first
@@ -38,6 +49,12 @@ def averages_table(comparison: Comparison, best_method: str) -> str:
     )
     if has_judges:
         about += " The columns of the judges have the scores by held-out judges, which labelled no pairs."
+    for name, judge in (judges or {}).items():
+        low, high = judge["auc_interval"]
+        about += (
+            f" The judge of {plain(name)} is a classifier of {judge['num_answers']} answers of the base under other "
+            f"instructions; on held-out prompts its AUC is {judge['auc']:.2f} [{low:.2f}, {high:.2f}]."
+        )
     return (
         f"{about}\n\n{table([*head, *judged], rows)}\n\n"
         f"The joint score of the chosen soup (`{best_method}`) minus that of each other system, on the same prompts:"

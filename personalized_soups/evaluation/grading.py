@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from personalized_soups.declare.dimension import Catalogue, ScorerSpec
+from personalized_soups.declare.dimension import AnyScorer, Catalogue
 from personalized_soups.evaluation.scores import Graded, grade
 
 
@@ -48,7 +48,7 @@ class Grader:
         ]
 
 
-def judging_catalogue(catalogue: Catalogue, judges: Mapping[str, ScorerSpec]) -> Catalogue:
+def judging_catalogue(catalogue: Catalogue, judges: Mapping[str, AnyScorer]) -> Catalogue:
     """Return the catalogue with the judge of each dimension as the only scorer of its sides."""
     dimensions = {
         name: dimension.replaced(

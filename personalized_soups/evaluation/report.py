@@ -224,7 +224,9 @@ def _sweeps(results: Results) -> str:
 
 
 def _systems(results: Results) -> str:
-    return averages_table(results["comparison"], results["best_method"]) if "comparison" in results else ""
+    if "comparison" not in results:
+        return ""
+    return averages_table(results["comparison"], results["best_method"], results.get("judges"))
 
 
 def _movements(results: Results) -> str:

@@ -119,6 +119,17 @@ class Comparison(TypedDict):
     gains: Sequence[Gain]
 
 
+class JudgeReport(TypedDict):
+    """How well a judge that the study trained tells the two ends apart, on prompts held out from its training.
+
+    `auc` is the share of pairs of a high and a low answer that it orders right, and `auc_interval` its 95% interval.
+    """
+
+    num_answers: int
+    auc: float
+    auc_interval: Sequence[float]
+
+
 class ExternalComparison(Comparison):
     """A comparison on prompts of a file that is not the study's own.
 
@@ -171,6 +182,7 @@ class Results(TypedDict):
     files: NotRequired[Mapping[str, str]]
     memory: NotRequired[Mapping[str, int]]
     comparison: NotRequired[Comparison]
+    judges: NotRequired[Mapping[str, JudgeReport]]
     external: NotRequired[Mapping[str, ExternalComparison]]
 
 

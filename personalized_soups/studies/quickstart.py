@@ -22,6 +22,7 @@ from personalized_soups.studies.evaluating import Evaluating
 from personalized_soups.studies.external import ExternalPrompts, draw_external
 from personalized_soups.studies.folder import StudyFolder, write_text
 from personalized_soups.studies.gating import calibrated_gate
+from personalized_soups.studies.judging import judge_reports, judges_of
 from personalized_soups.studies.outcome import HeldOut, collect, example_answers
 from personalized_soups.studies.pairing import Pairing
 from personalized_soups.studies.samples import samples_page
@@ -138,6 +139,8 @@ class _Run:
             memory=self._costs.memory,
             comparison=self._comparison(held_out, choice) if self._study.recipe.systems else None,
         )
+        if judges := judge_reports(self._answering):
+            results["judges"] = judges
         examples = example_answers(held_out, choice.best_method, self._study.combinations)
         write_text(self._folder.samples, samples_page(held_out, self._study.combinations))
         write_text(self._folder.examples, json.dumps(examples, indent=2, ensure_ascii=False) + "\n")
@@ -212,11 +215,12 @@ class _Run:
         )
 
     def _grader(self) -> Grader:
-        """Return what grades answers. Its gate, if the recipe has one, is calibrated on training prompts."""
-        if self._study.recipe.fluency is None:
-            return self._study.grader()
+        """Return what grades answers. Judges are trained and the gate is calibrated, if the recipe has them."""
+        recipe = self._study.recipe
+        if recipe.fluency is None and not recipe.judges:
+            return self._study.grader({}, None)
         with self._costs.stage("calibrate"):
-            return self._study.grader(calibrated_gate(self._answering))
+            return self._study.grader(judges_of(self._answering), calibrated_gate(self._answering))
 
     def _write(self, results: Results) -> None:
         write_text(self._folder.results, json.dumps(results, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import library_versions
-from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.dimension import AnyScorer, Catalogue
 from personalized_soups.declare.evaluation import StudyRecipe
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.prompt_set import Split
@@ -125,10 +125,9 @@ class Study:
         """Return the instructions of some sides as one text, which preference prompting puts before the prompt."""
         return " ".join(self.catalogue.side(side)[1].instruction for side in sides)
 
-    def grader(self, gate: Gate | None = None) -> Grader:
-        """Return what grades answers: the catalogue's scorers, the recipe's judges, and a gate."""
-        judges = judging_catalogue(self.catalogue, self.recipe.judges) if self.recipe.judges else None
-        return Grader(self.catalogue, judges, gate)
+    def grader(self, judges: Mapping[str, AnyScorer], gate: Gate | None) -> Grader:
+        """Return what grades answers: the catalogue's scorers, a judge for each dimension or none, and a gate."""
+        return Grader(self.catalogue, judging_catalogue(self.catalogue, judges) if judges else None, gate)
 
     def settings(self) -> dict[str, object]:
         """Return the settings that a resumed run must have in common with the interrupted run."""
