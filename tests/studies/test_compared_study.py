@@ -132,7 +132,7 @@ def test_the_gate_is_calibrated_on_training_prompts_and_rejects_answers_everywhe
     gate = FluencyGate.open(study.base, bounds, device="cpu")
     own = [*gate.valid(study.train_prompts, first), *gate.valid(study.train_prompts, second)]
     assert sum(own) / 36 == bounds.about["accepted"] >= 0.5
-    grader = study.grader(study.recipe.judges, gate)
+    grader = study.grader(dict.fromkeys(study.sides, JUDGE), gate)
     base = grader.graded(study.test_prompts, stored(out, "held-out")["base"])
     assert results["base"]["valid"] == sum(entry.valid for entry in base) / NUM_TEST
     sides = ("expert", "concise", "friendly")

@@ -15,9 +15,9 @@ import numpy as np
 from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.studies.elicitation.systems import COUNTS, ask
 from personalized_soups.studies.elicitation.world import Floats
+from personalized_soups.tiny.simulated_users import logistic_labels
 from personalized_soups.users.answers.pool import QuestionPool
 from personalized_soups.users.answers.preferences import experts_by_dimension
-from personalized_soups.users.answers.propagation import propagate
 from personalized_soups.users.answers.selection import Rule
 from personalized_soups.users.answers.stopping import expected_agreement
 
@@ -67,9 +67,8 @@ def calibrate(pool: QuestionPool, sides: SideRule, *, rule: Rule, num_users: int
     before = [float(np.sqrt(axis @ pool.prior.covariance @ axis)) for axis in axes]
     differences = pool.differences
     for weights in weights_UD:
-        noise = rng.logistic(size=len(pool))
-        labels = (noise < differences @ weights).astype(np.float64)
-        asked, answers, _ = ask(
+        labels = logistic_labels(weights[None], differences, rng)[0]
+        asked, _, estimates = ask(
             lambda index, _, labels=labels: float(labels[index]),  # type: ignore[misc] # bound at once
             differences,
             pool.prior,
@@ -77,9 +76,7 @@ def calibrate(pool: QuestionPool, sides: SideRule, *, rule: Rule, num_users: int
             rule=rule,
             rng=rng,
         )
-        for count in COUNTS:
-            # the estimate that a session reports
-            estimate = propagate(differences[asked[:count]], answers[:count], pool.prior)
+        for count, estimate in estimates.items():
             others = np.delete(differences, asked[:count], axis=0)
             expected[count].append(expected_agreement(estimate, others))
             agreed[count].append(float(np.mean((others @ estimate.mean > 0) == (others @ weights > 0))))

@@ -14,6 +14,7 @@ from personalized_soups.studies.elicitation.world import Floats, World
 from personalized_soups.systems.preference_models import Comparisons, PreferenceModel
 from personalized_soups.users.answers.estimate import Estimate, estimate_weights
 from personalized_soups.users.answers.prior import GaussianPrior
+from personalized_soups.users.answers.propagation import propagate
 from personalized_soups.users.answers.selection import Rule, next_question
 
 COUNTS = (2, 5, 10, 20, 40)
@@ -45,17 +46,20 @@ def ask(
     rng: np.random.Generator,
     num_questions: int = COUNTS[-1],
 ) -> tuple[list[int], list[float], dict[int, Estimate]]:
-    """Ask one user, and return the questions, the answers, and the estimate after each number of answers in COUNTS."""
+    """Ask one user, and return the questions, the answers, and the estimate after each number of answers in COUNTS.
+
+    Weights are estimated as in a session, but without a preference for a position, which simulated users do not have.
+    """
     asked: list[int] = []
     labels: list[float] = []
     estimates = {}
-    estimate = estimate_weights(np.zeros((0, len(prior.mean))), [], prior)
+    estimate = propagate(np.zeros((0, len(prior.mean))), [], prior)
     for count in range(1, num_questions + 1):
         index = next_question(estimate, differences_QD, asked=asked, prompts=prompts, rule=rule, rng=rng)
         assert index is not None
         labels.append(answerer(index, len(asked)))
         asked.append(index)
-        estimate = estimate_weights(differences_QD[asked], labels, prior)
+        estimate = propagate(differences_QD[asked], labels, prior)
         if count in COUNTS:
             estimates[count] = estimate
     return asked, labels, estimates
