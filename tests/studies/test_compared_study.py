@@ -31,6 +31,7 @@ from personalized_soups.evaluation.results import Examples, Results
 from personalized_soups.scoring.fluency import FluencyGate
 from personalized_soups.studies.quickstart import run_study
 from personalized_soups.studies.study import Study
+from personalized_soups.studies.ten_answers.study import BASE, DECLARED, INFERRED, TenAnswersStudy, run_ten_answers
 from personalized_soups.tiny import corpus
 from personalized_soups.training.pairs import read_pool
 
@@ -66,7 +67,7 @@ def prompt_file(folder: Path) -> Path:
     """Write questions of the tiny base's world as a file of prompts."""
     lines = [
         {"prompt": prompt, "kind": prompt.split()[0], "subject": f"{split} {at}", "split": ours}
-        for ours, split, count in (("train", "seen", 18), ("validation", "validation", 2), ("test", "held-out", 4))
+        for ours, split, count in (("train", "seen", 18), ("validation", "validation", 8), ("test", "held-out", 4))
         for at, prompt in enumerate(corpus.prompts(split, count, seed=5))  # type: ignore[arg-type]
     ]
     path = folder / "prompts.jsonl"
@@ -221,3 +222,19 @@ def test_other_settings_and_other_external_prompts_are_refused(finished: Finishe
     with pytest.raises(OutputExistsError, match="other settings"):
         run_study(replace(study, prompts=moved), out, stage=quiet)
     assert run_study(study, out, stage=quiet)[0] == results
+
+
+def test_ten_answers_of_users_give_soups_of_a_finished_study_and_are_kept(finished: Finished, tmp_path: Path) -> None:
+    study, out, *_ = finished
+    ten = TenAnswersStudy(study, out, num_users=3, num_answers=2, pool_prompts=8, num_questions=6, num_prompts=2)
+    first = run_ten_answers(ten, tmp_path / "ten", stage=quiet)
+    assert {name: len(values) for name, values in first["rewards"].items()} == dict.fromkeys(
+        (BASE, INFERRED, DECLARED), 3
+    )
+    assert 0 <= first["sides"] <= 1
+    assert first["scale"] in SMALL.selection.weights["linear"]
+    answers = tmp_path / "ten" / "answers" / "soups.jsonl"
+    before = answers.read_bytes()
+    again = run_ten_answers(ten, tmp_path / "ten", stage=quiet)
+    assert answers.read_bytes() == before
+    assert again["rewards"] == first["rewards"]

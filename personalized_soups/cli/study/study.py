@@ -7,6 +7,7 @@ import typer
 from personalized_soups.cli.study.elicitation import elicitation
 from personalized_soups.cli.study.papi import papi
 from personalized_soups.cli.study.persona import persona
+from personalized_soups.cli.study.ten_answers import ten_answers
 
 
 def register(app: typer.Typer) -> None:
@@ -16,6 +17,7 @@ def register(app: typer.Typer) -> None:
     group.command("elicitation")(elicitation)
     group.command("papi")(papi)
     group.command("persona")(persona)
+    group.command("ten-answers")(ten_answers)
     app.add_typer(group, name="study")
 
 

@@ -39,15 +39,18 @@ class SoupJob:
     prompts: tuple[int, ...]
 
 
-def declared_profile(persona: Persona, catalogue: Catalogue, *, num_answers: int = 0) -> Profile:
-    """Return the soup of the declared weights: the preferred side of each dimension, in proportion to its weight."""
+def declared_profile(persona: Persona, catalogue: Catalogue, *, num_answers: int = 0, scale: float = SCALE) -> Profile:
+    """Return the soup of the declared weights: the preferred side of each dimension, in proportion to its weight.
+
+    The greatest weight is `scale`.
+    """
     weights = persona.by_dimension(catalogue, num_answers=num_answers)
     greatest = max(map(abs, weights.values()))
     sides = {}
     for dimension, weight in weights.items():
         end = "high" if weight > 0 else "low"
         side = next(name for name, each in catalogue.dimensions[dimension].sides.items() if each.end == end)
-        sides[side] = round(SCALE * abs(weight) / greatest, 4)
+        sides[side] = round(scale * abs(weight) / greatest, 4)
     return Profile(user=persona.name, weights={side: weight for side, weight in sides.items() if weight > 0})
 
 
@@ -63,6 +66,8 @@ def answer_jobs(
     stored: AnswerFile,
     *,
     seed: int,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_rows: int = _BATCH_ROWS,
     on_done: Callable[[int], None] = lambda _: None,
 ) -> dict[str, list[str]]:
     """Return the answers of each job, by name. Stored answers are read, and the others are generated and stored.
@@ -72,7 +77,7 @@ def answer_jobs(
     """
     answers = stored.read()
     left = [job for job in jobs if job.name not in answers]
-    at_once = max(1, _BATCH_ROWS // max((len(job.prompts) for job in left), default=1))
+    at_once = max(1, batch_rows // max((len(job.prompts) for job in left), default=1))
     for start in range(0, len(left), at_once):
         batch = left[start : start + at_once]
         places = [place for job in batch for place in job.prompts]
@@ -80,9 +85,9 @@ def answer_jobs(
             [prompts[place] for place in places],
             [job.profile for job in batch for _ in job.prompts],
             temperature=TEMPERATURE,
-            max_new_tokens=MAX_NEW_TOKENS,
+            max_new_tokens=max_new_tokens,
             seed=seed,
-            batch_size=_BATCH_ROWS,
+            batch_size=batch_rows,
             places=places,
         )
         for job in batch:

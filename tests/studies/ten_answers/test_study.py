@@ -1,0 +1,48 @@
+"""The gain of inferred weights as a share of the declared weights' gain, and settings that are rejected."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from personalized_soups.errors import UsageError
+from personalized_soups.studies.study import Study
+from personalized_soups.studies.ten_answers.study import (
+    BASE,
+    DECLARED,
+    INFERRED,
+    TenAnswersStudy,
+    gain_interval,
+    gain_share,
+)
+
+REWARDS = {BASE: [0.0, 1.0, -1.0], INFERRED: [1.0, 1.5, 0.0], DECLARED: [2.0, 2.0, 0.0]}
+
+
+def test_the_gain_is_a_ratio_of_means_over_users() -> None:
+    assert gain_share(REWARDS, range(3)) == pytest.approx((1.0 + 0.5 + 1.0) / (2.0 + 1.0 + 1.0))
+    assert gain_share(REWARDS, [1, 1]) == pytest.approx(0.5)
+    assert gain_share({**REWARDS, INFERRED: REWARDS[DECLARED]}, range(3)) == 1
+    assert gain_share({**REWARDS, INFERRED: REWARDS[BASE]}, range(3)) == 0
+    assert np.isnan(gain_share({**REWARDS, DECLARED: REWARDS[BASE]}, range(3)))
+    assert gain_interval({**REWARDS, DECLARED: REWARDS[BASE]}) is None
+
+
+def test_the_interval_is_that_of_all_resamples_of_users() -> None:
+    """With three users, all 27 resamples can be listed; 2,000 random ones have nearly the same quantiles."""
+    shares = [gain_share(REWARDS, [a, b, c]) for a in range(3) for b in range(3) for c in range(3)]
+    interval = gain_interval(REWARDS)
+    # the extreme resamples have one user three times, with a chance of 1/27 each: more than 2.5%
+    assert interval == (pytest.approx(min(shares)), pytest.approx(max(shares)))
+
+
+def test_a_number_of_answers_without_an_estimate_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="num_answers is 9, but must be one of 2, 5, 10"):
+        TenAnswersStudy(Study(), tmp_path, num_answers=9)
+
+
+def test_an_unfinished_quickstart_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no finished quickstart"):
+        _ = TenAnswersStudy(Study(), tmp_path).scale
