@@ -74,7 +74,8 @@ class Estimate:
 
     def samples(self, count: int, rng: np.random.Generator) -> Floats:
         """Return [S, D]: weights that are drawn from the estimate."""
-        return rng.multivariate_normal(self.mean, self.covariance, size=count, method="eigh")
+        # If scales differ by many orders of magnitude, rounding makes eigenvalues slightly negative.
+        return rng.multivariate_normal(self.mean, self.covariance, size=count, method="eigh", check_valid="ignore")
 
     def _margins(self, differences_ND: npt.ArrayLike) -> tuple[Floats, Floats]:
         differences = np.asarray(differences_ND, dtype=np.float64)

@@ -116,6 +116,14 @@ def test_an_answer_that_counts_nothing_is_ignored() -> None:
     assert with_zero.num_answers == without.num_answers == 11
 
 
+def test_a_covariance_with_an_eigenvalue_below_0_by_rounding_is_sampled() -> None:
+    estimate = Estimate(np.zeros(2), np.diag([1.0, -1e-7]), 1)
+    samples = estimate.samples(1000, np.random.default_rng(0))
+    # the second direction has a standard deviation of at most sqrt(1e-7)
+    assert np.abs(samples[:, 1]).max() < 5 * 1e-7**0.5
+    assert 0.8 < samples[:, 0].std() < 1.2
+
+
 def test_noise_holds_the_weights_back() -> None:
     differences = np.array([[1.0], [1.0], [1.0], [-1.0]])
     prior = GaussianPrior.ridge(1, penalty=0.1)
