@@ -1,7 +1,7 @@
 # Every task of this repository. Each works in a fresh clone, and creates the environment if it is missing.
 #
 #   make quickstart    train six experts on the embedded base, merge eight personal models, score them
-#   make real          the same on a real model, SmolLM2-135M-Instruct: at most 90 minutes on two CPU cores
+#   make real          the same on a real model, SmolLM2-135M-Instruct: a long run on a CPU
 #   make test          formatting, lint, types, layers, and every test that is not marked slow: about ten minutes
 #   make slow          the tests that are marked slow: whole trainings, killed processes, kernels compiled for a GPU
 #   make mutants       deliberate faults, one at a time: each must make its tests fail; about ten minutes
