@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+from personalized_soups.declare.evaluation import TrainedJudge
 from personalized_soups.devices import resolve_device
 from personalized_soups.errors import InputError
 from personalized_soups.files.file_names import MODEL_CONFIG_FILE
@@ -17,6 +18,8 @@ from personalized_soups.studies.study import Study
 
 def check_base(study: Study) -> None:
     """Check that the base has a chat template, and that its context has room for every prompt and its answer.
+
+    It is also checked that there are enough prompts for the judges that the study trains.
 
     A base of the hub is downloaded first, because the settings of a study have its fingerprint.
 
@@ -31,6 +34,9 @@ def check_base(study: Study) -> None:
             where=str(study.base),
             mend="give a base that was tuned for chats, or put a chat_template.jinja into its folder",
         )
+    for judge in study.recipe.judges.values():
+        if isinstance(judge, TrainedJudge):
+            study.judge_prompts(judge.num_prompts)
     context = _context(study.base)
     if context is None:
         return

@@ -16,7 +16,7 @@ from personalized_soups.errors import OutputExistsError
 
 SETTINGS_FILE = "study.json"
 RESULTS_FILE = "results.json"
-PICTURES = ("combinations", "sweeps")
+PICTURES = ("combinations", "sweeps", "persona")
 
 
 class StudyFolder:
@@ -73,7 +73,7 @@ class StudyFolder:
 
     def clear(self) -> None:
         """Remove the files that a study writes. Other files in the folder stay."""
-        for name in ("pairs", "answers", "external"):
+        for name in ("pairs", "answers", "external", "questions", "judges"):
             shutil.rmtree(self.root / name, ignore_errors=True)
         for path in (self.experts, self.merged):
             shutil.rmtree(path, ignore_errors=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from personalized_soups.declare.dimension import AnyScorer, ClassifierScorer
 from personalized_soups.declare.evaluation import TrainedJudge
-from personalized_soups.errors import InputError
 from personalized_soups.evaluation.results import JudgeReport
 from personalized_soups.generation.prompts import with_text_before
 from personalized_soups.scoring.answer_classifiers import train_answer_classifier
@@ -46,26 +45,8 @@ def judge_reports(answering: Answering) -> dict[str, JudgeReport]:
     }
 
 
-def judge_prompts(answering: Answering, num_prompts: int) -> tuple[str, ...]:
-    """Return validation prompts on which neither methods nor weights are chosen.
-
-    Raises:
-        InputError: if there are too few.
-    """
-    study = answering.study
-    used = study.validation_prompts
-    free = tuple(prompt for prompt in study.drawn("validation", len(used) + num_prompts) if prompt not in used)
-    if len(free) < num_prompts:
-        raise InputError(
-            f"a judge needs {num_prompts} validation prompts on which nothing is chosen, but there are {len(free)}",
-            where="num_prompts of the judge",
-            mend="write a smaller number, or add validation prompts",
-        )
-    return free[:num_prompts]
-
-
 def _train(answering: Answering, dimension: str, judge: TrainedJudge, folder: Path) -> None:
-    prompts = judge_prompts(answering, judge.num_prompts)
+    prompts = answering.study.judge_prompts(judge.num_prompts)
     instructions = [(text, True) for text in judge.high] + [(text, False) for text in judge.low]
     jobs = [
         answering.job(

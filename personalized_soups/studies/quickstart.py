@@ -19,7 +19,7 @@ from personalized_soups.studies.base_checks import check_base, token_counter
 from personalized_soups.studies.choosing import Choice, choice_in, choose
 from personalized_soups.studies.costs import Costs
 from personalized_soups.studies.evaluating import Evaluating
-from personalized_soups.studies.external import ExternalPrompts, draw_external
+from personalized_soups.studies.external import ExternalPrompts, draw_external, read_external
 from personalized_soups.studies.folder import StudyFolder, write_text
 from personalized_soups.studies.gating import calibrated_gate
 from personalized_soups.studies.judging import judge_reports, judges_of
@@ -53,6 +53,8 @@ def run_study(
         SoupError: if a stage fails.
     """
     check_base(study)
+    for path in (external or {}).values():
+        read_external(path)  # a wrong file is found before an earlier run is deleted
     folder = StudyFolder(out)
     if overwrite and folder.settings.is_file():
         folder.clear()
@@ -114,10 +116,10 @@ class _Run:
     def all_stages(self) -> None:
         """Run every stage, and write the results."""
         self.pairs()
+        grader = self._grader()  # a gate or judge that cannot be made is found before the long training
         if self._study.recipe.batch_size is not None:
             self._workers.stop()  # they hold a model in memory, which the training needs; the next stage starts others
         self.train()
-        grader = self._grader()
         with self._costs.stage("choose"):
             choice, selection = choose(self._answering, grader)
         self.merge(choice)

@@ -19,7 +19,7 @@ from personalized_soups.declare.loader import load
 from personalized_soups.declare.prompt_set import Split
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.errors import DeclarationError
+from personalized_soups.errors import DeclarationError, InputError
 from personalized_soups.evaluation.grading import Gate, Grader, judging_catalogue
 from personalized_soups.studies.prompt_sources import PromptSource, TinyPrompts
 from personalized_soups.tiny import BASE_FOLDER
@@ -120,6 +120,23 @@ class Study:
     def test_prompts(self) -> tuple[str, ...]:
         """The held-out prompts on which all systems are scored."""
         return self.drawn("test", self.recipe.num_prompts)
+
+    def judge_prompts(self, count: int) -> tuple[str, ...]:
+        """Return `count` validation prompts on which neither methods nor weights are chosen.
+
+        Raises:
+            InputError: if there are too few.
+        """
+        used = self.validation_prompts
+        try:
+            drawn = self.drawn("validation", len(used) + count)
+        except (InputError, ValueError) as fault:
+            raise InputError(
+                f"a judge needs {count} validation prompts on which nothing is chosen: {fault}",
+                where="judges: num_prompts",
+                mend="write a smaller number, or add validation prompts",
+            ) from fault
+        return tuple(prompt for prompt in drawn if prompt not in used)[:count]
 
     def instructions(self, sides: Sequence[str]) -> str:
         """Return the instructions of some sides as one text, which preference prompting puts before the prompt."""

@@ -16,19 +16,20 @@ from pathlib import Path
 
 import numpy as np
 
-from personalized_soups.errors import InputError, UsageError, choose_from
+from personalized_soups.errors import UsageError, choose_from
 from personalized_soups.merging.doctor.diagnosis import Finding
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.scoring.encoded_answers import EncodedAnswer
 from personalized_soups.scoring.implicit_rewards import ImplicitRewards
 from personalized_soups.scoring.margin_forecast import MarginForecast
 from personalized_soups.training.data import read_preferences
-from personalized_soups.training.encoding import EncodedPair, encode_pairs
+from personalized_soups.training.encoding import check_pairs, encode_pairs
 
 # A side is harmed if the soup moves fewer of its pairs in the right direction than this share of the pairs that its
 # expert moves alone.
 KEPT = 0.8
 
+# The longest text for a base whose configuration gives no context.
 _MAX_LENGTH = 1 << 20
 
 
@@ -90,7 +91,7 @@ class Interference:
             on_done: called after each batch with the number of finished answers and of all answers of one side.
 
         Raises:
-            InputError: if a file cannot be read, or all of its pairs have equal answers.
+            InputError: if a file cannot be read, a pair does not fit the base, or all pairs have equal answers.
             UsageError: if a side has no expert, or a number is less than 1.
         """
         if num_pairs < 1:
@@ -104,16 +105,11 @@ class Interference:
                 raise UsageError(
                     f"no expert is called {side!r}", where="pairs", mend=choose_from(side, list(model.experts))
                 )
-            pairs = _some_pairs(model, path, num_pairs)
-            answers = [
-                EncodedAnswer((*pair.prompt_ids, *ids), len(ids))
-                for pair in pairs
-                for ids in (pair.chosen_ids, pair.rejected_ids)
-            ]
+            answers = _some_answers(model, path, num_pairs)
             num_answers = len(set(answers))
             report = None if on_done is None else partial(_report, on_done, num_answers)
             table = rewards.encoded_features(answers, on_done=report)
-            forecasts[side] = MarginForecast(rewards.names, np.zeros(len(pairs)), table[::2] - table[1::2])
+            forecasts[side] = MarginForecast(rewards.names, np.zeros(len(answers) // 2), table[::2] - table[1::2])
         return cls(forecasts)
 
     def soup(self, weights: Mapping[str, float]) -> list[SideForecast]:
@@ -159,13 +155,16 @@ def _report(on_done: Callable[[int, int], None], total: int, done: int) -> None:
     on_done(done, total)
 
 
-def _some_pairs(model: SoupModel, path: Path, num_pairs: int) -> list[EncodedPair]:
-    encoded = encode_pairs(read_preferences(path), model.generator.tokenizer, max_length=_MAX_LENGTH).pairs
-    if not encoded:
-        raise InputError(
-            "the two answers of every pair have the same tokens",
-            where=str(path),
-            mend="give pairs whose answers differ",
-        )
-    chosen = np.random.default_rng(0).permutation(len(encoded))[:num_pairs]
-    return [encoded[index] for index in sorted(map(int, chosen))]
+def _some_answers(model: SoupModel, path: Path, num_pairs: int) -> list[EncodedAnswer]:
+    """Return the chosen and the rejected answer of some pairs, in turn.
+
+    As in training, texts that are longer than the base's context are cut.
+    """
+    generator = model.generator
+    context = getattr(model.model.config, "max_position_embeddings", None)
+    most = context if isinstance(context, int) else _MAX_LENGTH
+    encoded = encode_pairs(read_preferences(path), generator.tokenizer, max_length=most)
+    check_pairs(encoded, generator.tokenizer, generator.num_embeddings)
+    chosen = np.random.default_rng(0).permutation(len(encoded.pairs))[:num_pairs]
+    pairs = [encoded.pairs[index] for index in sorted(map(int, chosen))]
+    return [EncodedAnswer(tuple(text), len(text) - len(pair.prompt_ids)) for pair in pairs for text in pair.cut(most)]

@@ -150,7 +150,8 @@ def label_pool(
 
     The best answer to a prompt is paired with the worst, the second best with the second worst, and so on. The chosen
     answer is always valid. The rejected answer is invalid only if the valid answers to the prompt differ too little.
-    If there are more than `max_pairs` pairs, pairs with an invalid answer are left out first.
+    If there are more than `max_pairs` pairs, pairs with an invalid answer are left out first, except where lengths are
+    matched.
 
     The score alone decides, not the instruction under which an answer was sampled. The pair has the plain prompt. An
     answer that repeats its instruction is left out, so that the expert does not learn to speak of it.

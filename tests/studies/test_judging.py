@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +13,9 @@ from personalized_soups.declare.loader import load
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import DeclarationError, InputError
 from personalized_soups.evaluation.scores import grade
+from personalized_soups.studies.base_checks import check_base
 from personalized_soups.studies.folder import StudyFolder
-from personalized_soups.studies.judging import judge_prompts, judge_reports, judges_of
+from personalized_soups.studies.judging import judge_reports, judges_of
 from personalized_soups.studies.study import Study
 
 WARM, COLD = "Be warm to the reader.", "Be cold to the reader."
@@ -71,21 +71,17 @@ def test_a_judge_is_trained_once_and_tells_the_tones_apart(judge: TrainedJudge, 
     assert warm.toward["friendly"] > 0.5 > cold.toward["friendly"]
 
 
-def test_its_prompts_choose_no_method_and_are_in_no_other_split(judge: TrainedJudge, tmp_path: Path) -> None:
-    answering: Any = Answers(study_with(judge), tmp_path)
-    study = answering.study
-    prompts = judge_prompts(answering, 12)
+def test_its_prompts_choose_no_method_and_are_in_no_other_split(judge: TrainedJudge) -> None:
+    study = study_with(judge)
+    prompts = study.judge_prompts(12)
     assert len(set(prompts)) == 12
     assert not {*prompts} & {*study.validation_prompts, *study.train_prompts, *study.test_prompts}
 
 
-def test_too_few_prompts_are_named(judge: TrainedJudge, tmp_path: Path) -> None:
-    answering: Any = Answers(study_with(judge), tmp_path)
-    study = answering.study
-    few = replace(study, prompts=SimpleNamespace(draw=lambda split, count, seed: study.validation_prompts))
-    answering.study = few
-    with pytest.raises(InputError, match="a judge needs 12 validation prompts on which nothing is chosen"):
-        judge_prompts(answering, 12)
+def test_too_few_prompts_are_named_before_anything_is_computed(judge: TrainedJudge) -> None:
+    study = study_with(judge.replaced(num_prompts=100_000))
+    with pytest.raises(InputError, match="a judge needs 100000 validation prompts on which nothing is chosen"):
+        check_base(study)
 
 
 def test_a_judge_under_the_instruction_of_a_side_is_rejected() -> None:

@@ -41,9 +41,16 @@ class PairsRequest:
         """Return the request, or None if no pairs are given.
 
         Raises:
-            UsageError: if a value of --pairs is not SIDE=FILE, a side is given twice, or there is no base.
+            UsageError: if a value of --pairs is not SIDE=FILE, a side is given twice, there is no base, or only --on
+                is given.
         """
         if not pairs:
+            if on is not None:
+                raise UsageError(
+                    "--on is only for pairs, but --pairs is not given",
+                    where="--on",
+                    mend="give --pairs SIDE=FILE as well, or remove --on",
+                )
             return None
         files: dict[str, Path] = {}
         for value in pairs:

@@ -95,8 +95,7 @@ def _run(study: Study, base: str, out: Path, external: list[str], *, overwrite: 
     try:
         return run_study(study, out, stage=render.progress, overwrite=overwrite, external=external_files(external))
     except KeyboardInterrupt:
-        which = "" if base == EMBEDDED else f"--base {base} "
-        render.say(f"finished stages are kept: psoups quickstart {which}--out {out} resumes the run")
+        render.say(f"finished stages are kept in {out}: the same command resumes the run")
         raise
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.options import BaseOption, DeviceOption, RestartOption
+from personalized_soups.cli.options import BaseOption, DeviceOption, DimensionsOption, RestartOption
 from personalized_soups.cli.study.quickstart_study import StudyOptions
 
 if TYPE_CHECKING:
@@ -22,6 +22,17 @@ def ten_answers(
     out: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run in this folder is resumed.")] = Path(
         "ten-answers"
     ),
+    full: Annotated[bool, typer.Option("--full", help="The quickstart was a full study.")] = False,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Recipe of the quickstart, if it was given.", show_default=False)
+    ] = None,
+    train_recipe: Annotated[
+        Path | None, typer.Option(help="Training recipe of the quickstart, if it was given.", show_default=False)
+    ] = None,
+    dimensions: DimensionsOption = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts of the quickstart, if they were given.", show_default=False)
+    ] = None,
     users: Annotated[int, typer.Option(help="Number of simulated users.", min=2)] = 20,
     seed: Annotated[int, typer.Option(help="Random seed. Give the seed of the quickstart.", min=0, max=4_000_000)] = 0,
     device: DeviceOption = "auto",
@@ -30,9 +41,8 @@ def ten_answers(
 ) -> None:
     """Ask simulated users ten questions each, and compare their soups with those of their true weights."""
     options = StudyOptions(
-        base=base, basis="free", recipe=None, train_recipe=None, dimensions=None, prompts=None, full=False, seed=seed,
-        workers=1, device=device,
-    )  # fmt: skip
+        base, "free", recipe, train_recipe, dimensions, prompts, full=full, seed=seed, workers=1, device=device
+    )
     from personalized_soups.studies.ten_answers.study import TenAnswersStudy, run_ten_answers, write_results
 
     study = TenAnswersStudy(options.study(), quickstart, num_users=users)

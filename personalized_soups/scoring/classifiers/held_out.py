@@ -1,8 +1,8 @@
 """Choose the penalty of a classifier by cross-validation, and measure the classifier on texts that are held out.
 
 The groups of texts are divided into folds. The classifier that scores a fold is trained on the other folds, and its
-penalty is chosen by cross-validation within them. So neither the terms, nor the weights, nor the penalty depend on the
-texts that are scored.
+penalty is chosen by cross-validation within them. So neither the terms nor the penalty depend on the texts that are
+scored. How much each text counts, which gives both classes the same lengths, is computed from all texts.
 
 Shapes: N = texts, F = features.
 """

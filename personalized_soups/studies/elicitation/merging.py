@@ -76,10 +76,12 @@ def answer_jobs(
     differences between soups are not hidden by the sampling.
     """
     answers = stored.read()
-    left = [job for job in jobs if job.name not in answers]
-    at_once = max(1, batch_rows // max((len(job.prompts) for job in left), default=1))
-    for start in range(0, len(left), at_once):
-        batch = left[start : start + at_once]
+    at_once = max(1, batch_rows // max((len(job.prompts) for job in jobs), default=1))
+    for start in range(0, len(jobs), at_once):
+        # Rounding depends on the batch, so a resumed run has the same batches as a run without interruption.
+        batch = jobs[start : start + at_once]
+        if all(job.name in answers for job in batch):
+            continue
         places = [place for job in batch for place in job.prompts]
         texts = model.generate(
             [prompts[place] for place in places],
@@ -91,8 +93,10 @@ def answer_jobs(
             places=places,
         )
         for job in batch:
-            answers[job.name], texts = texts[: len(job.prompts)], texts[len(job.prompts) :]
-            stored.add(job.name, answers[job.name])
+            own, texts = texts[: len(job.prompts)], texts[len(job.prompts) :]
+            if job.name not in answers:
+                answers[job.name] = own
+                stored.add(job.name, own)
         on_done(start + len(batch))
     return answers
 

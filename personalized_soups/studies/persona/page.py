@@ -144,7 +144,7 @@ def _what(runs: Sequence[SeedRun]) -> str:
         f"two experts each: one\nanswers as a person with the trait, the other as a person with the opposite. Each "
         f"expert is trained on {study.num_train} statements\nof its trait and on {study.num_ties} statements of the "
         f"other traits, which hold it to the base's answers. {study.num_test} statements of each\ntrait are for the "
-        "tables. No statement of training or validation is a paraphrase of a test statement.\n\n"
+        "tables. No statement of training or validation is a paraphrase of a test statement of the same trait.\n\n"
         f"{len(runs)} seeds. Intervals are 95% t intervals over seeds. An answer is the likelier one of Yes and No; "
         f"the base begins its\nanswers with one of the two with probability {probability:.2f}."
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import library_versions
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import MethodName
@@ -63,6 +64,13 @@ class PersonaStudy:
     num_workers: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("num_train", "num_validation", "num_test"):
+            if getattr(self, name) % 2:
+                raise UsageError(
+                    f"{name} is {getattr(self, name)}, but half of the statements are answered Yes",
+                    where=name,
+                    mend="give an even number",
+                )
         unknown = sorted({trait for triple in self.triples for trait in triple} - set(self.traits))
         if unknown:
             raise UsageError(
@@ -95,7 +103,7 @@ class PersonaStudy:
             "traits": self.traits,
             "triples": self.triples,
             "parts": [self.num_train, self.num_validation, self.num_test, self.num_ties],
-            "base": self.base,
+            "base": base_fingerprint(self.base),
             "training": self.training.model_dump(mode="json"),
             "data": {
                 trait: blake3((data / f"{trait}.jsonl").read_bytes()).hexdigest(length=16) for trait in self.traits

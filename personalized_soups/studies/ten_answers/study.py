@@ -18,13 +18,13 @@ from typing import TypedDict
 
 import numpy as np
 
-from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.declare.persona import Persona
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.side_rule import SideRule
 from personalized_soups.errors import UsageError
 from personalized_soups.evaluation.results import Results
 from personalized_soups.mixing.model import SoupModel
+from personalized_soups.scoring.expert_digests import expert_digest
 from personalized_soups.studies.choosing import choice_in
 from personalized_soups.studies.costs import Costs
 from personalized_soups.studies.elicitation.merging import SoupJob, answer_jobs, declared_profile, mean_rewards
@@ -118,12 +118,34 @@ class TenAnswersStudy:
         results: Results = json.loads(path.read_text(encoding="utf-8"))
         return float(choice_in(results).weights["linear"])
 
+    def check(self) -> None:
+        """Check that the quickstart had the settings of `study`.
+
+        Raises:
+            UsageError: if its settings differ, it did not choose a weight of `linear`, or there is no quickstart.
+        """
+        if "linear" not in self.study.recipe.selection.weights:
+            raise UsageError(
+                "the study chooses no weight of the method linear, which is the scale of the profiles",
+                where="study",
+                mend="give a recipe with weights of linear",
+            )
+        path = StudyFolder(self.quickstart).settings
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if stored != json.loads(json.dumps(self.study.settings())):
+            raise UsageError(
+                "the folder holds no quickstart with these settings",
+                where=str(self.quickstart),
+                mend="give the base, the recipes and the seed of the quickstart, and run it with this version",
+            )
+
     def settings(self) -> dict[str, object]:
         """Return the settings that a resumed run must have in common with the interrupted run."""
+        folder = StudyFolder(self.quickstart).experts
         return {
             "study": "ten answers",
-            "quickstart": str(self.quickstart.absolute()),
-            "base": base_fingerprint(self.study.base),
+            "quickstart": self.study.settings(),
+            "experts": {side: expert_digest(folder / side) for side in self.study.catalogue.sides},
             "scale": self.scale,
             **{
                 name: getattr(self, name)
@@ -136,10 +158,11 @@ def run_ten_answers(ten: TenAnswersStudy, out: Path, *, stage: Stage, overwrite:
     """Run the stages that are not stored in `out`, and return the results.
 
     Raises:
-        UsageError: if the quickstart is not finished.
+        UsageError: if the quickstart is not finished, or had other settings.
         OutputExistsError: if `out` holds other files, or a study with other settings.
         SoupError: if a stage fails.
     """
+    ten.check()
     folder = StudyFolder(out)
     if overwrite and folder.settings.is_file():
         folder.clear()
@@ -178,6 +201,8 @@ def run_ten_answers(ten: TenAnswersStudy, out: Path, *, stage: Stage, overwrite:
 def gain_share(rewards: dict[str, list[float]], users: Sequence[int]) -> float:
     """Return the inferred weights' mean gain over the base, divided by the declared weights' mean gain.
 
+    Return NaN if the declared weights gain nothing.
+
     Args:
         rewards: the mean reward of each user, by system.
         users: the places of the users to count, who may repeat.
@@ -185,11 +210,13 @@ def gain_share(rewards: dict[str, list[float]], users: Sequence[int]) -> float:
     inferred, declared = (
         fsum(rewards[name][user] - rewards[BASE][user] for user in users) for name in (INFERRED, DECLARED)
     )
-    return inferred / declared if declared else float("nan")
+    return inferred / declared if declared > 0 else float("nan")
 
 
 def gain_interval(rewards: dict[str, list[float]], *, num_resamples: int = 2000) -> tuple[float, float] | None:
-    """Return the 95% interval of `gain_share` from a bootstrap over users. Resamples without any gain are left out.
+    """Return the 95% interval of `gain_share` from a bootstrap over users, given the prompts.
+
+    Resamples in which the declared weights gain nothing are left out.
 
     Return None if the declared weights gain nothing over all users.
     """
@@ -262,9 +289,11 @@ def _rewards(
         INFERRED: inferred,
         DECLARED: [declared_profile(persona, catalogue, scale=ten.scale) for persona in personas],
     }
-    jobs = [SoupJob(BASE, None, tuple(range(len(prompts))))] + [
+    # A user's job of the base has the user's prompts, so all jobs of a batch have the same size.
+    everyone: dict[str, Sequence[Profile | None]] = {BASE: [None] * len(personas), **profiles}
+    jobs = [
         SoupJob(f"{name}/{user}", profile, per_user[user])
-        for name, listed in profiles.items()
+        for name, listed in everyone.items()
         for user, profile in enumerate(listed)
     ]
     with stage("answering with soups", len(jobs)) as bar:
@@ -278,8 +307,7 @@ def _rewards(
             batch_rows=ten.study.recipe.batch_size or 128,
             on_done=bar.update,
         )
-    of_users = {name: {user: answers[f"{name}/{user}"] for user in range(len(personas))} for name in profiles}
-    of_users[BASE] = {user: [answers[BASE][place] for place in places] for user, places in enumerate(per_user)}
+    of_users = {name: {user: answers[f"{name}/{user}"] for user in range(len(personas))} for name in everyone}
     return {name: mean_rewards(rewards, personas, prompts, per_user, mine).tolist() for name, mine in of_users.items()}
 
 

@@ -62,3 +62,36 @@ def test_wrong_usage_exits_with_2(tmp_path: Path, experts: Path, psoups: Run) ->
     assert psoups("doctor", tmp_path / "nowhere")[0] == 2
     assert psoups("doctor", experts, "--rows", 0)[0] == 2
     assert psoups("doctor")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("--pairs", "one"), "must be SIDE=FILE"),
+        (("--pairs", "one=a.jsonl", "--pairs", "one=b.jsonl"), "each side once"),
+        (("--pairs", "one=a.jsonl"), "--base is not given"),
+        (("--on", "sft"), "--pairs is not given"),
+    ],
+)
+def test_pairs_that_cannot_be_measured_are_usage_errors(
+    experts: Path, psoups: Run, arguments: tuple[str, ...], problem: str
+) -> None:
+    code, _, err = psoups("doctor", experts, *arguments)
+    assert code == 2
+    assert problem in " ".join(err.split())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_pairs_show_what_each_expert_does_and_what_the_soup_is_expected_to_do(
+    tmp_path: Path, experts: Path, small_base: Path, psoups: Run
+) -> None:
+    lines = [{"prompt": f"wash kettle {at}", "chosen": "rub it dry", "rejected": "no"} for at in range(3)]
+    (tmp_path / "one.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    arguments = ("doctor", experts, "--base", small_base, "--same-base", "--pairs", f"one={tmp_path / 'one.jsonl'}")
+    _, out, _ = psoups(*arguments, "--weights", "one=1,two=0.5", "--json")
+    (forecast,) = json.loads(out)["interference"]
+    assert (forecast["side"], forecast["num_pairs"]) == ("one", 3)
+    assert forecast["changes"].keys() == {"one", "two"}
+    assert {forecast["alone"], forecast["soup"]} <= {0, 1 / 3, 2 / 3, 1}
+    _, out, _ = psoups(*arguments)
+    assert "by one" in " ".join(out.split())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -47,3 +48,18 @@ def test_a_number_of_answers_without_an_estimate_is_rejected(tmp_path: Path) -> 
 def test_an_unfinished_quickstart_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no finished quickstart"):
         _ = TenAnswersStudy(Study(), tmp_path).scale
+
+
+def test_a_quickstart_with_other_settings_is_rejected(tmp_path: Path) -> None:
+    study = Study(seed=1)
+    (tmp_path / "study.json").write_text(json.dumps(study.settings()))
+    TenAnswersStudy(study, tmp_path).check()
+    with pytest.raises(UsageError, match="no quickstart with these settings"):
+        TenAnswersStudy(Study(seed=2), tmp_path).check()
+
+
+def test_a_study_without_weights_of_linear_is_rejected(tmp_path: Path) -> None:
+    recipe = Study().recipe
+    selection = recipe.selection.replaced(weights={"factor_average": (1.0,)})
+    with pytest.raises(UsageError, match="no weight of the method linear"):
+        TenAnswersStudy(Study(recipe=recipe.replaced(selection=selection)), tmp_path).check()
