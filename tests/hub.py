@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_api
 
 MODEL = "owner/model"
 
@@ -107,6 +107,8 @@ def used_hub(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    # This object keeps the endpoint of its first import, which may be the address of an earlier test's hub.
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", _timeout(hub.way))
