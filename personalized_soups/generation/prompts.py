@@ -164,6 +164,18 @@ def read_asked_prompts(path: Path) -> list[PromptRequest]:
     Raises:
         InputError: if `read_prompts` would raise it, or if a user is not a string.
     """
+    prompts = [_prompt_of(line, path=path, number=number) for number, line in prompt_lines(path)]
+    if not prompts:
+        raise InputError("the file holds no prompts", where=str(path), mend="write one prompt on each line")
+    return prompts
+
+
+def prompt_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the number and the bytes of each line that is not blank. The first line has number 1.
+
+    Raises:
+        InputError: if the file cannot be read, or is a Git LFS pointer.
+    """
     try:
         content = path.read_bytes()
     except OSError as fault:
@@ -171,11 +183,7 @@ def read_asked_prompts(path: Path) -> list[PromptRequest]:
             f"the prompts can't be read: {fault.strerror}", where=str(path), mend="check the path"
         ) from fault
     check_no_lfs_pointer(content, path)
-    lines = content.split(b"\n")
-    prompts = [_prompt_of(line, path=path, number=number) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not prompts:
-        raise InputError("the file holds no prompts", where=str(path), mend="write one prompt on each line")
-    return prompts
+    yield from ((number, line) for number, line in enumerate(content.split(b"\n"), start=1) if line.strip())
 
 
 def _prompt_of(line: bytes, *, path: Path, number: int) -> PromptRequest:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from personalized_soups.declare.evaluation import ExternalRecipe
 from personalized_soups.errors import InputError, OutputExistsError, UsageError
-from personalized_soups.files.regular import check_no_lfs_pointer
+from personalized_soups.generation.prompts import prompt_lines
 from personalized_soups.studies.folder import write_text
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -71,15 +71,7 @@ def read_external(path: Path) -> list[str]:
     Raises:
         InputError: if the file cannot be read, has no prompts, or has a line of another form.
     """
-    try:
-        content = path.read_bytes()
-    except OSError as fault:
-        raise InputError(
-            f"the prompts can't be read: {fault.strerror}", where=str(path), mend="check the path"
-        ) from fault
-    check_no_lfs_pointer(content, path)
-    lines = content.split(b"\n")
-    prompts = [_prompt_of(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    prompts = [_prompt_of(line, f"{path}:{number}") for number, line in prompt_lines(path)]
     if not prompts:
         raise InputError("the file holds no prompts", where=str(path), mend=_MEND)
     return prompts

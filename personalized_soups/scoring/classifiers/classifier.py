@@ -15,16 +15,15 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 from blake3 import blake3
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from personalized_soups.declare.declared import Declared
+from personalized_soups.declare.record import read_record
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError
 from personalized_soups.files.atomic import new_folder
 from personalized_soups.files.digest import digest_file
 from personalized_soups.files.file_names import CLASSIFIER_FILE, CLASSIFIER_WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
-from personalized_soups.files.regular import read_small
-from personalized_soups.files.strict_json import parse_json
 from personalized_soups.files.writer import spec_of, write_safetensors
 from personalized_soups.scoring.classifiers.logistic import LogisticModel
 from personalized_soups.scoring.classifiers.rows import DenseRows, Floats, Rows
@@ -185,15 +184,7 @@ def read_classifier_record(folder: Path | str) -> ClassifierRecord:
             where=str(folder),
             mend="give a folder that psoups scorer train wrote",
         )
-    content = parse_json(read_small(path, _MAX_RECORD_BYTES), path)
-    try:
-        record = ClassifierRecord.model_validate_json(json.dumps(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise FileFormatError(
-            f"the record of the classifier is damaged: {key}: {first['msg']}", where=str(path), mend=_AGAIN
-        ) from error
+    record = read_record(ClassifierRecord, path, what="classifier", max_bytes=_MAX_RECORD_BYTES, mend=_AGAIN)
     if record.kind == "words" and record.vocabulary_version != VOCABULARY_VERSION:
         raise FileFormatError(
             f"the classifier has the vocabulary version {record.vocabulary_version}, but this version of the package "

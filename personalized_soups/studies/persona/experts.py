@@ -1,10 +1,10 @@
-"""The preference pairs of the study, and the training of its experts.
+"""The preference pairs of the study, and the dimensions of its experts.
 
 An expert of a trait learns to answer the trait's statements as a person with the trait does. A small model learns more
 than that: an expert for extraversion also agrees with every other cheerful statement. So each expert also sees
 statements of the other traits as ties: the same statement twice, once with Yes and once with No as the better answer.
-The loss of such a pair of pairs, `-log sigmoid(beta d) - log sigmoid(-beta d)`, is least at `d = 0`, that is where the
-expert answers as the base does.
+The loss of such a pair of pairs, `-log sigmoid(beta d) - log sigmoid(-beta d)`, is least at `d = 0`: there the expert
+answers as the base does.
 """
 
 from __future__ import annotations

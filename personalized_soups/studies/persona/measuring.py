@@ -1,4 +1,4 @@
-"""Measure the margins of statements: how much more likely a model says Yes than No, as a difference of log-odds.
+"""Measure the margins of statements: log p(Yes) - log p(No), with the sign of the answer of a person with the trait.
 
 Margins are stored by the name of the model, so that an interrupted run measures each model once.
 """
@@ -18,7 +18,7 @@ from personalized_soups.scoring.margin_forecast import Floats
 from personalized_soups.studies.folder import write_text
 from personalized_soups.studies.persona.statements import Statement
 
-# A model's margins of the statements of each trait, and the mean probability that its answer begins with Yes or No.
+# A model's margins of the statements of each trait, [N], float64.
 Margins = dict[str, Floats]
 
 _BATCH_ROWS = 50

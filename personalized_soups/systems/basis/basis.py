@@ -15,16 +15,15 @@ from typing import Any, Generic, Literal, TypeVar
 import numpy as np
 import torch
 from blake3 import blake3
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from personalized_soups.declare.declared import Declared
+from personalized_soups.declare.record import read_record
 from personalized_soups.errors import FileFormatError, IncompatibleExpertsError
 from personalized_soups.files.atomic import new_folder
 from personalized_soups.files.digest import digest_file
 from personalized_soups.files.file_names import BASIS_FILE, BASIS_WEIGHTS_FILE
 from personalized_soups.files.reader import SafetensorsFile
-from personalized_soups.files.regular import read_small
-from personalized_soups.files.strict_json import parse_json
 from personalized_soups.files.writer import spec_of, write_safetensors
 from personalized_soups.scoring.item_features import ItemFeatures
 from personalized_soups.systems.lore.model import LoreModel
@@ -171,17 +170,8 @@ def read_basis_record(folder: Path | str) -> BasisRecord:
             where=str(folder),
             mend="give a folder that psoups basis train wrote",
         )
-    content = parse_json(read_small(path, _MAX_RECORD_BYTES), path)
-    try:
-        return BasisRecord.model_validate_json(json.dumps(content))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise FileFormatError(
-            f"the record of the basis is damaged: {key}: {first['msg']}",
-            where=str(path),
-            mend="learn the basis again with psoups basis train",
-        ) from error
+    mend = "learn the basis again with psoups basis train"
+    return read_record(BasisRecord, path, what="basis", max_bytes=_MAX_RECORD_BYTES, mend=mend)
 
 
 def _read_model(folder: Path, record: BasisRecord) -> PrefModel | LoreModel:
