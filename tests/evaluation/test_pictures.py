@@ -12,6 +12,7 @@ import pytest
 
 from personalized_soups.errors import UsageError
 from personalized_soups.evaluation.pictures.curves import draw_sweeps, sweeps_figure
+from personalized_soups.evaluation.pictures.forecast import draw_forecast, forecast_figure
 from personalized_soups.evaluation.pictures.heat_map import combinations_figure, draw_combinations
 from personalized_soups.evaluation.pictures.style import DPI
 from personalized_soups.evaluation.results import Results
@@ -122,3 +123,17 @@ def test_a_missing_matplotlib_has_a_mend(results: Results, tmp_path: Path, monke
         draw_combinations(results, tmp_path / "combinations.png")
     assert "matplotlib" in caught.value.what
     assert "personalized-soups[plot]" in caught.value.mend
+
+
+def test_the_forecast_shows_every_agreement_and_every_point(tmp_path: Path) -> None:
+    rows = {"base": {"calm": 0.5, "keen": 0.25}, "calm": {"calm": 0.97, "keen": 0.03}}
+    points = [(0.1, 0.2), (0.9, 1.0), (0.5, 0.5)]
+    figure = forecast_figure(rows, points, title="Experts", note="agreement")
+    cells, chart = figure.axes
+    assert sorted(text.get_text() for text in cells.texts) == ["0.03", "0.25", "0.50", "0.97"]
+    assert [label.get_text() for label in cells.get_yticklabels()] == ["base", "calm"]
+    (drawn,) = (np.asarray(each.get_offsets()) for each in chart.collections)
+    np.testing.assert_allclose(drawn, points)
+    assert {text.get_text() for text in figure.texts} == {"Experts", "agreement"}
+    written = draw_forecast(rows, points, tmp_path / "forecast.png", title="Experts", note="agreement")
+    assert written.read_bytes().startswith(b"\x89PNG")

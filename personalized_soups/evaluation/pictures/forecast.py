@@ -19,6 +19,7 @@ from personalized_soups.evaluation.pictures.style import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Two hues, from disagreement over indifference to agreement.
 _SHADES = ["#b5532d", "#f4f1ec", LINE]
@@ -45,15 +46,23 @@ def draw_forecast(
         UsageError: if matplotlib is missing.
     """
     with own_settings():
-        from matplotlib.figure import Figure
+        return write_png(forecast_figure(rows, points, title=title, note=note), path)
 
-        height = max(4.6, 1.9 + 0.36 * len(rows))
-        figure = Figure(figsize=(WIDTH, height))
-        places = [(left, 0.16, 0.33, 1 - 1.75 / height) for left in (0.215, 0.645)]
-        _draw_cells(figure.add_axes(places[0]), rows)
-        _draw_points(figure.add_axes(places[1]), points)
-        draw_title(figure, title, note)
-        return write_png(figure, path)
+
+def forecast_figure(
+    rows: Mapping[str, Mapping[str, float]], points: Sequence[tuple[float, float]], *, title: str, note: str
+) -> Figure:
+    """Return the figure that `draw_forecast` writes."""
+    from matplotlib.figure import Figure
+
+    top, bottom = 1.3, 0.85  # inches
+    height = max(4.6, top + bottom + 0.36 * len(rows))
+    figure = Figure(figsize=(WIDTH, height))
+    places = [(left, bottom / height, 0.32, 1 - (top + bottom) / height) for left in (0.215, 0.645)]
+    _draw_cells(figure.add_axes(places[0]), rows)
+    _draw_points(figure.add_axes(places[1]), points)
+    draw_title(figure, title, note)
+    return figure
 
 
 def _draw_cells(axes: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
@@ -71,14 +80,15 @@ def _draw_cells(axes: Axes, rows: Mapping[str, Mapping[str, float]]) -> None:
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_title("agreement with each trait", fontsize=10, color=QUIET, loc="left")
+    axes.set_title("agreement with each trait", fontsize=10, color=QUIET, loc="left", pad=8)
 
 
 def _draw_points(axes: Axes, points: Sequence[tuple[float, float]]) -> None:
-    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2)
+    axes.plot([0, 1], [0, 1], color=FAINT, linewidth=1.2, zorder=0)
     forecast, measured = zip(*points, strict=True)
-    axes.scatter(forecast, measured, s=14, color=LINE, alpha=0.55, linewidths=0)
+    axes.scatter(forecast, measured, s=14, color=LINE, alpha=0.55, linewidths=0, clip_on=False, zorder=3)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="forecast agreement of a soup", ylabel="measured agreement")
+    axes.tick_params(labelsize=9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    axes.set_title("forecast against measured", fontsize=10, color=QUIET, loc="left")
+    axes.set_title("forecast against measured", fontsize=10, color=QUIET, loc="left", pad=8)
