@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,6 +136,7 @@ def _work(connection: Any, function: Callable[[Any, Report], Any], num_threads: 
     """Run tasks until the other end of the connection closes. This function runs in the worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process stops the workers
     signal.signal(signal.SIGTERM, _leave)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch
 
     torch.set_num_threads(num_threads)  # without this call, MKL uses fewer threads on hyperthreads
@@ -153,6 +155,14 @@ def _work(connection: Any, function: Callable[[Any, Report], Any], num_threads: 
             connection.send(("failed", error))
         else:
             connection.send(("done", result))
+
+
+def _end_with_parent() -> None:
+    """Wait until the main process has ended, then end this process. A killed main process stops no workers itself."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _leave(number: int, frame: object) -> NoReturn:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +69,33 @@ def test_tasks_are_shared_by_processes_that_stay() -> None:
 def test_an_error_or_a_dead_process_ends_the_run(task: int, error: type[Exception], message: str) -> None:
     with start_processes(square, 2, num_threads=1) as pool, pytest.raises(error, match=message):
         list(pool.run([1, task, 2]))
+
+
+def hold(path: Path, report: Report) -> None:
+    """Lock the file for as long as this process lives, report, and then wait for ever."""
+    lock = path.open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    report("locked")
+    threading.Event().wait()
+
+
+def run_and_report(path: Path, connection: multiprocessing.connection.Connection) -> None:
+    """Run a pool whose task never ends, and pass its report on. This function runs in a process that is killed."""
+    with start_processes(hold, 1, num_threads=1) as pool:
+        list(pool.run([path], connection.send))
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, number: signal.Signals) -> None:
+    context = multiprocessing.get_context("spawn")
+    received, sent = context.Pipe(duplex=False)
+    main = context.Process(target=run_and_report, args=(tmp_path / "lock", sent))
+    main.start()
+    assert received.recv() == "locked"
+    assert main.pid is not None
+    os.kill(main.pid, number)
+    main.join()
+    with (tmp_path / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits until the worker has ended
