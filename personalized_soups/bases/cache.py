@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,37 +19,17 @@ from personalized_soups.bases.gguf_model import write_model
 from personalized_soups.bases.gguf_tensors import Progress
 from personalized_soups.errors import OutputExistsError, RunError, SoupError, UsageError
 from personalized_soups.files.atomic import files_below, new_folder
+from personalized_soups.files.cache_folder import VARIABLE, cache_folder
 from personalized_soups.files.digest import digest_file
 from personalized_soups.files.file_names import TINY_BASE_FILE
 from personalized_soups.files.locks import FULL_DISK, lock_file
 from personalized_soups.files.strict_json import parse_json
-
-# The environment variable that names another cache folder.
-VARIABLE = "PSOUPS_CACHE"
 
 # Increase it when `write_model` writes other files for the same source, so that older folders are made again.
 _FORMAT = 1
 _DIGITS = 16
 
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Return the folder in which this package keeps what it can make again. The folder need not exist.
-
-    It is the value of PSOUPS_CACHE. Without it, the folder follows the rule of the system: `$XDG_CACHE_HOME/psoups` or
-    `~/.cache/psoups`, on macOS `~/Library/Caches/psoups`, and on Windows `%LOCALAPPDATA%\\psoups\\Cache`.
-    """
-    if chosen := os.environ.get(VARIABLE):
-        return Path(chosen).expanduser().absolute()
-    if sys.platform == "win32":
-        local = os.environ.get("LOCALAPPDATA")
-        return (Path(local) if local else Path.home() / "AppData" / "Local") / "psoups" / "Cache"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "psoups"
-    xdg = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification says that relative paths must be ignored.
-    return (Path(xdg) if xdg.startswith("/") else Path.home() / ".cache") / "psoups"
 
 
 def bases_folder() -> Path:

@@ -24,6 +24,7 @@ from personalized_soups.errors import RunError, SoupError
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "study": ("quickstart", "quality", "study", "tiny"),
+        "data": ("judge",),
         "train": ("pairs", "train", "scorer"),
         "merge": ("doctor", "merge", "merge_many", "verify", "inspect"),
         "generate": ("generate", "sweep"),
@@ -33,6 +34,7 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 _GROUP_TITLES = {
     "study": "Run the whole pipeline",
+    "data": "Judge answers",
     "train": "Train experts",
     "merge": "Merge experts, and check merges",
     "generate": "Generate text",

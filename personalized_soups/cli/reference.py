@@ -51,10 +51,11 @@ def cli_page() -> str:
 
 
 def schema_pages() -> dict[str, str]:
-    """Return the JSON schemas of profiles, catalogues, personas, recipes and the table of bases, by file name."""
+    """Return the JSON schemas of the files that people write, by file name."""
     from personalized_soups.declare.base_table import BaseTable
     from personalized_soups.declare.dimension import Catalogue
     from personalized_soups.declare.evaluation import StudyRecipe
+    from personalized_soups.declare.judge import JudgeFile
     from personalized_soups.declare.persona import Persona
     from personalized_soups.declare.profile import Profile
     from personalized_soups.declare.training import TrainingRecipe
@@ -66,6 +67,7 @@ def schema_pages() -> dict[str, str]:
         "train": TrainingRecipe,
         "evaluation": StudyRecipe,
         "bases": BaseTable,
+        "judge": JudgeFile,
     }
     return {f"{name}.schema.json": json.dumps(_schema(model), indent=2) + "\n" for name, model in models.items()}
 

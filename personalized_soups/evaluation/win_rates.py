@@ -58,3 +58,42 @@ def bootstrap_interval(
     means_N = values_P[rng.integers(0, len(values_P), size=(num_resamples, len(values_P)))].mean(axis=1)
     low, high = np.quantile(means_N, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def ratio_interval(
+    parts: Sequence[float],
+    wholes: Sequence[float],
+    *,
+    seed: int = 0,
+    num_resamples: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Return the percentile-bootstrap interval of `sum(parts) / sum(wholes)`.
+
+    Each position is a cluster, such as a prompt with several comparisons. A cluster is resampled as a whole, because
+    its comparisons are not independent. A resample without any whole is left out.
+
+    Args:
+        parts: for each cluster, the number of comparisons that count, e.g. those that were won.
+        wholes: for each cluster, the number of comparisons.
+        seed: random seed of the bootstrap.
+        num_resamples: the number of resamples.
+        level: the share of resamples inside the interval.
+
+    Raises:
+        ValueError: if the two differ in length, or the sum of `wholes` is not positive.
+
+    Example:
+        >>> ratio_interval([2, 0, 1], [2, 0, 1])  # every comparison counts, in whatever sample of prompts
+        (1.0, 1.0)
+    """
+    if len(parts) != len(wholes) or sum(wholes) <= 0:
+        raise ValueError(
+            f"{len(parts)} parts and {len(wholes)} wholes, of which the sum must be positive, give no ratio"
+        )
+    parts_P, wholes_P = np.asarray(parts, dtype=np.float64), np.asarray(wholes, dtype=np.float64)
+    drawn_NP = np.random.default_rng(seed).integers(0, len(parts_P), size=(num_resamples, len(parts_P)))
+    sums_N = wholes_P[drawn_NP].sum(axis=1)
+    ratios_N = parts_P[drawn_NP].sum(axis=1)[sums_N > 0] / sums_N[sums_N > 0]
+    low, high = np.quantile(ratios_N, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

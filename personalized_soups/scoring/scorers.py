@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, assert_never
 
+from personalized_soups.declare.declared import Declared, KeyPath
 from personalized_soups.declare.dimension import (
+    AnyScorer,
     Catalogue,
     ClassifierScorer,
     LengthScorer,
@@ -100,11 +102,21 @@ def scorer_of(catalogue: Catalogue, side: str, *, scorers: Mapping[str, Scorer] 
         return _checked(scorers[side], f"scorers[{side!r}]", where=f"scorers[{side!r}]")
     if dimension in scorers and declared.scorer is None:
         return _checked(scorers[dimension], f"scorers[{dimension!r}]", where=f"scorers[{dimension!r}]")
-    return _declared_scorer(catalogue, side)
+    return declared_scorer(catalogue.scorer_of(side), owner=catalogue, key=_key(catalogue, side))
 
 
-def _declared_scorer(catalogue: Catalogue, side: str) -> Scorer:
-    spec = catalogue.scorer_of(side)
+def declared_scorer(spec: AnyScorer, *, owner: Declared, key: KeyPath = ("scorer",)) -> Scorer:
+    """Return the scorer that a file declares.
+
+    Args:
+        spec: the declaration of the scorer.
+        owner: the declaration of the whole file. Relative paths start at its folder.
+        key: the path of the scorer's key in the file, for error messages.
+
+    Raises:
+        DeclarationError: if the scorer cannot be imported, or a classifier's folder does not exist.
+        FileFormatError: if a classifier's files are damaged.
+    """
     match spec:
         case MarkersScorer():
             return markers_scorer(high=spec.high, low=spec.low)
@@ -113,11 +125,11 @@ def _declared_scorer(catalogue: Catalogue, side: str) -> Scorer:
         case ReadabilityScorer():
             return readability_scorer(low=spec.low, high=spec.high)
         case PythonScorer():
-            return python_scorer(spec.function, where=_place(catalogue, side, "function"))
+            return python_scorer(spec.function, where=owner.place(*key, "function"))
         case PluginScorer():
-            return plugin_scorer(spec.name, where=_place(catalogue, side, "name"))
+            return plugin_scorer(spec.name, where=owner.place(*key, "name"))
         case ClassifierScorer():
-            return classifier_scorer(catalogue.relative_path(spec.path), where=_place(catalogue, side, "path"))
+            return classifier_scorer(owner.relative_path(spec.path), where=owner.place(*key, "path"))
         case _:
             assert_never(spec)
 
@@ -131,10 +143,11 @@ def _check_names(scorers: Mapping[str, Scorer], catalogue: Catalogue) -> None:
             )
 
 
-def _place(catalogue: Catalogue, side: str, key: str) -> str:
+def _key(catalogue: Catalogue, side: str) -> KeyPath:
+    """Return the key of the side's own scorer, or else of its dimension's."""
     dimension, declared = catalogue.side(side)
-    owner = ("dimensions", dimension) if declared.scorer is None else ("dimensions", dimension, "sides", side)
-    return catalogue.place(*owner, "scorer", key)
+    own = () if declared.scorer is None else ("sides", side)
+    return ("dimensions", dimension, *own, "scorer")
 
 
 def markers_scorer(*, high: Sequence[str], low: Sequence[str]) -> Scorer:

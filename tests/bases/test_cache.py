@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 
 from personalized_soups.bases import cache as cache_module
-from personalized_soups.bases.cache import bases_folder, cache_folder, find_model, make_model
+from personalized_soups.bases.cache import bases_folder, find_model, make_model
 from personalized_soups.bases.gguf_model import write_model
 from personalized_soups.bases.known_files import digest_once
 from personalized_soups.bases.place import place_of
 from personalized_soups.errors import FileFormatError, InputError, RunError, UsageError
+from personalized_soups.files.cache_folder import cache_folder
 from personalized_soups.files.digest import digest_file
 from personalized_soups.files.locks import lock_file
 
