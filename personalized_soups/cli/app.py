@@ -24,8 +24,8 @@ from personalized_soups.errors import RunError, SoupError
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "study": ("quickstart", "quality", "study", "tiny"),
-        "data": ("judge",),
-        "train": ("pairs", "train", "scorer"),
+        "data": ("pairs", "data", "judge", "scorer"),
+        "train": ("train",),
         "merge": ("doctor", "merge", "merge_many", "verify", "inspect"),
         "generate": ("generate", "sweep"),
         "users": ("basis", "questions", "tune"),
@@ -34,7 +34,7 @@ COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 _GROUP_TITLES = {
     "study": "Run the whole pipeline",
-    "data": "Judge answers",
+    "data": "Make training data, and judge answers",
     "train": "Train experts",
     "merge": "Merge experts, and check merges",
     "generate": "Generate text",

@@ -57,6 +57,7 @@ def schema_pages() -> dict[str, str]:
     from personalized_soups.declare.evaluation import StudyRecipe
     from personalized_soups.declare.judge import JudgeFile
     from personalized_soups.declare.persona import Persona
+    from personalized_soups.declare.preference_data import LabelledAnswers, Rollout
     from personalized_soups.declare.profile import Profile
     from personalized_soups.declare.training import TrainingRecipe
 
@@ -68,6 +69,8 @@ def schema_pages() -> dict[str, str]:
         "evaluation": StudyRecipe,
         "bases": BaseTable,
         "judge": JudgeFile,
+        "rollouts": Rollout,
+        "labels": LabelledAnswers,
     }
     return {f"{name}.schema.json": json.dumps(_schema(model), indent=2) + "\n" for name, model in models.items()}
 

@@ -6,21 +6,23 @@ A line can also hold the answers of a user to questions. Such a line has `answer
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from pydantic import ValidationError
 
 from personalized_soups.declare.declared import Places
 from personalized_soups.declare.evidence import UserAnswers
+from personalized_soups.declare.json_lines import LineKind, json_object, text_lines
 from personalized_soups.declare.loader import load_data
 from personalized_soups.declare.profile import Profile
 from personalized_soups.errors import DeclarationError, SoupError, UsageError
 
 # A function that is called with the error of each skipped line.
 OnBad: TypeAlias = Callable[[SoupError], None]
+
+_PROFILE = LineKind("profile", '{"user": "u1042", "weights": {"expert": 0.6}}')
 
 
 def read_profiles(path: Path | str, *, on_bad: OnBad | None = None) -> Iterator[Profile]:
@@ -45,26 +47,15 @@ def read_user_lines(path: Path | str, *, on_bad: OnBad | None = None) -> Iterato
     Raises:
         DeclarationError: if the file cannot be read, or if a line is invalid and `on_bad` is None.
     """
-    path = Path(path)
-    try:
-        # A strict decoder fails on a whole block of lines, although only one line has the invalid byte. surrogateescape
-        # keeps the invalid byte, so it is found in its line.
-        with path.open(encoding="utf-8-sig", errors="surrogateescape") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                try:
-                    declared = _declared(line, f"{path}:{number}")
-                except DeclarationError as error:
-                    if on_bad is None:
-                        raise
-                    on_bad(error)
-                else:
-                    yield declared
-    except OSError as error:
-        raise DeclarationError(
-            f"the file cannot be read: {error.strerror}", where=str(path), mend="check the path and the permissions"
-        ) from error
+    for where, line in text_lines(Path(path)):
+        try:
+            declared = _declared(line, where)
+        except DeclarationError as error:
+            if on_bad is None:
+                raise
+            on_bad(error)
+        else:
+            yield declared
 
 
 class SeenUsers:
@@ -108,28 +99,7 @@ def each_once(profiles: Iterable[Profile]) -> Iterator[Profile]:
 
 
 def _declared(line: str, where: str) -> Profile | UserAnswers:
-    if not line.isascii():
-        try:
-            line.encode()
-        except UnicodeEncodeError as error:
-            byte = ord(line[error.start]) & 0xFF  # surrogateescape decodes an invalid byte as U+DC00 plus the byte
-            raise DeclarationError(
-                f"the line is not UTF-8: byte 0x{byte:02x} is invalid", where=where, mend="save the file as UTF-8"
-            ) from None
-    try:
-        table = json.loads(line, object_pairs_hook=_no_repeats)
-    except (ValueError, RecursionError) as error:
-        raise DeclarationError(
-            f"the line is not JSON: {str(error)[:200]}",
-            where=where,
-            mend='write one profile per line, as JSON: {"user": "u1042", "weights": {"expert": 0.6}}',
-        ) from None
-    if not isinstance(table, dict):
-        raise DeclarationError(
-            f"the line holds a {type(table).__name__}, which is not a profile",
-            where=where,
-            mend='write one profile per line: {"user": "u1042", "weights": {"expert": 0.6}}',
-        )
+    table = json_object(line, where, _PROFILE)
     if "answers" in table and "weights" not in table:
         return load_data(table, UserAnswers, where)
     try:
@@ -137,11 +107,3 @@ def _declared(line: str, where: str) -> Profile | UserAnswers:
         return Profile.model_validate_json(line).with_places(Places(where, {}))
     except ValidationError:
         return load_data(table, Profile, where)
-
-
-def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is repeated")
-    return table

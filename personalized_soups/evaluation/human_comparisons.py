@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from personalized_soups.declare.preference_data import Verdict
 from personalized_soups.errors import FileFormatError, InputError
 from personalized_soups.evaluation.judge_report import HumanComparison
-from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Verdict
+from personalized_soups.scoring.judging.pair_judge import ComparedAnswers
 
 _PREFERRED: tuple[Verdict, ...] = ("first", "second", "tie")
 # Fine-Grained RLHF (https://github.com/allenai/FineGrainedRLHF) lists its six preferences in this order of its four

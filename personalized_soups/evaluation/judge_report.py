@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from personalized_soups.declare.preference_data import Verdict
 from personalized_soups.evaluation.win_rates import ratio_interval
-from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement, Verdict
+from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement
 
 _DECIDED = ("first", "second")
 _VERDICTS: tuple[Verdict, ...] = ("first", "second", "tie")

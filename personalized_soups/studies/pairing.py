@@ -8,7 +8,8 @@ from personalized_soups.generation.prompts import with_text_before
 from personalized_soups.studies.answering import Answering
 from personalized_soups.training.data import write_pairs
 from personalized_soups.training.instructions import InstructedShare, instructions_of
-from personalized_soups.training.pairs import Sampled, label_pool, read_pool, write_pool
+from personalized_soups.training.pairs import label_pool
+from personalized_soups.training.rollouts import Sampled, read_pool, write_pool
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from personalized_soups.errors import InputError, UsageError
 from personalized_soups.scoring.fluency import FluencyGate, failed_checks
 from personalized_soups.scoring.fluency_calibration import num_failed
-from personalized_soups.training.pairs import Sampled
+from personalized_soups.training.rollouts import Sampled
 
 
 def fluent_pool(

@@ -1,79 +1,22 @@
-"""Make preference pairs from a base's own answers: sample answers, score them, and pair answers that differ.
-
-The pool, which is all sampled answers, is sampled once and gives pairs for every side.
-"""
+"""Choose preference pairs from labelled answers: of a prompt's answers, a better and a worse one for one side."""
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.preference_data import LabelledAnswers
 from personalized_soups.errors import InputError
-from personalized_soups.generation.generator import Generator
-from personalized_soups.generation.prompts import messages_of, with_text_before
+from personalized_soups.generation.prompts import messages_of
 from personalized_soups.scoring.scorers import Scorer, scorer_of
-from personalized_soups.scoring.sentences import without_cut_sentence
-from personalized_soups.training.data import Pair, write_lines
-from personalized_soups.training.instructions import InstructedShare, repeats
+from personalized_soups.training.data import Pair
+from personalized_soups.training.labels import ScorerLabels
 from personalized_soups.training.length_matching import matched_selection, num_words
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """One prompt and the answers that were sampled for it.
-
-    Attributes:
-        prompt: the plain prompt.
-        answers: the answers, in the order of sampling.
-        instructions: the instruction under which each answer was sampled, or None for a plain answer. It is empty if
-            all answers are plain.
-    """
-
-    prompt: str
-    answers: tuple[str, ...]
-    instructions: tuple[str | None, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Check that each answer has its instruction, and make the instructions of plain answers empty."""
-        if self.instructions and len(self.instructions) != len(self.answers):
-            raise ValueError(f"{len(self.answers)} answers have {len(self.instructions)} instructions")
-        if not any(self.instructions):
-            object.__setattr__(self, "instructions", ())
-
-    def without_echoes(self) -> tuple[str, ...]:
-        """Return the answers that do not repeat the instruction under which they were sampled."""
-        if not self.instructions:
-            return self.answers
-        return tuple(
-            answer
-            for answer, instruction in zip(self.answers, self.instructions, strict=True)
-            if instruction is None or not repeats(answer, instruction)
-        )
-
-    def row(self) -> dict[str, Any]:
-        """Return the line of a pool file. The line of a plain pool has no key `instructions`."""
-        row: dict[str, Any] = {"prompt": self.prompt, "answers": list(self.answers)}
-        return row | {"instructions": list(self.instructions)} if self.instructions else row
-
-    @classmethod
-    def of_row(cls, row: Any) -> Self:
-        """Return the answers in a line of a pool file.
-
-        Raises:
-            ValueError, KeyError, TypeError: if the line has other content.
-        """
-        prompt, answers, instructions = row["prompt"], row["answers"], row.get("instructions", [])
-        is_sound = isinstance(prompt, str) and isinstance(answers, list) and isinstance(instructions, list)
-        if not is_sound or not all(isinstance(answer, str) for answer in answers):
-            raise TypeError("the line is not a prompt with answers")
-        if not all(isinstance(instruction, str | None) for instruction in instructions):
-            raise TypeError("an instruction is not a text")
-        return cls(prompt, tuple(answers), tuple(instructions))
+from personalized_soups.training.rollouts import Sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,56 +24,9 @@ class _Candidate:
     prompt: str
     chosen: str
     rejected: str
-    chosen_score: float
-    rejected_score: float
-    both_valid: bool
-
-
-def sample_pool(
-    generator: Generator,
-    prompts: Sequence[str],
-    *,
-    num_samples: int = 4,
-    temperature: float = 1.0,
-    max_new_tokens: int = 256,
-    batch_size: int = 64,
-    seed: int = 0,
-    instructed: InstructedShare | None = None,
-    first: int = 0,
-    on_done: Callable[[int], None] | None = None,
-) -> list[Sampled]:
-    """Sample `num_samples` answers to each prompt, and return them.
-
-    Args:
-        generator: samples the answers.
-        prompts: the plain prompts.
-        num_samples: the number of answers to each prompt, with the instructed ones.
-        temperature, max_new_tokens, batch_size, seed: as for `Generator.answers`.
-        instructed: how many of the answers are sampled under an instruction. By default, none.
-        first: the index of the first prompt in a longer list of prompts that is sampled in portions.
-        on_done: called after each batch with the number of finished answers.
-    """
-    share = instructed or InstructedShare(0, ())
-    instructions = [share.of_prompt(first + place, num_samples=num_samples) for place in range(len(prompts))]
-    asked = [
-        with_text_before(prompt, instruction or "")
-        for prompt, own in zip(prompts, instructions, strict=True)
-        for instruction in own
-    ]
-    answers = generator.answers(
-        asked,
-        temperature=temperature,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        places=range(first * num_samples, first * num_samples + len(asked)),
-        on_done=on_done,
-    )
-    texts = [text for (text,) in answers]
-    return [
-        Sampled(prompt, tuple(texts[place * num_samples : (place + 1) * num_samples]), instructions[place])
-        for place, prompt in enumerate(prompts)
-    ]
+    chosen_score: float | None = None  # without scores, a judge has compared the answers
+    rejected_score: float | None = None
+    both_valid: bool = True
 
 
 def label_pool(
@@ -175,61 +71,90 @@ def label_pool(
         InputError: if no prompt has two answers that differ enough.
         ValueError: if `min_gap` is not in (0, 1].
     """
+    score, end = scorer_of(catalogue, side, scorers=scorers), catalogue.side(side)[1].end
+    labels = ScorerLabels(side, score, end, whole_sentences)
+    return choose_pairs(
+        [labels.of(sampled) for sampled in pool],
+        min_gap=min_gap,
+        max_pairs=max_pairs,
+        seed=seed,
+        conversational=conversational,
+        match_length=match_length and not catalogue.is_about_length(side),
+        side=side,
+    )
+
+
+def choose_pairs(
+    labels: Sequence[LabelledAnswers],
+    *,
+    min_gap: float = 0.3,
+    max_pairs: int | None = None,
+    seed: int = 0,
+    conversational: bool = False,
+    match_length: bool = False,
+    side: str | None = None,
+) -> list[Pair]:
+    """Return pairs of a better and a worse answer from answers with labels.
+
+    With scores, the best answer to a prompt is paired with the worst, and so on, as `label_pool` describes. With
+    comparisons, each comparison with a winner is a pair.
+
+    Args:
+        labels: the lines of one side.
+        min_gap: the minimum difference of two scores, in (0, 1]. It plays no part for comparisons.
+        max_pairs, seed, conversational: as for `label_pool`.
+        match_length: choose pairs whose differences in length have a mean near 0, and pair scored answers of similar
+            length. Not for a side that is about length.
+        side: the side's name. Without it, that of the first line.
+
+    Raises:
+        InputError: if there is no pair.
+        ValueError: if `min_gap` is not in (0, 1].
+    """
     if not 0 < min_gap <= 1:
         raise ValueError(f"min_gap must be in (0, 1], got {min_gap}")
-    score, end = scorer_of(catalogue, side, scorers=scorers), catalogue.side(side)[1].end
-    is_matched = match_length and not catalogue.is_about_length(side)
-    pairing = _paired_by_length if is_matched else _paired
-    candidates: list[_Candidate] = []
-    spans: list[tuple[float, float]] = []  # worst and best score of each prompt's valid answers
-    for sampled in pool:
-        own = sampled.without_echoes()
-        answers = map(without_cut_sentence, own) if whole_sentences else own
-        scored = [(score(sampled.prompt, answer), answer) for answer in answers]
-        valid = sorted((result.toward(end), answer) for result, answer in scored if result.valid)
-        invalid = sorted(answer for result, answer in scored if not result.valid)
-        candidates += pairing(sampled.prompt, valid, invalid, min_gap)
-        spans += [(valid[0][0], valid[-1][0])] if valid else []
+    side = side or (labels[0].side if labels else "")
+    candidates = [candidate for label in labels for candidate in _candidates(label, min_gap, match_length=match_length)]
     if not candidates:
-        raise _no_pairs(side, pool, spans, min_gap)
+        raise _no_pairs(side, labels, min_gap)
     random.Random(f"pairs/{side}/{seed}").shuffle(candidates)
     candidates.sort(key=lambda pair: not pair.both_valid)
-    kept = _matched(candidates, max_pairs) if is_matched else candidates[:max_pairs]
+    kept = _matched(candidates, max_pairs) if match_length else candidates[:max_pairs]
     return [_as_pair(candidate, conversational=conversational) for candidate in kept]
 
 
-def write_pool(path: Path, pool: Sequence[Sampled]) -> None:
-    """Write a pool as JSON lines. A failed write leaves `path` as it was."""
-    write_lines(path, [sampled.row() for sampled in pool])
+def tied_pairs(labels: Sequence[LabelledAnswers], *, conversational: bool = False) -> list[Pair]:
+    """Return each tie of a judge twice, once with either answer as the chosen one.
 
-
-def read_pool(path: Path) -> list[Sampled]:
-    """Return the pool from a file that `write_pool` has written.
-
-    Raises:
-        InputError: if the file cannot be read, is empty, or has a line that is not a prompt with answers.
+    Trained along with other pairs, they hold an expert to the base where the side makes no difference.
     """
-    pool = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"the sampled answers can't be read: {error}", where=str(path), mend="sample the answers again"
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            pool.append(Sampled.of_row(json.loads(line)))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise InputError(
-                "the line is not a JSON object with a prompt and a list of answers",
-                where=f"{path}:{number}",
-                mend="sample the answers again",
-            ) from None
-    if not pool:
-        raise InputError("the file of sampled answers is empty", where=str(path), mend="sample the answers again")
-    return pool
+    return [
+        _as_pair(_Candidate(label.prompt, *texts), conversational=conversational)
+        for label in labels
+        for compared in label.comparisons
+        if compared.verdict == "tie"
+        for texts in (
+            (label.answers[compared.first], label.answers[compared.second]),
+            (label.answers[compared.second], label.answers[compared.first]),
+        )
+    ]
+
+
+def _candidates(label: LabelledAnswers, min_gap: float, *, match_length: bool) -> list[_Candidate]:
+    if not label.scores:
+        return [
+            _Candidate(label.prompt, *_ordered(label.answers[compared.first], label.answers[compared.second], winner))
+            for compared in label.comparisons
+            if (winner := compared.verdict) in {"first", "second"}
+        ]
+    scored = list(zip(label.scores, label.answers, strict=True))
+    valid = sorted((score, answer) for score, answer in scored if score is not None)
+    invalid = sorted(answer for score, answer in scored if score is None)
+    return (_paired_by_length if match_length else _paired)(label.prompt, valid, invalid, min_gap)
+
+
+def _ordered(first: str, second: str, winner: str) -> tuple[str, str]:
+    return (first, second) if winner == "first" else (second, first)
 
 
 def _paired(prompt: str, valid: list[tuple[float, str]], invalid: list[str], min_gap: float) -> list[_Candidate]:
@@ -275,11 +200,24 @@ def _matched(candidates: Sequence[_Candidate], max_pairs: int | None) -> list[_C
     return [candidates[index] for index in matched_selection(differences, lengths, max_pairs=max_pairs)]
 
 
-def _no_pairs(side: str, pool: Sequence[Sampled], spans: Sequence[tuple[float, float]], min_gap: float) -> InputError:
+def _no_pairs(side: str, labels: Sequence[LabelledAnswers], min_gap: float) -> InputError:
     """Return the error for a side without pairs. It says why no two answers differ enough."""
+    if any(label.comparisons for label in labels):
+        counts = Counter(compared.verdict for label in labels for compared in label.comparisons)
+        return InputError(
+            f"no comparison has a winner: {counts['tie']} are ties, and {counts['unparsed']} have no verdict",
+            where=f"pairs for {side}",
+            mend="read some of the judge's replies, and sample answers that differ more: under instructions, or at a "
+            "higher temperature",
+        )
+    spans = [
+        (min(valid), max(valid))
+        for label in labels
+        if (valid := [score for score in label.scores if score is not None])
+    ]
     low, high = min((low for low, _ in spans), default=0.0), max((high for _, high in spans), default=0.0)
     widest = max((best - worst for worst, best in spans), default=0.0)
-    what = f"no two answers differ by {min_gap:g} for the side {side!r} ({len(pool)} prompts)"
+    what = f"no two answers differ by {min_gap:g} for the side {side!r} ({len(labels)} prompts)"
     if not spans:
         what += ": no answer is valid"
         mend = "read the answers (pool=FILE stores them), and find out why the scorer calls all of them invalid"
@@ -293,7 +231,9 @@ def _no_pairs(side: str, pool: Sequence[Sampled], spans: Sequence[tuple[float, f
 
 
 def _as_pair(candidate: _Candidate, *, conversational: bool) -> Pair:
-    scores = {"chosen_score": candidate.chosen_score, "rejected_score": candidate.rejected_score}
+    scores: dict[str, Any] = {}
+    if candidate.chosen_score is not None:
+        scores = {"chosen_score": candidate.chosen_score, "rejected_score": candidate.rejected_score}
     if not conversational:
         return {
             "prompt": candidate.prompt,

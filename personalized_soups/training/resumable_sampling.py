@@ -14,11 +14,12 @@ from typing import Any
 
 from blake3 import blake3
 
+from personalized_soups.declare.preference_data import Rollout
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.training.data import write_lines
 from personalized_soups.training.instructions import InstructedShare
-from personalized_soups.training.pairs import Sampled, sample_pool
+from personalized_soups.training.rollouts import Sampled, sample_pool
 
 # The number of batches in a portion. A portion is sorted by length to save padding. A kill loses at most one portion.
 _BATCHES = 8
@@ -94,8 +95,9 @@ def sample_kept(
 def _read(kept: Path, sampling: dict[str, Any]) -> list[Sampled]:
     """Return the answers in the file if it has the same settings. An incomplete last line is ignored."""
     try:
-        begun, *rows = [json.loads(line) for line in kept.read_bytes().split(b"\n")[:-1]]
-        pool = [Sampled.of_row(row) for row in rows]
+        first, *lines = kept.read_bytes().split(b"\n")[:-1]
+        begun = json.loads(first)
+        pool = [Sampled(row.prompt, row.answers, row.instructions) for row in map(Rollout.model_validate_json, lines)]
         differing = sorted(key for key in {*sampling, *begun} if begun.get(key) != sampling.get(key))
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return []  # another kind of file

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from personalized_soups.declare.preference_data import Verdict
 from personalized_soups.errors import FileFormatError, InputError
 from personalized_soups.evaluation.human_comparisons import read_human_comparisons
 from personalized_soups.evaluation.judge_report import HumanComparison, agreement, judge_report
 from personalized_soups.evaluation.win_rates import bootstrap_interval, ratio_interval
-from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement, Verdict
+from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement
 
 FIRST, SECOND, TIE = (Judgement.of_gap(gap) for gap in (1.0, -1.0, 0.0))
 UNPARSED = Judgement.of_orders("unparsed", "first")

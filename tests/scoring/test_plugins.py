@@ -17,7 +17,8 @@ from personalized_soups.errors import DeclarationError
 from personalized_soups.evaluation.scores import grade
 from personalized_soups.scoring.scales import Scales
 from personalized_soups.scoring.scorers import Scored, plugin_scorer, scorer_of
-from personalized_soups.training.pairs import Sampled, label_pool
+from personalized_soups.training.pairs import label_pool
+from personalized_soups.training.rollouts import Sampled
 
 MODULE = """
 import pathlib

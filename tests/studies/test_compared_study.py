@@ -33,7 +33,7 @@ from personalized_soups.studies.quickstart import run_study
 from personalized_soups.studies.study import Study
 from personalized_soups.studies.ten_answers.study import BASE, DECLARED, INFERRED, TenAnswersStudy, run_ten_answers
 from personalized_soups.tiny import corpus
-from personalized_soups.training.pairs import read_pool
+from personalized_soups.training.rollouts import read_pool
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,9 @@ from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import DeclarationError, InputError, UsageError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.training.instructions import InstructedShare, instructions_of, repeats
-from personalized_soups.training.pairs import Sampled, label_pool, read_pool, sample_pool, write_pool
+from personalized_soups.training.pairs import label_pool
 from personalized_soups.training.resumable_sampling import sample_kept
+from personalized_soups.training.rollouts import Sampled, read_pool, sample_pool, write_pool
 
 SIX = ("a low", "a high", "b low", "b high", "c low", "c high")
 PROMPTS = [f"wash kettle {number}" for number in range(9)]
@@ -106,7 +107,7 @@ def test_a_line_with_faulty_instructions_is_named(tmp_path: Path, instructions: 
     path.write_text('{"prompt": "p", "answers": ["x", "y"], "instructions": ' + instructions + "}\n")
     with pytest.raises(InputError) as caught:
         read_pool(path)
-    assert caught.value.where == f"{path}:1"
+    assert caught.value.where.startswith(f"{path}:1: instructions")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.scoring.scorers import Scored, Scorer
 from personalized_soups.training.length_matching import length_difference, matched_selection, num_words
-from personalized_soups.training.pairs import Sampled, label_pool
+from personalized_soups.training.pairs import label_pool
+from personalized_soups.training.rollouts import Sampled
 
 CATALOGUE = Catalogue.model_validate_json(
     """{"dimensions": {

@@ -9,8 +9,8 @@ import pytest
 from personalized_soups.errors import UsageError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.training import resumable_sampling as module
-from personalized_soups.training.pairs import Sampled
 from personalized_soups.training.resumable_sampling import sample_kept
+from personalized_soups.training.rollouts import Sampled
 
 PROMPTS = [f"wash the kettle {number}" for number in range(7)]
 OPTIONS: dict[str, Any] = {"base": "b", "num_samples": 2, "max_new_tokens": 5, "batch_size": 4, "seed": 3}

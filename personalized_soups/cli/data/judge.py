@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from personalized_soups.evaluation.judge_report import Agreement, HumanComparison, JudgeReport, Share
-    from personalized_soups.scoring.judging.pair_judge import PairJudge
+    from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement, PairJudge
 
 
 def register(app: typer.Typer) -> None:
@@ -36,6 +36,13 @@ ReplyCacheOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+def reply_cache(cache: Path | None) -> Path:
+    """Return the file of an LLM judge's replies: the given one, or one in the user's cache folder."""
+    from personalized_soups.files.cache_folder import cache_folder
+
+    return cache or cache_folder() / "judges" / "replies.sqlite"
 
 
 def agreement(
@@ -69,11 +76,9 @@ def agreement(
 
     from personalized_soups.evaluation.judge_report import agreement as agreement_of
     from personalized_soups.evaluation.judge_report import judge_report
-    from personalized_soups.files.cache_folder import cache_folder
     from personalized_soups.scoring.judging.open_judge import open_judge
 
-    store = cache or cache_folder() / "judges" / "replies.sqlite"
-    with open_judge(judge, cache=store, device=device) as opened:
+    with open_judge(judge, cache=reply_cache(cache), device=device) as opened:
         with render.progress("judging", len(people), quiet=as_json) as bar:
             judgements = opened.compare([human.answers for human in people], on_done=bar.update)
         report = judge_report([human.answers for human in people], judgements)
@@ -91,7 +96,12 @@ def _show(judge: PairJudge, report: JudgeReport, agreed: Agreement, *, as_json: 
 
     if as_json:
         render.show_json(
-            {"judge": judge.record, "traffic": _traffic(judge), "biases": asdict(report), "agreement": asdict(agreed)}
+            {
+                "judge": judge.settings,
+                "traffic": shown_traffic(judge),
+                "biases": asdict(report),
+                "agreement": asdict(agreed),
+            }
         )
         return
     record: dict[str, Any] = {
@@ -101,14 +111,26 @@ def _show(judge: PairJudge, report: JudgeReport, agreed: Agreement, *, as_json: 
         "where both decide": _shown(agreed.accuracy),
         "longer answer": f"{_shown(agreed.longer)}: the agreement of always naming the longer answer",
         "kappa": "-" if agreed.kappa is None else f"{agreed.kappa:.2f}",
+    }
+    render.show_record(record | _biases(report) | shown_traffic(judge), as_json=False)
+
+
+def shown_biases(compared: Sequence[tuple[ComparedAnswers, Judgement]]) -> dict[str, Any]:
+    """Return how position and length decide a judge's verdicts, as rows of a record."""
+    from personalized_soups.evaluation.judge_report import judge_report
+
+    return _biases(judge_report([answers for answers, _ in compared], [judgement for _, judgement in compared]))
+
+
+def _biases(report: JudgeReport) -> dict[str, Any]:
+    return {
         "first shown": f"{_shown(report.first_shown)} of the verdicts; 0.5 is no bias",
         "orders disagree": _shown(report.flipped),
         "longer wins": f"{_shown(report.longer)} of the decided comparisons",
     }
-    render.show_record(record | _traffic(judge), as_json=False)
 
 
-def _traffic(judge: PairJudge) -> dict[str, Any]:
+def shown_traffic(judge: PairJudge) -> dict[str, Any]:
     """Return what an LLM judge sent and what it costs. Other judges send nothing."""
     from personalized_soups.scoring.judging.llm_judge import LlmJudge
 

@@ -11,8 +11,9 @@ from typing import Self
 from blake3 import blake3
 
 from personalized_soups.declare.judge import LlmJudgeSpec
+from personalized_soups.declare.preference_data import Verdict
 from personalized_soups.scoring.judging.chat_client import ChatClient, Request, Traffic
-from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement, Verdict, swapped_verdict
+from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement, swapped_verdict
 from personalized_soups.scoring.judging.reply_cache import Reply, ReplyCache
 from personalized_soups.scoring.judging.template import JudgeTemplate
 from personalized_soups.scoring.judging.verdict import read_verdict
@@ -74,18 +75,13 @@ class LlmJudge:
         return None if prices is None else prices.cost(traffic.input_tokens, traffic.output_tokens)
 
     @property
-    def record(self) -> dict[str, object]:
-        """The judge's settings, and the names under which the endpoint's models replied so far."""
+    def settings(self) -> dict[str, object]:
+        """The model, its endpoint, the parameters of a request, and the digest of the template."""
         asked = self._spec.model_dump(
             mode="json", include={"kind", "model", "temperature", "seed", "max_tokens"}, exclude_none=True
         )
-        return {
-            **asked,
-            "endpoint": self._client.endpoint,
-            "template": str(blake3(self._template.text.encode()).hexdigest()),
-            "models": sorted(self.traffic.models),
-            "system_fingerprints": sorted(self.traffic.fingerprints),
-        }
+        template = str(blake3(self._template.text.encode()).hexdigest())
+        return {**asked, "endpoint": self._client.endpoint, "template": template}
 
     def compare(
         self, comparisons: Sequence[ComparedAnswers], *, on_done: Callable[[int], None] | None = None

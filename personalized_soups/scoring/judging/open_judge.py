@@ -49,6 +49,6 @@ def open_judge(path: Path, *, cache: Path | None = None, device: str = "auto") -
             from personalized_soups.scoring.scorers import declared_scorer
 
             scorer = declared_scorer(spec.scorer, owner=declared, key=("judge", "scorer"))
-            yield ScorerJudge(scorer, end=spec.end, min_gap=spec.min_gap, name=spec.scorer.kind)
+            yield ScorerJudge(scorer, end=spec.end, min_gap=spec.min_gap, about=spec.scorer.model_dump(mode="json"))
         case _:
             assert_never(spec)

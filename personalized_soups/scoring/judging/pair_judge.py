@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Protocol
 
-Verdict: TypeAlias = Literal["first", "second", "tie", "unparsed"]
-"""The better answer. `unparsed` means that the judge gave no verdict; such a comparison counts for no answer."""
+from personalized_soups.declare.preference_data import Verdict
 
 _SWAPPED: dict[Verdict, Verdict] = {"first": "second", "second": "first", "tie": "tie", "unparsed": "unparsed"}
 
@@ -69,11 +68,11 @@ class Judgement:
 
 
 class PairJudge(Protocol):
-    """Compares answers. `record` says what compared them, for files of results."""
+    """Compares answers."""
 
     @property
-    def record(self) -> dict[str, object]:
-        """The judge's kind, model and settings, as JSON values."""
+    def settings(self) -> dict[str, object]:
+        """The judge's kind, model and all else on which its verdicts depend, as JSON values."""
 
     def compare(
         self, comparisons: Sequence[ComparedAnswers], *, on_done: Callable[[int], None] | None = None

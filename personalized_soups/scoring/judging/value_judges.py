@@ -19,7 +19,7 @@ class ScorerJudge:
         scorer: the scorer.
         end: the end of its scale that wins.
         min_gap: a smaller or equal difference is a tie.
-        name: the scorer's name in records.
+        about: what is recorded of the scorer, such as its declaration.
 
     Example:
         >>> judge = ScorerJudge(length_scorer(low=2, high=10), end="low")
@@ -28,14 +28,14 @@ class ScorerJudge:
     """
 
     def __init__(
-        self, scorer: Scorer, *, end: Literal["low", "high"] = "high", min_gap: float = 0.0, name: str = "scorer"
+        self, scorer: Scorer, *, end: Literal["low", "high"] = "high", min_gap: float = 0.0, about: object = None
     ) -> None:
-        self._scorer, self._end, self._min_gap, self._name = scorer, end, min_gap, name
+        self._scorer, self._end, self._min_gap, self._about = scorer, end, min_gap, about
 
     @property
-    def record(self) -> dict[str, object]:
-        """The scorer's name, its end and the gap."""
-        return {"kind": "scorer", "scorer": self._name, "end": self._end, "min_gap": self._min_gap}
+    def settings(self) -> dict[str, object]:
+        """What is recorded of the scorer, its end and the gap."""
+        return {"kind": "scorer", "scorer": self._about, "end": self._end, "min_gap": self._min_gap}
 
     def compare(
         self, comparisons: Sequence[ComparedAnswers], *, on_done: Callable[[int], None] | None = None
@@ -76,7 +76,7 @@ class RewardModelJudge:
         return cls(RewardModels({str(model): model}, device=device), min_gap=min_gap)
 
     @property
-    def record(self) -> dict[str, object]:
+    def settings(self) -> dict[str, object]:
         """The model's name and digest, and the gap."""
         name = self._models.names[0]
         return {"kind": "reward_model", "model": name, "digest": self._models.digest, "min_gap": self._min_gap}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from personalized_soups.scoring.judging.pair_judge import Verdict
+from personalized_soups.declare.preference_data import Verdict
 
 # Matches lines such as B, **B**, Verdict: A. and Answer B.
 _VERDICT = re.compile(

@@ -28,7 +28,8 @@ def test_a_scorer_and_people(psoups: Run, people: Path, tmp_path: Path) -> None:
     code, out, _ = psoups("judge", "agreement", str(people), "--judge", str(tmp_path / "judge.yaml"), "--json")
     assert code == 0
     found = json.loads(out)
-    assert found["judge"] == {"kind": "scorer", "scorer": "length", "end": "low", "min_gap": 0.0}
+    scorer = {"kind": "length", "low": 0, "high": 9}
+    assert found["judge"] == {"kind": "scorer", "scorer": scorer, "end": "low", "min_gap": 0.0}
     assert found["biases"]["counts"] == {"first": 4, "second": 0, "tie": 0, "unparsed": 0}
     assert found["biases"]["longer"]["value"] == 0.0
     assert found["agreement"]["accuracy"]["value"] == pytest.approx(2 / 3)

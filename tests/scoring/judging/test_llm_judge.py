@@ -151,9 +151,9 @@ def test_a_rerun_asks_nothing_and_costs_nothing(asking: Asking, tmp_path: Path) 
         assert rerun.compare(comparisons) == judged
     assert len(server.requests) == 4
     assert (rerun.traffic.num_asked, rerun.traffic.num_cached, rerun.cost) == (0, 4, 0.0)
-    assert rerun.record["models"] == ["judge-2026-11-01"]
-    assert rerun.record["system_fingerprints"] == ["fp_1"]
-    json.dumps(rerun.record)
+    assert rerun.traffic.models == {"judge-2026-11-01"}
+    assert rerun.traffic.fingerprints == {"fp_1"}
+    assert json.loads(json.dumps(rerun.settings))["endpoint"] == server.url + "/"
 
 
 def test_models_that_reject_a_temperature(asking: Asking) -> None:

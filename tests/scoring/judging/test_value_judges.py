@@ -73,7 +73,7 @@ def test_a_reward_model_judges_by_its_output(small_base: Path, tmp_path: Path) -
     (tmp_path / "judge.yaml").write_text("judge: {kind: reward_model, model: model}\n")
     with open_judge(tmp_path / "judge.yaml", device="cpu") as judge:  # the path starts at the file's folder
         verdicts = [judgement.verdict for judgement in judge.compare(comparisons)]
-        assert judge.record["kind"] == "reward_model"
+        assert judge.settings["kind"] == "reward_model"
     assert verdicts == ["first" if rewards[0] > other else "second" for other in rewards[1:]]
     assert RewardModelJudge(models, min_gap=abs(gap)).compare(comparisons)[0].verdict == "tie"
 
@@ -83,7 +83,8 @@ def test_a_file_declares_a_scorer(tmp_path: Path) -> None:
     path.write_text("judge:\n  kind: scorer\n  scorer: {kind: length, low: 0, high: 10}\n  end: low\n  min_gap: 0.1\n")
     with open_judge(path) as judge:
         assert [judgement.verdict for judgement in judge.compare(COMPARISONS)] == ["second", "tie", "tie"]
-        assert judge.record == {"kind": "scorer", "scorer": "length", "end": "low", "min_gap": 0.1}
+        scorer = {"kind": "length", "low": 0, "high": 10}
+        assert judge.settings == {"kind": "scorer", "scorer": scorer, "end": "low", "min_gap": 0.1}
 
 
 @pytest.mark.parametrize(

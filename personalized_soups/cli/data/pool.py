@@ -1,4 +1,4 @@
-"""The answers that `psoups pairs` labels: read from a pool file, or sampled from the base."""
+"""The answers that are labelled: read from a pool file, or sampled from the base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from personalized_soups.cli.bases import LoadOptions
     from personalized_soups.cli.sampling import SamplingOptions
     from personalized_soups.training.instructions import InstructedShare
-    from personalized_soups.training.pairs import Sampled
+    from personalized_soups.training.rollouts import Sampled
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class PoolRequest:
         Raises:
             SoupError: if a file or the base cannot be read, or the prompts in the pool differ from `prompts`.
         """
-        from personalized_soups.training.pairs import read_pool, write_pool
+        from personalized_soups.training.rollouts import read_pool, write_pool
 
         if self.pool is not None and self.pool.exists():
             answers = read_pool(self.pool)
@@ -104,3 +104,17 @@ class PoolRequest:
                 on_begin=begin,
                 on_done=advance,
             )
+
+
+def check_instructed(instructed: int, num_samples: int) -> None:
+    """Check that no more answers are instructed than sampled.
+
+    Raises:
+        UsageError: if there are more.
+    """
+    if instructed > num_samples:
+        raise UsageError(
+            f"{instructed} answers are instructed, but only {num_samples} are sampled",
+            where="--instructed",
+            mend=f"give --instructed {num_samples} or less, or a larger --num-samples",
+        )

@@ -9,7 +9,7 @@ import pytest
 
 from personalized_soups.declare.fluency import FluencyBounds
 from personalized_soups.declare.loader import dump, load
-from personalized_soups.training.pairs import read_pool
+from personalized_soups.training.rollouts import read_pool
 
 Run = Callable[..., tuple[int, str, str]]
 DIMENSIONS = """

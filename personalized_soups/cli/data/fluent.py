@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from personalized_soups.cli.bases import LoadOptions
     from personalized_soups.declare.fluency import FluencyBounds
-    from personalized_soups.training.pairs import Sampled
+    from personalized_soups.training.rollouts import Sampled
 
 
 def bounds_of(fluency: Path | None) -> FluencyBounds | None:

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from personalized_soups.cli import render
 from personalized_soups.cli.bases import LoadOptions, catalogue_of, checked_dtype
+from personalized_soups.cli.data.fluent import bounds_of, fluent_answers
+from personalized_soups.cli.data.outputs import check_new_file
+from personalized_soups.cli.data.pair_table import show_pairs
+from personalized_soups.cli.data.pool import PoolRequest, check_instructed
 from personalized_soups.cli.options import (
     BaseOption,
     BatchSizeOption,
@@ -22,12 +25,10 @@ from personalized_soups.cli.options import (
     TemperatureOption,
 )
 from personalized_soups.cli.sampling import SamplingOptions, check_temperature
-from personalized_soups.cli.train.fluent import bounds_of, fluent_answers
-from personalized_soups.cli.train.pool import PoolRequest
-from personalized_soups.errors import OutputExistsError, UsageError
+from personalized_soups.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    pass
 
 
 def register(app: typer.Typer) -> None:
@@ -118,7 +119,7 @@ def pairs(
     labelled = label_pool(fluent, side, catalogue, conversational=_has_chat_template(loading), **limits, **chosen)
     write_pairs(out, labelled)
     journal.unlink(missing_ok=True)
-    _show(labelled, side=side, out=out, num_prompts=len(answers), as_json=as_json)
+    show_pairs(labelled, {}, side=side, out=out, num_prompts=len(answers), as_json=as_json)
 
 
 def _check_numbers(min_gap: float, instructed: int, num_samples: int, temperature: float) -> None:
@@ -127,12 +128,7 @@ def _check_numbers(min_gap: float, instructed: int, num_samples: int, temperatur
         raise UsageError(
             f"the value is {min_gap:g}, but it must be in (0, 1]", where="--min-gap", mend="give --min-gap 0.3"
         )
-    if instructed > num_samples:
-        raise UsageError(
-            f"{instructed} answers are instructed, but only {num_samples} are sampled",
-            where="--instructed",
-            mend=f"give --instructed {num_samples} or less, or a larger --num-samples",
-        )
+    check_instructed(instructed, num_samples)
 
 
 def _check_files(prompts: Path | None, pool: Path | None, out: Path, *, overwrite: bool) -> None:
@@ -143,30 +139,9 @@ def _check_files(prompts: Path | None, pool: Path | None, out: Path, *, overwrit
             where="--prompts",
             mend="give a file of prompts, e.g. --prompts questions.txt",
         )
-    _check_out(out, overwrite=overwrite)
+    check_new_file(out, overwrite=overwrite)
     if pool is not None and not has_pool:
-        _check_out(pool, overwrite=False)
-
-
-def _check_out(out: Path, *, overwrite: bool) -> None:
-    if out.is_dir():
-        raise OutputExistsError(
-            "the output path is a folder, but it must be a file",
-            where=str(out),
-            mend="give a file, e.g. --out pairs.jsonl",
-        )
-    if out.exists() and not overwrite:
-        raise OutputExistsError(
-            "the output file already exists",
-            where=str(out),
-            mend="choose another name, or give --overwrite to replace the file",
-        )
-    if not out.absolute().parent.is_dir():
-        raise UsageError(
-            f"the folder of the output file {out.name!r} does not exist",
-            where=str(out.parent),
-            mend="create the folder first, e.g. with mkdir -p",
-        )
+        check_new_file(pool, overwrite=False)
 
 
 def _journal_of(file: Path) -> Path:
@@ -178,23 +153,3 @@ def _has_chat_template(loading: LoadOptions) -> bool:
     from personalized_soups.generation.loading import load_tokenizer
 
     return load_tokenizer(loading.path).chat_template is not None
-
-
-def _show(labelled: Sequence[Any], *, side: str, out: Path, num_prompts: int, as_json: bool) -> None:
-    from personalized_soups.training.length_matching import length_difference
-
-    gaps = [pair["chosen_score"] - pair["rejected_score"] for pair in labelled]
-    words = length_difference(labelled)
-    record: dict[str, Any] = {
-        "side": side,
-        "file": str(out),
-        "pairs": len(labelled),
-        "prompts": num_prompts,
-        "mean gap": sum(gaps) / len(gaps),
-        "words": f"{words.chosen:.1f} chosen, {words.rejected:.1f} rejected",
-        "difference": f"{words.mean:+.1f} words (95%: {words.low:+.1f} to {words.high:+.1f})",
-    }
-    if as_json:
-        record |= {"words": {"chosen": words.chosen, "rejected": words.rejected}}
-        record |= {"difference": {"mean": words.mean, "low": words.low, "high": words.high}}
-    render.show_record(record, as_json=as_json)

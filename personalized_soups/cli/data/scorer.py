@@ -9,6 +9,7 @@ import typer
 
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import LoadOptions, checked_dtype
+from personalized_soups.cli.data.outputs import check_new_file
 from personalized_soups.cli.options import (
     BaseOption,
     DeviceOption,
@@ -17,12 +18,12 @@ from personalized_soups.cli.options import (
     OverwriteOption,
     SeedOption,
 )
-from personalized_soups.errors import InputError, OutputExistsError, UsageError
+from personalized_soups.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from personalized_soups.scoring.classifiers.held_out import HeldOutReport, Interval
     from personalized_soups.scoring.hidden_states import HiddenStates
-    from personalized_soups.training.pairs import Sampled
+    from personalized_soups.training.rollouts import Sampled
 
 _TEXTS = "a text on each line, JSON Lines with the key text or answer, or a folder of such files and of whole texts"
 
@@ -103,8 +104,8 @@ def calibrate(
     if not 0 < accept < 1:
         raise UsageError(f"the value is {accept:g}, but it must be in (0, 1)", where="--accept", mend="give 0.97")
     loading = LoadOptions(base, device, checked_dtype(dtype))
-    _check_file(out, overwrite=overwrite)
-    from personalized_soups.training.pairs import read_pool
+    check_new_file(out, overwrite=overwrite)
+    from personalized_soups.training.rollouts import read_pool
 
     prompts, answers = _plain_answers(read_pool(pool), pool)
 
@@ -147,19 +148,6 @@ def _plain_answers(pool: list[Sampled], path: Path) -> tuple[list[str], list[str
             mend="sample plain answers: give --instructed a smaller number than --num-samples",
         )
     return [prompt for prompt, _ in plain], [answer for _, answer in plain]
-
-
-def _check_file(out: Path, *, overwrite: bool) -> None:
-    if out.is_dir() or (out.exists() and not overwrite):
-        raise OutputExistsError(
-            "the output is a folder" if out.is_dir() else "the output file already exists",
-            where=str(out),
-            mend="choose another name, or give --overwrite to replace a file",
-        )
-    if not out.absolute().parent.is_dir():
-        raise UsageError(
-            "the folder of the output file does not exist", where=str(out.parent), mend="create the folder first"
-        )
 
 
 def _show(out: Path, about: Any, report: HeldOutReport, *, as_json: bool) -> None:
