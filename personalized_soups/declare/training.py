@@ -78,14 +78,12 @@ class UsersRecipe(Declared):
     )
 
 
-class SideOverrides(Declared):
+class OptimizerOverrides(Declared):
     """Values that replace values of the recipe for one side. Values that are left out are not replaced."""
 
     learning_rate: Positive | None = None
     epochs: Positive | None = None
     max_steps: PositiveInt | None = None
-    beta: Positive | None = None
-    sft_weight: NotNegative | None = None
 
     @model_validator(mode="after")
     def _check_one_end(self) -> Self:
@@ -96,13 +94,15 @@ class SideOverrides(Declared):
         return self
 
 
-class TrainingRecipe(Declared):
-    """All hyper-parameters for training an expert.
+class SideOverrides(OptimizerOverrides):
+    """Values that replace values of a recipe of DPO for one side."""
 
-    Example:
-        >>> load(shipped_recipe("train/tiny.yaml"), TrainingRecipe).dpo.beta
-        1.0
-    """
+    beta: Positive | None = None
+    sft_weight: NotNegative | None = None
+
+
+class AdapterRecipe(Declared):
+    """The hyper-parameters that every training of a LoRA adapter has."""
 
     lora: LoraRecipe
     basis: Literal["free", "shared"] = Field(
@@ -110,7 +110,6 @@ class TrainingRecipe(Declared):
         description="`shared` trains only B; all experts have the same frozen A, which is drawn from basis_seed.",
     )
     basis_seed: int = Field(default=0, ge=0)
-    dpo: DpoRecipe
     optimizer: OptimizerRecipe
     save_steps: PositiveInt = Field(default=100, description="The number of optimizer steps between two checkpoints.")
     dtype: Literal["float32", "bfloat16", "auto"] = Field(
@@ -118,6 +117,30 @@ class TrainingRecipe(Declared):
         description="The dtype of the base model in memory. `auto` uses the dtype of its files.",
     )
     gradient_checkpointing: bool = False
+
+    def with_overrides(self, overrides: OptimizerOverrides) -> dict[str, Any]:
+        """Return the fields of this recipe that a side's overrides replace."""
+        optimizer: dict[str, Any] = {
+            key: value
+            for key, value in overrides.model_dump(exclude_none=True).items()
+            if key in OptimizerRecipe.model_fields
+        }
+        if "epochs" in optimizer:
+            optimizer["max_steps"] = None
+        elif "max_steps" in optimizer:
+            optimizer["epochs"] = None
+        return {"optimizer": self.optimizer.replaced(**optimizer), "sides": {}}
+
+
+class TrainingRecipe(AdapterRecipe):
+    """All hyper-parameters for training an expert by DPO.
+
+    Example:
+        >>> load(shipped_recipe("train/tiny.yaml"), TrainingRecipe).dpo.beta
+        1.0
+    """
+
+    dpo: DpoRecipe
     users: UsersRecipe | None = Field(
         default=None, description="What is learned of each user. The method p-dpo reads it; the method dpo ignores it."
     )
@@ -127,11 +150,36 @@ class TrainingRecipe(Declared):
 
     def for_side(self, name: str) -> TrainingRecipe:
         """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
-        overrides = self.sides.get(name, SideOverrides()).model_dump(exclude_none=True)
-        optimizer: dict[str, Any] = {key: overrides[key] for key in OptimizerRecipe.model_fields if key in overrides}
-        if "epochs" in optimizer:
-            optimizer["max_steps"] = None
-        elif "max_steps" in optimizer:
-            optimizer["epochs"] = None
-        dpo = {key: overrides[key] for key in DpoRecipe.model_fields if key in overrides}
-        return self.replaced(optimizer=self.optimizer.replaced(**optimizer), dpo=self.dpo.replaced(**dpo), sides={})
+        overrides = self.sides.get(name, SideOverrides())
+        dpo = {
+            key: value
+            for key, value in overrides.model_dump(exclude_none=True).items()
+            if key in DpoRecipe.model_fields
+        }
+        return self.replaced(dpo=self.dpo.replaced(**dpo), **self.with_overrides(overrides))
+
+
+class RewardModelRecipe(Declared):
+    """The loss of a reward model: `-log sigmoid(r(chosen) - r(rejected))` (Bradley and Terry 1952)."""
+
+    max_length: PositiveInt = Field(
+        description="The maximum number of tokens of prompt and answer. Longer texts are truncated."
+    )
+    center: NotNegative = Field(
+        default=0.01,
+        description="The weight of the mean of (r(chosen) + r(rejected))^2, which keeps rewards near 0 (Eisenstein et "
+        "al. 2023, arXiv:2312.09244).",
+    )
+
+
+class RewardRecipe(AdapterRecipe):
+    """All hyper-parameters for training a reward model: a base with LoRA and one output."""
+
+    reward: RewardModelRecipe
+    sides: dict[str, OptimizerOverrides] = Field(
+        default_factory=dict, description="Values that differ for one side, by the name of the side."
+    )
+
+    def for_side(self, name: str) -> RewardRecipe:
+        """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
+        return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))

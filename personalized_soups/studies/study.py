@@ -182,8 +182,7 @@ class TrainingBar:
             total=round(sum(self._steps.values()) / len(self._steps) * self._num_experts),
             expert=side,
             loss=report.loss,
-            margin=report.margin,
-            accuracy=report.accuracy,
+            **report.figures,
         )
 
     def note(self, side: str, text: str) -> None:

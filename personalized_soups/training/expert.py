@@ -11,8 +11,9 @@ from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from personalized_soups.training.data import read_preferences
+from personalized_soups.training.dpo import DpoTraining
 from personalized_soups.training.progress import Silent, TrainingProgress
-from personalized_soups.training.run import Training, run_training
+from personalized_soups.training.run import run_training
 
 
 def train_expert(
@@ -78,7 +79,9 @@ def train_expert(
         files=(CONFIG_FILE, WEIGHTS_FILE),
     )
     return run_training(
-        Training(side, base, out, recipe, preferences, record, on=base_adapter),
+        DpoTraining(
+            name=side, base=base, out=out, recipe=recipe, preferences=preferences, record=record, on=base_adapter
+        ),
         device=device,
         resume=resume,
         progress=progress or Silent(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,17 +14,16 @@ class StepReport:
     Args:
         step: the number of finished steps, including this step.
         num_steps: the number of steps of the whole training.
-        loss: the DPO loss plus the weighted SFT loss.
-        margin: the mean reward of the chosen answers minus the mean reward of the rejected answers.
-        accuracy: the share of pairs whose chosen answer has the higher reward.
+        loss: the loss, with all its terms.
+        figures: further figures by name. For pairs, `margin` is the mean reward of the chosen answers minus that of the
+            rejected answers, and `accuracy` the share of pairs whose chosen answer has the higher reward.
         learning_rate: the learning rate of this step.
     """
 
     step: int
     num_steps: int
     loss: float
-    margin: float
-    accuracy: float
+    figures: Mapping[str, float]
     learning_rate: float
 
 

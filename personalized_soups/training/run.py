@@ -6,66 +6,73 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from personalized_soups.adapters.base_adapter import BaseAdapter
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import BaseRecord, ExpertRecord, read_expert_record, write_record
-from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.devices import resolve_device
-from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, check_extra
+from personalized_soups.declare.training import AdapterRecipe
+from personalized_soups.errors import DeclarationError, OutputExistsError, RunError, check_extra
 from personalized_soups.files.atomic import check_replaceable, new_folder
 from personalized_soups.files.file_names import CONFIG_FILE, EXPERT_FILE, WEIGHTS_FILE
-from personalized_soups.generation.loading import load_base, load_tokenizer
 from personalized_soups.training import checkpoints
-from personalized_soups.training.data import Preferences
 from personalized_soups.training.processes import is_first_process, on_first_process, wait_for_all
 from personalized_soups.training.progress import TrainingProgress
-
-if TYPE_CHECKING:
-    from personalized_soups.training.encoding import EncodedPairs
-    from personalized_soups.training.trainer import ExpertTrainer
 
 # The figures in expert.json are means over this many last steps, because the figures of a single batch vary too much.
 _STEPS_OF_METRICS = 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
-    """The arguments of a training by DPO. They are checked as far as possible without the model.
+    """The arguments of a training. They are checked as far as possible without the model.
 
-    A training of another kind is a subclass that makes another trainer and writes further files.
+    Each kind of training is a subclass that makes TRL's trainer and writes what it has trained.
 
     Attributes:
         name: the name under which progress is reported.
         base: the base model: a folder or a hub id.
         out: the folder to write.
         recipe: the recipe, with the overrides of the side.
-        preferences: the pairs.
-        record: the contents of expert.json, without the base's fingerprint and the metrics.
-        on: the adapter on top of which the expert is trained; None for the base alone.
+        record: the record of the folder, without the base's fingerprint and the metrics.
+        on: the adapter on top of which the adapter is trained; None for the base alone.
     """
 
     name: str
     base: str | Path
     out: Path
-    recipe: TrainingRecipe
-    preferences: Preferences
+    recipe: AdapterRecipe
     record: ExpertRecord
-    on: BaseAdapter | None = field(default=None, kw_only=True)
+    on: BaseAdapter | None = None
 
-    def trainer(self, pairs: EncodedPairs, **parts: Any) -> ExpertTrainer:
-        """Return the trainer. `parts` are the arguments `model`, `tokenizer` and `config` of `ExpertTrainer`."""
-        from personalized_soups.training.trainer import ExpertTrainer
+    # The figures of a step that the record holds, by their names in the trainer's log.
+    logged: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
-        return ExpertTrainer(self.recipe, pairs=pairs, **parts)
+    def build(self, *, partial: Path, device: str, progress: TrainingProgress) -> tuple[Any, dict[str, Any]]:
+        """Return TRL's trainer, and the facts that a resumed training must share in addition to the record.
 
-    def write_more(self, trainer: Any, folder: Path, record: ExpertRecord) -> None:
-        """Write the files of `folder` that an expert does not have. DPO writes none."""
+        Args:
+            partial: the folder of the checkpoints.
+            device: as for `train_expert`.
+            progress: receives notes on the data.
+        """
+        raise NotImplementedError
+
+    def write(self, trainer: Any, folder: Path, record: ExpertRecord) -> None:
+        """Write the files of `folder`: the adapter and its record. Equal trainings write equal bytes."""
+        trainer.model.save_pretrained(str(folder), save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)
+        config_path = folder / CONFIG_FILE
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        # PEFT writes a set. Its order depends on the string hashes of this process.
+        config["target_modules"] = sorted(config["target_modules"])
+        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_record(folder, record)
 
 
 def run_training(training: Training, *, device: str, resume: bool, progress: TrainingProgress) -> Path:
@@ -92,21 +99,22 @@ def run_training(training: Training, *, device: str, resume: bool, progress: Tra
 
 def _train(training: Training, *, device: str, resume: bool, progress: TrainingProgress) -> None:
     check_extra("train", "trl", "datasets", "accelerate")
-    from personalized_soups.training.trainer import Marking, Reporting, quiet_training
+    from personalized_soups.training.callbacks import Marking, Reporting
+    from personalized_soups.training.trl_settings import quiet_training
 
     partial = checkpoints.partial_folder(training.out)
     with quiet_training():
-        trainer, changes = _build(training, partial=partial, device=device, progress=progress)
+        trainer, changes = training.build(partial=partial, device=device, progress=progress)
         fingerprint = on_first_process(lambda: base_fingerprint(training.base))
         base = BaseRecord(name=str(training.base), fingerprint=fingerprint)
         record = training.record.model_copy(update={"base": base})
         run = {**record.model_dump(mode="json"), "num_processes": trainer.args.world_size, **changes}
         checkpoint = on_first_process(lambda: checkpoints.prepare(partial, run, resume=resume))
-        trainer.add_callback(Reporting(training.name, progress))
+        trainer.add_callback(Reporting(training.name, progress, training.logged))
         trainer.add_callback(Marking())
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-            record = record.model_copy(update={"metrics": _metrics(trainer.state.log_history)})
+            record = record.model_copy(update={"metrics": _metrics(training, trainer.state.log_history)})
             on_first_process(lambda: _write(training, trainer, record))
         except BaseException:
             if trainer.args.process_index == 0:
@@ -118,70 +126,21 @@ def _train(training: Training, *, device: str, resume: bool, progress: TrainingP
         progress.end(training.name)
 
 
-def _build(
-    training: Training, *, partial: Path, device: str, progress: TrainingProgress
-) -> tuple[ExpertTrainer, dict[str, Any]]:
-    """Return the trainer and the facts that a resumed training must share in addition to the record."""
-    import torch
-
-    from personalized_soups.generation.special_tokens import num_embeddings, pad_id, stop_ids
-    from personalized_soups.training.encoding import check_pairs, encode_pairs
-    from personalized_soups.training.trainer import trainer_config
-
-    chosen = resolve_device(device)
-    tokenizer = load_tokenizer(training.base)
-    if training.preferences.conversational and tokenizer.chat_template is None:
-        raise InputError(
-            "the pairs are conversations, but the base's tokenizer has no chat template",
-            where=str(training.preferences.path),
-            mend="write the pairs as plain text, or set tokenizer.chat_template and save the tokenizer with the base",
-        )
-    encoded = encode_pairs(training.preferences, tokenizer, max_length=training.recipe.dpo.max_length)
-    # DPO's reference policy is the model without the expert's LoRA, so it is base + adapter, and it is frozen
-    model = load_base(training.base, device=torch.device("cpu"), dtype=training.recipe.dtype, on=training.on)
-    config = trainer_config(
-        training.recipe,
-        partial=partial,
-        device=chosen,
-        num_pairs=len(training.preferences.pairs),
-        model_dtype=model.dtype,
-        seed=training.record.seed or 0,
-    )
-    check_pairs(encoded, tokenizer, num_embeddings(model))
-    pad = pad_id(tokenizer, num_embeddings(model))
-    if pad != tokenizer.pad_token_id:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
-    trainer = training.trainer(encoded, model=model, tokenizer=tokenizer, config=config)
-    if config.process_index == 0:
-        notes = encoded.notes(tokenizer, stop_ids(model, tokenizer))
-        if not training.preferences.conversational and tokenizer.chat_template is not None:
-            notes.append("the pairs are plain text, so they are trained without the tokenizer's chat template")
-        for note in notes:
-            progress.note(training.name, note)
-    return trainer, encoded.changes()
-
-
 def _write(training: Training, trainer: Any, record: ExpertRecord) -> None:
-    """Write the expert's folder. It appears only when it is complete. Equal trainings write equal bytes."""
+    """Write the folder. It appears only when it is complete."""
     with new_folder(training.out) as scratch:
-        trainer.model.save_pretrained(str(scratch), save_embedding_layers=False)
-        (scratch / "README.md").unlink(missing_ok=True)
-        config_path = scratch / CONFIG_FILE
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        # PEFT writes a set. Its order depends on the string hashes of this process.
-        config["target_modules"] = sorted(config["target_modules"])
-        config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        training.write_more(trainer, scratch, record)
-        write_record(scratch, record)
+        training.write(trainer, scratch, record)
         # safetensors ignores the umask and writes mode 0600. The record file has the mode that the umask gives.
         mode = (scratch / EXPERT_FILE).stat().st_mode & 0o777
         (scratch / WEIGHTS_FILE).chmod(mode)
 
 
-def _metrics(history: list[dict[str, float]]) -> dict[str, float]:
+def _metrics(training: Training, history: list[dict[str, float]]) -> dict[str, float]:
     steps = [entry for entry in history if "loss" in entry][-_STEPS_OF_METRICS:]
-    names = {"loss": "loss", "margin": "rewards/margins", "accuracy": "rewards/accuracies"}
-    means = {name: math.fsum(entry[key] for entry in steps) / len(steps) for name, key in names.items()}
+    means = {
+        name: math.fsum(entry[key] for entry in steps) / len(steps)
+        for name, key in {"loss": "loss", **training.logged}.items()
+    }
     return {**means, "num_steps": float(steps[-1]["step"])}
 
 

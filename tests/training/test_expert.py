@@ -231,9 +231,9 @@ def test_every_step_is_reported(
     train_expert("x", base=small_base, data=pairs_file, out=tmp_path / "x", recipe=recipe, device="cpu", progress=heard)
     assert [report.step for report in heard.reports] == list(range(1, 11))
     assert {report.num_steps for report in heard.reports} == {10}
-    assert heard.reports[0].margin == pytest.approx(0.0, abs=1e-5)  # the expert begins as the base
-    assert heard.reports[-1].margin > 0
-    assert all(0 <= report.accuracy <= 1 and math.isfinite(report.loss) for report in heard.reports)
+    assert heard.reports[0].figures["margin"] == pytest.approx(0.0, abs=1e-5)  # the expert begins as the base
+    assert heard.reports[-1].figures["margin"] > 0
+    assert all(0 <= report.figures["accuracy"] <= 1 and math.isfinite(report.loss) for report in heard.reports)
     assert heard.ended == 1
     out, err = capfd.readouterr()
     assert out == ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from personalized_soups.cli import render
 
@@ -31,7 +31,7 @@ class BarProgress:
     def advance(self, side: str, report: StepReport) -> None:
         """Advance the bar and show the step's figures."""
         if self._bar is not None:
-            self._bar.update(report.step, loss=report.loss, margin=report.margin, accuracy=report.accuracy)
+            self._bar.update(report.step, loss=report.loss, **dict[str, Any](report.figures))
 
     def note(self, side: str, text: str) -> None:
         """Print a note on stderr."""

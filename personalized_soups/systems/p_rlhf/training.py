@@ -14,8 +14,9 @@ from personalized_soups.errors import InputError
 from personalized_soups.files.file_names import CONFIG_FILE, WEIGHTS_FILE
 from personalized_soups.systems.p_rlhf.user_model import RECORD_FILE, TABLES_FILE, write_user_model
 from personalized_soups.training.data import Preferences, read_preferences
+from personalized_soups.training.dpo import DpoTraining
 from personalized_soups.training.progress import Silent, TrainingProgress
-from personalized_soups.training.run import Training, run_training
+from personalized_soups.training.run import run_training
 
 
 def train_user_model(
@@ -60,12 +61,14 @@ def train_user_model(
         versions=library_versions("torch", "transformers", "peft", "trl"),
         files=(CONFIG_FILE, WEIGHTS_FILE, RECORD_FILE, TABLES_FILE),
     )
-    training = _UserTraining(out.name, base, out, recipe, preferences, record, users)
+    training = _UserTraining(
+        name=out.name, base=base, out=out, recipe=recipe, preferences=preferences, record=record, users=users
+    )
     return run_training(training, device=device, resume=resume, progress=progress or Silent())
 
 
-@dataclass(frozen=True, slots=True)
-class _UserTraining(Training):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UserTraining(DpoTraining):
     users: Sequence[str] = ()
 
     def trainer(self, pairs: Any, **parts: Any) -> Any:
@@ -73,7 +76,8 @@ class _UserTraining(Training):
 
         return UserTrainer(self.recipe, pairs=pairs, users=self.users, seed=self.record.seed or 0, **parts)
 
-    def write_more(self, trainer: Any, folder: Path, record: ExpertRecord) -> None:
+    def write(self, trainer: Any, folder: Path, record: ExpertRecord) -> None:
+        DpoTraining.write(self, trainer, folder, record)
         write_user_model(folder, trainer.tables, users=self.users, base=record.base)
 
 

@@ -16,8 +16,8 @@ from personalized_soups.errors import DeclarationError
 from personalized_soups.generation.special_tokens import num_embeddings
 from personalized_soups.systems.p_rlhf.p_dpo import TermRows, answer_log_probs, embedded_rows, p_dpo_loss
 from personalized_soups.systems.p_rlhf.user_tables import UserTables
+from personalized_soups.training.dpo_trainer import REFERENCE_BATCHES, ExpertTrainer
 from personalized_soups.training.encoding import EncodedPairs
-from personalized_soups.training.trainer import REFERENCE_BATCHES, ExpertTrainer
 
 _TABLES_FILE = "user_tables.safetensors"
 
