@@ -59,6 +59,10 @@ class ExpertRecord(Declared):
         description="The adapter on top of which the expert was trained. Left out for an expert trained on the base "
         "alone.",
     )
+    method: Literal["sft", "reward", "grpo"] | None = Field(
+        default=None,
+        description="The method of the training. Left out for DPO. With `reward`, the adapter is a reward model.",
+    )
     recipe: dict[str, Any] = Field(default_factory=dict, description="All hyperparameters of the training.")
     basis: Literal["free", "shared"] = "free"
     data: DataRecord | None = None
@@ -69,8 +73,8 @@ class ExpertRecord(Declared):
 
     @model_serializer(mode="wrap")
     def _without_empty(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave `on` out if it is None, as older versions of the package did."""
-        return _without_none(serialize(self), "on")
+        """Leave out fields that are None and that older versions of the package did not write."""
+        return _without_none(serialize(self), "on", "method")
 
 
 class InputRecord(Declared):

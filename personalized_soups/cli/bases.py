@@ -92,11 +92,11 @@ def catalogue_of(base: str, dimensions: Path | None) -> Path:
     return shipped_recipe(_CATALOGUE if row is None else row.dimensions)
 
 
-def recipe_of(base: str, recipe: Path | None) -> Path:
+def recipe_of(base: str, recipe: Path | None, *, prefix: str = "") -> Path:
     """Return `recipe` if it is given, else the path of the shipped training recipe that suits the base.
 
     A named base has its own recipe. Another base has a recipe for its size. A model id counts as a large base, because
-    its size is not known.
+    its size is not known. `prefix` is that of the shipped recipes of another kind, such as `reward-`.
     """
     from personalized_soups.declare.base_table import named_bases
     from personalized_soups.declare.shipped import shipped_recipe
@@ -104,10 +104,11 @@ def recipe_of(base: str, recipe: Path | None) -> Path:
     if recipe is not None:
         return recipe
     if (row := named_bases().get(base)) is not None:
-        return shipped_recipe(row.train)
+        named = Path(row.train)
+        return shipped_recipe(str(named.with_name(f"{prefix}{named.name}")))
     folder = Path(resolve_base(base))
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if folder.is_dir() else _TINY_BYTES
-    return shipped_recipe("train/tiny.yaml" if num_bytes < _TINY_BYTES else "train/llama-7b.yaml")
+    return shipped_recipe(f"train/{prefix}{'tiny' if num_bytes < _TINY_BYTES else 'llama-7b'}.yaml")
 
 
 def checked_dtype(name: str) -> Dtype:

@@ -59,13 +59,15 @@ def schema_pages() -> dict[str, str]:
     from personalized_soups.declare.persona import Persona
     from personalized_soups.declare.preference_data import LabelledAnswers, Rollout
     from personalized_soups.declare.profile import Profile
-    from personalized_soups.declare.training import TrainingRecipe
+    from personalized_soups.declare.training import GrpoRecipe, RewardRecipe, TrainingRecipe
 
     models: dict[str, type[Declared]] = {
         "profile": Profile,
         "dimensions": Catalogue,
         "persona": Persona,
         "train": TrainingRecipe,
+        "train-reward": RewardRecipe,
+        "train-grpo": GrpoRecipe,
         "evaluation": StudyRecipe,
         "bases": BaseTable,
         "judge": JudgeFile,

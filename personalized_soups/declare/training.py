@@ -183,3 +183,42 @@ class RewardRecipe(AdapterRecipe):
     def for_side(self, name: str) -> RewardRecipe:
         """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
         return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))
+
+
+class PolicyRecipe(Declared):
+    """How a policy learns from rewards of its own answers, by GRPO (Shao et al. 2024, arXiv:2402.03300).
+
+    In each step, the policy samples a group of answers to each prompt. An answer's advantage is its reward minus the
+    mean of its group, divided by the group's standard deviation if `scale` is true.
+    """
+
+    beta: NotNegative = Field(default=0.04, description="The weight of the KL divergence to the reference policy.")
+    num_generations: int = Field(default=8, ge=2, description="The number of answers in a group.")
+    max_new_tokens: PositiveInt = Field(default=64, description="The largest number of tokens of an answer.")
+    temperature: Positive = 1.0
+    clip: Positive = Field(default=0.2, description="How far the ratio of new to old probabilities may move from 1.")
+    scale: bool = Field(default=True, description="Whether to divide by the standard deviation of the group.")
+
+
+class GrpoRecipe(AdapterRecipe):
+    """All hyper-parameters for training an adapter by RL. `optimizer.batch_size` counts answers, not prompts."""
+
+    grpo: PolicyRecipe
+    sides: dict[str, OptimizerOverrides] = Field(
+        default_factory=dict, description="Values that differ for one side, by the name of the side."
+    )
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.optimizer.batch_size % self.grpo.num_generations:
+            raise refusal(
+                f"the batch of {self.optimizer.batch_size} answers does not hold whole groups of "
+                f"{self.grpo.num_generations}",
+                mend=f"write a batch_size that is a multiple of {self.grpo.num_generations}",
+                key=("optimizer", "batch_size"),
+            )
+        return self
+
+    def for_side(self, name: str) -> GrpoRecipe:
+        """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
+        return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))

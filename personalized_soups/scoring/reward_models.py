@@ -18,17 +18,12 @@ import numpy.typing as npt
 import torch
 from blake3 import blake3
 
-from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.devices import resolve_device
-from personalized_soups.errors import FileFormatError, InputError, UsageError
-from personalized_soups.generation.base_location import find_base, first_line
+from personalized_soups.errors import InputError, UsageError
 from personalized_soups.generation.loading import Dtype
 from personalized_soups.generation.prompts import messages_of, prompt_place, template_faults
-from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.scoring.base_rewards import TextItem
-
-# transformers checks few files before it uses them, so a damaged file may raise any of these errors.
-_LOADING_FAULTS = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)
+from personalized_soups.scoring.reward_model_files import load_reward_model, reward_model_digest
 
 
 class RewardModels:
@@ -41,7 +36,8 @@ class RewardModels:
         names: the names of the rewards.
 
     Args:
-        models: the folder or hub id of each reward model, by the name of its reward.
+        models: the folder or hub id of each reward model, by the name of its reward. The folder of an adapter of
+            `psoups train --method reward` is a reward model, too.
         device: `auto` (CUDA if there is a CUDA device), `cpu`, `cuda`, ...
         dtype: the dtype of the models; `auto` takes the dtype of their files.
         batch_size: the maximum number of answers in a forward pass.
@@ -83,7 +79,7 @@ class RewardModels:
             InputError: if a file cannot be read.
         """
         parts = [
-            [name, base_fingerprint(model.place), model.tokenizer.chat_template, str(model.model.dtype)]
+            [name, reward_model_digest(model.place), model.tokenizer.chat_template, str(model.model.dtype)]
             for name, model in self._models.items()
         ]
         return str(blake3(json.dumps(["reward models 1", *parts]).encode()).hexdigest())
@@ -160,35 +156,5 @@ class _RewardModel:
 
 
 def _loaded(place: Path | str, device: torch.device, dtype: Dtype) -> _RewardModel:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    found = find_base(place)
-    chosen = "auto" if dtype == "auto" else getattr(torch, dtype)
-    try:
-        with quiet_transformers():
-            # not `load_tokenizer`, which needs an end token: encoders have none
-            tokenizer = AutoTokenizer.from_pretrained(str(place), **found)
-            loaded: Any = AutoModelForSequenceClassification.from_pretrained(
-                str(place), dtype=chosen, use_safetensors=True, output_loading_info=True, **found
-            )
-    except _LOADING_FAULTS as error:
-        raise InputError(
-            f"the reward model cannot be loaded: {first_line(error)}",
-            where=str(place),
-            mend="give the folder or hub id of a sequence-classification model, with safetensors files",
-        ) from error
-    model, info = loaded
-    # transformers fills missing tensors with random numbers: the output layer, if the model is a language model
-    if info["missing_keys"]:
-        raise InputError(
-            f"the model's files lack {len(info['missing_keys'])} of its tensors, such as {min(info['missing_keys'])}",
-            where=str(place),
-            mend="give a model that was trained as a reward model; a language model has no output layer for rewards",
-        )
-    if model.config.num_labels != 1:
-        raise FileFormatError(
-            f"the model has {model.config.num_labels} outputs, but a reward model has one",
-            where=str(place),
-            mend="give a model that was trained with num_labels=1",
-        )
-    return _RewardModel(str(place), model.to(device).eval(), tokenizer)
+    model, tokenizer = load_reward_model(place, device=device, dtype=dtype)
+    return _RewardModel(str(place), model, tokenizer)

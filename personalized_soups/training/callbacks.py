@@ -63,7 +63,7 @@ class Reporting(TrainerCallback):
                 step=state.global_step,
                 num_steps=state.max_steps,
                 loss=logs["loss"],
-                figures={name: logs[key] for name, key in self._logged.items()},
+                figures={name: logs[key] for name, key in self._logged.items() if key in logs},
                 learning_rate=logs["learning_rate"],
             )
             self._progress.advance(self._name, report)

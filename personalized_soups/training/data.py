@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from blake3 import blake3
 
@@ -25,6 +25,9 @@ from personalized_soups.files.atomic import new_file
 from personalized_soups.files.regular import check_no_lfs_pointer
 from personalized_soups.training.messages import Message, check_answer, read_messages, spoken
 from personalized_soups.training.user_fields import with_user
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIELDS = ("prompt", "chosen", "rejected")
 _UNSUPPORTED = ("images", "image", "chat_template_kwargs")
@@ -102,6 +105,20 @@ def read_preferences(path: Path, *, with_users: bool = False) -> Preferences:
         raise InputError("the file holds no pairs", where=str(path), mend=_MEND)
     digest = blake3(content).hexdigest()
     return Preferences(path, digest, tuple(pairs), conversational=formats == {True}, lines=tuple(lines))
+
+
+def check_template(preferences: Preferences, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer has a chat template if the pairs are conversations.
+
+    Raises:
+        InputError: if it has none.
+    """
+    if preferences.conversational and tokenizer.chat_template is None:
+        raise InputError(
+            "the pairs are conversations, but the base's tokenizer has no chat template",
+            where=str(preferences.path),
+            mend="write the pairs as plain text, or set tokenizer.chat_template and save the tokenizer with the base",
+        )
 
 
 def write_pairs(path: Path, pairs: Sequence[Pair]) -> None:

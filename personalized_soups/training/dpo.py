@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.devices import resolve_device
-from personalized_soups.errors import InputError
 from personalized_soups.generation.loading import load_base, load_tokenizer
-from personalized_soups.training.data import Preferences
+from personalized_soups.training.data import Preferences, check_template
 from personalized_soups.training.progress import TrainingProgress
 from personalized_soups.training.run import Training
 
@@ -53,13 +52,7 @@ class DpoTraining(Training):
 
         chosen = resolve_device(device)
         tokenizer = load_tokenizer(self.base)
-        if self.preferences.conversational and tokenizer.chat_template is None:
-            raise InputError(
-                "the pairs are conversations, but the base's tokenizer has no chat template",
-                where=str(self.preferences.path),
-                mend="write the pairs as plain text, or set tokenizer.chat_template and save the tokenizer with the "
-                "base",
-            )
+        check_template(self.preferences, tokenizer)
         encoded = encode_pairs(self.preferences, tokenizer, max_length=self.recipe.dpo.max_length)
         # DPO's reference policy is the model without the expert's LoRA, so it is base + adapter, and it is frozen
         model = load_base(self.base, device=torch.device("cpu"), dtype=self.recipe.dtype, on=self.on)

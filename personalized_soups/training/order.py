@@ -1,4 +1,4 @@
-"""Shuffle the pairs in each epoch, so that pairs of similar length share a batch.
+"""Shuffle the examples in each epoch: pairs of similar length share a batch, and the answers to a prompt stay together.
 
 Answers differ in length by a factor of five and more. In random batches, half of all tokens would be padding.
 """
@@ -49,3 +49,39 @@ class LikeLengthOrder(Sampler[int]):
         rng.shuffle(batches)
         for batch in [*batches, *last]:
             yield from batch
+
+
+class GroupOrder(Sampler[int]):
+    """Yields indices of prompts for RL: each prompt of a batch as often as its group has answers.
+
+    For given prompts, the order depends only on seed and epoch. So a resumed training gets the batches of an
+    uninterrupted training. Prompts of an epoch's last, incomplete batch are left out.
+
+    Args:
+        num_prompts: the number of prompts.
+        group_size: the number of answers to each prompt.
+        prompts_per_batch: the number of prompts whose answers are sampled at once.
+        repeats: how often each batch is yielded, because its answers serve several steps.
+        seed: random seed for the shuffling.
+    """
+
+    def __init__(
+        self, num_prompts: int, *, group_size: int, prompts_per_batch: int, repeats: int = 1, seed: int
+    ) -> None:
+        self.num_prompts = num_prompts
+        self.group_size = group_size
+        self.prompts_per_batch = prompts_per_batch
+        self.repeats = repeats
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        whole = self.num_prompts // self.prompts_per_batch * self.prompts_per_batch
+        return whole * self.group_size * self.repeats
+
+    def __iter__(self) -> Iterator[int]:
+        order = random.Random(f"{self.seed}/{self.epoch}").sample(range(self.num_prompts), self.num_prompts)
+        for start in range(0, self.num_prompts - self.prompts_per_batch + 1, self.prompts_per_batch):
+            for _ in range(self.repeats):
+                for prompt in order[start : start + self.prompts_per_batch]:
+                    yield from [prompt] * self.group_size

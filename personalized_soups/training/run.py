@@ -140,6 +140,7 @@ def _metrics(training: Training, history: list[dict[str, float]]) -> dict[str, f
     means = {
         name: math.fsum(entry[key] for entry in steps) / len(steps)
         for name, key in {"loss": "loss", **training.logged}.items()
+        if key in steps[-1]
     }
     return {**means, "num_steps": float(steps[-1]["step"])}
 

@@ -5,7 +5,7 @@ import pytest
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import dump, load, load_text
 from personalized_soups.declare.shipped import recipes_folder, shipped_recipe
-from personalized_soups.declare.training import TrainingRecipe
+from personalized_soups.declare.training import AdapterRecipe, GrpoRecipe, RewardRecipe, TrainingRecipe
 from personalized_soups.errors import DeclarationError, UsageError
 
 MINIMAL = """
@@ -30,18 +30,19 @@ def test_the_7b_recipe_has_the_papers_lora() -> None:
     assert (lora.rank, lora.alpha, lora.dropout) == (16, 32, 0.05)
 
 
+# The recipes of a kind other than DPO have its prefix.
+KINDS: dict[str, type[AdapterRecipe]] = {"reward": RewardRecipe, "grpo": GrpoRecipe}
+
+
 def test_every_shipped_training_recipe_loads_and_dumps() -> None:
     paths = sorted((recipes_folder() / "train").rglob("*.yaml"))
-    assert [path.name for path in paths] == [
-        "llama-7b.yaml",
-        "persona.yaml",
-        "smollm2.yaml",
-        "tiny-shared.yaml",
-        "tiny.yaml",
-    ]
+    bases = ["llama-7b.yaml", "smollm2.yaml", "tiny.yaml"]
+    of_kinds = [f"{prefix}-{base}" for prefix in KINDS for base in bases]
+    assert [path.name for path in paths] == sorted([*bases, "persona.yaml", "tiny-shared.yaml", *of_kinds])
     for path in paths:
-        loaded = load(path, TrainingRecipe)
-        assert load_text(dump(loaded), TrainingRecipe, "dumped") == loaded
+        kind = KINDS.get(path.name.split("-")[0], TrainingRecipe)
+        loaded = load(path, kind)
+        assert load_text(dump(loaded), kind, "dumped") == loaded
 
 
 def test_the_tiny_recipe_overrides_only_sides_that_exist() -> None:

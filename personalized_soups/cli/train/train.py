@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from personalized_soups.cli import render
-from personalized_soups.cli.bases import resolve_base
 from personalized_soups.cli.options import BaseOption, DeviceOption, DimensionsOption, JsonOption, OnOption, SeedOption
 from personalized_soups.cli.train.bar_progress import BarProgress
-from personalized_soups.cli.train.methods import UserOptions, check_method, expert_declarations, user_recipe
+from personalized_soups.cli.train.methods import MethodOptions, RewardOptions, UserOptions
+from personalized_soups.cli.train.trainings import training_of
 from personalized_soups.errors import SoupError
 
 
@@ -30,12 +29,36 @@ def train(
     *,
     base: BaseOption,
     on: OnOption = None,
-    data: Annotated[Path, typer.Option(help="JSON Lines file of preference pairs in TRL's format.")],
+    data: Annotated[
+        Path,
+        typer.Option(help="JSON Lines file of preference pairs in TRL's format. For --method grpo: file of prompts."),
+    ],
     out: Annotated[Path, typer.Option(help="New folder to write the expert to.")],
     method: Annotated[
         str,
-        typer.Option(help="dpo trains the expert of a side. p-dpo trains soft tokens for each user, and one adapter."),
+        typer.Option(
+            help="dpo trains the expert of a side on pairs, grpo on rewards of its own answers. reward trains a reward "
+            "model. p-dpo trains soft tokens for each user, and one adapter."
+        ),
     ] = "dpo",
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="Rewards of grpo with their weights, e.g. concise=0.5,friendly=0.5. By default, the scorer of SIDE.",
+            show_default=False,
+        ),
+    ] = None,
+    reward_model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Reward model for a name in --reward, in place of a scorer. May be repeated.",
+            metavar="NAME=FOLDER",
+            show_default=False,
+        ),
+    ] = None,
+    instruction: Annotated[
+        str, typer.Option(help="Text before each prompt of grpo, such as the wanted preferences.", show_default=False)
+    ] = "",
     user_model: Annotated[
         str | None,
         typer.Option(help="Kind of user model for p-dpo: individual, cluster or uninformative.", show_default=False),
@@ -67,19 +90,19 @@ def train(
 ) -> None:
     """Train one expert: a LoRA adapter that moves a frozen base towards one side of a preference dimension.
 
-    With --method p-dpo, train soft tokens for each user and one adapter for all users. The pairs name their "user".
+    With --method grpo, train it by RL on a weighted sum of scores, without pairs. With --method reward, train a reward
+    model of the side. With --method p-dpo, train soft tokens for each user and one adapter for all users; the pairs
+    name their "user".
 
     To use several processes: torchrun --nproc_per_node 2 -m personalized_soups train ..., or use accelerate.
     """
     with _reported_by_the_first_process(out, quiet=as_json) as progress:
         users = UserOptions(user_model, user_tokens, clusters, alpha)
-        check_method(method, side, dimensions, users, on)
+        rewards = RewardOptions(reward, reward_model or [], instruction)
+        chosen = MethodOptions(method, side, dimensions, on, users, rewards)
+        chosen.check()
         options = {"data": data, "out": out, "device": device, "seed": seed, "resume": resume, "progress": progress}
-        run: Callable[[], Path]
-        if side is None:
-            run = _user_model_training(base, recipe, users, options)
-        else:
-            run = _expert_training(side, base, recipe, dimensions, {**options, "on": on})
+        run = training_of(chosen, base, recipe, options)
 
         from personalized_soups.training.processes import is_first_process, together
 
@@ -87,26 +110,6 @@ def train(
             run()
     if is_first_process():
         _show(out, as_json=as_json)
-
-
-def _expert_training(
-    side: str, base: str, recipe: Path | None, dimensions: Path | None, options: dict[str, Any]
-) -> Callable[[], Path]:
-    catalogue, declared = expert_declarations(side, base, dimensions, recipe)
-
-    from personalized_soups.training.expert import train_expert
-
-    return partial(train_expert, side, base=resolve_base(base), recipe=declared, catalogue=catalogue, **options)
-
-
-def _user_model_training(
-    base: str, recipe: Path | None, users: UserOptions, options: dict[str, Any]
-) -> Callable[[], Path]:
-    declared = user_recipe(base, recipe, users)
-
-    from personalized_soups.systems.p_rlhf.training import train_user_model
-
-    return partial(train_user_model, base=resolve_base(base), recipe=declared, **options)
 
 
 @contextmanager

@@ -186,3 +186,65 @@ def test_truncated_and_dropped_pairs_are_reported_on_stderr(psoups: Run, small_b
     message = " ".join(err.split())  # the terminal's width breaks lines
     assert "1 pair is left out: once cut to dpo.max_length (96) both answers are equal" in message
     assert "2 of 4 answers are longer than dpo.max_length (96) and lose their end" in message
+
+
+REWARD_RECIPE = """
+lora: {rank: 4, alpha: 8}
+reward: {max_length: 96}
+optimizer: {learning_rate: 1.0e-3, max_steps: 2, batch_size: 2}
+"""
+
+
+def test_a_reward_model_of_the_same_pairs(psoups: Run, small_base: Path, files: Path) -> None:
+    assert psoups(*_pairs(files, small_base, "--prompts", files / "prompts.txt"))[0] == 0
+    (files / "reward.yaml").write_text(REWARD_RECIPE)
+    code, _, err = psoups(*_train(files, small_base, "--method", "reward"))
+    assert code == 2  # the recipe of an expert
+    assert "recipe.yaml" in err
+    arguments = _train(files, small_base, "--method", "reward", "--recipe", files / "reward.yaml", "--json")
+    code, out, _ = psoups(*arguments)
+    assert code == 0
+    record = json.loads(out)
+    assert (record["method"], record["side"]) == ("reward", "concise")
+    assert (files / "e" / "adapter_model.safetensors").is_file()
+    (files / "judge.yaml").write_text("judge: {kind: reward_model, model: e}\n")
+    people = {"prompt": "Why?", "first": "wash the kettle", "second": "rub it dry", "preferred": "first"}
+    (files / "people.jsonl").write_text(json.dumps(people) + "\n")
+    code, out, _ = psoups("judge", "agreement", files / "people.jsonl", "--judge", files / "judge.yaml", "--json")
+    assert code == 0
+    assert json.loads(out)["judge"]["model"] == str(files / "e")
+    code, _, err = psoups(*_train(files, small_base, "--method", "reward", "--on", files / "e"))
+    assert code == 2
+    assert "--on is for experts" in err
+
+
+GRPO_RECIPE = """
+lora: {rank: 4, alpha: 8}
+grpo: {num_generations: 2, max_new_tokens: 8}
+optimizer: {learning_rate: 1.0e-3, max_steps: 2, batch_size: 4}
+"""
+
+
+def test_a_policy_is_trained_on_rewards(psoups: Run, small_base: Path, files: Path) -> None:
+    (files / "grpo.yaml").write_text(GRPO_RECIPE)
+    given = ["--method", "grpo", "--recipe", files / "grpo.yaml", "--data", files / "prompts.txt", "--json"]
+    code, out, err = psoups(*_train(files, small_base, *given))
+    assert code == 0
+    record = json.loads(out)
+    assert (record["method"], record["side"]) == ("grpo", "concise")
+    assert "reward" in record["metrics"]
+    assert "training concise: 2/2" in err or "training" not in err  # quiet with --json
+    mixed = ["train", "both", "--base", small_base, "--dimensions", files / "dimensions.yaml", "--device", "cpu"]
+    mixed += [*given, "--out", files / "both"]
+    code, out, _ = psoups(*mixed, "--reward", "concise=0.5,informative=0.5")
+    assert code == 0
+    assert json.loads(out)["recipe"]["rewards"] == {"concise": 0.5, "informative": 0.5}
+    for options, message in (
+        (["--reward", "concice=1"], "did you mean 'concise'?"),
+        (["--reward", "good=1", "--reward-model", "good"], "--reward-model"),
+        (["--reward", "good=1", "--reward-model", f"good={files / 'nowhere'}"], "nowhere"),
+        (["--reward", "concise=1", "--method", "dpo"], "add --method grpo"),
+        ([], "unknown side 'both'"),
+    ):
+        code, _, err = psoups(*mixed[:-1], files / "new", *options)
+        assert (code, message in err) == (2, True), err
