@@ -59,7 +59,7 @@ def schema_pages() -> dict[str, str]:
     from personalized_soups.declare.persona import Persona
     from personalized_soups.declare.preference_data import LabelledAnswers, Rollout
     from personalized_soups.declare.profile import Profile
-    from personalized_soups.declare.training import GrpoRecipe, RewardRecipe, TrainingRecipe
+    from personalized_soups.declare.training import GrpoRecipe, RewardRecipe, SftRecipe, TrainingRecipe
 
     models: dict[str, type[Declared]] = {
         "profile": Profile,
@@ -68,6 +68,7 @@ def schema_pages() -> dict[str, str]:
         "train": TrainingRecipe,
         "train-reward": RewardRecipe,
         "train-grpo": GrpoRecipe,
+        "train-sft": SftRecipe,
         "evaluation": StudyRecipe,
         "bases": BaseTable,
         "judge": JudgeFile,

@@ -222,3 +222,24 @@ class GrpoRecipe(AdapterRecipe):
     def for_side(self, name: str) -> GrpoRecipe:
         """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
         return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))
+
+
+class CompletionsRecipe(Declared):
+    """The loss of SFT: the mean negative log-probability of the completions' tokens."""
+
+    max_length: PositiveInt = Field(
+        description="The maximum number of tokens of prompt and completion. Longer texts are truncated."
+    )
+
+
+class SftRecipe(AdapterRecipe):
+    """All hyper-parameters for training an adapter by SFT. `optimizer.batch_size` counts completions."""
+
+    sft: CompletionsRecipe
+    sides: dict[str, OptimizerOverrides] = Field(
+        default_factory=dict, description="Values that differ for one side, by the name of the side."
+    )
+
+    def for_side(self, name: str) -> SftRecipe:
+        """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
+        return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))

@@ -5,7 +5,7 @@ import pytest
 from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import dump, load, load_text
 from personalized_soups.declare.shipped import recipes_folder, shipped_recipe
-from personalized_soups.declare.training import AdapterRecipe, GrpoRecipe, RewardRecipe, TrainingRecipe
+from personalized_soups.declare.training import AdapterRecipe, GrpoRecipe, RewardRecipe, SftRecipe, TrainingRecipe
 from personalized_soups.errors import DeclarationError, UsageError
 
 MINIMAL = """
@@ -31,7 +31,7 @@ def test_the_7b_recipe_has_the_papers_lora() -> None:
 
 
 # The recipes of a kind other than DPO have its prefix.
-KINDS: dict[str, type[AdapterRecipe]] = {"reward": RewardRecipe, "grpo": GrpoRecipe}
+KINDS: dict[str, type[AdapterRecipe]] = {"reward": RewardRecipe, "grpo": GrpoRecipe, "sft": SftRecipe}
 
 
 def test_every_shipped_training_recipe_loads_and_dumps() -> None:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 RecipeT = TypeVar("RecipeT", bound="AdapterRecipe")
 
 # Shipped recipes of a kind have its prefix: tiny.yaml is for DPO, and reward-tiny.yaml for reward models.
-_PREFIXES = {"TrainingRecipe": "", "RewardRecipe": "reward-", "GrpoRecipe": "grpo-"}
-METHODS = ("dpo", "reward", "grpo", "p-dpo")
+_PREFIXES = {"TrainingRecipe": "", "RewardRecipe": "reward-", "GrpoRecipe": "grpo-", "SftRecipe": "sft-"}
+METHODS = ("dpo", "sft", "reward", "grpo", "p-dpo")
 _MERGE_FIRST = "merge the adapter into the base first (psoups merge --into-base), and give the result as --base"
 
 

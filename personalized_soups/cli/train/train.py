@@ -24,21 +24,28 @@ def register(app: typer.Typer) -> None:
 
 def train(
     side: Annotated[
-        str | None, typer.Argument(help="The side that the pairs prefer, e.g. concise. None for --method p-dpo.")
+        str | None,
+        typer.Argument(
+            help="The side that the pairs prefer, e.g. concise. Any name for sft, and for grpo with --reward. None for "
+            "p-dpo."
+        ),
     ] = None,
     *,
     base: BaseOption,
     on: OnOption = None,
     data: Annotated[
         Path,
-        typer.Option(help="JSON Lines file of preference pairs in TRL's format. For --method grpo: file of prompts."),
+        typer.Option(
+            help="JSON Lines file of preference pairs in TRL's format. For --method sft: of prompts with completions. "
+            "For --method grpo: file of prompts."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="New folder to write the expert to.")],
     method: Annotated[
         str,
         typer.Option(
-            help="dpo trains the expert of a side on pairs, grpo on rewards of its own answers. reward trains a reward "
-            "model. p-dpo trains soft tokens for each user, and one adapter."
+            help="dpo trains the expert of a side on pairs, sft on completions, grpo on rewards of its own answers. "
+            "reward trains a reward model. p-dpo trains soft tokens for each user, and one adapter."
         ),
     ] = "dpo",
     reward: Annotated[

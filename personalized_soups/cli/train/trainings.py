@@ -23,7 +23,7 @@ def training_of(chosen: MethodOptions, base: str, recipe: Path | None, options: 
     Raises:
         DeclarationError: if the recipe or the catalogue is invalid, or lacks the side.
     """
-    start = {"dpo": _dpo, "reward": _reward, "grpo": _grpo, "p-dpo": _p_dpo}[chosen.method]
+    start = {"dpo": _dpo, "sft": _sft, "reward": _reward, "grpo": _grpo, "p-dpo": _p_dpo}[chosen.method]
     return start(chosen, base, recipe, options)
 
 
@@ -36,6 +36,17 @@ def _dpo(chosen: MethodOptions, base: str, recipe: Path | None, options: dict[st
 
     given = {**options, "catalogue": catalogue, "recipe": declared, "on": chosen.on}
     return partial(train_expert, chosen.side or "", base=resolve_base(base), **given)
+
+
+def _sft(chosen: MethodOptions, base: str, recipe: Path | None, options: dict[str, Any]) -> Callable[[], Path]:
+    from personalized_soups.declare.training import SftRecipe
+
+    catalogue, declared = side_declarations(None, base, chosen.dimensions, recipe, SftRecipe)
+
+    from personalized_soups.training.sft import train_on_completions
+
+    given = {**options, "catalogue": catalogue, "recipe": declared, "on": chosen.on}
+    return partial(train_on_completions, chosen.side or "", base=resolve_base(base), **given)
 
 
 def _reward(chosen: MethodOptions, base: str, recipe: Path | None, options: dict[str, Any]) -> Callable[[], Path]:

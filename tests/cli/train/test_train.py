@@ -248,3 +248,20 @@ def test_a_policy_is_trained_on_rewards(psoups: Run, small_base: Path, files: Pa
     ):
         code, _, err = psoups(*mixed[:-1], files / "new", *options)
         assert (code, message in err) == (2, True), err
+
+
+def test_an_adapter_is_trained_on_completions_and_an_expert_on_top_of_it(
+    psoups: Run, small_base: Path, files: Path
+) -> None:
+    recipe = REWARD_RECIPE.replace("reward: ", "sft: ")
+    (files / "sft.yaml").write_text(recipe)
+    (files / "rows.jsonl").write_text('{"prompt": "wash it", "completion": "rub it dry"}\n' * 4)
+    arguments = ["train", "polite", "--method", "sft", "--base", small_base, "--device", "cpu", "--json"]
+    arguments += ["--recipe", files / "sft.yaml", "--data", files / "rows.jsonl", "--out", files / "polite"]
+    code, out, _ = psoups(*arguments)
+    assert code == 0
+    assert json.loads(out)["method"] == "sft"
+    assert psoups(*_pairs(files, small_base, "--on", files / "polite", "--prompts", files / "prompts.txt"))[0] == 0
+    code, out, _ = psoups(*_train(files, small_base, "--on", files / "polite", "--json"))
+    assert code == 0
+    assert json.loads(out)["on"]["name"] == "polite"
