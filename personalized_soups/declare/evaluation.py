@@ -81,6 +81,13 @@ class SelectionRecipe(Declared):
         description="The number of prompts for each combination of sides, weight and method."
     )
     weights: dict[MethodName, Annotated[tuple[MixingWeight, ...], Field(min_length=1)]] = Field(min_length=1)
+    min_valid: float = Field(
+        default=0.9,
+        ge=0,
+        le=1,
+        description="A weight is not chosen if its share of valid answers is less than this share of that of the "
+        "method's most valid weight. Large weights reach the sides more often, but break more answers.",
+    )
 
 
 class SweepRecipe(Declared):

@@ -200,11 +200,15 @@ def _selection(results: Results) -> str:
 def _reason(selection: Sequence[ValidationScores], method: MethodScores) -> str:
     trials = [trial for trial in selection if trial["method"] == method["method"]]
     what = f"`{method['method']}`: {method['weight']:g}"
-    scores = [trial["joint"] for trial in trials if trial["weight"] == method["weight"]]
-    if not scores:
+    chosen = [trial for trial in trials if trial["weight"] == method["weight"]]
+    if not chosen:
         return f"{what}, which is not among the weights tried."
-    rank = sum(trial["joint"] > max(scores) for trial in trials) + 1
-    return f"{what}, {'the highest' if rank == 1 else f'number {rank} by'} joint score of {len(trials)} tried."
+    better = [trial for trial in trials if trial["joint"] > chosen[0]["joint"]]
+    if not better:
+        return f"{what}, the highest joint score of {len(trials)} tried."
+    rank = f"number {len(better) + 1} by joint score of {len(trials)} tried"
+    is_safer = all(trial["valid"] < chosen[0]["valid"] for trial in better)
+    return f"{what}, {rank}{'; the weights before it break more answers' if is_safer else ''}."
 
 
 def _sweeps(results: Results) -> str:

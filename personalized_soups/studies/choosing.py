@@ -57,9 +57,9 @@ def choose(answering: Answering, grader: Grader) -> tuple[Choice, list[Validatio
         score_selection(method, weight, {sides: graded[method, weight, sides] for sides in study.combinations})
         for method, weight in trials
     ]
-    weights = {method: best_weight(selection, method) for method in recipe.weights}
+    weights = {method: best_weight(selection, method, min_valid=recipe.min_valid) for method in recipe.weights}
     best_single = {sides: best_expert(by_side, sides) for sides in study.combinations} if by_side else {}
-    return Choice(weights, best_of_method(selection), best_single), selection
+    return Choice(weights, best_of_method(selection, min_valid=recipe.min_valid), best_single), selection
 
 
 def best_expert(by_side: Mapping[str, Sequence[Graded]], sides: Combination) -> str:

@@ -92,10 +92,12 @@ class StudyFolder:
         """
         text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         if self.settings.is_file():
-            if self.settings.read_text(encoding="utf-8") == text:
+            recorded = self.settings.read_text(encoding="utf-8")
+            if recorded == text:
                 return
+            differing = ", ".join(_differing(json.loads(text), recorded))
             raise OutputExistsError(
-                "the folder holds a study with other settings",
+                f"the folder holds a study with other settings: {differing or 'its record cannot be read'}",
                 where=str(self.root),
                 mend="choose another output folder, or pass overwrite=True to start again",
             )
@@ -148,6 +150,22 @@ class AnswerFile:
             except ValueError:
                 continue
             yield entry
+
+
+def _differing(settings: object, recorded: str) -> list[str]:
+    """Return the keys, such as `recipe.num_prompts`, whose values differ from those in a record's text."""
+    try:
+        return list(_differing_keys(settings, json.loads(recorded), ""))
+    except ValueError:
+        return []
+
+
+def _differing_keys(ours: object, theirs: object, key: str) -> Iterator[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for name in sorted({*ours, *theirs}):
+            yield from _differing_keys(ours.get(name), theirs.get(name), f"{key}.{name}" if key else name)
+    elif ours != theirs:
+        yield key
 
 
 def write_text(path: Path, text: str) -> None:

@@ -48,15 +48,32 @@ def score_selection(method: str, weight: float, graded: Mapping[Combination, Seq
     }
 
 
-def best_weight(selection: Sequence[ValidationScores], method: str) -> float:
-    """Return the weight at which a method has its highest joint score. The mean score breaks ties."""
-    rows = [row for row in selection if row["method"] == method]
-    return max(rows, key=lambda row: (row["joint"], row["mean"]))["weight"]
+def best_weight(selection: Sequence[ValidationScores], method: str, *, min_valid: float = 0.0) -> float:
+    """Return the weight at which a method has its highest joint score. The mean score breaks ties.
+
+    Args:
+        selection: the scores on the validation prompts.
+        method: the method.
+        min_valid: the least share of valid answers, as a share of that of the method's most valid weight.
+    """
+    return _best([row for row in selection if row["method"] == method], min_valid)["weight"]
 
 
-def best_of_method(selection: Sequence[ValidationScores]) -> str:
-    """Return the method with the highest joint score on the validation prompts. The mean score breaks ties."""
-    return max(selection, key=lambda row: (row["joint"], row["mean"]))["method"]
+def best_of_method(selection: Sequence[ValidationScores], *, min_valid: float = 0.0) -> str:
+    """Return the method whose best weight has the highest joint score. The mean score breaks ties.
+
+    Args:
+        selection: the scores on the validation prompts.
+        min_valid: as for `best_weight`.
+    """
+    methods = dict.fromkeys(row["method"] for row in selection)
+    best = [_best([row for row in selection if row["method"] == method], min_valid) for method in methods]
+    return _best(best, 0.0)["method"]
+
+
+def _best(rows: Sequence[ValidationScores], min_valid: float) -> ValidationScores:
+    least = min_valid * max(row["valid"] for row in rows)
+    return max((row for row in rows if row["valid"] >= least), key=lambda row: (row["joint"], row["mean"]))
 
 
 def collect(

@@ -86,6 +86,20 @@ def test_a_method_keeps_its_best_weight() -> None:
     assert outcome.best_of_method(selection) == "factor_average"
 
 
+def test_a_weight_that_breaks_answers_is_not_chosen() -> None:
+    selection: list[ValidationScores] = [
+        {"method": "linear", "weight": 0.5, "mean": 0.6, "joint": 0.3, "valid": 1.0},
+        {"method": "linear", "weight": 1.0, "mean": 0.7, "joint": 0.4, "valid": 0.9},
+        {"method": "linear", "weight": 1.5, "mean": 0.8, "joint": 0.6, "valid": 0.89},
+        {"method": "ties", "weight": 1.0, "mean": 0.7, "joint": 0.5, "valid": 0.5},  # its own best is all there is
+    ]
+    assert outcome.best_weight(selection, "linear") == 1.5
+    assert outcome.best_weight(selection, "linear", min_valid=0.9) == 1.0
+    assert outcome.best_weight(selection, "linear", min_valid=0.95) == 0.5
+    assert outcome.best_of_method(selection) == "linear"
+    assert outcome.best_of_method(selection, min_valid=0.9) == "ties"
+
+
 def test_the_example_is_a_prompt_that_all_four_answer() -> None:
     combinations = COMBINATIONS
     held_out: dict[tuple[str, tuple[str, ...]], list[Graded]] = {

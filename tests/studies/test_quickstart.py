@@ -144,7 +144,7 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / "study.json").write_text('{"seed": 7}\n')
-    with pytest.raises(OutputExistsError, match="other settings"):
+    with pytest.raises(OutputExistsError, match=r"other settings: base, .*seed"):
         run_study(small_study(), run, stage=Stages())
 
 
