@@ -81,6 +81,10 @@ def test_the_report_says_where_the_choice_was_not_the_best(results: Results, exa
     text = report(results, examples=examples)
     assert "Higher joint score here than the chosen `linear` (0.675): `factor_average` (0.700)." in text
     assert "`linear`: 0.55, number 2 by joint score of 3 tried." in text
+    results["selection"][0]["valid"] = 0.5
+    assert "`linear`: 0.55, number 2 by joint score of 3 tried; the weights before it break more answers." in report(
+        results, examples=examples
+    )
 
 
 def test_answers_stand_side_by_side_as_they_were_written(results: Results, examples: Examples) -> None:
