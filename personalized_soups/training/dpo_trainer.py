@@ -7,16 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from transformers.trainer_callback import PrinterCallback
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from personalized_soups.declare.training import TrainingRecipe
-from personalized_soups.training.callbacks import Epochs
+from personalized_soups.training.adapter_trainer import AdapterTrainer
 from personalized_soups.training.encoding import EncodedPairs
 from personalized_soups.training.order import LikeLengthOrder
-from personalized_soups.training.shared_basis import freeze_basis, set_shared_basis
 from personalized_soups.training.trl_settings import common_arguments, lora_config, num_processes, one_gpu
 
 if TYPE_CHECKING:
@@ -26,8 +24,8 @@ if TYPE_CHECKING:
 REFERENCE_BATCHES = 4
 
 
-class ExpertTrainer(DPOTrainer):
-    """A DPOTrainer that puts pairs of similar length in a batch. It writes no model card and sends no telemetry.
+class ExpertTrainer(AdapterTrainer, DPOTrainer):
+    """A DPOTrainer that puts pairs of similar length in a batch.
 
     Args:
         recipe: the recipe, with the overrides of the side.
@@ -46,8 +44,7 @@ class ExpertTrainer(DPOTrainer):
         pairs: EncodedPairs,
         config: DPOConfig,
     ) -> None:
-        self._recipe = recipe
-        self._order: LikeLengthOrder | None = None
+        self.recipe = recipe
         # TRL turns off all dropout or none. This call turns off the base's dropout. PEFT adds LoRA's dropout later.
         disable_dropout_in_model(model)
         super().__init__(
@@ -58,43 +55,18 @@ class ExpertTrainer(DPOTrainer):
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
-        self.remove_callback(PrinterCallback)
-        self.add_callback(Epochs(self.set_epoch))
-        if recipe.basis == "shared":
-            set_shared_basis(self.model, recipe.basis_seed)
+        self.finish()
 
     def columns(self, pairs: EncodedPairs) -> dict[str, list[Any]]:
         """Return the columns of the data set."""
         return pairs.columns()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which determines the order of the pairs."""
-        if self._order is not None:
-            self._order.epoch = epoch
-
-    def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Freeze a shared basis, which loading a checkpoint makes trainable, and then make the optimizer."""
-        if self._recipe.basis == "shared":
-            freeze_basis(self.model)
-        return super().create_optimizer(*args, **options)
-
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Write no model card, because expert.json records the training."""
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        """Return the data set unchanged, because `encode_pairs` has already computed TRL's token ids."""
-        return dataset
-
-    def _send_telemetry(self) -> None:
-        """Send nothing."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengthOrder:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         answers = zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)
         longest = [max(len(chosen), len(rejected)) for chosen, rejected in answers]
         lengths = [len(prompt) + answer for prompt, answer in zip(rows["prompt_ids"], longest, strict=True)]
-        self._order = LikeLengthOrder(lengths, batch_size=self.args.per_device_train_batch_size, seed=self.args.seed)
-        return self._order
+        return self.by_length(lengths)
 
 
 def dpo_config(

@@ -8,7 +8,6 @@ from typing import Any
 
 import datasets
 import torch
-from transformers.trainer_callback import PrinterCallback
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import disable_dropout_in_model
@@ -16,15 +15,14 @@ from trl.trainer.utils import disable_dropout_in_model
 from personalized_soups.declare.training import GrpoRecipe
 from personalized_soups.generation.prompts import messages_of
 from personalized_soups.scoring.base_rewards import TextItem
-from personalized_soups.training.callbacks import Epochs
+from personalized_soups.training.adapter_trainer import AdapterTrainer
 from personalized_soups.training.order import GroupOrder
 from personalized_soups.training.policy_reward import PolicyReward
-from personalized_soups.training.shared_basis import freeze_basis, set_shared_basis
 from personalized_soups.training.trl_settings import common_arguments, lora_config, one_gpu
 
 
-class PolicyTrainer(GRPOTrainer):
-    """A GRPOTrainer of the reward that a recipe names. It writes no model card and sends no telemetry.
+class PolicyTrainer(AdapterTrainer, GRPOTrainer):
+    """A GRPOTrainer of the reward that a recipe names.
 
     The reference policy is the base without the adapter.
 
@@ -49,8 +47,7 @@ class PolicyTrainer(GRPOTrainer):
         reward: PolicyReward,
         config: GRPOConfig,
     ) -> None:
-        self._recipe = recipe
-        self._order: GroupOrder | None = None
+        self.recipe = self._policy = recipe
         self._prompts_per_batch = prompts_per_step(config)
         # TRL turns off all dropout or none. This call turns off the base's dropout. PEFT adds LoRA's dropout later.
         disable_dropout_in_model(model)
@@ -70,39 +67,19 @@ class PolicyTrainer(GRPOTrainer):
             processing_class=tokenizer,
             peft_config=lora_config(recipe),
         )
-        self.remove_callback(PrinterCallback)
-        self.add_callback(Epochs(self.set_epoch))
-        if recipe.basis == "shared":
-            set_shared_basis(self.model, recipe.basis_seed)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which determines the order of the prompts."""
-        if self._order is not None:
-            self._order.epoch = epoch
-
-    def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Freeze a shared basis, which loading a checkpoint makes trainable, and then make the optimizer."""
-        if self._recipe.basis == "shared":
-            freeze_basis(self.model)
-        return super().create_optimizer(*args, **options)
-
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Write no model card, because expert.json records the training."""
-
-    def _send_telemetry(self) -> None:
-        """Send nothing."""
+        self.finish()
 
     def _get_train_sampler(self, dataset: Any = None) -> GroupOrder:
         """Return the order of the prompts. TRL's own order of an epoch depends on the epochs of the same process."""
         rows: Any = self.train_dataset if dataset is None else dataset
-        self._order = GroupOrder(
+        self.order = GroupOrder(
             len(rows),
-            group_size=self._recipe.grpo.num_generations,
+            group_size=self._policy.grpo.num_generations,
             prompts_per_batch=self._prompts_per_batch,
-            repeats=self._recipe.optimizer.gradient_accumulation,
+            repeats=self.recipe.optimizer.gradient_accumulation,
             seed=self.args.seed,
         )
-        return self._order
+        return self.order
 
 
 def prompts_per_step(config: GRPOConfig) -> int:

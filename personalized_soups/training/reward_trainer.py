@@ -8,21 +8,19 @@ from typing import Any
 import datasets
 import torch
 from peft import TaskType
-from transformers.trainer_callback import PrinterCallback
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
 from personalized_soups.declare.training import RewardRecipe
-from personalized_soups.training.callbacks import Epochs
+from personalized_soups.training.adapter_trainer import AdapterTrainer
 from personalized_soups.training.encoding import EncodedPairs
 from personalized_soups.training.order import LikeLengthOrder
-from personalized_soups.training.shared_basis import freeze_basis, set_shared_basis
 from personalized_soups.training.trl_settings import common_arguments, lora_config, one_gpu
 
 
-class RewardModelTrainer(RewardTrainer):
-    """A RewardTrainer that puts pairs of similar length in a batch. It writes no model card and sends no telemetry.
+class RewardModelTrainer(AdapterTrainer, RewardTrainer):
+    """A RewardTrainer that puts pairs of similar length in a batch.
 
     Args:
         recipe: the recipe, with the overrides of the side.
@@ -35,8 +33,7 @@ class RewardModelTrainer(RewardTrainer):
     def __init__(
         self, recipe: RewardRecipe, *, model: Any, tokenizer: Any, pairs: EncodedPairs, config: RewardConfig
     ) -> None:
-        self._recipe = recipe
-        self._order: LikeLengthOrder | None = None
+        self.recipe = recipe
         # TRL turns off all dropout or none. This call turns off the base's dropout. PEFT adds LoRA's dropout later.
         disable_dropout_in_model(model)
         texts = [pair.cut(recipe.reward.max_length) for pair in pairs.pairs]
@@ -51,37 +48,12 @@ class RewardModelTrainer(RewardTrainer):
             processing_class=tokenizer,
             peft_config=lora_config(recipe, TaskType.SEQ_CLS),
         )
-        self.remove_callback(PrinterCallback)
-        self.add_callback(Epochs(self.set_epoch))
-        if recipe.basis == "shared":
-            set_shared_basis(self.model, recipe.basis_seed)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which determines the order of the pairs."""
-        if self._order is not None:
-            self._order.epoch = epoch
-
-    def create_optimizer(self, *args: Any, **options: Any) -> Any:
-        """Freeze a shared basis, which loading a checkpoint makes trainable, and then make the optimizer."""
-        if self._recipe.basis == "shared":
-            freeze_basis(self.model)
-        return super().create_optimizer(*args, **options)
-
-    def create_model_card(self, *args: Any, **options: Any) -> None:
-        """Write no model card, because expert.json records the training."""
-
-    def _prepare_dataset(self, dataset: Any, *args: Any, **options: Any) -> Any:
-        """Return the data set unchanged, because `encode_pairs` has already computed the token ids."""
-        return dataset
-
-    def _send_telemetry(self) -> None:
-        """Send nothing."""
+        self.finish()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengthOrder:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         lengths = [max(map(len, texts)) for texts in zip(rows["chosen_ids"], rows["rejected_ids"], strict=True)]
-        self._order = LikeLengthOrder(lengths, batch_size=self.args.per_device_train_batch_size, seed=self.args.seed)
-        return self._order
+        return self.by_length(lengths)
 
 
 def reward_config(

@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from personalized_soups.adapters.fingerprint import base_fingerprint
 from personalized_soups.adapters.provenance import read_expert_record
 from personalized_soups.declare.dimension import Catalogue
-from personalized_soups.declare.loader import load
-from personalized_soups.declare.shipped import recipes_folder
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, SoupError, UsageError
 from personalized_soups.generation.generator import Generator
@@ -238,19 +236,6 @@ def test_every_step_is_reported(
     out, err = capfd.readouterr()
     assert out == ""
     assert err == ""
-
-
-def test_every_shipped_recipe_trains(small_base: Path, pairs_file: Path, tmp_path: Path) -> None:
-    files = sorted((recipes_folder() / "train").glob("*.yaml"))
-    assert len(files) >= 2
-    for path in files:
-        recipe = load(path, TrainingRecipe)
-        optimizer = recipe.optimizer.replaced(epochs=None, max_steps=2, batch_size=2, gradient_accumulation=2)
-        small = recipe.replaced(optimizer=optimizer, dpo=recipe.dpo.replaced(max_length=64), sides={})
-        out = train_expert("x", base=small_base, data=pairs_file, out=tmp_path / path.stem, recipe=small, device="cpu")
-        tensors = load_file(out / "adapter_model.safetensors")
-        assert all(tensor.dtype == torch.float32 for tensor in tensors.values()), path
-        assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "lora_B" in name), path
 
 
 def test_modes_follow_the_umask(
