@@ -21,6 +21,7 @@ from personalized_soups.generation.soft_tokens import checked_soft_tokens
 from personalized_soups.mixing.active_mixture import ActiveMixture, Mixture, NextStep
 from personalized_soups.mixing.batch_rows import AsSet, checked_prompts, profile_per_prompt, rows_per_prompt
 from personalized_soups.mixing.fitting import fitting_rows
+from personalized_soups.mixing.log_prob_mixing import MixedLogProbs, group_size_of
 from personalized_soups.mixing.prefixes import PrefixCache, new_past
 from personalized_soups.mixing.profile_registry import ProfileRegistry
 
@@ -69,6 +70,7 @@ class MixedGeneration:
         batch_size: int,
         places: Sequence[int] | None,
         soft_tokens: Sequence[Tensor | None] | None,
+        log_prob_weights: Sequence[float] | None,
         options: Mapping[str, Any],
     ) -> Any:
         """Answer prompts or token ids. Arguments, result and errors are those of `SoupModel.generate`."""
@@ -95,6 +97,11 @@ class MixedGeneration:
             raise UsageError(
                 what, where="soft_tokens", mend=f"leave out soft_tokens, or leave out {', '.join(options)}"
             )
+        if log_prob_weights is not None and options:
+            what = "log_prob_weights cannot be combined with options of transformers' generate, but some are given"
+            raise UsageError(
+                what, where="log_prob_weights", mend=f"leave out log_prob_weights, or leave out {', '.join(options)}"
+            )
         if "input_ids" in options or "inputs_embeds" in options:
             if prompts is not None:
                 raise UsageError(
@@ -120,6 +127,7 @@ class MixedGeneration:
             seed=seed,
             places=places,
             soft_tokens=checked_soft_tokens(soft_tokens, len(checked), self._model),
+            log_prob_weights=log_prob_weights,
         )
 
     def stream(
@@ -203,6 +211,7 @@ class MixedGeneration:
         profiles: Sequence[ProfileLike] | AsSet,
         *,
         soft_tokens: Sequence[Tensor | None],
+        log_prob_weights: Sequence[float] | None,
         **sampling: Any,
     ) -> list[str]:
         """Return one answer for each prompt. Its random numbers depend only on the seed and the prompt's place.
@@ -215,6 +224,17 @@ class MixedGeneration:
             if count:
                 generator.encoded(prompt, num_soft=count)  # raises if soft tokens and prompt are too long together
 
+        size = 0
+        if log_prob_weights is not None:
+            size = group_size_of(sampling["places"], log_prob_weights, len(prompts))
+            sampling["batch_size"] = max(1, sampling["batch_size"] // size) * size  # no batch divides a group
+
+        def processors(mixture: Mixture | None, indices: Sequence[int]) -> list[Any]:
+            if log_prob_weights is None:
+                return [*_started(mixture)]
+            weights_B = torch.tensor([log_prob_weights[index] for index in indices], device=self._model.device)
+            return [*_started(mixture), MixedLogProbs(weights_B, size)]
+
         @contextmanager
         def around(indices: Sequence[int]) -> Iterator[Within]:
             def width() -> int:
@@ -224,11 +244,12 @@ class MixedGeneration:
             own = profiles if isinstance(profiles, AsSet) else [profiles[index] for index in indices]
             # `fitting_rows` is the outermost context, because it measures after the mixture has ended.
             with fitting_rows(generator.model, len(indices), width), self._mixture(own, 1) as mixture:
-                yield Within(_started(mixture), soft_tokens=[soft_tokens[index] for index in indices])
+                own_tokens = [soft_tokens[index] for index in indices]
+                yield Within(processors(mixture, indices), soft_tokens=own_tokens)
 
         # With a mixture that is set already, the prompts must keep the order of its rows, so they are not sorted by
-        # length.
-        in_order = isinstance(profiles, AsSet)
+        # length. Neither are groups, whose rows must stay together.
+        in_order = isinstance(profiles, AsSet) or log_prob_weights is not None
         return [answer for (answer,) in generator.answers(prompts, around=around, in_order=in_order, **sampling)]
 
     def _answer_by_transformers(

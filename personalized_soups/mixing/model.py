@@ -237,6 +237,7 @@ class SoupModel:
         batch_size: int = 64,
         places: Sequence[int] | None = None,
         soft_tokens: Sequence[Tensor | None] | None = None,
+        log_prob_weights: Sequence[float] | None = None,
         **options: Any,
     ) -> Any:
         """Answer each prompt with its own profile, `batch_size` prompts at a time.
@@ -256,6 +257,9 @@ class SoupModel:
                 get the same random numbers.
             soft_tokens: for each prompt, its soft tokens, a tensor [N, H], or None. They take the place of embeddings
                 of tokens before the prompt. H is the width of the base's embeddings.
+            log_prob_weights: a weight for each prompt. Consecutive prompts with equal `places` then form a group, whose
+                tokens are drawn from the weighted sum of the log-probabilities of its rows, so that all its answers are
+                equal (multi-objective decoding). Give each row of a group the same prompt and its own profile.
             options: arguments of transformers' generate: num_beams, do_sample, top_p, streamer, ... If there are any,
                 transformers' generate also samples the tokens.
 
@@ -277,6 +281,7 @@ class SoupModel:
             batch_size=batch_size,
             places=places,
             soft_tokens=soft_tokens,
+            log_prob_weights=log_prob_weights,
             options=options,
         )
 

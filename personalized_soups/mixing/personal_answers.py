@@ -14,7 +14,7 @@ from personalized_soups.errors import UsageError
 from personalized_soups.generation.prompts import Prompt, prompt_text, with_text_before
 from personalized_soups.mixing.batch_rows import checked_prompts
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.mixing.personal_model import BestOf, PersonalModel
+from personalized_soups.mixing.personal_model import BestOf, MixLogProbs, PersonalModel
 
 # The sampled answers to one prompt have places that differ by this number. So the first of them has the random numbers
 # of a plain answer, and no answer has those of another prompt.
@@ -75,16 +75,19 @@ def answer(
             mend="give a temperature above 0, such as temperature=0.7, or use the decoder Plain()",
         )
     answers = [""] * len(users)
+    sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    for same_size in _mixed_by_size(users):
+        texts = _answer_mixed(model, [users[index] for index in same_size], batch_size=batch_size, **sampling)
+        for index, text in zip(same_size, texts, strict=True):
+            answers[index] = text
     for group in _groups(users, max_adapters):
         with _held(model, [users[index].model.adapter_folder for index in group]) as names:
             chosen = _answer_group(
                 model,
                 [users[index] for index in group],
                 names,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
                 batch_size=batch_size,
+                **sampling,
             )
         for index, text in zip(group, chosen, strict=True):
             answers[index] = text
@@ -136,8 +139,41 @@ def _groups(users: Sequence[_User], max_adapters: int) -> Iterator[list[int]]:
     group_of = {folder: number // max(1, max_adapters) for number, folder in enumerate(folders)}
     groups: dict[int, list[int]] = {}
     for index, user in enumerate(users):
-        groups.setdefault(group_of.get(user.model.adapter_folder, 0), []).append(index)
+        if not isinstance(user.model.decoder, MixLogProbs):
+            groups.setdefault(group_of.get(user.model.adapter_folder, 0), []).append(index)
     yield from groups.values()
+
+
+def _mixed_by_size(users: Sequence[_User]) -> Iterator[list[int]]:
+    """Yield the indices of the users whose log-probabilities are mixed, those with equally many soups together."""
+    by_size: dict[int, list[int]] = {}
+    for index, user in enumerate(users):
+        if isinstance(user.model.decoder, MixLogProbs):
+            by_size.setdefault(len(user.model.decoder.parts), []).append(index)
+    yield from by_size.values()
+
+
+def _answer_mixed(model: SoupModel, users: Sequence[_User], **sampling: Any) -> list[str]:
+    """Return the answer of each user. All users have `MixLogProbs` with equally many soups."""
+    rows = []
+    for user in users:
+        assert isinstance(user.model.decoder, MixLogProbs)
+        if user.model.adapter is not None or user.model.profile is not None:
+            raise UsageError(
+                "a personal model has MixLogProbs, which names its own soups, but also a profile or an adapter",
+                where="decoder",
+                mend="name the soups in MixLogProbs alone",
+            )
+        rows += [(user, profile, weight) for profile, weight in user.model.decoder.parts.items()]
+    texts: list[str] = model.generate(
+        [with_text_before(user.prompt, user.model.text) for user, _, _ in rows],
+        [profile for _, profile, _ in rows],
+        soft_tokens=[user.model.soft_tokens for user, _, _ in rows],
+        places=[user.place for user, _, _ in rows],
+        log_prob_weights=[weight for _, _, weight in rows],
+        **sampling,
+    )
+    return texts[:: len(rows) // len(users)]
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -48,6 +49,32 @@ class BestOf:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class MixLogProbs:
+    """The decoder that draws each token from the weighted sum of the log-probabilities of several soups.
+
+    Each soup computes every token, so an answer costs as much as one answer of each soup. The personal model's own
+    profile is not used (multi-objective decoding, Shi et al. 2024, arXiv:2406.18853).
+
+    Attributes:
+        parts: the weight of each soup's log-probabilities, by its profile: a name, such as that of an expert, or None
+            for the base.
+
+    Raises:
+        UsageError: if there are no parts, or a weight is not finite.
+    """
+
+    parts: Mapping[str | None, float]
+
+    def __post_init__(self) -> None:
+        if not self.parts or not all(map(math.isfinite, self.parts.values())):
+            raise UsageError(
+                f"the weights are {dict(self.parts)}, but there must be at least one, and all must be finite",
+                where="parts",
+                mend="give weights such as MixLogProbs({'concise': 0.5, 'friendly': 0.5})",
+            )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PersonalModel:
     """What a system that learns about users knows of one user, in the form in which a model can use it.
@@ -60,7 +87,7 @@ class PersonalModel:
         adapter: the folder of a LoRA adapter that is added to the soup with weight 1.
         soft_tokens: a tensor [N, H], the vectors that come before the prompt. H is the width of the base's embeddings.
         text: a text that comes before the prompt, such as a description of the user or texts that were retrieved.
-        decoder: how the answer is chosen, `Plain()` or `BestOf(...)`.
+        decoder: how the answer is chosen: `Plain()`, `BestOf(...)` or `MixLogProbs(...)`.
 
     Example:
         >>> concise = PersonalModel(profile={"concise": 0.6}, text="I am in a hurry.")
@@ -72,7 +99,7 @@ class PersonalModel:
     adapter: Path | str | None = None
     soft_tokens: Tensor | None = None
     text: str = ""
-    decoder: Plain | BestOf = Plain()
+    decoder: Plain | BestOf | MixLogProbs = Plain()
 
     @property
     def adapter_folder(self) -> Path | None:
