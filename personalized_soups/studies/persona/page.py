@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import fsum, sqrt
+from math import fsum
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
 from personalized_soups.evaluation.markdown import table
 from personalized_soups.evaluation.pictures.forecast import draw_forecast
+from personalized_soups.evaluation.significance import t_interval
 from personalized_soups.studies.persona.combinations import combinations
 from personalized_soups.studies.persona.seed_run import SeedRun
 from personalized_soups.studies.persona.settings import FITTED
@@ -23,17 +23,11 @@ from personalized_soups.studies.persona.summary import (
     system_rows,
 )
 
-# The 97.5% point of Student's t distribution for 1, 2, ... degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
-
 
 def interval(values: Sequence[float]) -> str:
     """Return the mean of the values of some seeds with a 95% t interval, or the value of a single seed."""
-    mean = fsum(values) / len(values)
-    if len(values) < 2 or len(values) - 2 >= len(_T):
-        return f"{mean:.2f}"
-    half = _T[len(values) - 2] * stdev(values) / sqrt(len(values))
-    return f"{mean:.2f} ± {half:.2f}"
+    found = t_interval(values)
+    return f"{fsum(values) / len(values):.2f}" if found is None else f"{found[0]:.2f} ± {found[1]:.2f}"
 
 
 def expert_rows(runs: Sequence[SeedRun]) -> tuple[list[str], list[list[str]]]:
