@@ -27,8 +27,8 @@ def load_reward_model(place: Path | str, *, device: torch.device, dtype: Dtype) 
     """Return a reward model, in evaluation mode, and its tokenizer.
 
     Args:
-        place: the folder or hub id of a sequence classifier, or the folder of an adapter that `psoups train --method
-            reward` wrote. The adapter is merged into its base, which its record names.
+        place: the folder or hub id of a sequence classifier, or the folder of an adapter that
+            `train_reward_model` wrote. The adapter is merged into its base, which its record names.
         device: the model's device.
         dtype: the model's dtype; `auto` takes the dtype of its files.
 
@@ -110,7 +110,7 @@ def _load_adapter(folder: Path, device: torch.device, dtype: Dtype) -> tuple[Any
         raise InputError(
             "the adapter is not a reward model",
             where=str(folder),
-            mend="give a folder that psoups train --method reward wrote, or a whole sequence classifier",
+            mend="give a folder that train_reward_model or psoups train wrote, or a whole sequence classifier",
         )
     base = record.base.name
     SafetensorsFile.open(folder / WEIGHTS_FILE)  # a damaged file has a clear error

@@ -36,8 +36,8 @@ class RewardModels:
         names: the names of the rewards.
 
     Args:
-        models: the folder or hub id of each reward model, by the name of its reward. The folder of an adapter of
-            `psoups train --method reward` is a reward model, too.
+        models: the folder or hub id of each reward model, by the name of its reward. The folder of an adapter
+            that `train_reward_model` wrote is a reward model, too.
         device: `auto` (CUDA if there is a CUDA device), `cpu`, `cuda`, ...
         dtype: the dtype of the models; `auto` takes the dtype of their files.
         batch_size: the maximum number of answers in a forward pass.
