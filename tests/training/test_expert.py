@@ -19,38 +19,14 @@ from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.loading import load_tokenizer
 from personalized_soups.training import checkpoints
 from personalized_soups.training.expert import train_expert
-from personalized_soups.training.progress import Silent, StepReport
+from personalized_soups.training.progress import StepReport
 from personalized_soups.training.shared_basis import basis_factor
+from tests.training.heard import Heard
 
 CATALOGUE = Catalogue.model_validate_json(
     """{"dimensions": {"informativeness": {"about": "length", "sides": {
         "concise": {"label": "P2A", "instruction": "Be brief.", "end": "low"}}}}}"""
 )
-
-
-class Heard(Silent):
-    """Stores all progress; raises KeyboardInterrupt once, at a given step."""
-
-    def __init__(self, *, stop_at: int | None = None) -> None:
-        self.reports: list[StepReport] = []
-        self.begun: list[int] = []
-        self.notes: list[str] = []
-        self.ended = 0
-        self.stop_at = stop_at
-
-    def begin(self, side: str, *, step: int, num_steps: int) -> None:
-        self.begun.append(step)
-
-    def advance(self, side: str, report: StepReport) -> None:
-        self.reports.append(report)
-        if report.step == self.stop_at:
-            raise KeyboardInterrupt
-
-    def note(self, side: str, text: str) -> None:
-        self.notes.append(text)
-
-    def end(self, side: str) -> None:
-        self.ended += 1
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from personalized_soups.scoring.reward_models import RewardModels
 from personalized_soups.studies.prompt_sources import TinyPrompts
 from personalized_soups.training.grpo import train_policy
 from personalized_soups.training.policy_reward import PolicyReward
-from personalized_soups.training.progress import Silent, StepReport
+from tests.training.heard import Heard
 from tests.training.test_reward import train as train_reward
 
 CATALOGUE = Catalogue.model_validate_json(
@@ -39,19 +39,6 @@ RECIPE = GrpoRecipe.model_validate_json(
     "save_steps": 2
 }"""
 )
-
-
-class Heard(Silent):
-    """Keeps the reports. It raises KeyboardInterrupt after some steps, if asked."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.reports: list[StepReport] = []
-        self._stop_after = stop_after
-
-    def advance(self, side: str, report: StepReport) -> None:
-        self.reports.append(report)
-        if report.step == self._stop_after:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -101,7 +88,7 @@ def test_a_policy_learns_what_is_rewarded(tmp_path: Path) -> None:
 def test_an_interrupted_training_ends_with_the_same_bytes(small_base: Path, prompts: Path, tmp_path: Path) -> None:
     whole = train(small_base, prompts, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(small_base, prompts, tmp_path / "cut", progress=Heard(stop_after=3))
+        train(small_base, prompts, tmp_path / "cut", progress=Heard(stop_at=3))
     heard = Heard()
     cut = train(small_base, prompts, tmp_path / "cut", resume=True, progress=heard)
     assert [report.step for report in heard.reports] == [3, 4, 5, 6]  # from the checkpoint of step 2

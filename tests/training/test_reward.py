@@ -16,8 +16,8 @@ from personalized_soups.errors import InputError, OutputExistsError
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.scoring.base_rewards import TextItem
 from personalized_soups.scoring.reward_models import RewardModels
-from personalized_soups.training.progress import Silent, StepReport
 from personalized_soups.training.reward import train_reward_model
+from tests.training.heard import Heard
 
 RECIPE = RewardRecipe.model_validate_json(
     """{
@@ -27,19 +27,6 @@ RECIPE = RewardRecipe.model_validate_json(
     "save_steps": 3
 }"""
 )
-
-
-class Heard(Silent):
-    """Keeps the reports. It raises KeyboardInterrupt after some steps, if asked."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.reports: list[StepReport] = []
-        self._stop_after = stop_after
-
-    def advance(self, side: str, report: StepReport) -> None:
-        self.reports.append(report)
-        if report.step == self._stop_after:
-            raise KeyboardInterrupt
 
 
 def train(base: Path, data: Path, out: Path, **options: Any) -> Path:
@@ -121,7 +108,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(
 ) -> None:
     out = tmp_path / "concise"
     with pytest.raises(KeyboardInterrupt):
-        train(small_base, pairs_file, out, progress=Heard(stop_after=5))
+        train(small_base, pairs_file, out, progress=Heard(stop_at=5))
     assert not out.exists()
     heard = Heard()
     train(small_base, pairs_file, out, resume=True, progress=heard)

@@ -14,8 +14,8 @@ from personalized_soups.declare.training import SftRecipe
 from personalized_soups.errors import InputError, SoupError
 from personalized_soups.generation.loading import load_base, load_tokenizer
 from personalized_soups.training.completions import encode_completions, read_completions
-from personalized_soups.training.progress import Silent, StepReport
 from personalized_soups.training.sft import train_on_completions
+from tests.training.heard import Heard
 
 RECIPE = SftRecipe.model_validate_json(
     """{
@@ -25,23 +25,6 @@ RECIPE = SftRecipe.model_validate_json(
     "save_steps": 3
 }"""
 )
-
-
-class Heard(Silent):
-    """Keeps the reports. It raises KeyboardInterrupt after some steps, if asked."""
-
-    def __init__(self, stop_after: int | None = None) -> None:
-        self.reports: list[StepReport] = []
-        self.notes: list[str] = []
-        self._stop_after = stop_after
-
-    def note(self, side: str, text: str) -> None:
-        self.notes.append(text)
-
-    def advance(self, side: str, report: StepReport) -> None:
-        self.reports.append(report)
-        if report.step == self._stop_after:
-            raise KeyboardInterrupt
 
 
 def train(base: Path, data: Path, out: Path, recipe: SftRecipe = RECIPE, **options: Any) -> Path:
@@ -122,7 +105,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(
     data = write(tmp_path / "rows.jsonl", rows)
     whole = train(small_base, data, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        train(small_base, data, tmp_path / "cut", progress=Heard(stop_after=7))
+        train(small_base, data, tmp_path / "cut", progress=Heard(stop_at=7))
     heard = Heard()
     cut = train(small_base, data, tmp_path / "cut", resume=True, progress=heard)
     assert [report.step for report in heard.reports] == [7, 8, 9, 10]  # from the checkpoint of step 6, in epoch 2
