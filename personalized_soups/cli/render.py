@@ -221,14 +221,19 @@ class _LogBar:
     def __init__(self, title: str, total: int | None, before: int = 0) -> None:
         self._title, self._total, self._before, self._line = title, total, before, ""
         self._start = self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # time and work of the first update
 
     def update(self, done: int, *, total: int | None = None, **figures: float | str) -> None:
         self._total = total or self._total
         now = time.monotonic()
         of = f"/{self._total}" if self._total else ""
         left = ""
-        if self._total and self._before < done < self._total:
-            left = f", {(now - self._start) / (done - self._before) * (self._total - done):.0f} s left"
+        # What comes before the first update, such as loading a model, says nothing of the speed.
+        since, begun = self._first or (self._start, self._before)
+        if self._total and begun < done < self._total:
+            left = f", {(now - since) / (done - begun) * (self._total - done):.0f} s left"
+        if self._first is None and done > self._before:
+            self._first = now, done
         self._line = f"{self._title}: {done}{of}{left}  {_figures(figures)}".rstrip()
         if now - self._last_line >= _LOG_SECONDS:
             self._last_line = now

@@ -88,3 +88,17 @@ def test_work_of_an_earlier_run_does_not_count_for_the_time_left(
     with render.progress("training", 100, done=90) as bar:
         bar.update(95)  # five in ten seconds, five to go
     assert "95/100, 10 s left" in capsys.readouterr().err
+
+
+def test_the_time_before_the_first_update_does_not_count_for_the_speed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "_LOG_SECONDS", 0.0)
+    clock = iter([0.0, 300.0, 310.0, 330.0])  # five minutes until the first step, and then ten seconds a step
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with render.progress("training", 10) as bar:
+        bar.update(1)
+        bar.update(2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("training: 1/10, 2700 s left")
+    assert lines[1].startswith("training: 2/10, 80 s left")
