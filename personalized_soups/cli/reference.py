@@ -59,6 +59,7 @@ def schema_pages() -> dict[str, str]:
     from personalized_soups.declare.persona import Persona
     from personalized_soups.declare.preference_data import LabelledAnswers, Rollout
     from personalized_soups.declare.profile import Profile
+    from personalized_soups.declare.run_recipe import RunRecipe
     from personalized_soups.declare.training import GrpoRecipe, RewardRecipe, SftRecipe, TrainingRecipe
 
     models: dict[str, type[Declared]] = {
@@ -70,6 +71,7 @@ def schema_pages() -> dict[str, str]:
         "train-grpo": GrpoRecipe,
         "train-sft": SftRecipe,
         "evaluation": StudyRecipe,
+        "run": RunRecipe,
         "bases": BaseTable,
         "judge": JudgeFile,
         "rollouts": Rollout,

@@ -1,0 +1,83 @@
+"""`psoups run`: run the steps of a recipe in one folder, and again only what has changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from personalized_soups.cli import render
+from personalized_soups.cli.options import DeviceOption, JsonOption, WorkersOption
+from personalized_soups.cli.study.workers import num_workers
+
+if TYPE_CHECKING:
+    from personalized_soups.studies.pipeline.engine import FinishedStep
+    from personalized_soups.studies.pipeline.run_folder import RunFolder
+    from personalized_soups.studies.pipeline.steps import Step
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the application."""
+    app.command(name="run")(run)
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe of the run, e.g. recipes/runs/tiny.yaml.")],
+    *,
+    out: Annotated[Path, typer.Option(help="Folder of the run. A rerun does only what is missing or has changed.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what a run would do, and what it took last time. Write nothing.")
+    ] = False,
+    workers: WorkersOption = 0,
+    device: DeviceOption = "auto",
+    as_json: JsonOption = False,
+) -> None:
+    """Run the steps of a recipe: sample, label, pair, train and merge.
+
+    The folder has the files of each step under steps/, and a manifest with the digests of what they were made from. A
+    step runs again only if its settings or its inputs have changed. An interrupted run is resumed by the same command.
+    """
+    from personalized_soups.declare.loader import load
+    from personalized_soups.declare.run_recipe import RunRecipe
+
+    declared = load(recipe, RunRecipe)
+
+    from personalized_soups.studies.pipeline.expanding import steps_of
+    from personalized_soups.studies.pipeline.run_folder import RunFolder
+
+    steps, folder = steps_of(declared, device=device), RunFolder(out)
+    if dry_run:
+        _show_plan(steps, folder, as_json=as_json)
+    else:
+        _show_run(_finished(steps, folder, num_workers(workers), quiet=as_json), out, as_json=as_json)
+
+
+def _show_plan(steps: list[Step], folder: RunFolder, *, as_json: bool) -> None:
+    from personalized_soups.studies.pipeline.engine import plan
+
+    rows = [[each.step.name, each.state, each.seconds] for each in plan(steps, folder)]
+    render.show_table(["step", "would be", "seconds last time"], rows, as_json=as_json)
+
+
+def _finished(steps: list[Step], folder: RunFolder, workers: int, *, quiet: bool) -> list[FinishedStep]:
+    """Run the steps, and return them."""
+    from personalized_soups.studies.pipeline.engine import run_steps
+
+    finished: list[FinishedStep] = []
+    with render.progress("running steps", len(steps), quiet=quiet) as bar:
+
+        def report(name: str, content: object) -> None:
+            bar.update(len(finished), step=f"{name} {content}")
+
+        for step in run_steps(steps, folder, workers=workers, on_report=report):
+            finished.append(step)
+            bar.update(len(finished))
+    return finished
+
+
+def _show_run(finished: list[FinishedStep], out: Path, *, as_json: bool) -> None:
+    ran = [step for step in finished if step.was_run]
+    seconds = sum(step.record.seconds for step in ran)
+    record = {"folder": str(out), "steps": len(finished), "run": len(ran), "seconds": seconds}
+    render.show_record(record, as_json=as_json)

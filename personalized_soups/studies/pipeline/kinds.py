@@ -1,0 +1,200 @@
+"""The work of each kind of step: sample, label, pair, train and merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.loader import load
+from personalized_soups.declare.profile import Profile
+from personalized_soups.declare.run_recipe import LabelStep, MergeStep, PairsStep, RolloutsStep, TrainStep
+from personalized_soups.studies.pipeline.steps import Report
+from personalized_soups.training.progress import Silent, StepReport
+
+_ROLLOUTS, _LABELS, _PAIRS = "rollouts.jsonl", "labels.jsonl", "pairs.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What all steps of a run share.
+
+    Attributes:
+        base: the base's folder or hub id.
+        fingerprint: the base's fingerprint.
+        catalogue: the dimensions and sides.
+        seed: the random seed.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    base: str
+    fingerprint: str
+    catalogue: Catalogue
+    seed: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Samples answers to the prompts of a file."""
+
+    world: World
+    step: RolloutsStep
+    prompts: Path
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        """Write rollouts.jsonl."""
+        from personalized_soups.generation.generator import Generator
+        from personalized_soups.generation.prompts import read_prompts
+        from personalized_soups.training.instructions import InstructedShare, instructions_of
+        from personalized_soups.training.resumable_sampling import sample_kept
+        from personalized_soups.training.rollouts import write_pool
+
+        step, prompts = self.step, read_prompts(self.prompts)
+        total = len(prompts) * step.num_samples
+        pool = sample_kept(
+            Generator.open(self.world.base, device=self.world.device),
+            prompts,
+            kept=work / ".sampling.jsonl",
+            base=self.world.fingerprint,
+            num_samples=step.num_samples,
+            temperature=step.temperature,
+            max_new_tokens=step.max_new_tokens,
+            batch_size=step.batch_size,
+            seed=self.world.seed,
+            instructed=InstructedShare(step.instructed, instructions_of(self.world.catalogue)),
+            on_done=lambda done: report(f"{done}/{total} answers"),
+        )
+        write_pool(work / _ROLLOUTS, pool)
+        (work / ".sampling.jsonl").unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Labels answers for one side."""
+
+    world: World
+    step: LabelStep
+    side: str
+    judge: Path | None
+    cache: Path | None
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        """Write labels.jsonl."""
+        from contextlib import ExitStack
+
+        from personalized_soups.scoring.judging.open_judge import open_judge
+        from personalized_soups.training.labelling import LabelRequest
+
+        with ExitStack() as stack:
+            judge = None
+            if self.judge is not None:
+                judge = stack.enter_context(open_judge(self.judge, cache=self.cache, device=self.world.device))
+            rollouts = inputs[self.step.rollouts] / _ROLLOUTS
+            step, world = self.step, self.world
+            request = LabelRequest(
+                rollouts, self.side, world.catalogue, judge, step.num_comparisons, step.whole_sentences, world.seed
+            )
+            total = request.num_prompts()
+            request.write(work / _LABELS, overwrite=True, on_done=lambda done: report(f"{done}/{total} prompts"))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Chooses the pairs of one side."""
+
+    world: World
+    step: PairsStep
+    side: str
+    labels: str
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        """Write pairs.jsonl."""
+        from personalized_soups.generation.loading import load_tokenizer
+        from personalized_soups.training.data import write_pairs
+        from personalized_soups.training.labels import read_labels
+        from personalized_soups.training.pairs import choose_pairs
+
+        step, catalogue = self.step, self.world.catalogue
+        pairs = choose_pairs(
+            read_labels(inputs[self.labels] / _LABELS),
+            min_gap=step.min_gap,
+            max_pairs=step.max_pairs,
+            seed=self.world.seed,
+            conversational=load_tokenizer(self.world.base).chat_template is not None,
+            match_length=step.match_length and not catalogue.is_about_length(self.side),
+        )
+        write_pairs(work / _PAIRS, pairs)
+        report(f"{len(pairs)} pairs")
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    """Trains the expert or the reward model of one side, in a folder with the side's name."""
+
+    world: World
+    step: TrainStep
+    side: str
+    data: str | Path
+    recipe: Path
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        """Write the folder of the side."""
+        world, out = self.world, work / self.side
+        options: dict[str, Any] = {
+            "base": world.base,
+            "out": out,
+            "catalogue": world.catalogue,
+            "device": world.device,
+            "seed": world.seed,
+            "resume": True,
+            "progress": _Reporting(report),
+        }
+        if self.step.method == "grpo":
+            from personalized_soups.declare.training import GrpoRecipe
+            from personalized_soups.training.grpo import train_policy
+
+            train_policy(self.side, prompts=Path(self.data), recipe=load(self.recipe, GrpoRecipe), **options)
+            return
+        pairs = inputs[str(self.data)] / _PAIRS
+        if self.step.method == "reward":
+            from personalized_soups.declare.training import RewardRecipe
+            from personalized_soups.training.reward import train_reward_model
+
+            train_reward_model(self.side, data=pairs, recipe=load(self.recipe, RewardRecipe), **options)
+            return
+        from personalized_soups.declare.training import TrainingRecipe
+        from personalized_soups.training.expert import train_expert
+
+        train_expert(self.side, data=pairs, recipe=load(self.recipe, TrainingRecipe), **options)
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Merges the experts of one combination, in a folder with the combination's name."""
+
+    step: MergeStep
+    sides: tuple[str, ...]
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        """Write the merged adapter."""
+        from personalized_soups.adapters.library import ExpertLibrary
+        from personalized_soups.merging.writing.adapter import merge
+
+        library = ExpertLibrary.open(*inputs.values())
+        name = "+".join(self.sides)
+        weights = dict.fromkeys(self.sides, self.step.weight)
+        profile = Profile(user=name, method=self.step.method, weights=weights)
+        merge(library, profile).write(work / name, overwrite=True)
+
+
+class _Reporting(Silent):
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def advance(self, side: str, report: StepReport) -> None:
+        """Report a step as text."""
+        figures = "".join(f"  {name} {value:.3g}" for name, value in report.figures.items())
+        self._report(f"step {report.step}/{report.num_steps}  loss {report.loss:.3g}{figures}")

@@ -1,0 +1,124 @@
+"""`psoups run` from prompts to merged models, on a small base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from personalized_soups.adapters.library import ExpertLibrary
+from personalized_soups.adapters.provenance import read_soup_record
+from personalized_soups.declare.loader import load
+from personalized_soups.declare.run_recipe import RunRecipe
+from personalized_soups.declare.shipped import recipes_folder, shipped_recipe
+from personalized_soups.studies.pipeline.expanding import steps_of
+from personalized_soups.studies.pipeline.steps import in_order
+from tests.cli.conftest import Run
+
+DIMENSIONS = """
+dimensions:
+  informativeness:
+    about: How much the answer says.
+    scorer: {kind: length, low: 0, high: 20}
+    sides:
+      concise: {instruction: Be brief., end: low}
+      informative: {instruction: Tell all.}
+"""
+TRAIN = """
+lora: {rank: 4, alpha: 8}
+dpo: {beta: 0.3, max_length: 96}
+optimizer: {learning_rate: 1.0e-3, max_steps: 2, batch_size: 2}
+"""
+RECIPE = """
+base: BASE
+dimensions: dimensions.yaml
+steps:
+  pool: {kind: rollouts, prompts: prompts.txt, num_samples: 4, max_new_tokens: 24}
+  labels: {kind: label, rollouts: pool}
+  pairs: {kind: pairs, labels: labels, min_gap: 0.05}
+  experts: {kind: train, pairs: pairs, recipe: train.yaml}
+  soups: {kind: merge, experts: experts, weight: 0.6}
+"""
+
+
+@pytest.fixture
+def recipe(small_base: Path, tmp_path: Path) -> Path:
+    (tmp_path / "dimensions.yaml").write_text(DIMENSIONS)
+    (tmp_path / "train.yaml").write_text(TRAIN)
+    (tmp_path / "prompts.txt").write_text("wash the kettle\nrub the towel\ndry the old soap\n")
+    (tmp_path / "run.yaml").write_text(RECIPE.replace("BASE", str(small_base)))
+    return tmp_path / "run.yaml"
+
+
+def run(psoups: Run, recipe: Path, *more: object) -> tuple[int, str, str]:
+    return psoups("run", recipe, "--out", recipe.parent / "out", "--workers", 1, "--device", "cpu", "--json", *more)
+
+
+def states(psoups: Run, recipe: Path) -> dict[str, str]:
+    code, out, _ = run(psoups, recipe, "--dry-run")
+    assert code == 0
+    return {row["step"]: row["would be"] for row in json.loads(out)}
+
+
+@pytest.mark.slow
+def test_a_run_makes_soups_and_a_rerun_only_what_changed(psoups: Run, recipe: Path) -> None:
+    names = ["pool", "labels-concise", "labels-informative", "pairs-concise", "pairs-informative"]
+    names += ["experts-concise", "experts-informative", "soups-concise", "soups-informative"]
+    assert states(psoups, recipe) == dict.fromkeys(names, "run")
+    assert not (recipe.parent / "out").exists()  # a dry run writes nothing
+    code, out, err = run(psoups, recipe)
+    assert code == 0, err
+    assert (json.loads(out)["steps"], json.loads(out)["run"]) == (9, 9)
+    steps = recipe.parent / "out" / "steps"
+    library = ExpertLibrary.open(steps / "experts-concise", steps / "experts-informative")
+    assert set(library) == {"concise", "informative"}
+    soup = read_soup_record(steps / "soups-concise" / "concise")
+    assert soup is not None
+    assert soup.profile["weights"] == {"concise": 0.6}
+    assert states(psoups, recipe) == dict.fromkeys(names, "done")
+
+    recipe.write_text(recipe.read_text().replace("weight: 0.6", "weight: 0.7"))
+    assert {name for name, state in states(psoups, recipe).items() if state != "done"} == {
+        "soups-concise",
+        "soups-informative",
+    }
+    assert json.loads(run(psoups, recipe)[1])["run"] == 2
+
+    # fewer pairs are other pairs for neither side: the trainings read equal files and do not run
+    recipe.write_text(recipe.read_text().replace("min_gap: 0.05", "min_gap: 0.05, max_pairs: 999"))
+    assert states(psoups, recipe)["experts-concise"] == "maybe"
+    assert json.loads(run(psoups, recipe)[1])["run"] == 2
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "place"),
+    [
+        ("rollouts: pool", "rollouts: poll", "did you mean 'pool'?", "run.yaml:6: steps.labels.rollouts"),
+        ("labels: labels", "labels: pool", "name a step of the kind 'label'", "run.yaml:7: steps.pairs.labels"),
+        ("prompts: prompts.txt", "prompts: none.txt", "there is no file", "run.yaml:5: steps.pool.prompts"),
+        ("recipe: train.yaml", "recipe: none.yaml", "there is no file", "run.yaml:8: steps.experts.recipe"),
+        ("pairs: pairs, ", "", "trains on pairs", "run.yaml:8: steps.experts"),
+        ("kind: merge", "kind: blend", "blend", "run.yaml:9"),
+    ],
+)
+def test_a_faulty_recipe_is_named_with_its_line(
+    old: str, new: str, message: str, place: str, *, psoups: Run, recipe: Path
+) -> None:
+    assert old in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace(old, new))
+    code, _, err = run(psoups, recipe)
+    assert code == 2
+    assert message in err
+    assert place in err
+    assert not (recipe.parent / "out").exists()
+
+
+def test_every_shipped_run_has_an_order() -> None:
+    paths = sorted((recipes_folder() / "runs").glob("*.yaml"))
+    assert [path.name for path in paths] == ["tiny.yaml"]
+    for path in paths:
+        steps = in_order(steps_of(load(path, RunRecipe), device="cpu"))
+        assert len(steps) == 1 + 3 * 6 + 8
+        assert [step.name for step in steps if step.is_result] == [step.name for step in steps if "soups" in step.name]
+    assert load(shipped_recipe("runs/tiny.yaml"), RunRecipe).base == "tiny"
