@@ -219,7 +219,7 @@ def test_other_settings_and_other_external_prompts_are_refused(finished: Finishe
     moved = type(prompts)(prompts.path, (*fewer, *rest))
     from dataclasses import replace
 
-    with pytest.raises(OutputExistsError, match=r"other settings: prompts$"):
+    with pytest.raises(OutputExistsError, match=r"other settings: prompts\n"):
         run_study(replace(study, prompts=moved), out, stage=quiet)
     assert run_study(study, out, stage=quiet)[0] == results
 

@@ -102,7 +102,10 @@ class PersonaStudy:
             "study": "persona",
             "traits": self.traits,
             "triples": self.triples,
-            "parts": [self.num_train, self.num_validation, self.num_test, self.num_ties],
+            "num_train": self.num_train,
+            "num_validation": self.num_validation,
+            "num_test": self.num_test,
+            "num_ties": self.num_ties,
             "base": base_fingerprint(self.base),
             "training": self.training.model_dump(mode="json"),
             "data": {

@@ -123,7 +123,7 @@ def test_every_stage_runs_and_is_kept(study: PersonaStudy, base: Path, tmp_path:
     run_persona(study, data, out, stage=no_stage)
     assert lost.read_text() == before
     assert {path: path.stat().st_mtime_ns for path in times} == times
-    with pytest.raises(OutputExistsError, match=r"other settings: .*num_ties"):
+    with pytest.raises(OutputExistsError, match=r"other settings: num_ties\n"):
         run_persona(replace(study, num_ties=2), data, out, stage=no_stage)
 
 
