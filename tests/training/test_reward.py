@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from array import array
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,9 @@ from personalized_soups.errors import InputError, OutputExistsError
 from personalized_soups.generation.quiet import quiet_transformers
 from personalized_soups.scoring.base_rewards import TextItem
 from personalized_soups.scoring.reward_models import RewardModels
+from personalized_soups.training.encoding import EncodedPair, EncodedPairs
 from personalized_soups.training.reward import train_reward_model
+from personalized_soups.training.reward_trainer import spare_id
 from tests.training.heard import Heard
 
 RECIPE = RewardRecipe.model_validate_json(
@@ -133,3 +137,12 @@ def test_wrong_folders_are_rejected(folder: Path, small_base: Path, pairs_file: 
     (copy / "adapter_model.safetensors").write_bytes(b"\x00" * 64)
     with pytest.raises(InputError, match="the file is not JSON"):
         RewardModels({"x": copy}, device="cpu")
+
+
+def test_the_padding_id_occurs_in_no_text() -> None:
+    pairs = EncodedPairs(max_length=3, is_chat=False)
+    pairs.add(EncodedPair(array("i", [0, 4]), array("i", [1, 7]), array("i", [2, 7]), "pairs.jsonl:1"))
+    assert spare_id(pairs, SimpleNamespace(pad_token_id=5)) == 5
+    assert spare_id(pairs, SimpleNamespace(pad_token_id=7)) == 7  # it is cut off
+    for own in (2, None):
+        assert spare_id(pairs, SimpleNamespace(pad_token_id=own)) == 3
