@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -131,9 +131,5 @@ class RunRecipe(Declared):
 
 def named_steps(step: Declared) -> dict[str, str]:
     """Return the names of the steps that a step names, by the field that names them."""
-    return {field: value for field, value in _values(step) if field in _FIELDS and isinstance(value, str)}
-
-
-def _values(step: Declared) -> Iterator[tuple[str, object]]:
-    for field in type(step).model_fields:
-        yield field, getattr(step, field)
+    values = {field: getattr(step, field, None) for field in _FIELDS}
+    return {field: value for field, value in values.items() if isinstance(value, str)}

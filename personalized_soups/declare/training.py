@@ -159,6 +159,18 @@ class TrainingRecipe(AdapterRecipe):
         return self.replaced(dpo=self.dpo.replaced(**dpo), **self.with_overrides(overrides))
 
 
+class OneLossRecipe(AdapterRecipe):
+    """A recipe of which each side can replace the values of the optimizer, and no values of the loss."""
+
+    sides: dict[str, OptimizerOverrides] = Field(
+        default_factory=dict, description="Values that differ for one side, by the name of the side."
+    )
+
+    def for_side(self, name: str) -> Self:
+        """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
+        return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))
+
+
 class RewardModelRecipe(Declared):
     """The loss of a reward model: `-log sigmoid(r(chosen) - r(rejected))` (Bradley and Terry 1952)."""
 
@@ -172,17 +184,10 @@ class RewardModelRecipe(Declared):
     )
 
 
-class RewardRecipe(AdapterRecipe):
+class RewardRecipe(OneLossRecipe):
     """All hyper-parameters for training a reward model: a base with LoRA and one output."""
 
     reward: RewardModelRecipe
-    sides: dict[str, OptimizerOverrides] = Field(
-        default_factory=dict, description="Values that differ for one side, by the name of the side."
-    )
-
-    def for_side(self, name: str) -> RewardRecipe:
-        """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
-        return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))
 
 
 class PolicyRecipe(Declared):
@@ -200,13 +205,10 @@ class PolicyRecipe(Declared):
     scale: bool = Field(default=True, description="Whether to divide by the standard deviation of the group.")
 
 
-class GrpoRecipe(AdapterRecipe):
+class GrpoRecipe(OneLossRecipe):
     """All hyper-parameters for training an adapter by RL. `optimizer.batch_size` counts answers, not prompts."""
 
     grpo: PolicyRecipe
-    sides: dict[str, OptimizerOverrides] = Field(
-        default_factory=dict, description="Values that differ for one side, by the name of the side."
-    )
 
     @model_validator(mode="after")
     def _check_groups(self) -> Self:
@@ -219,10 +221,6 @@ class GrpoRecipe(AdapterRecipe):
             )
         return self
 
-    def for_side(self, name: str) -> GrpoRecipe:
-        """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
-        return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))
-
 
 class CompletionsRecipe(Declared):
     """The loss of SFT: the mean negative log-probability of the completions' tokens."""
@@ -232,14 +230,7 @@ class CompletionsRecipe(Declared):
     )
 
 
-class SftRecipe(AdapterRecipe):
+class SftRecipe(OneLossRecipe):
     """All hyper-parameters for training an adapter by SFT. `optimizer.batch_size` counts completions."""
 
     sft: CompletionsRecipe
-    sides: dict[str, OptimizerOverrides] = Field(
-        default_factory=dict, description="Values that differ for one side, by the name of the side."
-    )
-
-    def for_side(self, name: str) -> SftRecipe:
-        """Return a copy of the recipe for the side `name`: its overrides are applied, and `sides` is empty."""
-        return self.replaced(**self.with_overrides(self.sides.get(name, OptimizerOverrides())))

@@ -26,3 +26,8 @@ def cache_folder() -> Path:
     xdg = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification says that relative paths must be ignored.
     return (Path(xdg) if xdg.startswith("/") else Path.home() / ".cache") / "psoups"
+
+
+def reply_cache_file() -> Path:
+    """Return the SQLite file in the user's cache folder that stores the replies of LLM judges. It need not exist."""
+    return cache_folder() / "judges" / "replies.sqlite"

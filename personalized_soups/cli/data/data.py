@@ -12,6 +12,8 @@ from personalized_soups.cli import render
 from personalized_soups.cli.bases import LoadOptions, catalogue_of, checked_dtype
 from personalized_soups.cli.data.judge import ReplyCacheOption, reply_cache, shown_biases, shown_traffic
 from personalized_soups.cli.data.outputs import check_new_file
+from personalized_soups.cli.data.pair_limits import MaxPairsOption, MinGapOption, check_min_gap
+from personalized_soups.cli.data.pair_table import show_pairs
 from personalized_soups.cli.data.pool import PoolRequest, check_instructed
 from personalized_soups.cli.options import (
     BaseOption,
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from personalized_soups.training.labelling import Compared
 
 OverwriteFileOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")]
-SideOption = Annotated[str, typer.Option(help="The side for which the answers are labelled, e.g. concise.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -97,7 +98,7 @@ def rollouts(
 def label(
     rollouts: Annotated[Path, typer.Argument(help="File of sampled answers, from psoups data rollouts.")],
     *,
-    side: SideOption,
+    side: Annotated[str, typer.Option(help="The side for which the answers are labelled, e.g. concise.")],
     out: Annotated[Path, typer.Option(help="JSON Lines file of labels to write.")],
     judge: Annotated[
         Path | None,
@@ -127,7 +128,7 @@ def label(
 ) -> None:
     """Label sampled answers for one side, by its scorer or by a judge. An interrupted run is resumed.
 
-    A judge's ties stay in the file of labels. They are not used as pairs unless psoups data pairs is told so.
+    The file of labels has a judge's ties too. psoups data pairs writes them as pairs only with --ties.
     """
     catalogue = _catalogue("", dimensions)
     _check_comparisons(judge, comparisons)
@@ -155,10 +156,8 @@ def pairs(
         Path | None,
         typer.Option(help="Also write the ties of a judge, each in both directions, to this file.", show_default=False),
     ] = None,
-    min_gap: Annotated[
-        float, typer.Option(help="Minimum difference between the two scores of a pair, in (0, 1].")
-    ] = 0.3,
-    max_pairs: Annotated[int | None, typer.Option(min=1, help="Maximum number of pairs to keep.")] = None,
+    min_gap: MinGapOption = 0.3,
+    max_pairs: MaxPairsOption = None,
     match_length: Annotated[
         bool, typer.Option("--match-length", help="Choose pairs whose two answers are equally long on average.")
     ] = False,
@@ -170,15 +169,11 @@ def pairs(
     as_json: JsonOption = False,
 ) -> None:
     """Choose preference pairs from labels. psoups train reads them."""
-    if not 0 < min_gap <= 1:
-        raise UsageError(
-            f"the value is {min_gap:g}, but it must be in (0, 1]", where="--min-gap", mend="give --min-gap 0.3"
-        )
+    check_min_gap(min_gap)
     for file in (out, ties):
         if file is not None:
             check_new_file(file, overwrite=overwrite)
 
-    from personalized_soups.cli.data.pair_table import show_pairs
     from personalized_soups.training.data import write_pairs
     from personalized_soups.training.labels import read_labels
     from personalized_soups.training.pairs import choose_pairs, tied_pairs

@@ -40,9 +40,9 @@ ReplyCacheOption = Annotated[
 
 def reply_cache(cache: Path | None) -> Path:
     """Return the file of an LLM judge's replies: the given one, or one in the user's cache folder."""
-    from personalized_soups.files.cache_folder import cache_folder
+    from personalized_soups.files.cache_folder import reply_cache_file
 
-    return cache or cache_folder() / "judges" / "replies.sqlite"
+    return cache or reply_cache_file()
 
 
 def agreement(

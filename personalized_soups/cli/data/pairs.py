@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from personalized_soups.cli.bases import LoadOptions, catalogue_of, checked_dtype
 from personalized_soups.cli.data.fluent import bounds_of, fluent_answers
 from personalized_soups.cli.data.outputs import check_new_file
+from personalized_soups.cli.data.pair_limits import MaxPairsOption, MinGapOption, check_min_gap
 from personalized_soups.cli.data.pair_table import show_pairs
 from personalized_soups.cli.data.pool import PoolRequest, check_instructed
 from personalized_soups.cli.options import (
@@ -26,9 +27,6 @@ from personalized_soups.cli.options import (
 )
 from personalized_soups.cli.sampling import SamplingOptions, check_temperature
 from personalized_soups.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 
 def register(app: typer.Typer) -> None:
@@ -64,10 +62,8 @@ def pairs(
             "of the catalogue take turns. Without it, the sides of the dimension take turns.",
         ),
     ] = 0,
-    min_gap: Annotated[
-        float, typer.Option(help="Minimum difference between the two scores of a pair, in (0, 1].")
-    ] = 0.3,
-    max_pairs: Annotated[int | None, typer.Option(min=1, help="Maximum number of pairs to keep.")] = None,
+    min_gap: MinGapOption = 0.3,
+    max_pairs: MaxPairsOption = None,
     match_length: Annotated[
         bool,
         typer.Option(
@@ -124,10 +120,7 @@ def pairs(
 
 def _check_numbers(min_gap: float, instructed: int, num_samples: int, temperature: float) -> None:
     check_temperature(temperature, usual=1.0)
-    if not 0 < min_gap <= 1:
-        raise UsageError(
-            f"the value is {min_gap:g}, but it must be in (0, 1]", where="--min-gap", mend="give --min-gap 0.3"
-        )
+    check_min_gap(min_gap)
     check_instructed(instructed, num_samples)
 
 

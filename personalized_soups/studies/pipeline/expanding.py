@@ -23,7 +23,7 @@ from personalized_soups.declare.run_recipe import (
 )
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import InputError
-from personalized_soups.files.cache_folder import cache_folder
+from personalized_soups.files.cache_folder import reply_cache_file
 from personalized_soups.files.digest import digest_file
 from personalized_soups.studies.pipeline.kinds import Label, Merge, Pair, Sample, Train, World
 from personalized_soups.studies.pipeline.steps import Step
@@ -75,7 +75,7 @@ class _Expansion:
                 case LabelStep():
                     judge = None if step.judge is None else self._file(step.judge, name, "judge")
                     files = {} if judge is None else {"judge": digest_file(judge)}
-                    cache = None if judge is None else cache_folder() / "judges" / "replies.sqlite"
+                    cache = None if judge is None else reply_cache_file()
                     for side in sides:
                         label = Label(self._world, step, side, judge, cache)
                         yield self._step(name, f"{name}-{side}", (step.rollouts,), label, {"side": side, **files})

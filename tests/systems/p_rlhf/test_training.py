@@ -17,28 +17,7 @@ from personalized_soups.systems.p_rlhf.training import train_user_model
 from personalized_soups.systems.p_rlhf.user_model import UserModel
 from personalized_soups.training import checkpoints
 from personalized_soups.training.data import read_preferences
-from personalized_soups.training.progress import Silent, StepReport
-
-
-class Stopping(Silent):
-    """Stores the steps; raises KeyboardInterrupt at a given step."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.begun: list[int] = []
-        self.reports: list[StepReport] = []
-        self.notes: list[str] = []
-        self.stop_at = stop_at
-
-    def begin(self, side: str, *, step: int, num_steps: int) -> None:
-        self.begun.append(step)
-
-    def advance(self, side: str, report: StepReport) -> None:
-        self.reports.append(report)
-        if report.step == self.stop_at:
-            raise KeyboardInterrupt
-
-    def note(self, side: str, text: str) -> None:
-        self.notes.append(text)
+from tests.training.heard import Heard
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -75,24 +54,24 @@ def test_an_interrupted_training_goes_on_to_the_same_bytes(
     recipe = recipe.replaced(users=recipe.users.replaced(model=kind))  # type: ignore[union-attr]
     whole, parts = tmp_path / "whole" / "people", tmp_path / "parts" / "people"
 
-    def train(out: Path, progress: Stopping, *, resume: bool = False) -> Path:
+    def train(out: Path, progress: Heard, *, resume: bool = False) -> Path:
         return train_user_model(
             base=small_base, data=pairs_file, out=out, recipe=recipe, device="cpu", resume=resume, progress=progress
         )
 
     torch.manual_seed(5)  # the caller's random state must not matter
-    train(whole, Stopping())
+    train(whole, Heard())
     with pytest.raises(KeyboardInterrupt):
-        train(parts, Stopping(stop_at=5))  # in the second epoch; the last checkpoint has 3 steps
+        train(parts, Heard(stop_at=5))  # in the second epoch; the last checkpoint has 3 steps
     assert not parts.exists()
     with pytest.raises(OutputExistsError, match="interrupted training"):
-        train(parts, Stopping())
-    resumed = Stopping()
+        train(parts, Heard())
+    resumed = Heard()
     train(parts, resumed, resume=True)
     assert resumed.begun == [3]
     assert [report.step for report in resumed.reports] == [4, 5, 6, 7, 8]
     assert _bytes(parts) == _bytes(whole)
-    again = Stopping()
+    again = Heard()
     train(parts, again, resume=True)
     assert again.begun == []
     assert "already" in again.notes[0]
@@ -105,7 +84,7 @@ def test_checkpoints_of_another_number_of_soft_tokens_are_not_resumed(
 ) -> None:
     options: dict[str, Any] = {"base": small_base, "data": pairs_file, "out": tmp_path / "people", "device": "cpu"}
     with pytest.raises(KeyboardInterrupt):
-        train_user_model(**options, recipe=recipe, progress=Stopping(stop_at=4))
+        train_user_model(**options, recipe=recipe, progress=Heard(stop_at=4))
     other = recipe.replaced(users=recipe.users.replaced(tokens=5))  # type: ignore[union-attr]
     with pytest.raises(UsageError, match="recipe was"):
         train_user_model(**options, recipe=other, resume=True)
