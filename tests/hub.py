@@ -107,7 +107,7 @@ def used_hub(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-    # Both objects keep the endpoint that was set when they were made, which may be the address of an earlier test's hub.
+    # Both objects keep the endpoint that was set when they were made: it may be the address of an earlier test's hub.
     monkeypatch.setattr(hf_api.api, "endpoint", hub.address)
     monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

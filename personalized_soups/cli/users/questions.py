@@ -62,6 +62,13 @@ def make(
         float, typer.Option(help="Sample from the most likely tokens that have this share of the probability.")
     ] = 0.95,
     max_new_tokens: MaxNewTokensOption = 256,
+    whole_sentences: Annotated[
+        bool,
+        typer.Option(
+            "--whole-sentences",
+            help="Keep an answer that is cut off up to its last whole sentence. Otherwise it is left out.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Number of rows that are computed at once.")] = 64,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -91,6 +98,7 @@ def make(
             temperature=temperature,
             top_p=top_p,
             max_new_tokens=max_new_tokens,
+            whole_sentences=whole_sentences,
             batch_size=batch_size,
             seed=seed,
             base=path,

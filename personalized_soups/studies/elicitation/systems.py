@@ -49,6 +49,9 @@ def ask(
     """Ask one user, and return the questions, the answers, and the estimate after each number of answers in COUNTS.
 
     Weights are estimated as in a session, but without a preference for a position, which simulated users do not have.
+
+    Raises:
+        ValueError: if there are fewer questions than `num_questions`.
     """
     asked: list[int] = []
     labels: list[float] = []
@@ -56,7 +59,8 @@ def ask(
     estimate = propagate(np.zeros((0, len(prior.mean))), [], prior)
     for count in range(1, num_questions + 1):
         index = next_question(estimate, differences_QD, asked=asked, prompts=prompts, rule=rule, rng=rng)
-        assert index is not None
+        if index is None:
+            raise ValueError(f"{len(differences_QD)} questions are fewer than {num_questions}")
         labels.append(answerer(index, len(asked)))
         asked.append(index)
         estimate = propagate(differences_QD[asked], labels, prior)

@@ -21,7 +21,7 @@ import numpy as np
 from personalized_soups.declare.persona import Persona
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.side_rule import SideRule
-from personalized_soups.errors import UsageError
+from personalized_soups.errors import InputError, UsageError
 from personalized_soups.evaluation.results import Results
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.scoring.expert_digests import expert_digest
@@ -160,6 +160,7 @@ def run_ten_answers(ten: TenAnswersStudy, out: Path, *, stage: Stage, overwrite:
     Raises:
         UsageError: if the quickstart is not finished, or had other settings.
         OutputExistsError: if `out` holds other files, or a study with other settings.
+        InputError: if the answers to the prompts give too few questions.
         SoupError: if a stage fails.
     """
     ten.check()
@@ -239,11 +240,20 @@ def _pool(ten: TenAnswersStudy, model: SoupModel, folder: Path, stage: Stage) ->
                 answers_per_prompt=_ANSWERS_PER_PROMPT,
                 temperature=_POOL_TEMPERATURE,
                 max_new_tokens=ten.study.recipe.max_new_tokens,
+                whole_sentences=ten.study.recipe.pairs.whole_sentences,
                 seed=ten.study.seed,
                 base=ten.study.base,
                 on_progress=lambda _, done, total: bar.update(done, total=total),
             ).write(folder)
-    return QuestionPool.open(folder)
+    pool = QuestionPool.open(folder)
+    if len(pool) < ten.num_answers:
+        raise InputError(
+            f"the answers to {ten.pool_prompts} prompts give only {len(pool)} questions, but each user answers "
+            f"{ten.num_answers}",
+            where=str(folder),
+            mend="give more prompts or a greater max_new_tokens, or let the recipe's pairs have whole_sentences",
+        )
+    return pool
 
 
 def _inferred(ten: TenAnswersStudy, pool: QuestionPool, model: SoupModel, user: SimulatedUser, place: int) -> Profile:

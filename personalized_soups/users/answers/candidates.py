@@ -48,13 +48,14 @@ def sample_candidates(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    whole_sentences: bool = False,
     on_done: Callable[[int], None] | None = None,
 ) -> list[TextItem]:
     """Return different answers to each prompt, in the order of the prompts.
 
     The first answer to a prompt is from the base. The others are from soups of random profiles: rows of one batch have
-    different profiles, so the answers differ in every dimension. Answers that are empty, that are equal to an earlier
-    answer to the same prompt, or that reach `max_new_tokens` and so lack their end are left out.
+    different profiles, so the answers differ in every dimension. Empty answers, and answers that are equal to an earlier
+    one to the same prompt, are left out.
 
     Args:
         model: the base with the experts.
@@ -66,6 +67,9 @@ def sample_candidates(
         max_new_tokens: the maximum number of tokens of an answer.
         batch_size: the number of answers that are sampled at once.
         seed: the seed of the profiles and of the sampling. The answers depend on `batch_size`, too.
+        whole_sentences: what happens to an answer that reaches `max_new_tokens` and so lacks its end: with True, it is
+            kept without its last sentence, which is cut off; with False, it is left out. One sentence alone is left
+            out, too.
         on_done: called after each batch with the number of answers that are sampled.
 
     Raises:
@@ -73,6 +77,7 @@ def sample_candidates(
     """
     from personalized_soups.scoring.base_rewards import TextItem
     from personalized_soups.scoring.encoded_answers import encode_answer
+    from personalized_soups.scoring.sentences import ends, without_cut_sentence
 
     rows = [prompt for prompt in prompts for _ in range(answers_per_prompt)]
     rng = np.random.default_rng([seed, 0])
@@ -100,5 +105,11 @@ def sample_candidates(
             on_done(start + len(batch))
     tokenizer = model.generator.tokenizer
     items = dict.fromkeys(TextItem(prompt, text) for prompt, text in zip(rows, texts, strict=True) if text)
-    # An answer that ended has its tokens and an end token, which `encode_answer` counts too.
-    return [item for item in items if encode_answer(tokenizer, *item).num_answer <= max_new_tokens]
+    kept = {}
+    for item in items:
+        # An answer that ended has its tokens and an end token, which `encode_answer` counts too.
+        if encode_answer(tokenizer, *item).num_answer <= max_new_tokens:
+            kept[item] = None
+        elif whole_sentences and ends(text := without_cut_sentence(item.answer)):
+            kept[TextItem(item.prompt, text)] = None
+    return list(kept)

@@ -49,6 +49,7 @@ def make_questions(
     max_new_tokens: int = 256,
     batch_size: int = 64,
     seed: int = 0,
+    whole_sentences: bool = False,
     length_normalized: bool = False,
     broken_share: float = 0.1,
     typical_margin: float = TYPICAL_MARGIN,
@@ -72,6 +73,8 @@ def make_questions(
         max_new_tokens: the maximum number of tokens of an answer.
         batch_size: the number of rows in a batch.
         seed: the seed of everything that is random.
+        whole_sentences: whether an answer that is cut off at `max_new_tokens` is kept up to its last whole sentence
+            instead of being left out. A model that rarely ends an answer within the limit needs it.
         length_normalized: divide each reward by the number of the answer's tokens.
         broken_share: the share of the answers that are left out because their least likely token is the least likely
             under the base, in [0, 1). Broken answers have extreme rewards, so the rules that choose questions would
@@ -129,6 +132,7 @@ def make_questions(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
+        whole_sentences=whole_sentences,
         on_done=report(SAMPLING, answers_per_prompt * len(different)),
     )
     measured = rewards.measured(items, on_done=report(REWARDING, len(items)))
@@ -140,7 +144,8 @@ def make_questions(
         raise InputError(
             f"the {len(items)} different answers to {len(different)} prompts give no pair with different rewards",
             where="prompts",
-            mend=f"give more prompts, or more than {max_new_tokens} max_new_tokens, which cut answers off",
+            mend=f"give more prompts, or more than {max_new_tokens} max_new_tokens, which cut answers off, or "
+            "whole_sentences=True",
         )
     centres, scales = typical_bounds(unbounded)
     bounded_rewards = BoundedRewards(rewards, centres=centres, scales=scales)
@@ -174,6 +179,7 @@ def make_questions(
             "top_p": top_p,
             "max_new_tokens": max_new_tokens,
             "seed": seed,
+            "whole_sentences": whole_sentences,
             "length_normalized": length_normalized,
             "broken_share": broken_share,
             "dtype": str(model.dtype).removeprefix("torch."),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from personalized_soups.errors import UsageError
+from personalized_soups.studies.elicitation.systems import ask
 from personalized_soups.studies.study import Study
 from personalized_soups.studies.ten_answers.study import (
     BASE,
@@ -18,6 +19,7 @@ from personalized_soups.studies.ten_answers.study import (
     gain_interval,
     gain_share,
 )
+from personalized_soups.users.answers.prior import GaussianPrior
 
 REWARDS = {BASE: [0.0, 1.0, -1.0], INFERRED: [1.0, 1.5, 0.0], DECLARED: [2.0, 2.0, 0.0]}
 
@@ -43,6 +45,12 @@ def test_the_interval_is_that_of_all_resamples_of_users() -> None:
 def test_a_number_of_answers_without_an_estimate_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="num_answers is 9, but must be one of 2, 5, 10"):
         TenAnswersStudy(Study(), tmp_path, num_answers=9)
+
+
+def test_more_questions_than_there_are_cannot_be_asked() -> None:
+    prior, rng = GaussianPrior(np.zeros(1), np.eye(1)), np.random.default_rng(0)
+    with pytest.raises(ValueError, match="2 questions are fewer than 5"):
+        ask(lambda *_: 1.0, np.ones((2, 1)), prior, ["a", "b"], rule="prediction", rng=rng, num_questions=5)
 
 
 def test_an_unfinished_quickstart_is_rejected(tmp_path: Path) -> None:

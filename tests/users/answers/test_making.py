@@ -75,6 +75,24 @@ def test_candidates_are_different_whole_answers(model: SoupModel) -> None:
     assert other != items
 
 
+def test_answers_that_are_cut_off_are_kept_up_to_their_last_whole_sentence(
+    model: SoupModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = "Dust the lamp. Then wipe it, and after that you"
+    answers = {PROMPTS[0]: [cut, "Dust it."], PROMPTS[1]: ["Then you could also wipe the whole lamp with a", "Wipe it."]}
+    given = {prompt: iter(texts) for prompt, texts in answers.items()}
+    monkeypatch.setattr(SoupModel, "generate", lambda self, prompts, *_, **__: [next(given[each]) for each in prompts])
+    tokenizer = model.generator.tokenizer
+    limit = len(tokenizer("Dust it.", add_special_tokens=False)["input_ids"]) + 1
+    assert len(tokenizer(cut, add_special_tokens=False)["input_ids"]) >= limit
+    items = sample_candidates(model, PROMPTS[:2], answers_per_prompt=2, max_new_tokens=limit, whole_sentences=True)
+    assert items == [
+        TextItem(PROMPTS[0], "Dust the lamp."),
+        TextItem(PROMPTS[0], "Dust it."),
+        TextItem(PROMPTS[1], "Wipe it."),
+    ]
+
+
 def test_a_pool_holds_the_rewards_of_its_answers(pool: QuestionPool, model: SoupModel, experts: Path) -> None:
     assert len(pool) == 6
     assert [question.id for question in pool.questions] == [f"q{number}" for number in range(1, 7)]
