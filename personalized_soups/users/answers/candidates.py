@@ -54,8 +54,8 @@ def sample_candidates(
     """Return different answers to each prompt, in the order of the prompts.
 
     The first answer to a prompt is from the base. The others are from soups of random profiles: rows of one batch have
-    different profiles, so the answers differ in every dimension. Empty answers, and answers that are equal to an earlier
-    one to the same prompt, are left out.
+    different profiles, so the answers differ in every dimension. Empty answers are left out, and so are answers that
+    repeat an earlier one to the same prompt.
 
     Args:
         model: the base with the experts.

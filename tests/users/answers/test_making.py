@@ -79,7 +79,10 @@ def test_answers_that_are_cut_off_are_kept_up_to_their_last_whole_sentence(
     model: SoupModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut = "Dust the lamp. Then wipe it, and after that you"
-    answers = {PROMPTS[0]: [cut, "Dust it."], PROMPTS[1]: ["Then you could also wipe the whole lamp with a", "Wipe it."]}
+    answers = {
+        PROMPTS[0]: [cut, "Dust it."],
+        PROMPTS[1]: ["Then you could also wipe the whole lamp with a", "Wipe it."],
+    }
     given = {prompt: iter(texts) for prompt, texts in answers.items()}
     monkeypatch.setattr(SoupModel, "generate", lambda self, prompts, *_, **__: [next(given[each]) for each in prompts])
     tokenizer = model.generator.tokenizer
