@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self, TypeAlias
 
 from pydantic import Field, model_validator
@@ -166,6 +167,14 @@ class Catalogue(Declared):
     def dimension_of(self, expert: str) -> str | None:
         """Return the name of the dimension that has a side named `expert`, or None if there is no such side."""
         return next((name for name, dimension in self.dimensions.items() if expert in dimension.sides), None)
+
+    def instructions(self, sides: Sequence[str]) -> str:
+        """Return the instructions of some sides as one text, which preference prompting puts before the prompt.
+
+        Raises:
+            DeclarationError: if a side is not in the catalogue.
+        """
+        return " ".join(self.side(side)[1].instruction for side in sides)
 
     def is_about_length(self, side: str) -> bool:
         """Return whether the dimension of a side declares `about_length`, or the side's scorer measures length.

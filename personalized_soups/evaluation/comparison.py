@@ -52,14 +52,14 @@ def compare(
     rows = []
     for system in systems:
         for combination in combinations:
-            row = _scores(system, combination, {combination: by_system[system][combination]}, dimensions, seed)
+            row = system_scores(system, combination, {combination: by_system[system][combination]}, dimensions, seed)
             if system == SINGLE_EXPERT and single_experts is not None:
                 row["expert"] = single_experts[combination]
             rows.append(row)
     return {
         "num_prompts": len(answers[BASE, ()]),
         "rows": rows,
-        "averages": [_scores(system, (), by_system[system], dimensions, seed) for system in systems],
+        "averages": [system_scores(system, (), by_system[system], dimensions, seed) for system in systems],
         "movements": [
             _movement(
                 (combination, side, dimensions[at]),
@@ -88,7 +88,8 @@ def _of(answers: Answers, system: str, combination: Combination) -> Sequence[Gra
     return found
 
 
-def _joint(entry: Graded, sides: Combination) -> float:
+def joint(entry: Graded, sides: Combination) -> float:
+    """Return 1 if the answer is valid and on the wanted side of every dimension, else 0."""
     return float(entry.valid and all(entry.toward[side] > 0.5 for side in sides))
 
 
@@ -100,18 +101,26 @@ def _valid(entry: Graded, _: Combination) -> float:
     return float(entry.valid)
 
 
-_FIGURES: Mapping[str, _Figure] = {"mean": worth, "joint": _joint, "valid": _valid}
+_FIGURES: Mapping[str, _Figure] = {"mean": worth, "joint": joint, "valid": _valid}
 
 
-def _scores(
+def system_scores(
     system: str,
     combination: Combination,
     entries: Mapping[Combination, Sequence[Graded]],
     dimensions: Sequence[str],
     seed: int,
 ) -> SystemScores:
-    """Return the scores of one system, averaged over the combinations of `entries`."""
-    values = {name: _by_prompt(entries, figure) for name, figure in _FIGURES.items()}
+    """Return the scores of one system, averaged over the combinations of `entries`.
+
+    Args:
+        system: the system's name.
+        combination: the combination, or empty if the scores are averages.
+        entries: the graded answers for each combination.
+        dimensions: the names of the dimensions, in the order of a combination's sides.
+        seed: the seed of the bootstrap.
+    """
+    values = {name: by_prompt(entries, figure) for name, figure in _FIGURES.items()}
     scores: SystemScores = {
         "system": system,
         "sides": list(combination),
@@ -119,17 +128,17 @@ def _scores(
         "joint": _mean(values["joint"]),
         "valid": _mean(values["valid"]),
         "per_dimension": {
-            name: _mean(_by_prompt(entries, lambda entry, sides, at=at: entry.toward[sides[at]]))  # type: ignore[misc]
+            name: _mean(by_prompt(entries, lambda entry, sides, at=at: entry.toward[sides[at]]))  # type: ignore[misc]
             for at, name in enumerate(dimensions)
         },
         "intervals": {name: list(bootstrap_interval(figures, seed=seed)) for name, figures in values.items()},
     }
     if all(entry.judged for graded in entries.values() for entry in graded):
         scores["judged"] = {
-            name: _mean(_by_prompt(entries, lambda entry, sides, at=at: entry.judged[sides[at]]))  # type: ignore[misc]
+            name: _mean(by_prompt(entries, lambda entry, sides, at=at: entry.judged[sides[at]]))  # type: ignore[misc]
             for at, name in enumerate(dimensions)
         }
-        scores["judged_joint"] = _mean(_by_prompt(entries, _judged_joint))
+        scores["judged_joint"] = _mean(by_prompt(entries, _judged_joint))
     return scores
 
 
@@ -158,13 +167,13 @@ def _movement(
 def _gain(
     over: str, theirs: Mapping[Combination, Sequence[Graded]], soup: Mapping[Combination, Sequence[Graded]], seed: int
 ) -> Gain:
-    pairs_P = zip(_by_prompt(soup, _joint), _by_prompt(theirs, _joint), strict=True)
+    pairs_P = zip(by_prompt(soup, joint), by_prompt(theirs, joint), strict=True)
     differences_P = [ours - other for ours, other in pairs_P]
     interval = bootstrap_interval(differences_P, seed=seed)
     return {"over": over, "joint": _mean(differences_P), "interval": list(interval)}
 
 
-def _by_prompt(entries: Mapping[Combination, Sequence[Graded]], figure: _Figure) -> list[float]:
+def by_prompt(entries: Mapping[Combination, Sequence[Graded]], figure: _Figure) -> list[float]:
     """Return the figure of each prompt, averaged over the combinations."""
     figures_CP = [[figure(entry, sides) for entry in graded] for sides, graded in entries.items()]
     return [_mean(of_prompt) for of_prompt in zip(*figures_CP, strict=True)]

@@ -42,7 +42,7 @@ def check_base(study: Study) -> None:
         return
     count = token_counter(study.base)
     # The longest text before a prompt is that of the combination with the most tokens.
-    before = max(count(study.instructions(sides) + "\n\n") for sides in study.combinations)
+    before = max(count(study.catalogue.instructions(sides) + "\n\n") for sides in study.combinations)
     prompts = {*study.train_prompts, *study.validation_prompts, *study.test_prompts}
     longest = max(prompts, key=count)
     needed = count(longest) + before + study.recipe.max_new_tokens

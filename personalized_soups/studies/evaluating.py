@@ -96,7 +96,7 @@ class Evaluating:
         self, system: str, sides: Combination, soup: Path | Profile | None, prompts: Sequence[str]
     ) -> AnswerJob:
         """Return the job of a system that answers each prompt with the sides' instructions before it."""
-        text = self.answering.study.instructions(sides)
+        text = self.answering.study.catalogue.instructions(sides)
         instructed = [str(with_text_before(prompt, text)) for prompt in prompts]
         return self._job(f"{system} {'+'.join(sides)}", soup, prompts, asked=instructed)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -137,10 +137,6 @@ class Study:
                 mend="write a smaller number, or add validation prompts",
             ) from fault
         return tuple(prompt for prompt in drawn if prompt not in used)[:count]
-
-    def instructions(self, sides: Sequence[str]) -> str:
-        """Return the instructions of some sides as one text, which preference prompting puts before the prompt."""
-        return " ".join(self.catalogue.side(side)[1].instruction for side in sides)
 
     def grader(self, judges: Mapping[str, AnyScorer], gate: Gate | None) -> Grader:
         """Return what grades answers: the catalogue's scorers, a judge for each dimension or none, and a gate."""

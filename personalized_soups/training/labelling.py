@@ -14,6 +14,7 @@ from personalized_soups.errors import InputError
 from personalized_soups.files.digest import digest_file
 from personalized_soups.files.lines import growing_lines
 from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement, PairJudge
+from personalized_soups.scoring.mean_scorer import MeanScorer
 from personalized_soups.scoring.scorers import scorer_of
 from personalized_soups.training.labels import JudgeLabels, ScorerLabels, each_prompt_once
 from personalized_soups.training.rollouts import Sampled, pool_lines
@@ -28,17 +29,18 @@ _Label: TypeAlias = Callable[[list[Sampled]], tuple[list[LabelledAnswers], Compa
 
 @dataclass(frozen=True, slots=True)
 class LabelRequest:
-    """A request to label a file of sampled answers for one side.
+    """A request to label a file of sampled answers for one side, or for a combination of sides.
 
     Attributes:
         rollouts: the file of sampled answers.
-        side: the side.
+        side: the side, or with `sides` the name that the labels have.
         catalogue: declares the side, its scorer and its instruction.
-        judge: compares answers; the criterion is the side's instruction. None takes the side's scorer, which rates
-            them.
+        judge: compares answers; the criterion is the instruction of the sides. None takes the sides' scorers, which
+            rate them.
         num_comparisons: the number of a judge's comparisons for each prompt. None compares each answer once.
         whole_sentences: remove a last sentence that is cut off from each answer first.
         seed: the seed that draws which answers a judge compares.
+        sides: the sides of a combination, whose mean score counts. By default, `side` alone.
     """
 
     rollouts: Path
@@ -48,6 +50,7 @@ class LabelRequest:
     num_comparisons: int | None = None
     whole_sentences: bool = False
     seed: int = 0
+    sides: tuple[str, ...] = ()
 
     def num_prompts(self) -> int:
         """Return the number of prompts, after a check of every line.
@@ -91,24 +94,37 @@ class LabelRequest:
         return compared
 
     def _labeller(self) -> _Label:
-        side = self.catalogue.side(self.side)[1]
         if self.judge is None:
-            scored = ScorerLabels(self.side, scorer_of(self.catalogue, self.side), side.end, self.whole_sentences)
+            scored = self._scored()
             return lambda portion: ([scored.of(sampled) for sampled in portion], [])
         return JudgeLabels(
-            self.side, self.judge, side.instruction, self.num_comparisons, self.whole_sentences, self.seed
+            self.side, self.judge, self._criterion(), self.num_comparisons, self.whole_sentences, self.seed
         ).of
+
+    def _scored(self) -> ScorerLabels:
+        if self.sides:
+            return ScorerLabels(self.side, MeanScorer(self.catalogue, self.sides), "high", self.whole_sentences)
+        end = self.catalogue.side(self.side)[1].end
+        return ScorerLabels(self.side, scorer_of(self.catalogue, self.side), end, self.whole_sentences)
+
+    def _criterion(self) -> str:
+        return self.catalogue.instructions(self.sides or (self.side,))
 
     def _settings(self) -> dict[str, Any]:
         """Return all on which the labels depend."""
-        side = self.catalogue.side(self.side)[1]
         settings: dict[str, Any] = {
             "rollouts": digest_file(self.rollouts),
             "side": self.side,
             "whole_sentences": self.whole_sentences,
         }
-        if self.judge is None:
-            scorer = self.catalogue.scorer_of(self.side).model_dump(mode="json")
-            return settings | {"scorer": scorer, "end": side.end}
-        drawn = {"num_comparisons": self.num_comparisons, "seed": self.seed}
-        return settings | {"judge": self.judge.settings, "criterion": side.instruction, **drawn}
+        if self.judge is not None:
+            drawn = {"num_comparisons": self.num_comparisons, "seed": self.seed}
+            return settings | {"judge": self.judge.settings, "criterion": self._criterion(), **drawn}
+        rated = [
+            {
+                "scorer": self.catalogue.scorer_of(side).model_dump(mode="json"),
+                "end": self.catalogue.side(side)[1].end,
+            }
+            for side in self.sides or (self.side,)
+        ]
+        return settings | (rated[0] if len(rated) == 1 else {"scorers": rated})

@@ -69,7 +69,7 @@ def test_a_catalogue_with_three_sides_in_a_dimension_needs_a_recipe_that_names_t
     study = Study(catalogue=catalogue, recipe=recipe)
     assert study.sides == {"expertise": ("elementary", "expert"), "style": ("unfriendly", "sassy")}
     assert study.catalogue.side("sassy")[1] == catalogue.side("sassy")[1]
-    assert study.instructions(("expert", "sassy")) == " ".join(
+    assert study.catalogue.instructions(("expert", "sassy")) == " ".join(
         catalogue.side(side)[1].instruction for side in ("expert", "sassy")
     )
     with pytest.raises(DeclarationError, match="unknown side 'sasy'"):

@@ -33,7 +33,7 @@ def run(
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Run the steps of a recipe: sample, label, pair, train and merge.
+    """Run the steps of a recipe: sample, label, pair, train, merge, answer and report.
 
     The folder has the files of each step under steps/, and a manifest with the digests of what they were made from. A
     step runs again only if its settings or its inputs have changed. An interrupted run is resumed by the same command.

@@ -55,8 +55,8 @@ def combinations_figure(results: Results) -> Figure:
     for x, column in zip(xs, columns, strict=True):
         _draw_head(axes, x + 0.5, column, scale=min(1.0, _ROOMY / len(columns)))
         for y, value in enumerate(column.values):
-            _draw_cell(axes, x, y, value)
-        _draw_cell(axes, x, len(rows) + 0.25, fmean(column.values), weight="bold")
+            draw_cell(axes, x, y, value)
+        draw_cell(axes, x, len(rows) + 0.25, fmean(column.values), weight="bold")
     chosen = f"chosen: {results['best_method']}"
     _draw_groups(axes, [("joint score", 0, num_joint), (chosen, xs[num_joint], xs[-1] + 1)])
     _draw_names(axes, rows)
@@ -131,7 +131,8 @@ def _draw_head(axes: Axes, x: float, column: _Column, *, scale: float) -> None:
     axes.text(x, -0.2, column.note, ha="center", va="baseline", fontsize=8.5 * scale, color=QUIET)
 
 
-def _draw_cell(axes: Axes, x: float, y: float, value: float, **text: Any) -> None:
+def draw_cell(axes: Axes, x: float, y: float, value: float, **text: Any) -> None:
+    """Draw a square of width 1 whose shade and text are a value in [0, 1]. Its upper left corner is at (x, y)."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 

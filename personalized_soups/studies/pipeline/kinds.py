@@ -7,33 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from personalized_soups.declare.dimension import Catalogue
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.run_recipe import LabelStep, MergeStep, PairsStep, RolloutsStep, TrainStep
 from personalized_soups.studies.pipeline.steps import Report
+from personalized_soups.studies.pipeline.targets import Target
+from personalized_soups.studies.pipeline.world import World
 from personalized_soups.training.progress import Silent, StepReport
 
 _ROLLOUTS, _LABELS, _PAIRS = "rollouts.jsonl", "labels.jsonl", "pairs.jsonl"
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """What all steps of a run share.
-
-    Attributes:
-        base: the base's folder or hub id.
-        fingerprint: the base's fingerprint.
-        catalogue: the dimensions and sides.
-        seed: the random seed.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    base: str
-    fingerprint: str
-    catalogue: Catalogue
-    seed: int
-    device: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +55,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """Labels answers for one side."""
+    """Labels answers for one target."""
 
     world: World
     step: LabelStep
-    side: str
+    target: Target
     judge: Path | None
     cache: Path | None
 
@@ -95,7 +77,14 @@ class Label:
             rollouts = inputs[self.step.rollouts] / _ROLLOUTS
             step, world = self.step, self.world
             request = LabelRequest(
-                rollouts, self.side, world.catalogue, judge, step.num_comparisons, step.whole_sentences, world.seed
+                rollouts,
+                self.target.name,
+                world.catalogue,
+                judge,
+                step.num_comparisons,
+                step.whole_sentences,
+                world.seed,
+                sides=self.target.sides,
             )
             total = request.num_prompts()
             request.write(work / _LABELS, overwrite=True, on_done=lambda done: report(f"{done}/{total} prompts"))
@@ -103,36 +92,47 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Chooses the pairs of one side."""
+    """Chooses the pairs of one target, or of all targets together if the prompts say what is preferred.
+
+    Attributes:
+        labels: the target of each labels step.
+    """
 
     world: World
     step: PairsStep
-    side: str
-    labels: str
+    labels: Mapping[str, Target]
 
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write pairs.jsonl."""
         from personalized_soups.generation.loading import load_tokenizer
+        from personalized_soups.generation.prompts import with_text_before
         from personalized_soups.training.data import write_pairs
         from personalized_soups.training.labels import read_labels
         from personalized_soups.training.pairs import choose_pairs
 
         step, catalogue = self.step, self.world.catalogue
-        pairs = choose_pairs(
-            read_labels(inputs[self.labels] / _LABELS),
-            min_gap=step.min_gap,
-            max_pairs=step.max_pairs,
-            seed=self.world.seed,
-            conversational=load_tokenizer(self.world.base).chat_template is not None,
-            match_length=step.match_length and not catalogue.is_about_length(self.side),
-        )
+        conversational = load_tokenizer(self.world.base).chat_template is not None
+        pairs = []
+        for name, target in self.labels.items():
+            labels = read_labels(inputs[name] / _LABELS)
+            if step.conditioned:
+                text = catalogue.instructions(target.sides)
+                labels = [label.replaced(prompt=with_text_before(label.prompt, text)) for label in labels]
+            pairs += choose_pairs(
+                labels,
+                min_gap=step.min_gap,
+                max_pairs=step.max_pairs,
+                seed=self.world.seed,
+                conversational=conversational,
+                match_length=step.match_length and not any(map(catalogue.is_about_length, target.sides)),
+            )
         write_pairs(work / _PAIRS, pairs)
         report(f"{len(pairs)} pairs")
 
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Trains the expert or the reward model of one side, in a folder with the side's name."""
+    """Trains the expert, the policy or the reward model of one target, in a folder with the target's name."""
 
     world: World
     step: TrainStep
@@ -141,12 +141,13 @@ class Train:
     recipe: Path
 
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
-        """Write the folder of the side."""
+        """Write the folder of the target."""
         world, out = self.world, work / self.side
         options: dict[str, Any] = {
             "base": world.base,
             "out": out,
-            "catalogue": world.catalogue,
+            # A policy is not for one side, so no dimension of it can be recorded.
+            "catalogue": world.catalogue if self.side in world.catalogue.sides else None,
             "device": world.device,
             "seed": world.seed,
             "resume": True,
@@ -164,6 +165,12 @@ class Train:
             from personalized_soups.training.reward import train_reward_model
 
             train_reward_model(self.side, data=pairs, recipe=load(self.recipe, RewardRecipe), **options)
+            return
+        if self.step.method == "sft":
+            from personalized_soups.declare.training import SftRecipe
+            from personalized_soups.training.sft import train_on_completions
+
+            train_on_completions(self.side, data=pairs, recipe=load(self.recipe, SftRecipe), **options)
             return
         from personalized_soups.declare.training import TrainingRecipe
         from personalized_soups.training.expert import train_expert

@@ -26,6 +26,7 @@ from personalized_soups.files.locks import lock_file
 MANIFEST = "manifest.json"
 _FORMAT = 1
 _KEY_FILE = ".key"
+_SECONDS_FILE = ".seconds"
 _LOCK = ".lock"
 _SCRATCH = ".manifest.partial"
 
@@ -127,6 +128,7 @@ class RunFolder:
     def finish(self, name: str, key: str, seconds: float) -> StepRecord:
         """Move the work of a step to its files, and record the step."""
         work, files = self.root / "work" / name, self.files(name)
+        (work / _SECONDS_FILE).write_text(str(seconds), encoding="utf-8")
         files.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(files, ignore_errors=True)
         work.rename(files)  # with its key: if the process is killed now, `adopt` finds the finished files
@@ -138,7 +140,7 @@ class RunFolder:
         found = self._records.get(name)
         if (found is not None and found.key == key) or not mark.is_file() or mark.read_text(encoding="utf-8") != key:
             return None
-        return self._add(name, key, 0.0)
+        return self._add(name, key, recorded_seconds(self.files(name)))
 
     def _add(self, name: str, key: str, seconds: float) -> StepRecord:
         output, num_bytes = digest_of(self.files(name))
@@ -166,6 +168,11 @@ class RunFolder:
                 where=str(self.root),
                 mend="choose another folder",
             )
+
+
+def recorded_seconds(files: Path) -> float:
+    """Return how long the attempt took that finished the step whose files these are."""
+    return float((files / _SECONDS_FILE).read_text(encoding="utf-8"))
 
 
 def digest_of(folder: Path) -> tuple[str, int]:

@@ -105,7 +105,7 @@ def sample_candidates(
             on_done(start + len(batch))
     tokenizer = model.generator.tokenizer
     items = dict.fromkeys(TextItem(prompt, text) for prompt, text in zip(rows, texts, strict=True) if text)
-    kept = {}
+    kept: dict[TextItem, None] = {}
     for item in items:
         # An answer that ended has its tokens and an end token, which `encode_answer` counts too.
         if encode_answer(tokenizer, *item).num_answer <= max_new_tokens:

@@ -114,6 +114,110 @@ def test_a_faulty_recipe_is_named_with_its_line(
     assert not (recipe.parent / "out").exists()
 
 
+SYSTEMS = """
+  policy_labels: {kind: label, rollouts: pool, targets: combinations}
+  policy_pairs: {kind: pairs, labels: policy_labels, min_gap: 0.05}
+  policies: {kind: train, pairs: policy_pairs, recipe: train.yaml}
+  read_pairs: {kind: pairs, labels: labels, min_gap: 0.05, max_pairs: 4, conditioned: true}
+  reader: {kind: train, method: sft, pairs: read_pairs, recipe: sft.yaml}
+  base: {kind: answers, prompts: prompts.txt, max_new_tokens: 8}
+  prompted: {kind: answers, prompts: prompts.txt, max_new_tokens: 8, policies: reader, prompted: true}
+  p-morl: {kind: answers, prompts: prompts.txt, max_new_tokens: 8, policies: policies}
+  mixed: {kind: answers, prompts: prompts.txt, max_new_tokens: 8, experts: experts, weight: 0.6}
+  merged: {kind: answers, prompts: prompts.txt, max_new_tokens: 8, soups: soups}
+  report: {kind: report, systems: [base, prompted, p-morl, mixed, merged], primary: [mixed, base]}
+"""
+
+
+def with_systems(recipe: Path) -> Path:
+    """Add the systems and their report to a recipe."""
+    (recipe.parent / "sft.yaml").write_text(TRAIN.replace("dpo: {beta: 0.3, max_length: 96}", "sft: {max_length: 96}"))
+    recipe.write_text(recipe.read_text() + SYSTEMS)
+    return recipe
+
+
+@pytest.mark.slow
+def test_a_run_compares_systems_and_a_rerun_only_what_changed(psoups: Run, recipe: Path) -> None:
+    code, _, err = run(psoups, with_systems(recipe))
+    assert code == 0, err
+    steps = recipe.parent / "out" / "steps"
+    pairs = [json.loads(line) for line in (steps / "read_pairs-read_pairs" / "pairs.jsonl").read_text().splitlines()]
+    texts = ["Be brief.\n\n", "Tell all.\n\n"]
+    assert {
+        text for text in texts for pair in pairs if text in json.dumps(pair, ensure_ascii=False).replace("\\n", "\n")
+    } == {*texts}
+    assert len(pairs) <= 8
+    results = json.loads((steps / "report" / "results.json").read_text())
+    assert [scores["system"] for scores in results["averages"]] == ["base", "prompted", "p-morl", "mixed", "merged"]
+    assert results["num_prompts"] == 3
+    costs = {cost["system"]: (cost["trainings"], cost["grows"]) for cost in results["costs"]}
+    assert costs == {
+        "base": (0, "0"),
+        "prompted": (1, "1"),
+        "p-morl": (2, "2^n"),
+        "mixed": (2, "2n"),
+        "merged": (2, "2n"),
+    }
+    assert all(cost["seconds"] > 0 for cost in results["costs"] if cost["trainings"])
+    # a merged model answers as its experts do when they are mixed
+    assert (steps / "merged" / "answers.jsonl").read_text() == (steps / "mixed" / "answers.jsonl").read_text()
+    assert {path.name for path in (steps / "report").iterdir() if not path.name.startswith(".")} == {
+        "answers.parquet",
+        "radars.png",
+        "report.html",
+        "report.md",
+        "results.json",
+        "trainings.png",
+        "win_rates.png",
+    }
+    recipe.write_text(
+        recipe.read_text().replace(
+            "experts: experts, weight: 0.6}\n  merged", "experts: experts, weight: 0.5}\n  merged"
+        )
+    )
+    assert {name for name, state in states(psoups, recipe).items() if state != "done"} == {"mixed", "report"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "place"),
+    [
+        ("policies: policies}", "policies: experts}", "whose models are for one side each", "steps.p-morl.policies"),
+        (
+            "experts: experts, weight: 0.6}\n  merged",
+            "experts: reader, weight: 0.6}\n  merged",
+            "for all combinations",
+            "steps.mixed.experts",
+        ),
+        ("primary: [mixed, base]", "primary: [mixd, base]", "did you mean 'mixed'?", "steps.report.primary"),
+        ("[base, prompted, p-morl", "[base, pool, p-morl", "name a step of the kind 'answers'", "steps.report.systems"),
+        (
+            ", experts: experts, weight: 0.6}\n  merged",
+            ", experts: experts}\n  merged",
+            "belong together",
+            "steps.mixed",
+        ),
+        ("soups: soups}", "soups: soups, policies: policies}", "soups and policies are given", "steps.merged"),
+        ("policies: policies}", "mixing: log_probs}", "mixed of experts", "steps.p-morl"),
+        (
+            "[mixed, base]",
+            "[mixed, base], judges: {tone: {kind: length, low: 0, high: 9}}",
+            "judges for tone",
+            "steps.report.judges",
+        ),
+    ],
+)
+def test_a_faulty_system_is_named_with_its_line(
+    old: str, new: str, message: str, place: str, *, psoups: Run, recipe: Path
+) -> None:
+    text = with_systems(recipe).read_text()
+    assert old in text
+    recipe.write_text(text.replace(old, new))
+    code, _, err = run(psoups, recipe, "--dry-run")
+    assert code == 2
+    assert message in err
+    assert place in err
+
+
 def test_every_shipped_run_has_an_order() -> None:
     paths = sorted((recipes_folder() / "runs").glob("*.yaml"))
     assert [path.name for path in paths] == ["tiny.yaml"]
@@ -122,3 +226,21 @@ def test_every_shipped_run_has_an_order() -> None:
         assert len(steps) == 1 + 3 * 6 + 8
         assert [step.name for step in steps if step.is_result] == [step.name for step in steps if "soups" in step.name]
     assert load(shipped_recipe("runs/tiny.yaml"), RunRecipe).base == "tiny"
+
+
+def test_the_papers_comparison_has_its_trainings_and_one_result() -> None:
+    recipe = load(shipped_recipe("paper/tiny.yaml"), RunRecipe)
+    steps = in_order(steps_of(recipe, device="cpu"))
+    trained = [step.name.partition("-")[0] for step in steps if type(step.work).__name__ == "Train"]
+    assert {name: trained.count(name) for name in trained} == {
+        "experts": 6,
+        "policies": 8,
+        "conditioned": 1,
+        "multitask_policy": 1,
+        "everyone": 1,
+    }
+    assert [step.name for step in steps if step.is_result] == ["report"]
+    held_out = set((recipes_folder() / "prompts" / "tiny-test.txt").read_text().splitlines())
+    trained_on = set((recipes_folder() / "prompts" / "tiny-train.txt").read_text().splitlines())
+    assert len(held_out) == 48
+    assert not held_out & trained_on

@@ -1,0 +1,203 @@
+"""Compare any number of systems that answered the same prompts for every combination of sides.
+
+The paper's measure is the criterion-wise win rate: two answers to a prompt are compared on each dimension, towards the
+wanted side, and a tie counts as half a win. Prompts are the clusters of all intervals and tests, because the answers to
+one prompt are not independent.
+
+Shapes of the comments: P = prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import fsum
+from typing import NotRequired, TypeAlias, TypedDict
+
+from personalized_soups.evaluation.comparison import by_prompt, joint, system_scores
+from personalized_soups.evaluation.results import Interval, SystemScores
+from personalized_soups.evaluation.scores import Graded
+from personalized_soups.evaluation.significance import holm, sign_flip_p_value
+from personalized_soups.evaluation.win_rates import bootstrap_interval
+
+Combination: TypeAlias = tuple[str, ...]
+GradedAnswers: TypeAlias = Mapping[str, Mapping[Combination, Sequence[Graded]]]
+"""The graded answers of each system for each combination."""
+
+
+class Duel(TypedDict):
+    """How often the answers of one system win against another system's.
+
+    `rate` is the share of judgements that are won, where a tie is half a win. `per_dimension` has it for each
+    dimension. The interval is a 95% bootstrap over prompts. `judged` is the rate by the held-out judges.
+    """
+
+    system: str
+    against: str
+    rate: float
+    interval: Interval
+    per_dimension: Mapping[str, float]
+    num_judgements: int
+    judged: NotRequired[float]
+
+
+class Test(TypedDict):
+    """The joint score of one system minus another's, with its interval and p-value.
+
+    `adjusted` is the p-value after Holm's adjustment for the number of further comparisons. The primary comparison,
+    which was named before the run, is not adjusted.
+    """
+
+    system: str
+    minus: str
+    joint: float
+    interval: Interval
+    p_value: float
+    adjusted: NotRequired[float]
+
+
+class TrainingCost(TypedDict):
+    """What the trained parts of a system cost.
+
+    `grows` says how the number of trainings grows with the number n of dimensions: `2n`, `2^n`, `1`, or `0` for a
+    system without training. `seconds` and `num_bytes` are those of all trainings.
+    """
+
+    system: str
+    trainings: int
+    grows: str
+    seconds: float
+    num_bytes: int
+
+
+class SystemsResults(TypedDict):
+    """All figures of a comparison of systems: the contents of results.json of a report."""
+
+    num_prompts: int
+    combinations: Sequence[Sequence[str]]
+    dimensions: Sequence[str]
+    averages: Sequence[SystemScores]
+    rows: Sequence[SystemScores]
+    duels: Sequence[Duel]
+    primary: Test
+    tests: Sequence[Test]
+    costs: Sequence[TrainingCost]
+
+
+def compare_systems(
+    answers: GradedAnswers,
+    *,
+    dimensions: Sequence[str],
+    primary: tuple[str, str],
+    costs: Sequence[TrainingCost] = (),
+    seed: int = 0,
+) -> SystemsResults:
+    """Return the scores of every system, all win rates, and the tests of the differences.
+
+    Args:
+        answers: the graded answers. All systems answered the same prompts in the same order for the same combinations.
+        dimensions: the names of the dimensions, in the order of a combination's sides.
+        primary: the two systems of the primary comparison. The first is also tested against all others.
+        costs: the cost of each system.
+        seed: the seed of bootstraps and tests.
+
+    Raises:
+        ValueError: if the systems differ in their combinations or prompts.
+    """
+    combinations = list(next(iter(answers.values())))
+    prompts = [entry.prompt for entry in answers[primary[0]][combinations[0]]]
+    for system, by_combination in answers.items():
+        if list(by_combination) != combinations:
+            raise ValueError(f"the system {system!r} has other combinations than {next(iter(answers))!r}")
+        if any([entry.prompt for entry in graded] != prompts for graded in by_combination.values()):
+            raise ValueError(f"the system {system!r} has answered other prompts than {primary[0]!r}")
+    first = primary[0]
+    tests = {other: _test(answers, first, other, seed) for other in answers if other not in primary}
+    adjusted = holm({other: test["p_value"] for other, test in tests.items()})
+    return {
+        "num_prompts": len(prompts),
+        "combinations": [list(sides) for sides in combinations],
+        "dimensions": list(dimensions),
+        "averages": [system_scores(name, (), entries, dimensions, seed) for name, entries in answers.items()],
+        "rows": [
+            system_scores(name, sides, {sides: graded}, dimensions, seed)
+            for name, entries in answers.items()
+            for sides, graded in entries.items()
+        ],
+        "duels": [
+            _duel(answers, name, other, dimensions, seed) for name in answers for other in answers if name != other
+        ],
+        "primary": _test(answers, *primary, seed),
+        "tests": [{**test, "adjusted": adjusted[other]} for other, test in tests.items()],
+        "costs": list(costs),
+    }
+
+
+def duel_of(results: SystemsResults, system: str, against: str) -> Duel:
+    """Return the win rate of one system against another.
+
+    Raises:
+        ValueError: if the results have none.
+    """
+    for duel in results["duels"]:
+        if (duel["system"], duel["against"]) == (system, against):
+            return duel
+    raise ValueError(f"the results have no win rate of {system!r} against {against!r}")
+
+
+def _duel(answers: GradedAnswers, name: str, other: str, dimensions: Sequence[str], seed: int) -> Duel:
+    ours, theirs = answers[name], answers[other]
+    per_dimension = {dimension: _points(ours, theirs, [at], judged=False) for at, dimension in enumerate(dimensions)}
+    points_P = _points(ours, theirs, range(len(dimensions)), judged=False)
+    duel: Duel = {
+        "system": name,
+        "against": other,
+        "rate": _mean(points_P),
+        "interval": list(bootstrap_interval(points_P, seed=seed)),
+        "per_dimension": {dimension: _mean(points) for dimension, points in per_dimension.items()},
+        "num_judgements": len(points_P) * len(ours) * len(dimensions),
+    }
+    if all(entry.judged for entries in (ours, theirs) for graded in entries.values() for entry in graded):
+        duel["judged"] = _mean(_points(ours, theirs, range(len(dimensions)), judged=True))
+    return duel
+
+
+def _points(
+    ours: Mapping[Combination, Sequence[Graded]],
+    theirs: Mapping[Combination, Sequence[Graded]],
+    places: Sequence[int],
+    *,
+    judged: bool,
+) -> list[float]:
+    """Return [P], the share of judgements that are won for each prompt. `places` are those of the dimensions."""
+
+    def score(entry: Graded, side: str) -> float:
+        return entry.judged[side] if judged else entry.toward[side]
+
+    sums_P: list[float] = []
+    for sides, graded in ours.items():
+        for at, (mine, other) in enumerate(zip(graded, theirs[sides], strict=True)):
+            won = fsum(_point(score(mine, sides[place]), score(other, sides[place])) for place in places)
+            if at == len(sums_P):
+                sums_P.append(0.0)
+            sums_P[at] += won
+    return [total / (len(ours) * len(places)) for total in sums_P]
+
+
+def _point(mine: float, other: float) -> float:
+    return 0.5 if abs(mine - other) < 1e-9 else float(mine > other)
+
+
+def _test(answers: GradedAnswers, name: str, other: str, seed: int) -> Test:
+    pairs_P = zip(by_prompt(answers[name], joint), by_prompt(answers[other], joint), strict=True)
+    differences_P = [mine - theirs for mine, theirs in pairs_P]
+    return {
+        "system": name,
+        "minus": other,
+        "joint": _mean(differences_P),
+        "interval": list(bootstrap_interval(differences_P, seed=seed)),
+        "p_value": sign_flip_p_value(differences_P, seed=seed),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return fsum(values) / len(values)

@@ -1,0 +1,155 @@
+"""The step that answers held-out prompts with one system, for each combination of sides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from personalized_soups.declare.expert_weights import ProfileLike
+from personalized_soups.declare.profile import Profile
+from personalized_soups.declare.run_recipe import AnswersStep
+from personalized_soups.files.lines import growing_lines, read_lines
+from personalized_soups.studies.pipeline.steps import Report
+from personalized_soups.studies.pipeline.world import World
+
+if TYPE_CHECKING:
+    from personalized_soups.generation.prompts import Prompt
+    from personalized_soups.mixing.model import SoupModel
+
+Combination: TypeAlias = tuple[str, ...]
+
+_ANSWERS = "answers.jsonl"
+# All systems answer a prompt with the same random numbers.
+_SEED = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Answers prompts with one system.
+
+    Attributes:
+        world: what all steps share.
+        step: the declared step.
+        prompts: the file of prompts.
+        combinations: the combinations of sides.
+        models: the name of the model that answers for each combination. It is empty for the base and for mixed experts.
+    """
+
+    world: World
+    step: AnswersStep
+    prompts: Path
+    combinations: tuple[Combination, ...]
+    models: Mapping[Combination, str]
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        """Write answers.jsonl."""
+        from personalized_soups.generation.prompts import read_prompts
+
+        prompts = read_prompts(self.prompts)[: self.step.num_prompts]
+        # One job has all rows of an answer, or of the candidates for all combinations.
+        jobs = [(sides, at) for sides in self._asked for at in range(len(prompts))]
+        size = max(1, self.step.batch_size // self._rows_per_job)
+        lines_per_job = len(self._graded_for(self._asked[0]))
+        model: SoupModel | None = None
+        with growing_lines(work / _ANSWERS, {}, overwrite=True) as lines:
+            # A batch that was begun is answered as a whole again: rounding depends on the batch.
+            start = lines.num_done // (size * lines_per_job) * size
+            for first in range(start, len(jobs), size):
+                model = model or self._model(list(inputs.values()))
+                rows = self._answered(model, prompts, jobs[first : first + size])
+                lines.add(rows[max(0, lines.num_done - first * lines_per_job) :])
+                report(f"{min(first + size, len(jobs))}/{len(jobs)} answers")
+
+    @property
+    def _asked(self) -> tuple[Combination, ...]:
+        """The combinations whose answers differ. If nothing differs, there is one entry without sides."""
+        has_own_rows = self.step.prompted or self.step.experts is not None or len(set(self.models.values())) > 1
+        return self.combinations if has_own_rows else ((),)
+
+    @property
+    def _rows_per_job(self) -> int:
+        return len(self.combinations[0]) if self.step.mixing == "log_probs" else self.step.num_candidates
+
+    def _graded_for(self, sides: Combination) -> tuple[Combination, ...]:
+        """Return the combinations for which a job gives an answer each: all if only the choice differs."""
+        return self.combinations if self.step.num_candidates > 1 and not sides else (sides,)
+
+    def _model(self, folders: Sequence[Path]) -> SoupModel:
+        from personalized_soups.mixing.model import SoupModel
+
+        return SoupModel.from_pretrained(self.world.base, list(folders), device=self.world.device)
+
+    def _answered(
+        self, model: SoupModel, prompts: Sequence[str], jobs: Sequence[tuple[Combination, int]]
+    ) -> list[dict[str, Any]]:
+        """Return the lines of some jobs."""
+        from personalized_soups.generation.prompts import with_text_before
+
+        asked: list[Prompt] = []
+        profiles: list[ProfileLike] = []
+        places: list[int] = []
+        for sides, at in jobs:
+            prompt = prompts[at]
+            text = self.world.catalogue.instructions(sides) if self.step.prompted else ""
+            rows = self._profiles(sides)
+            asked += [with_text_before(prompt, text)] * len(rows)
+            profiles += rows
+            places += self._places(at, len(rows))
+        sampling: dict[str, Any] = {}
+        if self.step.mixing == "log_probs":
+            sampling["log_prob_weights"] = [self.step.weight] * len(asked)
+        answers = model.generate(
+            asked,
+            profiles,
+            max_new_tokens=self.step.max_new_tokens,
+            temperature=self.step.temperature,
+            seed=_SEED + self.world.seed,
+            batch_size=len(asked),
+            places=places,
+            **sampling,
+        )
+        per_job = self._rows_per_job
+        return [
+            {"prompt": prompts[at], "sides": list(wanted), "answer": self._best(prompts[at], wanted, candidates)}
+            for number, (sides, at) in enumerate(jobs)
+            for candidates in (answers[number * per_job : (number + 1) * per_job],)
+            for wanted in self._graded_for(sides)
+        ]
+
+    def _profiles(self, sides: Combination) -> list[ProfileLike]:
+        """Return the profile of each row of a job."""
+        if self.step.mixing == "log_probs":
+            return [Profile(weights={side: 1.0}) for side in sides]
+        profile: ProfileLike = None
+        if self.step.weight is not None:
+            profile = Profile(weights=dict.fromkeys(sides, self.step.weight))
+        elif self.models:
+            profile = Profile(weights={self.models[sides or self.combinations[0]]: 1.0})
+        return [profile] * self.step.num_candidates
+
+    def _places(self, at: int, count: int) -> list[int]:
+        """Return the places of a job's rows: different ones for candidates, which need different random numbers."""
+        if self.step.mixing == "log_probs":
+            return [at] * count
+        return [at * self.step.num_candidates + candidate for candidate in range(count)]
+
+    def _best(self, prompt: str, sides: Combination, candidates: Sequence[str]) -> str:
+        """Return the candidate with the best mean score of the sides: the first of equals."""
+        if len(candidates) == 1 or self.step.mixing == "log_probs":
+            return candidates[0]
+        from personalized_soups.scoring.mean_scorer import MeanScorer
+
+        scorer = MeanScorer(self.world.catalogue, sides)
+        return max(candidates, key=lambda answer: scorer(prompt, answer).toward("high"))
+
+
+def read_answers(folder: Path) -> dict[Combination, tuple[list[str], list[str]]]:
+    """Return the prompts and the answers for each combination. The key () has answers for all combinations."""
+    found: dict[Combination, tuple[list[str], list[str]]] = {}
+    for line in read_lines(folder / _ANSWERS):
+        prompts, answers = found.setdefault(tuple(line["sides"]), ([], []))
+        prompts.append(line["prompt"])
+        answers.append(line["answer"])
+    return found
