@@ -9,7 +9,7 @@ Shapes of the comments: P = prompts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import fsum
 from typing import NotRequired, TypeAlias, TypedDict
 
@@ -22,6 +22,11 @@ from personalized_soups.evaluation.win_rates import bootstrap_interval
 Combination: TypeAlias = tuple[str, ...]
 GradedAnswers: TypeAlias = Mapping[str, Mapping[Combination, Sequence[Graded]]]
 """The graded answers of each system for each combination."""
+
+TRAININGS: Mapping[str, Callable[[int], int]] = {"2n": lambda n: 2 * n, "2^n": lambda n: 2**n, "1": lambda n: 1}
+"""The number of trainings for n dimensions, by how it grows."""
+MOST_DIMENSIONS = 10
+"""The number of dimensions up to which costs are extrapolated."""
 
 
 class Duel(TypedDict):

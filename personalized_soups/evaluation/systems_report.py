@@ -6,9 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from personalized_soups.evaluation.page import Heading, Paragraph, Part, Picture, Sample, Samples, Table
-from personalized_soups.evaluation.pictures.systems import MOST_DIMENSIONS, TRAININGS
 from personalized_soups.evaluation.results import Interval, SystemScores
-from personalized_soups.evaluation.systems import SystemsResults, Test, TrainingCost, duel_of
+from personalized_soups.evaluation.systems import (
+    MOST_DIMENSIONS,
+    TRAININGS,
+    SystemsResults,
+    Test,
+    TrainingCost,
+    duel_of,
+)
 
 _ALPHA = 0.05
 

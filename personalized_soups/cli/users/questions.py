@@ -81,8 +81,7 @@ def make(
 
     A question has a prompt and two answers. psoups profile infer asks a user some of the questions.
     """
-    _check_sampled(temperature)
-    _check_target(out, overwrite=overwrite)
+    _check(temperature, out, overwrite=overwrite)
     texts = prompts_of(prompts, base, num_questions, seed)
     from personalized_soups.mixing.model import SoupModel
     from personalized_soups.users.answers.making import make_questions
@@ -160,15 +159,15 @@ def show(
     render.say(f"{min(limit, len(pool))} of {len(pool)} questions; rewards of {', '.join(pool.names)}")
 
 
-def _check_target(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputExistsError if the folder exists and may not be replaced, before anything is computed."""
+def _check(temperature: float, out: Path, *, overwrite: bool) -> None:
+    """Check the temperature and the output, before anything is computed.
+
+    Raises:
+        UsageError: if the answers to a prompt would be equal, or the temperature is out of range.
+        OutputExistsError: if the folder exists and may not be replaced.
+    """
     from personalized_soups.files.atomic import check_target
 
-    check_target(out, overwrite=overwrite)
-
-
-def _check_sampled(temperature: float) -> None:
-    """Raise UsageError if the answers to a prompt would be equal, or the temperature is out of range."""
     check_temperature(temperature, usual=1.0)
     if temperature == 0:
         raise UsageError(
@@ -176,6 +175,7 @@ def _check_sampled(temperature: float) -> None:
             where="--temperature",
             mend="give --temperature 1",
         )
+    check_target(out, overwrite=overwrite)
 
 
 def _report(pool: QuestionPool, wanted: int, *, as_json: bool) -> None:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import ceil, cos, pi
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from personalized_soups.evaluation.pictures.heat_map import draw_cell
 from personalized_soups.evaluation.pictures.style import FAINT, INK, QUIET, WIDTH, draw_title, own_settings, write_png
-from personalized_soups.evaluation.systems import SystemsResults, duel_of
+from personalized_soups.evaluation.systems import MOST_DIMENSIONS, TRAININGS, SystemsResults, duel_of
 
 if TYPE_CHECKING:
     from matplotlib.projections.polar import PolarAxes
 
 # Okabe and Ito's colours, which every kind of color vision tells apart.
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]
-TRAININGS: Mapping[str, Callable[[int], int]] = {"2n": lambda n: 2 * n, "2^n": lambda n: 2**n, "1": lambda n: 1}
-"""The number of trainings for n dimensions, by how it grows."""
-MOST_DIMENSIONS = 10
 
 
 def draw_win_rates(results: SystemsResults, path: Path) -> Path:
