@@ -55,6 +55,16 @@ class LabelStep(Declared):
         default=False, description="Remove a last sentence that is cut off from each answer first."
     )
 
+    @model_validator(mode="after")
+    def _check_judge(self) -> Self:
+        if self.judge is not None and self.targets == "everyone":
+            raise refusal(
+                "a judge cannot compare answers for everyone: the instructions of all sides contradict each other",
+                mend="remove `judge:`, so that scorers rate the answers, or choose other targets",
+                key=("judge",),
+            )
+        return self
+
 
 class PairsStep(Declared):
     """Chooses preference pairs from the labels of each target."""

@@ -15,7 +15,6 @@ from personalized_soups.files.digest import digest_file
 from personalized_soups.files.lines import growing_lines
 from personalized_soups.scoring.judging.pair_judge import ComparedAnswers, Judgement, PairJudge
 from personalized_soups.scoring.mean_scorer import MeanScorer
-from personalized_soups.scoring.scorers import scorer_of
 from personalized_soups.training.labels import JudgeLabels, ScorerLabels, each_prompt_once
 from personalized_soups.training.rollouts import Sampled, pool_lines
 
@@ -95,20 +94,19 @@ class LabelRequest:
 
     def _labeller(self) -> _Label:
         if self.judge is None:
-            scored = self._scored()
+            scored = ScorerLabels(self.side, MeanScorer(self.catalogue, self._wanted), "high", self.whole_sentences)
             return lambda portion: ([scored.of(sampled) for sampled in portion], [])
         return JudgeLabels(
-            self.side, self.judge, self._criterion(), self.num_comparisons, self.whole_sentences, self.seed
+            self.side, self.judge, self._criterion, self.num_comparisons, self.whole_sentences, self.seed
         ).of
 
-    def _scored(self) -> ScorerLabels:
-        if self.sides:
-            return ScorerLabels(self.side, MeanScorer(self.catalogue, self.sides), "high", self.whole_sentences)
-        end = self.catalogue.side(self.side)[1].end
-        return ScorerLabels(self.side, scorer_of(self.catalogue, self.side), end, self.whole_sentences)
+    @property
+    def _wanted(self) -> tuple[str, ...]:
+        return self.sides or (self.side,)
 
+    @property
     def _criterion(self) -> str:
-        return self.catalogue.instructions(self.sides or (self.side,))
+        return self.catalogue.instructions(self._wanted)
 
     def _settings(self) -> dict[str, Any]:
         """Return all on which the labels depend."""
@@ -119,12 +117,12 @@ class LabelRequest:
         }
         if self.judge is not None:
             drawn = {"num_comparisons": self.num_comparisons, "seed": self.seed}
-            return settings | {"judge": self.judge.settings, "criterion": self._criterion(), **drawn}
+            return settings | {"judge": self.judge.settings, "criterion": self._criterion, **drawn}
         rated = [
             {
                 "scorer": self.catalogue.scorer_of(side).model_dump(mode="json"),
                 "end": self.catalogue.side(side)[1].end,
             }
-            for side in self.sides or (self.side,)
+            for side in self._wanted
         ]
         return settings | (rated[0] if len(rated) == 1 else {"scorers": rated})

@@ -17,6 +17,7 @@ from personalized_soups.studies.pipeline.world import World
 if TYPE_CHECKING:
     from personalized_soups.generation.prompts import Prompt
     from personalized_soups.mixing.model import SoupModel
+    from personalized_soups.scoring.scorers import Scorer
 
 Combination: TypeAlias = tuple[str, ...]
 
@@ -46,19 +47,21 @@ class Answer:
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write answers.jsonl."""
         from personalized_soups.generation.prompts import read_prompts
+        from personalized_soups.scoring.mean_scorer import MeanScorer
 
         prompts = read_prompts(self.prompts)[: self.step.num_prompts]
         # One job has all rows of an answer, or of the candidates for all combinations.
         jobs = [(sides, at) for sides in self._asked for at in range(len(prompts))]
         size = max(1, self.step.batch_size // self._rows_per_job)
         lines_per_job = len(self._graded_for(self._asked[0]))
+        scorers = {sides: MeanScorer(self.world.catalogue, sides) for sides in self._chosen_for}
         model: SoupModel | None = None
         with growing_lines(work / _ANSWERS, {}, overwrite=True) as lines:
             # A batch that was begun is answered as a whole again: rounding depends on the batch.
             start = lines.num_done // (size * lines_per_job) * size
             for first in range(start, len(jobs), size):
                 model = model or self._model(list(inputs.values()))
-                rows = self._answered(model, prompts, jobs[first : first + size])
+                rows = self._answered(model, prompts, jobs[first : first + size], scorers)
                 lines.add(rows[max(0, lines.num_done - first * lines_per_job) :])
                 report(f"{min(first + size, len(jobs))}/{len(jobs)} answers")
 
@@ -69,12 +72,17 @@ class Answer:
         return self.combinations if has_own_rows else ((),)
 
     @property
+    def _chosen_for(self) -> tuple[Combination, ...]:
+        """The combinations for which the best candidate is chosen."""
+        return self.combinations if self.step.num_candidates > 1 else ()
+
+    @property
     def _rows_per_job(self) -> int:
         return len(self.combinations[0]) if self.step.mixing == "log_probs" else self.step.num_candidates
 
     def _graded_for(self, sides: Combination) -> tuple[Combination, ...]:
         """Return the combinations for which a job gives an answer each: all if only the choice differs."""
-        return self.combinations if self.step.num_candidates > 1 and not sides else (sides,)
+        return (sides,) if sides else self._chosen_for or (sides,)
 
     def _model(self, folders: Sequence[Path]) -> SoupModel:
         from personalized_soups.mixing.model import SoupModel
@@ -82,7 +90,11 @@ class Answer:
         return SoupModel.from_pretrained(self.world.base, list(folders), device=self.world.device)
 
     def _answered(
-        self, model: SoupModel, prompts: Sequence[str], jobs: Sequence[tuple[Combination, int]]
+        self,
+        model: SoupModel,
+        prompts: Sequence[str],
+        jobs: Sequence[tuple[Combination, int]],
+        scorers: Mapping[Combination, Scorer],
     ) -> list[dict[str, Any]]:
         """Return the lines of some jobs."""
         from personalized_soups.generation.prompts import with_text_before
@@ -112,7 +124,11 @@ class Answer:
         )
         per_job = self._rows_per_job
         return [
-            {"prompt": prompts[at], "sides": list(wanted), "answer": self._best(prompts[at], wanted, candidates)}
+            {
+                "prompt": prompts[at],
+                "sides": list(wanted),
+                "answer": self._best(prompts[at], candidates, scorers.get(wanted)),
+            }
             for number, (sides, at) in enumerate(jobs)
             for candidates in (answers[number * per_job : (number + 1) * per_job],)
             for wanted in self._graded_for(sides)
@@ -135,13 +151,11 @@ class Answer:
             return [at] * count
         return [at * self.step.num_candidates + candidate for candidate in range(count)]
 
-    def _best(self, prompt: str, sides: Combination, candidates: Sequence[str]) -> str:
-        """Return the candidate with the best mean score of the sides: the first of equals."""
-        if len(candidates) == 1 or self.step.mixing == "log_probs":
+    @staticmethod
+    def _best(prompt: str, candidates: Sequence[str], scorer: Scorer | None) -> str:
+        """Return the candidate with the best score: the first of equals. Without a scorer, return the first."""
+        if scorer is None:
             return candidates[0]
-        from personalized_soups.scoring.mean_scorer import MeanScorer
-
-        scorer = MeanScorer(self.world.catalogue, sides)
         return max(candidates, key=lambda answer: scorer(prompt, answer).toward("high"))
 
 

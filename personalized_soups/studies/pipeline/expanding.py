@@ -186,6 +186,13 @@ class _Expansion:
 
     def _check_targets(self, name: str, key: str, trained: str, kinds: tuple[str, ...]) -> None:
         """Check that the models of a train step, which another step names in `key`, are for targets of these kinds."""
+        declared = self._recipe.steps[trained]
+        if isinstance(declared, TrainStep) and declared.method == "reward":
+            raise DeclarationError(
+                f"`{key}` names the step {trained!r}, which trains reward models, and these give no answers",
+                where=self._recipe.place("steps", name, key),
+                mend="name a train step of another method",
+            )
         kind = self._targets(trained)[0].kind
         if kind not in kinds:
             raise DeclarationError(

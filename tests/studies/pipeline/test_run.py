@@ -196,6 +196,13 @@ def test_a_run_compares_systems_and_a_rerun_only_what_changed(psoups: Run, recip
             "belong together",
             "steps.mixed",
         ),
+        (
+            "pairs: policy_pairs, recipe",
+            "method: reward, pairs: policy_pairs, recipe",
+            "trains reward models",
+            "steps.p-morl.policies",
+        ),
+        ("targets: combinations", "targets: everyone, judge: j.yaml", "contradict each other", "policy_labels.judge"),
         ("soups: soups}", "soups: soups, policies: policies}", "soups and policies are given", "steps.merged"),
         ("policies: policies}", "mixing: log_probs}", "mixed of experts", "steps.p-morl"),
         (
