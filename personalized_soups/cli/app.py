@@ -23,7 +23,7 @@ from personalized_soups.errors import RunError, SoupError
 # The groups of `psoups --help` and their commands, in the order of the help. Each group is a folder of cli/.
 COMMAND_GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "study": ("quickstart", "run", "quality", "study", "tiny"),
+        "study": ("quickstart", "run", "evaluate", "quality", "study", "tiny"),
         "data": ("pairs", "data", "judge", "scorer"),
         "train": ("train",),
         "merge": ("doctor", "merge", "merge_many", "verify", "inspect"),

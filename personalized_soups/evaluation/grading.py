@@ -18,18 +18,49 @@ class Gate(Protocol):
         ...
 
 
+class Judge(Protocol):
+    """Scores answers towards every side by another measure than the scorers that label pairs."""
+
+    def toward(self, prompts: Sequence[str], answers: Sequence[str]) -> Sequence[Mapping[str, float]]:
+        """Return the score in [0, 1] of each answer towards each side. `prompts` has the prompt of each answer."""
+        ...
+
+
+class ScorerJudge:
+    """Judges by one scorer for each dimension.
+
+    Args:
+        catalogue: the sides.
+        judges: the scorer of each dimension.
+    """
+
+    def __init__(self, catalogue: Catalogue, judges: Mapping[str, AnyScorer]) -> None:
+        dimensions = {
+            name: dimension.replaced(
+                scorer=judges[name],
+                sides={side: declared.replaced(scorer=None) for side, declared in dimension.sides.items()},
+            )
+            for name, dimension in catalogue.dimensions.items()
+        }
+        self._catalogue = catalogue.replaced(dimensions=dimensions)
+
+    def toward(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Mapping[str, float]]:
+        """Return the scores of each answer. An answer that a judge calls invalid has the score 0."""
+        return [entry.toward for entry in grade(prompts, answers, self._catalogue, list(self._catalogue.sides))]
+
+
 @dataclass(frozen=True, slots=True)
 class Grader:
     """Grades answers towards every side of a catalogue.
 
     Attributes:
         catalogue: the sides, with the scorers that label pairs.
-        judges: the catalogue with the held-out judges as scorers, or None without judges.
+        judge: the held-out judges, or None.
         gate: rejects answers that no scorer should count. None leaves validity to the scorers.
     """
 
     catalogue: Catalogue
-    judges: Catalogue | None = None
+    judge: Judge | None = None
     gate: Gate | None = None
 
     def graded(self, prompts: Sequence[str], answers: Sequence[str]) -> list[Graded]:
@@ -41,23 +72,11 @@ class Grader:
         sides = list(self.catalogue.sides)
         graded = grade(prompts, answers, self.catalogue, sides)
         passed = [True] * len(graded) if self.gate is None else self.gate.valid(prompts, answers)
-        judged = [entry.toward for entry in grade(prompts, answers, self.judges, sides)] if self.judges else None
+        judged = None if self.judge is None else self.judge.toward(prompts, answers)
         return [
             _gated(entry, is_valid=entry.valid and bool(passed[at]), judged={} if judged is None else judged[at])
             for at, entry in enumerate(graded)
         ]
-
-
-def judging_catalogue(catalogue: Catalogue, judges: Mapping[str, AnyScorer]) -> Catalogue:
-    """Return the catalogue with the judge of each dimension as the only scorer of its sides."""
-    dimensions = {
-        name: dimension.replaced(
-            scorer=judges[name],
-            sides={side: declared.replaced(scorer=None) for side, declared in dimension.sides.items()},
-        )
-        for name, dimension in catalogue.dimensions.items()
-    }
-    return catalogue.replaced(dimensions=dimensions)
 
 
 def _gated(entry: Graded, *, is_valid: bool, judged: Mapping[str, float]) -> Graded:

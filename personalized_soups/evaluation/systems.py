@@ -14,16 +14,23 @@ from math import fsum
 from typing import NotRequired, TypeAlias, TypedDict
 
 from personalized_soups.evaluation.comparison import by_prompt, joint, system_scores
-from personalized_soups.evaluation.results import Interval, SystemScores
+from personalized_soups.evaluation.expert_checks import ExpertChecks
+from personalized_soups.evaluation.results import Interval, SystemScores, ValidationScores
 from personalized_soups.evaluation.scores import Graded
-from personalized_soups.evaluation.significance import holm, sign_flip_p_value
+from personalized_soups.evaluation.significance import holm, sign_flip_p_value, t_interval
+from personalized_soups.evaluation.systems_fronts import Front, Reach
 from personalized_soups.evaluation.win_rates import bootstrap_interval
 
 Combination: TypeAlias = tuple[str, ...]
 GradedAnswers: TypeAlias = Mapping[str, Mapping[Combination, Sequence[Graded]]]
 """The graded answers of each system for each combination."""
 
-TRAININGS: Mapping[str, Callable[[int], int]] = {"2n": lambda n: 2 * n, "2^n": lambda n: 2**n, "1": lambda n: 1}
+TRAININGS: Mapping[str, Callable[[int], int]] = {
+    "2n": lambda n: 2 * n,
+    "n": lambda n: n,
+    "2^n": lambda n: 2**n,
+    "1": lambda n: 1,
+}
 """The number of trainings for n dimensions, by how it grows."""
 MOST_DIMENSIONS = 10
 """The number of dimensions up to which costs are extrapolated."""
@@ -74,10 +81,37 @@ class TrainingCost(TypedDict):
     num_bytes: int
 
 
+class SeedScores(TypedDict):
+    """The joint score of a system with each seed. `half` is half of the 95% t interval of their mean.
+
+    In the row of a difference, `minus` is the other system.
+    """
+
+    system: str
+    joint: Sequence[float]
+    mean: float
+    half: float | None
+    minus: NotRequired[str]
+
+
+class Choice(TypedDict):
+    """What a choose step chose on validation prompts for some systems, and all scores."""
+
+    systems: list[str]
+    seed: int
+    method: str
+    weight: float
+    scores: Sequence[ValidationScores]
+
+
 class SystemsResults(TypedDict):
-    """All figures of a comparison of systems: the contents of results.json of a report."""
+    """All figures of a comparison of systems: the contents of results.json of a report.
+
+    `num_prompts` counts a prompt once for each seed.
+    """
 
     num_prompts: int
+    num_seeds: int
     combinations: Sequence[Sequence[str]]
     dimensions: Sequence[str]
     averages: Sequence[SystemScores]
@@ -86,6 +120,11 @@ class SystemsResults(TypedDict):
     primary: Test
     tests: Sequence[Test]
     costs: Sequence[TrainingCost]
+    seeds: Sequence[SeedScores]
+    choices: Sequence[Choice]
+    fronts: Sequence[Front]
+    reach: Sequence[Reach]
+    experts: NotRequired[ExpertChecks]
 
 
 def compare_systems(
@@ -94,6 +133,7 @@ def compare_systems(
     dimensions: Sequence[str],
     primary: tuple[str, str],
     costs: Sequence[TrainingCost] = (),
+    num_seeds: int = 1,
     seed: int = 0,
 ) -> SystemsResults:
     """Return the scores of every system, all win rates, and the tests of the differences.
@@ -103,6 +143,7 @@ def compare_systems(
         dimensions: the names of the dimensions, in the order of a combination's sides.
         primary: the two systems of the primary comparison. The first is also tested against all others.
         costs: the cost of each system.
+        num_seeds: the number of seeds whose answers follow each other in each list of answers.
         seed: the seed of bootstraps and tests.
 
     Raises:
@@ -120,6 +161,7 @@ def compare_systems(
     adjusted = holm({other: test["p_value"] for other, test in tests.items()})
     return {
         "num_prompts": len(prompts),
+        "num_seeds": num_seeds,
         "combinations": [list(sides) for sides in combinations],
         "dimensions": list(dimensions),
         "averages": [system_scores(name, (), entries, dimensions, seed) for name, entries in answers.items()],
@@ -134,6 +176,10 @@ def compare_systems(
         "primary": _test(answers, *primary, seed),
         "tests": [{**test, "adjusted": adjusted[other]} for other, test in tests.items()],
         "costs": list(costs),
+        "seeds": _seeds(answers, primary, num_seeds),
+        "choices": [],
+        "fronts": [],
+        "reach": [],
     }
 
 
@@ -202,6 +248,28 @@ def _test(answers: GradedAnswers, name: str, other: str, seed: int) -> Test:
         "interval": list(bootstrap_interval(differences_P, seed=seed)),
         "p_value": sign_flip_p_value(differences_P, seed=seed),
     }
+
+
+def _seeds(answers: GradedAnswers, primary: tuple[str, str], num_seeds: int) -> list[SeedScores]:
+    """Return the joint score of each system with each seed, and the primary difference, if there are several seeds."""
+    if num_seeds == 1:
+        return []
+    by_system = {name: _by_seed(by_prompt(entries, joint), num_seeds) for name, entries in answers.items()}
+    rows = [_seed_scores(name, values) for name, values in by_system.items()]
+    first, second = primary
+    differences = [mine - theirs for mine, theirs in zip(by_system[first], by_system[second], strict=True)]
+    return [*rows, {**_seed_scores(first, differences), "minus": second}]
+
+
+def _by_seed(values: Sequence[float], num_seeds: int) -> list[float]:
+    size = len(values) // num_seeds
+    return [_mean(values[at * size : (at + 1) * size]) for at in range(num_seeds)]
+
+
+def _seed_scores(system: str, values: Sequence[float]) -> SeedScores:
+    found = t_interval(values)
+    half = None if found is None else found[1]
+    return {"system": system, "joint": list(values), "mean": _mean(values), "half": half}
 
 
 def _mean(values: Sequence[float]) -> float:

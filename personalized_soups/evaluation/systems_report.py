@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from personalized_soups.evaluation.expert_checks import ExpertChecks
 from personalized_soups.evaluation.page import Heading, Paragraph, Part, Picture, Sample, Samples, Table
-from personalized_soups.evaluation.results import Interval, SystemScores
+from personalized_soups.evaluation.results import Interval, SystemScores, ValidationScores
 from personalized_soups.evaluation.systems import (
     MOST_DIMENSIONS,
     TRAININGS,
@@ -24,19 +25,20 @@ def systems_report(results: SystemsResults, *, pictures: Mapping[str, Path], sam
 
     Args:
         results: the figures.
-        pictures: the PNG files of `win_rates`, `radars` and `trainings`. Missing ones are left out.
+        pictures: the PNG files of `win_rates`, `radars`, `fronts` and `trainings`. Missing ones are left out.
         samples: answers to show side by side.
     """
     parts: list[Part] = [
         Heading("Comparison of systems", level=1),
         Paragraph(_headline(results), is_important=True),
         Paragraph(
-            f"{results['num_prompts']} held-out prompts for each of {len(results['combinations'])} combinations of "
-            "preferences. Intervals are 95% bootstraps over prompts. An answer counts for the joint score if it is "
-            "valid and on the wanted side of every dimension."
+            f"{_prompts(results)} for each of {len(results['combinations'])} combinations of preferences. Intervals "
+            "are 95% bootstraps over prompts. An answer counts for the joint score if it is valid and on the wanted "
+            "side of every dimension."
         ),
         Heading("All systems"),
         _averages(results),
+        *_seeds(results),
         Heading("Win rates on each dimension"),
         Paragraph(
             f"Against {_title(_reference(results))}: two answers to a prompt are compared on each dimension, and a tie "
@@ -56,7 +58,8 @@ def systems_report(results: SystemsResults, *, pictures: Mapping[str, Path], sam
         ),
         _tests(results),
     ]
-    if results["costs"]:
+    parts += [*_choices(results), *_fronts(results, pictures), *_experts(results)]
+    if any(cost["trainings"] for cost in results["costs"]):
         parts += [Heading("Cost"), _costs(results["costs"])]
         parts += [*_picture(pictures, "trainings", "Trainings for n dimensions."), _extrapolated(results["costs"])]
     if samples:
@@ -80,6 +83,147 @@ def _headline(results: SystemsResults) -> str:
         f"{_interval(test['interval'])}, p {_p(test['p_value'], equals='= ')}. {name[0].upper()}{name[1:]} wins "
         f"{rate['rate']:.1%} of {rate['num_judgements']} judgements."
     )
+
+
+def _prompts(results: SystemsResults) -> str:
+    number, seeds = results["num_prompts"], results["num_seeds"]
+    return f"{number} held-out prompts" if seeds == 1 else f"{number // seeds} held-out prompts with {seeds} seeds each"
+
+
+def _seeds(results: SystemsResults) -> list[Part]:
+    if not results["seeds"]:
+        return []
+    head = ["joint", *(f"seed {at}" for at in range(results["num_seeds"])), "mean", "95% t interval"]
+    rows = []
+    for scores in results["seeds"]:
+        name = _title(scores["system"]) + (f" minus {_title(scores['minus'])}" if "minus" in scores else "")
+        mean, half = scores["mean"], scores["half"]
+        interval = "" if half is None else _interval([mean - half, mean + half])
+        rows.append([name, *(f"{value:.3f}" for value in scores["joint"]), f"{mean:.3f}", interval])
+    return [Heading("Each seed"), Paragraph("Each seed has its own pairs and trainings."), Table(head, rows)]
+
+
+def _choices(results: SystemsResults) -> list[Part]:
+    if not results["choices"]:
+        return []
+    rows = [
+        [
+            ", ".join(map(_title, choice["systems"])),
+            str(choice["seed"]),
+            score["method"],
+            f"{score['weight']:g}",
+            *_figures(score),
+            chosen,
+        ]
+        for choice in results["choices"]
+        for score in choice["scores"]
+        for chosen in ("chosen" if (score["method"], score["weight"]) == (choice["method"], choice["weight"]) else "",)
+    ]
+    return [
+        Heading("Method and weight"),
+        Paragraph("The joint score on validation prompts, which are in no other table, chose method and weight."),
+        Table(["system", "seed", "method", "weight", "joint", "mean", "valid", ""], rows),
+    ]
+
+
+def _figures(score: ValidationScores) -> list[str]:
+    return [f"{score['joint']:.3f}", f"{score['mean']:.3f}", f"{score['valid']:.3f}"]
+
+
+def _fronts(results: SystemsResults, pictures: Mapping[str, Path]) -> list[Part]:
+    if not results["fronts"]:
+        return []
+    rows = [
+        [
+            _title(front["system"]),
+            " and ".join(front["sides"]),
+            str(len(front["points"])),
+            f"{front['hypervolume']:.3f} {_interval(front['interval'])}",
+            *(" ".join(f"({first:.2f}, {last:.2f})" for first, last in front["points"]),),
+        ]
+        for front in results["fronts"]
+    ]
+    reach = [
+        [_title(each["system"]), str(each["num_mixtures"]), f"{each['hypervolume']:.3f} {_interval(each['interval'])}"]
+        for each in results["reach"]
+    ]
+    return [
+        Heading("Pareto fronts"),
+        Paragraph(
+            "Scores towards two opposing sides, for mixtures between them. The two scores of a valid answer add up to "
+            "1, so no front goes beyond the diagonal, and a system without mixtures between the ends has a small "
+            "hypervolume however good its ends are."
+        ),
+        *_picture(pictures, "fronts", "Scores towards two opposing sides, for mixtures between them."),
+        Table(["system", "sides", "mixtures", "hypervolume", "scores"], rows, words=2),
+        Paragraph(
+            "Over the wanted sides of a combination: the hypervolume that all mixtures of a system dominate, averaged "
+            "over the combinations."
+        ),
+        Table(["system", "mixtures", "hypervolume"], reach),
+    ]
+
+
+def _experts(results: SystemsResults) -> list[Part]:
+    if "experts" not in results:
+        return []
+    checks = results["experts"]
+    alone = [
+        [
+            check["side"],
+            f"{check['weight']:g}",
+            f"{check['base']:.3f}",
+            f"{check['score']:.3f}",
+            f"{check['difference']:+.3f} {_interval(check['interval'])}",
+            f"{check['valid']:.3f}",
+            check["verdict"],
+        ]
+        for check in checks["alone"]
+    ]
+    sides = list(checks["alone"][0]["moved"])
+    moved = [
+        [check["side"], *(f"{check['moved'][side]:+.2f}" for side in sides)]
+        for check in checks["alone"]
+        if check["weight"] == checks["alone"][0]["weight"]
+    ]
+    pairs = [
+        [
+            check["side"],
+            check["other"],
+            f"{check['alone']:.3f}",
+            f"{check['pair']:.3f}",
+            f"{check['difference']:+.3f} {_interval(check['interval'])}",
+            "yes" if check["interferes"] else "no",
+        ]
+        for check in sorted(checks["pairs"], key=lambda check: check["difference"])
+    ]
+    findings = [[found["severity"], found["what"], found["mend"]] for found in checks["findings"]]
+    return [
+        Heading("Does each expert work alone?"),
+        Paragraph(_experts_headline(checks)),
+        Table(["expert", "weight", "base", "alone", "difference", "valid", "verdict"], alone),
+        Heading("What each expert moves"),
+        Paragraph("The score towards each side of the column, minus the base's, with the expert of the row alone."),
+        Table(["expert", *sides], moved),
+        Heading("Which pairs interfere?"),
+        Paragraph(
+            f"The score towards a side with the experts of both at weight {checks['weight']:g}, minus that with its "
+            "own expert alone. The intervals are not adjusted for the number of pairs."
+        ),
+        Table(["side", "with", "alone", "in the pair", "difference", "interferes"], pairs, words=2),
+        Heading("What the doctor says"),
+        Table(["", "finding", "mend"], findings, words=3) if findings else Paragraph("Nothing: the experts fit."),
+    ]
+
+
+def _experts_headline(checks: ExpertChecks) -> str:
+    parts = []
+    for verdict, text in (("fails", "These experts fail alone"), ("unclear", "More prompts are needed to judge these")):
+        found = [f"{check['side']} at {check['weight']:g}" for check in checks["alone"] if check["verdict"] == verdict]
+        parts += [f"{text}: {', '.join(found)}."] if found else []
+    harmed = [f"{check['other']} harms {check['side']}" for check in checks["pairs"] if check["interferes"]]
+    parts += [f"Pairs that interfere: {'; '.join(harmed)}." if harmed else "No pair interferes."]
+    return " ".join(parts if len(parts) > 1 else ["Every expert works alone.", *parts])
 
 
 def _averages(results: SystemsResults) -> Table:

@@ -20,7 +20,7 @@ from personalized_soups.declare.prompt_set import Split
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import DeclarationError, InputError
-from personalized_soups.evaluation.grading import Gate, Grader, judging_catalogue
+from personalized_soups.evaluation.grading import Gate, Grader, ScorerJudge
 from personalized_soups.studies.prompt_sources import PromptSource, TinyPrompts
 from personalized_soups.tiny import BASE_FOLDER
 from personalized_soups.training.progress import StepReport
@@ -140,7 +140,7 @@ class Study:
 
     def grader(self, judges: Mapping[str, AnyScorer], gate: Gate | None) -> Grader:
         """Return what grades answers: the catalogue's scorers, a judge for each dimension or none, and a gate."""
-        return Grader(self.catalogue, judging_catalogue(self.catalogue, judges) if judges else None, gate)
+        return Grader(self.catalogue, ScorerJudge(self.catalogue, judges) if judges else None, gate)
 
     def settings(self) -> dict[str, object]:
         """Return the settings that a resumed run must have in common with the interrupted run."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -39,7 +39,7 @@ class LabelRequest:
         num_comparisons: the number of a judge's comparisons for each prompt. None compares each answer once.
         whole_sentences: remove a last sentence that is cut off from each answer first.
         seed: the seed that draws which answers a judge compares.
-        sides: the sides of a combination, whose mean score counts. By default, `side` alone.
+        weights: the weight of each side in the score, for example those of a combination. By default, `side` alone.
     """
 
     rollouts: Path
@@ -49,7 +49,7 @@ class LabelRequest:
     num_comparisons: int | None = None
     whole_sentences: bool = False
     seed: int = 0
-    sides: tuple[str, ...] = ()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def num_prompts(self) -> int:
         """Return the number of prompts, after a check of every line.
@@ -101,12 +101,12 @@ class LabelRequest:
         ).of
 
     @property
-    def _wanted(self) -> tuple[str, ...]:
-        return self.sides or (self.side,)
+    def _wanted(self) -> Mapping[str, float]:
+        return self.weights or {self.side: 1.0}
 
     @property
     def _criterion(self) -> str:
-        return self.catalogue.instructions(self._wanted)
+        return self.catalogue.instructions(list(self._wanted))
 
     def _settings(self) -> dict[str, Any]:
         """Return all on which the labels depend."""
@@ -122,7 +122,8 @@ class LabelRequest:
             {
                 "scorer": self.catalogue.scorer_of(side).model_dump(mode="json"),
                 "end": self.catalogue.side(side)[1].end,
+                **({} if weight == 1 else {"weight": weight}),
             }
-            for side in self._wanted
+            for side, weight in self._wanted.items()
         ]
         return settings | (rated[0] if len(rated) == 1 else {"scorers": rated})

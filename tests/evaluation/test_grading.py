@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from personalized_soups.declare.dimension import Catalogue, LengthScorer, MarkersScorer
 from personalized_soups.declare.loader import load_text
-from personalized_soups.evaluation.grading import Grader, judging_catalogue
+from personalized_soups.evaluation.grading import Grader, ScorerJudge
 from personalized_soups.evaluation.scores import Graded
 
 CATALOGUE = load_text(
@@ -27,7 +27,7 @@ dimensions:
     Catalogue,
     "catalogue",
 )
-JUDGES = judging_catalogue(
+JUDGES = ScorerJudge(
     CATALOGUE,
     {
         "length": LengthScorer(kind="length", low=0, high=5),

@@ -29,6 +29,10 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what a run would do, and what it took last time. Write nothing.")
     ] = False,
+    seeds: Annotated[
+        int | None,
+        typer.Option(help="Number of seeds, in place of the recipe's `num_seeds`.", min=1, show_default=False),
+    ] = None,
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
@@ -42,25 +46,28 @@ def run(
     from personalized_soups.declare.run_recipe import RunRecipe
 
     declared = load(recipe, RunRecipe)
+    if seeds is not None:
+        declared = declared.replaced(num_seeds=seeds)
 
     from personalized_soups.studies.pipeline.expanding import steps_of
     from personalized_soups.studies.pipeline.run_folder import RunFolder
 
     steps, folder = steps_of(declared, device=device), RunFolder(out)
     if dry_run:
-        _show_plan(steps, folder, as_json=as_json)
+        show_plan(steps, folder, as_json=as_json)
     else:
-        _show_run(_finished(steps, folder, num_workers(workers), quiet=as_json), out, as_json=as_json)
+        _show_run(finished_steps(steps, folder, num_workers(workers), quiet=as_json), out, as_json=as_json)
 
 
-def _show_plan(steps: list[Step], folder: RunFolder, *, as_json: bool) -> None:
+def show_plan(steps: list[Step], folder: RunFolder, *, as_json: bool) -> None:
+    """Print what a run would do."""
     from personalized_soups.studies.pipeline.engine import plan
 
     rows = [[each.step.name, each.state, each.seconds] for each in plan(steps, folder)]
     render.show_table(["step", "would be", "seconds last time"], rows, as_json=as_json)
 
 
-def _finished(steps: list[Step], folder: RunFolder, workers: int, *, quiet: bool) -> list[FinishedStep]:
+def finished_steps(steps: list[Step], folder: RunFolder, workers: int, *, quiet: bool) -> list[FinishedStep]:
     """Run the steps, and return them."""
     from personalized_soups.studies.pipeline.engine import run_steps
 

@@ -82,6 +82,44 @@ def draw_radars(results: SystemsResults, path: Path, *, most: int = 5) -> Path:
         return write_png(figure, path)
 
 
+def draw_fronts(results: SystemsResults, path: Path) -> Path:
+    """Write a PNG file with a panel for each pair of opposing sides: the scores of mixtures towards both.
+
+    Raises:
+        UsageError: if matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    with own_settings():
+        panels = list(dict.fromkeys(tuple(front["sides"]) for front in results["fronts"]))
+        systems = list(dict.fromkeys(front["system"] for front in results["fronts"]))
+        columns = min(3, len(panels))
+        rows = ceil(len(panels) / columns)
+        size, top, bottom = WIDTH / columns, 0.95, 0.55
+        height = top + rows * size + bottom
+        figure = Figure(figsize=(WIDTH, height))
+        for at, sides in enumerate(panels):
+            row, column = divmod(at, columns)
+            x, y = (column + 0.2) * size / WIDTH, (height - top - (row + 0.82) * size) / height
+            axes = figure.add_axes((x, y, 0.72 * size / WIDTH, 0.72 * size / height))
+            axes.plot([0, 1], [1, 0], color=FAINT, linewidth=1)
+            for system, colour in zip(systems, COLOURS, strict=False):
+                for front in results["fronts"]:
+                    if (front["system"], tuple(front["sides"])) == (system, sides):
+                        xs, ys = zip(*front["points"], strict=True)
+                        axes.plot(xs, ys, color=colour, marker="o", markersize=4, linewidth=1.4, label=_title(system))
+            axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel=f"towards {sides[0]}", ylabel=f"towards {sides[1]}")
+            axes.set_xticks([0, 0.5, 1])
+            axes.set_yticks([0, 0.5, 1])
+            for side in ("top", "right"):
+                axes.spines[side].set_visible(False)
+        handles = figure.axes[0].get_lines()[1:]
+        names = [_title(name) for name in systems]
+        figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), frameon=False)
+        draw_title(figure, "Between two opposing sides", "mean scores of mixtures; the grey line is the best possible")
+        return write_png(figure, path)
+
+
 def draw_trainings(results: SystemsResults, path: Path) -> Path:
     """Write a PNG file with the number of trainings of each system against the number of dimensions.
 

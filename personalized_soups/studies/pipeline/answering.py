@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from personalized_soups.declare.expert_weights import ProfileLike
 from personalized_soups.declare.profile import Profile
-from personalized_soups.declare.run_recipe import AnswersStep
+from personalized_soups.declare.run_steps import AnswersStep
 from personalized_soups.files.lines import growing_lines, read_lines
+from personalized_soups.studies.pipeline.mixing import Mixing
 from personalized_soups.studies.pipeline.steps import Report
+from personalized_soups.studies.pipeline.targets import combination_name
 from personalized_soups.studies.pipeline.world import World
 
 if TYPE_CHECKING:
@@ -21,9 +25,27 @@ if TYPE_CHECKING:
 
 Combination: TypeAlias = tuple[str, ...]
 
+MIXING = "mixing.json"
 _ANSWERS = "answers.jsonl"
 # All systems answer a prompt with the same random numbers.
 _SEED = 3000
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What answers, beside the base.
+
+    Attributes:
+        folders: the folders of adapters.
+        models: the name of the adapter for each combination. It is empty if the adapters are mixed.
+        mixing: how adapters are mixed by the method linear.
+        weight: the weight of a mixed adapter.
+    """
+
+    folders: tuple[Path, ...]
+    models: Mapping[Combination, str]
+    mixing: Mixing | None = None
+    weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +58,7 @@ class Answer:
         prompts: the file of prompts.
         combinations: the combinations of sides.
         models: the name of the model that answers for each combination. It is empty for the base and for mixed experts.
+        mixing: how experts are mixed. None for the base and for models.
     """
 
     world: World
@@ -43,9 +66,36 @@ class Answer:
     prompts: Path
     combinations: tuple[Combination, ...]
     models: Mapping[Combination, str]
+    mixing: Mixing | None = None
 
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
-        """Write answers.jsonl."""
+        """Write answers.jsonl, and mixing.json with the method and the weight of mixed experts."""
+        if self.mixing is None:
+            self._write(work, Source(tuple(inputs.values()), self.models), report)
+            return
+        method, weight = self.mixing.resolved(inputs)
+        experts = tuple(self.mixing.expert_folders(inputs))
+        (work / MIXING).write_text(json.dumps({"method": method, "weight": weight}) + "\n", encoding="utf-8")
+        if method == "linear":
+            self._write(work, Source(experts, {}, self.mixing, weight), report)
+            return
+        with tempfile.TemporaryDirectory() as scratch:
+            self._write(work, self._merged(self.mixing, method, weight, experts, Path(scratch)), report)
+
+    def _merged(self, mixing: Mixing, method: str, weight: float, experts: Sequence[Path], scratch: Path) -> Source:
+        """Return the merged adapters of all combinations."""
+        from personalized_soups.adapters.library import ExpertLibrary
+        from personalized_soups.merging.writing.adapter import merge
+
+        library = ExpertLibrary.open(*experts)
+        models = {sides: f"{method}-{combination_name(sides)}" for sides in self.combinations}
+        folders = [
+            merge(library, mixing.profile(dict.fromkeys(sides, 1.0), method, weight)).write(scratch / name)
+            for sides, name in models.items()
+        ]
+        return Source(tuple(folders), models)
+
+    def _write(self, work: Path, source: Source, report: Report) -> None:
         from personalized_soups.generation.prompts import read_prompts
         from personalized_soups.scoring.mean_scorer import MeanScorer
 
@@ -60,8 +110,8 @@ class Answer:
             # A batch that was begun is answered as a whole again: rounding depends on the batch.
             start = lines.num_done // (size * lines_per_job) * size
             for first in range(start, len(jobs), size):
-                model = model or self._model(list(inputs.values()))
-                rows = self._answered(model, prompts, jobs[first : first + size], scorers)
+                model = model or self._model(source.folders)
+                rows = self._answered(model, source, prompts, jobs[first : first + size], scorers)
                 lines.add(rows[max(0, lines.num_done - first * lines_per_job) :])
                 report(f"{min(first + size, len(jobs))}/{len(jobs)} answers")
 
@@ -92,6 +142,7 @@ class Answer:
     def _answered(
         self,
         model: SoupModel,
+        source: Source,
         prompts: Sequence[str],
         jobs: Sequence[tuple[Combination, int]],
         scorers: Mapping[Combination, Scorer],
@@ -105,13 +156,13 @@ class Answer:
         for sides, at in jobs:
             prompt = prompts[at]
             text = self.world.catalogue.instructions(sides) if self.step.prompted else ""
-            rows = self._profiles(sides)
+            rows = self._profiles(source, sides)
             asked += [with_text_before(prompt, text)] * len(rows)
             profiles += rows
             places += self._places(at, len(rows))
         sampling: dict[str, Any] = {}
         if self.step.mixing == "log_probs":
-            sampling["log_prob_weights"] = [self.step.weight] * len(asked)
+            sampling["log_prob_weights"] = [source.weight] * len(asked)
         answers = model.generate(
             asked,
             profiles,
@@ -134,15 +185,15 @@ class Answer:
             for wanted in self._graded_for(sides)
         ]
 
-    def _profiles(self, sides: Combination) -> list[ProfileLike]:
+    def _profiles(self, source: Source, sides: Combination) -> list[ProfileLike]:
         """Return the profile of each row of a job."""
         if self.step.mixing == "log_probs":
             return [Profile(weights={side: 1.0}) for side in sides]
         profile: ProfileLike = None
-        if self.step.weight is not None:
-            profile = Profile(weights=dict.fromkeys(sides, self.step.weight))
-        elif self.models:
-            profile = Profile(weights={self.models[sides or self.combinations[0]]: 1.0})
+        if source.mixing is not None:
+            profile = source.mixing.profile(dict.fromkeys(sides, 1.0), "linear", source.weight)
+        elif source.models:
+            profile = Profile(weights={source.models[sides or self.combinations[0]]: 1.0})
         return [profile] * self.step.num_candidates
 
     def _places(self, at: int, count: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any
 
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile
-from personalized_soups.declare.run_recipe import LabelStep, MergeStep, PairsStep, RolloutsStep, TrainStep
+from personalized_soups.declare.run_steps import LabelStep, MergeStep, PairsStep, RolloutsStep, TrainStep
 from personalized_soups.studies.pipeline.steps import Report
 from personalized_soups.studies.pipeline.targets import Target
 from personalized_soups.studies.pipeline.world import World
 from personalized_soups.training.progress import Silent, StepReport
 
-_ROLLOUTS, _LABELS, _PAIRS = "rollouts.jsonl", "labels.jsonl", "pairs.jsonl"
+ROLLOUTS, _LABELS, _PAIRS = "rollouts.jsonl", "labels.jsonl", "pairs.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,7 @@ class Sample:
             instructed=InstructedShare(step.instructed, instructions_of(self.world.catalogue)),
             on_done=lambda done: report(f"{done}/{total} answers"),
         )
-        write_pool(work / _ROLLOUTS, pool)
+        write_pool(work / ROLLOUTS, pool)
         (work / ".sampling.jsonl").unlink()
 
 
@@ -74,7 +75,7 @@ class Label:
             judge = None
             if self.judge is not None:
                 judge = stack.enter_context(open_judge(self.judge, cache=self.cache, device=self.world.device))
-            rollouts = inputs[self.step.rollouts] / _ROLLOUTS
+            rollouts = inputs[self.step.rollouts] / ROLLOUTS
             step, world = self.step, self.world
             request = LabelRequest(
                 rollouts,
@@ -84,7 +85,7 @@ class Label:
                 step.num_comparisons,
                 step.whole_sentences,
                 world.seed,
-                sides=self.target.sides,
+                weights=self.target.weights,
             )
             total = request.num_prompts()
             request.write(work / _LABELS, overwrite=True, on_done=lambda done: report(f"{done}/{total} prompts"))
@@ -136,18 +137,16 @@ class Train:
 
     world: World
     step: TrainStep
-    side: str
+    target: Target
     data: str | Path
     recipe: Path
 
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write the folder of the target."""
-        world, out = self.world, work / self.side
+        world, name = self.world, self.target.name
         options: dict[str, Any] = {
             "base": world.base,
-            "out": out,
-            # A policy is not for one side, so no dimension of it can be recorded.
-            "catalogue": world.catalogue if self.side in world.catalogue.sides else None,
+            "out": work / name,
             "device": world.device,
             "seed": world.seed,
             "resume": True,
@@ -157,25 +156,44 @@ class Train:
             from personalized_soups.declare.training import GrpoRecipe
             from personalized_soups.training.grpo import train_policy
 
-            train_policy(self.side, prompts=Path(self.data), recipe=load(self.recipe, GrpoRecipe), **options)
+            total = sum(self.target.weights.values())
+            rewards = {side: weight / total for side, weight in self.target.weights.items()}
+            recipe = load(self.recipe, GrpoRecipe)
+            train_policy(
+                name, prompts=Path(self.data), recipe=recipe, rewards=rewards, catalogue=world.catalogue, **options
+            )
             return
+        # A policy is not for one side, so no dimension of it can be recorded.
+        options["catalogue"] = world.catalogue if name in world.catalogue.sides else None
         pairs = inputs[str(self.data)] / _PAIRS
         if self.step.method == "reward":
             from personalized_soups.declare.training import RewardRecipe
             from personalized_soups.training.reward import train_reward_model
 
-            train_reward_model(self.side, data=pairs, recipe=load(self.recipe, RewardRecipe), **options)
+            train_reward_model(name, data=pairs, recipe=load(self.recipe, RewardRecipe), **options)
             return
         if self.step.method == "sft":
             from personalized_soups.declare.training import SftRecipe
             from personalized_soups.training.sft import train_on_completions
 
-            train_on_completions(self.side, data=pairs, recipe=load(self.recipe, SftRecipe), **options)
+            train_on_completions(name, data=pairs, recipe=load(self.recipe, SftRecipe), **options)
             return
         from personalized_soups.declare.training import TrainingRecipe
         from personalized_soups.training.expert import train_expert
 
-        train_expert(self.side, data=pairs, recipe=load(self.recipe, TrainingRecipe), **options)
+        train_expert(name, data=pairs, recipe=load(self.recipe, TrainingRecipe), **options)
+
+
+@dataclass(frozen=True, slots=True)
+class TakeExpert:
+    """Copies an expert that was trained before, in a folder with the expert's name."""
+
+    folder: Path
+    name: str
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        """Write the folder of the expert."""
+        shutil.copytree(self.folder, work / self.name, dirs_exist_ok=True)
 
 
 @dataclass(frozen=True, slots=True)

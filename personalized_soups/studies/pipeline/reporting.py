@@ -8,16 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from personalized_soups.declare.run_recipe import ReportStep
-from personalized_soups.studies.pipeline.answering import Combination, read_answers
+from personalized_soups.declare.run_steps import ReportStep
+from personalized_soups.studies.pipeline.answering import MIXING, Combination, read_answers
+from personalized_soups.studies.pipeline.mixing import CHOICE
 from personalized_soups.studies.pipeline.run_folder import recorded_seconds
 from personalized_soups.studies.pipeline.steps import Report
+from personalized_soups.studies.pipeline.sweeping import FINDINGS, read_interference, read_sweep
 from personalized_soups.studies.pipeline.targets import Target, combination_name
 from personalized_soups.studies.pipeline.world import World
 
 if TYPE_CHECKING:
+    from personalized_soups.evaluation.expert_checks import ExpertChecks
+    from personalized_soups.evaluation.grading import Gate, Grader, Judge
     from personalized_soups.evaluation.page import Sample
-    from personalized_soups.evaluation.systems import GradedAnswers, SystemsResults, TrainingCost
+    from personalized_soups.evaluation.scores import Graded
+    from personalized_soups.evaluation.systems import Choice, GradedAnswers, SystemsResults, TrainingCost
+    from personalized_soups.evaluation.systems_fronts import Mixture
 
 RESULTS, MARKDOWN, PAGE, ANSWERS = "results.json", "report.md", "report.html", "answers.parquet"
 # The page shows the answers to so many prompts.
@@ -32,51 +38,119 @@ class ReportOn:
         world: what all steps share.
         step: the declared step.
         combinations: the combinations of sides.
-        trainings: for each system, the train step of its models and the targets. The step of the base is empty.
+        trainings: for each system, the train step of its models and the targets. The step is empty for the base, and
+            for experts that the run has not trained.
+        choices: the choose step of the systems that have one.
+        sweeps: the steps of the fronts that are sweeps. The others are systems.
+        prefixes: what stands before the names of each seed's steps.
     """
 
     world: World
     step: ReportStep
     combinations: tuple[Combination, ...]
     trainings: Mapping[str, tuple[str, list[Target]]]
+    choices: Mapping[str, str]
+    sweeps: tuple[str, ...]
+    prefixes: tuple[str, ...]
 
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write the files of the report."""
         from personalized_soups.evaluation.page import as_html, as_markdown
-        from personalized_soups.evaluation.pictures.systems import draw_radars, draw_trainings, draw_win_rates
+        from personalized_soups.evaluation.pictures.systems import (
+            draw_fronts,
+            draw_radars,
+            draw_trainings,
+            draw_win_rates,
+        )
         from personalized_soups.evaluation.systems import compare_systems
         from personalized_soups.evaluation.systems_report import systems_report
 
-        graded = self._graded(inputs, report)
+        graders = {prefix: self._grader(prefix, inputs, report) for prefix in self.prefixes}
+        graded = self._graded(graders, inputs, report)
         results = compare_systems(
             graded,
             dimensions=list(self.world.catalogue.dimensions),
             primary=self.step.primary,
-            costs=[self._cost(system, inputs) for system in self.step.systems],
+            costs=[self._cost(system, inputs) for system in self.step.systems if self._has_cost(system)],
+            num_seeds=len(self.prefixes),
             seed=self.world.seed,
         )
+        results["choices"] = self._choices(inputs)
+        self._add_fronts(results, graders, graded, inputs, report)
+        if self.step.interference is not None:
+            report("checking experts")
+            results["experts"] = self._experts(self.step.interference, graders, inputs)
         report("drawing")
         pictures = {
             "win_rates": draw_win_rates(results, work / "win_rates.png"),
             "radars": draw_radars(results, work / "radars.png"),
-            "trainings": draw_trainings(results, work / "trainings.png"),
         }
+        if any(cost["trainings"] for cost in results["costs"]):
+            pictures["trainings"] = draw_trainings(results, work / "trainings.png")
+        if results["fronts"]:
+            pictures["fronts"] = draw_fronts(results, work / "fronts.png")
         parts = systems_report(results, pictures=pictures, samples=self._samples(graded))
         _write(work, results, as_markdown(parts), as_html(parts), _rows(graded))
 
-    def _graded(self, inputs: Mapping[str, Path], report: Report) -> GradedAnswers:
-        from personalized_soups.evaluation.grading import Grader, judging_catalogue
+    def _grader(self, prefix: str, inputs: Mapping[str, Path], report: Report) -> Grader:
+        """Return the grader of a seed, whose reward models are its own."""
+        from personalized_soups.evaluation.grading import Grader
 
-        catalogue, judges = self.world.catalogue, self.step.judges
-        grader = Grader(catalogue, judging_catalogue(catalogue, judges) if judges else None)
-        graded = {}
+        return Grader(self.world.catalogue, self._judge(prefix, inputs), self._gate(prefix, inputs, report))
+
+    def _judge(self, prefix: str, inputs: Mapping[str, Path]) -> Judge | None:
+        from personalized_soups.evaluation.grading import ScorerJudge
+        from personalized_soups.evaluation.reward_judge import RewardJudge
+        from personalized_soups.scoring.reward_models import RewardModels
+
+        catalogue, trained = self.world.catalogue, self.step.reward_models
+        if trained is None:
+            return ScorerJudge(catalogue, self.step.judges) if self.step.judges else None
+        folders: dict[str, Path | str] = {side: inputs[f"{prefix}{trained}-{side}"] / side for side in catalogue.sides}
+        reference = read_answers(inputs[f"{prefix}{self.step.systems[0]}"])
+        prompts, answers = next(iter(reference.values()))
+        judge = RewardJudge(catalogue, RewardModels(folders, device=self.world.device))
+        return judge.centred_on(prompts, answers)
+
+    def _gate(self, prefix: str, inputs: Mapping[str, Path], report: Report) -> Gate | None:
+        if self.step.fluency is None:
+            return None
+        from personalized_soups.scoring.fluency import FluencyGate
+        from personalized_soups.scoring.fluency_calibration import calibrate_fluency
+        from personalized_soups.studies.pipeline.kinds import ROLLOUTS
+        from personalized_soups.training.rollouts import pool_lines
+
+        report("calibrating the fluency gate")
+        gate = FluencyGate.open(self.world.base, device=self.world.device)
+        plain = [
+            (sampled.prompt, answer)
+            for sampled in pool_lines(inputs[f"{prefix}{self.step.fluency}"] / ROLLOUTS)
+            for at, answer in enumerate(sampled.answers)
+            if not sampled.instructions or sampled.instructions[at] is None
+        ]
+        measured = gate.measure([prompt for prompt, _ in plain], [answer for _, answer in plain])
+        gate.bounds = calibrate_fluency(measured)
+        return gate
+
+    def _graded(self, graders: Mapping[str, Grader], inputs: Mapping[str, Path], report: Report) -> GradedAnswers:
+        """Return the graded answers of each system: for each combination, those of all seeds."""
+        graded: dict[str, dict[Combination, list[Graded]]] = {}
         for system in self.step.systems:
             report(f"grading {system}")
-            found = {sides: grader.graded(*both) for sides, both in read_answers(inputs[system]).items()}
-            graded[system] = {sides: found[sides if sides in found else ()] for sides in self.combinations}
+            graded[system] = {sides: [] for sides in self.combinations}
+            for prefix, grader in graders.items():
+                answers = read_answers(inputs[f"{prefix}{system}"])
+                found = {sides: grader.graded(*both) for sides, both in answers.items()}
+                for sides in self.combinations:
+                    graded[system][sides] += found[sides if sides in found else ()]
         return graded
 
+    def _has_cost(self, system: str) -> bool:
+        trained, targets = self.trainings[system]
+        return bool(trained) or not targets
+
     def _cost(self, system: str, inputs: Mapping[str, Path]) -> TrainingCost:
+        """Return the cost of a system with the first seed."""
         trained, targets = self.trainings[system]
         folders = [inputs[f"{trained}-{target.name}"] for target in targets]
         return {
@@ -85,6 +159,71 @@ class ReportOn:
             "grows": _grows(targets),
             "seconds": sum(map(recorded_seconds, folders)),
             "num_bytes": sum(path.stat().st_size for folder in folders for path in folder.rglob("*.safetensors")),
+        }
+
+    def _choices(self, inputs: Mapping[str, Path]) -> list[Choice]:
+        """Return what was chosen for each system and seed. Systems of one choice with the same method are one entry."""
+        found: dict[tuple[str, str, int], Choice] = {}
+        for system, step in self.choices.items():
+            for number, prefix in enumerate(self.prefixes):
+                content = json.loads((inputs[f"{prefix}{step}"] / CHOICE).read_text(encoding="utf-8"))
+                used = json.loads((inputs[f"{prefix}{system}"] / MIXING).read_text(encoding="utf-8"))
+                choice: Choice = {
+                    "systems": [],
+                    "seed": self.world.seed + number,
+                    "method": used["method"],
+                    "weight": used["weight"],
+                    "scores": content["scores"],
+                }
+                found.setdefault((step, used["method"], number), choice)["systems"].append(system)
+        return list(found.values())
+
+    def _add_fronts(
+        self,
+        results: SystemsResults,
+        graders: Mapping[str, Grader],
+        graded: GradedAnswers,
+        inputs: Mapping[str, Path],
+        report: Report,
+    ) -> None:
+        from personalized_soups.evaluation.systems_fronts import Mixture, fronts_of, reach_of
+
+        dimensions = {name: list(each.sides) for name, each in self.world.catalogue.dimensions.items()}
+        fronts, reach = [], []
+        for name in self.step.fronts:
+            report(f"the front of {name}")
+            if name in self.sweeps:
+                mixtures = self._swept(name, graders, inputs)
+            else:
+                mixtures = [Mixture(dict.fromkeys(sides, 1.0), found) for sides, found in graded[name].items()]
+            fronts += fronts_of(name, mixtures, dimensions)
+            reach.append(reach_of(name, mixtures, self.combinations))
+        results["fronts"], results["reach"] = fronts, reach
+
+    def _swept(self, name: str, graders: Mapping[str, Grader], inputs: Mapping[str, Path]) -> list[Mixture]:
+        from personalized_soups.evaluation.systems_fronts import Mixture
+
+        by_shares: dict[tuple[tuple[str, float], ...], list[Graded]] = {}
+        for prefix, grader in graders.items():
+            for shares, both in read_sweep(inputs[f"{prefix}{name}"]).items():
+                by_shares.setdefault(shares, []).extend(grader.graded(*both))
+        return [Mixture(dict(shares), entries) for shares, entries in by_shares.items()]
+
+    def _experts(self, name: str, graders: Mapping[str, Grader], inputs: Mapping[str, Path]) -> ExpertChecks:
+        from personalized_soups.evaluation.expert_checks import check_alone, check_pairs
+
+        (prefix, grader), *_ = graders.items()  # experts are those of the first seed
+        folder = inputs[f"{prefix}{name}"]
+        mixtures = {key: grader.graded(*both) for key, both in read_interference(folder).items()}
+        doctor = json.loads((folder / FINDINGS).read_text(encoding="utf-8"))
+        return {
+            "weight": doctor["weight"],
+            "alone": check_alone(mixtures, list(self.world.catalogue.sides), seed=self.world.seed),
+            "pairs": check_pairs(mixtures, seed=self.world.seed),
+            "findings": [
+                {"severity": found["severity"], "what": found["what"], "mend": found["mend"]}
+                for found in doctor["findings"]
+            ],
         }
 
     def _samples(self, graded: GradedAnswers) -> list[Sample]:
@@ -101,7 +240,7 @@ class ReportOn:
 
 def _grows(targets: Sequence[Target]) -> str:
     """Return how the number of trainings grows with the number n of dimensions."""
-    return {"side": "2n", "combination": "2^n", "single": "1"}[targets[0].kind] if targets else "0"
+    return {"side": "2n", "dimension": "n", "combination": "2^n", "single": "1"}[targets[0].kind] if targets else "0"
 
 
 def _rows(graded: GradedAnswers) -> list[dict[str, Any]]:

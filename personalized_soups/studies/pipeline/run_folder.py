@@ -3,6 +3,7 @@
 run/
     manifest.json           all steps, their keys and costs, written at the end of each step
     steps/NAME/             the files of a step
+    recipe/                 the recipe, if a command has written it
     work/NAME/              an unfinished step; a rerun continues in it if nothing has changed
 """
 
@@ -24,6 +25,7 @@ from personalized_soups.files.digest import digest_file
 from personalized_soups.files.locks import lock_file
 
 MANIFEST = "manifest.json"
+RECIPE_FOLDER = "recipe"
 _FORMAT = 1
 _KEY_FILE = ".key"
 _SECONDS_FILE = ".seconds"
@@ -67,7 +69,7 @@ class RunFolder:
             OutputExistsError: if another run holds the folder, or the path is a file or a folder of something else.
             FileFormatError: if the manifest is damaged.
         """
-        self._check()
+        self.check()
         self.root.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = lock_file(self.root / _LOCK, waits=False)
@@ -155,12 +157,17 @@ class RunFolder:
         scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         scratch.replace(self.root / MANIFEST)
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Check that the folder is missing, empty or that of a run.
+
+        Raises:
+            OutputExistsError: if the path is a file, or a folder of something else.
+        """
         if not os.path.lexists(self.root):
             return
         if not self.root.is_dir():
             raise OutputExistsError("the path is a file", where=str(self.root), mend="choose another folder")
-        known = {MANIFEST, _SCRATCH, _LOCK, "steps", "work"}
+        known = {MANIFEST, _SCRATCH, _LOCK, RECIPE_FOLDER, "steps", "work"}
         others = [entry.name for entry in self.root.iterdir() if entry.name not in known]
         if others and not (self.root / MANIFEST).is_file():
             raise OutputExistsError(

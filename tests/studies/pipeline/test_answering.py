@@ -4,65 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from personalized_soups.declare.dimension import Catalogue
-from personalized_soups.declare.loader import load
-from personalized_soups.declare.run_recipe import AnswersStep
+from personalized_soups.adapters.library import ExpertLibrary
+from personalized_soups.declare.profile import Profile
+from personalized_soups.merging.writing.adapter import merge
 from personalized_soups.mixing.model import SoupModel
-from personalized_soups.studies.pipeline.answering import Answer, read_answers
-from personalized_soups.studies.pipeline.world import World
+from personalized_soups.studies.pipeline.answering import read_answers
 from tests.experts import write_expert
-
-CATALOGUE = """
-dimensions:
-  size:
-    about: How long the answer is.
-    scorer: {kind: length, low: 0, high: 20}
-    sides:
-      short: {instruction: Be brief., end: low}
-      long: {instruction: Tell all.}
-  tone:
-    about: Whether it is warm.
-    scorer: {kind: markers, high: [lamp], low: [soap]}
-    sides:
-      cold: {instruction: Be cold., end: low}
-      warm: {instruction: Be warm.}
-"""
-PROMPTS = ["wash the kettle", "rub the towel", "dry the old soap"]
-COMBINATIONS = (("short", "cold"), ("short", "warm"), ("long", "cold"), ("long", "warm"))
-
-
-class Kitchen:
-    """A world with experts on a small base, and the answers of steps."""
-
-    def __init__(self, base: Path, folder: Path) -> None:
-        self.folder = folder
-        (folder / "catalogue.yaml").write_text(CATALOGUE)
-        (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
-        self.world = World(str(base), "00", load(folder / "catalogue.yaml", Catalogue), 0, "cpu")
-        for seed, side in enumerate(("short", "long", "cold", "warm")):
-            write_expert(folder / f"experts-{side}" / side, seed=seed)
-        self.experts = {side: folder / f"experts-{side}" for side in ("short", "long", "cold", "warm")}
-
-    def answered(
-        self, *, inputs: dict[str, Path] | None = None, work: str = "work", models: Any = None, **step: Any
-    ) -> Path:
-        """Run a step, and return the folder of its answers."""
-        declared = AnswersStep(kind="answers", prompts="prompts.txt", max_new_tokens=8, **step)
-        folder = self.folder / work
-        folder.mkdir(exist_ok=True)
-        answer = Answer(self.world, declared, self.folder / "prompts.txt", COMBINATIONS, models or {})
-        answer(folder, inputs or {}, lambda _: None)
-        return folder
-
-
-@pytest.fixture
-def kitchen(small_base: Path, tmp_path: Path) -> Kitchen:
-    return Kitchen(small_base, tmp_path)
+from tests.studies.pipeline.kitchen import COMBINATIONS, PROMPTS, Kitchen
 
 
 @pytest.fixture
@@ -148,8 +101,7 @@ def test_an_interrupted_step_ends_with_the_same_answers(step: dict[str, Any], *,
         if str(content).startswith("2/"):
             raise StoppedError
 
-    declared = AnswersStep(kind="answers", prompts="prompts.txt", max_new_tokens=8, batch_size=2, **step)
-    answer = Answer(kitchen.world, declared, kitchen.folder / "prompts.txt", COMBINATIONS, {})
+    answer = kitchen.answer(batch_size=2, **step)
     work = kitchen.folder / "again"
     work.mkdir()
     with pytest.raises(StoppedError):
@@ -161,3 +113,49 @@ def test_an_interrupted_step_ends_with_the_same_answers(step: dict[str, Any], *,
     answer(work, inputs, done.append)
     assert (work / "answers.jsonl").read_bytes() == whole.read_bytes()
     assert not str(done[0]).startswith(("1/", "2/"))  # finished batches are not answered again
+
+
+def test_a_choice_gives_the_method_and_the_weight(kitchen: Kitchen, rows: list[dict[str, Any]]) -> None:
+    choice = {"method": "factor_average", "weights": {"linear": 0.4, "factor_average": 0.8}}
+    (kitchen.folder / "chosen").mkdir()
+    (kitchen.folder / "chosen" / "choice.json").write_text(json.dumps(choice))
+    inputs = {**kitchen.experts, "chosen": kitchen.folder / "chosen"}
+    folder = kitchen.answered(inputs=inputs, experts="experts", choice="chosen")
+    assert json.loads((folder / "mixing.json").read_text()) == {"method": "factor_average", "weight": 0.8}
+    # a soup of another method than linear is an adapter of its own
+    assert [row["weights"] for row in rows[::3]] == [{f"factor_average-{one}+{two}": 1.0} for one, two in COMBINATIONS]
+    del rows[:]
+    folder = kitchen.answered(inputs=inputs, experts="experts", choice="chosen", method="linear", work="linear")
+    assert json.loads((folder / "mixing.json").read_text()) == {"method": "linear", "weight": 0.4}
+    assert [row["weights"] for row in rows[::3]] == [{one: 0.4, two: 0.4} for one, two in COMBINATIONS]
+
+
+def test_a_merged_method_answers_as_the_merged_adapter_does(kitchen: Kitchen) -> None:
+    folder = kitchen.answered(inputs=kitchen.experts, experts="experts", weight=0.9, method="factor_average")
+    found = read_answers(folder)
+    library = ExpertLibrary.open(*kitchen.experts.values())
+    merged = []
+    for sides in COMBINATIONS:
+        profile = Profile(method="factor_average", weights=dict.fromkeys(sides, 0.9))
+        merged.append(merge(library, profile).write(kitchen.folder / "merged" / "+".join(sides)))
+    model = SoupModel.from_pretrained(kitchen.world.base, merged, device="cpu")
+    for sides in COMBINATIONS:
+        answers = model.generate(
+            PROMPTS, Profile(weights={"+".join(sides): 1.0}), max_new_tokens=8, temperature=0.7, seed=3000
+        )
+        assert found[sides][1] == answers
+
+
+def test_backbones_have_the_weights_of_bone_soups(kitchen: Kitchen, rows: list[dict[str, Any]]) -> None:
+    backbones = {}
+    for seed, name in enumerate(("size", "tone")):
+        write_expert(kitchen.folder / f"bones-{name}" / name, seed=seed)
+        backbones[f"bones-{name}"] = kitchen.folder / f"bones-{name}"
+    work = kitchen.folder / "bones"
+    work.mkdir()
+    kitchen.answer(experts="bones", weight=0.5, beta=0.75)(work, backbones, lambda _: None)
+    for row, (one, two) in zip(rows[::3], COMBINATIONS, strict=True):
+        wanted = np.array([1.0 if one == "long" else -1.0, 1.0 if two == "warm" else -1.0])
+        # what the backbones were trained for, weighted, is half of what the user wants
+        mixed = np.array([[0.75, 0.25], [0.25, 0.75]]).T @ np.array([row["weights"]["size"], row["weights"]["tone"]])
+        assert mixed == pytest.approx(0.5 * wanted)

@@ -47,6 +47,8 @@ def recipe(small_base: Path, tmp_path: Path) -> Path:
     (tmp_path / "dimensions.yaml").write_text(DIMENSIONS)
     (tmp_path / "train.yaml").write_text(TRAIN)
     (tmp_path / "prompts.txt").write_text("wash the kettle\nrub the towel\ndry the old soap\n")
+    (tmp_path / "test.txt").write_text("wash the towel\nrub the soap\ndry the old kettle\n")
+    (tmp_path / "validation.txt").write_text("wash the soap\nrub the kettle\n")
     (tmp_path / "run.yaml").write_text(RECIPE.replace("BASE", str(small_base)))
     return tmp_path / "run.yaml"
 
@@ -120,12 +122,33 @@ SYSTEMS = """
   policies: {kind: train, pairs: policy_pairs, recipe: train.yaml}
   read_pairs: {kind: pairs, labels: labels, min_gap: 0.05, max_pairs: 4, conditioned: true}
   reader: {kind: train, method: sft, pairs: read_pairs, recipe: sft.yaml}
-  base: {kind: answers, prompts: prompts.txt, max_new_tokens: 8}
-  prompted: {kind: answers, prompts: prompts.txt, max_new_tokens: 8, policies: reader, prompted: true}
-  p-morl: {kind: answers, prompts: prompts.txt, max_new_tokens: 8, policies: policies}
-  mixed: {kind: answers, prompts: prompts.txt, max_new_tokens: 8, experts: experts, weight: 0.6}
-  merged: {kind: answers, prompts: prompts.txt, max_new_tokens: 8, soups: soups}
+  base: {kind: answers, prompts: test.txt, max_new_tokens: 8}
+  prompted: {kind: answers, prompts: test.txt, max_new_tokens: 8, policies: reader, prompted: true}
+  p-morl: {kind: answers, prompts: test.txt, max_new_tokens: 8, policies: policies}
+  mixed: {kind: answers, prompts: test.txt, max_new_tokens: 8, experts: experts, weight: 0.6}
+  merged: {kind: answers, prompts: test.txt, max_new_tokens: 8, soups: soups}
   report: {kind: report, systems: [base, prompted, p-morl, mixed, merged], primary: [mixed, base]}
+"""
+MORE = """
+  policies: {kind: train, method: grpo, targets: everyone, prompts: prompts.txt, recipe: grpo.yaml}
+  bones: {kind: train, pairs: bone_pairs, recipe: train.yaml}
+  bone_pairs: {kind: pairs, labels: bone_labels, min_gap: 0.05}
+  bone_labels: {kind: label, rollouts: pool, targets: dimensions}
+  models: {kind: train, method: reward, pairs: pairs, recipe: reward.yaml}
+  chosen: {kind: choose, experts: experts, prompts: validation.txt, max_new_tokens: 8, weights: {linear: [0.5, 1.0]}}
+  base: {kind: answers, prompts: test.txt, max_new_tokens: 8}
+  RLHF: {kind: answers, prompts: test.txt, max_new_tokens: 8, policies: policies}
+  bone: {kind: answers, prompts: test.txt, max_new_tokens: 8, experts: bones, weight: 0.5}
+  soup: {kind: answers, prompts: test.txt, max_new_tokens: 8, experts: experts, choice: chosen}
+  sweep: {kind: sweep, prompts: test.txt, max_new_tokens: 8, experts: experts, choice: chosen, num_steps: 3}
+  pairwise: {kind: interference, prompts: test.txt, max_new_tokens: 8, experts: experts, choice: chosen}
+  report:
+    kind: report
+    systems: [base, RLHF, bone, soup]
+    primary: [soup, base]
+    reward_models: models
+    fronts: [sweep, bone]
+    interference: pairwise
 """
 
 
@@ -178,6 +201,41 @@ def test_a_run_compares_systems_and_a_rerun_only_what_changed(psoups: Run, recip
     assert {name for name, state in states(psoups, recipe).items() if state != "done"} == {"mixed", "report"}
 
 
+@pytest.mark.slow
+def test_two_seeds_with_judges_fronts_and_checks_have_one_report(psoups: Run, recipe: Path) -> None:
+    folder, train = recipe.parent, TRAIN.replace("dpo: {beta: 0.3, max_length: 96}", "METHOD")
+    (folder / "reward.yaml").write_text(train.replace("METHOD", "reward: {max_length: 96}"))
+    grpo = "grpo: {beta: 0.1, num_generations: 2, max_new_tokens: 8}"
+    (folder / "grpo.yaml").write_text(train.replace("METHOD", grpo))
+    recipe.write_text(recipe.read_text().replace("  soups: {kind: merge, experts: experts, weight: 0.6}\n", "") + MORE)
+    code, _, err = run(psoups, recipe)
+    assert code == 0, err
+    steps = folder / "out" / "steps"
+    first = json.loads((steps / "report" / "results.json").read_text())
+    assert first["num_prompts"] == 3
+    assert first["seeds"] == []
+    code, out, err = run(psoups, recipe, "--seeds", 2)
+    assert code == 0, err
+    assert json.loads(out)["run"] == (json.loads(out)["steps"] + 1) / 2  # all of the second seed, and the report
+    results = json.loads((steps / "report" / "results.json").read_text())
+    assert results["num_prompts"] == 6
+    joint = {row["system"]: row["joint"] for row in results["seeds"] if "minus" not in row}
+    for scores in first["averages"]:
+        assert joint[scores["system"]][0] == scores["joint"]  # the first seed has the same answers
+    assert {row["grows"] for row in results["costs"]} == {"0", "1", "n", "2n"}
+    weight = json.loads((steps / "chosen" / "choice.json").read_text())["weights"]["linear"]
+    assert results["choices"][0]["weight"] == weight
+    assert [(front["system"], len(front["points"])) for front in results["fronts"]] == [("sweep", 3), ("bone", 2)]
+    assert {check["side"] for check in results["experts"]["alone"]} == {"concise", "informative"}
+    assert results["experts"]["pairs"] == []  # there is only one dimension
+    # the reward models judge, and the mean of the base's answers is in the middle
+    assert all("judged_joint" in scores for scores in results["averages"])
+    text = (steps / "report" / "report.md").read_text()
+    for heading in ("Each seed", "Method and weight", "Pareto fronts", "Does each expert work alone?"):
+        assert f"## {heading}" in text
+    assert (steps / "report" / "fronts.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message", "place"),
     [
@@ -193,7 +251,7 @@ def test_a_run_compares_systems_and_a_rerun_only_what_changed(psoups: Run, recip
         (
             ", experts: experts, weight: 0.6}\n  merged",
             ", experts: experts}\n  merged",
-            "belong together",
+            "belongs together",
             "steps.mixed",
         ),
         (
@@ -245,9 +303,31 @@ def test_the_papers_comparison_has_its_trainings_and_one_result() -> None:
         "conditioned": 1,
         "multitask_policy": 1,
         "everyone": 1,
+        "grpo_experts": 6,
+        "grpo_everyone": 1,
+        "reward_experts": 3,
+        "bones": 3,
+        "reward_models": 6,
     }
     assert [step.name for step in steps if step.is_result] == ["report"]
-    held_out = set((recipes_folder() / "prompts" / "tiny-test.txt").read_text().splitlines())
-    trained_on = set((recipes_folder() / "prompts" / "tiny-train.txt").read_text().splitlines())
-    assert len(held_out) == 48
-    assert not held_out & trained_on
+    names = ("train", "validation", "test", "judges")
+    files = [(recipes_folder() / "prompts" / f"tiny-{name}.txt").read_text().splitlines() for name in names]
+    assert [len(lines) for lines in files] == [256, 24, 48, 128]
+    assert len({line for lines in files for line in lines}) == 256 + 24 + 48 + 128
+
+
+def test_each_seed_has_its_own_steps_and_all_have_one_report() -> None:
+    recipe = load(shipped_recipe("paper/tiny.yaml"), RunRecipe)
+    one = {step.name: step for step in steps_of(recipe, device="cpu")}
+    three = {step.name: step for step in in_order(steps_of(recipe.replaced(num_seeds=3), device="cpu"))}
+    assert len(three) == 3 * (len(one) - 1) + 1
+    for name, step in one.items():
+        if name == "report":
+            continue
+        # the steps of one seed are kept when there are more
+        assert three[name].settings == {**step.settings}
+        assert three[f"seed2-{name}"].settings["seed"] == 2
+        assert three[f"seed2-{name}"].needs == tuple(f"seed2-{need}" for need in step.needs)
+    assert set(three["report"].needs) == {
+        f"{prefix}{need}" for prefix in ("", "seed1-", "seed2-") for need in one["report"].needs
+    }

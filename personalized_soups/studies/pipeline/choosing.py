@@ -1,0 +1,88 @@
+"""The step that chooses the merge method and the weight of experts on validation prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.declare.run_steps import ChooseStep
+from personalized_soups.files.lines import read_lines
+from personalized_soups.studies.pipeline.mixing import CHOICE, Mixing
+from personalized_soups.studies.pipeline.steps import Report
+from personalized_soups.studies.pipeline.world import World
+
+_ANSWERS = "answers.jsonl"
+_SEED = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """Chooses by the joint score: the share of valid answers on the wanted side of every dimension.
+
+    Attributes:
+        world: what all steps share.
+        step: the declared step.
+        prompts: the file of validation prompts.
+        combinations: the combinations of sides.
+        mixing: how the experts are mixed.
+    """
+
+    world: World
+    step: ChooseStep
+    prompts: Path
+    combinations: tuple[tuple[str, ...], ...]
+    mixing: Mixing
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        """Write choice.json: the best method, the best weight of each method, and all scores."""
+        from personalized_soups.evaluation.grading import Grader
+        from personalized_soups.generation.prompts import read_prompts
+        from personalized_soups.studies.outcome import best_of_method, best_weight, score_selection
+        from personalized_soups.studies.pipeline.rows import Row, answer_rows
+
+        trials = [(method, weight) for method, weights in self.step.weights.items() for weight in weights]
+        rows = [
+            Row(
+                {"method": method, "weight": weight, "sides": list(sides)},
+                self.mixing.profile(dict.fromkeys(sides, 1.0), method, weight),
+            )
+            for method, weight in trials
+            for sides in self.combinations
+        ]
+        answer_rows(
+            work / _ANSWERS,
+            rows,
+            read_prompts(self.prompts)[: self.step.num_prompts],
+            world=self.world,
+            step=self.step,
+            experts=list(inputs.values()),
+            seed=_SEED + self.world.seed,
+            report=report,
+        )
+        grader = Grader(self.world.catalogue)
+        found = _by_trial(work / _ANSWERS)
+        scores = [
+            score_selection(
+                method, weight, {sides: grader.graded(*found[method, weight, sides]) for sides in self.combinations}
+            )
+            for method, weight in trials
+        ]
+        choice = {
+            "method": best_of_method(scores),
+            "weights": {method: best_weight(scores, method) for method in self.step.weights},
+            "scores": scores,
+        }
+        (work / CHOICE).write_text(json.dumps(choice, indent=1) + "\n", encoding="utf-8")
+
+
+def _by_trial(path: Path) -> dict[Any, tuple[list[str], list[str]]]:
+    """Return the prompts and the answers of each method, weight and combination."""
+    found: dict[Any, tuple[list[str], list[str]]] = {}
+    for line in read_lines(path):
+        prompts, answers = found.setdefault((line["method"], line["weight"], tuple(line["sides"])), ([], []))
+        prompts.append(line["prompt"])
+        answers.append(line["answer"])
+    return found

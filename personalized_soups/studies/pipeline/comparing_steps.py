@@ -1,0 +1,170 @@
+"""The steps that answer prompts with models, and the report on their answers, from the steps that a recipe declares."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeAlias, assert_never
+
+from personalized_soups.declare.run_steps import (
+    AnswersStep,
+    ChooseStep,
+    InterferenceStep,
+    ReportStep,
+    SweepStep,
+    TrainStep,
+)
+from personalized_soups.errors import DeclarationError
+from personalized_soups.files.digest import digest_file
+from personalized_soups.studies.pipeline.answering import Answer
+from personalized_soups.studies.pipeline.choosing import Choose
+from personalized_soups.studies.pipeline.expansion import Expansion, seed_prefix
+from personalized_soups.studies.pipeline.mixing import Mixing
+from personalized_soups.studies.pipeline.reporting import ReportOn
+from personalized_soups.studies.pipeline.steps import Step, Work
+from personalized_soups.studies.pipeline.sweeping import MeasureInterference, SweepSides
+from personalized_soups.studies.pipeline.targets import Target, beta_of, combination_name
+
+Generating: TypeAlias = ChooseStep | AnswersStep | SweepStep | InterferenceStep
+
+# The targets of models that are mixed for a user.
+_MIXED = ("side", "dimension")
+
+
+def generation_steps(run: Expansion, name: str, step: Generating) -> Iterator[Step]:
+    """Return the step that generates answers.
+
+    Raises:
+        DeclarationError: if the models that it names are for other targets.
+    """
+    prompts = run.file(step.prompts, name, "prompts")
+    needs = _experts_of(run, step)
+    mixing = None
+    if step.experts is not None:
+        kinds = ("side",) if isinstance(step, InterferenceStep) or _mixes_tokens(step) else _MIXED
+        run.check_targets(name, "experts", step.experts, kinds)
+        mixing = _mixing(run, step)
+    combinations = tuple(run.combinations)
+    work: Work
+    match step:
+        case ChooseStep():
+            assert mixing is not None
+            work = Choose(run.world, step, prompts, combinations, mixing)
+        case SweepStep():
+            assert mixing is not None
+            work = SweepSides(run.world, step, prompts, combinations, mixing)
+        case InterferenceStep():
+            assert mixing is not None
+            work = MeasureInterference(run.world, step, prompts, mixing)
+        case AnswersStep():
+            models, more = _models(run, name, step)
+            needs += more
+            work = Answer(run.world, step, prompts, combinations, models, mixing)
+        case _:
+            assert_never(step)
+    yield run.step(name, name, tuple(needs), work, {"prompts": digest_file(prompts)})
+
+
+def _experts_of(run: Expansion, step: Any) -> list[str]:
+    """Return the steps whose experts a step mixes, and the one that chose their weight."""
+    if step.experts is None:
+        return []
+    choice = getattr(step, "choice", None)
+    return [f"{step.experts}-{target.name}" for target in run.targets(step.experts)] + ([choice] if choice else [])
+
+
+def _mixes_tokens(step: Any) -> bool:
+    return getattr(step, "mixing", "weights") == "log_probs"
+
+
+def _mixing(run: Expansion, step: Any) -> Mixing:
+    is_backbone = run.targets(step.experts)[0].kind == "dimension"
+    choice = getattr(step, "choice", None)
+    return Mixing(
+        catalogue=run.world.catalogue,
+        beta=beta_of(step.experts, run.recipe) if is_backbone else None,
+        weight=getattr(step, "weight", None),
+        choice=choice,
+        method=getattr(step, "method", None) or (None if choice and isinstance(step, AnswersStep) else "linear"),
+    )
+
+
+def _models(run: Expansion, name: str, step: AnswersStep) -> tuple[dict[tuple[str, ...], str], list[str]]:
+    """Return the name of the model for each combination, and the steps that make these models."""
+    soups = {sides: combination_name(sides) for sides in run.combinations}
+    if step.soups is not None:
+        return soups, [f"{step.soups}-{soup}" for soup in soups.values()]
+    if step.policies is None:
+        return {}, []
+    run.check_targets(name, "policies", step.policies, ("combination", "single"))
+    policies = [target.name for target in run.targets(step.policies)]
+    models = dict.fromkeys(soups, policies[0]) if len(policies) == 1 else soups
+    return models, [f"{step.policies}-{policy}" for policy in policies]
+
+
+def report_steps(run: Expansion, name: str, step: ReportStep) -> Iterator[Step]:
+    """Return the report, which belongs to the first seed and reads the steps of all seeds.
+
+    Raises:
+        DeclarationError: if the judges do not suit the catalogue, or a front is not one of the systems.
+    """
+    if run.number:
+        return
+    catalogue = run.world.catalogue
+    if step.judges and set(step.judges) != set(catalogue.dimensions):
+        raise DeclarationError(
+            f"there are judges for {', '.join(step.judges)}, but the dimensions are {', '.join(catalogue.dimensions)}",
+            where=run.recipe.place("steps", name, "judges"),
+            mend="give a judge for each dimension, or none",
+        )
+    trainings = {system: _trained_for(run, system) for system in step.systems}
+    needs = list(step.systems)
+    for trained, targets in trainings.values():
+        needs += [f"{trained}-{target.name}" for target in targets if trained]
+    for more in (step.fluency, step.interference, *step.fronts):
+        needs += [] if more is None else [more]
+    if step.reward_models is not None:
+        _check_judges(run, name, step.reward_models)
+        needs += [f"{step.reward_models}-{side}" for side in catalogue.sides]
+    choices = {
+        system: choice for system in step.systems if (choice := getattr(run.recipe.steps[system], "choice", None))
+    }
+    needs += choices.values()
+    for front in step.fronts:
+        if isinstance(run.recipe.steps[front], AnswersStep) and front not in step.systems:
+            raise DeclarationError(
+                f"`fronts` names {front!r}, which is not in `systems`",
+                where=run.recipe.place("steps", name, "fronts"),
+                mend="add it to `systems`",
+            )
+    sweeps = tuple(front for front in step.fronts if isinstance(run.recipe.steps[front], SweepStep))
+    prefixes = tuple(seed_prefix(number) for number in range(run.recipe.num_seeds))
+    work = ReportOn(run.world, step, tuple(run.combinations), trainings, choices, sweeps, prefixes)
+    every = dict.fromkeys(f"{prefix}{need}" for prefix in prefixes for need in needs)
+    yield run.step(name, name, tuple(every), work, {"num_seeds": run.recipe.num_seeds})
+
+
+def _check_judges(run: Expansion, name: str, trained: str) -> None:
+    declared = run.recipe.steps[trained]
+    if not isinstance(declared, TrainStep) or declared.method != "reward":
+        raise DeclarationError(
+            f"`reward_models` names the step {trained!r}, which trains no reward models",
+            where=run.recipe.place("steps", name, "reward_models"),
+            mend="name a train step with `method: reward`",
+        )
+    if run.targets(trained)[0].kind != "side":
+        raise DeclarationError(
+            f"`reward_models` names the step {trained!r}, whose models are not for one side each",
+            where=run.recipe.place("steps", name, "reward_models"),
+            mend="name a train step whose labels have `targets: sides`",
+        )
+
+
+def _trained_for(run: Expansion, system: str) -> tuple[str, list[Target]]:
+    """Return the train step of a system and its targets. The base has none, nor have experts of before."""
+    step: Any = run.recipe.steps[system]
+    merged: Any = None if step.soups is None else run.recipe.steps[step.soups]
+    trained = merged.experts if merged is not None else step.experts or step.policies
+    if trained is None:
+        return "", []
+    is_trained = isinstance(run.recipe.steps[trained], TrainStep)
+    return trained if is_trained else "", run.targets(trained)

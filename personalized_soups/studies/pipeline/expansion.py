@@ -1,0 +1,129 @@
+"""`Expansion`: what is needed to make the steps of one seed from the steps that a recipe declares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from personalized_soups.adapters.provenance import library_versions
+from personalized_soups.declare.run_recipe import RunRecipe, named_steps
+from personalized_soups.declare.run_steps import TrainStep
+from personalized_soups.errors import DeclarationError, InputError
+from personalized_soups.studies.pipeline.steps import Report, Step, Work
+from personalized_soups.studies.pipeline.targets import Target, targets_of
+from personalized_soups.studies.pipeline.world import World
+
+_MODELS = {
+    "side": "one side each",
+    "combination": "one combination each",
+    "dimension": "one dimension each",
+    "single": "all combinations",
+}
+
+
+def seed_prefix(number: int) -> str:
+    """Return what stands before the names of a seed's steps. The first seed's steps have their declared names."""
+    return f"seed{number}-" if number else ""
+
+
+@dataclass(frozen=True, slots=True)
+class _ForSeed:
+    """The work of a step of a further seed, which knows the steps that it needs by their declared names."""
+
+    work: Work
+    prefix: str
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
+        self.work(work, {name.removeprefix(self.prefix): folder for name, folder in inputs.items()}, report)
+
+
+class Expansion:
+    """Makes the steps of one seed.
+
+    Args:
+        recipe: the recipe.
+        world: what all steps share, with the first seed.
+        number: the number of the seed, from 0.
+    """
+
+    def __init__(self, recipe: RunRecipe, world: World, number: int) -> None:
+        self.recipe = recipe
+        self.number = number
+        self.world = replace(world, seed=world.seed + number)
+        needed = {name for step in recipe.steps.values() for _, name in named_steps(step)}
+        self._results = recipe.steps.keys() - needed
+        self._common: dict[str, Any] = {
+            "base": world.fingerprint,
+            "catalogue": world.catalogue.model_dump(mode="json"),
+            "seed": self.world.seed,
+            "versions": library_versions("torch", "transformers", "peft", "trl"),
+        }
+
+    @property
+    def combinations(self) -> list[tuple[str, ...]]:
+        """The combinations of one side of each dimension."""
+        return self.recipe.combinations(self.world.catalogue)
+
+    def targets(self, name: str) -> list[Target]:
+        """Return the targets of a step of the kind label, pairs, train or experts."""
+        return targets_of(name, self.recipe, self.world.catalogue)
+
+    def check_targets(self, name: str, key: str, trained: str, kinds: tuple[str, ...]) -> None:
+        """Check that the models of a train step, which another step names in `key`, are for targets of these kinds.
+
+        Raises:
+            DeclarationError: if they are not, or if they are reward models.
+        """
+        declared = self.recipe.steps[trained]
+        if isinstance(declared, TrainStep) and declared.method == "reward":
+            raise DeclarationError(
+                f"`{key}` names the step {trained!r}, which trains reward models, and these give no answers",
+                where=self.recipe.place("steps", name, key),
+                mend="name a train step of another method",
+            )
+        kind = self.targets(trained)[0].kind
+        if kind not in kinds:
+            raise DeclarationError(
+                f"`{key}` names the step {trained!r}, whose models are for {_MODELS[kind]}",
+                where=self.recipe.place("steps", name, key),
+                mend=f"name a train step whose models are for {' or '.join(_MODELS[each] for each in kinds)}: "
+                "see `targets` of its labels",
+            )
+
+    def step(self, declared: str, name: str, needs: tuple[str, ...], work: Work, own: dict[str, Any]) -> Step:
+        """Return a step.
+
+        Args:
+            declared: the name of the declared step.
+            name: the step's own name, without that of the seed.
+            needs: the names of the steps whose files it reads.
+            work: writes its files.
+            own: on what its files depend, beside the declaration.
+        """
+        settings = {**self._common, **self.recipe.steps[declared].model_dump(mode="json"), **own}
+        prefix = seed_prefix(self.number)
+        return Step(
+            f"{prefix}{name}",
+            settings,
+            tuple(f"{prefix}{need}" for need in needs),
+            _ForSeed(work, prefix) if prefix else work,
+            where=self.recipe.place("steps", declared),
+            is_result=declared in self._results,
+        )
+
+    def file(self, path: str, name: str, key: str) -> Path:
+        """Return a file that the step `name` names in `key`.
+
+        Raises:
+            InputError: if it is missing.
+        """
+        found = self.recipe.relative_path(path)
+        if not found.is_file():
+            raise InputError(
+                f"there is no file {str(found)!r}",
+                where=self.recipe.place("steps", name, key),
+                mend="check the path; a relative path starts at the folder of the recipe",
+            )
+        return found.resolve()

@@ -1,0 +1,57 @@
+"""Check that no prompt of a recipe is used for two ends: training, choosing or testing."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+from personalized_soups.declare.run_recipe import AnyStep, RunRecipe
+from personalized_soups.declare.run_steps import (
+    AnswersStep,
+    ChooseStep,
+    InterferenceStep,
+    RolloutsStep,
+    SweepStep,
+    TrainStep,
+)
+from personalized_soups.errors import DeclarationError
+from personalized_soups.generation.prompts import prompt_text, read_prompts
+
+_End: TypeAlias = Literal["training", "choosing", "testing"]
+
+
+def check_held_out(recipe: RunRecipe) -> None:
+    """Check that the prompts of tests are not trained on or used for a choice, and those of choices not trained on.
+
+    Raises:
+        DeclarationError: if two steps share a prompt.
+        InputError: if a file of prompts cannot be read.
+    """
+    seen: dict[str, tuple[_End, str]] = {}
+    for name, step in recipe.steps.items():
+        file, end = getattr(step, "prompts", None), _end_of(step)
+        if file is None or end is None:
+            continue
+        path = recipe.relative_path(file)
+        if not path.is_file():
+            continue  # the step itself says that it is missing
+        for prompt in map(prompt_text, read_prompts(path)[: getattr(step, "num_prompts", None)]):
+            before, other = seen.setdefault(prompt, (end, name))
+            if before != end:
+                raise DeclarationError(
+                    f"the steps {other!r} and {name!r} share the prompt {prompt!r}, but one is for {before} and the "
+                    f"other for {end}",
+                    where=recipe.place("steps", name, "prompts"),
+                    mend="give each its own prompts, so that nothing is tested on what it was made from",
+                )
+
+
+def _end_of(step: AnyStep) -> _End | None:
+    match step:
+        case RolloutsStep() | TrainStep():
+            return "training"
+        case ChooseStep():
+            return "choosing"
+        case AnswersStep() | SweepStep() | InterferenceStep():
+            return "testing"
+        case _:
+            return None
