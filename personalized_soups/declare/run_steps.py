@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.declare.dimension import AnyScorer, Name
 from personalized_soups.declare.profile import MethodName
+from personalized_soups.declare.prompt_set import Split
 from personalized_soups.errors import choose_from
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -16,11 +17,22 @@ File = Annotated[str, Field(pattern=r"\S")]
 Targets: TypeAlias = Literal["sides", "combinations", "everyone", "dimensions"]
 
 
-class RolloutsStep(Declared):
+class Prompts(Declared):
+    """Which prompts a step uses."""
+
+    prompts: File = Field(description="The file of prompts. A relative path starts at the folder of the recipe.")
+    split: Split | None = Field(
+        default=None,
+        description="Use only the prompts of this split. Each line of the file then has a kind, a subject and a split.",
+    )
+    skip_prompts: int = Field(default=0, ge=0, description="Leave out so many prompts at the beginning.")
+    num_prompts: PositiveInt | None = Field(default=None, description="Use only so many prompts.")
+
+
+class RolloutsStep(Prompts):
     """Samples answers to prompts from the base."""
 
     kind: Literal["rollouts"]
-    prompts: File = Field(description="The file of prompts. A relative path starts at the folder of the recipe.")
     num_samples: PositiveInt = 2
     instructed: int = Field(
         default=0, ge=0, description="How many of the answers to a prompt are sampled under a side's instruction."
@@ -66,6 +78,9 @@ class LabelStep(_Targeted):
 
     kind: Literal["label"]
     rollouts: Name = Field(description="The step whose answers are labelled.")
+    combinations: tuple[tuple[Name, ...], ...] = Field(
+        default=(), description="With the targets `combinations`, only these. Each has one side of each dimension."
+    )
     judge: File | None = Field(
         default=None, description="The file of a judge. Left out, each side's scorer rates answers."
     )
@@ -83,6 +98,12 @@ class LabelStep(_Targeted):
                 "a judge cannot compare answers for everyone: the instructions of all sides contradict each other",
                 mend="remove `judge:`, so that scorers rate the answers, or choose other targets",
                 key=("judge",),
+            )
+        if self.combinations and self.targets != "combinations":
+            raise refusal(
+                f"`combinations` are given, but the targets are {self.targets}",
+                mend="remove `combinations:`, or write `targets: combinations`",
+                key=("combinations",),
             )
         if self.judge is not None and self.beta != 1:
             raise refusal(
@@ -155,11 +176,9 @@ class MergeStep(Declared):
     weight: float = Field(description="The weight of each expert.")
 
 
-class _Generating(Declared):
-    """How a step generates answers."""
+class _Generating(Prompts):
+    """How a step generates answers to held-out prompts."""
 
-    prompts: File = Field(description="The file of held-out prompts. A relative path starts at the recipe's folder.")
-    num_prompts: PositiveInt | None = Field(default=None, description="Use only the first so many prompts.")
     temperature: Annotated[float, Field(ge=0)] = 0.7
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64
@@ -269,6 +288,9 @@ class ReportStep(Declared):
     kind: Literal["report"]
     systems: tuple[Name, ...] = Field(
         min_length=2, description="The answers steps to compare, in the order of the tables."
+    )
+    combinations: tuple[tuple[Name, ...], ...] = Field(
+        default=(), description="Report on these combinations only. By default, on all that every system has answered."
     )
     judges: dict[Name, AnyScorer] = Field(
         default_factory=dict,

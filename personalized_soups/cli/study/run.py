@@ -63,8 +63,8 @@ def show_plan(steps: list[Step], folder: RunFolder, *, as_json: bool) -> None:
     """Print what a run would do."""
     from personalized_soups.studies.pipeline.engine import plan
 
-    rows = [[each.step.name, each.state, each.seconds] for each in plan(steps, folder)]
-    render.show_table(["step", "would be", "seconds last time"], rows, as_json=as_json)
+    rows = [[each.step.name, each.state, each.step.extent, each.seconds] for each in plan(steps, folder)]
+    render.show_table(["step", "would be", "work", "seconds last time"], rows, as_json=as_json)
 
 
 def finished_steps(steps: list[Step], folder: RunFolder, workers: int, *, quiet: bool) -> list[FinishedStep]:

@@ -14,6 +14,7 @@ from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.run_steps import AnswersStep
 from personalized_soups.files.lines import growing_lines, read_lines
 from personalized_soups.studies.pipeline.mixing import Mixing
+from personalized_soups.studies.pipeline.prompts import prompts_of
 from personalized_soups.studies.pipeline.steps import Report
 from personalized_soups.studies.pipeline.targets import combination_name
 from personalized_soups.studies.pipeline.world import World
@@ -96,10 +97,9 @@ class Answer:
         return Source(tuple(folders), models)
 
     def _write(self, work: Path, source: Source, report: Report) -> None:
-        from personalized_soups.generation.prompts import read_prompts
         from personalized_soups.scoring.mean_scorer import MeanScorer
 
-        prompts = read_prompts(self.prompts)[: self.step.num_prompts]
+        prompts = prompts_of(self.prompts, self.step)
         # One job has all rows of an answer, or of the candidates for all combinations.
         jobs = [(sides, at) for sides in self._asked for at in range(len(prompts))]
         size = max(1, self.step.batch_size // self._rows_per_job)
@@ -114,6 +114,12 @@ class Answer:
                 rows = self._answered(model, source, prompts, jobs[first : first + size], scorers)
                 lines.add(rows[max(0, lines.num_done - first * lines_per_job) :])
                 report(f"{min(first + size, len(jobs))}/{len(jobs)} answers")
+
+    @property
+    def extent(self) -> str:
+        """How many answers are generated, in words."""
+        jobs = len(self._asked) * len(prompts_of(self.prompts, self.step))
+        return f"{jobs * self.step.num_candidates} answers"
 
     @property
     def _asked(self) -> tuple[Combination, ...]:

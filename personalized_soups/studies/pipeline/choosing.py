@@ -11,6 +11,7 @@ from typing import Any
 from personalized_soups.declare.run_steps import ChooseStep
 from personalized_soups.files.lines import read_lines
 from personalized_soups.studies.pipeline.mixing import CHOICE, Mixing
+from personalized_soups.studies.pipeline.prompts import prompts_of
 from personalized_soups.studies.pipeline.steps import Report
 from personalized_soups.studies.pipeline.world import World
 
@@ -36,14 +37,23 @@ class Choose:
     combinations: tuple[tuple[str, ...], ...]
     mixing: Mixing
 
+    @property
+    def _trials(self) -> list[tuple[str, float]]:
+        return [(method, weight) for method, weights in self.step.weights.items() for weight in weights]
+
+    @property
+    def extent(self) -> str:
+        """How many answers are generated, in words."""
+        prompts = prompts_of(self.prompts, self.step)
+        return f"{len(self._trials) * len(self.combinations) * len(prompts)} answers"
+
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write choice.json: the best method, the best weight of each method, and all scores."""
         from personalized_soups.evaluation.grading import Grader
-        from personalized_soups.generation.prompts import read_prompts
         from personalized_soups.studies.outcome import best_of_method, best_weight, score_selection
         from personalized_soups.studies.pipeline.rows import Row, answer_rows
 
-        trials = [(method, weight) for method, weights in self.step.weights.items() for weight in weights]
+        trials = self._trials
         rows = [
             Row(
                 {"method": method, "weight": weight, "sides": list(sides)},
@@ -55,7 +65,7 @@ class Choose:
         answer_rows(
             work / _ANSWERS,
             rows,
-            read_prompts(self.prompts)[: self.step.num_prompts],
+            prompts_of(self.prompts, self.step),
             world=self.world,
             step=self.step,
             experts=list(inputs.values()),

@@ -20,9 +20,9 @@ from personalized_soups.studies.pipeline.choosing import Choose
 from personalized_soups.studies.pipeline.expansion import Expansion, seed_prefix
 from personalized_soups.studies.pipeline.mixing import Mixing
 from personalized_soups.studies.pipeline.reporting import ReportOn
-from personalized_soups.studies.pipeline.steps import Step, Work
+from personalized_soups.studies.pipeline.steps import Step
 from personalized_soups.studies.pipeline.sweeping import MeasureInterference, SweepSides
-from personalized_soups.studies.pipeline.targets import Target, beta_of, combination_name
+from personalized_soups.studies.pipeline.targets import Target, beta_of, checked_combinations, combination_name
 
 Generating: TypeAlias = ChooseStep | AnswersStep | SweepStep | InterferenceStep
 
@@ -43,8 +43,8 @@ def generation_steps(run: Expansion, name: str, step: Generating) -> Iterator[St
         kinds = ("side",) if isinstance(step, InterferenceStep) or _mixes_tokens(step) else _MIXED
         run.check_targets(name, "experts", step.experts, kinds)
         mixing = _mixing(run, step)
-    combinations = tuple(run.combinations)
-    work: Work
+    combinations = _answered(run, step)
+    work: Choose | SweepSides | MeasureInterference | Answer
     match step:
         case ChooseStep():
             assert mixing is not None
@@ -61,7 +61,16 @@ def generation_steps(run: Expansion, name: str, step: Generating) -> Iterator[St
             work = Answer(run.world, step, prompts, combinations, models, mixing)
         case _:
             assert_never(step)
-    yield run.step(name, name, tuple(needs), work, {"prompts": digest_file(prompts)})
+    yield run.step(name, name, tuple(needs), work, {"prompts": digest_file(prompts)}, extent=work.extent)
+
+
+def _answered(run: Expansion, step: Generating) -> tuple[tuple[str, ...], ...]:
+    """Return the combinations that a step answers for: all, or those for which there are policies."""
+    if isinstance(step, AnswersStep) and step.policies is not None:
+        targets = run.targets(step.policies)
+        if targets[0].kind == "combination":
+            return tuple(target.sides for target in targets)
+    return tuple(run.combinations)
 
 
 def _experts_of(run: Expansion, step: Any) -> list[str]:
@@ -90,7 +99,7 @@ def _mixing(run: Expansion, step: Any) -> Mixing:
 
 def _models(run: Expansion, name: str, step: AnswersStep) -> tuple[dict[tuple[str, ...], str], list[str]]:
     """Return the name of the model for each combination, and the steps that make these models."""
-    soups = {sides: combination_name(sides) for sides in run.combinations}
+    soups = {sides: combination_name(sides) for sides in _answered(run, step)}
     if step.soups is not None:
         return soups, [f"{step.soups}-{soup}" for soup in soups.values()]
     if step.policies is None:
@@ -138,9 +147,28 @@ def report_steps(run: Expansion, name: str, step: ReportStep) -> Iterator[Step]:
             )
     sweeps = tuple(front for front in step.fronts if isinstance(run.recipe.steps[front], SweepStep))
     prefixes = tuple(seed_prefix(number) for number in range(run.recipe.num_seeds))
-    work = ReportOn(run.world, step, tuple(run.combinations), trainings, choices, sweeps, prefixes)
+    work = ReportOn(run.world, step, _reported(run, name, step), trainings, choices, sweeps, prefixes)
     every = dict.fromkeys(f"{prefix}{need}" for prefix in prefixes for need in needs)
     yield run.step(name, name, tuple(every), work, {"num_seeds": run.recipe.num_seeds})
+
+
+def _reported(run: Expansion, name: str, step: ReportStep) -> tuple[tuple[str, ...], ...]:
+    """Return the combinations of a report: those that every system has answered, or the declared ones among them.
+
+    Raises:
+        DeclarationError: if there is none, or a system has not answered a declared one.
+    """
+    answered = {system: _answered(run, run.recipe.steps[system]) for system in step.systems}  # type: ignore[arg-type]
+    wanted = checked_combinations(step.combinations, name, run.recipe, run.world.catalogue) or run.combinations
+    common = tuple(sides for sides in wanted if all(sides in each for each in answered.values()))
+    if not common or (step.combinations and len(common) < len(wanted)):
+        lacking = next(system for system, each in answered.items() if not set(wanted) <= set(each))
+        raise DeclarationError(
+            f"the system {lacking!r} has not answered for all combinations of the report",
+            where=run.recipe.place("steps", name, "combinations"),
+            mend="name combinations that it has policies for",
+        )
+    return common
 
 
 def _check_judges(run: Expansion, name: str, trained: str) -> None:

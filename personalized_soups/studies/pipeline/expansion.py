@@ -92,7 +92,9 @@ class Expansion:
                 "see `targets` of its labels",
             )
 
-    def step(self, declared: str, name: str, needs: tuple[str, ...], work: Work, own: dict[str, Any]) -> Step:
+    def step(
+        self, declared: str, name: str, needs: tuple[str, ...], work: Work, own: dict[str, Any], *, extent: str = ""
+    ) -> Step:
         """Return a step.
 
         Args:
@@ -101,6 +103,7 @@ class Expansion:
             needs: the names of the steps whose files it reads.
             work: writes its files.
             own: on what its files depend, beside the declaration.
+            extent: how much work it is, in words.
         """
         settings = {**self._common, **self.recipe.steps[declared].model_dump(mode="json"), **own}
         prefix = seed_prefix(self.number)
@@ -110,6 +113,7 @@ class Expansion:
             tuple(f"{prefix}{need}" for need in needs),
             _ForSeed(work, prefix) if prefix else work,
             where=self.recipe.place("steps", declared),
+            extent=extent,
             is_result=declared in self._results,
         )
 

@@ -9,12 +9,14 @@ from personalized_soups.declare.run_steps import (
     AnswersStep,
     ChooseStep,
     InterferenceStep,
+    Prompts,
     RolloutsStep,
     SweepStep,
     TrainStep,
 )
 from personalized_soups.errors import DeclarationError
-from personalized_soups.generation.prompts import prompt_text, read_prompts
+from personalized_soups.generation.prompts import read_prompts
+from personalized_soups.studies.pipeline.prompts import prompts_of
 
 _End: TypeAlias = Literal["training", "choosing", "testing"]
 
@@ -34,7 +36,7 @@ def check_held_out(recipe: RunRecipe) -> None:
         path = recipe.relative_path(file)
         if not path.is_file():
             continue  # the step itself says that it is missing
-        for prompt in map(prompt_text, read_prompts(path)[: getattr(step, "num_prompts", None)]):
+        for prompt in prompts_of(path, step) if isinstance(step, Prompts) else read_prompts(path):
             before, other = seen.setdefault(prompt, (end, name))
             if before != end:
                 raise DeclarationError(

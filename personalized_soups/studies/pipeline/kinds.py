@@ -11,12 +11,23 @@ from typing import Any
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.run_steps import LabelStep, MergeStep, PairsStep, RolloutsStep, TrainStep
+from personalized_soups.declare.training import GrpoRecipe, OneLossRecipe, RewardRecipe, SftRecipe, TrainingRecipe
+from personalized_soups.studies.pipeline.prompts import prompts_of
 from personalized_soups.studies.pipeline.steps import Report
 from personalized_soups.studies.pipeline.targets import Target
 from personalized_soups.studies.pipeline.world import World
 from personalized_soups.training.progress import Silent, StepReport
 
 ROLLOUTS, _LABELS, _PAIRS = "rollouts.jsonl", "labels.jsonl", "pairs.jsonl"
+
+
+# The recipe of each training method.
+RECIPES: Mapping[str, type[TrainingRecipe | OneLossRecipe]] = {
+    "dpo": TrainingRecipe,
+    "sft": SftRecipe,
+    "reward": RewardRecipe,
+    "grpo": GrpoRecipe,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +41,11 @@ class Sample:
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write rollouts.jsonl."""
         from personalized_soups.generation.generator import Generator
-        from personalized_soups.generation.prompts import read_prompts
         from personalized_soups.training.instructions import InstructedShare, instructions_of
         from personalized_soups.training.resumable_sampling import sample_kept
         from personalized_soups.training.rollouts import write_pool
 
-        step, prompts = self.step, read_prompts(self.prompts)
+        step, prompts = self.step, prompts_of(self.prompts, self.step)
         total = len(prompts) * step.num_samples
         pool = sample_kept(
             Generator.open(self.world.base, device=self.world.device),
@@ -153,7 +163,6 @@ class Train:
             "progress": _Reporting(report),
         }
         if self.step.method == "grpo":
-            from personalized_soups.declare.training import GrpoRecipe
             from personalized_soups.training.grpo import train_policy
 
             total = sum(self.target.weights.values())
@@ -167,18 +176,15 @@ class Train:
         options["catalogue"] = world.catalogue if name in world.catalogue.sides else None
         pairs = inputs[str(self.data)] / _PAIRS
         if self.step.method == "reward":
-            from personalized_soups.declare.training import RewardRecipe
             from personalized_soups.training.reward import train_reward_model
 
             train_reward_model(name, data=pairs, recipe=load(self.recipe, RewardRecipe), **options)
             return
         if self.step.method == "sft":
-            from personalized_soups.declare.training import SftRecipe
             from personalized_soups.training.sft import train_on_completions
 
             train_on_completions(name, data=pairs, recipe=load(self.recipe, SftRecipe), **options)
             return
-        from personalized_soups.declare.training import TrainingRecipe
         from personalized_soups.training.expert import train_expert
 
         train_expert(name, data=pairs, recipe=load(self.recipe, TrainingRecipe), **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from personalized_soups.adapters.library import ExpertLibrary
+from personalized_soups.declare.loader import load
 from personalized_soups.declare.run_steps import (
     ExpertsStep,
     LabelStep,
@@ -13,11 +14,13 @@ from personalized_soups.declare.run_steps import (
     RolloutsStep,
     TrainStep,
 )
+from personalized_soups.declare.training import OptimizerRecipe
 from personalized_soups.errors import InputError
 from personalized_soups.files.cache_folder import reply_cache_file
 from personalized_soups.files.digest import digest_file
 from personalized_soups.studies.pipeline.expansion import Expansion
-from personalized_soups.studies.pipeline.kinds import Label, Merge, Pair, Sample, TakeExpert, Train
+from personalized_soups.studies.pipeline.kinds import RECIPES, Label, Merge, Pair, Sample, TakeExpert, Train
+from personalized_soups.studies.pipeline.prompts import prompts_of
 from personalized_soups.studies.pipeline.run_folder import digest_of
 from personalized_soups.studies.pipeline.steps import Step
 from personalized_soups.studies.pipeline.targets import combination_name
@@ -26,7 +29,8 @@ from personalized_soups.studies.pipeline.targets import combination_name
 def rollout_steps(run: Expansion, name: str, step: RolloutsStep) -> Iterator[Step]:
     """Return the sampling of answers."""
     prompts = run.file(step.prompts, name, "prompts")
-    yield run.step(name, name, (), Sample(run.world, step, prompts), {"prompts": digest_file(prompts)})
+    extent = f"{step.num_samples * len(prompts_of(prompts, step))} answers"
+    yield run.step(name, name, (), Sample(run.world, step, prompts), {"prompts": digest_file(prompts)}, extent=extent)
 
 
 def label_steps(run: Expansion, name: str, step: LabelStep) -> Iterator[Step]:
@@ -55,19 +59,33 @@ def pair_steps(run: Expansion, name: str, step: PairsStep) -> Iterator[Step]:
 
 
 def train_steps(run: Expansion, name: str, step: TrainStep) -> Iterator[Step]:
-    """Return the training of each target."""
-    recipe = run.file(step.recipe, name, "recipe")
-    files = {"recipe": digest_file(recipe)}
+    """Return the training of each target.
+
+    Raises:
+        DeclarationError: if the training recipe is invalid.
+    """
+    path = run.file(step.recipe, name, "recipe")
+    recipe = load(path, RECIPES[step.method])
+    files = {"recipe": digest_file(path)}
     for target in run.targets(name):
         own = {"side": target.name, "weights": dict(target.weights), **files}
+        extent = _extent(recipe.for_side(target.name).optimizer)
         if step.prompts is not None:
             prompts = run.file(step.prompts, name, "prompts")
-            train = Train(run.world, step, target, prompts, recipe)
-            yield run.step(name, f"{name}-{target.name}", (), train, {**own, "prompts": digest_file(prompts)})
+            train = Train(run.world, step, target, prompts, path)
+            own["prompts"] = digest_file(prompts)
+            yield run.step(name, f"{name}-{target.name}", (), train, own, extent=extent)
         else:
             pairs = f"{step.pairs}-{target.name}"
-            train = Train(run.world, step, target, pairs, recipe)
-            yield run.step(name, f"{name}-{target.name}", (pairs,), train, own)
+            train = Train(run.world, step, target, pairs, path)
+            yield run.step(name, f"{name}-{target.name}", (pairs,), train, own, extent=extent)
+
+
+def _extent(optimizer: OptimizerRecipe) -> str:
+    size = optimizer.batch_size * optimizer.gradient_accumulation
+    if optimizer.max_steps is None:
+        return f"{optimizer.epochs:g} epochs in steps of {size}"
+    return f"{optimizer.max_steps} steps of {size}"
 
 
 def taken_steps(run: Expansion, name: str, step: ExpertsStep) -> Iterator[Step]:

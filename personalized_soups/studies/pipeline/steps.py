@@ -30,6 +30,7 @@ class Step:
         needs: the names of the steps whose files it reads.
         work: writes the step's files.
         where: the place that declares the step, for errors.
+        extent: how much work it is, in words, such as `384 answers`. It may be empty.
         is_result: whether the step's files are wanted for themselves. Other steps exist only because a step needs them.
     """
 
@@ -38,6 +39,7 @@ class Step:
     needs: tuple[str, ...]
     work: Work
     where: str = ""
+    extent: str = ""
     is_result: bool = False
 
     def key(self, inputs: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from personalized_soups.declare.run_steps import InterferenceStep, SweepStep
 from personalized_soups.files.lines import read_lines
 from personalized_soups.studies.pipeline.mixing import Mixing, shares_between
+from personalized_soups.studies.pipeline.prompts import prompts_of
 from personalized_soups.studies.pipeline.steps import Report
 from personalized_soups.studies.pipeline.world import World
 
@@ -40,9 +41,14 @@ class SweepSides:
     combinations: tuple[tuple[str, ...], ...]
     mixing: Mixing
 
+    @property
+    def extent(self) -> str:
+        """How many answers are generated, in words."""
+        mixtures = shares_between(self.world.catalogue, self.combinations, self.step.num_steps)
+        return f"{len(mixtures) * len(prompts_of(self.prompts, self.step))} answers"
+
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write answers.jsonl. Each line has the share of each side."""
-        from personalized_soups.generation.prompts import read_prompts
         from personalized_soups.studies.pipeline.rows import Row, answer_rows
 
         _, weight = self.mixing.resolved(inputs)
@@ -50,7 +56,7 @@ class SweepSides:
         answer_rows(
             work / _ANSWERS,
             [Row({"shares": shares}, self.mixing.profile(shares, "linear", weight)) for shares in mixtures],
-            read_prompts(self.prompts)[: self.step.num_prompts],
+            prompts_of(self.prompts, self.step),
             world=self.world,
             step=self.step,
             experts=self.mixing.expert_folders(inputs),
@@ -75,10 +81,15 @@ class MeasureInterference:
     prompts: Path
     mixing: Mixing
 
+    @property
+    def extent(self) -> str:
+        """How many answers are generated, in words."""
+        mixtures = 1 + 2 * len(self.world.catalogue.sides) + len(self._pairs())
+        return f"{mixtures * len(prompts_of(self.prompts, self.step))} answers"
+
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write answers.jsonl and findings.json. A line of the base has no sides."""
         from personalized_soups.adapters.library import ExpertLibrary
-        from personalized_soups.generation.prompts import read_prompts
         from personalized_soups.merging.doctor.diagnose import diagnose
         from personalized_soups.studies.pipeline.rows import Row, answer_rows
 
@@ -96,7 +107,7 @@ class MeasureInterference:
                 )
                 for sides, each in mixtures
             ],
-            read_prompts(self.prompts)[: self.step.num_prompts],
+            prompts_of(self.prompts, self.step),
             world=self.world,
             step=self.step,
             experts=folders,

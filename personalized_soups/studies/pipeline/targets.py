@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
@@ -100,7 +100,33 @@ def _declared(step: LabelStep | TrainStep, name: str, recipe: RunRecipe, catalog
             where=recipe.place("steps", name, "beta"),
             mend="write a greater beta, such as 0.7",
         )
-    return _of(step.targets, step.beta, recipe, catalogue)
+    only = step.combinations if isinstance(step, LabelStep) else ()
+    if not only:
+        return _of(step.targets, step.beta, recipe, catalogue)
+    return [_combination(sides) for sides in checked_combinations(only, name, recipe, catalogue)]
+
+
+def checked_combinations(
+    only: Sequence[tuple[str, ...]], name: str, recipe: RunRecipe, catalogue: Catalogue
+) -> list[tuple[str, ...]]:
+    """Return the combinations that a step declares, in the order of the run.
+
+    Raises:
+        DeclarationError: if one of them is not a combination of the run.
+    """
+    every = recipe.combinations(catalogue)
+    for sides in only:
+        if sides not in every:
+            raise DeclarationError(
+                f"{' + '.join(sides)} is not a combination of this run",
+                where=recipe.place("steps", name, "combinations"),
+                mend=f"name one side of each dimension, such as [{', '.join(every[0])}]",
+            )
+    return [sides for sides in every if sides in only]
+
+
+def _combination(sides: tuple[str, ...]) -> Target:
+    return Target(combination_name(sides), dict.fromkeys(sides, 1.0), "combination")
 
 
 def _of(targets: Targets, beta: float, recipe: RunRecipe, catalogue: Catalogue) -> list[Target]:
@@ -108,10 +134,7 @@ def _of(targets: Targets, beta: float, recipe: RunRecipe, catalogue: Catalogue) 
         case "sides":
             return [Target(side, {side: 1.0}, "side") for side in catalogue.sides]
         case "combinations":
-            return [
-                Target(combination_name(sides), dict.fromkeys(sides, 1.0), "combination")
-                for sides in recipe.combinations(catalogue)
-            ]
+            return [_combination(sides) for sides in recipe.combinations(catalogue)]
         case "everyone":
             return [Target(targets, dict.fromkeys(catalogue.sides, 1.0), "single")]
         case "dimensions":

@@ -1,6 +1,6 @@
 """A program that runs a recipe and kills itself at a moment at which it uses the file system.
 
-Arguments: the recipe, the folder of the run, and the number of the moment, or 0 for none. It prints how many there were.
+Arguments: the recipe, the folder of the run, and the number of the moment, or 0 for none. It prints how many there are.
 """
 
 # ruff: noqa: T201 # it prints for the test that started it

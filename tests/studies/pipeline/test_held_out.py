@@ -41,11 +41,11 @@ def test_steps_with_the_same_end_share_prompts(tmp_path: Path) -> None:
             "'pool' and 'base' share the prompt 'b', but one is for training and the other for testing",
         ),
         (
-            {"pool": "a\nb\n", "chosen": "a\n", "test": "d\n"},
+            {"pool": "a\nb\n", "chosen": "a\n", "test": "d\ne\n"},
             "'pool' and 'chosen' share the prompt 'a', but one is for training and the other for choosing",
         ),
         (
-            {"pool": "a\n", "chosen": "c\n", "test": "c\n"},
+            {"pool": "a\n", "chosen": "c\n", "test": "d\nc\n"},
             "'chosen' and 'base' share the prompt 'c', but one is for choosing and the other for testing",
         ),
     ],

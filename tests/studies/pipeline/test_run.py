@@ -25,11 +25,13 @@ dimensions:
       concise: {instruction: Be brief., end: low}
       informative: {instruction: Tell all.}
 """
-TRAIN = """
-lora: {rank: 4, alpha: 8}
-dpo: {beta: 0.3, max_length: 96}
-optimizer: {learning_rate: 1.0e-3, max_steps: 2, batch_size: 2}
+DPO = "dpo: {beta: 0.3, max_length: 96}"
+TRAIN = f"""
+lora: {{rank: 4, alpha: 8}}
+{DPO}
+optimizer: {{learning_rate: 1.0e-3, max_steps: 2, batch_size: 2}}
 """
+REWARD = TRAIN.replace(DPO, "reward: {max_length: 96}")
 RECIPE = """
 base: BASE
 dimensions: dimensions.yaml
@@ -102,6 +104,8 @@ def test_a_run_makes_soups_and_a_rerun_only_what_changed(psoups: Run, recipe: Pa
         ("recipe: train.yaml", "recipe: none.yaml", "there is no file", "run.yaml:8: steps.experts.recipe"),
         ("pairs: pairs, ", "", "trains on pairs", "run.yaml:8: steps.experts"),
         ("kind: merge", "kind: blend", "blend", "run.yaml:9"),
+        ("prompts: prompts.txt,", "prompts: prompts.txt, skip_prompts: 3,", "there are 3", "prompts.txt"),
+        ("prompts: prompts.txt,", "prompts: prompts.txt, split: test,", "prompts.txt", "prompts.txt:1"),
     ],
 )
 def test_a_faulty_recipe_is_named_with_its_line(
@@ -154,7 +158,8 @@ MORE = """
 
 def with_systems(recipe: Path) -> Path:
     """Add the systems and their report to a recipe."""
-    (recipe.parent / "sft.yaml").write_text(TRAIN.replace("dpo: {beta: 0.3, max_length: 96}", "sft: {max_length: 96}"))
+    (recipe.parent / "sft.yaml").write_text(TRAIN.replace(DPO, "sft: {max_length: 96}"))
+    (recipe.parent / "reward.yaml").write_text(REWARD)
     recipe.write_text(recipe.read_text() + SYSTEMS)
     return recipe
 
@@ -201,12 +206,47 @@ def test_a_run_compares_systems_and_a_rerun_only_what_changed(psoups: Run, recip
     assert {name for name, state in states(psoups, recipe).items() if state != "done"} == {"mixed", "report"}
 
 
+def test_a_faulty_training_recipe_is_named_before_anything_runs(psoups: Run, recipe: Path) -> None:
+    (recipe.parent / "train.yaml").write_text(TRAIN.replace("rank: 4", "rank: none"))
+    code, _, err = run(psoups, recipe)
+    assert code == 2
+    assert "train.yaml:2: lora.rank" in err
+    assert not (recipe.parent / "out").exists()
+
+
+def test_a_dry_run_says_how_much_work_there_is(psoups: Run, recipe: Path) -> None:
+    code, out, _ = run(psoups, with_systems(recipe), "--dry-run")
+    assert code == 0
+    work = {row["step"]: row["work"] for row in json.loads(out)}
+    assert work["pool"] == "12 answers"
+    assert work["experts-concise"] == "2 steps of 2"
+    assert work["base"] == "3 answers"  # one for all combinations
+    assert work["mixed"] == "6 answers"
+    assert work["report"] == ""
+
+
+def test_policies_for_some_combinations_are_compared_on_these(psoups: Run, recipe: Path) -> None:
+    text = with_systems(recipe).read_text()
+    recipe.write_text(text.replace("targets: combinations", "targets: combinations, combinations: [[informative]]"))
+    code, out, err = run(psoups, recipe, "--dry-run")
+    assert code == 0, err
+    work = {row["step"]: row["work"] for row in json.loads(out)}
+    assert [name for name in work if name.startswith("policies")] == ["policies-informative"]
+    assert work["p-morl"] == "3 answers"
+    steps = {step.name: step for step in steps_of(load(recipe, RunRecipe), device="cpu")}
+    assert steps["report"].work.combinations == (("informative",),)  # type: ignore[attr-defined]
+    recipe.write_text(recipe.read_text().replace("primary:", "combinations: [[concise]], primary:"))
+    code, _, err = run(psoups, recipe, "--dry-run")
+    assert code == 2
+    assert "the system 'p-morl' has not answered for all combinations" in err
+
+
 @pytest.mark.slow
 def test_two_seeds_with_judges_fronts_and_checks_have_one_report(psoups: Run, recipe: Path) -> None:
-    folder, train = recipe.parent, TRAIN.replace("dpo: {beta: 0.3, max_length: 96}", "METHOD")
-    (folder / "reward.yaml").write_text(train.replace("METHOD", "reward: {max_length: 96}"))
+    folder = recipe.parent
+    (folder / "reward.yaml").write_text(REWARD)
     grpo = "grpo: {beta: 0.1, num_generations: 2, max_new_tokens: 8}"
-    (folder / "grpo.yaml").write_text(train.replace("METHOD", grpo))
+    (folder / "grpo.yaml").write_text(TRAIN.replace(DPO, grpo))
     recipe.write_text(recipe.read_text().replace("  soups: {kind: merge, experts: experts, weight: 0.6}\n", "") + MORE)
     code, _, err = run(psoups, recipe)
     assert code == 0, err
@@ -255,11 +295,29 @@ def test_two_seeds_with_judges_fronts_and_checks_have_one_report(psoups: Run, re
             "steps.mixed",
         ),
         (
-            "pairs: policy_pairs, recipe",
-            "method: reward, pairs: policy_pairs, recipe",
+            "pairs: policy_pairs, recipe: train.yaml",
+            "method: reward, pairs: policy_pairs, recipe: reward.yaml",
             "trains reward models",
             "steps.p-morl.policies",
         ),
+        ("targets: combinations", "combinations: [[concise]]", "the targets are sides", "policy_labels.combinations"),
+        (
+            "targets: combinations",
+            "targets: combinations, combinations: [[brief]]",
+            "brief is not a combination of this run",
+            "policy_labels.combinations",
+        ),
+        (
+            "primary: [mixed, base]",
+            "primary: [mixed, base], combinations: [[informative], [terse]]",
+            "terse is not a combination",
+            "report.combinations",
+        ),
+        ("primary: [mixed, base]", "primary: [mixed, base], fronts: [p-morl, prompted2]", "prompted2", "report.fronts"),
+        ("primary: [mixed, base]", "primary: [mixed, base], reward_models: experts", "no reward models", "report"),
+        ("targets: combinations", "beta: 0.5", "the targets are sides", "policy_labels.beta"),
+        ("policies: policies}", "policies: policies, method: ties}", "`method` is for experts", "p-morl.method"),
+        ("method: sft, pairs", "method: sft, targets: everyone, pairs", "has the targets of its pairs", "reader"),
         ("targets: combinations", "targets: everyone, judge: j.yaml", "contradict each other", "policy_labels.judge"),
         ("soups: soups}", "soups: soups, policies: policies}", "soups and policies are given", "steps.merged"),
         ("policies: policies}", "mixing: log_probs}", "mixed of experts", "steps.p-morl"),
