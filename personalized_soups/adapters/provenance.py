@@ -64,7 +64,7 @@ class ExpertRecord(Declared):
         description="The method of the training. Left out for DPO. With `reward`, the adapter is a reward model.",
     )
     recipe: dict[str, Any] = Field(default_factory=dict, description="All hyperparameters of the training.")
-    basis: Literal["free", "shared"] = "free"
+    basis: Literal["free", "shared", "core"] = "free"
     data: DataRecord | None = None
     seed: int | None = None
     metrics: dict[str, float] = Field(default_factory=dict)

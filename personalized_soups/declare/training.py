@@ -105,9 +105,11 @@ class AdapterRecipe(Declared):
     """The hyper-parameters that every training of a LoRA adapter has."""
 
     lora: LoraRecipe
-    basis: Literal["free", "shared"] = Field(
+    basis: Literal["free", "shared", "core"] = Field(
         default="free",
-        description="`shared` trains only B; all experts have the same frozen A, which is drawn from basis_seed.",
+        description="`shared` trains only B; all experts have the same frozen A, which is drawn from basis_seed. "
+        "`core` also draws a frozen basis of B, and trains a square matrix between A and this basis: rank x rank "
+        "numbers for each module.",
     )
     basis_seed: int = Field(default=0, ge=0)
     optimizer: OptimizerRecipe

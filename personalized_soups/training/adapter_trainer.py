@@ -9,7 +9,7 @@ from transformers.trainer_callback import PrinterCallback
 from personalized_soups.declare.training import AdapterRecipe
 from personalized_soups.training.callbacks import Epochs
 from personalized_soups.training.order import GroupOrder, LikeLengthOrder
-from personalized_soups.training.shared_basis import freeze_basis, set_shared_basis
+from personalized_soups.training.shared_basis import freeze_basis, set_core_basis, set_shared_basis
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -43,6 +43,8 @@ class AdapterTrainer(_Base):
         self.add_callback(Epochs(self.set_epoch))
         if self.recipe.basis == "shared":
             set_shared_basis(model, self.recipe.basis_seed)
+        elif self.recipe.basis == "core":
+            set_core_basis(model, self.recipe.basis_seed)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, which determines the order of the examples."""
@@ -51,7 +53,7 @@ class AdapterTrainer(_Base):
 
     def create_optimizer(self, *args: Any, **options: Any) -> Any:
         """Freeze a shared basis, which loading a checkpoint makes trainable, and then make the optimizer."""
-        if self.recipe.basis == "shared":
+        if self.recipe.basis != "free":
             freeze_basis(self.model)
         return super().create_optimizer(*args, **options)
 

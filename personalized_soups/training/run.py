@@ -23,6 +23,7 @@ from personalized_soups.files.file_names import CONFIG_FILE, EXPERT_FILE, WEIGHT
 from personalized_soups.training import checkpoints
 from personalized_soups.training.processes import is_first_process, on_first_process, wait_for_all
 from personalized_soups.training.progress import TrainingProgress
+from personalized_soups.training.shared_basis import unfold_cores
 
 # The figures in expert.json are means over this many last steps, because the figures of a single batch vary too much.
 _STEPS_OF_METRICS = 10
@@ -65,6 +66,7 @@ class Training:
 
     def write(self, trainer: Any, folder: Path, record: ExpertRecord) -> None:
         """Write the files of `folder`: the adapter and its record. Equal trainings write equal bytes."""
+        unfold_cores(trainer.model)
         trainer.model.save_pretrained(str(folder), save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)
         config_path = folder / CONFIG_FILE

@@ -11,16 +11,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from personalized_soups.adapters.fingerprint import base_fingerprint
+from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.adapters.provenance import read_expert_record
 from personalized_soups.declare.dimension import Catalogue
+from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.training import TrainingRecipe
 from personalized_soups.errors import DeclarationError, InputError, OutputExistsError, RunError, SoupError, UsageError
 from personalized_soups.generation.generator import Generator
 from personalized_soups.generation.loading import load_tokenizer
+from personalized_soups.merging.writing.adapter import merge
 from personalized_soups.training import checkpoints
 from personalized_soups.training.expert import train_expert
 from personalized_soups.training.progress import StepReport
-from personalized_soups.training.shared_basis import basis_factor
+from personalized_soups.training.shared_basis import basis_factor, core_factors
 from tests.training.heard import Heard
 
 CATALOGUE = Catalogue.model_validate_json(
@@ -113,7 +116,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("basis", ["free", "shared"])
+@pytest.mark.parametrize("basis", ["free", "shared", "core"])
 def test_an_interrupted_training_goes_on_to_the_same_bytes(
     small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path, basis: str
 ) -> None:
@@ -195,6 +198,46 @@ def test_experts_of_one_basis_seed_share_a_and_train_b(
         b_name = name.replace("lora_A", "lora_B")
         assert first[b_name].abs().max() > 0
         assert not torch.equal(first[b_name], second[b_name])
+
+
+def test_experts_of_one_core_basis_differ_in_a_core_and_merge_at_the_rank_of_one(
+    small_base: Path, pairs_file: Path, recipe: TrainingRecipe, tmp_path: Path
+) -> None:
+    declared = recipe.replaced(basis="core", basis_seed=5)
+    folders = [
+        train_expert(
+            side, base=small_base, data=pairs_file, out=tmp_path / side, recipe=declared, device="cpu", seed=seed
+        )
+        for seed, side in enumerate(("concise", "other"))
+    ]
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in folders)
+    assert {name.split(".lora_")[1] for name in first} == {"A.weight", "B.weight"}  # an ordinary adapter of PEFT
+    profile = Profile(weights={"concise": 0.7, "other": 0.4})
+    soup = merge(ExpertLibrary.open(*folders), profile).write(tmp_path / "soup")
+    merged, config = (
+        load_file(soup / "adapter_model.safetensors"),
+        json.loads((soup / "adapter_config.json").read_text()),
+    )
+    scaling = (recipe.lora.alpha / recipe.lora.rank) / (config["lora_alpha"] / config["r"])
+    for name in (name for name in first if ".lora_A." in name):
+        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        other = name.replace("lora_A", "lora_B")
+        rank, in_features = first[name].shape
+        a_RI, b_OR = core_factors(module, rank, in_features, first[other].shape[0], seed=5)
+        cores = []
+        for tensors in (first, second):
+            assert torch.equal(tensors[name], a_RI)
+            core_RR = torch.linalg.lstsq(b_OR.double(), tensors[other].double()).solution
+            # B is the basis times a core, up to the rounding of float32
+            assert (b_OR.double() @ core_RR - tensors[other]).abs().max() < 1e-6 * tensors[other].abs().max()
+            cores.append(core_RR)
+        assert cores[0].abs().max() > 0
+        assert (cores[0] - cores[1]).abs().max() > 0
+        assert merged[name].shape == (rank, in_features)  # the soup has the rank of one expert
+        mixed_RR = 0.7 * cores[0] + 0.4 * cores[1]
+        delta_OI = merged[other].double() @ merged[name].double()
+        expected_OI = scaling * b_OR.double() @ mixed_RR @ a_RI.double()
+        assert (delta_OI - expected_OI).abs().max() < 1e-5 * expected_OI.abs().max()
 
 
 def test_every_step_is_reported(
