@@ -6,6 +6,7 @@ import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -112,10 +113,11 @@ class SeedRun:
             for combination in study.joint_of(self.seed)
         ]
         if joint:
+            num_traits = len(study.triples[0])
             with stage(f"seed {self.seed}: training {len(joint)} adapters on whole combinations", None) as bar:
                 train_experts(
                     joint,
-                    recipe=_longer(study.training, len(study.triples[0])),
+                    recipe=_longer(study.training, num_traits * study.num_train / (study.num_train + study.num_ties)),
                     workers=study.num_workers,
                     progress=TrainingBar(bar, len(joint)),
                     **options,
@@ -238,10 +240,10 @@ class SeedRun:
         }
 
 
-def _longer(recipe: TrainingRecipe, times: int) -> TrainingRecipe:
-    """Return the recipe with more steps, for an adapter that learns several traits."""
+def _longer(recipe: TrainingRecipe, times: float) -> TrainingRecipe:
+    """Return the recipe with more steps, so that an adapter sees each of its many pairs as often as an expert does."""
     optimizer = recipe.optimizer
-    longer = {"max_steps": optimizer.max_steps * times} if optimizer.max_steps else {"epochs": optimizer.epochs}
+    longer = {"max_steps": ceil(optimizer.max_steps * times)} if optimizer.max_steps else {"epochs": optimizer.epochs}
     return recipe.replaced(optimizer=optimizer.replaced(**longer))
 
 
