@@ -6,8 +6,7 @@ import itertools
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
-from math import fsum
+from math import ceil, fsum
 from pathlib import Path
 from typing import Any
 
