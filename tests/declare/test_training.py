@@ -38,7 +38,9 @@ def test_every_shipped_training_recipe_loads_and_dumps() -> None:
     paths = sorted((recipes_folder() / "train").rglob("*.yaml"))
     bases = ["llama-7b.yaml", "smollm2.yaml", "tiny.yaml"]
     of_kinds = [f"{prefix}-{base}" for prefix in KINDS for base in bases]
-    assert [path.name for path in paths] == sorted([*bases, "persona.yaml", "tiny-core.yaml", "tiny-shared.yaml", *of_kinds])
+    assert [path.name for path in paths] == sorted(
+        [*bases, "persona.yaml", "tiny-core.yaml", "tiny-shared.yaml", *of_kinds]
+    )
     for path in paths:
         kind = KINDS.get(path.name.split("-")[0], TrainingRecipe)
         loaded = load(path, kind)

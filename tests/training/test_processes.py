@@ -163,6 +163,32 @@ def test_two_processes_train_one_expert(
         assert again.stderr.count("the output folder exists already") == 1
 
 
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("method", ["sft", "reward", "grpo"])
+def test_two_processes_train_by_every_method(small_base: Path, pairs_file: Path, tmp_path: Path, method: str) -> None:
+    losses = {
+        "sft": "sft: {max_length: 64}",
+        "reward": "reward: {max_length: 64}",
+        "grpo": "grpo: {beta: 0.1, num_generations: 2, max_new_tokens: 8}",
+    }
+    rest = "lora: {rank: 4, alpha: 8}\noptimizer: {learning_rate: 1.0e-3, max_steps: 3, batch_size: 4}\n"
+    (tmp_path / "recipe.yaml").write_text(f"{rest}{losses[method]}\n")
+    (tmp_path / "prompts.txt").write_text("".join(f"how to wash the {number} towel?\n" for number in range(8)))
+    pairs = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    completions = [{"prompt": pair["prompt"], "completion": pair["chosen"]} for pair in pairs]
+    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(line) + "\n" for line in completions))
+    data = {"sft": tmp_path / "sft.jsonl", "reward": pairs_file, "grpo": tmp_path / "prompts.txt"}[method]
+    out = tmp_path / "concise"
+    options: list[str | Path] = ["-m", "personalized_soups", "train", "concise", "--method", method, "--data", data]
+    options += ["--base", small_base, "--recipe", tmp_path / "recipe.yaml", "--device", "cpu", "--out", out, "--json"]
+    done = _run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *options)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout)  # one object: the second process prints nothing
+    assert record["metrics"]["num_steps"] == 3
+    assert {"adapter_config.json", "adapter_model.safetensors", "expert.json"} <= set(_bytes(out))
+
+
 class _Heard(Silent):
     def __init__(self) -> None:
         self.steps: dict[str, int] = {}
