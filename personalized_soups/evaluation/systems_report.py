@@ -219,7 +219,7 @@ def _experts(results: SystemsResults) -> list[Part]:
 def _experts_headline(checks: ExpertChecks) -> str:
     parts = []
     for verdict, text in (("fails", "These experts fail alone"), ("unclear", "More prompts are needed to judge these")):
-        found = [f"{check['side']} at {check['weight']:g}" for check in checks["alone"] if check["verdict"] == verdict]
+        found = [f"{check['side']} at weight {check['weight']:g}" for check in checks["alone"] if check["verdict"] == verdict]
         parts += [f"{text}: {', '.join(found)}."] if found else []
     harmed = [f"{check['other']} harms {check['side']}" for check in checks["pairs"] if check["interferes"]]
     parts += [f"Pairs that interfere: {'; '.join(harmed)}." if harmed else "No pair interferes."]
