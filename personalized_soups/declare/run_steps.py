@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from personalized_soups.declare.declared import Declared, refusal
 from personalized_soups.declare.dimension import AnyScorer, Name
@@ -12,7 +13,15 @@ from personalized_soups.declare.profile import MethodName
 from personalized_soups.declare.prompt_set import Split
 from personalized_soups.errors import choose_from
 
+
+def _check_not_zero(weight: float) -> float:
+    if weight == 0:
+        raise refusal("the weight is 0, which leaves out the experts", mend="write another weight, such as 0.6")
+    return weight
+
+
 PositiveInt = Annotated[int, Field(gt=0)]
+Weight = Annotated[float, AfterValidator(_check_not_zero)]
 File = Annotated[str, Field(pattern=r"\S")]
 Targets: TypeAlias = Literal["sides", "combinations", "everyone", "dimensions"]
 
@@ -173,7 +182,7 @@ class MergeStep(Declared):
     kind: Literal["merge"]
     experts: Name = Field(description="The step whose experts are merged.")
     method: MethodName = "linear"
-    weight: float = Field(description="The weight of each expert.")
+    weight: Weight = Field(description="The weight of each expert.")
 
 
 class _Generating(Prompts):
@@ -192,7 +201,7 @@ class ChooseStep(_Generating):
 
     kind: Literal["choose"]
     experts: Name = Field(description="The step whose experts are mixed.")
-    weights: dict[MethodName, Annotated[tuple[float, ...], Field(min_length=1)]] = Field(
+    weights: dict[MethodName, Annotated[tuple[Weight, ...], Field(min_length=1)]] = Field(
         min_length=1, description="The weights of an expert to try, for each merge method."
     )
 
@@ -205,7 +214,7 @@ class AnswersStep(_Generating):
 
     kind: Literal["answers"]
     experts: Name | None = Field(default=None, description="The step whose experts are mixed.")
-    weight: float | None = Field(default=None, description="The weight of each expert.")
+    weight: Weight | None = Field(default=None, description="The weight of each expert.")
     choice: Name | None = Field(
         default=None, description="The choose step whose weight the experts have, in place of `weight`."
     )
@@ -255,7 +264,7 @@ class _Mixing(_Generating):
     """Which experts a step mixes, and at which weight."""
 
     experts: Name = Field(description="The step whose experts are mixed.")
-    weight: float | None = Field(default=None, description="The weight of each expert.")
+    weight: Weight | None = Field(default=None, description="The weight of each expert.")
     choice: Name | None = Field(
         default=None, description="The choose step whose weight the experts have, in place of `weight`."
     )
@@ -331,4 +340,11 @@ class ReportStep(Declared):
                     mend=choose_from(name, self.systems),
                     key=("primary",),
                 )
+        if len(set(self.primary)) < len(self.primary):
+            raise refusal(
+                f"the primary comparison names {self.primary[0]!r} twice", mend="name two systems", key=("primary",)
+            )
+        repeated = [name for name, count in Counter(self.systems).items() if count > 1]
+        if repeated:
+            raise refusal(f"{repeated[0]!r} occurs twice", mend="name each system once", key=("systems",))
         return self

@@ -110,6 +110,8 @@ def system_scores(
     entries: Mapping[Combination, Sequence[Graded]],
     dimensions: Sequence[str],
     seed: int,
+    *,
+    num_seeds: int = 1,
 ) -> SystemScores:
     """Return the scores of one system, averaged over the combinations of `entries`.
 
@@ -119,8 +121,9 @@ def system_scores(
         entries: the graded answers for each combination.
         dimensions: the names of the dimensions, in the order of a combination's sides.
         seed: the seed of the bootstrap.
+        num_seeds: the number of seeds whose answers follow each other in each list.
     """
-    values = {name: by_prompt(entries, figure) for name, figure in _FIGURES.items()}
+    values = {name: by_prompt(entries, figure, num_seeds) for name, figure in _FIGURES.items()}
     scores: SystemScores = {
         "system": system,
         "sides": list(combination),
@@ -173,10 +176,22 @@ def _gain(
     return {"over": over, "joint": _mean(differences_P), "interval": list(interval)}
 
 
-def by_prompt(entries: Mapping[Combination, Sequence[Graded]], figure: _Figure) -> list[float]:
-    """Return the figure of each prompt, averaged over the combinations."""
+def by_prompt(entries: Mapping[Combination, Sequence[Graded]], figure: _Figure, num_seeds: int = 1) -> list[float]:
+    """Return the figure of each prompt, averaged over the combinations and the seeds.
+
+    Args:
+        entries: the graded answers for each combination.
+        figure: the figure of an answer.
+        num_seeds: the number of seeds, which all have the same prompts and whose answers follow each other.
+    """
     figures_CP = [[figure(entry, sides) for entry in graded] for sides, graded in entries.items()]
-    return [_mean(of_prompt) for of_prompt in zip(*figures_CP, strict=True)]
+    return over_seeds([_mean(of_prompt) for of_prompt in zip(*figures_CP, strict=True)], num_seeds)
+
+
+def over_seeds(values: Sequence[float], num_seeds: int) -> list[float]:
+    """Return the mean of each prompt over seeds, because answers to one prompt are not independent."""
+    size = len(values) // num_seeds
+    return [_mean(values[at::size]) for at in range(size)]
 
 
 def _mean(values: Sequence[float]) -> float:

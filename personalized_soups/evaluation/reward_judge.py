@@ -19,9 +19,9 @@ class RewardJudge:
     """Judges by one reward model for each side.
 
     A reward of Bradley and Terry is known up to a constant. So rewards are relative to the mean reward of a reference,
-    the answers of the base. The score towards a side is the probability that a user of the dimension prefers this side,
-    given the answer: the softmax of the relative rewards of the dimension's sides. The reference has scores around 0.5
-    if there are two sides.
+    the answers of the base. The score towards a side is p / (p + q): p is the exponential of the side's relative
+    reward, and q the mean of those of the dimension's other sides. For two sides, it is the probability of Bradley and
+    Terry. The reference has scores around 0.5.
 
     Args:
         catalogue: the sides.
@@ -53,8 +53,8 @@ class RewardJudge:
             if len(rewards) == 1:
                 rewards.append(np.zeros_like(rewards[0]))
             exponents = np.exp(np.stack(rewards) - np.max(rewards, axis=0))
-            shares = exponents / exponents.sum(axis=0)
-            scores |= dict(zip(dimension.sides, shares, strict=False))
+            others = (exponents.sum(axis=0) - exponents) / (len(rewards) - 1)
+            scores |= dict(zip(dimension.sides, exponents / (exponents + others), strict=False))
         return [{side: float(values[at]) for side, values in scores.items()} for at in range(len(answers))]
 
     def _rewards(self, prompts: Sequence[str], answers: Sequence[str]) -> Floats:

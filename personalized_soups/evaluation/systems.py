@@ -2,7 +2,7 @@
 
 The paper's measure is the criterion-wise win rate: two answers to a prompt are compared on each dimension, towards the
 wanted side, and a tie counts as half a win. Prompts are the clusters of all intervals and tests, because the answers to
-one prompt are not independent.
+one prompt are not independent, and neither are those of several seeds.
 
 Shapes of the comments: P = prompts.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import fsum
 from typing import NotRequired, TypeAlias, TypedDict
 
-from personalized_soups.evaluation.comparison import by_prompt, joint, system_scores
+from personalized_soups.evaluation.comparison import by_prompt, joint, over_seeds, system_scores
 from personalized_soups.evaluation.expert_checks import ExpertChecks
 from personalized_soups.evaluation.results import Interval, SystemScores, ValidationScores
 from personalized_soups.evaluation.scores import Graded
@@ -112,6 +112,7 @@ class SystemsResults(TypedDict):
 
     num_prompts: int
     num_seeds: int
+    first_seed: int
     combinations: Sequence[Sequence[str]]
     dimensions: Sequence[str]
     averages: Sequence[SystemScores]
@@ -144,7 +145,7 @@ def compare_systems(
         primary: the two systems of the primary comparison. The first is also tested against all others.
         costs: the cost of each system.
         num_seeds: the number of seeds whose answers follow each other in each list of answers.
-        seed: the seed of bootstraps and tests.
+        seed: the first seed, which is also that of bootstraps and tests.
 
     Raises:
         ValueError: if the systems differ in their combinations or prompts.
@@ -157,23 +158,29 @@ def compare_systems(
         if any([entry.prompt for entry in graded] != prompts for graded in by_combination.values()):
             raise ValueError(f"the system {system!r} has answered other prompts than {primary[0]!r}")
     first = primary[0]
-    tests = {other: _test(answers, first, other, seed) for other in answers if other not in primary}
+    tests = {other: _test(answers, first, other, seed, num_seeds) for other in answers if other not in primary}
     adjusted = holm({other: test["p_value"] for other, test in tests.items()})
     return {
         "num_prompts": len(prompts),
         "num_seeds": num_seeds,
+        "first_seed": seed,
         "combinations": [list(sides) for sides in combinations],
         "dimensions": list(dimensions),
-        "averages": [system_scores(name, (), entries, dimensions, seed) for name, entries in answers.items()],
+        "averages": [
+            system_scores(name, (), entries, dimensions, seed, num_seeds=num_seeds) for name, entries in answers.items()
+        ],
         "rows": [
-            system_scores(name, sides, {sides: graded}, dimensions, seed)
+            system_scores(name, sides, {sides: graded}, dimensions, seed, num_seeds=num_seeds)
             for name, entries in answers.items()
             for sides, graded in entries.items()
         ],
         "duels": [
-            _duel(answers, name, other, dimensions, seed) for name in answers for other in answers if name != other
+            _duel(answers, (name, other), dimensions, seed, num_seeds)
+            for name in answers
+            for other in answers
+            if name != other
         ],
-        "primary": _test(answers, *primary, seed),
+        "primary": _test(answers, *primary, seed, num_seeds),
         "tests": [{**test, "adjusted": adjusted[other]} for other, test in tests.items()],
         "costs": list(costs),
         "seeds": _seeds(answers, primary, num_seeds),
@@ -195,7 +202,10 @@ def duel_of(results: SystemsResults, system: str, against: str) -> Duel:
     raise ValueError(f"the results have no win rate of {system!r} against {against!r}")
 
 
-def _duel(answers: GradedAnswers, name: str, other: str, dimensions: Sequence[str], seed: int) -> Duel:
+def _duel(
+    answers: GradedAnswers, systems: tuple[str, str], dimensions: Sequence[str], seed: int, num_seeds: int
+) -> Duel:
+    name, other = systems
     ours, theirs = answers[name], answers[other]
     per_dimension = {dimension: _points(ours, theirs, [at], judged=False) for at, dimension in enumerate(dimensions)}
     points_P = _points(ours, theirs, range(len(dimensions)), judged=False)
@@ -203,7 +213,7 @@ def _duel(answers: GradedAnswers, name: str, other: str, dimensions: Sequence[st
         "system": name,
         "against": other,
         "rate": _mean(points_P),
-        "interval": list(bootstrap_interval(points_P, seed=seed)),
+        "interval": list(bootstrap_interval(over_seeds(points_P, num_seeds), seed=seed)),
         "per_dimension": {dimension: _mean(points) for dimension, points in per_dimension.items()},
         "num_judgements": len(points_P) * len(ours) * len(dimensions),
     }
@@ -238,9 +248,9 @@ def _point(mine: float, other: float) -> float:
     return 0.5 if abs(mine - other) < 1e-9 else float(mine > other)
 
 
-def _test(answers: GradedAnswers, name: str, other: str, seed: int) -> Test:
-    pairs_P = zip(by_prompt(answers[name], joint), by_prompt(answers[other], joint), strict=True)
-    differences_P = [mine - theirs for mine, theirs in pairs_P]
+def _test(answers: GradedAnswers, name: str, other: str, seed: int, num_seeds: int) -> Test:
+    ours_P, theirs_P = (by_prompt(answers[each], joint, num_seeds) for each in (name, other))
+    differences_P = [mine - theirs for mine, theirs in zip(ours_P, theirs_P, strict=True)]
     return {
         "system": name,
         "minus": other,

@@ -93,14 +93,19 @@ def _prompts(results: SystemsResults) -> str:
 def _seeds(results: SystemsResults) -> list[Part]:
     if not results["seeds"]:
         return []
-    head = ["joint", *(f"seed {at}" for at in range(results["num_seeds"])), "mean", "95% t interval"]
+    first = results["first_seed"]
+    head = ["joint", *(f"seed {first + at}" for at in range(results["num_seeds"])), "mean", "95% t interval"]
     rows = []
     for scores in results["seeds"]:
         name = _title(scores["system"]) + (f" minus {_title(scores['minus'])}" if "minus" in scores else "")
         mean, half = scores["mean"], scores["half"]
         interval = "" if half is None else _interval([mean - half, mean + half])
         rows.append([name, *(f"{value:.3f}" for value in scores["joint"]), f"{mean:.3f}", interval])
-    return [Heading("Each seed"), Paragraph("Each seed has its own pairs and trainings."), Table(head, rows)]
+    return [
+        Heading("Each seed"),
+        Paragraph("Each seed has its own answers, and its own pairs and trainings, if the run has any."),
+        Table(head, rows),
+    ]
 
 
 def _choices(results: SystemsResults) -> list[Part]:
@@ -143,24 +148,32 @@ def _fronts(results: SystemsResults, pictures: Mapping[str, Path]) -> list[Part]
         ]
         for front in results["fronts"]
     ]
-    reach = [
+    return [
+        Heading("Pareto fronts"),
+        Paragraph(
+            "Scores towards two sides of a dimension, for mixtures between them. If both sides have one scorer, the "
+            "two scores of a valid answer add up to 1: then no front goes beyond the diagonal, and a system without "
+            "mixtures between the ends has a small hypervolume however good its ends are."
+        ),
+        *_picture(pictures, "fronts", "Scores towards two sides, for mixtures between them."),
+        Table(["system", "sides", "mixtures", "hypervolume", "scores"], rows, words=2),
+        *_reach(results),
+    ]
+
+
+def _reach(results: SystemsResults) -> list[Part]:
+    if not results["reach"]:
+        return [Paragraph("With so many dimensions, the hypervolume over the wanted sides is not computed.")]
+    rows = [
         [_title(each["system"]), str(each["num_mixtures"]), f"{each['hypervolume']:.3f} {_interval(each['interval'])}"]
         for each in results["reach"]
     ]
     return [
-        Heading("Pareto fronts"),
-        Paragraph(
-            "Scores towards two opposing sides, for mixtures between them. The two scores of a valid answer add up to "
-            "1, so no front goes beyond the diagonal, and a system without mixtures between the ends has a small "
-            "hypervolume however good its ends are."
-        ),
-        *_picture(pictures, "fronts", "Scores towards two opposing sides, for mixtures between them."),
-        Table(["system", "sides", "mixtures", "hypervolume", "scores"], rows, words=2),
         Paragraph(
             "Over the wanted sides of a combination: the hypervolume that all mixtures of a system dominate, averaged "
             "over the combinations."
         ),
-        Table(["system", "mixtures", "hypervolume"], reach),
+        Table(["system", "mixtures", "hypervolume"], rows),
     ]
 
 
@@ -219,7 +232,9 @@ def _experts(results: SystemsResults) -> list[Part]:
 def _experts_headline(checks: ExpertChecks) -> str:
     parts = []
     for verdict, text in (("fails", "These experts fail alone"), ("unclear", "More prompts are needed to judge these")):
-        found = [f"{check['side']} at weight {check['weight']:g}" for check in checks["alone"] if check["verdict"] == verdict]
+        found = [
+            f"{check['side']} at weight {check['weight']:g}" for check in checks["alone"] if check["verdict"] == verdict
+        ]
         parts += [f"{text}: {', '.join(found)}."] if found else []
     harmed = [f"{check['other']} harms {check['side']}" for check in checks["pairs"] if check["interferes"]]
     parts += [f"Pairs that interfere: {'; '.join(harmed)}." if harmed else "No pair interferes."]

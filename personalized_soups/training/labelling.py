@@ -32,7 +32,7 @@ class LabelRequest:
 
     Attributes:
         rollouts: the file of sampled answers.
-        side: the side, or with `sides` the name that the labels have.
+        side: the side, or with `weights` the name that the labels have.
         catalogue: declares the side, its scorer and its instruction.
         judge: compares answers; the criterion is the instruction of the sides. None takes the sides' scorers, which
             rate them.

@@ -12,7 +12,6 @@ from personalized_soups.declare.dimension import Catalogue, ClassifierScorer
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.run_recipe import RunRecipe
 from personalized_soups.studies.pipeline.of_experts import ExpertsEvaluation
-from personalized_soups.studies.pipeline.run_folder import RunFolder
 from tests.cli.conftest import Run
 from tests.experts import write_expert
 
@@ -31,14 +30,15 @@ dimensions:
       warm: {instruction: Be warm., scorer: {kind: markers, high: [lamp], low: [soap]}}
       cold: {instruction: Be cold., end: low}
 """
-PROMPTS = "wash the kettle\n\nrub the towel\ndry the old soap\nwash the old towel\nrub the soap\n"
+# The third prompt is the first one again, and the second has a line separator that is no end of a line.
+PROMPTS = "wash the kettle\n\nrub the\u2028towel\nwash the kettle\ndry the old soap\nwash the old towel\nrub the soap\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Return a folder with a catalogue, prompts and experts, one of which is for no side."""
     (tmp_path / "dimensions.yaml").write_text(CATALOGUE)
-    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    (tmp_path / "prompts.txt").write_text(PROMPTS, encoding="utf-8")
     for seed, side in enumerate(("short", "long", "warm", "merged")):
         write_expert(tmp_path / "experts" / side, seed=seed)
     return tmp_path
@@ -50,16 +50,19 @@ def evaluation(folder: Path, **options: Any) -> ExpertsEvaluation:
 
 
 def test_the_recipe_has_the_sides_with_experts_and_no_prompt_for_two_ends(folder: Path) -> None:
-    recipe = evaluation(folder, num_combinations=1).write(RunFolder(folder / "out"))
     written = folder / "out" / "recipe"
+    recipe = evaluation(folder, num_combinations=1).write(written)
     assert load(written / "recipe.yaml", RunRecipe) == recipe
     catalogue = load(written / "dimensions.yaml", Catalogue)
     assert list(catalogue.sides) == ["short", "long", "warm"]
     scorer = catalogue.dimensions["tone"].scorer
     assert isinstance(scorer, ClassifierScorer)
     assert scorer.path == str(folder / "tone")  # the file of the catalogue has moved
-    assert (written / "test.txt").read_text() == "wash the kettle\ndry the old soap\nrub the soap\n"
-    assert (written / "validation.txt").read_text() == "rub the towel\nwash the old towel\n"
+    texts = {path.name.partition("-")[0]: path.read_text(encoding="utf-8") for path in written.glob("*.txt")}
+    assert texts == {
+        "test": "wash the kettle\ndry the old soap\nrub the soap\n",
+        "validation": "rub the\u2028towel\nwash the old towel\n",
+    }
     assert len(recipe.combinations(catalogue)) == 1
 
 
@@ -68,11 +71,12 @@ def test_the_recipe_has_the_sides_with_experts_and_no_prompt_for_two_ends(folder
     [
         ("", "", "give a recipe, or all of --experts, --base and --prompts"),
         ("--prompts FOLDER/prompts.txt", "", "give a recipe, or all of --experts, --base and --prompts"),
-        ("--experts", "FOLDER/run.yaml --experts", "a recipe declares its own experts"),
+        ("--experts", "FOLDER/run.yaml --experts", "a recipe declares all that it evaluates"),
+        ("--experts FOLDER/experts", "FOLDER/run.yaml --seed 1", "a recipe declares all that it evaluates"),
         ("FOLDER/experts", "FOLDER/none", "FOLDER/none"),
         ("--base BASE", "--base BASE --methods factor_average", "add linear"),
         ("--base BASE", "--base BASE --methods linear,blend", "'blend' is not a known merge method"),
-        ("FOLDER/prompts.txt", "FOLDER/few.txt", "fewer than 4 prompts"),
+        ("FOLDER/prompts.txt", "FOLDER/few.txt", "fewer than 4 different prompts"),
         ("--dimensions FOLDER/dimensions.yaml", "", "give the catalogue that declares the sides of these experts"),
         ("--out FOLDER/out", "--out FOLDER", "it is not that of a run"),
     ],
@@ -80,7 +84,7 @@ def test_the_recipe_has_the_sides_with_experts_and_no_prompt_for_two_ends(folder
 def test_what_cannot_be_evaluated_is_named(
     old: str, new: str, message: str, *, psoups: Run, folder: Path, small_base: Path
 ) -> None:
-    (folder / "few.txt").write_text("a\nb\nc\n")
+    (folder / "few.txt").write_text("a\nb\nc\na\n")
     options = (
         "--experts FOLDER/experts --base BASE --prompts FOLDER/prompts.txt --dimensions FOLDER/dimensions.yaml "
         "--out FOLDER/out"
@@ -126,6 +130,18 @@ def test_experts_are_checked_alone_in_pairs_and_mixed(psoups: Run, folder: Path,
     assert results["costs"] == [row for row in results["costs"] if row["trainings"] == 0]
     # another expert changes the steps that depend on it
     write_expert(folder / "experts" / "warm", seed=9)
+    before = sorted((folder / "out" / "recipe").iterdir())
     code, out, err = psoups("evaluate", *arguments, "--dry-run", "--json")
+    assert sorted((folder / "out" / "recipe").iterdir()) == before  # a dry run writes nothing
     changed = {row["step"] for row in json.loads(out) if row["would be"] != "done"}
     assert changed == {"experts-warm", "chosen", "soup", "soup-prompted", "interference", "report"}
+    # the recipe that was written is one that can be run
+    recipe = folder / "out" / "recipe" / "recipe.yaml"
+    code, out, err = psoups("evaluate", recipe, "--out", folder / "other", "--dry-run", "--json")
+    assert code == 0, err
+    assert len(json.loads(out)) == 3 + 7
+    # without a report, there is nothing to show
+    recipe.write_text(recipe.read_text().partition("  report:")[0])
+    code, out, err = psoups("evaluate", recipe, "--out", folder / "other", "--dry-run")
+    assert code == 2
+    assert "no step of the kind report" in err

@@ -44,6 +44,23 @@ def test_the_reference_is_in_the_middle_and_scores_of_two_sides_add_up_to_one() 
     assert five["friendly"] == pytest.approx(0.5)  # both sides fall alike
 
 
+def test_the_reference_is_in_the_middle_of_three_sides_too() -> None:
+    dimension = CATALOGUE.dimensions["expertise"]
+    third = dimension.sides["expert"].replaced(label=None)
+    catalogue = CATALOGUE.replaced(
+        dimensions={"expertise": dimension.replaced(sides={**dimension.sides, "third": third})}
+    )
+
+    class Three(Lengths):
+        names = tuple(catalogue.sides)
+
+    judge = RewardJudge(catalogue, cast("Any", Three())).centred_on(["q"], ["a b c"])
+    middle, longer = judge.toward(["q", "q"], ["a b c", "a b c d"])
+    assert middle == pytest.approx(dict.fromkeys(catalogue.sides, 0.5))
+    # against the mean of `elementary` and `third`, whose rewards fall by 1 with each word
+    assert longer["expert"] == pytest.approx(exp(1) / (exp(1) + exp(-1)))
+
+
 def test_a_dimension_with_one_side_is_compared_with_the_reference() -> None:
     dimension = CATALOGUE.dimensions["expertise"]
     alone = dimension.replaced(sides={"expert": dimension.sides["expert"]})

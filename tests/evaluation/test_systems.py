@@ -200,3 +200,47 @@ def test_pictures_are_the_same_again(tmp_path: Path) -> None:
         first, second = draw(results, tmp_path / "a.png").read_bytes(), draw(results, tmp_path / "b.png").read_bytes()
         assert first == second
         assert len(first) > 5_000
+
+
+def test_a_prompt_with_several_seeds_is_one_cluster() -> None:
+    """The same answers with three seeds are no more evidence than with one."""
+    once = compared(Scores(2))
+    answers = {
+        name: {sides: [*graded, *graded, *graded] for sides, graded in by_combination.items()}
+        for name, by_combination in Scores(2).answers().items()
+    }
+    thrice = compare_systems(
+        answers, dimensions=list(DIMENSIONS), primary=("p_soups", "prompting"), costs=COSTS, num_seeds=3
+    )
+    for one, three in zip(once["averages"], thrice["averages"], strict=True):
+        assert three["joint"] == pytest.approx(one["joint"])
+        for name, interval in one["intervals"].items():
+            assert three["intervals"][name] == pytest.approx(interval)
+    assert thrice["primary"]["p_value"] == once["primary"]["p_value"]
+    assert thrice["primary"]["interval"] == pytest.approx(once["primary"]["interval"])
+    duels = zip(once["duels"], thrice["duels"], strict=True)
+    assert all(three["interval"] == pytest.approx(one["interval"]) for one, three in duels)
+    assert all(
+        three["num_judgements"] == 3 * one["num_judgements"]
+        for one, three in zip(once["duels"], thrice["duels"], strict=True)
+    )
+
+
+def test_each_seed_has_its_own_joint_score_and_the_mean_a_t_interval() -> None:
+    seeds = [Scores(seed) for seed in range(3)]
+    parts = [scores.answers() for scores in seeds]
+    answers = {
+        name: {sides: [entry for part in parts for entry in part[name][sides]] for sides in COMBINATIONS}
+        for name in SYSTEMS
+    }
+    results = compare_systems(answers, dimensions=list(DIMENSIONS), primary=("p_soups", "prompting"), num_seeds=3)
+    joint = np.array([(scores.wanted > 0.5).all(axis=-1).mean(axis=(1, 2)) for scores in seeds])  # [seeds, S]
+    rows = {row["system"]: row for row in results["seeds"] if "minus" not in row}
+    for at, name in enumerate(SYSTEMS):
+        assert rows[name]["joint"] == pytest.approx(joint[:, at].tolist())
+        assert rows[name]["half"] == pytest.approx(4.303 * joint[:, at].std(ddof=1) / np.sqrt(3))
+    (difference,) = (row for row in results["seeds"] if "minus" in row)
+    ours, theirs = (joint[:, SYSTEMS.index(name)] for name in ("p_soups", "prompting"))
+    assert difference["joint"] == pytest.approx((ours - theirs).tolist())
+    text = as_markdown(systems_report(results, pictures={}, samples=[]))
+    assert "13 held-out prompts with 3 seeds each" in text

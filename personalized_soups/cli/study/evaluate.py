@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,12 +15,10 @@ import typer
 from personalized_soups.cli import render
 from personalized_soups.cli.bases import catalogue_of, resolve_base
 from personalized_soups.cli.options import (
+    MAX_SEED,
     DeviceOption,
     DimensionsOption,
     JsonOption,
-    MaxNewTokensOption,
-    SeedOption,
-    TemperatureOption,
     WorkersOption,
 )
 from personalized_soups.cli.study.run import finished_steps, show_plan
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from personalized_soups.declare.run_recipe import RunRecipe
     from personalized_soups.evaluation.expert_checks import ExpertChecks
     from personalized_soups.evaluation.systems import SystemsResults
+    from personalized_soups.studies.pipeline.of_experts import ExpertsEvaluation
     from personalized_soups.studies.pipeline.run_folder import RunFolder
     from personalized_soups.studies.pipeline.steps import Step
 
@@ -58,15 +60,31 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run in this folder is resumed.")],
     dimensions: DimensionsOption = None,
-    methods: Annotated[str, typer.Option(help="Merge methods to try, with commas between them.")] = (
-        "linear,factor_average"
-    ),
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Merge methods to try, with commas between them. By default linear and factor_average.",
+            show_default=False,
+        ),
+    ] = None,
     combinations: Annotated[
-        int, typer.Option(help="Maximum number of combinations of sides. If there are more, some are drawn.", min=1)
-    ] = 16,
-    max_new_tokens: MaxNewTokensOption = 256,
-    temperature: TemperatureOption = 0.7,
-    seed: SeedOption = 0,
+        int | None,
+        typer.Option(
+            help="Maximum number of combinations of sides. If there are more, some are drawn. By default 16.",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help="Maximum length of an answer, in tokens. By default 256.", min=1, show_default=False),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature. By default 0.7.", min=0.0, show_default=False)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed. By default 0.", min=0, max=MAX_SEED, show_default=False)
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what a run would do, and run nothing.")] = False,
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
@@ -78,51 +96,85 @@ def evaluate(
     of the catalogue. With a recipe, run its steps like psoups run, and show its report. The report is a page for a
     browser.
     """
-    from personalized_soups.studies.pipeline.expanding import steps_of
     from personalized_soups.studies.pipeline.run_folder import RunFolder
 
     folder = RunFolder(out)
-    sampling: dict[str, Any] = {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}
-    options = _Options(recipe, experts, base, prompts, dimensions, methods, combinations)
-    steps = steps_of(options.declared(folder, sampling), device=device)
-    report = _report_of(steps)
+    options = _Options(
+        experts,
+        base,
+        prompts,
+        dimensions,
+        methods,
+        num_combinations=combinations,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    with options.declared(recipe, folder, dry_run=dry_run) as declared:
+        _run(declared, folder, workers=num_workers(workers), device=device, dry_run=dry_run, as_json=as_json)
+
+
+def _run(declared: RunRecipe, folder: RunFolder, *, workers: int, device: str, dry_run: bool, as_json: bool) -> None:
+    from personalized_soups.studies.pipeline.expanding import steps_of
+
+    steps = steps_of(declared, device=device)
+    reports = _reports_of(steps)
     if dry_run:
         show_plan(steps, folder, as_json=as_json)
         return
-    finished_steps(steps, folder, num_workers(workers), quiet=as_json)
-    _show(folder.files(report), as_json=as_json)
+    finished_steps(steps, folder, workers, quiet=as_json)
+    for name in reports:
+        _show(folder.files(name), as_json=as_json)
 
 
 @dataclass(frozen=True, slots=True)
 class _Options:
-    recipe: Path | None
     experts: Path | None
     base: str | None
     prompts: Path | None
     dimensions: Path | None
-    methods: str
-    combinations: int
+    methods: str | None
+    num_combinations: int | None
+    max_new_tokens: int | None
+    temperature: float | None
+    seed: int | None
 
-    def declared(self, folder: RunFolder, sampling: dict[str, Any]) -> RunRecipe:
-        """Return the recipe: the given one, or the one for the experts, which is written into the folder of the run.
+    @contextmanager
+    def declared(self, recipe: Path | None, folder: RunFolder, *, dry_run: bool) -> Iterator[RunRecipe]:
+        """Yield the given recipe, or the one for the experts, which is written into the folder of the run.
+
+        In a dry run, it is written into a folder that exists during the block.
 
         Raises:
             UsageError: if both or none are given, or an option is missing.
-            SoupError: if a file is missing or invalid.
+            SoupError: if a file is missing or invalid, or the folder is of something else.
         """
-        from personalized_soups.declare.dimension import Catalogue
         from personalized_soups.declare.loader import load
         from personalized_soups.declare.run_recipe import RunRecipe
+        from personalized_soups.studies.pipeline.run_folder import RECIPE_FOLDER
+
+        if recipe is not None:
+            if any(value is not None for value in astuple(self)):
+                raise UsageError(
+                    "a recipe declares all that it evaluates",
+                    where="RECIPE",
+                    mend="give it with --out, --dry-run, --workers, --device and --json only, or leave it out",
+                )
+            yield load(recipe, RunRecipe)
+            return
+        evaluation = self._evaluation()
+        folder.check()
+        if dry_run:
+            with TemporaryDirectory() as scratch:
+                yield evaluation.write(Path(scratch))
+        else:
+            yield evaluation.write(folder.root / RECIPE_FOLDER)
+
+    def _evaluation(self) -> ExpertsEvaluation:
+        from personalized_soups.declare.dimension import Catalogue
+        from personalized_soups.declare.loader import load
         from personalized_soups.studies.pipeline.of_experts import ExpertsEvaluation
 
-        if self.recipe is not None:
-            if (self.experts, self.base, self.prompts, self.dimensions) != (None, None, None, None):
-                raise UsageError(
-                    "a recipe declares its own experts, base, prompts and dimensions",
-                    where="RECIPE, --experts, --base, --prompts, --dimensions",
-                    mend="give the recipe alone, or the options without a recipe",
-                )
-            return load(self.recipe, RunRecipe)
         if self.experts is None or self.base is None or self.prompts is None:
             raise UsageError(
                 "there is nothing to evaluate",
@@ -130,32 +182,31 @@ class _Options:
                 mend="give a recipe, or all of --experts, --base and --prompts",
             )
         catalogue = load(catalogue_of(self.base, self.dimensions), Catalogue)
-        tried = [name.strip() for name in self.methods.split(",")]
-        return ExpertsEvaluation(
-            self.experts,
-            resolve_base(self.base),
-            self.prompts,
-            catalogue,
-            tried,
-            num_combinations=self.combinations,
-            **sampling,
-        ).write(folder)
+        given: dict[str, Any] = {
+            "methods": None if self.methods is None else [name.strip() for name in self.methods.split(",")],
+            "num_combinations": self.num_combinations,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return ExpertsEvaluation(self.experts, resolve_base(self.base), self.prompts, catalogue, **chosen)
 
 
-def _report_of(steps: list[Step]) -> str:
-    """Return the name of the step that reports.
+def _reports_of(steps: list[Step]) -> list[str]:
+    """Return the names of the steps that report.
 
     Raises:
         UsageError: if there is none.
     """
     from personalized_soups.studies.pipeline.reporting import ReportOn
 
-    for step in reversed(steps):
-        if isinstance(step.work, ReportOn):
-            return step.name
-    raise UsageError(
-        "the recipe declares no step of the kind report", where="RECIPE", mend="add one, or use psoups run"
-    )
+    found = [step.name for step in steps if isinstance(step.work, ReportOn)]
+    if not found:
+        raise UsageError(
+            "the recipe declares no step of the kind report", where="RECIPE", mend="add one, or use psoups run"
+        )
+    return found
 
 
 def _show(report: Path, *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import cycle
 from math import ceil, cos, pi
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from personalized_soups.evaluation.pictures.style import FAINT, INK, QUIET, WIDT
 from personalized_soups.evaluation.systems import MOST_DIMENSIONS, TRAININGS, SystemsResults, duel_of
 
 if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
     from matplotlib.projections.polar import PolarAxes
 
 # Okabe and Ito's colours, which every kind of color vision tells apart.
@@ -93,6 +95,8 @@ def draw_fronts(results: SystemsResults, path: Path) -> Path:
     with own_settings():
         panels = list(dict.fromkeys(tuple(front["sides"]) for front in results["fronts"]))
         systems = list(dict.fromkeys(front["system"] for front in results["fronts"]))
+        colours = dict(zip(systems, cycle(COLOURS), strict=False))
+        drawn: dict[str, Line2D] = {}
         columns = min(3, len(panels))
         rows = ceil(len(panels) / columns)
         size, top, bottom = WIDTH / columns, 0.95, 0.55
@@ -102,21 +106,20 @@ def draw_fronts(results: SystemsResults, path: Path) -> Path:
             row, column = divmod(at, columns)
             x, y = (column + 0.2) * size / WIDTH, (height - top - (row + 0.82) * size) / height
             axes = figure.add_axes((x, y, 0.72 * size / WIDTH, 0.72 * size / height))
-            axes.plot([0, 1], [1, 0], color=FAINT, linewidth=1)
-            for system, colour in zip(systems, COLOURS, strict=False):
-                for front in results["fronts"]:
-                    if (front["system"], tuple(front["sides"])) == (system, sides):
-                        xs, ys = zip(*front["points"], strict=True)
-                        axes.plot(xs, ys, color=colour, marker="o", markersize=4, linewidth=1.4, label=_title(system))
+            for front in (front for front in results["fronts"] if tuple(front["sides"]) == sides):
+                if front["is_opposed"]:
+                    axes.plot([0, 1], [1, 0], color=FAINT, linewidth=1)
+                xs, ys = zip(*front["points"], strict=True)
+                colour = colours[front["system"]]
+                (drawn[front["system"]],) = axes.plot(xs, ys, color=colour, marker="o", markersize=4, linewidth=1.4)
             axes.set(xlim=(0, 1.03), ylim=(0, 1.03), xlabel=f"towards {sides[0]}", ylabel=f"towards {sides[1]}")
             axes.set_xticks([0, 0.5, 1])
             axes.set_yticks([0, 0.5, 1])
             for side in ("top", "right"):
                 axes.spines[side].set_visible(False)
-        handles = figure.axes[0].get_lines()[1:]
-        names = [_title(name) for name in systems]
-        figure.legend(handles, names, loc="lower center", ncols=min(4, len(names)), frameon=False)
-        draw_title(figure, "Between two opposing sides", "mean scores of mixtures; the grey line is the best possible")
+        names = [_title(name) for name in drawn]
+        figure.legend(list(drawn.values()), names, loc="lower center", ncols=min(4, len(names)), frameon=False)
+        draw_title(figure, "Between two opposing sides", "mean scores of mixtures; no score is beyond a grey line")
         return write_png(figure, path)
 
 

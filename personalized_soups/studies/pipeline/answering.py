@@ -90,10 +90,11 @@ class Answer:
 
         library = ExpertLibrary.open(*experts)
         models = {sides: f"{method}-{combination_name(sides)}" for sides in self.combinations}
-        folders = [
-            merge(library, mixing.profile(dict.fromkeys(sides, 1.0), method, weight)).write(scratch / name)
-            for sides, name in models.items()
-        ]
+        folders = []
+        for sides, name in models.items():
+            profile = mixing.profile(dict.fromkeys(sides, 1.0), method, weight)
+            assert profile is not None  # the weight is not 0, and each side has a whole share
+            folders.append(merge(library, profile).write(scratch / name))
         return Source(tuple(folders), models)
 
     def _write(self, work: Path, source: Source, report: Report) -> None:

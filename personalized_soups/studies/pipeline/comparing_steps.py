@@ -10,6 +10,7 @@ from personalized_soups.declare.run_steps import (
     ChooseStep,
     InterferenceStep,
     ReportStep,
+    RolloutsStep,
     SweepStep,
     TrainStep,
 )
@@ -19,7 +20,8 @@ from personalized_soups.studies.pipeline.answering import Answer
 from personalized_soups.studies.pipeline.choosing import Choose
 from personalized_soups.studies.pipeline.expansion import Expansion, seed_prefix
 from personalized_soups.studies.pipeline.mixing import Mixing
-from personalized_soups.studies.pipeline.reporting import ReportOn
+from personalized_soups.studies.pipeline.prompts import prompts_of
+from personalized_soups.studies.pipeline.reporting import LEAST_ANSWERS, ReportOn
 from personalized_soups.studies.pipeline.steps import Step
 from personalized_soups.studies.pipeline.sweeping import MeasureInterference, SweepSides
 from personalized_soups.studies.pipeline.targets import Target, beta_of, checked_combinations, combination_name
@@ -43,6 +45,7 @@ def generation_steps(run: Expansion, name: str, step: Generating) -> Iterator[St
         kinds = ("side",) if isinstance(step, InterferenceStep) or _mixes_tokens(step) else _MIXED
         run.check_targets(name, "experts", step.experts, kinds)
         mixing = _mixing(run, step)
+        _check_choice(run, name, step, mixing)
     combinations = _answered(run, step)
     work: Choose | SweepSides | MeasureInterference | Answer
     match step:
@@ -61,7 +64,13 @@ def generation_steps(run: Expansion, name: str, step: Generating) -> Iterator[St
             work = Answer(run.world, step, prompts, combinations, models, mixing)
         case _:
             assert_never(step)
-    yield run.step(name, name, tuple(needs), work, {"prompts": digest_file(prompts)}, extent=work.extent)
+    own = {
+        "prompts": digest_file(prompts),
+        "combinations": [list(sides) for sides in combinations],
+        "beta": None if mixing is None else mixing.beta,
+        "scorers": run.scorer_files,
+    }
+    yield run.step(name, name, tuple(needs), work, own, extent=work.extent)
 
 
 def _answered(run: Expansion, step: Generating) -> tuple[tuple[str, ...], ...]:
@@ -93,8 +102,41 @@ def _mixing(run: Expansion, step: Any) -> Mixing:
         beta=beta_of(step.experts, run.recipe) if is_backbone else None,
         weight=getattr(step, "weight", None),
         choice=choice,
-        method=getattr(step, "method", None) or (None if choice and isinstance(step, AnswersStep) else "linear"),
+        method=_method(step),
     )
+
+
+def _method(step: Any) -> str | None:
+    """Return the merge method, or None for the chosen one. Only answers can be those of another method than linear."""
+    if not isinstance(step, AnswersStep) or _mixes_tokens(step):
+        return "linear"
+    return step.method or (None if step.choice else "linear")
+
+
+def _check_choice(run: Expansion, name: str, step: Generating, mixing: Mixing) -> None:
+    """Check that the choose step has chosen for these experts, and has tried the method.
+
+    Raises:
+        DeclarationError: if it has not.
+    """
+    if mixing.choice is None:
+        return
+    choose = run.recipe.steps[mixing.choice]
+    assert isinstance(choose, ChooseStep)
+    where = run.recipe.place("steps", name, "choice")
+    if choose.experts != step.experts:
+        raise DeclarationError(
+            f"the step {mixing.choice!r} chooses a weight for the experts of {choose.experts!r}, but these are of "
+            f"{step.experts!r}",
+            where=where,
+            mend="name a choose step with the same `experts:`",
+        )
+    if mixing.method is not None and mixing.method not in choose.weights:
+        raise DeclarationError(
+            f"the step {mixing.choice!r} tries no weights for the method {mixing.method}",
+            where=where,
+            mend=f"add weights of {mixing.method} to it, or write `weight:`",
+        )
 
 
 def _models(run: Expansion, name: str, step: AnswersStep) -> tuple[dict[tuple[str, ...], str], list[str]]:
@@ -125,14 +167,15 @@ def report_steps(run: Expansion, name: str, step: ReportStep) -> Iterator[Step]:
             where=run.recipe.place("steps", name, "judges"),
             mend="give a judge for each dimension, or none",
         )
+    _check_same_prompts(run, name, step)
+    _check_fluency(run, name, step)
     trainings = {system: _trained_for(run, system) for system in step.systems}
     needs = list(step.systems)
     for trained, targets in trainings.values():
         needs += [f"{trained}-{target.name}" for target in targets if trained]
-    for more in (step.fluency, step.interference, *step.fronts):
-        needs += [] if more is None else [more]
+    needs += [more for more in (step.fluency, *step.fronts) if more is not None]
     if step.reward_models is not None:
-        _check_judges(run, name, step.reward_models)
+        _check_judges(run, name, step, step.reward_models)
         needs += [f"{step.reward_models}-{side}" for side in catalogue.sides]
     choices = {
         system: choice for system in step.systems if (choice := getattr(run.recipe.steps[system], "choice", None))
@@ -149,7 +192,55 @@ def report_steps(run: Expansion, name: str, step: ReportStep) -> Iterator[Step]:
     prefixes = tuple(seed_prefix(number) for number in range(run.recipe.num_seeds))
     work = ReportOn(run.world, step, _reported(run, name, step), trainings, choices, sweeps, prefixes)
     every = dict.fromkeys(f"{prefix}{need}" for prefix in prefixes for need in needs)
-    yield run.step(name, name, tuple(every), work, {"num_seeds": run.recipe.num_seeds})
+    if step.interference is not None:
+        every[step.interference] = None  # experts are checked with the first seed
+    own = {
+        "num_seeds": run.recipe.num_seeds,
+        "combinations": [list(sides) for sides in work.combinations],
+        "scorers": run.scorer_files,
+        "judges": run.files_of_scorers(step.judges.values()),
+    }
+    yield run.step(name, name, tuple(every), work, own)
+
+
+def _check_same_prompts(run: Expansion, name: str, step: ReportStep) -> None:
+    """Check that all systems and fronts have answered the same prompts.
+
+    Raises:
+        DeclarationError: if they have not.
+    """
+    prompts: dict[str, list[str]] = {}
+    for system in (*step.systems, *step.fronts):
+        declared: Any = run.recipe.steps[system]
+        prompts[system] = prompts_of(run.file(declared.prompts, system, "prompts"), declared)
+    for system in step.systems:
+        if prompts[system] != prompts[step.systems[0]]:
+            raise DeclarationError(
+                f"the system {system!r} answers other prompts than {step.systems[0]!r}",
+                where=run.recipe.place("steps", name, "systems"),
+                mend="give all systems of a report the same prompts",
+            )
+
+
+def _check_fluency(run: Expansion, name: str, step: ReportStep) -> None:
+    """Check that there are enough plain answers to calibrate the fluency gate.
+
+    Raises:
+        DeclarationError: if there are not.
+    """
+    if step.fluency is None:
+        return
+    pool = run.recipe.steps[step.fluency]
+    assert isinstance(pool, RolloutsStep)
+    prompts = prompts_of(run.file(pool.prompts, step.fluency, "prompts"), pool)
+    number = len(prompts) * (pool.num_samples - pool.instructed)
+    if number < LEAST_ANSWERS:
+        raise DeclarationError(
+            f"the step {step.fluency!r} samples {number} answers without instructions, but the fluency gate needs "
+            f"{LEAST_ANSWERS}",
+            where=run.recipe.place("steps", name, "fluency"),
+            mend="sample more answers, or remove `fluency:`",
+        )
 
 
 def _reported(run: Expansion, name: str, step: ReportStep) -> tuple[tuple[str, ...], ...]:
@@ -171,7 +262,19 @@ def _reported(run: Expansion, name: str, step: ReportStep) -> tuple[tuple[str, .
     return common
 
 
-def _check_judges(run: Expansion, name: str, trained: str) -> None:
+def _check_judges(run: Expansion, name: str, step: ReportStep, trained: str) -> None:
+    """Check that the judges are reward models of the sides, and that the first system is the base, their reference.
+
+    Raises:
+        DeclarationError: if not.
+    """
+    first: Any = run.recipe.steps[step.systems[0]]
+    if (first.experts, first.soups, first.policies) != (None, None, None) or first.prompted or first.num_candidates > 1:
+        raise DeclarationError(
+            f"the first system, {step.systems[0]!r}, is not the base, whose answers are the reference of reward models",
+            where=run.recipe.place("steps", name, "systems"),
+            mend="list an answers step of the base first",
+        )
     declared = run.recipe.steps[trained]
     if not isinstance(declared, TrainStep) or declared.method != "reward":
         raise DeclarationError(

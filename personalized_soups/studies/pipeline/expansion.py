@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from personalized_soups.adapters.provenance import library_versions
+from personalized_soups.declare.dimension import AnyScorer, ClassifierScorer
 from personalized_soups.declare.run_recipe import RunRecipe, named_steps
 from personalized_soups.declare.run_steps import TrainStep
 from personalized_soups.errors import DeclarationError, InputError
+from personalized_soups.studies.pipeline.run_folder import digest_of
 from personalized_soups.studies.pipeline.steps import Report, Step, Work
 from personalized_soups.studies.pipeline.targets import Target, targets_of
 from personalized_soups.studies.pipeline.world import World
@@ -65,6 +67,17 @@ class Expansion:
     def combinations(self) -> list[tuple[str, ...]]:
         """The combinations of one side of each dimension."""
         return self.recipe.combinations(self.world.catalogue)
+
+    @property
+    def scorer_files(self) -> dict[str, str]:
+        """The digests of the files that the catalogue's scorers read."""
+        sides = self.world.catalogue.sides
+        return self.files_of_scorers(self.world.catalogue.scorer_of(side) for side in sides)
+
+    def files_of_scorers(self, scorers: Iterable[AnyScorer]) -> dict[str, str]:
+        """Return the digest of the folder of each classifier among some scorers, by its path."""
+        paths = dict.fromkeys(scorer.path for scorer in scorers if isinstance(scorer, ClassifierScorer))
+        return {path: digest_of(self.world.catalogue.relative_path(path))[0] for path in paths}
 
     def targets(self, name: str) -> list[Target]:
         """Return the targets of a step of the kind label, pairs, train or experts."""

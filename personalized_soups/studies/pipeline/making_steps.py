@@ -41,6 +41,8 @@ def label_steps(run: Expansion, name: str, step: LabelStep) -> Iterator[Step]:
     for target in run.targets(name):
         label = Label(run.world, step, target, judge, cache)
         own = {"side": target.name, "weights": dict(target.weights), **files}
+        if judge is None:
+            own["scorers"] = run.files_of_scorers(run.world.catalogue.scorer_of(side) for side in target.sides)
         yield run.step(name, f"{name}-{target.name}", (step.rollouts,), label, own)
 
 

@@ -48,8 +48,10 @@ class Mixing:
         """Return the folders of the experts among the needed steps."""
         return [folder for name, folder in inputs.items() if name != self.choice]
 
-    def profile(self, shares: Mapping[str, float], method: MethodName, weight: float) -> Profile:
+    def profile(self, shares: Mapping[str, float], method: MethodName, weight: float) -> Profile | None:
         """Return the profile of a user who prefers the sides with these shares, which add up to 1 in each dimension.
+
+        Return None, which stands for the base, if all weights are 0: half of either side, with backbones.
 
         A backbone is trained towards the high side. So a user's preference is the share of the high side minus that of
         the low side, and the weights of backbones follow from all preferences (Bone Soups).
@@ -60,7 +62,7 @@ class Mixing:
             ends = ends_of(self.catalogue)
             preference = {name: shares.get(high, 0.0) - shares.get(low, 0.0) for name, (low, high) in ends.items()}
             weights = {name: weight * each for name, each in backbone_weights(preference, self.beta).items()}
-        return Profile(method=method, weights=weights, allow_opposed=True)
+        return Profile(method=method, weights=weights, allow_opposed=True) if any(weights.values()) else None
 
 
 def shares_between(
@@ -68,19 +70,15 @@ def shares_between(
 ) -> list[dict[str, float]]:
     """Return the mixtures on all ways from one side of a dimension to another, each once.
 
-    The sides of the other dimensions are those of each combination. A way begins and ends at combinations, where ways
-    meet.
+    The sides of the other dimensions are those of each combination. Ways meet at combinations.
     """
     found: dict[frozenset[tuple[str, float]], dict[str, float]] = {}
     for at, dimension in enumerate(catalogue.dimensions.values()):
-        for first, last in itertools.combinations(dimension.sides, 2):
-            for sides in combinations:
-                if sides[at] != first:
-                    continue
-                for step in range(num_steps):
-                    share = step / (num_steps - 1)
-                    own = {first: 1 - share, last: share}
-                    shares = {side: 1.0 for place, side in enumerate(sides) if place != at} | own
-                    shares = {side: each for side, each in shares.items() if each}
-                    found.setdefault(frozenset(shares.items()), shares)
+        contexts = dict.fromkeys((*sides[:at], *sides[at + 1 :]) for sides in combinations)
+        for (first, last), others in itertools.product(itertools.combinations(dimension.sides, 2), contexts):
+            for step in range(num_steps):
+                share = step / (num_steps - 1)
+                own = {first: 1 - share, last: share}
+                shares = {side: each for side, each in own.items() if each} | dict.fromkeys(others, 1.0)
+                found.setdefault(frozenset(shares.items()), shares)
     return list(found.values())

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from blake3 import blake3
 
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.dimension import AnyScorer, Catalogue, ClassifierScorer, Dimension
@@ -14,10 +17,9 @@ from personalized_soups.declare.loader import dump, load
 from personalized_soups.declare.profile import MethodName
 from personalized_soups.declare.run_recipe import RunRecipe
 from personalized_soups.errors import InputError, UsageError, choose_from
-from personalized_soups.generation.prompts import read_prompts
+from personalized_soups.generation.prompts import prompt_lines, read_prompts
 from personalized_soups.methods.plugins import is_method_name, method_names
 from personalized_soups.studies.folder import write_text
-from personalized_soups.studies.pipeline.run_folder import RECIPE_FOLDER, RunFolder
 
 # The names of the systems.
 SOUP, PROMPTED, PROMPTING, BASE = "soup", "soup-prompted", "prompting", "base"
@@ -47,18 +49,19 @@ class ExpertsEvaluation:
     catalogue: Catalogue
     methods: Sequence[MethodName] = ("linear", "factor_average")
     weights: Sequence[float] = _WEIGHTS
-    num_combinations: int | None = None
+    num_combinations: int | None = 16
     temperature: float = 0.7
     max_new_tokens: int = 256
     batch_size: int = 64
     seed: int = 0
 
-    def write(self, folder: RunFolder) -> RunRecipe:
-        """Write the recipe and its files into the folder of the run, and return the recipe.
+    def write(self, folder: Path) -> RunRecipe:
+        """Write the recipe and its files into a folder, and return the recipe.
+
+        Files of prompts are named after their digest, so that a run that is going on keeps its own.
 
         Raises:
             InputError: if there are too few prompts, or no expert is for a side of the catalogue.
-            OutputExistsError: if the folder is of something else.
             UsageError: if a method is unknown, or `linear` is not among them.
         """
         if "linear" not in self.methods:
@@ -74,18 +77,19 @@ class ExpertsEvaluation:
                     where="methods",
                     mend=choose_from(method, method_names()),
                 )
-        suffix = self.prompts.suffix or ".txt"
-        recipe = RunRecipe.model_validate_json(json.dumps(self._content(suffix)))
-        catalogue = self.declared_catalogue()
         validation, test = self._split()
-        folder.check()
-        target = folder.root / RECIPE_FOLDER
-        target.mkdir(parents=True, exist_ok=True)
-        write_text(target / f"validation{suffix}", validation)
-        write_text(target / f"test{suffix}", test)
-        write_text(target / "dimensions.yaml", dump(catalogue))
-        write_text(target / "recipe.yaml", dump(recipe))
-        return load(target / "recipe.yaml", RunRecipe)
+        names = [self._file_name("validation", validation), self._file_name("test", test)]
+        recipe = RunRecipe.model_validate_json(json.dumps(self._content(*names)))
+        catalogue = self.declared_catalogue()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, lines in zip(names, (validation, test), strict=True):
+            (folder / name).write_bytes(lines)
+        write_text(folder / "dimensions.yaml", dump(catalogue))
+        write_text(folder / "recipe.yaml", dump(recipe))
+        return load(folder / "recipe.yaml", RunRecipe)
+
+    def _file_name(self, name: str, lines: bytes) -> str:
+        return f"{name}-{blake3(lines).hexdigest(length=4)}{self.prompts.suffix or '.txt'}"
 
     def declared_catalogue(self) -> Catalogue:
         """Return the catalogue without the sides that have no expert.
@@ -124,31 +128,33 @@ class ExpertsEvaluation:
             return scorer
         return scorer.replaced(path=str(self.catalogue.relative_path(scorer.path).absolute()))
 
-    def _split(self) -> tuple[str, str]:
-        """Return the lines of the prompts for validation and for the test."""
-        if len(read_prompts(self.prompts)) < _MIN_PROMPTS:
+    def _split(self) -> tuple[bytes, bytes]:
+        """Return the lines of the prompts for validation and for the test. A repeated prompt counts once."""
+        numbered = prompt_lines(self.prompts)
+        lines = dict(zip(read_prompts(self.prompts), (line for _, line in numbered), strict=True))
+        if len(lines) < _MIN_PROMPTS:
             raise InputError(
-                f"there are fewer than {_MIN_PROMPTS} prompts, which are too few to choose a weight and to test it",
+                f"there are fewer than {_MIN_PROMPTS} different prompts: too few to choose a weight and to test it",
                 where=str(self.prompts),
                 mend="give at least 20 prompts",
             )
-        lines = [line for line in self.prompts.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        return "\n".join(lines[1::2]) + "\n", "\n".join(lines[::2]) + "\n"
+        kept = [line.removeprefix(BOM_UTF8).strip() + b"\n" for line in lines.values()]
+        return b"".join(kept[1::2]), b"".join(kept[::2])
 
-    def _content(self, suffix: str) -> dict[str, Any]:
+    def _content(self, validation: str, test_prompts: str) -> dict[str, Any]:
         generating = {
             "temperature": self.temperature,
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
         }
-        test = {"prompts": f"test{suffix}", **generating}
+        test = {"prompts": test_prompts, **generating}
         mixed = {"experts": "experts", "choice": "chosen"}
         steps: dict[str, Any] = {
             "experts": {"kind": "experts", "folder": str(self.experts.absolute())},
             "chosen": {
                 "kind": "choose",
                 "experts": "experts",
-                "prompts": f"validation{suffix}",
+                "prompts": validation,
                 "weights": {method: list(self.weights) for method in self.methods},
                 **generating,
             },

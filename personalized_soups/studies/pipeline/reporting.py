@@ -6,26 +6,29 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from personalized_soups.declare.run_steps import ReportStep
 from personalized_soups.studies.pipeline.answering import MIXING, Combination, read_answers
 from personalized_soups.studies.pipeline.mixing import CHOICE
 from personalized_soups.studies.pipeline.run_folder import recorded_seconds
 from personalized_soups.studies.pipeline.steps import Report
-from personalized_soups.studies.pipeline.sweeping import FINDINGS, read_interference, read_sweep
+from personalized_soups.studies.pipeline.sweeping import FINDINGS, Shares, read_interference, read_sweep
 from personalized_soups.studies.pipeline.targets import Target, combination_name
 from personalized_soups.studies.pipeline.world import World
 
 if TYPE_CHECKING:
-    from personalized_soups.evaluation.expert_checks import ExpertChecks
+    from personalized_soups.evaluation.expert_checks import ExpertChecks, Mixtures
     from personalized_soups.evaluation.grading import Gate, Grader, Judge
     from personalized_soups.evaluation.page import Sample
     from personalized_soups.evaluation.scores import Graded
     from personalized_soups.evaluation.systems import Choice, GradedAnswers, SystemsResults, TrainingCost
-    from personalized_soups.evaluation.systems_fronts import Mixture
+
+    Swept: TypeAlias = Mapping[str, Mapping[Shares, Sequence[Graded]]]
 
 RESULTS, MARKDOWN, PAGE, ANSWERS = "results.json", "report.md", "report.html", "answers.parquet"
+# So many plain answers of the base are needed for bounds of fluency that accept 97% of them.
+LEAST_ANSWERS = 66
 # The page shows the answers to so many prompts.
 _SAMPLED_PROMPTS = 6
 
@@ -65,8 +68,7 @@ class ReportOn:
         from personalized_soups.evaluation.systems import compare_systems
         from personalized_soups.evaluation.systems_report import systems_report
 
-        graders = {prefix: self._grader(prefix, inputs, report) for prefix in self.prefixes}
-        graded = self._graded(graders, inputs, report)
+        graded, swept, mixtures = self._graded(inputs, report)
         results = compare_systems(
             graded,
             dimensions=list(self.world.catalogue.dimensions),
@@ -76,10 +78,9 @@ class ReportOn:
             seed=self.world.seed,
         )
         results["choices"] = self._choices(inputs)
-        self._add_fronts(results, graders, graded, inputs, report)
+        self._add_fronts(results, graded, swept, report)
         if self.step.interference is not None:
-            report("checking experts")
-            results["experts"] = self._experts(self.step.interference, graders, inputs)
+            results["experts"] = self._experts(inputs[self.step.interference], mixtures)
         report("drawing")
         pictures = {
             "win_rates": draw_win_rates(results, work / "win_rates.png"),
@@ -107,10 +108,9 @@ class ReportOn:
         if trained is None:
             return ScorerJudge(catalogue, self.step.judges) if self.step.judges else None
         folders: dict[str, Path | str] = {side: inputs[f"{prefix}{trained}-{side}"] / side for side in catalogue.sides}
-        reference = read_answers(inputs[f"{prefix}{self.step.systems[0]}"])
-        prompts, answers = next(iter(reference.values()))
+        (reference,) = read_answers(inputs[f"{prefix}{self.step.systems[0]}"]).values()  # the base's
         judge = RewardJudge(catalogue, RewardModels(folders, device=self.world.device))
-        return judge.centred_on(prompts, answers)
+        return judge.centred_on(*reference)
 
     def _gate(self, prefix: str, inputs: Mapping[str, Path], report: Report) -> Gate | None:
         if self.step.fluency is None:
@@ -132,18 +132,33 @@ class ReportOn:
         gate.bounds = calibrate_fluency(measured)
         return gate
 
-    def _graded(self, graders: Mapping[str, Grader], inputs: Mapping[str, Path], report: Report) -> GradedAnswers:
-        """Return the graded answers of each system: for each combination, those of all seeds."""
-        graded: dict[str, dict[Combination, list[Graded]]] = {}
-        for system in self.step.systems:
-            report(f"grading {system}")
-            graded[system] = {sides: [] for sides in self.combinations}
-            for prefix, grader in graders.items():
+    def _graded(self, inputs: Mapping[str, Path], report: Report) -> tuple[GradedAnswers, Swept, Mixtures]:
+        """Return the graded answers of all systems, all sweeps and the experts, with those of all seeds in a row.
+
+        Only the judges and the gate of one seed are in memory at a time. Experts are checked with the first seed.
+        """
+        systems: dict[str, dict[Combination, list[Graded]]] = {
+            system: {sides: [] for sides in self.combinations} for system in self.step.systems
+        }
+        swept: dict[str, dict[Shares, list[Graded]]] = {name: {} for name in self.sweeps}
+        mixtures: dict[tuple[tuple[str, ...], float], list[Graded]] = {}
+        for prefix in self.prefixes:
+            grader = self._grader(prefix, inputs, report)
+            for system, by_combination in systems.items():
+                report(f"grading {prefix}{system}")
                 answers = read_answers(inputs[f"{prefix}{system}"])
                 found = {sides: grader.graded(*both) for sides, both in answers.items()}
-                for sides in self.combinations:
-                    graded[system][sides] += found[sides if sides in found else ()]
-        return graded
+                for sides in by_combination:
+                    by_combination[sides] += found[sides if sides in found else ()]
+            for name, by_shares in swept.items():
+                report(f"grading {prefix}{name}")
+                for shares, both in read_sweep(inputs[f"{prefix}{name}"]).items():
+                    by_shares.setdefault(shares, []).extend(grader.graded(*both))
+            if self.step.interference is not None and prefix == self.prefixes[0]:
+                report("grading experts")
+                folder = inputs[self.step.interference]
+                mixtures = {key: grader.graded(*both) for key, both in read_interference(folder).items()}
+        return systems, swept, mixtures
 
     def _has_cost(self, system: str) -> bool:
         trained, targets = self.trainings[system]
@@ -178,43 +193,25 @@ class ReportOn:
                 found.setdefault((step, used["method"], number), choice)["systems"].append(system)
         return list(found.values())
 
-    def _add_fronts(
-        self,
-        results: SystemsResults,
-        graders: Mapping[str, Grader],
-        graded: GradedAnswers,
-        inputs: Mapping[str, Path],
-        report: Report,
-    ) -> None:
-        from personalized_soups.evaluation.systems_fronts import Mixture, fronts_of, reach_of
+    def _add_fronts(self, results: SystemsResults, graded: GradedAnswers, swept: Swept, report: Report) -> None:
+        from personalized_soups.evaluation.systems_fronts import MOST_OBJECTIVES, Mixture, fronts_of, reach_of
 
-        dimensions = {name: list(each.sides) for name, each in self.world.catalogue.dimensions.items()}
+        num_seeds = len(self.prefixes)
         fronts, reach = [], []
         for name in self.step.fronts:
             report(f"the front of {name}")
-            if name in self.sweeps:
-                mixtures = self._swept(name, graders, inputs)
+            if name in swept:
+                mixtures = [Mixture(dict(shares), entries) for shares, entries in swept[name].items()]
             else:
-                mixtures = [Mixture(dict.fromkeys(sides, 1.0), found) for sides, found in graded[name].items()]
-            fronts += fronts_of(name, mixtures, dimensions)
-            reach.append(reach_of(name, mixtures, self.combinations))
+                mixtures = [Mixture(dict.fromkeys(sides, 1.0), entries) for sides, entries in graded[name].items()]
+            fronts += fronts_of(name, mixtures, self.world.catalogue, num_seeds=num_seeds)
+            if len(self.world.catalogue.dimensions) <= MOST_OBJECTIVES:
+                reach.append(reach_of(name, mixtures, self.combinations, num_seeds=num_seeds))
         results["fronts"], results["reach"] = fronts, reach
 
-    def _swept(self, name: str, graders: Mapping[str, Grader], inputs: Mapping[str, Path]) -> list[Mixture]:
-        from personalized_soups.evaluation.systems_fronts import Mixture
-
-        by_shares: dict[tuple[tuple[str, float], ...], list[Graded]] = {}
-        for prefix, grader in graders.items():
-            for shares, both in read_sweep(inputs[f"{prefix}{name}"]).items():
-                by_shares.setdefault(shares, []).extend(grader.graded(*both))
-        return [Mixture(dict(shares), entries) for shares, entries in by_shares.items()]
-
-    def _experts(self, name: str, graders: Mapping[str, Grader], inputs: Mapping[str, Path]) -> ExpertChecks:
+    def _experts(self, folder: Path, mixtures: Mixtures) -> ExpertChecks:
         from personalized_soups.evaluation.expert_checks import check_alone, check_pairs
 
-        (prefix, grader), *_ = graders.items()  # experts are those of the first seed
-        folder = inputs[f"{prefix}{name}"]
-        mixtures = {key: grader.graded(*both) for key, both in read_interference(folder).items()}
         doctor = json.loads((folder / FINDINGS).read_text(encoding="utf-8"))
         return {
             "weight": doctor["weight"],

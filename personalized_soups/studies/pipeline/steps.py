@@ -55,9 +55,11 @@ class Step:
 def in_order(steps: Sequence[Step]) -> list[Step]:
     """Return the steps in an order in which each comes after all that it needs.
 
+    Of a declared step that was made for several targets, those that nothing uses are left out.
+
     Raises:
         DeclarationError: if two steps have the same name, a step needs an unknown step, steps need each other in a
-            circle, or a step is neither needed nor a result.
+            circle, or nothing that is declared in the place of a step is needed or a result.
     """
     by_name: dict[str, Step] = {}
     for step in steps:
@@ -69,12 +71,22 @@ def in_order(steps: Sequence[Step]) -> list[Step]:
     _check_names(steps, by_name)
     ordered = _ordered(by_name)
     needed = {name for step in steps for name in step.needs}
+    used = {step.where or step.name for step in steps if step.name in needed or step.is_result}
     for step in steps:
-        if step.name not in needed and not step.is_result:
+        if (step.where or step.name) not in used:
             raise DeclarationError(
                 f"no step uses the step {step.name!r}", where=step.where, mend="remove it, or use it in another step"
             )
-    return ordered
+    return _without_unused(ordered)
+
+
+def _without_unused(ordered: Sequence[Step]) -> list[Step]:
+    """Return the results and all that they need, in the same order."""
+    wanted: set[str] = set()
+    for step in reversed(ordered):
+        if step.is_result or step.name in wanted:
+            wanted |= {step.name, *step.needs}
+    return [step for step in ordered if step.name in wanted]
 
 
 def _check_names(steps: Sequence[Step], by_name: Mapping[str, Step]) -> None:

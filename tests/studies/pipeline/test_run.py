@@ -241,6 +241,69 @@ def test_policies_for_some_combinations_are_compared_on_these(psoups: Run, recip
     assert "the system 'p-morl' has not answered for all combinations" in err
 
 
+TWO_DIMENSIONS = (
+    DIMENSIONS
+    + """
+  style:
+    about: Whether it is warm.
+    scorer: {kind: markers, high: [lamp], low: [soap]}
+    sides:
+      warm: {instruction: Be warm.}
+      cold: {instruction: Be cold., end: low}
+"""
+)
+
+
+def keys(recipe: Path) -> dict[str, str]:
+    """Return what each step's files depend on, apart from the files of other steps."""
+    steps = in_order(steps_of(load(recipe, RunRecipe), device="cpu"))
+    return {step.name: step.key(dict.fromkeys(step.needs, "")) for step in steps}
+
+
+def test_other_combinations_are_other_work_and_unused_experts_are_not_trained(recipe: Path) -> None:
+    (recipe.parent / "dimensions.yaml").write_text(TWO_DIMENSIONS)
+    text = with_systems(recipe).read_text()
+    recipe.write_text(text.replace("steps:", "num_combinations: 2\nsteps:", 1))
+    two = keys(recipe)
+    recipe.write_text(text.replace("steps:", "num_combinations: 3\nsteps:", 1))
+    three = keys(recipe)
+    for name in ("base", "mixed", "p-morl", "report"):
+        assert two[name] != three[name]
+    assert two["pool"] == three["pool"]
+    # only the experts of the combination are merged, and nothing else uses them
+    merges = RECIPE.replace("BASE", str(load(recipe, RunRecipe).base))
+    recipe.write_text(merges.replace("steps:", "num_combinations: 1\nsteps:", 1))
+    assert len([name for name in keys(recipe) if name.startswith("experts-")]) == 2
+
+
+def test_a_classifier_that_was_trained_again_makes_its_labels_again(recipe: Path) -> None:
+    (recipe.parent / "tone").mkdir()
+    (recipe.parent / "tone" / "classifier.json").write_text("{}")
+    scorer = "{kind: classifier, path: tone}"
+    (recipe.parent / "dimensions.yaml").write_text(DIMENSIONS.replace("{kind: length, low: 0, high: 20}", scorer))
+    with_systems(recipe)
+    before = keys(recipe)
+    (recipe.parent / "tone" / "classifier.json").write_text("{ }")
+    after = keys(recipe)
+    changed = {name for name in before if before[name] != after[name]}
+    assert {"labels-concise", "labels-informative", "base", "mixed", "report"} <= changed
+    assert not changed & {"pool", "pairs-concise", "experts-concise"}
+
+
+def test_the_beta_of_backbones_is_in_the_key_of_their_answers(recipe: Path) -> None:
+    (recipe.parent / "dimensions.yaml").write_text(TWO_DIMENSIONS)
+    steps = """
+  bone_labels: {kind: label, rollouts: pool, targets: dimensions, beta: 0.7}
+  bone_pairs: {kind: pairs, labels: bone_labels}
+  bones: {kind: train, pairs: bone_pairs, recipe: train.yaml}
+  bone: {kind: answers, prompts: test.txt, experts: bones, weight: 0.5}
+"""
+    recipe.write_text(recipe.read_text() + steps)
+    before = keys(recipe)
+    recipe.write_text(recipe.read_text().replace("beta: 0.7", "beta: 0.8"))
+    assert keys(recipe)["bone"] != before["bone"]
+
+
 @pytest.mark.slow
 def test_two_seeds_with_judges_fronts_and_checks_have_one_report(psoups: Run, recipe: Path) -> None:
     folder = recipe.parent
@@ -268,7 +331,9 @@ def test_two_seeds_with_judges_fronts_and_checks_have_one_report(psoups: Run, re
     assert [(front["system"], len(front["points"])) for front in results["fronts"]] == [("sweep", 3), ("bone", 2)]
     assert {check["side"] for check in results["experts"]["alone"]} == {"concise", "informative"}
     assert results["experts"]["pairs"] == []  # there is only one dimension
-    # the reward models judge, and the mean of the base's answers is in the middle
+    # the reward models judge; the base's answers are their reference, so the scores of two sides add up to 1
+    base = next(scores for scores in results["averages"] if scores["system"] == "base")
+    assert base["judged"]["informativeness"] == pytest.approx(0.5)  # the mean over both combinations
     assert all("judged_joint" in scores for scores in results["averages"])
     text = (steps / "report" / "report.md").read_text()
     for heading in ("Each seed", "Method and weight", "Pareto fronts", "Does each expert work alone?"):
@@ -312,6 +377,42 @@ def test_two_seeds_with_judges_fronts_and_checks_have_one_report(psoups: Run, re
             "primary: [mixed, base], combinations: [[informative], [terse]]",
             "terse is not a combination",
             "report.combinations",
+        ),
+        ("primary: [mixed, base]", "primary: [mixed, mixed]", "names 'mixed' twice", "report.primary"),
+        ("systems: [base, prompted", "systems: [base, base, prompted", "'base' occurs twice", "report.systems"),
+        (
+            "base: {kind: answers, prompts: test.txt,",
+            "base: {kind: answers, prompts: test.txt, num_prompts: 2,",
+            "the system 'prompted' answers other prompts than 'base'",
+            "report.systems",
+        ),
+        (
+            "primary: [mixed, base]",
+            "primary: [mixed, base], fluency: pool",
+            "the fluency gate needs 66",
+            "report.fluency",
+        ),
+        ("weight: 0.6}\n  merged", "weight: 0}\n  merged", "the weight is 0", "steps.mixed"),
+        (
+            "experts: experts, weight: 0.6}\n  merged",
+            "experts: experts, choice: c}\n  c: {kind: choose, experts: bones, prompts: validation.txt, "
+            "weights: {linear: [1.0]}}\n  bones: {kind: train, pairs: pairs, recipe: train.yaml}\n  merged",
+            "chooses a weight for the experts of 'bones', but these are of 'experts'",
+            "mixed.choice",
+        ),
+        (
+            "experts: experts, weight: 0.6}\n  merged",
+            "experts: experts, choice: c, mixing: log_probs}\n  c: {kind: choose, experts: experts, "
+            "prompts: validation.txt, weights: {ties: [1.0]}}\n  merged",
+            "tries no weights for the method linear",
+            "mixed.choice",
+        ),
+        (
+            "systems: [base, prompted, p-morl, mixed, merged], primary: [mixed, base]",
+            "systems: [mixed, base], primary: [mixed, base], reward_models: models}\n"
+            "  models: {kind: train, method: reward, pairs: pairs, recipe: reward.yaml",
+            "the first system, 'mixed', is not the base",
+            "report.systems",
         ),
         ("primary: [mixed, base]", "primary: [mixed, base], fronts: [p-morl, prompted2]", "prompted2", "report.fronts"),
         ("primary: [mixed, base]", "primary: [mixed, base], reward_models: experts", "no reward models", "report"),

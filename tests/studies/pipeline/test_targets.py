@@ -62,7 +62,9 @@ def test_backbones_add_up_to_the_preference_of_any_user(beta: float) -> None:
     rng = np.random.default_rng(0)
     for shares in rng.random((20, 3)):
         user = {side: share for name, share in zip(HIGH, shares, strict=True) for side, share in both(name, share)}
-        weights = Mixing(CATALOGUE, beta).profile(user, "linear", 2.0).weights
+        profile = Mixing(CATALOGUE, beta).profile(user, "linear", 2.0)
+        assert profile is not None
+        weights = profile.weights
         mixed = mixing_matrix(3, beta).T @ np.array([weights[name] for name in HIGH])
         assert mixed == pytest.approx(2 * (2 * shares - 1))
 
@@ -74,6 +76,7 @@ def both(dimension: str, share: float) -> list[tuple[str, float]]:
 
 def test_experts_of_sides_have_their_shares_and_absent_sides_no_weight() -> None:
     profile = Mixing(CATALOGUE, None).profile({"expert": 0.25, "elementary": 0.75, "concise": 1.0}, "linear", 0.8)
+    assert profile is not None
     assert profile.weights == pytest.approx({"expert": 0.2, "elementary": 0.6, "concise": 0.8})
 
 
@@ -85,8 +88,13 @@ def test_a_sweep_has_each_mixture_of_each_edge_once() -> None:
     for shares in mixtures:
         for dimension in CATALOGUE.dimensions.values():
             assert sum(shares.get(side, 0.0) for side in dimension.sides) == pytest.approx(1)
-    # one combination, the first side of each dimension, is where three edges begin
-    assert len(shares_between(CATALOGUE, [("elementary", "concise", "friendly")], 3)) == 1 + 3 * 2
+    for sides in combinations:  # three edges meet at each combination, whichever its sides are
+        assert len(shares_between(CATALOGUE, [sides], 3)) == 1 + 3 * 2
+
+
+def test_backbones_in_the_middle_of_one_dimension_are_the_base() -> None:
+    one = CATALOGUE.replaced(dimensions={"style": CATALOGUE.dimensions["style"]})
+    assert Mixing(one, 1.0).profile({"friendly": 0.5, "unfriendly": 0.5}, "linear", 0.8) is None
 
 
 def test_some_combinations_can_be_drawn() -> None:
