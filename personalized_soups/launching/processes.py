@@ -59,11 +59,27 @@ class ProcessPool(Generic[Task, Result]):
             SoupError, OSError: if a task raised such an error. Only the first one is raised.
             RunError: if a worker process ended because of another exception or a signal.
         """
-        self._start(min(self._count, len(tasks)))
-        waiting = deque(tasks)
-        idle = deque(self._workers)
+        yield from self.run_growing(deque(tasks), on_report)
+
+    def run_growing(
+        self, waiting: deque[Task], on_report: Report = lambda _: None, *, num_left: int = 0
+    ) -> Iterator[tuple[Task, Result]]:
+        """Yield each task with its result, like `run`, while the caller may add tasks after each result.
+
+        Args:
+            waiting: the tasks. A task leaves it when a process begins with it.
+            on_report: as for `run`.
+            num_left: end when no process is busy and at most so many tasks are waiting, which stay there.
+
+        Raises:
+            SoupError, OSError, RunError: in the same cases as `run`.
+        """
         busy: dict[Any, tuple[_Worker, Task]] = {}
-        while waiting or busy:
+        idle = deque(self._workers)
+        while busy or len(waiting) > num_left:
+            num_before = len(self._workers)
+            self._start(min(self._count, len(busy) + len(waiting)))
+            idle += self._workers[num_before:]
             while waiting and idle:
                 worker, task = idle.popleft(), waiting.popleft()
                 _send(worker, task)

@@ -8,6 +8,7 @@ import multiprocessing.connection
 import os
 import signal
 import threading
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,27 @@ def test_tasks_are_shared_by_processes_that_stay() -> None:
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_tasks_that_are_added_after_a_result_run_in_the_same_processes() -> None:
+    waiting = deque([1, 2])
+    results: dict[int, tuple[int, str, int]] = {}
+    with start_processes(square, 2, num_threads=1) as pool:
+        for task, result in pool.run_growing(waiting):
+            results[task] = result
+            if task < 3:
+                waiting.append(task + 10)
+        assert sorted(results) == [1, 2, 11, 12]
+        assert len({process for *_, process in results.values()}) <= 2
+        waiting.extend([3, 4, 5])
+        some = dict(pool.run_growing(waiting, num_left=1))
+        assert sorted([*some, *waiting]) == [3, 4, 5]  # the last one starts only if another is still busy
+        waiting.extend([6] if not waiting else [])
+        left = list(waiting)
+        assert list(pool.run_growing(waiting, num_left=1)) == []
+        assert list(waiting) == left
 
 
 @pytest.mark.distributed

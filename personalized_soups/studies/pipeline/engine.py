@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,22 +104,43 @@ def run_steps(
     """
     ordered = in_order(steps)
     with folder.locked():
-        done: dict[str, StepRecord] = {}
-        while len(done) < len(ordered):
-            ready = [step for step in ordered if step.name not in done and all(name in done for name in step.needs)]
-            keys = {step.name: step.key({name: done[name].output for name in step.needs}) for step in ready}
-            tasks = []
-            for step in ready:
-                found = _finished(folder, step.name, keys[step.name])
-                if found is None:
-                    inputs = {name: folder.files(name) for name in step.needs}
-                    tasks.append(_Task(step, folder.begin(step.name, keys[step.name]), inputs))
-                else:
-                    done[step.name] = found
-                    yield FinishedStep(step.name, len(done), len(ordered), found, was_run=False)
-            for name, seconds in _run(tasks, workers, on_report or _ignore):
-                done[name] = folder.finish(name, keys[name], seconds)
-                yield FinishedStep(name, len(done), len(ordered), done[name], was_run=True)
+        schedule = _Schedule(ordered, folder)
+        yield from schedule.found()
+        for name, seconds in _run(schedule.waiting, workers, on_report or _ignore):
+            yield schedule.finished(name, seconds)
+            yield from schedule.found()
+
+
+class _Schedule:
+    """Which steps are done, and which can run."""
+
+    def __init__(self, ordered: Sequence[Step], folder: RunFolder) -> None:
+        self.waiting: deque[_Task] = deque()
+        self._ordered = ordered
+        self._folder = folder
+        self._keys: dict[str, str] = {}
+        self._done: dict[str, StepRecord] = {}
+
+    def found(self) -> Iterator[FinishedStep]:
+        """Yield the steps whose files are there, and let those wait that can run now."""
+        for step in self._ordered:  # each comes after all that it needs
+            if step.name in self._keys or not all(name in self._done for name in step.needs):
+                continue
+            key = self._keys[step.name] = step.key({name: self._done[name].output for name in step.needs})
+            record = _finished(self._folder, step.name, key)
+            if record is None:
+                inputs = {name: self._folder.files(name) for name in step.needs}
+                self.waiting.append(_Task(step, self._folder.begin(step.name, key), inputs))
+            else:
+                yield self._with(step.name, record, was_run=False)
+
+    def finished(self, name: str, seconds: float) -> FinishedStep:
+        """Record a step that was run."""
+        return self._with(name, self._folder.finish(name, self._keys[name], seconds), was_run=True)
+
+    def _with(self, name: str, record: StepRecord, *, was_run: bool) -> FinishedStep:
+        self._done[name] = record
+        return FinishedStep(name, len(self._done), len(self._ordered), record, was_run)
 
 
 def _finished(folder: RunFolder, name: str, key: str) -> StepRecord | None:
@@ -126,19 +148,23 @@ def _finished(folder: RunFolder, name: str, key: str) -> StepRecord | None:
     return record if record is not None and record.key == key and folder.is_whole(name) else None
 
 
-def _run(tasks: Sequence[_Task], workers: int, on_report: Callable[[str, Any], None]) -> Iterator[tuple[str, float]]:
-    """Run tasks, and yield the name and the seconds of each."""
-    if workers <= 1 or len(tasks) <= 1:
-        for task in tasks:
+def _run(waiting: deque[_Task], workers: int, on_report: Callable[[str, Any], None]) -> Iterator[tuple[str, float]]:
+    """Run the waiting tasks, which grow after each result, and yield the name and the seconds of each.
+
+    This process runs a task that is the only one, with all cores.
+    """
+    with start_processes(_timed_reporting, workers, num_threads=1) as pool:
+        while waiting:
+            if workers > 1 and len(waiting) > 1:
+                for task, seconds in pool.run_growing(waiting, lambda content: on_report(*content), num_left=1):
+                    yield task.step.name, seconds
+                continue
+            task = waiting.popleft()
 
             def report(content: Any, name: str = task.step.name) -> None:
                 on_report(name, content)
 
             yield task.step.name, _timed(task, report)
-        return
-    with start_processes(_timed_reporting, min(workers, len(tasks)), num_threads=1) as pool:
-        for task, seconds in pool.run(list(tasks), lambda content: on_report(*content)):
-            yield task.step.name, seconds
 
 
 def _timed_reporting(task: _Task, report: Report) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,18 @@ class Write:
             with path.open("a") as file:
                 file.write(" ".join([self.text, str(number), *given]) + "\n")
             report(number)
+
+
+@dataclass(frozen=True)
+class WaitFor:
+    """Ends when another step has written its files."""
+
+    path: Path
+
+    def __call__(self, work: Path, inputs: Mapping[str, Path], report: Callable[[Any], None]) -> None:
+        while not self.path.is_file():
+            time.sleep(0.01)
+        (work / "text.txt").write_text("seen\n")
 
 
 def step(name: str, *needs: str, text: str | None = None, is_result: bool = False) -> Step:

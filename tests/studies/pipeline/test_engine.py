@@ -16,7 +16,7 @@ from personalized_soups.studies.pipeline.engine import plan, run_steps
 from personalized_soups.studies.pipeline.run_folder import RunFolder, digest_of
 from personalized_soups.studies.pipeline.steps import Step, in_order
 from tests.studies.pipeline import steps_of_tests
-from tests.studies.pipeline.steps_of_tests import LINES, small_run, step
+from tests.studies.pipeline.steps_of_tests import LINES, WaitFor, small_run, step
 
 
 def ran(folder: Path, steps: list[Step], workers: int = 1) -> list[str]:
@@ -69,6 +69,17 @@ def test_several_processes_give_the_same_files(tmp_path: Path) -> None:
     ran(tmp_path / "one", small_run())
     assert sorted(ran(tmp_path / "two", small_run(), workers=2)) == ["left", "pool", "report", "right"]
     assert digest_of(tmp_path / "one/steps") == digest_of(tmp_path / "two/steps")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.timeout(300)
+def test_a_step_runs_as_soon_as_all_that_it_needs_is_done(tmp_path: Path) -> None:
+    """A long step that is ready from the beginning does not hold up a chain of others."""
+    last = tmp_path / "steps" / "second" / "text.txt"
+    long = Step("long", {}, (), WaitFor(last), where="recipe.yaml: long", is_result=True)
+    steps = [long, step("first"), step("second", "first", is_result=True)]
+    assert ran(tmp_path, steps, workers=2) == ["first", "second", "long"]
 
 
 def killed_after(num_events: int, folder: Path) -> int:
