@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from personalized_soups.declare.expert_weights import ProfileLike
 from personalized_soups.declare.profile import Profile
 from personalized_soups.declare.run_steps import AnswersStep
-from personalized_soups.files.lines import growing_lines, read_lines
+from personalized_soups.files.lines import growing_lines
+from personalized_soups.studies.pipeline.answer_lines import ANSWERS, Answered, grouped_answers
 from personalized_soups.studies.pipeline.mixing import Mixing
 from personalized_soups.studies.pipeline.prompts import prompts_of
 from personalized_soups.studies.pipeline.steps import Report
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 Combination: TypeAlias = tuple[str, ...]
 
 MIXING = "mixing.json"
-_ANSWERS = "answers.jsonl"
 # All systems answer a prompt with the same random numbers.
 _SEED = 3000
 
@@ -107,7 +107,7 @@ class Answer:
         lines_per_job = len(self._graded_for(self._asked[0]))
         scorers = {sides: MeanScorer(self.world.catalogue, sides) for sides in self._chosen_for}
         model: SoupModel | None = None
-        with growing_lines(work / _ANSWERS, {}, overwrite=True) as lines:
+        with growing_lines(work / ANSWERS, {}, overwrite=True) as lines:
             # A batch that was begun is answered as a whole again: rounding depends on the batch.
             start = lines.num_done // (size * lines_per_job) * size
             for first in range(start, len(jobs), size):
@@ -217,11 +217,6 @@ class Answer:
         return max(candidates, key=lambda answer: scorer(prompt, answer).toward("high"))
 
 
-def read_answers(folder: Path) -> dict[Combination, tuple[list[str], list[str]]]:
+def read_answers(folder: Path) -> dict[Combination, Answered]:
     """Return the prompts and the answers for each combination. The key () has answers for all combinations."""
-    found: dict[Combination, tuple[list[str], list[str]]] = {}
-    for line in read_lines(folder / _ANSWERS):
-        prompts, answers = found.setdefault(tuple(line["sides"]), ([], []))
-        prompts.append(line["prompt"])
-        answers.append(line["answer"])
-    return found
+    return grouped_answers(folder, lambda line: tuple(line["sides"]))

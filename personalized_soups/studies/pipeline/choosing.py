@@ -6,16 +6,14 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from personalized_soups.declare.run_steps import ChooseStep
-from personalized_soups.files.lines import read_lines
+from personalized_soups.studies.pipeline.answer_lines import ANSWERS, grouped_answers
 from personalized_soups.studies.pipeline.mixing import CHOICE, Mixing
 from personalized_soups.studies.pipeline.prompts import prompts_of
 from personalized_soups.studies.pipeline.steps import Report
 from personalized_soups.studies.pipeline.world import World
 
-_ANSWERS = "answers.jsonl"
 _SEED = 2000
 
 
@@ -63,7 +61,7 @@ class Choose:
             for sides in self.combinations
         ]
         answer_rows(
-            work / _ANSWERS,
+            work / ANSWERS,
             rows,
             prompts_of(self.prompts, self.step),
             world=self.world,
@@ -73,7 +71,7 @@ class Choose:
             report=report,
         )
         grader = Grader(self.world.catalogue)
-        found = _by_trial(work / _ANSWERS)
+        found = grouped_answers(work, lambda line: (line["method"], line["weight"], tuple(line["sides"])))
         scores = [
             score_selection(
                 method, weight, {sides: grader.graded(*found[method, weight, sides]) for sides in self.combinations}
@@ -86,13 +84,3 @@ class Choose:
             "scores": scores,
         }
         (work / CHOICE).write_text(json.dumps(choice, indent=1) + "\n", encoding="utf-8")
-
-
-def _by_trial(path: Path) -> dict[Any, tuple[list[str], list[str]]]:
-    """Return the prompts and the answers of each method, weight and combination."""
-    found: dict[Any, tuple[list[str], list[str]]] = {}
-    for line in read_lines(path):
-        prompts, answers = found.setdefault((line["method"], line["weight"], tuple(line["sides"])), ([], []))
-        prompts.append(line["prompt"])
-        answers.append(line["answer"])
-    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from personalized_soups.declare.run_steps import InterferenceStep, SweepStep
-from personalized_soups.files.lines import read_lines
+from personalized_soups.studies.pipeline.answer_lines import ANSWERS, Answered, grouped_answers
 from personalized_soups.studies.pipeline.mixing import Mixing, shares_between
 from personalized_soups.studies.pipeline.prompts import prompts_of
 from personalized_soups.studies.pipeline.steps import Report
@@ -19,7 +19,7 @@ from personalized_soups.studies.pipeline.world import World
 Shares: TypeAlias = tuple[tuple[str, float], ...]
 """The sides of a mixture and their shares."""
 
-_ANSWERS, FINDINGS = "answers.jsonl", "findings.json"
+FINDINGS = "findings.json"
 _SEED = 3000
 
 
@@ -54,7 +54,7 @@ class SweepSides:
         _, weight = self.mixing.resolved(inputs)
         mixtures = shares_between(self.world.catalogue, self.combinations, self.step.num_steps)
         answer_rows(
-            work / _ANSWERS,
+            work / ANSWERS,
             [Row({"shares": shares}, self.mixing.profile(shares, "linear", weight)) for shares in mixtures],
             prompts_of(self.prompts, self.step),
             world=self.world,
@@ -99,7 +99,7 @@ class MeasureInterference:
         mixtures += [((side,), each) for side in self.world.catalogue.sides for each in dict.fromkeys((1.0, weight))]
         mixtures += [(pair, weight) for pair in self._pairs()]
         answer_rows(
-            work / _ANSWERS,
+            work / ANSWERS,
             [
                 Row(
                     {"sides": list(sides), "weight": each},
@@ -128,22 +128,13 @@ class MeasureInterference:
         ]
 
 
-def read_sweep(folder: Path) -> dict[Shares, tuple[list[str], list[str]]]:
-    """Return the prompts and the answers of each mixture. Mixtures at which two ways meet are there once."""
-    found: dict[Shares, tuple[list[str], list[str]]] = {}
-    for line in read_lines(folder / _ANSWERS):
-        key = tuple(sorted((side, share) for side, share in line["shares"].items() if share))
-        prompts, answers = found.setdefault(key, ([], []))
-        prompts.append(line["prompt"])
-        answers.append(line["answer"])
-    return found
+def read_sweep(folder: Path) -> dict[Shares, Answered]:
+    """Return the prompts and the answers of each mixture."""
+    return grouped_answers(
+        folder, lambda line: tuple(sorted((side, share) for side, share in line["shares"].items() if share))
+    )
 
 
-def read_interference(folder: Path) -> dict[tuple[tuple[str, ...], float], tuple[list[str], list[str]]]:
+def read_interference(folder: Path) -> dict[tuple[tuple[str, ...], float], Answered]:
     """Return the prompts and the answers of each mixture: its sides and their weight. The base is `((), 0.0)`."""
-    found: dict[tuple[tuple[str, ...], float], tuple[list[str], list[str]]] = {}
-    for line in read_lines(folder / _ANSWERS):
-        prompts, answers = found.setdefault((tuple(line["sides"]), line["weight"]), ([], []))
-        prompts.append(line["prompt"])
-        answers.append(line["answer"])
-    return found
+    return grouped_answers(folder, lambda line: (tuple(line["sides"]), line["weight"]))
