@@ -6,7 +6,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -67,6 +67,15 @@ class RunRecipe(Declared):
     """
 
     base: File = Field(description="The base: the name of a named base, a folder, a GGUF file or a hub id.")
+    on: File | None = Field(
+        default=None,
+        description="The LoRA adapter, such as an SFT adapter, on top of which experts and policies are trained and "
+        "answer. A relative path starts at the folder of the recipe.",
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32",
+        description="The dtype of the base while it answers. A training recipe has its own.",
+    )
     dimensions: File | None = Field(
         default=None, description="The catalogue. Left out, the shipped one that suits the base."
     )

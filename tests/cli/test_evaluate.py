@@ -51,7 +51,8 @@ def evaluation(folder: Path, **options: Any) -> ExpertsEvaluation:
 
 def test_the_recipe_has_the_sides_with_experts_and_no_prompt_for_two_ends(folder: Path) -> None:
     written = folder / "out" / "recipe"
-    recipe = evaluation(folder, num_combinations=1).write(written)
+    recipe = evaluation(folder, num_combinations=1, dtype="bfloat16", on=folder / "sft").write(written)
+    assert (recipe.dtype, recipe.on) == ("bfloat16", str(folder / "sft"))
     assert load(written / "recipe.yaml", RunRecipe) == recipe
     catalogue = load(written / "dimensions.yaml", Catalogue)
     assert list(catalogue.sides) == ["short", "long", "warm"]
@@ -76,6 +77,7 @@ def test_the_recipe_has_the_sides_with_experts_and_no_prompt_for_two_ends(folder
         ("FOLDER/experts", "FOLDER/none", "FOLDER/none"),
         ("--base BASE", "--base BASE --methods factor_average", "add linear"),
         ("--base BASE", "--base BASE --methods linear,blend", "'blend' is not a known merge method"),
+        ("--base BASE", "--base BASE --dtype float8", "dtype"),
         ("FOLDER/prompts.txt", "FOLDER/few.txt", "fewer than 4 different prompts"),
         ("--dimensions FOLDER/dimensions.yaml", "", "give the catalogue that declares the sides of these experts"),
         ("--out FOLDER/out", "--out FOLDER", "it is not that of a run"),

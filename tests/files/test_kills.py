@@ -102,7 +102,8 @@ def test_what_was_marked_before_the_kill_is_not_written_again(tmp_path: Path, mo
             continue
         assert again in (PIECES[len(marked) :], PIECES[len(begun) :])
         num_kept.add(len(PIECES) - len(again))
-    assert len(num_kept) >= 3
+    if mode == "events":  # at random moments, a busy machine may kill most runs at the same point
+        assert len(num_kept) >= 3
 
 
 def test_of_runs_that_begin_at_once_one_wins_and_the_others_say_so(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ from personalized_soups.declare.evaluation import StudyRecipe, TrainedJudge
 from personalized_soups.declare.loader import load
 from personalized_soups.declare.shipped import shipped_recipe
 from personalized_soups.errors import DeclarationError, InputError
-from personalized_soups.evaluation.scores import grade
 from personalized_soups.studies.base_checks import check_base
 from personalized_soups.studies.folder import StudyFolder
 from personalized_soups.studies.judging import judge_reports, judges_of
@@ -64,11 +63,10 @@ def test_a_judge_is_trained_once_and_tells_the_tones_apart(judge: TrainedJudge, 
     (report,) = judge_reports(answering).values()
     assert report["auc"] == 1.0
     assert report["num_answers"] == 24
-    catalogue = answering.study.grader(judges, None).judges
-    warm, cold = grade(
-        ["Hi", "Hi"], ["I am so glad, dear friend", "Stop asking such dull questions"], catalogue, ["friendly"]
-    )
-    assert warm.toward["friendly"] > 0.5 > cold.toward["friendly"]
+    judge_of_all = answering.study.grader(judges, None).judge
+    assert judge_of_all is not None
+    warm, cold = judge_of_all.toward(["Hi", "Hi"], ["I am so glad, dear friend", "Stop asking such dull questions"])
+    assert warm["friendly"] > 0.5 > cold["friendly"]
 
 
 def test_its_prompts_choose_no_method_and_are_in_no_other_split(judge: TrainedJudge) -> None:

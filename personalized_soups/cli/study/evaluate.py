@@ -19,6 +19,7 @@ from personalized_soups.cli.options import (
     DeviceOption,
     DimensionsOption,
     JsonOption,
+    OnOption,
     WorkersOption,
 )
 from personalized_soups.cli.study.run import finished_steps, show_plan
@@ -59,6 +60,7 @@ def evaluate(
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the run. An interrupted run in this folder is resumed.")],
+    on: OnOption = None,
     dimensions: DimensionsOption = None,
     methods: Annotated[
         str | None,
@@ -85,6 +87,13 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Random seed. By default 0.", min=0, max=MAX_SEED, show_default=False)
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Dtype: float32 (the default), bfloat16, float16, or auto for the base's own dtype.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what a run would do, and run nothing.")] = False,
     workers: WorkersOption = 0,
     device: DeviceOption = "auto",
@@ -109,6 +118,8 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        on=on,
+        dtype=dtype,
     )
     with options.declared(recipe, folder, dry_run=dry_run) as declared:
         _run(declared, folder, workers=num_workers(workers), device=device, dry_run=dry_run, as_json=as_json)
@@ -138,6 +149,8 @@ class _Options:
     max_new_tokens: int | None
     temperature: float | None
     seed: int | None
+    on: Path | None
+    dtype: str | None
 
     @contextmanager
     def declared(self, recipe: Path | None, folder: RunFolder, *, dry_run: bool) -> Iterator[RunRecipe]:
@@ -188,6 +201,8 @@ class _Options:
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "seed": self.seed,
+            "on": self.on,
+            "dtype": self.dtype,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         return ExpertsEvaluation(self.experts, resolve_base(self.base), self.prompts, catalogue, **chosen)

@@ -111,7 +111,7 @@ class Answer:
             # A batch that was begun is answered as a whole again: rounding depends on the batch.
             start = lines.num_done // (size * lines_per_job) * size
             for first in range(start, len(jobs), size):
-                model = model or self._model(source.folders)
+                model = model or self.world.soup_model(source.folders)
                 rows = self._answered(model, source, prompts, jobs[first : first + size], scorers)
                 lines.add(rows[max(0, lines.num_done - first * lines_per_job) :])
                 report(f"{min(first + size, len(jobs))}/{len(jobs)} answers")
@@ -140,11 +140,6 @@ class Answer:
     def _graded_for(self, sides: Combination) -> tuple[Combination, ...]:
         """Return the combinations for which a job gives an answer each: all if only the choice differs."""
         return (sides,) if sides else self._chosen_for or (sides,)
-
-    def _model(self, folders: Sequence[Path]) -> SoupModel:
-        from personalized_soups.mixing.model import SoupModel
-
-        return SoupModel.from_pretrained(self.world.base, list(folders), device=self.world.device)
 
     def _answered(
         self,

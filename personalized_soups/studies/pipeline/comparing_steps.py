@@ -46,6 +46,9 @@ def generation_steps(run: Expansion, name: str, step: Generating) -> Iterator[St
         run.check_targets(name, "experts", step.experts, kinds)
         mixing = _mixing(run, step)
         _check_choice(run, name, step, mixing)
+        tried = list(step.weights) if isinstance(step, ChooseStep) else [mixing.method or "linear"]
+        if any(method != "linear" for method in tried):
+            run.check_can_merge(name, "weights" if isinstance(step, ChooseStep) else "method")
     combinations = _answered(run, step)
     work: Choose | SweepSides | MeasureInterference | Answer
     match step:

@@ -51,7 +51,8 @@ def steps_of(recipe: RunRecipe, *, device: str = "auto") -> list[Step]:
     row = named_bases().get(recipe.base)
     shipped = shipped_recipe(_CATALOGUE if row is None else row.dimensions)
     path = shipped if recipe.dimensions is None else recipe.relative_path(recipe.dimensions)
-    world = World(base, base_fingerprint(base), load(path, Catalogue), recipe.seed, device)
+    on = None if recipe.on is None else recipe.relative_path(recipe.on)
+    world = World(base, base_fingerprint(base), load(path, Catalogue), recipe.seed, device, dtype=recipe.dtype, on=on)
     expansions = [Expansion(recipe, world, number) for number in range(recipe.num_seeds)]
     check_held_out(recipe)
     return [

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from personalized_soups.adapters.base_adapter import BaseAdapter
 from personalized_soups.adapters.provenance import library_versions
 from personalized_soups.declare.dimension import AnyScorer, ClassifierScorer
 from personalized_soups.declare.run_recipe import RunRecipe, named_steps
@@ -60,6 +61,8 @@ class Expansion:
             "base": world.fingerprint,
             "catalogue": world.catalogue.model_dump(mode="json"),
             "seed": self.world.seed,
+            "dtype": recipe.dtype,
+            "on": None if world.on is None else BaseAdapter.open(world.on).digest,
             "versions": library_versions("torch", "transformers", "peft", "trl"),
         }
 
@@ -103,6 +106,19 @@ class Expansion:
                 where=self.recipe.place("steps", name, key),
                 mend=f"name a train step whose models are for {' or '.join(_MODELS[each] for each in kinds)}: "
                 "see `targets` of its labels",
+            )
+
+    def check_can_merge(self, name: str, key: str) -> None:
+        """Check that experts can be merged, and not only mixed by the method linear.
+
+        Raises:
+            DeclarationError: if they were trained on top of an adapter, which a merged adapter would contain.
+        """
+        if self.world.on is not None:
+            raise DeclarationError(
+                "on top of the adapter of `on`, experts can only be mixed by the method linear, not merged",
+                where=self.recipe.place("steps", name, key),
+                mend="use the method linear in an answers step, or merge the adapter into the base first",
             )
 
     def step(

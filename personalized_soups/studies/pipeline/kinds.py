@@ -40,7 +40,6 @@ class Sample:
 
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write rollouts.jsonl."""
-        from personalized_soups.generation.generator import Generator
         from personalized_soups.training.instructions import InstructedShare, instructions_of
         from personalized_soups.training.resumable_sampling import sample_kept
         from personalized_soups.training.rollouts import write_pool
@@ -48,7 +47,7 @@ class Sample:
         step, prompts = self.step, prompts_of(self.prompts, self.step)
         total = len(prompts) * step.num_samples
         pool = sample_kept(
-            Generator.open(self.world.base, device=self.world.device),
+            self.world.generator(),
             prompts,
             kept=work / ".sampling.jsonl",
             base=self.world.fingerprint,
@@ -162,6 +161,8 @@ class Train:
             "resume": True,
             "progress": _Reporting(report),
         }
+        if self.step.method != "reward":
+            options["on"] = world.on
         if self.step.method == "grpo":
             from personalized_soups.training.grpo import train_policy
 

@@ -113,6 +113,7 @@ def taken_steps(run: Expansion, name: str, step: ExpertsStep) -> Iterator[Step]:
 def merge_steps(run: Expansion, name: str, step: MergeStep) -> Iterator[Step]:
     """Return the merge of each combination."""
     run.check_targets(name, "experts", step.experts, ("side",))
+    run.check_can_merge(name, "kind")
     for combination in run.combinations:
         needs = tuple(f"{step.experts}-{side}" for side in combination)
         merge = Merge(step, combination)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +12,11 @@ from blake3 import blake3
 
 from personalized_soups.adapters.library import ExpertLibrary
 from personalized_soups.declare.dimension import AnyScorer, Catalogue, ClassifierScorer, Dimension
-from personalized_soups.declare.loader import dump, load
+from personalized_soups.declare.loader import dump, load, load_data
 from personalized_soups.declare.profile import MethodName
 from personalized_soups.declare.run_recipe import RunRecipe
-from personalized_soups.errors import InputError, UsageError, choose_from
+from personalized_soups.errors import InputError, UsageError
 from personalized_soups.generation.prompts import prompt_lines, read_prompts
-from personalized_soups.methods.plugins import is_method_name, method_names
 from personalized_soups.studies.folder import write_text
 
 # The names of the systems.
@@ -29,7 +27,7 @@ _MIN_PROMPTS = 4
 
 @dataclass(frozen=True, slots=True)
 class ExpertsEvaluation:
-    """What `psoups evaluate --experts` evaluates.
+    """What `psoups evaluate` evaluates without a recipe.
 
     Attributes:
         experts: the folder of the experts.
@@ -41,6 +39,8 @@ class ExpertsEvaluation:
         num_combinations: the number of combinations to draw, or None for all.
         temperature, max_new_tokens, batch_size: how answers are generated.
         seed: the random seed.
+        on: the adapter on top of which the experts were trained, or None.
+        dtype: the dtype of the base.
     """
 
     experts: Path
@@ -54,6 +54,8 @@ class ExpertsEvaluation:
     max_new_tokens: int = 256
     batch_size: int = 64
     seed: int = 0
+    on: Path | None = None
+    dtype: str = "float32"
 
     def write(self, folder: Path) -> RunRecipe:
         """Write the recipe and its files into a folder, and return the recipe.
@@ -62,7 +64,8 @@ class ExpertsEvaluation:
 
         Raises:
             InputError: if there are too few prompts, or no expert is for a side of the catalogue.
-            UsageError: if a method is unknown, or `linear` is not among them.
+            DeclarationError: if a method, a weight or the dtype is invalid.
+            UsageError: if `linear` is not among the methods.
         """
         if "linear" not in self.methods:
             raise UsageError(
@@ -70,16 +73,9 @@ class ExpertsEvaluation:
                 where="methods",
                 mend="add linear",
             )
-        for method in self.methods:
-            if not is_method_name(method):
-                raise UsageError(
-                    f"{method!r} is not a known merge method",
-                    where="methods",
-                    mend=choose_from(method, method_names()),
-                )
         validation, test = self._split()
         names = [self._file_name("validation", validation), self._file_name("test", test)]
-        recipe = RunRecipe.model_validate_json(json.dumps(self._content(*names)))
+        recipe = load_data(self._content(*names), RunRecipe, "the options")
         catalogue = self.declared_catalogue()
         folder.mkdir(parents=True, exist_ok=True)
         for name, lines in zip(names, (validation, test), strict=True):
@@ -174,8 +170,11 @@ class ExpertsEvaluation:
             "base": str(Path(self.base).absolute()) if Path(self.base).is_dir() else self.base,
             "dimensions": "dimensions.yaml",
             "seed": self.seed,
+            "dtype": self.dtype,
             "steps": steps,
         }
+        if self.on is not None:
+            content["on"] = str(self.on.absolute())
         if self.num_combinations is not None:
             content["num_combinations"] = self.num_combinations
         return content

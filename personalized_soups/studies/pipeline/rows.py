@@ -14,6 +14,7 @@ from personalized_soups.studies.pipeline.steps import Report
 from personalized_soups.studies.pipeline.world import World
 
 if TYPE_CHECKING:
+    from personalized_soups.mixing.model import SoupModel
     from personalized_soups.mixing.personal_model import PersonalModel
 
 
@@ -58,7 +59,6 @@ def answer_rows(
     import tempfile
 
     from personalized_soups.adapters.library import ExpertLibrary
-    from personalized_soups.mixing.model import SoupModel
     from personalized_soups.mixing.personal_answers import answer
 
     jobs = [(row, at) for row in rows for at in range(len(prompts))]
@@ -68,7 +68,7 @@ def answer_rows(
         # A batch that was begun is answered as a whole again: rounding depends on the batch.
         start = lines.num_done // size * size
         for first in range(start, len(jobs), size):
-            model = model or SoupModel.from_pretrained(world.base, list(experts), device=world.device)
+            model = model or world.soup_model(experts)
             batch = jobs[first : first + size]
             with tempfile.TemporaryDirectory() as scratch:
                 merger = _Merger(ExpertLibrary.open(*experts), Path(scratch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from personalized_soups.declare.profile import Profile
 from personalized_soups.merging.writing.adapter import merge
 from personalized_soups.mixing.model import SoupModel
 from personalized_soups.studies.pipeline.answering import read_answers
+from tests.base_adapters import trained_on, write_sft
 from tests.experts import write_expert
 from tests.studies.pipeline.kitchen import COMBINATIONS, PROMPTS, Kitchen
 
@@ -144,6 +146,22 @@ def test_a_merged_method_answers_as_the_merged_adapter_does(kitchen: Kitchen) ->
             PROMPTS, Profile(weights={"+".join(sides): 1.0}), max_new_tokens=8, temperature=0.7, seed=3000
         )
         assert found[sides][1] == answers
+
+
+def test_experts_on_an_adapter_answer_with_the_adapter_and_so_does_the_base(kitchen: Kitchen) -> None:
+    sft = write_sft(kitchen.folder / "sft")
+    before = read_answers(kitchen.answered(work="before"))
+    kitchen.world = replace(kitchen.world, on=sft)
+    for side, folder in kitchen.experts.items():
+        trained_on(folder / side, sft)
+    found = read_answers(kitchen.answered(inputs=kitchen.experts, experts="experts", weight=0.6, work="on"))
+    model = SoupModel.from_pretrained(kitchen.world.base, list(kitchen.experts.values()), on=sft, device="cpu")
+    for one, two in COMBINATIONS:
+        profile = Profile(weights={one: 0.6, two: 0.6})
+        assert found[one, two][1] == model.generate(PROMPTS, profile, max_new_tokens=8, temperature=0.7, seed=3000)
+    plain = read_answers(kitchen.answered(work="base"))
+    assert plain[()][1] == model.generate(PROMPTS, None, max_new_tokens=8, temperature=0.7, seed=3000)
+    assert plain != before
 
 
 def test_backbones_have_the_weights_of_bone_soups(kitchen: Kitchen, rows: list[dict[str, Any]]) -> None:

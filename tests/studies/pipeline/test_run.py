@@ -14,6 +14,7 @@ from personalized_soups.declare.run_recipe import RunRecipe
 from personalized_soups.declare.shipped import recipes_folder, shipped_recipe
 from personalized_soups.studies.pipeline.expanding import steps_of
 from personalized_soups.studies.pipeline.steps import in_order
+from tests.base_adapters import write_sft
 from tests.cli.conftest import Run
 
 DIMENSIONS = """
@@ -288,6 +289,27 @@ def test_a_classifier_that_was_trained_again_makes_its_labels_again(recipe: Path
     changed = {name for name in before if before[name] != after[name]}
     assert {"labels-concise", "labels-informative", "base", "mixed", "report"} <= changed
     assert not changed & {"pool", "pairs-concise", "experts-concise"}
+
+
+def test_on_top_of_an_adapter_experts_are_mixed_and_not_merged(psoups: Run, recipe: Path) -> None:
+    write_sft(recipe.parent / "sft")
+    before = keys(recipe)
+    recipe.write_text(recipe.read_text().replace("steps:", "on: sft\nsteps:", 1))
+    code, _, err = run(psoups, recipe, "--dry-run")
+    assert code == 2
+    assert "experts can only be mixed by the method linear" in err
+    assert "run.yaml:10: steps.soups.kind" in err
+    mixed = "soups: {kind: answers, prompts: test.txt, experts: experts, weight: 0.6}"
+    recipe.write_text(recipe.read_text().replace("soups: {kind: merge, experts: experts, weight: 0.6}", mixed))
+    assert keys(recipe)["pool"] != before["pool"]
+    recipe.write_text(recipe.read_text().replace("weight: 0.6}", "weight: 0.6, method: ties}"))
+    code, _, err = run(psoups, recipe, "--dry-run")
+    assert code == 2
+    assert "steps.soups.method" in err
+    recipe.write_text(recipe.read_text().replace("on: sft", "on: none"))
+    code, _, err = run(psoups, recipe, "--dry-run")
+    assert code == 2
+    assert str(recipe.parent / "none") in err
 
 
 def test_the_beta_of_backbones_is_in_the_key_of_their_answers(recipe: Path) -> None:
