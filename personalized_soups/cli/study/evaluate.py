@@ -22,7 +22,7 @@ from personalized_soups.cli.options import (
     OnOption,
     WorkersOption,
 )
-from personalized_soups.cli.study.run import finished_steps, show_plan
+from personalized_soups.cli.study.run import finished_steps, reports_of, show_plan
 from personalized_soups.cli.study.workers import num_workers
 from personalized_soups.errors import UsageError
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from personalized_soups.evaluation.systems import SystemsResults
     from personalized_soups.studies.pipeline.of_experts import ExpertsEvaluation
     from personalized_soups.studies.pipeline.run_folder import RunFolder
-    from personalized_soups.studies.pipeline.steps import Step
 
 
 def register(app: typer.Typer) -> None:
@@ -129,7 +128,11 @@ def _run(declared: RunRecipe, folder: RunFolder, *, workers: int, device: str, d
     from personalized_soups.studies.pipeline.expanding import steps_of
 
     steps = steps_of(declared, device=device)
-    reports = _reports_of(steps)
+    reports = reports_of(steps)
+    if not reports:
+        raise UsageError(
+            "the recipe declares no step of the kind report", where="RECIPE", mend="add one, or use psoups run"
+        )
     if dry_run:
         show_plan(steps, folder, as_json=as_json)
         return
@@ -206,22 +209,6 @@ class _Options:
         }
         chosen = {name: value for name, value in given.items() if value is not None}
         return ExpertsEvaluation(self.experts, resolve_base(self.base), self.prompts, catalogue, **chosen)
-
-
-def _reports_of(steps: list[Step]) -> list[str]:
-    """Return the names of the steps that report.
-
-    Raises:
-        UsageError: if there is none.
-    """
-    from personalized_soups.studies.pipeline.reporting import ReportOn
-
-    found = [step.name for step in steps if isinstance(step.work, ReportOn)]
-    if not found:
-        raise UsageError(
-            "the recipe declares no step of the kind report", where="RECIPE", mend="add one, or use psoups run"
-        )
-    return found
 
 
 def _show(report: Path, *, as_json: bool) -> None:

@@ -57,22 +57,37 @@ def run(
         show_plan(steps, folder, as_json=as_json)
     else:
         _show_run(finished_steps(steps, folder, num_workers(workers), quiet=as_json), out, as_json=as_json)
+        for name in reports_of(steps):
+            render.say(f"report: {folder.files(name) / 'report.html'}")
+
+
+def reports_of(steps: list[Step]) -> list[str]:
+    """Return the names of the steps that report."""
+    from personalized_soups.studies.pipeline.reporting import ReportOn
+
+    return [step.name for step in steps if isinstance(step.work, ReportOn)]
 
 
 def show_plan(steps: list[Step], folder: RunFolder, *, as_json: bool) -> None:
     """Print what a run would do."""
     from personalized_soups.studies.pipeline.engine import plan
 
-    rows = [[each.step.name, each.state, each.step.extent, each.seconds] for each in plan(steps, folder)]
+    planned = plan(steps, folder)
+    rows = [[each.step.name, each.state, each.step.extent, each.seconds] for each in planned]
     render.show_table(["step", "would be", "work", "seconds last time"], rows, as_json=as_json)
+    left = [each for each in planned if each.state != "done"]
+    seconds = sum(each.seconds or 0 for each in left)
+    known = f", of which those that ran before took {seconds:.0f} s" if seconds else ""
+    render.say(f"{len(left)} of {len(planned)} steps would run or might{known}")
 
 
 def finished_steps(steps: list[Step], folder: RunFolder, workers: int, *, quiet: bool) -> list[FinishedStep]:
     """Run the steps, and return them."""
     from personalized_soups.studies.pipeline.engine import run_steps
+    from personalized_soups.studies.pipeline.steps import in_order
 
     finished: list[FinishedStep] = []
-    with render.progress("running steps", len(steps), quiet=quiet) as bar:
+    with render.progress("running steps", len(in_order(steps)), quiet=quiet) as bar:
 
         def report(name: str, content: object) -> None:
             bar.update(len(finished), step=f"{name} {content}")
