@@ -67,12 +67,13 @@ def generation_steps(run: Expansion, name: str, step: Generating) -> Iterator[St
             work = Answer(run.world, step, prompts, combinations, models, mixing)
         case _:
             assert_never(step)
-    own = {
+    own: dict[str, Any] = {
         "prompts": digest_file(prompts),
         "combinations": [list(sides) for sides in combinations],
         "beta": None if mixing is None else mixing.beta,
-        "scorers": run.scorer_files,
     }
+    if isinstance(step, ChooseStep) or (isinstance(step, AnswersStep) and step.num_candidates > 1):
+        own["scorers"] = run.scorer_files
     yield run.step(name, name, tuple(needs), work, own, extent=work.extent)
 
 

@@ -287,8 +287,24 @@ def test_a_classifier_that_was_trained_again_makes_its_labels_again(recipe: Path
     (recipe.parent / "tone" / "classifier.json").write_text("{ }")
     after = keys(recipe)
     changed = {name for name in before if before[name] != after[name]}
-    assert {"labels-concise", "labels-informative", "base", "mixed", "report"} <= changed
-    assert not changed & {"pool", "pairs-concise", "experts-concise"}
+    assert {"labels-concise", "labels-informative", "report"} <= changed
+    assert not changed & {"pool", "pairs-concise", "experts-concise", "base", "mixed"}
+
+
+def test_a_side_without_a_scorer_is_named_before_anything_runs(psoups: Run, recipe: Path) -> None:
+    text = DIMENSIONS.replace("    scorer: {kind: length, low: 0, high: 20}\n", "")
+    (recipe.parent / "dimensions.yaml").write_text(text)
+    (recipe.parent / "judge.yaml").write_text("kind: llm\n")
+    answers = "  base: {kind: answers, prompts: test.txt}\n"
+    judged = recipe.read_text().replace("kind: label, ", "kind: label, judge: judge.yaml, ") + answers
+    recipe.write_text(judged)
+    assert run(psoups, recipe, "--dry-run")[0] == 0  # a judge labels, and nothing grades
+    more = "  soup: {kind: answers, prompts: test.txt, experts: experts, weight: 0.6}\n"
+    recipe.write_text(f"{judged}{more}  report: {{kind: report, systems: [base, soup], primary: [soup, base]}}\n")
+    code, _, err = run(psoups, recipe, "--dry-run")
+    assert code == 2
+    assert "concise" in err
+    assert "scorer" in err
 
 
 def test_on_top_of_an_adapter_experts_are_mixed_and_not_merged(psoups: Run, recipe: Path) -> None:
