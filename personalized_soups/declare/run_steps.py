@@ -206,7 +206,16 @@ class ChooseStep(_Generating):
     )
 
 
-class AnswersStep(_Generating):
+class _Weighted(_Generating):
+    """At which weight a step mixes experts."""
+
+    weight: Weight | None = Field(default=None, description="The weight of each expert.")
+    choice: Name | None = Field(
+        default=None, description="The choose step whose weight the experts have, in place of `weight`."
+    )
+
+
+class AnswersStep(_Weighted):
     """Answers prompts with one system, for each combination of sides.
 
     Without `experts`, `soups` and `policies`, the base answers.
@@ -214,10 +223,6 @@ class AnswersStep(_Generating):
 
     kind: Literal["answers"]
     experts: Name | None = Field(default=None, description="The step whose experts are mixed.")
-    weight: Weight | None = Field(default=None, description="The weight of each expert.")
-    choice: Name | None = Field(
-        default=None, description="The choose step whose weight the experts have, in place of `weight`."
-    )
     method: MethodName | None = Field(
         default=None, description="The merge method. Left out, it is linear, or with `choice` the chosen one."
     )
@@ -260,14 +265,10 @@ def _check_weight(experts: Name | None, weight: float | None, choice: Name | Non
         )
 
 
-class _Mixing(_Generating):
+class _Mixing(_Weighted):
     """Which experts a step mixes, and at which weight."""
 
     experts: Name = Field(description="The step whose experts are mixed.")
-    weight: Weight | None = Field(default=None, description="The weight of each expert.")
-    choice: Name | None = Field(
-        default=None, description="The choose step whose weight the experts have, in place of `weight`."
-    )
 
     @model_validator(mode="after")
     def _check_one_weight(self) -> Self:

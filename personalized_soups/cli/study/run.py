@@ -77,8 +77,9 @@ def show_plan(steps: list[Step], folder: RunFolder, *, as_json: bool) -> None:
     render.show_table(["step", "would be", "work", "seconds last time"], rows, as_json=as_json)
     left = [each for each in planned if each.state != "done"]
     seconds = sum(each.seconds or 0 for each in left)
-    known = f", of which those that ran before took {seconds:.0f} s" if seconds else ""
-    render.say(f"{len(left)} of {len(planned)} steps would run or might{known}")
+    render.say(f"{len(left)} of {len(planned)} steps would run, or might")
+    if seconds:
+        render.say(f"those of them that have run before took {seconds:.0f} s")
 
 
 def finished_steps(steps: list[Step], folder: RunFolder, workers: int, *, quiet: bool) -> list[FinishedStep]:

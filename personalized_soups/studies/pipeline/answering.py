@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 Combination: TypeAlias = tuple[str, ...]
 
 MIXING = "mixing.json"
-# All systems answer a prompt with the same random numbers.
-_SEED = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +168,7 @@ class Answer:
             profiles,
             max_new_tokens=self.step.max_new_tokens,
             temperature=self.step.temperature,
-            seed=_SEED + self.world.seed,
+            seed=self.world.answer_seed,
             batch_size=len(asked),
             places=places,
             **sampling,

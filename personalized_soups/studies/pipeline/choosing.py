@@ -49,18 +49,18 @@ class Choose:
         """Write choice.json: the best method, the best weight of each method, and all scores."""
         from personalized_soups.evaluation.grading import Grader
         from personalized_soups.studies.outcome import best_of_method, best_weight, score_selection
-        from personalized_soups.studies.pipeline.rows import Row, answer_rows
+        from personalized_soups.studies.pipeline.mixtures import Mixture, answer_mixtures
 
         trials = self._trials
         rows = [
-            Row(
+            Mixture(
                 {"method": method, "weight": weight, "sides": list(sides)},
                 self.mixing.profile(dict.fromkeys(sides, 1.0), method, weight),
             )
             for method, weight in trials
             for sides in self.combinations
         ]
-        answer_rows(
+        answer_mixtures(
             work / ANSWERS,
             rows,
             prompts_of(self.prompts, self.step),

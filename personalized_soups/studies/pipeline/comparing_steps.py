@@ -217,12 +217,12 @@ def _check_same_prompts(run: Expansion, name: str, step: ReportStep) -> None:
     for system in (*step.systems, *step.fronts):
         declared: Any = run.recipe.steps[system]
         prompts[system] = prompts_of(run.file(declared.prompts, system, "prompts"), declared)
-    for system in step.systems:
-        if prompts[system] != prompts[step.systems[0]]:
+    for system, own in prompts.items():
+        if own != prompts[step.systems[0]]:
             raise DeclarationError(
-                f"the system {system!r} answers other prompts than {step.systems[0]!r}",
-                where=run.recipe.place("steps", name, "systems"),
-                mend="give all systems of a report the same prompts",
+                f"the step {system!r} answers other prompts than {step.systems[0]!r}",
+                where=run.recipe.place("steps", name, "systems" if system in step.systems else "fronts"),
+                mend="give all systems and fronts of a report the same prompts",
             )
 
 

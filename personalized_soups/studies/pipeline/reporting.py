@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
     Swept: TypeAlias = Mapping[str, Mapping[Shares, Sequence[Graded]]]
 
 RESULTS, MARKDOWN, PAGE, ANSWERS = "results.json", "report.md", "report.html", "answers.parquet"
-# So many plain answers of the base are needed for bounds of fluency that accept 97% of them.
-LEAST_ANSWERS = 66
+# The share of the base's own answers that the fluency gate accepts. Each of its two bounds may reject half of the rest,
+# and needs so many answers that this half is one answer.
+_ACCEPT = 0.97
+LEAST_ANSWERS = ceil(2 / (1 - _ACCEPT)) - 1
 # The page shows the answers to so many prompts.
 _SAMPLED_PROMPTS = 6
 
@@ -129,7 +132,7 @@ class ReportOn:
             if not sampled.instructions or sampled.instructions[at] is None
         ]
         measured = gate.measure([prompt for prompt, _ in plain], [answer for _, answer in plain])
-        gate.bounds = calibrate_fluency(measured)
+        gate.bounds = calibrate_fluency(measured, accept=_ACCEPT)
         return gate
 
     def _graded(self, inputs: Mapping[str, Path], report: Report) -> tuple[GradedAnswers, Swept, Mixtures]:

@@ -20,7 +20,6 @@ Shares: TypeAlias = tuple[tuple[str, float], ...]
 """The sides of a mixture and their shares."""
 
 FINDINGS = "findings.json"
-_SEED = 3000
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +48,18 @@ class SweepSides:
 
     def __call__(self, work: Path, inputs: Mapping[str, Path], report: Report) -> None:
         """Write answers.jsonl. Each line has the share of each side."""
-        from personalized_soups.studies.pipeline.rows import Row, answer_rows
+        from personalized_soups.studies.pipeline.mixtures import Mixture, answer_mixtures
 
         _, weight = self.mixing.resolved(inputs)
         mixtures = shares_between(self.world.catalogue, self.combinations, self.step.num_steps)
-        answer_rows(
+        answer_mixtures(
             work / ANSWERS,
-            [Row({"shares": shares}, self.mixing.profile(shares, "linear", weight)) for shares in mixtures],
+            [Mixture({"shares": shares}, self.mixing.profile(shares, "linear", weight)) for shares in mixtures],
             prompts_of(self.prompts, self.step),
             world=self.world,
             step=self.step,
             experts=self.mixing.expert_folders(inputs),
-            seed=_SEED + self.world.seed,
+            seed=self.world.answer_seed,
             report=report,
         )
 
@@ -91,17 +90,17 @@ class MeasureInterference:
         """Write answers.jsonl and findings.json. A line of the base has no sides."""
         from personalized_soups.adapters.library import ExpertLibrary
         from personalized_soups.merging.doctor.diagnose import diagnose
-        from personalized_soups.studies.pipeline.rows import Row, answer_rows
+        from personalized_soups.studies.pipeline.mixtures import Mixture, answer_mixtures
 
         _, weight = self.mixing.resolved(inputs)
         folders = self.mixing.expert_folders(inputs)
         mixtures: list[tuple[tuple[str, ...], float]] = [((), 0.0)]
         mixtures += [((side,), each) for side in self.world.catalogue.sides for each in dict.fromkeys((1.0, weight))]
         mixtures += [(pair, weight) for pair in self._pairs()]
-        answer_rows(
+        answer_mixtures(
             work / ANSWERS,
             [
-                Row(
+                Mixture(
                     {"sides": list(sides), "weight": each},
                     self.mixing.profile(dict.fromkeys(sides, 1.0), "linear", each) if sides else None,
                 )
@@ -111,7 +110,7 @@ class MeasureInterference:
             world=self.world,
             step=self.step,
             experts=folders,
-            seed=_SEED + self.world.seed,
+            seed=self.world.answer_seed,
             report=report,
         )
         found = diagnose(ExpertLibrary.open(*folders), self.world.base)

@@ -36,6 +36,11 @@ class World:
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     on: Path | None = None
 
+    @property
+    def answer_seed(self) -> int:
+        """The seed of test answers. All systems and sweeps answer a prompt with the same random numbers."""
+        return 3000 + self.seed
+
     def soup_model(self, experts: Sequence[Path]) -> SoupModel:
         """Return the base with the experts of some folders."""
         from personalized_soups.mixing.model import SoupModel

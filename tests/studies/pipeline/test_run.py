@@ -422,8 +422,15 @@ def test_two_seeds_with_judges_fronts_and_checks_have_one_report(psoups: Run, re
         (
             "base: {kind: answers, prompts: test.txt,",
             "base: {kind: answers, prompts: test.txt, num_prompts: 2,",
-            "the system 'prompted' answers other prompts than 'base'",
+            "the step 'prompted' answers other prompts than 'base'",
             "report.systems",
+        ),
+        (
+            "primary: [mixed, base]",
+            "primary: [mixed, base], fronts: [way]}\n  way: {kind: sweep, prompts: validation.txt, experts: experts, "
+            "weight: 0.6",
+            "the step 'way' answers other prompts than 'base'",
+            "report.fronts",
         ),
         (
             "primary: [mixed, base]",

@@ -1,7 +1,8 @@
-"""Answer many prompts, each with its own mixture, line by line into a file. An interrupted run is resumed."""
+"""Answer the same prompts with many mixtures, line by line into a file. An interrupted run is resumed."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Mixture:
     """A mixture that answers all prompts.
 
     Attributes:
@@ -31,9 +32,9 @@ class Row:
     profile: Profile | None
 
 
-def answer_rows(
+def answer_mixtures(
     out: Path,
-    rows: Sequence[Row],
+    mixtures: Sequence[Mixture],
     prompts: Sequence[str],
     *,
     world: World,
@@ -47,8 +48,8 @@ def answer_rows(
     A merge of another method than linear is an adapter, which exists while its batch is answered.
 
     Args:
-        out: the file to write: the key of the row, `prompt` and `answer`.
-        rows: the mixtures.
+        out: the file to write: the key of the mixture, `prompt` and `answer`.
+        mixtures: the mixtures.
         prompts: the prompts. All mixtures answer a prompt with the same random numbers.
         world: the base and the device.
         step: how answers are generated.
@@ -56,13 +57,12 @@ def answer_rows(
         seed: the seed of the sampling.
         report: called with the progress.
     """
-    import tempfile
-
     from personalized_soups.adapters.library import ExpertLibrary
     from personalized_soups.mixing.personal_answers import answer
 
-    jobs = [(row, at) for row in rows for at in range(len(prompts))]
+    jobs = [(mixture, at) for mixture in mixtures for at in range(len(prompts))]
     size = step.batch_size
+    library = ExpertLibrary.open(*experts)
     model: SoupModel | None = None
     with growing_lines(out, {}, overwrite=True) as lines:
         # A batch that was begun is answered as a whole again: rounding depends on the batch.
@@ -71,11 +71,11 @@ def answer_rows(
             model = model or world.soup_model(experts)
             batch = jobs[first : first + size]
             with tempfile.TemporaryDirectory() as scratch:
-                merger = _Merger(ExpertLibrary.open(*experts), Path(scratch))
+                merger = _Merger(library, Path(scratch))
                 texts = answer(
                     model,
                     [prompts[at] for _, at in batch],
-                    [merger.model_of(row.profile) for row, _ in batch],
+                    [merger.model_of(mixture.profile) for mixture, _ in batch],
                     max_new_tokens=step.max_new_tokens,
                     temperature=step.temperature,
                     seed=seed,
@@ -83,7 +83,8 @@ def answer_rows(
                     places=[at for _, at in batch],
                 )
             found = [
-                {**row.key, "prompt": prompts[at], "answer": text} for (row, at), text in zip(batch, texts, strict=True)
+                {**mixture.key, "prompt": prompts[at], "answer": text}
+                for (mixture, at), text in zip(batch, texts, strict=True)
             ]
             lines.add(found[max(0, lines.num_done - first) :])
             report(f"{min(first + size, len(jobs))}/{len(jobs)} answers")
