@@ -1,4 +1,4 @@
-"""No prompt is for two ends: training, choosing or testing."""
+"""No prompt has two uses: training, choosing and testing."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def declared(folder: Path, **prompts: str) -> RunRecipe:
     return load(folder / "run.yaml", RunRecipe)
 
 
-def test_steps_with_the_same_end_share_prompts(tmp_path: Path) -> None:
+def test_steps_with_the_same_use_share_prompts(tmp_path: Path) -> None:
     # the third test prompt is not used
     check_held_out(declared(tmp_path, pool="a\nb\n", chosen="c\n", test="d\ne\na\n"))
 
@@ -50,7 +50,7 @@ def test_steps_with_the_same_end_share_prompts(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_prompt_with_two_ends_is_rejected(prompts: dict[str, str], message: str, *, tmp_path: Path) -> None:
+def test_a_prompt_with_two_uses_is_rejected(prompts: dict[str, str], message: str, *, tmp_path: Path) -> None:
     with pytest.raises(DeclarationError) as caught:
         check_held_out(declared(tmp_path, **prompts))
     assert message in str(caught.value)
